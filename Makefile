@@ -1,0 +1,45 @@
+# Two commands are enough on a fresh machine with Python 3.11: `make demo` and `make test`.
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+DEV    := $(VENV)/.ready-dev
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all check bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "Making $(VENV) …"; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing swarmkit (a few minutes the first time) …"
+	@$(PIP) -q -r constraints.txt
+	@$(PIP) -q -e .
+	@touch $@
+
+$(DEV): $(READY)
+	@echo "Installing what the tests need …"
+	@$(PIP) -q -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## four servers, a chat, and a server that dies in the middle of an answer
+	@$(BIN)/swarmkit demo
+
+test: $(DEV) ## the tests; under 10 minutes on 2 cores
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(DEV) ## the slow tests too
+	@$(BIN)/python -m pytest
+
+check: $(DEV) ## ruff and the type checker
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(READY) ## measure; writes to benchmarks/results/
+	@$(BIN)/python benchmarks/run.py
+
+clean: ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
