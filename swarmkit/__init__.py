@@ -1,0 +1,51 @@
+"""swarmkit: run and fine-tune language models that are too big for any one of your machines.
+
+The public names load on first use, so that `import swarmkit` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from swarmkit._version import __version__
+
+if TYPE_CHECKING:
+    from swarmkit.client.model import SwarmModelForCausalLM
+    from swarmkit.client.session import Session
+    from swarmkit.errors import NoRouteError, PeerError, SwarmkitError, UsageError
+    from swarmkit.local import LocalSwarm
+    from swarmkit.server.server import Server
+
+_HOMES = {
+    "LocalSwarm": "swarmkit.local",
+    "NoRouteError": "swarmkit.errors",
+    "PeerError": "swarmkit.errors",
+    "Server": "swarmkit.server.server",
+    "Session": "swarmkit.client.session",
+    "SwarmModelForCausalLM": "swarmkit.client.model",
+    "SwarmkitError": "swarmkit.errors",
+    "UsageError": "swarmkit.errors",
+}
+
+__all__ = [
+    "LocalSwarm",
+    "NoRouteError",
+    "PeerError",
+    "Server",
+    "Session",
+    "SwarmModelForCausalLM",
+    "SwarmkitError",
+    "UsageError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

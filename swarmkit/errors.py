@@ -1,0 +1,96 @@
+"""The errors a caller can meet, drawn once.
+
+::
+
+    SwarmkitError
+    ├── UsageError            the caller asked for something that cannot be; fix the call
+    │   ├── ModelError        a checkpoint that is missing, incomplete or not supported
+    │   └── SessionError      a session used after its end or beyond its length
+    ├── TransportError        this machine's own networking could not start or has ended
+    ├── NoRouteError          nobody serves some blocks of the model
+    └── PeerError             another peer is at fault; the library goes on without it where it can
+        ├── PeerUnreachableError  it cannot be dialled, or the connection ended
+        ├── PeerTimeoutError      it did not answer in time
+        ├── ProtocolError         it sent something that is not allowed
+        │   └── IllegalMessageError   a message that is not allowed at this point of the conversation
+        └── RemoteError           it answered with a fault, which carries a code
+
+Local misuse and a misbehaving peer are different branches, so that code which recovers from peers
+never swallows a caller's mistake. Every message ends with what the reader can do next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class SwarmkitError(Exception):
+    """The root of everything that swarmkit raises on purpose."""
+
+
+class UsageError(SwarmkitError, ValueError):
+    """The caller asked for something that cannot be done as asked."""
+
+
+class ModelError(UsageError):
+    """A checkpoint is missing, incomplete, or of a kind that is not supported."""
+
+
+class SessionError(UsageError):
+    """A session was used after its end, or beyond its declared length."""
+
+
+class TransportError(SwarmkitError):
+    """This machine's own networking could not start, or has ended."""
+
+
+class NoRouteError(SwarmkitError):
+    """No server is known for some of the blocks that are needed.
+
+    Attributes:
+        missing: half-open ranges of block indices that nobody serves.
+    """
+
+    def __init__(self, message: str, missing: Sequence[tuple[int, int]] = ()) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
+
+
+class PeerError(SwarmkitError):
+    """Another peer is at fault.
+
+    Attributes:
+        peer_id: the peer, or an empty string where it is not known yet.
+    """
+
+    def __init__(self, message: str, peer_id: str = "") -> None:
+        super().__init__(message)
+        self.peer_id = peer_id
+
+
+class PeerUnreachableError(PeerError):
+    """The peer cannot be dialled, or the connection to it ended."""
+
+
+class PeerTimeoutError(PeerError):
+    """The peer did not answer within its deadline."""
+
+
+class ProtocolError(PeerError):
+    """The peer sent bytes that are not what they should be."""
+
+
+class IllegalMessageError(ProtocolError):
+    """The peer sent a well-formed message that is not allowed at this point of the conversation."""
+
+
+class RemoteError(PeerError):
+    """The peer answered with a fault.
+
+    Attributes:
+        code: one of `swarmkit.net.messages.FaultCode`.
+    """
+
+    def __init__(self, message: str, peer_id: str = "", code: str = "") -> None:
+        super().__init__(message, peer_id)
+        self.code = code
