@@ -1,0 +1,51 @@
+"""How a part of the program gets its transport: a factory, so that tests hand in their own network."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeAlias
+
+from swarmkit.net.identity import Identity
+from swarmkit.net.transport import RecordCheck, Transport
+from swarmkit.settings import NetSettings
+
+TransportFactory: TypeAlias = Callable[[Identity, RecordCheck], Awaitable[Transport]]
+"""Make and start a transport for an identity; it keeps only records that the check accepts."""
+
+
+def over_hivemind(
+    initial_peers: Sequence[str] = (),
+    *,
+    settings: NetSettings | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    announce: Sequence[str] = (),
+    client_mode: bool = False,
+    use_relay: bool = False,
+) -> TransportFactory:
+    """Transports that join the swarm of `initial_peers` (or start one) through hivemind's p2p daemon.
+
+    Args:
+        host, port: where to listen; port 0 lets the system choose.
+        announce: addresses that others shall dial instead of the ones listened on.
+        client_mode: use the swarm without keeping records for it.
+        use_relay: be reachable through other peers when behind a NAT.
+    """
+    limits = settings or NetSettings()
+
+    async def create(identity: Identity, record_check: RecordCheck) -> Transport:
+        from swarmkit.net.hivemind_transport import HivemindTransport
+
+        return await HivemindTransport.create(
+            initial_peers=initial_peers,
+            identity=identity,
+            host=host,
+            port=port,
+            announce_maddrs=announce,
+            client_mode=client_mode,
+            use_auto_relay=use_relay,
+            startup_timeout=limits.startup_timeout,
+            record_check=record_check,
+        )
+
+    return create

@@ -1,0 +1,164 @@
+"""What client and server say to each other: typed messages and the order in which they are legal.
+
+=============  =======================  ===========================================
+state          the client may send      the server answers with
+=============  =======================  ===========================================
+`new`          `Open`  -> `open`        `Opened`, or `Fault` (stays `new`)
+`new`          `AskInfo` -> `new`       `Info`
+`open`         `Step`  -> `open`        `StepDone`, or `Fault`
+any            (end of stream)          the session ends, its cache is freed
+=============  =======================  ===========================================
+
+A session is one stream: it lives exactly as long as the stream does, so a client that vanishes can leave
+nothing behind. A `Fault` with a code in `FATAL` also ends the stream.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from swarmkit.errors import IllegalMessageError
+from swarmkit.net.codec import TensorSpec
+
+PROTOCOL_VERSION = 1
+SESSION_ENDPOINT = f"swarmkit/{PROTOCOL_VERSION}/session"
+
+FaultCode = Literal[
+    "bad_message",  # bytes that are not a message of this protocol version
+    "illegal_message",  # a message that is not allowed in this state, such as a step without a session
+    "wrong_model",  # the fingerprint is not the served model's
+    "blocks_not_held",  # the block range is not inside the served one
+    "bad_shape",
+    "bad_dtype",
+    "bad_value",  # a mask that is not 0/1, positions or rows out of range
+    "not_finite",  # hidden states with NaN or infinity
+    "out_of_order",  # a position beyond what the session holds
+    "too_large",  # more tokens, rows or bytes than one step may have
+    "too_long",  # beyond the session's declared length
+    "busy",  # no cache left; another server may have some
+    "leaving",  # the server is about to stop and takes no new sessions
+    "internal",  # the server's own failure
+]
+
+FATAL: frozenset[str] = frozenset({"bad_message", "illegal_message", "internal"})
+"""Faults after which the two ends may disagree about the state, so that the stream is closed."""
+
+SENDERS_FAULT: frozenset[str] = frozenset(
+    {"bad_message", "illegal_message", "bad_shape", "bad_dtype", "bad_value", "not_finite"}
+    | {"out_of_order", "too_large", "too_long"}
+)
+"""Faults that another server would most likely find too: trying a third one is no use."""
+
+BlockIndex = Annotated[int, msgspec.Meta(ge=0, le=100_000)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+Fingerprint = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+Text = Annotated[str, msgspec.Meta(max_length=2000)]
+
+
+class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """Frozen, closed to unknown fields, and tagged with the class's name."""
+
+
+class Open(_Message):
+    """Open a session on blocks [start, stop) of a model, for at most `max_length` tokens a row."""
+
+    fingerprint: Fingerprint
+    start: BlockIndex
+    stop: BlockIndex
+    max_length: Count
+
+
+class Opened(_Message):
+    """The session is open. One step may have `max_step_tokens` = batch x tokens at most."""
+
+    max_step_tokens: Count
+
+
+class Step(_Message):
+    """Run the session's blocks over `hidden`, after an optional edit of the cache.
+
+    First keep only the first `position` cached tokens, then keep the cached rows `order` (in that order,
+    repetitions allowed), then append and attend.
+
+    Attributes:
+        position: where `hidden` begins; at most what the session holds.
+        hidden: [batch, tokens, hidden].
+        mask: [batch, position + tokens], uint8, 1 = attend; None = no padding.
+        positions: [batch, tokens], int64, the position ids; None = position, position + 1, …
+        order: rows of the cache that become rows 0, 1, …; None = as they are.
+        keep: how many of the last tokens' outputs the client wants back.
+    """
+
+    position: Count
+    hidden: TensorSpec
+    keep: Count
+    mask: TensorSpec | None = None
+    positions: TensorSpec | None = None
+    order: Annotated[tuple[Count, ...], msgspec.Meta(max_length=4096)] | None = None
+
+
+class StepDone(_Message):
+    """A step's output [batch, keep, hidden] and where its time went.
+
+    `leaving` asks the client to move its session elsewhere while this server still answers.
+    """
+
+    hidden: TensorSpec
+    queue_ms: float
+    compute_ms: float
+    leaving: bool = False
+
+
+class AskInfo(_Message):
+    """Ask a server what it is doing."""
+
+
+class Info(_Message):
+    """What a server is doing right now."""
+
+    start: BlockIndex
+    stop: BlockIndex
+    sessions: Count
+    cache_tokens_free: Count
+    cache_tokens_total: Count
+    steps: Count
+    leaving: bool
+
+
+class Fault(_Message):
+    """Why a request was refused, in a word for programs and a sentence for people."""
+
+    code: FaultCode
+    message: Text
+
+
+Message = Open | Opened | Step | StepDone | AskInfo | Info | Fault
+
+State = Literal["new", "open"]
+LEGAL: dict[State, dict[type, State]] = {
+    "new": {Open: "open", AskInfo: "new"},
+    "open": {Step: "open"},
+}
+
+
+def next_state(state: State, message: Message) -> State:
+    """The server's state after a client's message.
+
+    Raises:
+        IllegalMessageError: the message is not legal in `state`.
+    """
+    try:
+        return LEGAL[state][type(message)]
+    except KeyError:
+        legal = ", ".join(kind.__name__ for kind in LEGAL[state])
+        raise IllegalMessageError(
+            f"a client may not send {type(message).__name__} in state '{state}'; legal here: {legal}"
+        ) from None
+
+
+def tensor_specs(message: Message) -> list[TensorSpec]:
+    """The tensors of a message, in the order in which their bytes stand in the payload."""
+    values = (getattr(message, field) for field in message.__struct_fields__)
+    return [value for value in values if isinstance(value, TensorSpec)]
