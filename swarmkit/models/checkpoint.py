@@ -1,0 +1,256 @@
+"""A checkpoint: where a model's files are and which tensor lies in which file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from swarmkit.errors import ModelError, UsageError
+from swarmkit.models.anatomy import anatomy_of, block_numel
+from swarmkit.models.files import INDEX_FILE, SINGLE_FILE, Files, open_files, refuse_unless_safetensors
+from swarmkit.models.fingerprint import fingerprint
+from swarmkit.models.quirks import family_of
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """Where a model's files are and which tensor lies in which file; reads no weights until asked.
+
+    Attributes:
+        name: what the user wrote.
+        config: the whole model's config. Shared; do not change it.
+        files: the folder or Hub repository.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    files: Files = field(repr=False)
+
+    @classmethod
+    def open(
+        cls,
+        model: str | os.PathLike[str] | Checkpoint,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        progress: bool = True,
+    ) -> Checkpoint:
+        """Find a model and read its config; weights are fetched and read only when they are needed.
+
+        Args:
+            model: "tiny-chat" (packaged), an existing folder, or a Hub name such as "Qwen/Qwen3-8B".
+                A checkpoint is returned as it is.
+            revision: branch, tag or commit on the Hub; the default is its main branch.
+            token: for private and gated models; the default is HF_TOKEN or the one saved by logging in.
+            progress: show a bar while large files are hashed for the fingerprint.
+
+        Raises:
+            ModelError: it cannot be found, reached or read, has no safetensors weights, or is of an
+                architecture that is not supported.
+        """
+        if isinstance(model, Checkpoint):
+            return model
+        name = os.fspath(model)
+        files = open_files(name, revision=revision, token=token, progress=progress)
+        config_file = files.find("config.json")
+        assert config_file is not None, "open_files has found it"
+        content = _read_json(config_file, name)
+        family = family_of(str(content.get("model_type", "unknown")))
+        quantized = content.get("quantization_config") or {}
+        method = quantized.get("quant_method", "an unknown method")
+        if quantized and method not in family.dequantises:
+            raise ModelError(
+                f"{name} is stored quantised ({method}), which this version does not load. "
+                "Give the checkpoint with unquantised weights."
+            )
+        try:
+            config = AutoConfig.from_pretrained(str(config_file.parent), trust_remote_code=False)
+        except Exception as error:
+            raise ModelError(f"The config.json of {name} cannot be used: {error}") from error
+        config._name_or_path = name
+        if quantized:
+            config.quantization_config = {**quantized, "dequantize": True}
+        refuse_unless_safetensors(files, name)
+        return cls(name, config, files)
+
+    @property
+    def model_type(self) -> str:
+        """The architecture, as transformers calls it: "llama", "qwen3", ..."""
+        return str(self.config.model_type)
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of transformer layers of the whole model."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states that travel between blocks."""
+        return int(self.config.hidden_size)
+
+    @cached_property
+    def weight_map(self) -> dict[str, str]:
+        """Every tensor's name, to the name of the file it lies in.
+
+        Raises:
+            ModelError: the index or the only file cannot be fetched or read.
+        """
+        index = self.files.find(INDEX_FILE)
+        if index is not None:
+            listed = _read_json(index, self.name).get("weight_map")
+            if not isinstance(listed, dict) or not listed:
+                raise ModelError(f"{INDEX_FILE} of {self.name} lists no weights; download it again.")
+            return listed
+        with _opened(self._path(SINGLE_FILE), self.name) as file:
+            return dict.fromkeys(file.keys(), SINGLE_FILE)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hex characters that are equal for peers that mean the same weights and config.
+
+        Needs the index and every weight file's hash, but on the Hub not the files. See `fingerprint.py`.
+
+        Raises:
+            ModelError: a file that the index names does not exist, or the Hub cannot be reached.
+        """
+        config_file = self.files.find("config.json")
+        assert config_file is not None, "open_files has found it"
+        single = not self.files.exists(INDEX_FILE)
+        names = [SINGLE_FILE] if single else sorted(set(self.weight_map.values()))
+        hashes = [(name, self.files.sha256(name)) for name in names]
+        return fingerprint(_read_json(config_file, self.name), hashes)
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Read these tensors and no others, fetching only the files they lie in.
+
+        Raises:
+            ModelError: a key does not exist, or its file is missing or damaged.
+        """
+        by_file: dict[str, list[str]] = {}
+        for key in keys:
+            if key not in self.weight_map:
+                raise ModelError(f"{self.name} has no tensor {key!r}; the checkpoint is incomplete.")
+            by_file.setdefault(self.weight_map[key], []).append(key)
+        tensors: dict[str, Tensor] = {}
+        for name, names in by_file.items():
+            with _opened(self._path(name), self.name) as file:
+                try:
+                    tensors.update({key: file.get_tensor(key) for key in names})
+                except SafetensorError as error:
+                    raise ModelError(
+                        f"{name} of {self.name} lacks a tensor of its index ({error}); download it again."
+                    ) from error
+        return tensors
+
+    def block_keys(self, start: int, stop: int) -> dict[str, str]:
+        """The tensors of blocks `[start, stop)`.
+
+        Returns:
+            Their names in the checkpoint, to their names in a base model that has only these blocks
+            (so that the first of them is block 0).
+
+        Raises:
+            UsageError: the range is empty or outside the model.
+            ModelError: the checkpoint has no weights at all for one of the blocks.
+        """
+        if not 0 <= start < stop <= self.num_blocks:
+            raise UsageError(
+                f"There are no blocks [{start}, {stop}): {self.name} has {self.num_blocks} blocks."
+            )
+        anatomy = anatomy_of(self.config)
+        keys: dict[str, str] = {}
+        for block in range(start, stop):
+            for key, inner in self._by_block.get(block, {}).items():
+                keys[key] = f"{anatomy.layers}.{block - start}.{inner}"
+            if block not in self._by_block:
+                raise ModelError(f"{self.name} has no weights for block {block}; it is incomplete.")
+        return keys
+
+    def head_keys(self) -> dict[str, str]:
+        """The tensors that are in no block: embeddings, final norm, output layer.
+
+        Returns:
+            Their names in the checkpoint, to their names in the causal language model.
+        """
+        prefix = anatomy_of(self.config).prefix + "."
+        own = {key for keys in self._by_block.values() for key in keys}
+        # A checkpoint of the bare base model has no prefix anywhere, and nothing beside the base model.
+        bare = not any(key.startswith(prefix) for key in self.weight_map)
+        return {key: prefix + key if bare else key for key in self.weight_map if key not in own}
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own tokenizer.
+
+        Raises:
+            ModelError: the checkpoint has none, or it cannot be read.
+        """
+        where, options = self.files.pretrained()
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                where, trust_remote_code=False, **options
+            )
+        except Exception as error:
+            raise ModelError(
+                f"{self.name} has no tokenizer that can be loaded ({error}). Add the tokenizer's files to "
+                "the checkpoint, or load one with transformers.AutoTokenizer."
+            ) from error
+        return tokenizer
+
+    def block_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the weights of one block (the largest, if they differ) when loaded in `dtype`."""
+        return self._block_numel * dtype.itemsize
+
+    def kv_bytes_per_token_per_block(self, dtype: torch.dtype) -> int:
+        """Bytes that one token of one sequence takes in one block's key-value cache of `dtype`."""
+        config: Any = self.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(2 * heads * width * dtype.itemsize)
+
+    @cached_property
+    def _block_numel(self) -> int:
+        return block_numel(self.config)
+
+    @cached_property
+    def _by_block(self) -> dict[int, dict[str, str]]:
+        """For each block, its tensors' names in the checkpoint, to their names inside the block."""
+        anatomy = anatomy_of(self.config)
+        blocks: dict[int, dict[str, str]] = {}
+        for key in self.weight_map:
+            place = anatomy.block_of(key)
+            if place is not None:
+                blocks.setdefault(place[0], {})[key] = place[1]
+        return blocks
+
+    def _path(self, name: str) -> Path:
+        path = self.files.find(name)
+        if path is None:
+            raise ModelError(f"{self.name} lacks the file {name}, which its index names; download it again.")
+        return path
+
+
+def _opened(path: Path, name: str) -> Any:
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path.name} of {name} is damaged ({error}); download it again.") from error
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path.name} of {name} cannot be read ({error}); download it again.") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path.name} of {name} is not a JSON object; download it again.")
+    return content

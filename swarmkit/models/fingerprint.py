@@ -1,0 +1,114 @@
+"""What two peers compare to know that they mean the same model: a hash of its config and weights.
+
+Weights are hashed by file. A file's SHA-256 is often known without reading it (the Hub names its blobs by
+it); where it must be computed, it is remembered in the user's cache folder for as long as the file stays
+untouched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from tqdm import tqdm
+
+_PROGRESS_FROM_BYTES = 256 * 1024 * 1024
+_CHUNK_BYTES = 4 * 1024 * 1024
+_SETTLED_AFTER_S = 2.0
+"""A file changed more recently is not remembered: a second change could leave the same time stamp."""
+
+_VOLATILE = frozenset(
+    {"_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "dtype"}
+    | {"torch_dtype", "transformers_version"}
+)
+
+
+def fingerprint(config: Mapping[str, Any], file_hashes: Iterable[tuple[str, str]]) -> str:
+    """32 hex characters that identify a model.
+
+    Args:
+        config: the content of its config.json. The file itself is used, not transformers' view of it, so
+            that peers with different versions of transformers agree.
+        file_hashes: (name, SHA-256 in hex) of every safetensors file.
+    """
+    canonical = json.dumps(_without_volatile(config), sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(canonical.encode())
+    for name, sha256 in sorted(file_hashes):
+        digest.update(f"\0{name}\0{sha256}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _without_volatile(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_volatile(inner) for key, inner in value.items() if key not in _VOLATILE}
+    if isinstance(value, list):
+        return [_without_volatile(inner) for inner in value]
+    return value
+
+
+def file_sha256(path: Path, *, progress: bool = True) -> str:
+    """The SHA-256 of a file, in hex; from memory if the file is the very one that was hashed before.
+
+    Args:
+        progress: show a bar while hashing a file of more than 256 MB.
+    """
+    real = path.resolve()
+    before = real.stat()
+    state = [before.st_size, before.st_mtime_ns, before.st_ino]
+    known = recall(str(real))
+    if isinstance(known, list) and known[:3] == state and len(known) == 4:
+        return str(known[3])
+    sha256 = hashlib.sha256()
+    hidden = not progress or before.st_size <= _PROGRESS_FROM_BYTES
+    with (
+        open(real, "rb") as file,
+        tqdm(
+            total=before.st_size, desc=f"Hashing {path.name}", unit="B", unit_scale=True, disable=hidden
+        ) as bar,
+    ):
+        while chunk := file.read(_CHUNK_BYTES):
+            sha256.update(chunk)
+            bar.update(len(chunk))
+    after = real.stat()
+    unchanged = [after.st_size, after.st_mtime_ns, after.st_ino] == state
+    if unchanged and time.time() - after.st_mtime > _SETTLED_AFTER_S:
+        remember(str(real), [*state, sha256.hexdigest()])
+    return sha256.hexdigest()
+
+
+def _memory_path() -> Path:
+    return Path(platformdirs.user_cache_dir("swarmkit")) / "file-hashes.json"
+
+
+def _memory() -> dict[str, Any]:
+    try:
+        content = json.loads(_memory_path().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def recall(key: str) -> Any:
+    """What was remembered under `key`; None if nothing was."""
+    return _memory().get(key)
+
+
+def remember(key: str, value: Any) -> None:
+    """Remember `value` (made of JSON types) under `key`, if the cache folder can be written to."""
+    path = _memory_path()
+    content = _memory()
+    content[key] = value
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError:
+        # Only speed is lost: the file is hashed again next time.
+        scratch.unlink(missing_ok=True)

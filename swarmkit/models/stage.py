@@ -1,0 +1,248 @@
+"""A stage: some consecutive blocks of a model, as transformers' own base model, truncated."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from swarmkit.errors import UsageError
+from swarmkit.models.anatomy import (
+    Anatomy,
+    anatomy_of,
+    resolve_dtype,
+    skeleton_of,
+    slice_config,
+    stage_config,
+)
+from swarmkit.models.cache import StageCache
+from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.loading import load_model
+
+__all__ = ["Stage", "StageCache"]
+
+DtypeLike: TypeAlias = torch.dtype | str | Literal["auto"]
+
+_NO_MASK = "swarmkit-no-mask"
+"""An attention implementation for which transformers knows no mask function, so that it makes no mask.
+Only the base model's copy of the config carries it; the attention modules keep their own."""
+
+
+class Stage:
+    """Blocks `[start, stop)` of a model.
+
+    Not safe for use by several threads at once. Any number of sessions may share it, each with its own
+    `StageCache`, also over different sub-ranges of its blocks.
+
+    Attributes:
+        start, stop: the half-open range of blocks.
+        hidden_size: width of the hidden states.
+        dtype: of weights, caches and results.
+        device: where it computes.
+    """
+
+    def __init__(self, base: PreTrainedModel, anatomy: Anatomy, start: int, stop: int) -> None:
+        self.start = start
+        self.stop = stop
+        self.hidden_size: int = base.config.hidden_size
+        parameter = next(base.get_submodule(anatomy.layers).parameters())
+        self.dtype: torch.dtype = base.dtype
+        self.device: torch.device = parameter.device
+        self._base = base
+        self._anatomy = anatomy
+        self._views: dict[tuple[int, int], _View] = {}
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        start: int,
+        stop: int,
+        *,
+        dtype: DtypeLike = "auto",
+        device: str | torch.device = "cpu",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Stage:
+        """Load blocks `[start, stop)`, reading only their tensors (and fetching only the files they lie in).
+
+        Args:
+            dtype: "auto" is float32 on a CPU and the checkpoint's own dtype on an accelerator.
+            progress: called with (blocks read so far, blocks in total), from this thread.
+
+        Raises:
+            UsageError: the range is empty or outside the model.
+            ModelError: weights are missing, unknown or misshapen, or the architecture is not supported.
+        """
+        if not 0 <= start < stop <= checkpoint.num_blocks:
+            raise UsageError(
+                f"There are no blocks [{start}, {stop}): {checkpoint.name} has {checkpoint.num_blocks}, "
+                f"so 0 <= start < stop <= {checkpoint.num_blocks}."
+            )
+        anatomy = anatomy_of(checkpoint.config)
+        config = stage_config(checkpoint.config, start, stop)
+        # What lies outside the blocks is never read: the norm is replaced below, the embedding is one row.
+        tensors = {
+            key: torch.zeros(value.shape)
+            for key, value in skeleton_of(anatomy.base_class, config).state_dict().items()
+            if anatomy.block_of(key) is None
+        }
+        for done, block in enumerate(range(start, stop)):
+            if progress is not None:
+                progress(done, stop - start)
+            names = checkpoint.block_keys(block, block + 1)
+            # Within the stage the block is number `done`, not 0.
+            one, here = f"{anatomy.layers}.0.", f"{anatomy.layers}.{done}."
+            for key, tensor in checkpoint.read(names).items():
+                tensors[here + names[key].removeprefix(one)] = tensor
+        base = load_model(
+            anatomy.base_class,
+            config,
+            tensors,
+            dtype=resolve_dtype(dtype, checkpoint.config, device),
+            device=device,
+            name=f"{checkpoint.name}, blocks [{start}, {stop}),",
+        )
+        setattr(base, anatomy.norm, nn.Identity())
+        if progress is not None:
+            progress(stop - start, stop - start)
+        return cls(base, anatomy, start, stop)
+
+    def new_cache(self, start: int, stop: int) -> StageCache:
+        """An empty cache for one session that uses blocks `[start, stop)` of this stage.
+
+        Raises:
+            UsageError: the range is empty or not within this stage.
+        """
+        if not self.start <= start < stop <= self.stop:
+            raise UsageError(
+                f"Blocks [{start}, {stop}) are not all in this stage, which has [{self.start}, {self.stop})."
+            )
+        return StageCache(start, stop, offset=start - self.start)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        hidden: Tensor,
+        cache: StageCache,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Run the cache's blocks over some new tokens, and append these to the cache.
+
+        Args:
+            hidden: `[batch, tokens, hidden]`, of any floating dtype.
+            cache: from `new_cache`; it holds `past` tokens before this call and `past + tokens` after it.
+                A call that raises leaves it as it was.
+            attention_mask: `[batch, past + tokens]`, false or 0 at padding; None: no padding.
+            position_ids: `[batch, tokens]` (or `[1, tokens]`); None: counted from `past`.
+
+        Returns:
+            `[batch, tokens, hidden]`, contiguous, of the stage's dtype and on its device.
+
+        Raises:
+            UsageError: shapes do not fit each other, the cache or the model.
+        """
+        past = cache.tokens
+        self._check(hidden, cache, past, attention_mask, position_ids)
+        view = self._views.get((cache.start, cache.stop))
+        if view is None:
+            view = self._views[cache.start, cache.stop] = self._make_view(cache.start, cache.stop)
+        try:
+            return view(hidden.to(self.device, self.dtype), cache, past, attention_mask, position_ids)
+        except BaseException:
+            cache.truncate(past)
+            raise
+
+    def _check(
+        self,
+        hidden: Tensor,
+        cache: StageCache,
+        past: int,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> None:
+        shape = hidden.shape
+        if len(shape) != 3 or shape[2] != self.hidden_size or not shape[0] or not shape[1]:
+            raise UsageError(
+                f"Hidden states are [batch, tokens, {self.hidden_size}], none of them 0, not {list(shape)}."
+            )
+        batch, tokens = shape[0], shape[1]
+        if cache.start - cache.offset != self.start or cache.stop > self.stop:
+            raise UsageError("The cache belongs to another stage; take one from this stage's new_cache().")
+        if past and batch != cache.batch:
+            raise UsageError(f"The cache has a batch of {cache.batch}, the hidden states of {batch}.")
+        if attention_mask is not None and attention_mask.shape != (batch, past + tokens):
+            raise UsageError(
+                f"The attention mask is [batch, past + tokens] = [{batch}, {past + tokens}], "
+                f"not {list(attention_mask.shape)}."
+            )
+        if position_ids is not None and tuple(position_ids.shape) not in ((batch, tokens), (1, tokens)):
+            raise UsageError(
+                f"Position ids are [batch, tokens] = [{batch}, {tokens}], not {list(position_ids.shape)}."
+            )
+
+    def _make_view(self, start: int, stop: int) -> _View:
+        first, last = start - self.start, stop - self.start
+        blocks: Any = self._base.get_submodule(self._anatomy.layers)
+        view = copy.copy(self._base)
+        view._modules = dict(self._base._modules)
+        view._modules[self._anatomy.layers] = _Blocks(list(blocks)[first:last])
+        view.config = slice_config(self._base.config, first, last)
+        return _View(view)
+
+
+class _Blocks(nn.ModuleList):
+    """Base models loop over `self.layers[:n]`; a plain list would build a new module list at every step."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return self if index == slice(None, len(self)) else super().__getitem__(index)
+
+
+class _View:
+    """The base model with only some of its blocks, sharing all weights with it, and called quickly.
+
+    `forward` is the architecture's own function without transformers' decorators around it: these collect
+    intermediate results, which nobody asks for here, and cost as much as a rotary embedding at each step.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._forward = inspect.unwrap(type(model).forward)
+        self._model = model
+        self._window: int | None = getattr(model.config, "sliding_window", None)
+        self._maskless = copy.copy(model)
+        self._maskless.config = copy.copy(model.config)
+        self._maskless.config._attn_implementation = _NO_MASK
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        cache: StageCache,
+        past: int,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> Tensor:
+        model = self._model
+        if attention_mask is None:
+            # One new token without padding sees everything that the window reaches: no mask is needed.
+            if hidden.shape[1] == 1 and (self._window is None or past < self._window):
+                model = self._maskless
+        else:
+            attention_mask = attention_mask.to(hidden.device)
+        if position_ids is not None:
+            position_ids = position_ids.to(hidden.device)
+        out = self._forward(
+            model,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        result: Tensor = out.last_hidden_state
+        return result.contiguous()

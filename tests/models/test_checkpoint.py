@@ -1,0 +1,190 @@
+"""Finding a checkpoint, reading parts of it, and its fingerprint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from swarmkit.errors import ModelError, UsageError
+from swarmkit.models import fingerprint as fingerprints
+from swarmkit.models.checkpoint import Checkpoint
+
+from .tiny import make_checkpoint
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path, "llama", num_blocks=4, shards=3)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_checkpoint_tells_the_shape_of_its_model(folder: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    assert (checkpoint.model_type, checkpoint.num_blocks, checkpoint.hidden_size) == ("llama", 4, 32)
+    assert checkpoint.name == str(folder)
+    assert Checkpoint.open(checkpoint) is checkpoint
+
+
+def test_every_tensor_is_either_in_one_block_or_in_the_head(folder: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    parts = [set(checkpoint.block_keys(block, block + 1)) for block in range(4)] + [
+        set(checkpoint.head_keys())
+    ]
+    assert set().union(*parts) == set(checkpoint.weight_map)
+    assert sum(map(len, parts)) == len(checkpoint.weight_map)
+
+
+def test_blocks_are_renumbered_from_0(folder: Path) -> None:
+    keys = Checkpoint.open(folder).block_keys(2, 4)
+    assert keys["model.layers.2.mlp.up_proj.weight"] == "layers.0.mlp.up_proj.weight"
+    assert keys["model.layers.3.mlp.up_proj.weight"] == "layers.1.mlp.up_proj.weight"
+    assert set(Checkpoint.open(folder).head_keys()) == {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    }
+
+
+def test_only_the_asked_tensors_are_read(folder: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    assert set(checkpoint.read(["model.norm.weight"])) == {"model.norm.weight"}
+    with pytest.raises(ModelError, match=r"no tensor 'model\.nonsense'"):
+        checkpoint.read(["model.nonsense"])
+    with pytest.raises(UsageError, match="has 4 blocks"):
+        checkpoint.block_keys(3, 5)
+
+
+def test_the_fingerprint_is_of_the_content_not_the_place(folder: Path, tmp_path: Path) -> None:
+    there = shutil.copytree(folder, tmp_path / "elsewhere")
+    edit_config(there, transformers_version="0.0", _name_or_path="x", torch_dtype="float16", dtype="float16")
+    first = Checkpoint.open(folder).fingerprint
+    assert first == Checkpoint.open(folder).fingerprint == Checkpoint.open(there).fingerprint
+    assert len(first) == 32 and int(first, 16) >= 0
+
+
+def test_the_fingerprint_changes_with_one_config_value(folder: Path) -> None:
+    before = Checkpoint.open(folder).fingerprint
+    edit_config(folder, rms_norm_eps=1e-4)
+    assert Checkpoint.open(folder).fingerprint != before
+
+
+def test_the_fingerprint_changes_with_one_weight(folder: Path) -> None:
+    before = Checkpoint.open(folder).fingerprint
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    tensors = load_file(shard)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, shard, metadata={"format": "pt"})
+    assert Checkpoint.open(folder).fingerprint != before
+
+
+def test_a_file_is_hashed_once_until_it_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = sorted(folder.glob("*.safetensors"))
+    for shard in shards:
+        os.utime(shard, (1_000_000_000, 1_000_000_000))
+    before = Checkpoint.open(folder).fingerprint
+    hashed: list[int] = []
+    sha256 = fingerprints.hashlib.sha256
+    monkeypatch.setattr(
+        fingerprints.hashlib, "sha256", lambda *data: hashed.append(len(data)) or sha256(*data)
+    )
+    assert Checkpoint.open(folder).fingerprint == before
+    assert hashed == [1]  # the digest itself, no file
+    os.utime(shards[0], (1_000_000_001, 1_000_000_001))
+    assert Checkpoint.open(folder).fingerprint == before
+    assert hashed == [1, 0, 1] or hashed == [1, 1, 0]
+
+
+def test_a_file_that_has_just_changed_is_not_remembered(folder: Path) -> None:
+    shard = next(folder.glob("*.safetensors"))
+    fingerprints.file_sha256(shard)
+    assert fingerprints.recall(str(shard.resolve())) is None
+
+
+def test_a_folder_without_all_shards_has_no_fingerprint(folder: Path) -> None:
+    next(folder.glob("*.safetensors")).unlink()
+    with pytest.raises(ModelError, match="needs all"):
+        _ = Checkpoint.open(folder).fingerprint
+
+
+def without_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def with_bin_only(folder: Path) -> None:
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").touch()
+
+
+def without_weights(folder: Path) -> None:
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+
+
+def of_another_kind(folder: Path) -> None:
+    edit_config(folder, model_type="bloom")
+
+
+def of_an_unknown_kind(folder: Path) -> None:
+    edit_config(folder, model_type="frobnicator")
+
+
+def quantised(folder: Path) -> None:
+    edit_config(folder, quantization_config={"quant_method": "gptq"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without_config, r"no config\.json"),
+        (with_bin_only, r"only pytorch_model\.bin.*Convert them once"),
+        (without_weights, r"neither model\.safetensors nor"),
+        (of_another_kind, r"needs? a quirk.*alibi"),
+        (of_an_unknown_kind, r"'frobnicator' models have not been tried.*llama"),
+        (quantised, r"stored quantised \(gptq\)"),
+    ],
+)
+def test_what_cannot_be_opened_says_why(folder: Path, spoil: object, message: str) -> None:
+    spoil(folder)  # type: ignore[operator]
+    with pytest.raises(ModelError, match=message):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "a/b/c"])
+def test_a_missing_folder_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(ModelError, match="There is no folder"):
+        Checkpoint.open(name)
+
+
+def test_a_damaged_shard_says_so(folder: Path) -> None:
+    for shard in folder.glob("*.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(ModelError, match="damaged"):
+        Checkpoint.open(folder).read(["model.norm.weight"])
+
+
+def test_a_checkpoint_of_the_bare_base_model_has_the_same_keys_for_the_head(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, "qwen3", num_blocks=2)
+    bare = {
+        key.removeprefix("model."): value for key, value in load_file(folder / "model.safetensors").items()
+    }
+    save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint.open(folder)
+    assert set(checkpoint.head_keys().values()) == {"model.embed_tokens.weight", "model.norm.weight"}
+    assert "layers.0.mlp.up_proj.weight" in checkpoint.block_keys(1, 2).values()
+
+
+def test_half_the_bytes_for_half_the_width(folder: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.block_bytes(torch.float32) == 2 * checkpoint.block_bytes(torch.float16)
+    assert checkpoint.kv_bytes_per_token_per_block(torch.bfloat16) == 2 * 2 * 8 * 2

@@ -1,0 +1,160 @@
+"""Random checkpoints of every supported architecture, small enough to make in a test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+
+from swarmkit.models.stage import Stage, StageCache
+
+VOCABULARY = 61
+WINDOW = 6
+"""Sliding windows are shorter than the tests' sequences, so that their masks matter."""
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+_OWN: dict[str, dict[str, Any]] = {
+    "apertus": {},
+    "arcee": {},
+    "cohere": {},
+    "cohere2": {"sliding_window": WINDOW, "logit_scale": 0.5},
+    "ernie4_5": {"head_dim": 8},
+    "exaone4": {"sliding_window": WINDOW, "sliding_window_pattern": 2},
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": WINDOW, "query_pre_attn_scalar": 8},
+    "gemma3_text": {
+        "head_dim": 8,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0},
+        },
+    },
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "gpt_neox": {"num_key_value_heads": None},
+    "gpt_oss": {"head_dim": 8, "sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "granitemoe": {"embedding_multiplier": 3.0, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "helium": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "llama": {"tie_word_embeddings": False},
+    "minimax_m2": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "ministral": {"head_dim": 8, "sliding_window": WINDOW},
+    "ministral3": {"head_dim": 8},
+    "mistral": {"sliding_window": WINDOW},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW},
+    "nemotron": {},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": {"sliding_window": WINDOW},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "phi": {},
+    "phi3": {"sliding_window": WINDOW},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "decoder_sparse_step": 2,
+    },
+    "qwen3": {"head_dim": 8, "tie_word_embeddings": True},
+    "qwen3_moe": {
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [3],
+    },
+    "seed_oss": {"head_dim": 8},
+    "smollm3": {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": WINDOW},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": WINDOW},
+}
+
+ARCHITECTURES = sorted(_OWN)
+
+
+def tiny_config(model_type: str, num_blocks: int = 5, **changes: Any) -> PreTrainedConfig:
+    own = {**_COMMON, **_OWN.get(model_type, {}), **changes}
+    own = {key: value for key, value in own.items() if value is not None}
+    return CONFIG_MAPPING[model_type](num_hidden_layers=num_blocks, **own)
+
+
+def make_checkpoint(
+    tmp_path: Path, model_type: str, num_blocks: int = 5, shards: int = 1, seed: int = 0, **changes: Any
+) -> Path:
+    """A folder below `tmp_path` with a random model of `model_type`, in about `shards` safetensors files."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, num_blocks, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Untrained weights are so even that many a mistake would leave the tokens as they are.
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    model.tie_weights()
+    size = sum(parameter.numel() * 4 for parameter in model.parameters())
+    folder = tmp_path / f"{model_type}-{num_blocks}-{shards}-{seed}"
+    model.save_pretrained(folder, max_shard_size=size if shards == 1 else size // shards)
+    return folder
+
+
+def quantise_mxfp4(folder: Path) -> None:
+    """Replace the experts of a gpt_oss checkpoint (in one file) by random ones in its publisher's format."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = load_file(folder / "model.safetensors")
+    for key in [key for key in tensors if key.endswith("_proj") and ".experts." in key]:
+        experts, inside, outside = tensors.pop(key).shape
+        shape = (experts, outside, inside // 32)  # 32 values share a scale
+        scales = torch.randint(120, 126, shape, dtype=torch.uint8, generator=generator)
+        values = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        tensors |= {f"{key}_blocks": values, f"{key}_scales": scales}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+class StageChain(nn.Module):
+    """What a head calls, running some stages in this process; `caches` is the one session it has."""
+
+    def __init__(self, stages: list[Stage], ranges: list[tuple[int, int]] | None = None) -> None:
+        super().__init__()
+        self.stages = stages
+        self.ranges = ranges or [(stage.start, stage.stop) for stage in stages]
+        self.caches: list[StageCache] = []
+        self.start_session()
+
+    def start_session(self) -> None:
+        self.caches = [stage.new_cache(*ends) for stage, ends in zip(self.stages, self.ranges, strict=True)]
+
+    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        mask = kwargs["attention_mask"]
+        assert mask is None or (mask.ndim == 2 and mask.dtype == torch.bool)
+        assert "past_key_values" in kwargs
+        for stage, cache in zip(self.stages, self.caches, strict=True):
+            hidden = stage.forward(hidden, cache, attention_mask=mask, position_ids=kwargs["position_ids"])
+        return hidden.clone()
