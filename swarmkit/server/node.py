@@ -1,0 +1,224 @@
+"""A server's life: choose blocks, load, announce, serve, drain."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Literal
+
+import anyio
+import anyio.to_thread
+import torch
+from anyio.abc import TaskStatus
+
+from swarmkit._version import __version__
+from swarmkit.errors import UsageError
+from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.stage import Stage
+from swarmkit.net.connect import TransportFactory
+from swarmkit.net.identity import Identity
+from swarmkit.net.messages import SESSION_ENDPOINT
+from swarmkit.net.records import Announcement, ServerState, acceptable_now
+from swarmkit.net.registry import Registry
+from swarmkit.net.swarm_map import SwarmMap
+from swarmkit.net.transport import Transport
+from swarmkit.server.engine import BULK, Engine
+from swarmkit.server.placement import Served, choose_blocks
+from swarmkit.server.service import BlockService
+from swarmkit.server.throughput import measure_decode_rate
+from swarmkit.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+EventKind = Literal["joined", "loading", "loaded", "serving", "leaving", "left"]
+
+
+@dataclass(frozen=True)
+class ServerEvent:
+    """Something happened in a server's life; `message` is one line for people."""
+
+    kind: EventKind
+    message: str
+    fraction: float | None = None
+    """Of a long step that is under way, how much is done; None where that is not known."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What one server shall do."""
+
+    checkpoint: Checkpoint
+    blocks: tuple[int, int] | None = None
+    """Serve exactly these; None = choose where the swarm needs them most."""
+    num_blocks: int | None = None
+    """How many to choose; None = all of the model."""
+    device: str = "cpu"
+    dtype: str | torch.dtype = "auto"
+    public_name: str = ""
+    settings: ServerSettings = field(default_factory=ServerSettings)
+
+    def __post_init__(self) -> None:
+        total = self.checkpoint.num_blocks
+        if self.blocks is not None and not 0 <= self.blocks[0] < self.blocks[1] <= total:
+            low, high = self.blocks
+            raise UsageError(f"blocks {low}:{high} are not inside this model's 0:{total}")
+        if self.num_blocks is not None and not 1 <= self.num_blocks <= total:
+            raise UsageError(f"this model has {total} blocks; a server can hold 1 to {total}, not {self.num_blocks}")
+
+
+class ServerNode:
+    """One server, as a task: `run` owns everything that it starts."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        transport_factory: TransportFactory,
+        identity: Identity,
+        on_event: Callable[[ServerEvent], None] = lambda event: None,
+    ) -> None:
+        self._config = config
+        self._factory = transport_factory
+        self._identity = identity
+        self._tell = on_event
+        self._stop = anyio.Event()
+        self._life: anyio.CancelScope | None = None
+        self._drain_timeout = config.settings.drain_timeout
+        self._state: ServerState = "joining"
+        self._rate = 0.0
+        self.blocks: tuple[int, int] = config.blocks or (0, 0)
+        self.service: BlockService | None = None
+        self.transport: Transport | None = None
+
+    def request_stop(self, drain_timeout: float | None = None) -> None:
+        """Leave: finish what runs, let sessions move away for `drain_timeout` seconds, then end."""
+        if drain_timeout is not None:
+            self._drain_timeout = drain_timeout
+        self._stop.set()
+
+    def hurry(self) -> None:
+        """While leaving: wait for sessions no longer."""
+        if self.service is not None:
+            self.service.stop_waiting()
+
+    def crash(self) -> None:
+        """End as a crash would: nothing is announced, streams just end."""
+        if self._life is not None:
+            self._life.cancel()
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Serve until `request_stop` or `crash`, or until cancelled."""
+        with anyio.CancelScope() as self._life:
+            await self._run(task_status)
+        self._tell(ServerEvent("left", "stopped"))
+
+    async def _run(self, task_status: TaskStatus[None]) -> None:
+        config = self._config
+        async with AsyncExitStack() as owned:
+            fingerprint = await anyio.to_thread.run_sync(lambda: config.checkpoint.fingerprint)
+            transport = await self._factory(self._identity, acceptable_now)
+            owned.push_async_callback(_shielded, transport.close)
+            self.transport = transport
+            registry = Registry(transport)
+            self._tell(ServerEvent("joined", f"joined as {transport.peer_id}"))
+
+            self.blocks = await self._choose(registry, fingerprint)
+            await self._announce(registry, fingerprint)
+            stage = await self._load()
+            engine = Engine(config.device)
+            owned.push_async_callback(_shielded, lambda: anyio.to_thread.run_sync(engine.close))
+            self._rate = (await engine.run(lambda: measure_decode_rate(stage), BULK)).value
+            self.service = service = BlockService(
+                stage,
+                fingerprint,
+                config.checkpoint.kv_bytes_per_token_per_block(stage.dtype),
+                engine,
+                config.settings,
+            )
+            await transport.listen(SESSION_ENDPOINT, service.serve)
+            self._state = "online"
+            await self._announce(registry, fingerprint)
+            low, high = self.blocks
+            self._tell(ServerEvent("serving", f"serving blocks {low}:{high} at {self._rate:.0f} tokens/s"))
+            task_status.started()
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._announce_forever, registry, fingerprint)
+                await self._stop.wait()
+                await self._leave(registry, fingerprint, service)
+                tasks.cancel_scope.cancel()
+
+    async def _choose(self, registry: Registry, fingerprint: str) -> tuple[int, int]:
+        config = self._config
+        view = await registry.look_up(fingerprint, config.checkpoint.num_blocks)
+        others = view.servers(time.time(), ("joining", "online"))
+        # Until it has measured itself, a newcomer counts as a typical server, so that several that start
+        # together do not all fill the same hole.
+        self._rate = statistics.median([o.throughput for o in others]) if others else 1.0
+        if config.blocks is not None:
+            return config.blocks
+        total = config.checkpoint.num_blocks
+        served = [Served(o.start, o.stop, max(o.throughput, 1e-6)) for o in others]
+        return choose_blocks(total, config.num_blocks or total, served)
+
+    async def _load(self) -> Stage:
+        low, high = self.blocks
+        config = self._config
+        self._tell(ServerEvent("loading", f"loading blocks {low}:{high} of {config.checkpoint.name}", 0.0))
+
+        def progress(done: int, total: int) -> None:
+            self._tell(ServerEvent("loading", f"loading blocks {low}:{high}", done / max(total, 1)))
+
+        stage = await anyio.to_thread.run_sync(
+            lambda: Stage.load(
+                config.checkpoint, low, high, dtype=config.dtype, device=config.device, progress=progress
+            )
+        )
+        self._tell(ServerEvent("loaded", f"loaded blocks {low}:{high}", 1.0))
+        return stage
+
+    async def _announce(self, registry: Registry, fingerprint: str) -> None:
+        config, transport, service = self._config, self.transport, self.service
+        assert transport is not None
+        announcement = Announcement(
+            peer_id=transport.peer_id,
+            fingerprint=fingerprint,
+            model=config.checkpoint.name[-256:],
+            num_blocks=config.checkpoint.num_blocks,
+            start=self.blocks[0],
+            stop=self.blocks[1],
+            state=self._state,
+            throughput=self._rate,
+            free_cache_tokens=service.free_cache_tokens if service else 0,
+            dtype=str(config.dtype).removeprefix("torch."),
+            addresses=tuple(transport.addresses)[:16],
+            public_name=config.public_name[:64],
+            software=f"swarmkit {__version__}",
+            sequence=time.time_ns(),
+            expires_at=time.time() + config.settings.record_lifetime,
+        )
+        if await registry.announce(announcement) == 0:
+            logger.warning("no peer accepted our announcement; will try again")
+
+    async def _announce_forever(self, registry: Registry, fingerprint: str) -> None:
+        while True:
+            await anyio.sleep(self._config.settings.announce_period)
+            if self._state == "online":
+                await self._announce(registry, fingerprint)
+
+    async def _leave(self, registry: Registry, fingerprint: str, service: BlockService) -> None:
+        self._state = "leaving"
+        service.leaving = True
+        self._tell(ServerEvent("leaving", f"leaving; {service.num_sessions} sessions are moving away"))
+        await self._announce(registry, fingerprint)
+        if not await service.drain(self._drain_timeout):
+            logger.warning("%d sessions had not moved away in time", service.num_sessions)
+
+
+async def _shielded(close: Callable[[], object]) -> None:
+    """Run a closing coroutine to its end even when its owner is being cancelled."""
+    with anyio.CancelScope(shield=True):
+        await close()  # type: ignore[misc]

@@ -1,0 +1,149 @@
+"""`Server`: the synchronous face of a server node."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from swarmkit.errors import UsageError
+from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.net import portal
+from swarmkit.net.connect import TransportFactory, over_hivemind
+from swarmkit.net.identity import Identity
+from swarmkit.net.tasks import start_task
+from swarmkit.server.node import ServerConfig, ServerEvent, ServerNode
+from swarmkit.settings import ServerSettings
+
+
+class Server:
+    """Serves some blocks of a model to a swarm, from `start()` to `stop()` (or a `with` block).
+
+    Example::
+
+        with swarmkit.Server("tiny-chat", blocks=(0, 4)) as server:
+            print(server.addresses)
+            server.wait()
+
+    Args:
+        model: `"tiny-chat"`, a local folder, or a Hub repo id; or an opened `Checkpoint`.
+        initial_peers: addresses of peers of the swarm to join; none = start a swarm.
+        blocks: serve exactly blocks [a, b); otherwise they are chosen where the swarm is weakest.
+        num_blocks: how many to choose; all blocks of the model if not given.
+        device: a torch device.
+        dtype: a torch dtype or its name; `"auto"` = float32 on CPU, the checkpoint's own elsewhere.
+        public_name: how this server is called in status pages.
+        identity_path: a file that keeps this server's key, so that its name and address stay the same.
+        transport: how to reach the swarm; over hivemind on loopback if not given.
+        on_event: called with each `ServerEvent`, on the event loop's thread.
+
+    Raises:
+        UsageError: blocks outside the model.
+        ModelError: the checkpoint cannot be found or read.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Checkpoint,
+        *,
+        initial_peers: Sequence[str] = (),
+        blocks: tuple[int, int] | None = None,
+        num_blocks: int | None = None,
+        device: str = "cpu",
+        dtype: str | torch.dtype = "auto",
+        public_name: str = "",
+        identity_path: str | os.PathLike[str] | None = None,
+        transport: TransportFactory | None = None,
+        settings: ServerSettings | None = None,
+        on_event: Callable[[ServerEvent], None] = lambda event: None,
+    ) -> None:
+        config = ServerConfig(
+            checkpoint=Checkpoint.open(model),
+            blocks=blocks,
+            num_blocks=num_blocks,
+            device=device,
+            dtype=dtype,
+            public_name=public_name,
+            settings=settings or ServerSettings(),
+        )
+        identity = Identity.load_or_create(Path(identity_path)) if identity_path else Identity()
+        self._node = ServerNode(config, transport or over_hivemind(initial_peers), identity, on_event)
+        self._lease: portal.Lease | None = None
+        self._running: Future[None] | None = None
+        self.peer_id = identity.peer_id
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """The blocks [a, b) that are served."""
+        return self._node.blocks
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where this server can be dialled; other peers take them as `initial_peers`."""
+        transport = self._node.transport
+        return list(transport.addresses) if transport else []
+
+    @property
+    def node(self) -> ServerNode:
+        """The node behind this face, for those who look inside."""
+        return self._node
+
+    def start(self) -> Server:
+        """Load, announce and serve; returns when clients can use the server."""
+        if self._running is not None:
+            raise UsageError("this server was started before; make a new one")
+        self._lease = portal.lease()
+        try:
+            self._running = start_task(self._lease, self._node.run)
+        except BaseException:
+            self._lease.close()
+            raise
+        return self
+
+    def stop(self, drain_timeout: float | None = None) -> None:
+        """Leave cleanly: announce it, finish running steps, give sessions time to move away.
+
+        Args:
+            drain_timeout: seconds for sessions to move; the settings' `drain_timeout` if not given.
+        """
+        if self._lease is None or self._running is None:
+            return
+        self._lease.call_soon(lambda: self._node.request_stop(drain_timeout))
+        self._finish()
+
+    def hurry(self) -> None:
+        """While `stop` waits in another thread: wait for sessions no longer."""
+        if self._lease is not None:
+            self._lease.call_soon(self._node.hurry)
+
+    def kill(self) -> None:
+        """End at once, as a crash would: nothing is announced, streams just end."""
+        if self._lease is None or self._running is None:
+            return
+        self._lease.call_soon(self._node.crash)
+        self._finish()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Block until the server has stopped, or raise TimeoutError."""
+        if self._running is not None:
+            self._running.result(timeout)
+
+    def _finish(self) -> None:
+        assert self._lease is not None and self._running is not None
+        try:
+            self._running.result()
+        finally:
+            self._lease.close()
+            self._lease = None
+
+    def __enter__(self) -> Server:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
