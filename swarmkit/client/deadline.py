@@ -1,0 +1,83 @@
+"""When has a peer been silent for too long? A deadline that follows the steps seen so far.
+
+Fixed time-outs are wrong twice: a minute is an eternity in a chat, and a second is too short for a long
+prompt on a slow machine. As TCP does for its retransmissions (RFC 6298), the smoothed time and its variation
+are kept for each peer, separately for single tokens and, per token, for longer steps; the deadline is a
+multiple well above them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_GAIN = 0.125
+_GAIN_VARIATION = 0.25
+_VARIATIONS = 4.0
+_UNMEASURED_S = 5.0
+"""Added to what a peer claims about itself while nothing was measured: it may be busy, or warming up."""
+
+
+@dataclass(frozen=True)
+class DeadlinePolicy:
+    """Attributes: first_s: at most, before anything was measured; min_s: never below; factor: x usual time."""
+
+    first_s: float
+    min_s: float
+    factor: float
+
+
+class _Smoothed:
+    """A mean and its mean deviation, both moving."""
+
+    def __init__(self, first: float) -> None:
+        self.mean = first
+        self.deviation = first / 2
+
+    def observe(self, value: float) -> None:
+        self.deviation += _GAIN_VARIATION * (abs(value - self.mean) - self.deviation)
+        self.mean += _GAIN * (value - self.mean)
+
+    @property
+    def upper(self) -> float:
+        return self.mean + _VARIATIONS * self.deviation
+
+
+class StepTimes:
+    """How long the steps of one peer take, from sending to having the answer, in seconds."""
+
+    def __init__(self, claimed_rate: float = 0.0) -> None:
+        """Args: claimed_rate: tokens per second that the peer announces; 0 = unknown."""
+        self._claimed_rate = claimed_rate
+        self._single: _Smoothed | None = None
+        self._per_token: _Smoothed | None = None
+
+    @property
+    def round_trip_s(self) -> float | None:
+        """The usual time of a one-token step, or None if none was seen."""
+        return self._single.mean if self._single else None
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Note a step of `tokens` (batch x tokens)."""
+        if tokens <= 1:
+            if self._single is None:
+                self._single = _Smoothed(seconds)
+            self._single.observe(seconds)
+        else:
+            if self._per_token is None:
+                self._per_token = _Smoothed(seconds / tokens)
+            self._per_token.observe(seconds / tokens)
+
+    def deadline_s(self, tokens: int, policy: DeadlinePolicy) -> float:
+        """Seconds to wait for a step of `tokens`."""
+        single, per_token = self._single, self._per_token
+        if single is None and per_token is None:
+            if not self._claimed_rate:
+                return policy.first_s
+            claimed = _UNMEASURED_S + policy.factor * tokens / self._claimed_rate
+            return max(policy.min_s, min(policy.first_s, claimed))
+        if tokens <= 1 and single is not None:
+            usual = single.upper
+        else:
+            # One token cannot take longer than one token by itself, whichever of the two was measured.
+            usual = (single.upper if single else 0.0) + tokens * (per_token or single or _Smoothed(0.0)).upper
+        return max(policy.min_s, policy.factor * usual)

@@ -1,0 +1,56 @@
+"""What the client sent to a stage: all that is needed to rebuild a lost server's cache elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+class History:
+    """The inputs [batch, tokens, hidden] of one stage of a session, on the CPU, in the order of positions.
+
+    Kept in one buffer that grows by doubling, because it is cropped and reordered as the session is.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: torch.Tensor | None = None
+        self.tokens = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, spare room included."""
+        return 0 if self._buffer is None else self._buffer.nbytes
+
+    def write(self, position: int, hidden: torch.Tensor) -> None:
+        """Forget everything from `position` on, then append `hidden` [batch, tokens, hidden]."""
+        if position > self.tokens:
+            raise ValueError(f"position {position} is beyond the {self.tokens} tokens of this history")
+        rows, tokens, width = hidden.shape
+        if self._buffer is None or (position == 0 and rows != self._buffer.shape[0]):
+            self._buffer = hidden.new_empty(rows, _room_for(tokens), width)
+        elif position + tokens > self._buffer.shape[1]:
+            grown = hidden.new_empty(rows, _room_for(position + tokens), width)
+            grown[:, :position] = self._buffer[:, :position]
+            self._buffer = grown
+        self._buffer[:, position : position + tokens] = hidden
+        self.tokens = position + tokens
+
+    def crop(self, tokens: int) -> None:
+        """Keep the first `tokens` positions."""
+        self.tokens = min(self.tokens, tokens)
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Row i becomes what row order[i] was; `order` may repeat rows or leave some out."""
+        if self._buffer is not None:
+            self._buffer = self._buffer.index_select(0, torch.tensor(order, dtype=torch.int64))
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Positions [start, stop) as [batch, stop - start, hidden], contiguous."""
+        if self._buffer is None or stop > self.tokens:
+            raise ValueError(f"positions {start}:{stop} are not in a history of {self.tokens} tokens")
+        return self._buffer[:, start:stop].contiguous()
+
+
+def _room_for(tokens: int) -> int:
+    return max(64, 1 << (tokens - 1).bit_length())

@@ -1,0 +1,197 @@
+"""`SwarmModelForCausalLM`: the Hugging Face model itself, with its blocks served by a swarm."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from swarmkit.client.connection import Connection
+from swarmkit.client.remote_blocks import RemoteBlocks
+from swarmkit.client.session import Session, SwarmCache, active_session, session_of
+from swarmkit.client.swarm import ModelRef, SwarmClient
+from swarmkit.client.trace import SessionEvent, StepTrace
+from swarmkit.errors import UsageError
+from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.head import build_head
+from swarmkit.net.connect import TransportFactory, over_hivemind
+from swarmkit.settings import ClientSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    _Base = PreTrainedModel
+else:
+    _Base = object
+
+_DEFAULT_LENGTH = 2**20
+
+
+class SwarmModelForCausalLM(_Base):
+    """A causal language model whose blocks are served by others.
+
+    An instance *is* the model's ordinary class (`LlamaForCausalLM`, …): `generate()`, logits processors,
+    streamers and chat templates work as they are. The embeddings and the LM head are here, the blocks are not.
+
+    Example::
+
+        model = SwarmModelForCausalLM.from_pretrained("tiny-chat", initial_peers=[address])
+        model.generate(**model.tokenizer()("Hello", return_tensors="pt"), max_new_tokens=20)
+    """
+
+    _swarm: Connection
+    _checkpoint: Checkpoint
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        model: str | os.PathLike[str] | Checkpoint,
+        *,
+        initial_peers: Sequence[str] = (),
+        transport: TransportFactory | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str = "cpu",
+        settings: ClientSettings | None = None,
+        on_event: Callable[[SessionEvent], None] | None = None,
+        **hub: Any,
+    ) -> SwarmModelForCausalLM:
+        """Load embeddings and head, and join the swarm that serves the blocks.
+
+        Args:
+            model: `"tiny-chat"`, a local folder, a Hub repo id, or an opened `Checkpoint`.
+            initial_peers: addresses of peers of the swarm, as `swarmkit serve` and `bootstrap` print them.
+            transport: another way to reach the swarm; over hivemind if not given.
+            dtype: of embeddings, head and the hidden states sent; `"auto"` = float32 on CPU.
+            on_event: called with each `SessionEvent`, on the event loop's thread.
+            hub: `revision` and `token`, for models from the Hub.
+
+        Raises:
+            ModelError: the checkpoint cannot be found or read.
+            TransportError: no initial peer answered.
+        """
+        if not initial_peers and transport is None:
+            raise UsageError(
+                "which swarm? give initial_peers=[…] (the address that `swarmkit serve` prints), "
+                "or start one here with swarmkit.LocalSwarm(…)"
+            )
+        checkpoint = Checkpoint.open(model, **hub)
+        reference = ModelRef(
+            checkpoint.name, checkpoint.fingerprint, checkpoint.num_blocks, checkpoint.hidden_size
+        )
+        factory = transport or over_hivemind(initial_peers, client_mode=True)
+        connection = Connection(lambda: SwarmClient(reference, factory, settings))
+        try:
+            if on_event is not None:
+                connection.client.listeners.append(on_event)
+            length = getattr(checkpoint.config, "max_position_embeddings", None) or _DEFAULT_LENGTH
+            blocks = RemoteBlocks(
+                lambda: Session(connection, length), _first_attention_type(checkpoint.config)
+            )
+            head = build_head(checkpoint, blocks, dtype=dtype, device=device, mixin=SwarmModelForCausalLM)
+        except BaseException:
+            connection.close()
+            raise
+        assert isinstance(head, SwarmModelForCausalLM)
+        head._swarm = connection
+        head._checkpoint = checkpoint
+        return head
+
+    # ------------------------------------------------------------------ the swarm
+
+    @property
+    def trace(self) -> list[StepTrace]:
+        """The last steps, oldest first: which peer took how long in queue, compute and network."""
+        return list(self._swarm.client.trace)
+
+    @property
+    def events(self) -> list[SessionEvent]:
+        """The last changes of routes, oldest first."""
+        return list(self._swarm.client.events)
+
+    @property
+    def connection(self) -> Connection:
+        """The connection to the swarm, for those who look inside."""
+        return self._swarm
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer."""
+        return self._checkpoint.tokenizer()
+
+    def session(self, max_length: int | None = None) -> Session:
+        """A session that keeps its cache over several calls; see `Session`.
+
+        Args:
+            max_length: tokens per row that it may hold; what the model can take if not given.
+        """
+        limit = getattr(self.config, "max_position_embeddings", None) or _DEFAULT_LENGTH
+        return Session(self._swarm, limit if max_length is None else max_length)
+
+    def close(self) -> None:
+        """Leave the swarm. Done by itself when the model is forgotten or the program ends."""
+        self._swarm.close()
+
+    def __enter__(self) -> SwarmModelForCausalLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ transformers
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """`transformers`' own `generate()`, over a session.
+
+        The session is `session=…`, or the one whose `with` block encloses the call, or one for this call.
+        """
+        session = kwargs.pop("session", None) or active_session(self._swarm)
+        if session is None:
+            return self._generate_once(inputs, *args, **kwargs)
+        if kwargs.get("past_key_values") is not None:
+            raise UsageError("give either a session or past_key_values, not both")
+        tokens = inputs if inputs is not None else kwargs.get("input_ids")
+        if tokens is None:
+            raise UsageError("a session needs token ids: give input_ids, not inputs_embeds")
+        session.align(tokens, kwargs.get("attention_mask"))
+        session.remember(None)
+        output = super().generate(inputs, *args, past_key_values=SwarmCache(session), **kwargs)
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        session.remember(sequences if self._rows_are_sequences(session, sequences, tokens, kwargs) else None)
+        return output
+
+    def _generate_once(self, inputs: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        """Generate over a session that ends with the call, unless the caller keeps the cache."""
+        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache") is False:
+            return super().generate(inputs, *args, **kwargs)
+        with_cache = Session(self._swarm, self._length_limit())
+        try:
+            output = super().generate(inputs, *args, past_key_values=SwarmCache(with_cache), **kwargs)
+        except BaseException:
+            with_cache.close()
+            raise
+        if session_of(getattr(output, "past_key_values", None)) is not with_cache:
+            with_cache.close()
+        return output
+
+    def _length_limit(self) -> int:
+        return getattr(self.config, "max_position_embeddings", None) or _DEFAULT_LENGTH
+
+    @staticmethod
+    def _rows_are_sequences(
+        session: Session, sequences: torch.Tensor, tokens: torch.Tensor, kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether the cache's rows hold the very tokens of the sequences: not so after beam search."""
+        config = kwargs.get("generation_config")
+        beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
+        same_rows = sequences.shape[0] == tokens.shape[0] == session.chain.rows
+        return beams == 1 and same_rows and sequences.shape[1] >= session.position
+
+
+def _first_attention_type(config: Any) -> str:
+    types = getattr(config, "layer_types", None)
+    return types[0] if types else "full_attention"

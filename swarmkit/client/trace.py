@@ -1,0 +1,97 @@
+"""What happened: one record per step, hop by hop, and one event per change of route."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class HopTrace:
+    """One server's part of one step, in milliseconds.
+
+    `network_ms` is what remains of the time the client waited: both ways, encoding, and event loops.
+    """
+
+    peer_id: str
+    label: str
+    start: int
+    stop: int
+    queue_ms: float
+    compute_ms: float
+    network_ms: float
+
+    @property
+    def total_ms(self) -> float:
+        return self.queue_ms + self.compute_ms + self.network_ms
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """One step of a session: `tokens` new positions of `rows` rows, from `position` on."""
+
+    position: int
+    rows: int
+    tokens: int
+    total_ms: float
+    hops: tuple[HopTrace, ...]
+    recovered: bool
+    """Whether a server was lost and replaced on the way."""
+
+
+@dataclass(frozen=True)
+class RoutePlanned:
+    """A session chose the servers it starts with."""
+
+    route: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "route: " + " → ".join(self.route)
+
+
+@dataclass(frozen=True)
+class PeerLost:
+    """A server of the route failed, or said that it leaves."""
+
+    peer_id: str
+    label: str
+    start: int
+    stop: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"lost {self.label} [{self.start}:{self.stop}]: {self.reason}"
+
+
+@dataclass(frozen=True)
+class PeerReplaced:
+    """The blocks of a lost server are served by others, who now hold what it held."""
+
+    peer_id: str
+    label: str
+    replaced_by: tuple[str, ...]
+    """Peer ids."""
+    route: tuple[str, ...]
+    replayed_tokens: int
+    stall_ms: float
+    """From noticing the loss to having the output of the replacement."""
+
+    def __str__(self) -> str:
+        return (
+            f"replaced {self.label} by {' → '.join(self.route)}: "
+            f"replayed {self.replayed_tokens} tokens in {self.stall_ms:.0f} ms"
+        )
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Nobody serves some blocks; the session waits for a newcomer."""
+
+    missing: tuple[tuple[int, int], ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        named = ", ".join(f"{low}:{high}" for low, high in self.missing)
+        return f"nobody serves blocks {named}; waiting up to {self.seconds:.0f} s for a newcomer"
+
+
+SessionEvent = RoutePlanned | PeerLost | PeerReplaced | Waiting
