@@ -1,0 +1,114 @@
+"""How long does a chat stand still when a server in use is killed?"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from swarmkit.client.trace import PeerReplaced
+from swarmkit.local import LocalSwarm
+from swarmkit.server_process import ServerProcess
+
+_PROMPT_TOKENS = 16
+
+
+class _KillAfter:
+    """A streamer that has a server killed, from another thread, after so many tokens, and notes the wait."""
+
+    def __init__(self, tokens: int, victim: Callable[[], ServerProcess]) -> None:
+        self._after = tokens
+        self._victim = victim
+        self._count = -1  # the prompt comes first
+        self._thread = threading.Thread(target=self._kill, name="swarmkit-bench-kill")
+        self.killed_at = 0.0
+        self.stamps: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.stamps.append(time.perf_counter())
+        self._count += 1
+        if self._count == self._after:
+            self._thread.start()
+
+    def end(self) -> None:
+        self._thread.join()
+
+    def _kill(self) -> None:
+        victim = self._victim()
+        self.killed_at = time.perf_counter()
+        victim.kill()
+
+    @property
+    def stall_ms(self) -> float:
+        """From SIGKILL to the first token that was computed without the killed server.
+
+        A token whose step had passed the victim already may still come; the longest wait after the kill is
+        the one that counts.
+        """
+        later = [self.killed_at, *(stamp for stamp in self.stamps if stamp > self.killed_at)]
+        return max(b - a for a, b in zip(later, later[1:], strict=False)) * 1e3
+
+
+def bench_failover(
+    model: str,
+    *,
+    trials: int = 5,
+    tokens: int = 64,
+    threads: int = 1,
+    seed: int = 0,
+    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """Kill a random server of the route with SIGKILL after a random token; two stages, two replicas each."""
+    torch.set_num_threads(threads)
+    chance = random.Random(seed)
+    stalls, usual, replayed, equal = [], [], [], 0
+    on_progress("starting", 0, trials)
+    with LocalSwarm(model, num_stages=2, replicas=2, processes=True, threads=threads) as swarm:
+        remote = swarm.model()
+        prompt = torch.arange(3, 3 + _PROMPT_TOKENS).unsqueeze(0) % swarm.checkpoint.config.vocab_size
+        options: dict[str, Any] = {
+            "attention_mask": torch.ones_like(prompt),
+            "max_new_tokens": tokens,
+            "min_new_tokens": tokens,
+            "do_sample": False,
+        }
+        undisturbed = remote.generate(prompt, **options)
+        for trial in range(trials):
+            stage = chance.randrange(2)
+            streamer = _KillAfter(
+                chance.randrange(tokens // 4, tokens * 3 // 4),
+                lambda stage=stage: _server(swarm, remote.trace[-1].hops[stage].peer_id),  # type: ignore[misc]
+            )
+            known = len(remote.events)
+            disturbed = remote.generate(prompt, streamer=streamer, **options)
+            equal += int(torch.equal(undisturbed, disturbed))
+            stalls.append(streamer.stall_ms)
+            usual.append(statistics.median(step.total_ms for step in remote.trace[-tokens:] if step.tokens == 1))
+            replaced = [event for event in remote.events[known:] if isinstance(event, PeerReplaced)]
+            replayed.append(replaced[-1].replayed_tokens if replaced else 0)
+            on_progress("killed and recovered", trial + 1, trials)
+            if trial + 1 < trials:
+                dead = next(s for s in swarm.servers if isinstance(s, ServerProcess) and not s.alive)
+                swarm.servers.remove(dead)
+                swarm.add_server(dead.blocks)
+                remote.connection.call(remote.connection.client.refresh)
+    return {
+        "model": model,
+        "trials": trials,
+        "equal": equal,
+        "stall_ms": [round(stall, 1) for stall in stalls],
+        "stall_ms_median": round(statistics.median(stalls), 1),
+        "stall_ms_max": round(max(stalls), 1),
+        "usual_ms_per_token": round(statistics.median(usual), 2),
+        "replayed_tokens": replayed,
+        "threads": threads,
+    }
+
+
+def _server(swarm: LocalSwarm, peer_id: str) -> ServerProcess:
+    return next(s for s in swarm.servers if isinstance(s, ServerProcess) and s.peer_id == peer_id)

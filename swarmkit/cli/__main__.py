@@ -1,0 +1,3 @@
+from swarmkit.cli import main
+
+main()

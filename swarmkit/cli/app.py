@@ -1,0 +1,59 @@
+"""The list of commands and the options that they share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from swarmkit._version import __version__
+
+Model = Annotated[
+    str, typer.Argument(help="`tiny-chat` (comes with swarmkit), a local folder, or a Hub repo id.")
+]
+Join = Annotated[
+    list[str] | None,
+    typer.Option("--join", "-j", metavar="ADDRESS", help="A peer of the swarm to join; may be repeated."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more about what happens.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads for computing.")]
+Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps, …")]
+DType = Annotated[
+    str, typer.Option("--dtype", help="auto (float32 on CPU), float32, bfloat16 or float16.")
+]
+
+app = typer.Typer(
+    name="swarmkit",
+    help="Run language models that are too big for any one of your machines, by pooling ordinary ones.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"swarmkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Run language models that are too big for any one of your machines, by pooling ordinary ones."""
+
+
+# Importing a command's file adds it to `app`; the order is the order in `--help`.
+from swarmkit.cli import (  # noqa: E402
+    demo,  # noqa: F401
+    serve,  # noqa: F401, I001
+    bootstrap,  # noqa: F401
+    generate,  # noqa: F401
+    chat,  # noqa: F401
+    status,  # noqa: F401
+    bench,  # noqa: F401
+)

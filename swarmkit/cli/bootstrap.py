@@ -1,0 +1,61 @@
+"""`swarmkit bootstrap`: a fixed address through which others find each other."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from swarmkit.cli import console
+from swarmkit.cli.app import Join, Json, Verbose, app
+from swarmkit.cli.signals import end_request
+
+
+@app.command()
+def bootstrap(
+    join: Join = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for every network.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 = any free port.")] = 0,
+    announce: Annotated[
+        list[str] | None,
+        typer.Option("--announce", metavar="ADDRESS", help="Tell others this address instead of our own."),
+    ] = None,
+    identity: Annotated[
+        str | None,
+        typer.Option("--identity", metavar="FILE", help="Keep this peer's key, so that its address stays."),
+    ] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run a peer that serves no model: a meeting point with an address that stays the same.
+
+    Examples:
+
+        swarmkit bootstrap --host 0.0.0.0 --port 31337 --identity ~/.swarmkit/bootstrap.key
+    """
+    console.setup(verbose)
+    from pathlib import Path
+
+    from swarmkit.net import portal
+    from swarmkit.net.connect import over_hivemind
+    from swarmkit.net.identity import Identity
+    from swarmkit.net.records import acceptable_now
+
+    key = Identity.load_or_create(Path(identity).expanduser()) if identity else Identity()
+    factory = over_hivemind(join or (), host=host, port=port, announce=announce or ())
+    with end_request() as end, portal.lease() as lease:
+        transport = lease.call(factory, key, acceptable_now)
+        try:
+            if json:
+                console.emit_json(
+                    event="listening", peer_id=transport.peer_id, addresses=list(transport.addresses)
+                )
+            else:
+                console.err.print("[green]●[/] listening; others join with")
+                for address in transport.addresses:
+                    console.out.print(f"  --join {address}", soft_wrap=True)
+            end.wait()
+        finally:
+            lease.call(transport.close)

@@ -1,0 +1,66 @@
+"""What commands show: one clear line per event for people, one JSON object per line for programs.
+
+Where a command can be read by a program, everything meant for people goes to standard error, so that standard
+output holds nothing but the result.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def setup(verbose: bool, threads: int | None = None) -> None:
+    """Prepare logging, and torch's threads if given. Call before anything heavy is imported."""
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=err, show_path=False, rich_tracebacks=False)],
+    )
+    for noisy in ("hivemind", "httpx", "urllib3", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' own bars and advice out of our output."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def set_threads(threads: int | None) -> None:
+    """Let torch use so many threads; None = as many as it likes."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def to_stderr() -> None:
+    """Show people everything on standard error: the result alone goes to standard output."""
+    global out
+    out = err
+
+
+def fail(error: BaseException) -> None:
+    """Say what went wrong, in one paragraph."""
+    err.print(f"[bold red]error[/] {error}", soft_wrap=True)
+
+
+def emit_json(**fields: Any) -> None:
+    """One JSON object on a line of its own, at once."""
+    sys.stdout.write(json.dumps(fields, ensure_ascii=False) + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,74 @@
+"""`swarmkit generate`: one answer."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from swarmkit.cli import console
+from swarmkit.cli.app import Join, Json, Model, Threads, Verbose, app
+
+MaxTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 = always the likeliest token.")]
+TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from this share of probability.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What to say; `-` reads standard input.")],
+    join: Join = None,
+    max_new_tokens: MaxTokens = 200,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text; use no chat template.")] = False,
+    threads: Threads = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Print a model's answer to one prompt, as it comes.
+
+    Examples:
+
+        swarmkit generate tiny-chat "What is 3 + 4?"
+
+        swarmkit generate Qwen/Qwen3-32B "Write a haiku" --join … --temperature 0.7 --seed 1
+    """
+    console.setup(verbose, threads)
+    console.quiet_transformers()
+    console.set_threads(threads)
+    from swarmkit.cli import talk
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with talk.model_of(model, join, lambda event: None) as remote:
+        tokenizer = remote.tokenizer()
+        chat = not raw and talk.has_chat_template(tokenizer)
+        answer = talk.answer(
+            remote,
+            tokenizer,
+            [{"role": "user", "content": text}] if chat else text,
+            write=(lambda piece: None) if json else lambda piece: console.out.print(piece, end="", markup=False),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
+        if json:
+            console.emit_json(
+                answer=answer.text,
+                tokens=len(answer.tokens),
+                tokens_per_s=round(answer.tokens_per_s, 2),
+                route=[str(hop) for hop in _last_route(remote)],
+            )
+        else:
+            console.out.print()
+            console.err.print(f"{len(answer.tokens)} tokens, {answer.tokens_per_s:.1f} tokens/s", style="dim")
+
+
+def _last_route(remote: object) -> list[str]:
+    trace = remote.trace  # type: ignore[attr-defined]
+    return [f"{hop.label} [{hop.start}:{hop.stop}]" for hop in trace[-1].hops] if trace else []

@@ -1,0 +1,36 @@
+"""A route, hop by hop, with where the time went."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from swarmkit.client.trace import StepTrace
+
+
+def route_table(trace: Sequence[StepTrace], last: int = 32) -> Table:
+    """The route of the last step; times are medians over the last single-token steps on that route."""
+    route = [(hop.peer_id, hop.start, hop.stop) for hop in trace[-1].hops]
+    same = [
+        step
+        for step in trace
+        if step.tokens == 1 and [(hop.peer_id, hop.start, hop.stop) for hop in step.hops] == route
+    ][-last:] or [trace[-1]]
+    table = Table(show_edge=False, pad_edge=False, header_style="dim")
+    table.add_column("hop")
+    table.add_column("blocks")
+    for heading in ("queue", "compute", "network"):
+        table.add_column(f"{heading} ms", justify="right")
+    for index, hop in enumerate(trace[-1].hops):
+        columns = [step.hops[index] for step in same]
+        table.add_row(
+            f"{index + 1}. {hop.label}",
+            f"{hop.start}:{hop.stop}",
+            *(
+                f"{statistics.median(getattr(column, name) for column in columns):.2f}"
+                for name in ("queue_ms", "compute_ms", "network_ms")
+            ),
+        )
+    return table

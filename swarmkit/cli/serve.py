@@ -1,0 +1,160 @@
+"""`swarmkit serve`: lend this machine to a swarm."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from swarmkit.cli import console
+from swarmkit.cli.app import Device, DType, Join, Json, Model, Threads, Verbose, app
+from swarmkit.cli.signals import EndRequest, end_request
+
+
+@app.command()
+def serve(
+    model: Model,
+    join: Join = None,
+    blocks: Annotated[
+        str | None, typer.Option("--blocks", metavar="A:B", help="Serve the blocks A, A+1, … B-1.")
+    ] = None,
+    num_blocks: Annotated[
+        int | None,
+        typer.Option("--num-blocks", min=1, help="Serve so many, chosen where the swarm is weakest."),
+    ] = None,
+    device: Device = "cpu",
+    dtype: DType = "auto",
+    threads: Threads = None,
+    name: Annotated[str, typer.Option("--name", help="How others see this server.")] = "",
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for every network.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 = any free port.")] = 0,
+    announce: Annotated[
+        list[str] | None,
+        typer.Option("--announce", metavar="ADDRESS", help="Tell others this address instead of our own."),
+    ] = None,
+    identity: Annotated[
+        str | None, typer.Option("--identity", metavar="FILE", help="Keep this server's key, and so its name.")
+    ] = None,
+    relay: Annotated[
+        bool, typer.Option("--relay", help="Be reachable through other peers when behind a NAT.")
+    ] = False,
+    json: Json = False,
+    verbose: Verbose = False,
+    until_stdin_closes: Annotated[bool, typer.Option("--until-stdin-closes", hidden=True)] = False,
+) -> None:
+    """Serve some blocks of a model to a swarm.
+
+    Without `--join` this starts a new swarm; the address that is printed lets others join it.
+
+    Examples:
+
+        swarmkit serve tiny-chat --blocks 0:4
+
+        swarmkit serve tiny-chat --join /ip4/192.0.2.7/tcp/31337/p2p/12D3Koo… --num-blocks 4
+
+        swarmkit serve Qwen/Qwen3-32B --join … --device cuda --host 0.0.0.0 --port 31337
+    """
+    console.setup(verbose, threads)
+    console.quiet_transformers()
+    console.set_threads(threads)
+    with end_request(watch_stdin=until_stdin_closes) as end:
+        from swarmkit.models.checkpoint import Checkpoint
+        from swarmkit.net.connect import over_hivemind
+        from swarmkit.server.placement import parse_blocks
+        from swarmkit.server.server import Server
+
+        checkpoint = Checkpoint.open(model)
+        show = _Show(json)
+        server = Server(
+            checkpoint,
+            blocks=parse_blocks(blocks, checkpoint.num_blocks) if blocks else None,
+            num_blocks=num_blocks,
+            device=device,
+            dtype=dtype,
+            public_name=name,
+            identity_path=identity,
+            transport=over_hivemind(
+                join or (), host=host, port=port, announce=announce or (), use_relay=relay
+            ),
+            on_event=show.event,
+        )
+        with show:
+            server.start()
+        if json:
+            low, high = server.blocks
+            console.emit_json(
+                event="serving",
+                peer_id=server.peer_id,
+                addresses=server.addresses,
+                blocks=[low, high],
+                model=checkpoint.name,
+            )
+        else:
+            _show_addresses(model, server.addresses, first=not join)
+        _serve_until(server, end)
+
+
+def _serve_until(server: object, end: EndRequest) -> None:
+    """Wait for the end, then leave: at once if nobody is there to wait, else when sessions have moved."""
+    import threading
+
+    from swarmkit.server.server import Server
+
+    assert isinstance(server, Server)
+    end.wait()
+    if end.reason == "stdin":
+        server.stop(drain_timeout=0.0)
+        return
+    leaving = threading.Thread(target=server.stop, name="swarmkit-leave")
+    leaving.start()
+    while leaving.is_alive():
+        if end.hurry.is_set():
+            server.hurry()
+        leaving.join(0.1)
+
+
+def _show_addresses(model: str, addresses: list[str], *, first: bool) -> None:
+    if first:
+        console.out.print("\nOthers join this swarm with:", style="bold")
+        console.out.print(f"  swarmkit serve {model} --join {addresses[0]}", soft_wrap=True)
+        console.out.print(f"  swarmkit chat {model} --join {addresses[0]}", soft_wrap=True)
+    console.out.print("\nPress Ctrl-C to leave; once more to leave at once.", style="dim")
+
+
+class _Show:
+    """A server's events: lines and a bar for people, JSON lines for programs."""
+
+    def __init__(self, json: bool) -> None:
+        self._json = json
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            console=console.err,
+            transient=True,
+            disable=json,
+        )
+        self._task = self._bar.add_task("starting", total=1.0)
+
+    def __enter__(self) -> None:
+        self._bar.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def event(self, event: object) -> None:
+        from swarmkit.server.node import ServerEvent
+
+        assert isinstance(event, ServerEvent)
+        if event.fraction is not None:
+            self._bar.update(self._task, description=event.message, completed=event.fraction)
+            return
+        if self._json:
+            if event.kind != "serving":  # told by the command itself, with addresses
+                console.emit_json(event=event.kind, message=event.message)
+        else:
+            console.err.print(f"[green]●[/] {event.message}")

@@ -1,0 +1,149 @@
+"""What `generate`, `chat` and `demo` share: a model over some swarm, and answers that stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from swarmkit.cli import console
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from swarmkit.client.model import SwarmModelForCausalLM
+    from swarmkit.client.session import Session
+
+
+@contextmanager
+def model_of(name: str, join: list[str] | None, on_event: Callable[[object], None]) -> Iterator[Any]:
+    """The model over the swarm of `join`, or over one of its own in this process."""
+    from swarmkit.client.model import SwarmModelForCausalLM
+    from swarmkit.local import LocalSwarm
+
+    if join:
+        with busy("joining the swarm"):
+            model = SwarmModelForCausalLM.from_pretrained(name, initial_peers=join, on_event=on_event)
+        with model:
+            yield model
+        return
+    with busy("no --join: starting a swarm of two servers in this process"):
+        swarm = LocalSwarm(name, num_stages=2).start()
+    with swarm:
+        yield swarm.model(on_event=on_event)
+
+
+@contextmanager
+def busy(text: str) -> Iterator[None]:
+    """Show that something is under way."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console.err, transient=True) as progress:
+        progress.add_task(text, total=None)
+        yield
+
+
+@dataclass
+class Answer:
+    """A finished answer and how fast it came."""
+
+    text: str
+    tokens: list[int]
+    seconds: float
+    stamps: list[float] = field(default_factory=list)
+    """When each token came, on `time.perf_counter`'s clock."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        return len(self.tokens) / self.seconds if self.seconds else 0.0
+
+
+class _Stream:
+    """A transformers streamer: text to `write` as soon as it is readable, and a note of every token."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        write: Callable[[str], None],
+        on_token: Callable[[int], None],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._write = write
+        self._on_token = on_token
+        self._prompt_seen = False
+        self._shown = ""
+        self.tokens: list[int] = []
+        self.stamps: list[float] = []
+
+    def put(self, value: Any) -> None:
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        for token in value.reshape(-1).tolist():
+            self.stamps.append(time.perf_counter())
+            self.tokens.append(token)
+            text = self._text()
+            # An unfinished character decodes to the replacement mark: hold it back until it is whole.
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                self._write(text[len(self._shown) :])
+                self._shown = text
+            self._on_token(len(self.tokens))
+
+    def end(self) -> None:
+        self._write(self._text()[len(self._shown) :])
+
+    def _text(self) -> str:
+        return str(self._tokenizer.decode(self.tokens, skip_special_tokens=True))
+
+
+def answer(
+    model: SwarmModelForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[dict[str, str]] | str,
+    *,
+    session: Session | None = None,
+    write: Callable[[str], None] = lambda text: None,
+    on_token: Callable[[int], None] = lambda count: None,
+    max_new_tokens: int = 200,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+) -> Answer:
+    """Let the model answer.
+
+    Args:
+        prompt: chat messages, which go through the chat template, or plain text.
+        write: called with each new piece of text.
+        on_token: called with the number of tokens so far.
+        temperature: 0 = always the likeliest token.
+    """
+    import torch
+
+    if isinstance(prompt, str):
+        inputs = dict(tokenizer(prompt, return_tensors="pt"))
+    else:
+        inputs = dict(
+            tokenizer.apply_chat_template(  # type: ignore[arg-type]
+                prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        )
+    wanted = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    if seed is not None:
+        torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling.update(temperature=temperature, top_p=top_p)
+    stream = _Stream(tokenizer, write, on_token)
+    started = time.perf_counter()
+    model.generate(**wanted, session=session, streamer=stream, max_new_tokens=max_new_tokens, **sampling)
+    seconds = time.perf_counter() - started
+    text = str(tokenizer.decode(stream.tokens, skip_special_tokens=True)).strip()
+    return Answer(text, stream.tokens, seconds, stream.stamps)
+
+
+def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model was made for chats."""
+    return bool(getattr(tokenizer, "chat_template", None))
