@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,8 +27,8 @@ class DecodeResult:
     """One chain length. Times are medians over rounds, in milliseconds per generated token.
 
     `added_ms_per_hop` is (swarm - local) / stages: everything that a hop costs beyond the model's own work,
-    the split of that work included. `network_ms_per_hop` is the part between the client and a server and back,
-    as the client's trace has it.
+    the split of that work included. `network_ms_per_hop` is the part between client and server, both
+    ways, as the client's trace has it.
     """
 
     stages: int
@@ -110,7 +111,7 @@ def _ms_per_token(model: PreTrainedModel, prompt: torch.Tensor, tokens: int) -> 
         streamer=Stamp(),
     )
     # The first stamp is the prompt's, the second the first token's, which pays for the prompt.
-    return statistics.median(b - a for a, b in zip(stamps[1:], stamps[2:], strict=False)) * 1e3, out
+    return statistics.median(b - a for a, b in pairwise(stamps[1:])) * 1e3, out
 
 
 def _result(count: int, local: list[float], swarm: list[float], hops: list[Any]) -> DecodeResult:
@@ -123,7 +124,9 @@ def _result(count: int, local: list[float], swarm: list[float], hops: list[Any])
         tokens_per_s=round(1e3 / swarm_ms, 1),
         local_tokens_per_s=round(1e3 / local_ms, 1),
         ratio_to_local=round(statistics.median(a / b for a, b in zip(local, swarm, strict=True)), 3),
-        added_ms_per_hop=round(statistics.median(b - a for a, b in zip(local, swarm, strict=True)) / count, 3),
+        added_ms_per_hop=round(
+            statistics.median(b - a for a, b in zip(local, swarm, strict=True)) / count, 3
+        ),
         network_ms_per_hop=round(statistics.median(hop.network_ms for hop in each), 3),
         queue_ms_per_hop=round(statistics.median(hop.queue_ms for hop in each), 3),
         compute_ms_per_token=round(statistics.median(sum(h.compute_ms for h in step) for step in hops), 3),

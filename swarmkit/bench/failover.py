@@ -7,6 +7,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class _KillAfter:
         the one that counts.
         """
         later = [self.killed_at, *(stamp for stamp in self.stamps if stamp > self.killed_at)]
-        return max(b - a for a, b in zip(later, later[1:], strict=False)) * 1e3
+        return max(b - a for a, b in pairwise(later)) * 1e3
 
 
 def bench_failover(
@@ -88,7 +89,9 @@ def bench_failover(
             disturbed = remote.generate(prompt, streamer=streamer, **options)
             equal += int(torch.equal(undisturbed, disturbed))
             stalls.append(streamer.stall_ms)
-            usual.append(statistics.median(step.total_ms for step in remote.trace[-tokens:] if step.tokens == 1))
+            usual.append(
+                statistics.median(step.total_ms for step in remote.trace[-tokens:] if step.tokens == 1)
+            )
             replaced = [event for event in remote.events[known:] if isinstance(event, PeerReplaced)]
             replayed.append(replaced[-1].replayed_tokens if replaced else 0)
             on_progress("killed and recovered", trial + 1, trials)

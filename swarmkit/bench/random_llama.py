@@ -18,7 +18,7 @@ def make_random_llama(
     vocab_size: int = 32_000,
     seed: int = 0,
 ) -> Path:
-    """Write a checkpoint in Hugging Face format to `folder` and return it. The same seed, the same weights."""
+    """Write a checkpoint in Hugging Face format to `folder`. The same seed gives the same weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

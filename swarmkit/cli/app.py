@@ -19,9 +19,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs inst
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more about what happens.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads for computing.")]
 Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps, …")]
-DType = Annotated[
-    str, typer.Option("--dtype", help="auto (float32 on CPU), float32, bfloat16 or float16.")
-]
+DType = Annotated[str, typer.Option("--dtype", help="auto (float32 on CPU), float32, bfloat16 or float16.")]
 
 app = typer.Typer(
     name="swarmkit",
@@ -48,12 +46,5 @@ def root(
 
 
 # Importing a command's file adds it to `app`; the order is the order in `--help`.
-from swarmkit.cli import (  # noqa: E402
-    demo,  # noqa: F401
-    serve,  # noqa: F401, I001
-    bootstrap,  # noqa: F401
-    generate,  # noqa: F401
-    chat,  # noqa: F401
-    status,  # noqa: F401
-    bench,  # noqa: F401
-)
+# isort: off
+from swarmkit.cli import demo, serve, generate, chat, status, bootstrap, bench  # noqa: E402, F401

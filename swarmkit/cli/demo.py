@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -157,8 +158,8 @@ class _Demo:
         from swarmkit.cli.chat import lines, show_route
 
         console.out.print(
-            "\nAsk something, for example [italic]Tell me a story about a fox.[/]  A server will be killed in "
-            "the middle of the answer.\n[dim]/kill disturbs the next answer too · /route shows the hops · "
+            "\nAsk something, for example [italic]Tell me a story about a fox.[/]  A server will be killed "
+            "in the middle of the answer.\n[dim]/kill disturbs the next answer too · /route shows the hops · "
             "/quit ends[/]"
         )
         worst: _Killed | None = None
@@ -236,13 +237,14 @@ class _Demo:
     def _report(self, killed: _Killed, killer: _Killer) -> None:
         low, high = killed.server.blocks
         console.out.print(
-            f"[red]✗[/] {killed.server.public_name} (blocks {low}:{high}, pid {killed.server.pid}) was killed with "
-            f"SIGKILL after token {killer.after} of {len(killed.answer.tokens)}"
+            f"[red]✗[/] {killed.server.public_name} (blocks {low}:{high}, pid {killed.server.pid}) was "
+            f"killed with SIGKILL after token {killer.after} of {len(killed.answer.tokens)}"
         )
         if killed.replaced is not None:
             console.out.print(
                 f"[green]✓[/] replaced by {' → '.join(killed.replaced.route)}, which was sent the "
-                f"{killed.replaced.replayed_tokens} tokens so far; the next token came after {killed.stall_ms:.0f} ms"
+                f"{killed.replaced.replayed_tokens} tokens so far; "
+                f"the next token came after {killed.stall_ms:.0f} ms"
             )
         same = (
             "[green]✓[/] the answer equals the undisturbed one"
@@ -288,5 +290,5 @@ class _Killer:
         stamps = [stamp for stamp in answer.stamps if stamp >= self._at]
         if not self._at or not stamps:
             return 0.0
-        waits = [stamps[0] - self._at, *(b - a for a, b in zip(stamps, stamps[1:], strict=False))]
+        waits = [stamps[0] - self._at, *(b - a for a, b in pairwise(stamps))]
         return max(waits) * 1e3

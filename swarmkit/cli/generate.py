@@ -12,7 +12,9 @@ from swarmkit.cli.app import Join, Json, Model, Threads, Verbose, app
 
 MaxTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 = always the likeliest token.")]
-TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from this share of probability.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from this share of probability.")
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
 
 
@@ -51,7 +53,9 @@ def generate(
             remote,
             tokenizer,
             [{"role": "user", "content": text}] if chat else text,
-            write=(lambda piece: None) if json else lambda piece: console.out.print(piece, end="", markup=False),
+            write=(lambda piece: None)
+            if json
+            else lambda piece: console.out.print(piece, end="", markup=False),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,

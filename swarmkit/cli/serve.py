@@ -36,7 +36,8 @@ def serve(
         typer.Option("--announce", metavar="ADDRESS", help="Tell others this address instead of our own."),
     ] = None,
     identity: Annotated[
-        str | None, typer.Option("--identity", metavar="FILE", help="Keep this server's key, and so its name.")
+        str | None,
+        typer.Option("--identity", metavar="FILE", help="Keep this server's key, and so its name."),
     ] = None,
     relay: Annotated[
         bool, typer.Option("--relay", help="Be reachable through other peers when behind a NAT.")

@@ -38,7 +38,7 @@ class EndRequest:
 
 @contextmanager
 def end_request(*, watch_stdin: bool = False) -> Iterator[EndRequest]:
-    """Turn signals (and the end of standard input) into an `EndRequest`, and put the handlers back at the end."""
+    """Turn signals (and the end of standard input) into an `EndRequest`; put the handlers back at the end."""
     request = EndRequest()
     handlers = {
         number: signal.signal(number, lambda *_: request.request())

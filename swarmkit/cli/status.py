@@ -39,7 +39,9 @@ def status(
     console.setup(verbose)
     if not join:
         raise UsageError("which swarm? give --join ADDRESS, as `swarmkit serve` and `bootstrap` print it")
-    models = [entry for entry in _look_up(join) if model is None or model in (entry["model"], entry["fingerprint"])]
+    models = [
+        entry for entry in _look_up(join) if model is None or model in (entry["model"], entry["fingerprint"])
+    ]
     if json:
         console.emit_json(models=models)
     elif not models:
