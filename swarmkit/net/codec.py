@@ -66,7 +66,7 @@ def encode(tensor: torch.Tensor, codec: CodecName = "none") -> tuple[TensorSpec,
     spec = TensorSpec(tuple(tensor.shape), dtype_name(tensor.dtype), codec)
     wire = tensor if codec == "none" else tensor.to(_DTYPES[codec])
     flat = wire.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    return spec, memoryview(flat.numpy())
+    return spec, memoryview(flat.numpy())  # type: ignore[arg-type]
 
 
 def decode(spec: TensorSpec, payload: memoryview) -> torch.Tensor:

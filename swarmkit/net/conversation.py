@@ -9,13 +9,13 @@ A message is one head frame and, where its tensors do not fit beside the head, m
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
 import msgspec
 import torch
 
-from swarmkit.errors import ProtocolError, UsageError
+from swarmkit.errors import MessageTooLargeError, ProtocolError, SwarmkitError, UsageError
 from swarmkit.net import codec
 from swarmkit.net.codec import TensorSpec
 from swarmkit.net.messages import PROTOCOL_VERSION, Message, tensor_specs
@@ -30,7 +30,7 @@ _MAGIC = b"SK"
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)  # type: ignore[arg-type]
 
-assert MAX_FRAME_BYTES > CHUNK_BYTES + MAX_HEADER_BYTES + _HEAD.size
+assert CHUNK_BYTES + MAX_HEADER_BYTES + _HEAD.size < MAX_FRAME_BYTES
 
 
 class Received:
@@ -90,34 +90,54 @@ class Conversation:
             for offset in range(0, part.nbytes, CHUNK_BYTES):
                 await self.stream.send(part[offset : offset + CHUNK_BYTES])
 
-    async def receive(self) -> Received:
+    async def receive(self, admit: Callable[[Message], Awaitable[None]] | None = None) -> Received:
         """The next message.
 
+        Args:
+            admit: looks at a message whose header has come, before its payload is taken into memory. It
+                refuses by raising, which is raised here as well: after the payload has been read and dropped,
+                so that the conversation can go on, or, for a `ProtocolError`, at once.
+
         Raises:
-            ProtocolError: not a message of this version, or larger than this side allows.
+            MessageTooLargeError: larger than this side allows.
+            ProtocolError: not a message of this version.
             PeerUnreachableError: the peer ended the conversation or went away.
         """
-        frame = await self.stream.receive()
-        message, total, body = self._parse_head(frame)
+        message, total, body = self._parse_head(await self.stream.receive())
+        if admit is not None:
+            try:
+                await admit(message)
+            except ProtocolError:
+                raise
+            except SwarmkitError:
+                await self._read_rest(len(body), total, None)
+                raise
         if len(body) == total:
             return Received(message, body)
         payload = bytearray(body)
-        with anyio.move_on_after(self.rest_timeout):
-            while len(payload) < total:
-                chunk = await self.stream.receive()
-                if not chunk or len(payload) + len(chunk) > total:
-                    raise ProtocolError(
-                        f"a payload of {total} bytes came in pieces that do not add up", self.peer_id
-                    )
-                payload += chunk
-            return Received(message, memoryview(payload))
-        raise ProtocolError(
-            f"only {len(payload)} of {total} bytes of a message came within {self.rest_timeout:g} s", self.peer_id
-        )
+        await self._read_rest(len(body), total, payload)
+        return Received(message, memoryview(payload))
 
     def close(self) -> None:
         """End the conversation from this side. May be called twice."""
         self.stream.close()
+
+    async def _read_rest(self, have: int, total: int, into: bytearray | None) -> None:
+        """Read the frames of payload behind the head; `into` = None drops them."""
+        with anyio.move_on_after(self.rest_timeout):
+            while have < total:
+                chunk = await self.stream.receive()
+                have += len(chunk)
+                if not chunk or have > total:
+                    raise ProtocolError(
+                        f"a payload of {total} bytes came in pieces that do not add up", self.peer_id
+                    )
+                if into is not None:
+                    into += chunk
+            return
+        raise ProtocolError(
+            f"only {have} of {total} bytes of a message came within {self.rest_timeout:g} s", self.peer_id
+        )
 
     def _parse_head(self, frame: bytes) -> tuple[Message, int, memoryview]:
         if len(frame) < _HEAD.size:
@@ -131,7 +151,9 @@ class Conversation:
                 self.peer_id,
             )
         if header_bytes > MAX_HEADER_BYTES or _HEAD.size + header_bytes > len(frame):
-            raise ProtocolError(f"a message header of {header_bytes} bytes is too large or cut off", self.peer_id)
+            raise ProtocolError(
+                f"a message header of {header_bytes} bytes is too large or cut off", self.peer_id
+            )
         try:
             message = _decoder.decode(memoryview(frame)[_HEAD.size : _HEAD.size + header_bytes])
         except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
@@ -142,7 +164,7 @@ class Conversation:
                 f"the message announces {expected} bytes of tensors but a payload of {total}", self.peer_id
             )
         if total > self.max_payload_bytes:
-            raise ProtocolError(
+            raise MessageTooLargeError(
                 f"{total} bytes of tensors are more than the {self.max_payload_bytes} allowed here; "
                 "send fewer tokens at a time",
                 self.peer_id,

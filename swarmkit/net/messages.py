@@ -37,8 +37,8 @@ FaultCode = Literal[
     "out_of_order",  # a position beyond what the session holds
     "too_large",  # more tokens, rows or bytes than one step may have
     "too_long",  # beyond the session's declared length
-    "busy",  # no cache left; another server may have some
-    "leaving",  # the server is about to stop and takes no new sessions
+    "busy",  # no room left, in the cache or at the door; another server may have some
+    "leaving",  # the server is about to stop: it takes no new sessions, and in the end no more steps
     "internal",  # the server's own failure
 ]
 
@@ -53,6 +53,8 @@ SENDERS_FAULT: frozenset[str] = frozenset(
 
 BlockIndex = Annotated[int, msgspec.Meta(ge=0, le=100_000)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+Total = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Millis = Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]  # which NaN is not
 Fingerprint = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 Text = Annotated[str, msgspec.Meta(max_length=2000)]
 
@@ -61,7 +63,7 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True
     """Frozen, closed to unknown fields, and tagged with the class's name."""
 
 
-class Open(_Message):
+class Open(_Message, frozen=True):
     """Open a session on blocks [start, stop) of a model, for at most `max_length` tokens a row."""
 
     fingerprint: Fingerprint
@@ -70,13 +72,13 @@ class Open(_Message):
     max_length: Count
 
 
-class Opened(_Message):
+class Opened(_Message, frozen=True):
     """The session is open. One step may have `max_step_tokens` = batch x tokens at most."""
 
     max_step_tokens: Count
 
 
-class Step(_Message):
+class Step(_Message, frozen=True):
     """Run the session's blocks over `hidden`, after an optional edit of the cache.
 
     First keep only the first `position` cached tokens, then keep the cached rows `order` (in that order,
@@ -99,35 +101,35 @@ class Step(_Message):
     order: Annotated[tuple[Count, ...], msgspec.Meta(max_length=4096)] | None = None
 
 
-class StepDone(_Message):
+class StepDone(_Message, frozen=True):
     """A step's output [batch, keep, hidden] and where its time went.
 
     `leaving` asks the client to move its session elsewhere while this server still answers.
     """
 
     hidden: TensorSpec
-    queue_ms: float
-    compute_ms: float
+    queue_ms: Millis
+    compute_ms: Millis
     leaving: bool = False
 
 
-class AskInfo(_Message):
+class AskInfo(_Message, frozen=True):
     """Ask a server what it is doing."""
 
 
-class Info(_Message):
+class Info(_Message, frozen=True):
     """What a server is doing right now."""
 
     start: BlockIndex
     stop: BlockIndex
     sessions: Count
-    cache_tokens_free: Count
-    cache_tokens_total: Count
-    steps: Count
+    cache_tokens_free: Total
+    cache_tokens_total: Total
+    steps: Total
     leaving: bool
 
 
-class Fault(_Message):
+class Fault(_Message, frozen=True):
     """Why a request was refused, in a word for programs and a sentence for people."""
 
     code: FaultCode

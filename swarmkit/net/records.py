@@ -95,7 +95,9 @@ def sign(announcement: Announcement, identity: Identity) -> bytes:
     return _encoder.encode(_Signed(body, identity.sign(_CONTEXT + body)))
 
 
-def read(key: str, subkey: str, value: bytes, now: float, known: dict[bytes, Announcement] | None = None) -> Announcement:
+def read(
+    key: str, subkey: str, value: bytes, now: float, known: dict[bytes, Announcement] | None = None
+) -> Announcement:
     """The announcement in a record that was found at `key`, `subkey`.
 
     Args:
@@ -117,9 +119,9 @@ def read(key: str, subkey: str, value: bytes, now: float, known: dict[bytes, Ann
         raise ProtocolError("a record stands under a peer that did not sign it", subkey)
     if key != MODELS_KEY:
         prefix, _, block = key.rpartition("/")
-        if prefix != f"{_PREFIX}/{announcement.fingerprint}" or not block.isdecimal():
+        if prefix != f"{_PREFIX}/{announcement.fingerprint}":
             raise ProtocolError("a record stands under a model that it does not serve", subkey)
-        if not announcement.start <= int(block) < announcement.stop:
+        if block not in map(str, range(announcement.start, announcement.stop)):
             raise ProtocolError("a record stands under a block that it does not serve", subkey)
     if announcement.expires_at <= now:
         raise ProtocolError("the record has expired", subkey)

@@ -74,7 +74,7 @@ class Registry:
             for subkey, value in entries.items():
                 try:
                     announcement = self._remember(key, subkey, value, now)
-                except ProtocolError as error:
+                except ProtocolError as error:  # noqa: PERF203
                     self._rejected += 1
                     logger.debug("ignored a record at %s from %s: %s", key, subkey, error)
                 else:
@@ -83,8 +83,11 @@ class Registry:
 
     def _remember(self, key: str, subkey: str, value: bytes, now: float) -> Announcement:
         """Read a record; a signature that was checked once is not checked again under the next key."""
-        announcement = records.read(key, subkey, value, now, self._known)
-        self._known.move_to_end(value)
-        while len(self._known) > _KNOWN_RECORDS:
-            self._known.popitem(last=False)
-        return announcement
+        try:
+            return records.read(key, subkey, value, now, self._known)
+        finally:
+            # Also for a record that is well signed and yet refused, of which a peer can make any number.
+            if value in self._known:
+                self._known.move_to_end(value)
+            while len(self._known) > _KNOWN_RECORDS:
+                self._known.popitem(last=False)
