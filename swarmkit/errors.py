@@ -12,7 +12,8 @@
         ├── PeerUnreachableError  it cannot be dialled, or the connection ended
         ├── PeerTimeoutError      it did not answer in time
         ├── ProtocolError         it sent something that is not allowed
-        │   └── IllegalMessageError   a message that is not allowed at this point of the conversation
+        │   ├── IllegalMessageError   a message that is not allowed at this point of the conversation
+        │   └── MessageTooLargeError  a message with more bytes than this side takes
         └── RemoteError           it answered with a fault, which carries a code
 
 Local misuse and a misbehaving peer are different branches, so that code which recovers from peers
@@ -82,6 +83,10 @@ class ProtocolError(PeerError):
 
 class IllegalMessageError(ProtocolError):
     """The peer sent a well-formed message that is not allowed at this point of the conversation."""
+
+
+class MessageTooLargeError(ProtocolError):
+    """The peer announced a message with more bytes than this side takes."""
 
 
 class RemoteError(PeerError):

@@ -14,8 +14,8 @@ class NetSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="SWARMKIT_NET_", frozen=True, extra="forbid")
 
-    startup_timeout: float = Field(30.0, gt=0, description="for the p2p daemon to start")
-    connect_timeout: float = Field(5.0, gt=0, description="to reach a peer and open a stream")
+    startup_timeout: float = Field(default=30.0, gt=0, description="for the p2p daemon to start")
+    connect_timeout: float = Field(default=5.0, gt=0, description="to reach a peer and open a stream")
 
 
 class ServerSettings(BaseSettings):
@@ -23,15 +23,24 @@ class ServerSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="SWARMKIT_SERVER_", frozen=True, extra="forbid")
 
-    announce_period: float = Field(10.0, gt=0, description="between two announcements")
-    record_lifetime: float = Field(30.0, gt=0, le=3600, description="until an announcement expires")
-    cache_bytes: int = Field(2 * 1024**3, gt=0, description="memory for keys and values of all sessions")
-    max_step_tokens: int = Field(4096, ge=1, description="batch x tokens of one step")
-    max_session_length: int = Field(2**20, ge=1, description="tokens per row that a session may declare")
-    max_sessions: int = Field(1024, ge=1, description="sessions at a time")
-    idle_timeout: float = Field(1800.0, gt=0, description="without a step until a session is closed")
-    message_timeout: float = Field(60.0, gt=0, description="for the rest of a message that has begun, and to send a reply")
-    drain_timeout: float = Field(30.0, ge=0, description="for sessions to move away when leaving")
+    announce_period: float = Field(default=10.0, gt=0, description="between two announcements")
+    record_lifetime: float = Field(default=30.0, gt=0, le=3600, description="until an announcement expires")
+    cache_bytes: int = Field(
+        default=2 * 1024**3, gt=0, description="memory for keys and values of all sessions"
+    )
+    incoming_bytes: int = Field(
+        default=512 * 1024**2, gt=0, description="memory for large steps that arrive or wait for their turn"
+    )
+    max_step_tokens: int = Field(default=4096, ge=1, description="batch x tokens of one step")
+    max_session_length: int = Field(
+        default=2**20, ge=1, description="tokens per row that a session may declare"
+    )
+    max_sessions: int = Field(default=1024, ge=1, description="sessions at a time")
+    idle_timeout: float = Field(default=1800.0, gt=0, description="without a step until a session is closed")
+    message_timeout: float = Field(
+        default=60.0, gt=0, description="for the rest of a message that has begun, and to send a reply"
+    )
+    drain_timeout: float = Field(default=30.0, ge=0, description="for sessions to move away when leaving")
 
 
 class ClientSettings(BaseSettings):
@@ -39,13 +48,21 @@ class ClientSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="SWARMKIT_CLIENT_", frozen=True, extra="forbid")
 
-    route_timeout: float = Field(60.0, ge=0, description="to wait for somebody to serve a missing block")
-    refresh_period: float = Field(10.0, gt=0, description="between two looks at who serves what")
-    first_step_timeout: float = Field(30.0, gt=0, description="for a step, before any step was measured")
-    min_step_timeout: float = Field(1.0, gt=0, description="the deadline of a step is never below this")
-    deadline_factor: float = Field(
-        8.0, ge=4, description="deadline = factor x usual time; below 4 a swarm bans itself"
+    route_timeout: float = Field(
+        default=60.0, ge=0, description="to wait for somebody to serve a missing block"
     )
-    ban_seconds: float = Field(2.0, gt=0, description="a failed peer is left aside; doubles with each failure")
-    max_ban_seconds: float = Field(60.0, gt=0, description="the longest that a peer is left aside")
-    trace_steps: int = Field(256, ge=1, description="steps kept in `model.trace`")
+    refresh_period: float = Field(default=10.0, gt=0, description="between two looks at who serves what")
+    first_step_timeout: float = Field(
+        default=30.0, gt=0, description="for a step, before any step was measured"
+    )
+    min_step_timeout: float = Field(
+        default=1.0, gt=0, description="the deadline of a step is never below this"
+    )
+    deadline_factor: float = Field(
+        default=8.0, ge=4, description="deadline = factor x usual time; below 4 a swarm bans itself"
+    )
+    ban_seconds: float = Field(
+        default=2.0, gt=0, description="a failed peer is left aside; doubles with each failure"
+    )
+    max_ban_seconds: float = Field(default=60.0, gt=0, description="the longest that a peer is left aside")
+    trace_steps: int = Field(default=256, ge=1, description="steps kept in `model.trace`")

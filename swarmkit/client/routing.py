@@ -86,8 +86,8 @@ def route_cost(
 
     Args:
         round_trip_s: measured or assumed seconds to a peer and back, by peer id.
-        penalty_s: seconds added for a peer, such as one that failed lately; far above all else, so that it is
-            used only where nobody else holds the blocks.
+        penalty_s: seconds added for each block at a peer, such as one that failed lately; far above all else,
+            so that it is used only where nobody else holds the block.
         salt: this client's own; spreads clients over servers that are equally good.
     """
 
@@ -97,7 +97,8 @@ def route_cost(
         crowded = 0.5 if server.free_cache_tokens <= 0 else 0.0
         # Equal servers differ by their hash with this client: at most 10 % of the work, never zero.
         tie = work * 0.1 * _unit_hash(salt + server.peer_id) + 1e-9
-        return round_trip_s(server.peer_id) + work + tie + crowded + penalty_s(server.peer_id)
+        avoided = penalty_s(server.peer_id) * (stop - start)  # so that every block that can is spared
+        return round_trip_s(server.peer_id) + work + tie + crowded + avoided
 
     return cost
 

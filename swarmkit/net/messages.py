@@ -56,7 +56,9 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 Total = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Millis = Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]  # which NaN is not
 Fingerprint = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
-Text = Annotated[str, msgspec.Meta(max_length=2000)]
+PRINTABLE = "^[^\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]*\\Z"
+"""A pattern without control characters: strangers' words are shown to people, in terminals too."""
+Text = Annotated[str, msgspec.Meta(max_length=2000, pattern=PRINTABLE)]
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -143,6 +145,11 @@ LEGAL: dict[State, dict[type, State]] = {
     "new": {Open: "open", AskInfo: "new"},
     "open": {Step: "open"},
 }
+
+
+def printable(text: str) -> str:
+    """`text` with a space in the place of everything that is not for the eye."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def next_state(state: State, message: Message) -> State:

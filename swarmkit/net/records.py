@@ -14,7 +14,7 @@ import msgspec
 
 from swarmkit.errors import ProtocolError
 from swarmkit.net.identity import Identity, verify
-from swarmkit.net.messages import BlockIndex, Fingerprint
+from swarmkit.net.messages import PRINTABLE, BlockIndex, Fingerprint
 
 RECORD_VERSION = 1
 MAX_RECORD_BYTES = 4096
@@ -27,8 +27,8 @@ _PREFIX = "swarmkit/1/blocks"
 
 ServerState = Literal["joining", "online", "leaving"]
 Rate = Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]
-ShortText = Annotated[str, msgspec.Meta(max_length=128)]
-Address = Annotated[str, msgspec.Meta(max_length=256)]
+ShortText = Annotated[str, msgspec.Meta(max_length=128, pattern=PRINTABLE)]
+Address = Annotated[str, msgspec.Meta(max_length=256, pattern=PRINTABLE)]
 
 
 class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -48,16 +48,16 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     peer_id: ShortText
     fingerprint: Fingerprint
-    model: Annotated[str, msgspec.Meta(max_length=256)]
+    model: Annotated[str, msgspec.Meta(max_length=256, pattern=PRINTABLE)]
     num_blocks: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
     start: BlockIndex
     stop: BlockIndex
     state: ServerState
     throughput: Rate
     free_cache_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-    dtype: Annotated[str, msgspec.Meta(max_length=16)]
+    dtype: Annotated[str, msgspec.Meta(max_length=16, pattern=PRINTABLE)]
     addresses: Annotated[tuple[Address, ...], msgspec.Meta(max_length=16)]
-    public_name: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    public_name: Annotated[str, msgspec.Meta(max_length=64, pattern=PRINTABLE)] = ""
     software: ShortText = ""
     sequence: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     expires_at: float
@@ -131,9 +131,16 @@ def read(
 
 
 def is_acceptable(key: str, subkey: str, value: bytes, now: float) -> bool:
-    """Whether a peer should keep and hand out a record: see `read`."""
+    """Whether a peer should keep and hand out a record: see `read`, and `offers.read` for those about
+    weights.
+    """
+    from swarmkit.net import offers  # which builds on this module
+
     try:
-        read(key, subkey, value, now)
+        if key.startswith(offers.PREFIX):
+            offers.read(key, subkey, value, now)
+        else:
+            read(key, subkey, value, now)
     except ProtocolError:
         return False
     return True

@@ -83,7 +83,7 @@ class KVBudget:
         growth = nbytes - lease.nbytes
         if growth > self.free_bytes:
             raise CacheFullError(
-                f"the cache has {self.free_bytes} of {self.capacity_bytes} bytes left, {growth} more are needed"
+                f"the cache has {self.free_bytes} of {self.capacity_bytes} bytes left, {growth} are needed"
             )
         lease.nbytes = nbytes
         self._leased_bytes += growth

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import statistics
 import time
@@ -16,15 +17,15 @@ import torch
 from anyio.abc import TaskStatus
 
 from swarmkit._version import __version__
-from swarmkit.errors import UsageError
+from swarmkit.errors import TransportError, UsageError
+from swarmkit.models.anatomy import resolve_dtype
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.stage import Stage
 from swarmkit.net.connect import TransportFactory
 from swarmkit.net.identity import Identity
-from swarmkit.net.messages import SESSION_ENDPOINT
+from swarmkit.net.messages import SESSION_ENDPOINT, printable
 from swarmkit.net.records import Announcement, ServerState, acceptable_now
 from swarmkit.net.registry import Registry
-from swarmkit.net.swarm_map import SwarmMap
 from swarmkit.net.transport import Transport
 from swarmkit.server.engine import BULK, Engine
 from swarmkit.server.placement import Served, choose_blocks
@@ -67,7 +68,9 @@ class ServerConfig:
             low, high = self.blocks
             raise UsageError(f"blocks {low}:{high} are not inside this model's 0:{total}")
         if self.num_blocks is not None and not 1 <= self.num_blocks <= total:
-            raise UsageError(f"this model has {total} blocks; a server can hold 1 to {total}, not {self.num_blocks}")
+            raise UsageError(
+                f"this model has {total} blocks; a server can hold 1 to {total}, not {self.num_blocks}"
+            )
 
 
 class ServerNode:
@@ -89,6 +92,7 @@ class ServerNode:
         self._drain_timeout = config.settings.drain_timeout
         self._state: ServerState = "joining"
         self._rate = 0.0
+        self._sequence = 0
         self.blocks: tuple[int, int] = config.blocks or (0, 0)
         self.service: BlockService | None = None
         self.transport: Transport | None = None
@@ -145,11 +149,8 @@ class ServerNode:
             self._tell(ServerEvent("serving", f"serving blocks {low}:{high} at {self._rate:.0f} tokens/s"))
             task_status.started()
 
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._announce_forever, registry, fingerprint)
-                await self._stop.wait()
-                await self._leave(registry, fingerprint, service)
-                tasks.cancel_scope.cancel()
+            await self._announce_until_stopped(registry, fingerprint)
+            await self._leave(registry, fingerprint, service)
 
     async def _choose(self, registry: Registry, fingerprint: str) -> tuple[int, int]:
         config = self._config
@@ -168,9 +169,11 @@ class ServerNode:
         low, high = self.blocks
         config = self._config
         self._tell(ServerEvent("loading", f"loading blocks {low}:{high} of {config.checkpoint.name}", 0.0))
+        loop = asyncio.get_running_loop()
 
-        def progress(done: int, total: int) -> None:
-            self._tell(ServerEvent("loading", f"loading blocks {low}:{high}", done / max(total, 1)))
+        def progress(done: int, total: int) -> None:  # called by the thread that loads
+            event = ServerEvent("loading", f"loading blocks {low}:{high}", done / max(total, 1))
+            loop.call_soon_threadsafe(self._tell, event)
 
         stage = await anyio.to_thread.run_sync(
             lambda: Stage.load(
@@ -183,37 +186,56 @@ class ServerNode:
     async def _announce(self, registry: Registry, fingerprint: str) -> None:
         config, transport, service = self._config, self.transport, self.service
         assert transport is not None
+        dtype = resolve_dtype(config.dtype, config.checkpoint.config, config.device)
+        self._sequence = max(time.time_ns(), self._sequence + 1)  # a clock may be set back
         announcement = Announcement(
             peer_id=transport.peer_id,
             fingerprint=fingerprint,
-            model=config.checkpoint.name[-256:],
+            model=printable(config.checkpoint.name)[-256:],
             num_blocks=config.checkpoint.num_blocks,
             start=self.blocks[0],
             stop=self.blocks[1],
             state=self._state,
             throughput=self._rate,
             free_cache_tokens=service.free_cache_tokens if service else 0,
-            dtype=str(config.dtype).removeprefix("torch."),
+            dtype=str(dtype).removeprefix("torch."),
             addresses=tuple(transport.addresses)[:16],
-            public_name=config.public_name[:64],
+            public_name=printable(config.public_name)[:64],
             software=f"swarmkit {__version__}",
-            sequence=time.time_ns(),
+            sequence=self._sequence,
             expires_at=time.time() + config.settings.record_lifetime,
         )
         if await registry.announce(announcement) == 0:
             logger.warning("no peer accepted our announcement; will try again")
 
-    async def _announce_forever(self, registry: Registry, fingerprint: str) -> None:
-        while True:
-            await anyio.sleep(self._config.settings.announce_period)
-            if self._state == "online":
+    async def _announce_until_stopped(self, registry: Registry, fingerprint: str) -> None:
+        """Announce again and again; gives up when nobody can know of this server any more.
+
+        Raises:
+            TransportError: for so long that the last announcement has expired.
+        """
+        settings = self._config.settings
+        succeeded_at = anyio.current_time()
+        while not self._stop.is_set():
+            with anyio.move_on_after(settings.announce_period):
+                await self._stop.wait()
+                return
+            try:
                 await self._announce(registry, fingerprint)
+                succeeded_at = anyio.current_time()
+            except TransportError as error:
+                if anyio.current_time() - succeeded_at > settings.record_lifetime:
+                    raise
+                logger.warning("could not announce this server, will try again: %s", error)
 
     async def _leave(self, registry: Registry, fingerprint: str, service: BlockService) -> None:
         self._state = "leaving"
         service.leaving = True
         self._tell(ServerEvent("leaving", f"leaving; {service.num_sessions} sessions are moving away"))
-        await self._announce(registry, fingerprint)
+        try:
+            await self._announce(registry, fingerprint)
+        except TransportError as error:
+            logger.warning("could not announce that this server leaves: %s", error)
         if not await service.drain(self._drain_timeout):
             logger.warning("%d sessions had not moved away in time", service.num_sessions)
 

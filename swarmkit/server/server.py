@@ -15,7 +15,6 @@ from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.net import portal
 from swarmkit.net.connect import TransportFactory, over_hivemind
 from swarmkit.net.identity import Identity
-from swarmkit.net.tasks import start_task
 from swarmkit.server.node import ServerConfig, ServerEvent, ServerNode
 from swarmkit.settings import ServerSettings
 
@@ -98,7 +97,7 @@ class Server:
             raise UsageError("this server was started before; make a new one")
         self._lease = portal.lease()
         try:
-            self._running = start_task(self._lease, self._node.run)
+            self._running, _ = self._lease.start_task(self._node.run)
         except BaseException:
             self._lease.close()
             raise
@@ -133,7 +132,8 @@ class Server:
             self._running.result(timeout)
 
     def _finish(self) -> None:
-        assert self._lease is not None and self._running is not None
+        assert self._lease is not None
+        assert self._running is not None
         try:
             self._running.result()
         finally:

@@ -8,31 +8,41 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import anyio
 import torch
 
-from swarmkit.errors import IllegalMessageError, PeerError, ProtocolError, SwarmkitError
+from swarmkit.errors import (
+    IllegalMessageError,
+    MessageTooLargeError,
+    PeerError,
+    ProtocolError,
+    SwarmkitError,
+)
 from swarmkit.models.stage import Stage, StageCache
 from swarmkit.net import codec
 from swarmkit.net.codec import TensorSpec
-from swarmkit.net.conversation import Conversation, Received
+from swarmkit.net.conversation import CHUNK_BYTES, Conversation, Received
 from swarmkit.net.messages import (
     FATAL,
     AskInfo,
     Fault,
     FaultCode,
     Info,
+    Message,
     Open,
     Opened,
     State,
     Step,
     StepDone,
     next_state,
+    printable,
+    tensor_specs,
 )
-from swarmkit.net.transport import Stream
-from swarmkit.server.engine import Engine, Timed
+from swarmkit.net.transport import Buffer, Stream
+from swarmkit.server.engine import Engine, EngineClosedError, Timed
+from swarmkit.server.intake import Intake
 from swarmkit.server.kv_budget import CacheFullError, KVBudget, Lease
 from swarmkit.settings import ServerSettings
 
@@ -42,6 +52,9 @@ _HIDDEN_DTYPES = ("float32", "bfloat16", "float16")
 _MAX_POSITION = 2**24
 # A step may also bring a mask over all its past, and positions: small beside hidden states, but bounded too.
 _SIDE_BYTES = 16 * 1024 * 1024
+# Streams beyond the number of sessions, for those who only ask, or must be told that the server is full.
+_SPARE_STREAMS = 64
+_LINGER_S = 1.0
 
 
 class Refusal(SwarmkitError):
@@ -63,11 +76,27 @@ class _Session:
     lease: Lease
 
 
+@dataclass(eq=False)
+class _Client:
+    """The other end of one stream."""
+
+    conversation: Conversation
+    state: State = "new"
+    session: _Session | None = None
+    taken_bytes: int = field(default=0)
+    """What its present message holds of the intake."""
+
+
 class BlockService:
     """Serves a stage's blocks to any number of clients."""
 
     def __init__(
-        self, stage: Stage, fingerprint: str, kv_bytes_per_token_per_block: int, engine: Engine, settings: ServerSettings
+        self,
+        stage: Stage,
+        fingerprint: str,
+        kv_bytes_per_token_per_block: int,
+        engine: Engine,
+        settings: ServerSettings,
     ) -> None:
         self._stage = stage
         self._fingerprint = fingerprint
@@ -75,9 +104,11 @@ class BlockService:
         self._engine = engine
         self._settings = settings
         self._sessions: set[_Session] = set()
+        self._streams = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self.budget = KVBudget(settings.cache_bytes)
+        self.intake = Intake(settings.incoming_bytes)
         self.leaving = False
         self.steps = 0
         self.max_payload_bytes = settings.max_step_tokens * stage.hidden_size * 4 + _SIDE_BYTES
@@ -100,72 +131,107 @@ class BlockService:
         self.leaving = True
         with anyio.move_on_after(timeout):
             await self._idle.wait()
-            return True
-        return False
+        return not self._sessions
 
     def stop_waiting(self) -> None:
         """End a `drain` that is under way."""
         self._idle.set()
 
+    # ------------------------------------------------------------------ one stream
+
     async def serve(self, stream: Stream) -> None:
         """One stream's life. Never raises on account of the peer."""
-        conversation = Conversation(stream, self.max_payload_bytes, self._settings.message_timeout)
-        state: State = "new"
-        session: _Session | None = None
+        client = _Client(Conversation(stream, self.max_payload_bytes, self._settings.message_timeout))
+        self._streams += 1
         try:
-            while True:
-                try:
-                    received = await self._receive(conversation)
-                    following = next_state(state, received.message)
-                    session = await self._answer(conversation, session, received)
-                    state = following
-                except IllegalMessageError as error:
-                    await self._refuse(conversation, Refusal("illegal_message", str(error)))
-                    return
-                except ProtocolError as error:
-                    await self._refuse(conversation, Refusal("bad_message", str(error)))
-                    return
-                except Refusal as refusal:
-                    await self._refuse(conversation, refusal)
-                    if refusal.code in FATAL:
-                        return
+            if self._streams > self._settings.max_sessions + _SPARE_STREAMS:
+                await self._refuse(client, Refusal("busy", "too many streams are open; try another server"))
+            else:
+                while await self._serve_next(client):
+                    pass
+            self._end(client)
+            await self._linger(client)
         except (PeerError, TimeoutError) as error:
-            logger.debug("stream of %s ended: %s", conversation.peer_id[-6:], error)
+            logger.debug("stream of %s ended: %s", stream.peer_id[-6:], error)
         finally:
-            if session is not None:
-                self._end(session)
-            conversation.close()
+            self._streams -= 1
+            self._end(client)
+            client.conversation.close()
 
-    async def _receive(self, conversation: Conversation) -> Received:
-        with anyio.fail_after(self._settings.idle_timeout):
-            return await conversation.receive()
+    async def _serve_next(self, client: _Client) -> bool:
+        """One message and the answer to it. Returns whether the conversation can go on."""
+        try:
+            received = await self._receive(client)
+            await self._answer(client, received)
+            return True
+        except IllegalMessageError as error:
+            refusal, goes_on = Refusal("illegal_message", str(error)), False
+        except MessageTooLargeError as error:
+            refusal, goes_on = Refusal("too_large", str(error)), False
+        except ProtocolError as error:
+            refusal, goes_on = Refusal("bad_message", str(error)), False
+        except Refusal as error:
+            refusal, goes_on = error, error.code not in FATAL
+        finally:
+            self.intake.give_back(client.taken_bytes)
+            client.taken_bytes = 0
+        await self._refuse(client, refusal)
+        return goes_on
 
-    async def _refuse(self, conversation: Conversation, refusal: Refusal) -> None:
-        logger.info("refused %s: %s (%s)", conversation.peer_id[-6:], refusal, refusal.code)
-        fault = Fault(refusal.code, str(refusal)[:2000])
-        with anyio.fail_after(self._settings.message_timeout):
-            await conversation.send(fault)
+    async def _receive(self, client: _Client) -> Received:
+        # Whoever opens a stream has something to say; only a session may be silent for long.
+        settings = self._settings
+        timeout = settings.message_timeout if client.session is None else settings.idle_timeout
+        with anyio.fail_after(timeout):
+            return await client.conversation.receive(lambda message: self._admit(client, message))
 
-    async def _answer(
-        self, conversation: Conversation, session: _Session | None, received: Received
-    ) -> _Session | None:
+    async def _admit(self, client: _Client, message: Message) -> None:
+        """All that the header alone can tell, before memory is spent on the payload."""
+        next_state(client.state, message)
+        if isinstance(message, Step):
+            assert client.session is not None  # the conversation's table lets no step through without one
+            self._check_step(client.session, message)
+            nbytes = sum(spec.nbytes for spec in tensor_specs(message))
+            if nbytes > CHUNK_BYTES:
+                await self._take(client, nbytes)
+
+    async def _take(self, client: _Client, nbytes: int) -> None:
+        try:
+            with anyio.fail_after(self._settings.message_timeout):
+                await self.intake.take(nbytes)
+        except TimeoutError:
+            raise Refusal("busy", "too many large steps are under way; try another server") from None
+        client.taken_bytes = nbytes
+
+    async def _answer(self, client: _Client, received: Received) -> None:
         message = received.message
         match message:
             case Open():
-                session = self._open(message)
-                try:
-                    await conversation.send(Opened(self._settings.max_step_tokens))
-                except BaseException:
-                    self._end(session)
-                    raise
+                client.session = self._open(message)
+                await self._send(client, Opened(self._settings.max_step_tokens))
             case AskInfo():
-                await conversation.send(self._info())
+                await self._send(client, self._info())
             case Step():
-                assert session is not None  # the conversation's table lets no step through without a session
-                reply, payload = await self._step(session, message, received)
-                with anyio.fail_after(self._settings.message_timeout):
-                    await conversation.send(reply, [payload])
-        return session
+                assert client.session is not None
+                reply, payload = await self._step(client.session, message, received)
+                await self._send(client, reply, payload)
+        client.state = next_state(client.state, message)
+
+    async def _send(self, client: _Client, message: Message, *payload: Buffer) -> None:
+        """Answer; a client that does not take its answer in time loses its stream."""
+        with anyio.fail_after(self._settings.message_timeout):
+            await client.conversation.send(message, payload)
+
+    async def _refuse(self, client: _Client, refusal: Refusal) -> None:
+        text = printable(str(refusal))[:2000]  # it may quote what the peer sent
+        logger.info("refused %s: %s (%s)", client.conversation.peer_id[-6:], text, refusal.code)
+        await self._send(client, Fault(refusal.code, text))
+
+    async def _linger(self, client: _Client) -> None:
+        """Let the peer read why the stream ends: closing while it still sends could discard that."""
+        with anyio.move_on_after(_LINGER_S):
+            while True:
+                await client.conversation.stream.receive()
 
     def _info(self) -> Info:
         return Info(
@@ -196,7 +262,9 @@ class BlockService:
                 f"blocks {message.start}:{message.stop} are not inside the served {stage.start}:{stage.stop}",
             )
         if not 1 <= message.max_length <= self._settings.max_session_length:
-            raise Refusal("too_long", f"a session may hold 1 to {self._settings.max_session_length} tokens a row")
+            raise Refusal(
+                "too_long", f"a session may hold 1 to {self._settings.max_session_length} tokens a row"
+            )
         if len(self._sessions) >= self._settings.max_sessions:
             raise Refusal("busy", f"{len(self._sessions)} sessions are open already; try another server")
         session = _Session(
@@ -210,9 +278,11 @@ class BlockService:
         self._idle.clear()
         return session
 
-    def _end(self, session: _Session) -> None:
-        self._sessions.discard(session)
-        session.lease.release()
+    def _end(self, client: _Client) -> None:
+        if client.session is not None:
+            self._sessions.discard(client.session)
+            client.session.lease.release()
+            client.session = None
         if not self._sessions:
             self._idle.set()
 
@@ -222,7 +292,6 @@ class BlockService:
     # ------------------------------------------------------------------ steps
 
     async def _step(self, session: _Session, step: Step, received: Received) -> tuple[StepDone, memoryview]:
-        self._check_shapes(session, step)
         rows, tokens, _ = step.hidden.shape
         try:
             session.lease.grow(rows, step.position + tokens)
@@ -230,11 +299,15 @@ class BlockService:
             raise Refusal("busy", f"{error}; try another server") from None
         try:
             timed = await self._engine.run(lambda: self._compute(session, step, received))
-        except SwarmkitError:
+        except Refusal:
             raise
+        except EngineClosedError:
+            raise Refusal("leaving", "this server has stopped computing; use another one") from None
         except Exception as error:
             logger.exception("a step failed on this server")
-            raise Refusal("internal", f"the step failed on the server: {type(error).__name__}: {error}") from error
+            raise Refusal(
+                "internal", f"the step failed on the server: {type(error).__name__}: {error}"
+            ) from error
         finally:
             # An edit may have shortened the cache, and a refused step has not lengthened it.
             session.lease.resize(session.cache.batch, session.cache.tokens)
@@ -245,7 +318,7 @@ class BlockService:
         spec, payload = timed.value
         return StepDone(spec, timed.queue_s * 1e3, timed.compute_s * 1e3, self.leaving), payload
 
-    def _check_shapes(self, session: _Session, step: Step) -> None:
+    def _check_step(self, session: _Session, step: Step) -> None:
         """Everything that the header alone can tell, against what the session holds."""
         hidden, cache = step.hidden, session.cache
         if len(hidden.shape) != 3 or hidden.shape[2] != self._stage.hidden_size or 0 in hidden.shape:
@@ -264,19 +337,26 @@ class BlockService:
             )
         if step.position > cache.tokens:
             raise Refusal(
-                "out_of_order", f"position {step.position} is beyond the {cache.tokens} tokens this session holds"
+                "out_of_order",
+                f"position {step.position} is beyond the {cache.tokens} tokens this session holds",
             )
         if step.position + tokens > session.max_length:
             raise Refusal(
                 "too_long",
-                f"{step.position} + {tokens} tokens are more than the {session.max_length} this session declared",
+                f"{step.position} + {tokens} tokens are more than the {session.max_length} "
+                "that this session declared",
             )
         if step.keep > tokens:
-            raise Refusal("bad_shape", f"{step.keep} outputs were asked for, but the step has {tokens} tokens")
+            raise Refusal(
+                "bad_shape", f"{step.keep} outputs were asked for, but the step has {tokens} tokens"
+            )
         expected_rows = cache.batch
         if step.order is not None:
-            if step.position and any(row >= cache.batch for row in step.order):
-                raise Refusal("bad_value", f"order names rows outside the {cache.batch} that this session holds")
+            if step.position and (not step.order or max(step.order) >= cache.batch):
+                raise Refusal(
+                    "bad_value",
+                    f"order must name some of the {cache.batch} rows that this session holds, and no others",
+                )
             expected_rows = len(step.order)
         if step.position and rows != expected_rows:
             raise Refusal("bad_shape", f"the step has {rows} rows, the session {expected_rows}")

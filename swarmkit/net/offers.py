@@ -1,0 +1,115 @@
+"""Who holds which block's file: signed, dated records beside the servers' announcements.
+
+An offer says two things at once: that its peer hands out the file with a certain content hash, and that this
+file is
+a certain block of a certain model. It stands under a key for each::
+
+    swarmkit/1/weights/<content hash>              who holds these bytes
+    swarmkit/1/weights/<fingerprint>/<block>       who says which bytes the block is
+
+The first can be checked by whoever fetches the file. The second is a claim, and is treated as one: see
+`swarmkit/server/weights_fetch.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import Annotated
+
+import msgspec
+
+from swarmkit.errors import ProtocolError
+from swarmkit.net.identity import Identity, verify
+from swarmkit.net.messages import BlockIndex, Fingerprint, Total
+from swarmkit.net.records import MAX_LIFETIME_S, MAX_RECORD_BYTES, Address, ShortText
+
+PREFIX = "swarmkit/1/weights/"
+
+_CONTEXT = b"swarmkit weights offer 1\n"
+
+ContentHash = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class WeightsOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One peer's offer of one block's file.
+
+    Attributes:
+        fingerprint, block: what the peer says the file is.
+        content: SHA-256 of the file.
+        size: of the file, in bytes.
+        addresses: where the peer can be dialled.
+        expires_at: Unix time, seconds.
+    """
+
+    peer_id: ShortText
+    fingerprint: Fingerprint
+    block: BlockIndex
+    content: ContentHash
+    size: Total
+    addresses: Annotated[tuple[Address, ...], msgspec.Meta(max_length=16)]
+    expires_at: float
+
+
+class _Signed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    body: bytes
+    signature: bytes
+
+
+_encoder = msgspec.msgpack.Encoder()
+_offer_decoder = msgspec.msgpack.Decoder(WeightsOffer)
+_signed_decoder = msgspec.msgpack.Decoder(_Signed)
+
+
+def claim_key(fingerprint: str, block: int) -> str:
+    """The shared table's key for what peers say a block is."""
+    return f"{PREFIX}{fingerprint}/{block}"
+
+
+def content_key(content: str) -> str:
+    """The shared table's key for the holders of a file."""
+    return f"{PREFIX}{content}"
+
+
+def keys_of(offer: WeightsOffer) -> list[str]:
+    """Every key under which an offer belongs."""
+    return [claim_key(offer.fingerprint, offer.block), content_key(offer.content)]
+
+
+def sign(offer: WeightsOffer, identity: Identity) -> bytes:
+    """The record that other peers will believe to be this one's word."""
+    body = _encoder.encode(offer)
+    return _encoder.encode(_Signed(body, identity.sign(_CONTEXT + body)))
+
+
+def read(key: str, subkey: str, value: bytes, now: float) -> WeightsOffer:
+    """The offer in a record that was found at `key`, `subkey`.
+
+    Raises:
+        ProtocolError: too large, malformed, unsigned, signed by somebody else, stored where it does not
+            belong, expired, or dated too far ahead.
+    """
+    if len(value) > MAX_RECORD_BYTES:
+        raise ProtocolError(f"a record of {len(value)} bytes is larger than {MAX_RECORD_BYTES}", subkey)
+    try:
+        signed = _signed_decoder.decode(value)
+        offer = _offer_decoder.decode(signed.body)
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"not an offer of weights: {error}", subkey) from None
+    if not verify(offer.peer_id, _CONTEXT + signed.body, signed.signature):
+        raise ProtocolError("the offer's signature is not its peer's", offer.peer_id)
+    if offer.peer_id != subkey:
+        raise ProtocolError("an offer stands under a peer that did not sign it", subkey)
+    if key not in keys_of(offer):
+        raise ProtocolError("an offer stands under a key that is not its own", subkey)
+    if not (math.isfinite(offer.expires_at) and now < offer.expires_at <= now + MAX_LIFETIME_S):
+        raise ProtocolError("the offer has expired or is dated too far ahead; check both clocks", subkey)
+    return offer
+
+
+def most_claimed(offers: Iterable[WeightsOffer]) -> list[str]:
+    """The contents that a block is said to have, by how many different peers say so; the most first."""
+    claims = {(offer.peer_id, offer.content) for offer in offers}
+    counts = Counter(content for _, content in claims)
+    return [content for content, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]

@@ -1,0 +1,105 @@
+"""Peers that failed are left aside, longer each time."""
+
+from __future__ import annotations
+
+import pytest
+
+from swarmkit.client.bans import PENALTY_S, Bans
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def bans(clock: Clock) -> Bans:
+    return Bans(2.0, 10.0, clock)
+
+
+def test_nobody_is_banned_at_first(bans: Bans) -> None:
+    assert not bans.is_banned("peer")
+
+
+def test_a_peer_that_failed_is_banned(bans: Bans) -> None:
+    bans.failed("peer")
+    assert bans.is_banned("peer")
+
+
+def test_others_are_not(bans: Bans) -> None:
+    bans.failed("peer")
+    assert not bans.is_banned("other")
+
+
+@pytest.mark.parametrize(("later", "banned"), [(1.9, True), (2.0, False), (3.0, False)])
+def test_a_ban_ends(bans: Bans, clock: Clock, later: float, banned: bool) -> None:
+    bans.failed("peer")
+    clock.now += later
+    assert bans.is_banned("peer") is banned
+
+
+def test_every_failure_in_a_row_doubles_the_time_up_to_a_limit(bans: Bans, clock: Clock) -> None:
+    times = []
+    for _ in range(5):
+        times.append(bans.failed("peer"))
+        clock.now += times[-1]
+    assert times == [2.0, 4.0, 8.0, 10.0, 10.0]
+
+
+def test_failing_for_ever_does_not_overflow(bans: Bans, clock: Clock) -> None:
+    for _ in range(2000):
+        clock.now += bans.failed("peer")
+    assert bans.failed("peer") == 10.0
+
+
+def test_failures_at_the_same_time_are_one(bans: Bans, clock: Clock) -> None:
+    bans.failed("peer")
+    clock.now += 0.5
+    assert bans.failed("peer") == 1.5
+
+
+def test_a_success_wipes_the_slate(bans: Bans, clock: Clock) -> None:
+    clock.now += bans.failed("peer")
+    bans.worked("peer")
+    assert bans.failed("peer") == 2.0
+
+
+def test_a_success_ends_a_ban(bans: Bans) -> None:
+    bans.failed("peer")
+    bans.worked("peer")
+    assert not bans.is_banned("peer")
+
+
+def test_a_success_of_somebody_unknown_is_nothing(bans: Bans) -> None:
+    bans.worked("peer")
+    assert not bans.is_banned("peer")
+
+
+def test_who_is_not_banned_costs_nothing(bans: Bans) -> None:
+    assert bans.penalty_s("peer") == 0.0
+
+
+def test_a_penalty_is_above_all_other_costs(bans: Bans) -> None:
+    bans.failed("peer")
+    assert bans.penalty_s("peer") >= PENALTY_S
+
+
+def test_a_penalty_ends_with_the_ban(bans: Bans, clock: Clock) -> None:
+    bans.failed("peer")
+    clock.now += 2.0
+    assert bans.penalty_s("peer") == 0.0
+
+
+def test_who_failed_more_often_costs_more(bans: Bans, clock: Clock) -> None:
+    clock.now += bans.failed("often")
+    bans.failed("often")
+    bans.failed("once")
+    assert bans.penalty_s("often") > bans.penalty_s("once")

@@ -1,0 +1,62 @@
+"""Large messages of all clients share a number of bytes, in turn."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from swarmkit.server.intake import Intake
+
+
+async def asking(intake: Intake, *sizes: int) -> list[asyncio.Task[None]]:
+    tasks = [asyncio.create_task(intake.take(size)) for size in sizes]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    return tasks
+
+
+def let_in(tasks: list[asyncio.Task[None]]) -> list[bool]:
+    return [task.done() for task in tasks]
+
+
+async def test_what_fits_goes_in_at_once() -> None:
+    assert let_in(await asking(Intake(10), 4, 6)) == [True, True]
+
+
+async def test_what_does_not_fit_waits() -> None:
+    assert let_in(await asking(Intake(10), 4, 7)) == [True, False]
+
+
+async def test_it_goes_in_when_there_is_room_again() -> None:
+    intake = Intake(10)
+    _, second = await asking(intake, 4, 7)
+    intake.give_back(4)
+    await second
+    assert intake.held_bytes == 7
+
+
+async def test_nobody_overtakes() -> None:
+    assert let_in(await asking(Intake(10), 4, 7, 1)) == [True, False, False]
+
+
+async def test_what_is_larger_than_all_of_it_goes_in_alone() -> None:
+    assert let_in(await asking(Intake(10), 99, 1)) == [True, False]
+
+
+async def test_whoever_gives_up_lets_those_behind_it_in() -> None:
+    intake = Intake(10)
+    _, second, third = await asking(intake, 4, 7, 1)
+    second.cancel()
+    await third
+    assert intake.held_bytes == 5
+
+
+async def test_whoever_gives_up_when_its_turn_has_come_gives_its_room_back() -> None:
+    intake = Intake(10)
+    _, second = await asking(intake, 4, 7)
+    intake.give_back(4)
+    second.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await second
+    assert intake.held_bytes == 0

@@ -1,0 +1,171 @@
+"""Sessions and swarms come and go, and leave nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from swarmkit.local import LocalSwarm
+from swarmkit.net import portal
+from swarmkit.settings import ClientSettings, ServerSettings
+
+from .worlds import World, hidden_states
+
+CYCLES = 200
+# Nothing but the sessions shall happen while they are counted.
+SERVER = ServerSettings(announce_period=3000, record_lifetime=3600)
+CLIENT = ClientSettings(refresh_period=3000)
+
+both_transports = pytest.mark.parametrize("transport", ["memory", "hivemind"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collection() -> Iterator[None]:
+    """What is there before is not looked through each time when garbage is collected."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@dataclass(frozen=True)
+class Census:
+    """What could leak, in one process."""
+
+    threads: tuple[str, ...]
+    descriptors: int
+    children: int
+    tasks: int = 0
+    sessions: int = 0
+    leased_bytes: int = 0
+    incoming_bytes: int = 0
+
+
+def of_this_process() -> Census:
+    gc.collect()
+    return Census(
+        threads=tuple(sorted(thread.name for thread in threading.enumerate())),
+        descriptors=len(list(Path("/proc/self/fd").iterdir())),
+        children=len(psutil.Process().children(recursive=True)),
+    )
+
+
+def of_a_swarm(swarm: LocalSwarm) -> Census:
+    async def tasks() -> int:
+        return len(asyncio.all_tasks()) - 1
+
+    services: list[Any] = [server.node.service for server in swarm.servers]  # type: ignore[attr-defined]
+    for service in services:
+        service.budget.audit()
+    with portal.lease() as lease:
+        return replace(
+            of_this_process(),
+            tasks=lease.call(tasks),
+            sessions=sum(service.num_sessions for service in services),
+            leased_bytes=sum(service.budget.leased_bytes for service in services),
+            incoming_bytes=sum(service.intake.held_bytes for service in services),
+        )
+
+
+def settled(census: Callable[[], Census]) -> Census:
+    """The census once nobody is there and it has stayed the same for a while."""
+    seen = [census()]
+    while len(seen) < 8 or len(set(seen[-8:])) > 1 or seen[-1].sessions:
+        time.sleep(0.01)
+        seen.append(census())
+    return seen[-1]
+
+
+def after_a_moment(census: Callable[[], Census], expected: Census) -> Census:
+    """The census once it is what is expected, or as it is when that has not come about for long."""
+    for _ in range(400):
+        if (now := census()) == expected:
+            break
+        time.sleep(0.025)
+    return now
+
+
+@pytest.fixture(params=["memory", "hivemind"])
+def swarm(request: pytest.FixtureRequest, world: World) -> Iterator[LocalSwarm]:
+    with LocalSwarm(
+        world.checkpoint.name, 2, transport=request.param, server_settings=SERVER, client_settings=CLIENT
+    ) as swarm:
+        yield swarm
+
+
+def cycle(model: Any, number: int) -> None:
+    """Open a session; every other one takes steps, and half of them are closed, the others forgotten."""
+    session = model.session(max_length=32)
+    if number % 2:
+        session.step(hidden_states(2, 3))
+        session.step(hidden_states(2, 1))
+    if number % 4 < 2:
+        session.close()
+
+
+def test_sessions_leave_no_task_thread_stream_or_page(swarm: LocalSwarm) -> None:
+    model = swarm.model()
+    for number in range(4):  # what is made once, such as the connection to a peer, is made now
+        cycle(model, number)
+    before = settled(lambda: of_a_swarm(swarm))
+    for number in range(CYCLES):
+        cycle(model, number)
+    assert after_a_moment(lambda: of_a_swarm(swarm), before) == before
+
+
+def test_generations_leave_nothing(swarm: LocalSwarm) -> None:
+    model = swarm.model()
+    prompt = torch.tensor([[1, 5, 9]])
+    model.generate(prompt, max_new_tokens=2, do_sample=False)
+    before = settled(lambda: of_a_swarm(swarm))
+    for _ in range(10):
+        model.generate(prompt, max_new_tokens=2, do_sample=False)
+    assert after_a_moment(lambda: of_a_swarm(swarm), before) == before
+
+
+def test_models_leave_nothing(swarm: LocalSwarm) -> None:
+    swarm.model().close()
+    before = settled(lambda: of_a_swarm(swarm))
+    for number in range(4):
+        model = swarm.model()
+        cycle(model, 1)
+        if number % 2:
+            model.close()
+        del model
+    assert after_a_moment(lambda: of_a_swarm(swarm), before) == before
+
+
+@both_transports
+def test_a_swarm_leaves_nothing(world: World, transport: Any) -> None:
+    def a_life() -> None:
+        with LocalSwarm(world.checkpoint.name, 2, transport=transport, server_settings=SERVER) as swarm:
+            cycle(swarm.model(), 1)
+
+    a_life()  # what is imported or made once in a process is there now
+    before = settled(of_this_process)
+    a_life()
+    assert after_a_moment(of_this_process, before) == before
+
+
+@both_transports
+def test_a_swarm_whose_servers_were_killed_leaves_nothing(world: World, transport: Any) -> None:
+    def a_life() -> None:
+        with LocalSwarm(world.checkpoint.name, 2, transport=transport, server_settings=SERVER) as swarm:
+            cycle(swarm.model(), 1)
+            for server in swarm.servers:
+                server.kill()
+
+    a_life()
+    before = settled(of_this_process)
+    a_life()
+    assert after_a_moment(of_this_process, before) == before

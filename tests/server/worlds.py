@@ -1,0 +1,216 @@
+"""A tiny stage behind a service on an in-memory network, and clients that may say anything to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import torch
+
+from swarmkit.errors import PeerUnreachableError
+from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.stage import Stage
+from swarmkit.net import codec
+from swarmkit.net.conversation import Conversation
+from swarmkit.net.memory import MemoryNetwork
+from swarmkit.net.messages import SESSION_ENDPOINT, Fault, Message, Open, Opened, Step, StepDone
+from swarmkit.net.transport import Transport
+from swarmkit.server.engine import Engine
+from swarmkit.server.service import BlockService
+from swarmkit.settings import ServerSettings
+
+START, STOP = 1, 4
+"""The blocks that the tiny stage holds, of the five that its model has."""
+HIDDEN = 32
+MAX_STEP_TOKENS = 16
+MAX_LENGTH = 64
+
+HEAD = struct.Struct(">2sBIQ")
+"""What every message begins with: magic, version, bytes of the header, bytes of the payload."""
+
+Connect = Callable[[], Awaitable[Transport]]
+
+
+@dataclass
+class World:
+    """What the tests of this folder share: a model and one stage of it."""
+
+    checkpoint: Checkpoint
+    stage: Stage
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.checkpoint.kv_bytes_per_token_per_block(self.stage.dtype)
+
+
+def hidden_states(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    """[rows, tokens, HIDDEN], seeded noise."""
+    return torch.randn(rows, tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def small_settings(**changes: Any) -> ServerSettings:
+    """Limits that are quickly reached."""
+    limits: dict[str, Any] = {
+        "cache_bytes": 8 * 1024**2,
+        "max_step_tokens": MAX_STEP_TOKENS,
+        "max_session_length": 128,
+        "max_sessions": 8,
+    }
+    return ServerSettings(**{**limits, **changes})
+
+
+class TinyServer:
+    """A service and the engine under it; over a network of its own, or over the transport handed in."""
+
+    def __init__(
+        self, world: World, settings: ServerSettings | None = None, engine: Engine | None = None
+    ) -> None:
+        self.world = world
+        self.engine = engine or Engine("test")
+        self.service = BlockService(
+            world.stage,
+            world.checkpoint.fingerprint,
+            world.kv_bytes,
+            self.engine,
+            settings or small_settings(),
+        )
+        self.network = MemoryNetwork()
+        self.transports: list[Transport] = []
+
+    async def start(self, transport: Transport | None = None, connect: Connect | None = None) -> TinyServer:
+        self._connect = connect or self._join
+        self.transport = transport or await self._join()
+        await self.transport.listen(SESSION_ENDPOINT, self.service.serve)
+        return self
+
+    async def _join(self) -> Transport:
+        transport = self.network.transport()
+        self.transports.append(transport)
+        return transport
+
+    async def client(self) -> TinyClient:
+        """Somebody new, with a stream to the server."""
+        transport = await self._connect()
+        stream = await transport.open(self.transport.peer_id, SESSION_ENDPOINT, self.transport.addresses)
+        return TinyClient(Conversation(stream, 2**24), self.world.checkpoint.fingerprint)
+
+    async def session(self, **changes: Any) -> TinyClient:
+        """Somebody new, with an open session."""
+        client = await self.client()
+        reply = await client.open(**changes)
+        assert isinstance(reply, Opened)
+        return client
+
+    def used(self) -> tuple[int, int, int]:
+        """Sessions, leased bytes, and bytes of large messages; also checks that the budget adds up."""
+        self.service.budget.audit()
+        return self.service.num_sessions, self.service.budget.leased_bytes, self.service.intake.held_bytes
+
+    async def empty(self) -> None:
+        """Wait until nobody is left."""
+        while self.used() != (0, 0, 0):
+            await asyncio.sleep(0.001)
+
+    async def close(self) -> None:
+        for transport in self.transports:
+            await transport.close()
+        await asyncio.to_thread(self.engine.close)
+
+
+@dataclass
+class TinyClient:
+    """The client's half of the protocol, with nothing between a test and the wire."""
+
+    conversation: Conversation
+    fingerprint: str
+    position: int = 0
+    received: list[Any] = field(default_factory=list)
+
+    async def ask(self, message: Message, payload: Sequence[Any] = ()) -> Message:
+        await self.conversation.send(message, payload)
+        return await self.answer()
+
+    async def answer(self) -> Message:
+        received = await self.conversation.receive()
+        self.received.append(received)
+        return received.message
+
+    async def open(self, start: int = START, stop: int = STOP, max_length: int = MAX_LENGTH) -> Message:
+        return await self.ask(Open(self.fingerprint, start, stop, max_length))
+
+    async def try_step(
+        self,
+        hidden: torch.Tensor,
+        *,
+        position: int | None = None,
+        keep: int | None = None,
+        mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        order: tuple[int, ...] | None = None,
+    ) -> Message:
+        """One step, and the answer to it, whatever it is."""
+        at = self.position if position is None else position
+        tokens = hidden.shape[1]
+        encoded = [None if tensor is None else codec.encode(tensor) for tensor in (hidden, mask, positions)]
+        specs = [None if pair is None else pair[0] for pair in encoded]
+        message = Step(at, specs[0], tokens if keep is None else keep, specs[1], specs[2], order)  # type: ignore[arg-type]
+        reply = await self.ask(message, [pair[1] for pair in encoded if pair is not None])
+        if isinstance(reply, StepDone):
+            self.position = at + tokens
+        return reply
+
+    async def step(self, hidden: torch.Tensor, **options: Any) -> torch.Tensor:
+        """One step that succeeds; its output."""
+        reply = await self.try_step(hidden, **options)
+        assert isinstance(reply, StepDone), reply
+        output: torch.Tensor = self.received[-1].tensor(reply.hidden)
+        return output
+
+    async def send_frames(self, *frames: bytes) -> None:
+        """Send bytes as they are. A server that has heard enough may end the stream before the last one."""
+        with contextlib.suppress(PeerUnreachableError):
+            for frame in frames:
+                await self.conversation.stream.send(frame)
+
+    def close(self) -> None:
+        self.conversation.close()
+
+
+async def fault_of(reply: Awaitable[Message]) -> Fault:
+    """The fault that answers a request."""
+    message = await reply
+    assert isinstance(message, Fault), message
+    return message
+
+
+def head(
+    header: bytes,
+    payload_bytes: int,
+    *,
+    magic: bytes = b"SK",
+    version: int = 1,
+    header_bytes: int | None = None,
+) -> bytes:
+    """The first bytes of a message, which may lie."""
+    return (
+        HEAD.pack(magic, version, len(header) if header_bytes is None else header_bytes, payload_bytes)
+        + header
+    )
+
+
+def frame(message: Message | dict[str, Any] | list[Any], payload: bytes = b"", **lies: Any) -> bytes:
+    """A message in one frame; what is not one of the protocol's messages may be anything."""
+    return head(msgspec.msgpack.encode(message), lies.pop("payload_bytes", len(payload)), **lies) + payload
+
+
+def alone(
+    world: World, steps: Sequence[torch.Tensor], start: int = START, stop: int = STOP
+) -> list[torch.Tensor]:
+    """What a session of these steps yields when nothing else happens."""
+    cache = world.stage.new_cache(start, stop)
+    return [world.stage.forward(hidden, cache) for hidden in steps]

@@ -1,0 +1,179 @@
+"""The rules of the house that a machine can check; `docs/architecture.md` has the reasons."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import swarmkit
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "swarmkit"
+
+FLOORS = [
+    {"errors", "settings", "_version", "tinychat"},
+    {"net", "models"},
+    {"client", "server"},
+    {"server_process", "local"},
+    {"bench"},
+    {"cli"},
+]
+"""A room may import from the floors below it, and from itself; never from a neighbour, but for these."""
+NEIGHBOURS = {("local", "server_process")}
+
+HIVEMIND_FILES = {"hivemind_transport.py", "hivemind_table.py", "p2p_daemon.py"}
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+each_source = pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+
+
+@cache
+def parsed(source: Path) -> ast.Module:
+    return ast.parse(source.read_text())
+
+
+def imported_by(source: Path) -> Iterator[str]:
+    """Every module that a file names in an import, wherever in the file, and as text for `import_module`."""
+    for node in ast.walk(parsed(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source} imports relative to itself"
+            assert node.module is not None
+            yield node.module
+            # `from swarmkit import net` names a room by its last word
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (str(arg.value) for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def room_of(source: Path) -> str:
+    return source.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def floor_of(room: str) -> int:
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+
+
+ROOMS = {room for rooms in FLOORS for room in rooms}
+
+
+# who may import whom
+
+
+def test_every_room_has_its_floor() -> None:
+    assert {room_of(source) for source in SOURCES} - {"__init__"} == ROOMS
+
+
+@each_source
+def test_imports_point_downwards(source: Path) -> None:
+    own = room_of(source)
+    if own == "__init__":
+        return  # the door of the package, which loads names from every room when they are asked for
+    named = {name.split(".")[1] for name in imported_by(source) if name.startswith("swarmkit.")}
+    upwards = [
+        room
+        for room in (named & ROOMS) - {own}
+        if floor_of(room) >= floor_of(own) and (own, room) not in NEIGHBOURS
+    ]
+    assert upwards == []
+
+
+@each_source
+def test_hivemind_is_known_to_three_files_only(source: Path) -> None:
+    uses = any(name.split(".")[0] == "hivemind" for name in imported_by(source))
+    assert not uses or source.name in HIVEMIND_FILES
+
+
+@pytest.mark.parametrize("room", ["net", "models"])
+def test_the_two_rooms_at_the_bottom_do_not_know_each_other(room: str) -> None:
+    (other,) = {"net", "models"} - {room}
+    names = [name for source in (PACKAGE / room).rglob("*.py") for name in imported_by(source)]
+    assert not any(name.startswith(f"swarmkit.{other}") for name in names)
+
+
+# a quick import
+
+
+def in_a_fresh_interpreter(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_importing_the_package_is_quick() -> None:
+    code = "from time import perf_counter as now; t = now(); import swarmkit; print(now() - t)"
+    assert min(float(in_a_fresh_interpreter(code)) for _ in range(5)) < 0.5
+
+
+@pytest.mark.parametrize("heavy", ["torch", "transformers", "hivemind", "numpy"])
+def test_importing_the_package_loads_nothing_heavy(heavy: str) -> None:
+    assert in_a_fresh_interpreter(f"import sys, swarmkit; print({heavy!r} in sys.modules)") == "False"
+
+
+def test_every_public_name_can_be_had() -> None:
+    assert [name for name in swarmkit.__all__ if not hasattr(swarmkit, name)] == []
+
+
+# words
+
+
+def undocumented(source: Path) -> Iterator[str]:
+    """The module, its public classes and functions, as far as they say nothing about themselves."""
+    module = parsed(source)
+    if ast.get_docstring(module) is None and module.body and source.name != "__main__.py":
+        yield "the module"
+    for node in module.body:
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if not node.name.startswith("_") and ast.get_docstring(node) is None:
+            yield node.name
+
+
+@each_source
+def test_what_is_public_says_what_it_is(source: Path) -> None:
+    assert list(undocumented(source)) == []
+
+
+# the map beside the land
+
+DOCUMENTS = [
+    path
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+    if path.exists()
+]
+_TOP = r"(?:swarmkit|tests|tools|docs|benchmarks|notebooks|app)/"
+
+
+def words_in_backticks(document: Path) -> set[str]:
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    return set(re.findall(r"`([^`\n]+)`", text))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_path_in_a_document_exists(document: Path) -> None:
+    paths = {word for word in words_in_backticks(document) if re.fullmatch(_TOP + r"[\w./-]*", word)}
+    assert sorted(path for path in paths if not (ROOT / path).exists()) == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_file_named_in_a_document_exists(document: Path) -> None:
+    names = {word for word in words_in_backticks(document) if re.fullmatch(r"\w+\.py", word)}
+    known = {path.name for folder in ("swarmkit", "tests", "tools") for path in (ROOT / folder).rglob("*.py")}
+    assert sorted(names - known) == []
+
+
+def test_the_map_names_every_room() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rooms = [
+        f"swarmkit/{room}{'.py' if (PACKAGE / f'{room}.py').exists() else '/'}"
+        for room in ROOMS - {"_version"}
+    ]
+    assert sorted(room for room in rooms if f"`{room}`" not in text) == []
