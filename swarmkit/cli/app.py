@@ -47,4 +47,4 @@ def root(
 
 # Importing a command's file adds it to `app`; the order is the order in `--help`.
 # isort: off
-from swarmkit.cli import demo, serve, generate, chat, status, bootstrap, bench  # noqa: E402, F401
+from swarmkit.cli import demo, serve, generate, chat, status, bootstrap, bench, check  # noqa: E402, F401

@@ -17,7 +17,7 @@ from swarmkit.cli.app import Json, app
 from swarmkit.errors import UsageError
 
 bench_app = typer.Typer(
-    help="Measure decoding and failover on this machine, with servers as processes on loopback.",
+    help="Measure decoding, failover and weights on this machine, with servers as processes on loopback.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
@@ -92,6 +92,31 @@ def failover(
     _report("failover", result, json, _failover_table)
 
 
+@bench_app.command()
+def weights(
+    blocks: Annotated[int, typer.Option("--blocks", min=1, max=8, help="Blocks that both servers hold.")] = 4,
+    hidden_size: Annotated[
+        int, typer.Option("--hidden-size", min=64, help="Width of the random Llama; a multiple of 64.")
+    ] = 1024,
+    threads: _BenchThreads = 1,
+    json: Json = False,
+) -> None:
+    """What a second server costs the Hub, when the first one gives it its blocks.
+
+    Examples:
+
+        swarmkit bench weights --json
+    """
+    _prepare(threads)
+    from swarmkit.bench.weights import bench_weights
+
+    with _bar() as progress:
+        result = bench_weights(
+            serve_blocks=blocks, hidden_size=hidden_size, threads=threads, on_progress=progress
+        )
+    _report("weights", result, json, _weights_table)
+
+
 def _prepare(threads: int) -> None:
     console.setup(False, threads)
     console.quiet_transformers()
@@ -146,4 +171,19 @@ def _failover_table(result: dict[str, Any]) -> Table:
         f"{result['stall_ms_max']:.0f}",
         f"{result['usual_ms_per_token']:.2f}",
     )
+    return table
+
+
+def _weights_table(result: dict[str, Any]) -> Table:
+    table = Table(title=f"{result['blocks']} blocks of {result['block_bytes'] / 1e6:.0f} MB in all")
+    for heading in ("server", "MB from the Hub", "MB from peers", "seconds to fetch", "seconds to load"):
+        table.add_column(heading, justify="right")
+    for server, peer_bytes in (("first", 0), ("second", result["peer_bytes_second"])):
+        table.add_row(
+            server,
+            f"{result[f'hub_bytes_{server}'] / 1e6:.1f}",
+            f"{peer_bytes / 1e6:.1f}",
+            f"{result[f'fetch_seconds_{server}']:.2f}",
+            f"{result[f'load_seconds_{server}']:.2f}",
+        )
     return table

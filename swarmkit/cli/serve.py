@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from swarmkit.cli import console
 from swarmkit.cli.app import Device, DType, Join, Json, Model, Threads, Verbose, app
 from swarmkit.cli.signals import EndRequest, end_request
+from swarmkit.errors import UsageError
 
 
 @app.command()
@@ -39,6 +40,9 @@ def serve(
         str | None,
         typer.Option("--identity", metavar="FILE", help="Keep this server's key, and so its name."),
     ] = None,
+    weights_from: Annotated[
+        str, typer.Option("--weights-from", help="any, hub, or peers: where blocks may be fetched from.")
+    ] = "any",
     relay: Annotated[
         bool, typer.Option("--relay", help="Be reachable through other peers when behind a NAT.")
     ] = False,
@@ -66,7 +70,10 @@ def serve(
         from swarmkit.net.connect import over_hivemind
         from swarmkit.server.placement import parse_blocks
         from swarmkit.server.server import Server
+        from swarmkit.server.weights import WeightsSettings
 
+        if weights_from not in ("any", "hub", "peers"):
+            raise UsageError(f"--weights-from takes any, hub or peers; got {weights_from!r}")
         checkpoint = Checkpoint.open(model)
         show = _Show(json)
         server = Server(
@@ -77,6 +84,7 @@ def serve(
             dtype=dtype,
             public_name=name,
             identity_path=identity,
+            weights=WeightsSettings(source=weights_from),  # type: ignore[arg-type]
             transport=over_hivemind(
                 join or (), host=host, port=port, announce=announce or (), use_relay=relay
             ),

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from swarmkit.errors import ModelError, UsageError
 from swarmkit.models.anatomy import anatomy_of, block_numel
-from swarmkit.models.files import INDEX_FILE, SINGLE_FILE, Files, open_files, refuse_unless_safetensors
+from swarmkit.models.files import Files, open_files, weights_listing
 from swarmkit.models.fingerprint import fingerprint
 from swarmkit.models.quirks import family_of
+from swarmkit.models.store import key_of
+from swarmkit.models.store_fetch import OnBytes, Part
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +53,12 @@ class Checkpoint:
                 A checkpoint is returned as it is.
             revision: branch, tag or commit on the Hub; the default is its main branch.
             token: for private and gated models; the default is HF_TOKEN or the one saved by logging in.
-            progress: show a bar while large files are hashed for the fingerprint.
+            progress: show a bar while large files are hashed for the fingerprint, and while weights are
+                fetched.
 
         Raises:
-            ModelError: it cannot be found, reached or read, has no safetensors weights, or is of an
-                architecture that is not supported.
+            ModelError: it cannot be found, reached or read, has no weights, or is of an architecture that is
+                not supported.
         """
         if isinstance(model, Checkpoint):
             return model
@@ -80,8 +82,9 @@ class Checkpoint:
         config._name_or_path = name
         if quantized:
             config.quantization_config = {**quantized, "dequantize": True}
-        refuse_unless_safetensors(files, name)
-        return cls(name, config, files)
+        checkpoint = cls(name, config, files)
+        _ = checkpoint._listing  # which raises if there are no weights
+        return checkpoint
 
     @property
     def model_type(self) -> str:
@@ -105,14 +108,14 @@ class Checkpoint:
         Raises:
             ModelError: the index or the only file cannot be fetched or read.
         """
-        index = self.files.find(INDEX_FILE)
-        if index is not None:
-            listed = _read_json(index, self.name).get("weight_map")
-            if not isinstance(listed, dict) or not listed:
-                raise ModelError(f"{INDEX_FILE} of {self.name} lists no weights; download it again.")
-            return listed
-        with _opened(self._path(SINGLE_FILE), self.name) as file:
-            return dict.fromkeys(file.keys(), SINGLE_FILE)
+        if not self._listing.endswith(".json"):
+            return dict.fromkeys(self.files.keys(self._listing), self._listing)
+        index = self.files.find(self._listing)
+        assert index is not None, "weights_listing has found it"
+        listed = _read_json(index, self.name).get("weight_map")
+        if not isinstance(listed, dict) or not listed or not all(isinstance(v, str) for v in listed.values()):
+            raise ModelError(f"{self._listing} of {self.name} lists no weights; download it again.")
+        return listed
 
     @cached_property
     def fingerprint(self) -> str:
@@ -125,32 +128,51 @@ class Checkpoint:
         """
         config_file = self.files.find("config.json")
         assert config_file is not None, "open_files has found it"
-        single = not self.files.exists(INDEX_FILE)
-        names = [SINGLE_FILE] if single else sorted(set(self.weight_map.values()))
+        single = not self._listing.endswith(".json")
+        names = [self._listing] if single else sorted(set(self.weight_map.values()))
         hashes = [(name, self.files.sha256(name)) for name in names]
         return fingerprint(_read_json(config_file, self.name), hashes)
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Read these tensors and no others, fetching only the files they lie in.
+        """Read these tensors and no others, fetching what is not here by blocks (see `fetch`).
 
         Raises:
             ModelError: a key does not exist, or its file is missing or damaged.
         """
-        by_file: dict[str, list[str]] = {}
-        for key in keys:
-            if key not in self.weight_map:
-                raise ModelError(f"{self.name} has no tensor {key!r}; the checkpoint is incomplete.")
-            by_file.setdefault(self.weight_map[key], []).append(key)
-        tensors: dict[str, Tensor] = {}
-        for name, names in by_file.items():
-            with _opened(self._path(name), self.name) as file:
-                try:
-                    tensors.update({key: file.get_tensor(key) for key in names})
-                except SafetensorError as error:
-                    raise ModelError(
-                        f"{name} of {self.name} lacks a tensor of its index ({error}); download it again."
-                    ) from error
-        return tensors
+        wanted = list(keys)
+        tensors = self.files.read(self._parts_with(wanted))
+        return {key: tensors[key] for key in wanted}
+
+    def fetch(self, start: int, stop: int, *, head: bool = False, on_bytes: OnBytes | None = None) -> None:
+        """Bring the weights of blocks `[start, stop)` onto this machine, in one go; does nothing for a
+        folder.
+
+        From the Hub come only the bytes of these blocks, into the store, and only those that it lacks.
+
+        Args:
+            head: also what is in no block.
+            on_bytes: called with (bytes here, bytes in all), from this thread.
+
+        Raises:
+            UsageError: the range is empty or outside the model.
+            ModelError: they cannot be fetched.
+        """
+        parts = self.block_parts(start, stop)
+        if head:
+            parts += self._parts_with(self.head_keys())
+        self.files.fetch(parts, on_bytes)
+
+    def block_parts(self, start: int, stop: int) -> list[Part]:
+        """Blocks `[start, stop)` as the store knows them, one part each.
+
+        Raises:
+            UsageError, ModelError: as `block_keys`.
+        """
+        return self._parts_with(self.block_keys(start, stop))
+
+    def block_content(self, block: int) -> str | None:
+        """The SHA-256 of a block's file in the store, the same for everybody; None if it has none there."""
+        return self.files.content(self.block_parts(block, block + 1)[0])
 
     def block_keys(self, start: int, stop: int) -> dict[str, str]:
         """The tensors of blocks `[start, stop)`.
@@ -232,18 +254,31 @@ class Checkpoint:
                 blocks.setdefault(place[0], {})[key] = place[1]
         return blocks
 
-    def _path(self, name: str) -> Path:
-        path = self.files.find(name)
-        if path is None:
-            raise ModelError(f"{self.name} lacks the file {name}, which its index names; download it again.")
-        return path
+    @cached_property
+    def _listing(self) -> str:
+        return weights_listing(self.files, self.name)
 
+    def _parts_with(self, keys: Iterable[str]) -> list[Part]:
+        """The parts that hold these tensors: whole blocks, and of the head exactly what is asked for."""
+        anatomy = anatomy_of(self.config)
+        blocks: set[int] = set()
+        head: list[str] = []
+        for key in keys:
+            if key not in self.weight_map:
+                raise ModelError(f"{self.name} has no tensor {key!r}; the checkpoint is incomplete.")
+            place = anatomy.block_of(key)
+            if place is None:
+                head.append(key)
+            else:
+                blocks.add(place[0])
+        parts = [self._part(f"block {block}", list(self._by_block[block])) for block in sorted(blocks)]
+        if head:
+            whole = set(head) == set(self.head_keys())
+            parts.append(self._part("head" if whole else f"head {key_of(*sorted(head))[:8]}", head))
+        return parts
 
-def _opened(path: Path, name: str) -> Any:
-    try:
-        return safe_open(str(path), framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path.name} of {name} is damaged ({error}); download it again.") from error
+    def _part(self, label: str, keys: Sequence[str]) -> Part:
+        return Part(label, {key: self.weight_map[key] for key in keys})
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:

@@ -1,33 +1,29 @@
-"""Where a model's files come from: a folder, or a repository on the Hugging Face Hub (file by file)."""
+"""Where a model's files come from: a folder, or a repository on the Hugging Face Hub."""
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
 from swarmkit.errors import ModelError
-from swarmkit.models.fingerprint import file_sha256, recall, remember
+from swarmkit.models.fingerprint import file_sha256
+from swarmkit.models.store_fetch import OnBytes, Part
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_OLD_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-NO_SAFETENSORS = (
-    "Weights in .bin files are not loaded, because opening them can run code. Convert them once with "
-    "`AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)` and give that folder."
-)
+PICKLE_FILE = "pytorch_model.bin"
+PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 
 
 class Files(Protocol):
     """The files of one model, at one fixed state."""
 
     def find(self, name: str) -> Path | None:
-        """The file on this machine, fetched if need be; None if the model has no such file."""
+        """The file on this machine, fetched as a whole if need be; None if the model has no such file."""
 
     def exists(self, name: str) -> bool:
         """Whether the model has such a file, without fetching it."""
@@ -35,12 +31,26 @@ class Files(Protocol):
     def sha256(self, name: str) -> str:
         """The file's SHA-256 in hex, without fetching it where that can be."""
 
+    def keys(self, name: str) -> Iterable[str]:
+        """The names of the tensors in a file of weights, without fetching more than its header where that can
+        be.
+        """
+
+    def fetch(self, parts: Sequence[Part], on_bytes: OnBytes | None = None) -> None:
+        """Bring these tensors onto this machine, if they are not here."""
+
+    def read(self, parts: Sequence[Part]) -> dict[str, Tensor]:
+        """These tensors, fetched if need be."""
+
+    def content(self, part: Part) -> str | None:
+        """The SHA-256 of a part's file in the store, if it has one there."""
+
     def pretrained(self) -> tuple[str, dict[str, Any]]:
         """The arguments with which transformers' `from_pretrained` loads from the same place."""
 
 
 class LocalFiles:
-    """A folder, as `save_pretrained` writes it."""
+    """A folder, as `save_pretrained` writes it. Read as it is; nothing of it is copied."""
 
     def __init__(self, folder: Path, *, progress: bool = True) -> None:
         self.folder = folder
@@ -62,125 +72,31 @@ class LocalFiles:
             )
         return file_sha256(path, progress=self._progress)
 
+    def keys(self, name: str) -> Iterable[str]:
+        return keys_in(self._path(name), str(self.folder))
+
+    def fetch(self, parts: Sequence[Part], on_bytes: OnBytes | None = None) -> None:
+        """All of it is here."""
+
+    def read(self, parts: Sequence[Part]) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for shard, keys in by_shard(parts).items():
+            tensors.update(read_from(self._path(shard), keys, str(self.folder)))
+        return tensors
+
+    def content(self, part: Part) -> str | None:
+        return None
+
     def pretrained(self) -> tuple[str, dict[str, Any]]:
         return str(self.folder), {"local_files_only": True}
 
-
-class HubFiles:
-    """A repository on the Hub, pinned to the commit that its revision meant when it was opened."""
-
-    def __init__(self, repo: str, revision: str | None, token: str | None, *, progress: bool = True) -> None:
-        """Fetch config.json, which tells the commit.
-
-        Raises:
-            ModelError: there is no such repository, it is gated, or it cannot be reached.
-        """
-        self.repo = repo
-        self._token = token
-        self._progress = progress
-        self.commit = revision
-        config = self.find("config.json")
-        if config is None:
+    def _path(self, name: str) -> Path:
+        path = self.find(name)
+        if path is None:
             raise ModelError(
-                f"{repo} on the Hub has no config.json, so it is not a transformers model. "
-                "Check the name; for adapters and GGUF files give the base model instead."
+                f"{self.folder} lacks the file {name}, which its index names; download it again."
             )
-        self.commit = config.parent.name
-
-    def find(self, name: str) -> Path | None:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-        with self._explained(name):
-            try:
-                path = hf_hub_download(self.repo, name, revision=self.commit, token=self._token)
-            except LocalEntryNotFoundError:
-                raise
-            except EntryNotFoundError:
-                return None
-        return Path(path)
-
-    def exists(self, name: str) -> bool:
-        return self._cached(name) is not None or self._etag(name) is not None
-
-    def sha256(self, name: str) -> str:
-        key = f"hub:{self.repo}@{self.commit}/{name}"
-        known = recall(key)
-        if isinstance(known, str) and _SHA256.fullmatch(known):
-            return known
-        cached = self._cached(name)
-        # The Hub keeps large files under their SHA-256, and so does its cache on this machine.
-        sha256 = cached.resolve().name if cached is not None else self._etag(name)
-        if sha256 is None or not _SHA256.fullmatch(sha256):
-            path = self.find(name)
-            if path is None:
-                raise ModelError(f"{self.repo} on the Hub lacks {name} of its index; tell its owner.")
-            sha256 = file_sha256(path, progress=self._progress)
-        remember(key, sha256)
-        return sha256
-
-    def pretrained(self) -> tuple[str, dict[str, Any]]:
-        return self.repo, {"revision": self.commit, "token": self._token}
-
-    def _cached(self, name: str) -> Path | None:
-        from huggingface_hub import try_to_load_from_cache
-
-        path = try_to_load_from_cache(self.repo, name, revision=self.commit)
-        return Path(path) if isinstance(path, str) else None
-
-    def _etag(self, name: str) -> str | None:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-        with self._explained(name):
-            try:
-                url = hf_hub_url(self.repo, name, revision=self.commit)
-                return get_hf_file_metadata(url, token=self._token).etag or ""
-            except LocalEntryNotFoundError:
-                raise
-            except EntryNotFoundError:
-                return None
-
-    @contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
-        """Turns the Hub client's many errors into one that says what to do."""
-        from huggingface_hub import errors
-
-        try:
-            yield
-        except (errors.EntryNotFoundError, ModelError) as error:
-            if not isinstance(error, errors.LocalEntryNotFoundError):
-                raise
-            raise ModelError(self._unreachable(name)) from error
-        except errors.GatedRepoError as error:
-            raise ModelError(
-                f"{self.repo} on the Hub is gated. Accept its terms at https://huggingface.co/{self.repo}, "
-                "then set HF_TOKEN or run `huggingface-cli login` (`hf auth login` in newer versions)."
-            ) from error
-        except errors.RevisionNotFoundError as error:
-            raise ModelError(
-                f"{self.repo} on the Hub has no revision {self.commit!r}. Check the branch, tag or commit."
-            ) from error
-        except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-            raise ModelError(
-                f"There is no folder {self.repo!r} here and no such model on the Hub. Check the "
-                "spelling (a Hub name looks like Qwen/Qwen3-8B; the packaged model is called tiny-chat). "
-                "If it is private or gated, set HF_TOKEN or run `huggingface-cli login`."
-            ) from error
-        except Exception as error:
-            # The client lets connection errors of its HTTP library through, and these differ by version.
-            raise ModelError(f"{self._unreachable(name)} ({type(error).__name__}: {error})") from error
-
-    def _unreachable(self, name: str) -> str:
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-            return (
-                f"{name} of {self.repo} is not in the Hub's cache on this machine, and HF_HUB_OFFLINE is "
-                "set. Unset it once to download, or give a local folder."
-            )
-        return (
-            f"{name} of {self.repo} could not be fetched from the Hub, nor is it in this machine's cache. "
-            "Check the connection and the spelling, give a local folder, or use the packaged model tiny-chat."
-        )
+        return path
 
 
 def open_files(model: str, *, revision: str | None, token: str | None, progress: bool) -> Files:
@@ -207,20 +123,77 @@ def open_files(model: str, *, revision: str | None, token: str | None, progress:
             f"There is no folder {folder}. Check the path; a Hub name looks like Qwen/Qwen3-8B, "
             "and the packaged model is called tiny-chat."
         )
+    from swarmkit.models.store_hub import HubFiles
+
     return HubFiles(model, revision, token, progress=progress)
 
 
-def refuse_unless_safetensors(files: Files, name: str) -> None:
-    """Check that there are weights to load.
+def weights_listing(files: Files, name: str) -> str:
+    """The file that says where the weights are: an index, or the only file of weights there is.
+
+    Safetensors are preferred; files of PyTorch's own format will do.
 
     Raises:
-        ModelError: there are none, or only .bin files.
+        ModelError: there are none.
     """
-    if files.exists(INDEX_FILE) or files.exists(SINGLE_FILE):
-        return
-    if any(files.exists(old) for old in _OLD_FILES):
-        raise ModelError(f"{name} has no safetensors files, only pytorch_model.bin. {NO_SAFETENSORS}")
+    for index, single in ((INDEX_FILE, SINGLE_FILE), (PICKLE_INDEX_FILE, PICKLE_FILE)):
+        # An index is wanted at once, and that it does not exist is remembered for when there is no
+        # connection.
+        if files.find(index) is not None:
+            return index
+        if files.exists(single):
+            return single
     raise ModelError(
-        f"{name} has neither {SINGLE_FILE} nor {INDEX_FILE}. "
+        f"{name} has neither {SINGLE_FILE} nor {INDEX_FILE} (nor {PICKLE_FILE}). "
         "Give a checkpoint with safetensors weights, as `save_pretrained` writes it."
     )
+
+
+def by_shard(parts: Iterable[Part]) -> dict[str, list[str]]:
+    """The tensors of `parts` by the file they lie in."""
+    found: dict[str, list[str]] = {}
+    for part in parts:
+        for key, shard in part.shards.items():
+            found.setdefault(shard, []).append(key)
+    return found
+
+
+def keys_in(path: Path, name: str) -> list[str]:
+    """The names of the tensors in a file of weights.
+
+    Raises:
+        ModelError: it is damaged or may not be opened.
+    """
+    if path.suffix != ".safetensors":
+        from swarmkit.models.store_pickles import open_pickle
+
+        return list(open_pickle(path, name))
+    with _opened(path, name) as file:
+        return list(file.keys())
+
+
+def read_from(path: Path, keys: Iterable[str], name: str) -> Mapping[str, Tensor]:
+    """Some tensors of a file of weights.
+
+    Raises:
+        ModelError: it is damaged, may not be opened, or lacks one.
+    """
+    try:
+        if path.suffix != ".safetensors":
+            from swarmkit.models.store_pickles import open_pickle
+
+            content = open_pickle(path, name)
+            return {key: content[key] for key in keys}
+        with _opened(path, name) as file:
+            return {key: file.get_tensor(key) for key in keys}
+    except (SafetensorError, KeyError) as error:
+        raise ModelError(
+            f"{path.name} of {name} lacks a tensor of its index ({error}); download it again."
+        ) from error
+
+
+def _opened(path: Path, name: str) -> Any:
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path.name} of {name} is damaged ({error}); download it again.") from error

@@ -67,7 +67,7 @@ def file_sha256(path: Path, *, progress: bool = True) -> str:
     sha256 = hashlib.sha256()
     hidden = not progress or before.st_size <= _PROGRESS_FROM_BYTES
     with (
-        open(real, "rb") as file,
+        real.open("rb") as file,
         tqdm(
             total=before.st_size, desc=f"Hashing {path.name}", unit="B", unit_scale=True, disable=hidden
         ) as bar,
@@ -108,7 +108,7 @@ def remember(key: str, value: Any) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(scratch, path)
+        scratch.replace(path)
     except OSError:
         # Only speed is lost: the file is hashed again next time.
         scratch.unlink(missing_ok=True)

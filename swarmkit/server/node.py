@@ -31,6 +31,8 @@ from swarmkit.server.engine import BULK, Engine
 from swarmkit.server.placement import Served, choose_blocks
 from swarmkit.server.service import BlockService
 from swarmkit.server.throughput import measure_decode_rate
+from swarmkit.server.weights import WeightsSettings
+from swarmkit.server.weights_share import SharedWeights
 from swarmkit.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,7 @@ class ServerConfig:
     device: str = "cpu"
     dtype: str | torch.dtype = "auto"
     public_name: str = ""
+    weights: WeightsSettings = field(default_factory=WeightsSettings)
     settings: ServerSettings = field(default_factory=ServerSettings)
 
     def __post_init__(self) -> None:
@@ -131,8 +134,11 @@ class ServerNode:
 
             self.blocks = await self._choose(registry, fingerprint)
             await self._announce(registry, fingerprint)
+            weights = SharedWeights(transport, config.checkpoint, config.weights)
+            await self._fetch(weights)
             stage = await self._load()
             engine = Engine(config.device)
+            weights.service.busy = lambda: engine.waiting > 0  # their copy waits while somebody's token does
             owned.push_async_callback(_shielded, lambda: anyio.to_thread.run_sync(engine.close))
             self._rate = (await engine.run(lambda: measure_decode_rate(stage), BULK)).value
             self.service = service = BlockService(
@@ -143,9 +149,10 @@ class ServerNode:
                 config.settings,
             )
             await transport.listen(SESSION_ENDPOINT, service.serve)
+            low, high = self.blocks
+            await owned.enter_async_context(weights.sharing(low, high))
             self._state = "online"
             await self._announce(registry, fingerprint)
-            low, high = self.blocks
             self._tell(ServerEvent("serving", f"serving blocks {low}:{high} at {self._rate:.0f} tokens/s"))
             task_status.started()
 
@@ -164,6 +171,17 @@ class ServerNode:
         total = config.checkpoint.num_blocks
         served = [Served(o.start, o.stop, max(o.throughput, 1e-6)) for o in others]
         return choose_blocks(total, config.num_blocks or total, served)
+
+    async def _fetch(self, weights: SharedWeights) -> None:
+        """Have the blocks' weights here, from peers or the Hub; a local folder has them already."""
+        low, high = self.blocks
+        loop = asyncio.get_running_loop()
+
+        def progress(done: int, total: int) -> None:  # called by the thread that downloads
+            event = ServerEvent("loading", f"fetching blocks {low}:{high}", done / max(total, 1))
+            loop.call_soon_threadsafe(self._tell, event)
+
+        await weights.fetch(low, high, progress)
 
     async def _load(self) -> Stage:
         low, high = self.blocks

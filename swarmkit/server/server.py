@@ -16,6 +16,7 @@ from swarmkit.net import portal
 from swarmkit.net.connect import TransportFactory, over_hivemind
 from swarmkit.net.identity import Identity
 from swarmkit.server.node import ServerConfig, ServerEvent, ServerNode
+from swarmkit.server.weights import WeightsSettings
 from swarmkit.settings import ServerSettings
 
 
@@ -37,6 +38,7 @@ class Server:
         dtype: a torch dtype or its name; `"auto"` = float32 on CPU, the checkpoint's own elsewhere.
         public_name: how this server is called in status pages.
         identity_path: a file that keeps this server's key, so that its name and address stay the same.
+        weights: where the blocks' weights may come from, and what is handed on to others.
         transport: how to reach the swarm; over hivemind on loopback if not given.
         on_event: called with each `ServerEvent`, on the event loop's thread.
 
@@ -57,6 +59,7 @@ class Server:
         public_name: str = "",
         identity_path: str | os.PathLike[str] | None = None,
         transport: TransportFactory | None = None,
+        weights: WeightsSettings | None = None,
         settings: ServerSettings | None = None,
         on_event: Callable[[ServerEvent], None] = lambda event: None,
     ) -> None:
@@ -67,6 +70,7 @@ class Server:
             device=device,
             dtype=dtype,
             public_name=public_name,
+            weights=weights or WeightsSettings(),
             settings=settings or ServerSettings(),
         )
         identity = Identity.load_or_create(Path(identity_path)) if identity_path else Identity()

@@ -69,7 +69,8 @@ def test_the_fingerprint_is_of_the_content_not_the_place(folder: Path, tmp_path:
     edit_config(there, transformers_version="0.0", _name_or_path="x", torch_dtype="float16", dtype="float16")
     first = Checkpoint.open(folder).fingerprint
     assert first == Checkpoint.open(folder).fingerprint == Checkpoint.open(there).fingerprint
-    assert len(first) == 32 and int(first, 16) >= 0
+    assert len(first) == 32
+    assert int(first, 16) >= 0
 
 
 def test_the_fingerprint_changes_with_one_config_value(folder: Path) -> None:
@@ -120,9 +121,8 @@ def without_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
-def with_bin_only(folder: Path) -> None:
-    for file in folder.glob("*.safetensors*"):
-        file.unlink()
+def with_a_damaged_bin(folder: Path) -> None:
+    without_weights(folder)
     (folder / "pytorch_model.bin").touch()
 
 
@@ -132,7 +132,7 @@ def without_weights(folder: Path) -> None:
 
 
 def of_another_kind(folder: Path) -> None:
-    edit_config(folder, model_type="bloom")
+    edit_config(folder, model_type="gemma3")
 
 
 def of_an_unknown_kind(folder: Path) -> None:
@@ -147,10 +147,9 @@ def quantised(folder: Path) -> None:
     ("spoil", "message"),
     [
         (without_config, r"no config\.json"),
-        (with_bin_only, r"only pytorch_model\.bin.*Convert them once"),
         (without_weights, r"neither model\.safetensors nor"),
-        (of_another_kind, r"needs? a quirk.*alibi"),
-        (of_an_unknown_kind, r"'frobnicator' models have not been tried.*llama"),
+        (of_another_kind, r"cannot be cut.*images.*llama"),
+        (of_an_unknown_kind, r"config\.json of .* cannot be used.*frobnicator"),
         (quantised, r"stored quantised \(gptq\)"),
     ],
 )
@@ -158,6 +157,33 @@ def test_what_cannot_be_opened_says_why(folder: Path, spoil: object, message: st
     spoil(folder)  # type: ignore[operator]
     with pytest.raises(ModelError, match=message):
         Checkpoint.open(folder)
+
+
+def test_a_damaged_bin_says_so(folder: Path) -> None:
+    with_a_damaged_bin(folder)
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin.*damaged"):
+        _ = Checkpoint.open(folder).weight_map
+
+
+def test_a_folder_with_bin_files_reads_as_one_with_safetensors(folder: Path, tmp_path: Path) -> None:
+    there = tmp_path / "old"
+    there.mkdir()
+    shutil.copy(folder / "config.json", there)
+    checkpoint = Checkpoint.open(folder)
+    torch.save(checkpoint.read(checkpoint.weight_map), there / "pytorch_model.bin")
+    old = Checkpoint.open(there)
+    assert old.block_keys(1, 3) == checkpoint.block_keys(1, 3)
+    for key, value in old.read(old.weight_map).items():
+        assert torch.equal(value, checkpoint.read([key])[key])
+
+
+def test_a_folder_needs_no_fetching(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWARMKIT_STORE_DIR", str(tmp_path / "store"))
+    checkpoint = Checkpoint.open(folder)
+    checkpoint.fetch(0, 4, head=True)
+    checkpoint.read(checkpoint.weight_map)
+    assert checkpoint.block_content(0) is None
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "a/b/c"])
