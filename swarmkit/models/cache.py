@@ -2,48 +2,89 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
-from swarmkit.errors import UsageError
+from swarmkit.errors import ModelError, UsageError
+from swarmkit.models.anatomy import anatomy_of, block_configs
+
+_MARK_EVERY_TOKENS = 64
+_MARKS = 2
+
+
+@dataclass
+class _Mark:
+    """The states of the recurrent blocks as they were after `tokens` tokens."""
+
+    tokens: int
+    layers: dict[int, Any]
 
 
 class StageCache(DynamicCache):
     """A transformers cache for blocks `[start, stop)` of a stage that may serve more than those.
 
-    Every block keeps all tokens, also blocks with a sliding window: their masks hide what the window has left
-    behind, and in return the cache can be cut back to any earlier token.
+    Every attention block keeps all tokens, also with a sliding window: its mask hides what the window has
+    left behind, and in return the cache can be cut back to any earlier token.
+
+    A block with linear attention or a convolution has a *state* instead, which cannot be cut back. A cache
+    with such blocks remembers two earlier states and the stage's inputs since the beginning; cut back to a
+    token between, it stands at the earlier state, and the stage runs the inputs in between again before the
+    next step (see `missing`). Marks are set before every step of several tokens, and every 64 tokens, so that
+    speculative decoding goes back one step and no further.
 
     Attributes:
         start, stop: the half-open range of blocks, counted in the whole model.
         offset: index of the first of them within the stage, which is how its attention modules count.
+        tokens: tokens held, per row of the batch.
+        batch: rows of the batch; 0 while the cache is empty.
     """
 
-    def __init__(self, start: int, stop: int, *, offset: int = 0) -> None:
-        # Past DynamicCache.__init__, which would pick other kinds of layers by the model's config.
-        Cache.__init__(self, layers=_empty(stop - start))
+    layers: list[Any]
+
+    def __init__(self, start: int, stop: int, *, offset: int = 0, config: PreTrainedConfig) -> None:
+        """An empty cache; `config` describes exactly blocks `[start, stop)`."""
+        self._kinds = _layers_for(config)
+        # Blocks of the stage that this session does not use come first, so that indices are the stage's.
+        self._unused = [DummyLayer() for _ in range(offset)]
+        Cache.__init__(self, layers=[*self._unused, *copy.deepcopy(self._kinds)])
         self.start = start
         self.stop = stop
         self.offset = offset
-
-    layers: list[Any]  # of DynamicLayer
+        self.tokens = 0
+        self.batch = 0
+        self._computed = 0
+        self._recurrent = [
+            offset + index
+            for index, layer in enumerate(self._kinds)
+            if isinstance(layer, LinearAttentionCacheLayerMixin)
+        ]
+        self._marks: list[_Mark] = []
+        self._inputs: Tensor | None = None
+        self._positions: Tensor | None = None
+        self._mark_next = False
 
     @property
-    def tokens(self) -> int:
-        """Tokens held, per row of the batch."""
-        # The last block is filled last, so that during a step this still counts the tokens before it.
-        keys = self.layers[-1].keys
-        return 0 if keys is None else int(keys.shape[-2])
+    def blocks(self) -> list[Any]:
+        """The layers of this cache's own blocks."""
+        return self.layers[self.offset :]
 
-    @property
-    def batch(self) -> int:
-        """Rows of the batch; 0 while the cache is empty."""
-        keys = self.layers[-1].keys
-        return 0 if keys is None else int(keys.shape[0])
+    # What the session does between steps.
 
     def edit(self, keep_tokens: int, order: Sequence[int] | None = None) -> None:
         """First keep only the first `keep_tokens` tokens, then select rows of the batch.
@@ -56,59 +97,127 @@ class StageCache(DynamicCache):
         Raises:
             UsageError: there are fewer tokens than that, or a row does not exist. The cache is unchanged.
         """
-        tokens, batch = self.tokens, self.batch
-        if not 0 <= keep_tokens <= tokens:
-            raise UsageError(f"Cannot keep {keep_tokens} tokens of a cache that holds {tokens}.")
+        if not 0 <= keep_tokens <= self.tokens:
+            raise UsageError(f"Cannot keep {keep_tokens} tokens of a cache that holds {self.tokens}.")
         rows: list[int] | None = None
         if order is not None and keep_tokens:
             rows = [int(row) for row in order]
-            if not rows or min(rows) < 0 or max(rows) >= batch:
-                raise UsageError(f"Rows {rows} are not all within a batch of {batch}.")
-            if rows == list(range(batch)):
+            if not rows or min(rows) < 0 or max(rows) >= self.batch:
+                raise UsageError(f"Rows {rows} are not all within a batch of {self.batch}.")
+            if rows == list(range(self.batch)):
                 rows = None
-        self.truncate(keep_tokens)
+        if keep_tokens < self.tokens:
+            self.rewind(keep_tokens)
         if rows is not None:
-            index = torch.tensor(rows, device=self.layers[0].keys.device)
-            for layer in self.layers:
-                layer.keys = layer.keys.index_select(0, index)
-                layer.values = layer.values.index_select(0, index)
-
-    def truncate(self, tokens: int) -> None:
-        """Keep at most the first `tokens` tokens in each block."""
-        if tokens == 0:
-            self.clear()
-            return
-        for layer in self.layers:
-            if layer.keys is not None and layer.keys.shape[-2] > tokens:
-                # A view; the next step copies what is kept and frees the rest.
-                layer.keys = layer.keys[..., :tokens, :]
-                layer.values = layer.values[..., :tokens, :]
-
-    def nbytes(self) -> int:
-        """Bytes of the keys and values of the tokens held."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.keys is not None)
+            self._select(rows)
 
     def clear(self) -> None:
         """Forget everything and free its memory; the cache can be used again, also with another batch."""
-        self.layers = _empty(len(self.layers))
+        self.layers = [*self._unused, *copy.deepcopy(self._kinds)]
+        self.tokens = self.batch = self._computed = 0
+        self._marks = []
+        self._inputs = self._positions = None
+        self._mark_next = False
 
-    # What transformers asks of a cache while it runs. All blocks hold the same tokens, so questions about a
-    # length need no block; and only `update` is asked by an attention module, in the stage's own counting.
+    def nbytes(self) -> int:
+        """Bytes of all that is held for the session: keys, values, states, and what is kept to go back."""
+        held = sum(_nbytes(layer) for layer in self.blocks)
+        held += sum(_nbytes(layer) for mark in self._marks for layer in mark.layers.values())
+        return held + sum(part.nbytes for part in (self._inputs, self._positions) if part is not None)
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        keys, values = self.layers[layer_idx - self.offset].update(key_states, value_states, *args, **kwargs)
-        return keys, values
+    # What the stage does around a step.
+
+    def missing(self) -> tuple[Tensor, Tensor] | None:
+        """Inputs [batch, tokens, hidden] and position ids that must be run again before the next step."""
+        if self._computed == self.tokens:
+            return None
+        inputs, positions = self._inputs, self._positions
+        assert inputs is not None
+        assert positions is not None
+        return inputs[:, self._computed : self.tokens], positions[:, self._computed : self.tokens]
+
+    def caught_up(self, tokens: int) -> None:
+        """So many of the missing tokens were run again."""
+        self._computed += tokens
+
+    def before_step(self, tokens: int) -> None:
+        """A step of `tokens` new tokens is about to run."""
+        if not self._recurrent or not self.tokens:
+            return
+        last = self._marks[-1].tokens if self._marks else 0
+        wanted = tokens > 1 or self._mark_next
+        if self.tokens > last and (wanted or self.tokens - last >= _MARK_EVERY_TOKENS):
+            states = {index: _copy_of_states(self.layers[index]) for index in self._recurrent}
+            self._marks = [*self._marks, _Mark(self.tokens, states)][-_MARKS:]
+
+    def after_step(self, hidden: Tensor, position_ids: Tensor | None) -> None:
+        """A step has run over `hidden` [batch, tokens, hidden]; its tokens are held now."""
+        batch, tokens, _ = hidden.shape
+        if self._recurrent:
+            if position_ids is None:
+                position_ids = torch.arange(self.tokens, self.tokens + tokens, device=hidden.device)[None]
+            position_ids = position_ids.to(hidden.device).expand(batch, tokens)
+            first = self._inputs is None
+            self._inputs = hidden.clone() if first else torch.cat([self._inputs, hidden], dim=1)  # type: ignore[list-item]
+            self._positions = position_ids if first else torch.cat([self._positions, position_ids], dim=1)  # type: ignore[list-item]
+        self.tokens += tokens
+        self.batch = batch
+        self._computed = self.tokens
+        self._mark_next = tokens > 1
+
+    def rewind(self, tokens: int) -> None:
+        """Stand at the first `tokens` tokens, whatever the blocks hold: a step may have ended half-way."""
+        if tokens == 0:
+            self.clear()
+            return
+        self.tokens = self._computed = tokens
+        if self._recurrent:
+            self._restore(tokens)
+        for layer in self.blocks:
+            _truncate(layer, self._computed)
+
+    def _restore(self, tokens: int) -> None:
+        """Put the recurrent blocks back to the last mark at or before `tokens`."""
+        self._marks = [mark for mark in self._marks if mark.tokens <= tokens]
+        self._mark_next = True  # lest the same way be gone again
+        if self._inputs is not None and self._positions is not None:
+            self._inputs, self._positions = self._inputs[:, :tokens], self._positions[:, :tokens]
+        if not self._marks:
+            self._computed = 0
+            self.layers = [*self._unused, *copy.deepcopy(self._kinds)]
+            return
+        self._computed = self._marks[-1].tokens
+        for index, marked in self._marks[-1].layers.items():
+            old, new = self.layers[index], _copy_of_states(marked)
+            if isinstance(old, DynamicLayer):
+                # A block with both attention and a state: the keys stay, and are cut like all others.
+                new.keys, new.values, new.is_initialized = old.keys, old.values, old.is_initialized
+            self.layers[index] = new
+
+    def _select(self, rows: list[int]) -> None:
+        self.batch = len(rows)
+        index: Any = torch.tensor(rows)
+        for layer in self.blocks:
+            layer.reorder_cache(index)
+        for mark in self._marks:
+            for layer in mark.layers.values():
+                LinearAttentionCacheLayerMixin.reorder_cache(layer, index)
+        if self._inputs is not None and self._positions is not None:
+            index = index.to(self._inputs.device)
+            self._inputs = self._inputs.index_select(0, index)
+            self._positions = self._positions.index_select(0, index)
+
+    # What transformers asks of a cache while it runs: all blocks hold the same tokens, so that a length needs
+    # no block, and still is that of the beginning of the step.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.tokens
+        return self._computed
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.tokens
+        return self._computed
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.tokens + query_length, 0
+        return self._computed + query_length, 0
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -123,5 +232,96 @@ class StageCache(DynamicCache):
         return [False] * len(self.layers)
 
 
-def _empty(blocks: int) -> list[Any]:
-    return [DynamicLayer() for _ in range(blocks)]  # type: ignore[no-untyped-call]
+def _layers_for(config: PreTrainedConfig) -> list[Any]:
+    """Empty cache layers as transformers chooses them, except that none forgets tokens."""
+    layers: list[Any] = []
+    for layer in DynamicCache(config=config).layers:
+        if isinstance(layer, LinearAttentionAndSlidingWindowAttentionLayer):
+            layers.append(LinearAttentionAndFullAttentionLayer(layer.number_of_states))
+        elif type(layer) is DynamicSlidingWindowLayer:
+            layers.append(DynamicLayer())  # type: ignore[no-untyped-call]
+        else:
+            layers.append(layer)
+    return layers
+
+
+def _truncate(layer: Any, tokens: int) -> None:
+    if not isinstance(layer, DynamicLayer) or layer.keys is None:
+        return
+    extra = layer.keys.shape[-2] - tokens
+    if extra > 0:
+        # A view; the next step copies what is kept and frees the rest. A recurrent state is not for this.
+        recurrent = isinstance(layer, LinearAttentionCacheLayerMixin)
+        (DynamicLayer if recurrent else type(layer)).crop(layer, -extra)
+
+
+def _copy_of_states(layer: Any) -> Any:
+    """A copy of a recurrent layer, without the keys and values that it may have besides."""
+    same = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            setattr(same, name, {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()})
+    if isinstance(same, DynamicLayer):
+        same.keys = same.values = None
+    return same
+
+
+def _nbytes(layer: Any) -> int:
+    """Bytes of every tensor in a cache layer, whatever its kind."""
+    inner = [value.values() if isinstance(value, dict) else [value] for value in vars(layer).values()]
+    return sum(part.nbytes for parts in inner for part in parts if isinstance(part, Tensor))
+
+
+class _Enough(Exception):
+    """The first block has shown what it caches."""
+
+
+class _Probe(StageCache):
+    """Finds out what a block caches per token, by stopping it when it does."""
+
+    numel = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.numel = key_states.numel() + value_states.numel()
+        raise _Enough
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Enough
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Enough
+
+
+def _run_until_it_caches(base: PreTrainedModel, hidden: Tensor, probe: _Probe) -> None:
+    try:
+        with torch.device("meta"), torch.no_grad():
+            base(inputs_embeds=hidden, past_key_values=probe, use_cache=True)
+    except _Enough:
+        pass
+    except Exception as error:
+        raise ModelError(
+            f"what a token takes in the cache of a {base.config.model_type!r} model could not be found out "
+            f"({type(error).__name__}: {error}); choose a model that docs/models.md lists"
+        ) from error
+
+
+def kv_numel_per_token(config: PreTrainedConfig) -> int:
+    """Values that one token of one sequence takes in the cache of one block (the largest, if they differ).
+
+    Seen, not calculated: one token is run through a block of each kind, without memory, until it reaches the
+    cache. What latent attention caches, or many heads that share their keys, needs no formula here.
+
+    Raises:
+        ModelError: the architecture is not supported, or does not run like this.
+    """
+    anatomy = anatomy_of(config)
+    numel = 0
+    for cut in block_configs(config):
+        with torch.device("meta"):
+            base = anatomy.base_class(cut)
+            anatomy.neutralise(base)
+            probe = _Probe(0, 1, config=cut)
+            given = torch.empty(1, 1, config.hidden_size)
+        _run_until_it_caches(base, given, probe)
+        numel = max(numel, probe.numel)
+    return numel

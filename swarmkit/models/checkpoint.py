@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from swarmkit.errors import ModelError, UsageError
 from swarmkit.models.anatomy import anatomy_of, block_numel
+from swarmkit.models.cache import kv_numel_per_token
 from swarmkit.models.files import Files, open_files, weights_listing
 from swarmkit.models.fingerprint import fingerprint
 from swarmkit.models.quirks import family_of
@@ -234,14 +235,15 @@ class Checkpoint:
 
     def kv_bytes_per_token_per_block(self, dtype: torch.dtype) -> int:
         """Bytes that one token of one sequence takes in one block's key-value cache of `dtype`."""
-        config: Any = self.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return int(2 * heads * width * dtype.itemsize)
+        return self._kv_numel_per_token * dtype.itemsize
 
     @cached_property
     def _block_numel(self) -> int:
         return block_numel(self.config)
+
+    @cached_property
+    def _kv_numel_per_token(self) -> int:
+        return kv_numel_per_token(self.config)
 
     @cached_property
     def _by_block(self) -> dict[int, dict[str, str]]:

@@ -20,13 +20,13 @@ from transformers import (
 )
 
 from swarmkit.errors import ModelError
-from swarmkit.models.anatomy import anatomy_of, resolve_dtype
+from swarmkit.models.anatomy import Anatomy, anatomy_of, replace, resolve_dtype
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.loading import load_model, loader
-from swarmkit.models.quirks import family_of
 
 ATTENTION = "swarmkit"
 """The attention implementation of a head: it has no attention, and hands padding masks on as they are."""
+_ATTENTION_WITH_MASK = "swarmkit-with-mask"
 
 
 def _no_attention(*args: Any, **kwargs: Any) -> Any:
@@ -38,8 +38,28 @@ def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: An
     return attention_mask
 
 
+def _always_a_mask(
+    batch_size: int,
+    kv_length: int,
+    attention_mask: Tensor | None = None,
+    device: torch.device | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """The same for base models that work on the mask themselves, and so cannot do without one."""
+    if attention_mask is None:
+        return torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+    return attention_mask
+
+
 AttentionInterface.register(ATTENTION, _no_attention)
 AttentionMaskInterface.register(ATTENTION, _padding_mask)
+AttentionInterface.register(_ATTENTION_WITH_MASK, _no_attention)
+AttentionMaskInterface.register(_ATTENTION_WITH_MASK, _always_a_mask)
+
+_CACHE_NAMES = ("layer_past", "past_key_value", "cache_params")
+"""What some base models call the cache when they hand it to a block."""
+_RECURRENT_TYPES = ("linear_attention", "conv", "mamba")
+"""Types of blocks for which a base model makes a mask of the new tokens only."""
 
 
 def build_head(
@@ -58,8 +78,9 @@ def build_head(
     Args:
         blocks: called as `blocks(hidden, **kwargs)` with `hidden` of `[batch, tokens, hidden]` and what
             transformers hands to a decoder layer, among it `past_key_values` (None without a cache),
-            `position_ids` (`[batch or 1, tokens]`) and `attention_mask`: bool `[batch, past + tokens]`,
-            false at padding, or None. Returns a tensor of the shape of `hidden`.
+            `attention_mask`: bool `[batch, past + tokens]`, false at padding, or None, and `position_ids`
+            (`[batch or 1, tokens]`, or missing where blocks need none). Returns a tensor of the shape of
+            `hidden`.
         dtype: "auto" is float32 on a CPU and the checkpoint's own dtype on an accelerator.
         mixin: a class put before the architecture's in a subclass made for the purpose, so that the model is
             an instance of both. Its `__init__` is not called.
@@ -82,28 +103,52 @@ def build_head(
         {keys[key]: tensor for key, tensor in checkpoint.read(keys).items()},
         dtype=resolve_dtype(dtype, checkpoint.config, device),
         device=device,
-        attn_implementation=ATTENTION,
         name=checkpoint.name,
     )
-    renames = family_of(checkpoint.model_type).layer_kwargs
-    if renames:
-
-        def usual_names(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, {renames.get(key, key): value for key, value in kwargs.items()}
-
-        blocks.register_forward_pre_hook(usual_names, with_kwargs=True)
-    base = model.get_submodule(anatomy.prefix)
-    setattr(base, anatomy.layers, nn.ModuleList([blocks]))
+    _speak_for_blocks(blocks, anatomy)
+    base: Any = model.get_submodule(anatomy.prefix)
+    replace(base, anatomy.layers, nn.ModuleList([blocks]))
+    holder: Any = base.get_submodule(anatomy.layers.rpartition(".")[0])
+    # The causal model and its parts share one config, except where the base model must look at another one.
+    model.config._attn_implementation = (
+        ATTENTION if anatomy.uses_attention_interface else _ATTENTION_WITH_MASK
+    )
+    types = getattr(config, "layer_types", None)
+    if types and types[0] in _RECURRENT_TYPES:
+        holder.config = copy.copy(model.config)
+        holder.config.layer_types = ["full_attention", *types[1:]]
     part: Any
-    for part in (model, base):
+    for part in (model, base, holder):
         part.config.num_hidden_layers = checkpoint.num_blocks
     model.config._name_or_path = model.name_or_path = checkpoint.name
     _set_generation_config(model, checkpoint)
+    # MPT's configs say otherwise, which would send the whole sequence through the swarm for every token.
+    model.config.use_cache = holder.config.use_cache = True
+    if model.generation_config is not None:
+        model.generation_config.use_cache = True
     if mixin is not None:
         # Only now: the mixin may have a `from_pretrained` of its own, which is not the one that loads.
         namespace = {"__module__": mixin.__module__}
         model.__class__ = type(f"Swarm{model_class.__name__}", (mixin, model_class), namespace)
     return model
+
+
+def _speak_for_blocks(blocks: nn.Module, anatomy: Anatomy) -> None:
+    """Let `blocks` be called in the architecture's way, and answer in it."""
+
+    def usual_names(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        named = dict(zip(anatomy.arguments, args, strict=False)) | kwargs
+        hidden = named.pop(anatomy.arguments[0])
+        for name in _CACHE_NAMES:
+            if name in named:
+                named["past_key_values"] = named.pop(name)
+        return (hidden,), named
+
+    blocks.register_forward_pre_hook(usual_names, with_kwargs=True)
+    if anatomy.returns_tuple:
+        blocks.register_forward_hook(lambda module, args, out: (out,))
 
 
 def load_local(

@@ -28,6 +28,7 @@ def load_model(
     dtype: torch.dtype,
     device: str | torch.device,
     attn_implementation: str | None = None,
+    quantization: Any | None = None,
     name: str = "",
 ) -> PreTrainedModel:
     """A frozen model in evaluation mode, made of exactly `tensors`.
@@ -40,6 +41,8 @@ def load_model(
     options: dict[str, Any] = {"config": config, "state_dict": dict(tensors), "dtype": dtype}
     if torch.device(device).type != "cpu":
         options["device_map"] = {"": torch.device(device)}
+    if quantization is not None:
+        options["quantization_config"] = quantization
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     with loader():

@@ -1,13 +1,14 @@
 """In what precision a server keeps and computes its blocks.
 
-`float32`, `bfloat16` and `float16` are what they say. `int8` (LLM.int8, Dettmers et al. 2022) and `nf4` (QLoRA,
-Dettmers et al. 2023) keep the weights of linear layers in 8 and 4 bits and compute in a 16- or 32-bit dtype;
-they are bitsandbytes' work, through transformers' `quantization_config`.
+`float32`, `bfloat16` and `float16` are what they say. `int8` (LLM.int8, Dettmers et al. 2022) and `nf4`
+(QLoRA, Dettmers et al. 2023) keep the weights of linear layers in 8 and 4 bits and compute in a 16- or 32-bit
+dtype; they are bitsandbytes' work, through transformers' `quantization_config`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,6 +71,8 @@ class Precision:
                 f"{self.name} needs bitsandbytes; install it with: pip install 'swarmkit[quantization]'"
             )
         if self.name == "int8":
+            # It says at every step of every layer that float32 is cast: that is what was asked for.
+            logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
             return BitsAndBytesConfig(load_in_8bit=True)
         return BitsAndBytesConfig(
             load_in_4bit=True,

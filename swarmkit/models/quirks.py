@@ -1,8 +1,13 @@
-"""Which architectures can be cut into blocks, and what each needs beyond being cut: one table.
+"""What an architecture needs beyond being cut: one table.
 
-An architecture needs no entry of its own beyond its name when its base model does nothing but embed, make
-masks and rotary embeddings, run its layers and normalise. What it does otherwise is said here.
-To add one: put it into `FAMILIES`, add its tiny config to `tests/models/tiny.py`, and run the tests.
+Most need nothing but their name here, which says that the tests have found them equal to the local model.
+The generic cut serves every base model that embeds, makes masks and rotary embeddings, runs its blocks one
+after the other and normalises; whatever it does outside its blocks is the head's, and a stage leaves it out.
+What an architecture does otherwise is said in `FAMILIES`, or why it cannot be cut in `REFUSED`. An
+architecture in neither is tried by `swarmkit check`, and served if that agrees.
+
+To add one: put it into `FAMILIES`, its tiny config into `tests/models/tiny.py` and a row into
+`docs/models.md`, and run the tests.
 """
 
 from __future__ import annotations
@@ -20,48 +25,54 @@ class Family:
 
     Attributes:
         stage_config: config values that a stage overrides, because the head has already done that work.
-        layer_kwargs: names under which the base model hands things to its layers, to the usual names.
         dequantises: how its published weights may be quantised, where transformers can undo that on loading.
     """
 
     stage_config: Mapping[str, Any] = field(default_factory=dict)
-    layer_kwargs: Mapping[str, str] = field(default_factory=dict)
     dequantises: tuple[str, ...] = ()
 
 
-# Granite's base model multiplies whatever embeddings it is given; the head has done so already.
+# These base models multiply whatever embeddings they are given; the head has done so already.
 _EMBEDDINGS_SCALED_ALREADY: Mapping[str, Any] = {"embedding_multiplier": 1.0}
 
 FAMILIES: Mapping[str, Family] = {
     "apertus": Family(),
     "arcee": Family(),
+    "bloom": Family(),
     "cohere": Family(),
     "cohere2": Family(),
+    "deepseek_v3": Family(),
     "ernie4_5": Family(),
     "exaone4": Family(),
+    "falcon": Family(),
     "flex_olmo": Family(),
     "gemma": Family(),
     "gemma2": Family(),
     "gemma3_text": Family(),
     "glm": Family(),
     "glm4": Family(),
-    "gpt_neox": Family(layer_kwargs={"layer_past": "past_key_values"}),
+    "glm4_moe": Family(),
+    "gpt2": Family(),
+    "gpt_neox": Family(),
     "gpt_oss": Family(dequantises=("mxfp4",)),
     "granite": Family(stage_config=_EMBEDDINGS_SCALED_ALREADY),
     "granitemoe": Family(stage_config=_EMBEDDINGS_SCALED_ALREADY),
     "helium": Family(),
     "hunyuan_v1_dense": Family(),
     "llama": Family(),
+    "llama4_text": Family(),
     "minimax_m2": Family(),
     "ministral": Family(),
     "ministral3": Family(),
     "mistral": Family(),
     "mixtral": Family(),
+    "mpt": Family(),
     "nemotron": Family(),
     "olmo": Family(),
     "olmo2": Family(),
     "olmo3": Family(),
     "olmoe": Family(),
+    "opt": Family(),
     "phi": Family(),
     "phi3": Family(),
     "phimoe": Family(),
@@ -69,6 +80,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_moe": Family(),
     "qwen3": Family(),
     "qwen3_moe": Family(),
+    "qwen3_next": Family(),
     "seed_oss": Family(),
     "smollm3": Family(),
     "stablelm": Family(),
@@ -76,33 +88,43 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 REFUSED: Mapping[str, str] = {
-    "bloom": "alibi biases and a layer norm after the embeddings",
-    "deepseek_v3": "dense blocks before the sparse ones, and a rotary dimension of its own",
-    "falcon": "alibi biases",
-    "gemma3": "a language model that is wrapped in one for images (gemma3_text works)",
-    "gpt2": "learned positions, which are added before the first block",
-    "mpt": "alibi biases",
-    "opt": "learned positions, which are added before the first block",
-    "qwen3_next": "the state of linear attention in its cache",
+    "diffllama": "a block's attention depends on its index in the whole model",
+    "falcon_h1": "each block has a state of state-space attention beside its keys and values",
+    "gemma3": "it wraps a language model for images too; a checkpoint of the text part (gemma3_text) works",
+    "gemma3n_text": "later blocks use the keys and values of earlier ones, and each block the token ids",
+    "gemma4_text": "later blocks use the keys and values of earlier ones, and each block the token ids",
+    "llama4": "it wraps a language model for images too; a checkpoint of the text part (llama4_text) works",
+    "mamba": "all blocks are state-space ones, whose cache this version does not know",
+    "minicpm3": "a block's output is scaled by the number of blocks in the whole model",
+    "zamba2": "some blocks share their weights",
 }
+
+# Where a config says by block *index* which blocks are of which kind, these are rewritten for a cut that
+# counts its blocks from 0. (Lists with one entry per block are sliced, and need no mention.)
+LEADING_BLOCKS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+"""How many blocks at the beginning are dense."""
+BLOCK_INDICES = ("moe_layers",)
+"""Which blocks are of a kind, by their indices."""
 
 
 def family_of(model_type: str) -> Family:
-    """What `model_type` needs.
+    """What `model_type` needs; an unlisted one is taken to need nothing, which a check has to confirm.
 
     Raises:
-        ModelError: this version cannot cut that architecture into blocks; the message says why.
+        ModelError: that architecture cannot be cut into blocks; the message says why.
     """
-    family = FAMILIES.get(model_type)
-    if family is not None:
-        return family
-    known = ", ".join(sorted(FAMILIES))
-    if model_type in REFUSED:
+    reason = REFUSED.get(model_type)
+    if reason is None and _wraps_a_language_model(model_type):
+        reason = "it wraps a language model for images or sound too; give a checkpoint of the text part alone"
+    if reason is not None:
         raise ModelError(
-            f"{model_type!r} models need a quirk that this version does not have: {REFUSED[model_type]}. "
-            f"Choose a model of one of these types: {known}."
+            f"{model_type!r} models cannot be cut into blocks by this version: {reason}. "
+            f"Choose a model of one of these types: {', '.join(sorted(FAMILIES))}."
         )
-    raise ModelError(
-        f"{model_type!r} models have not been tried with this version. "
-        f"Choose a model of one of these types, or add it to swarmkit/models/quirks.py: {known}."
-    )
+    return FAMILIES.get(model_type, Family())
+
+
+def _wraps_a_language_model(model_type: str) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING and "text_config" in CONFIG_MAPPING[model_type].sub_configs

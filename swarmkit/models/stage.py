@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from swarmkit.errors import UsageError
 from swarmkit.models.anatomy import (
     Anatomy,
     anatomy_of,
-    resolve_dtype,
+    replace,
     skeleton_of,
     slice_config,
     stage_config,
@@ -23,6 +24,8 @@ from swarmkit.models.anatomy import (
 from swarmkit.models.cache import StageCache
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.loading import load_model
+from swarmkit.models.precision import Precision
+from swarmkit.models.quirks import FAMILIES
 
 __all__ = ["Stage", "StageCache"]
 
@@ -31,6 +34,8 @@ DtypeLike: TypeAlias = torch.dtype | str | Literal["auto"]
 _NO_MASK = "swarmkit-no-mask"
 """An attention implementation for which transformers knows no mask function, so that it makes no mask.
 Only the base model's copy of the config carries it; the attention modules keep their own."""
+
+_CATCH_UP_TOKENS = 512
 
 
 class Stage:
@@ -42,16 +47,20 @@ class Stage:
     Attributes:
         start, stop: the half-open range of blocks.
         hidden_size: width of the hidden states.
-        dtype: of weights, caches and results.
+        precision: how the weights are kept.
+        dtype: of computations, caches and results.
         device: where it computes.
     """
 
-    def __init__(self, base: PreTrainedModel, anatomy: Anatomy, start: int, stop: int) -> None:
+    def __init__(
+        self, base: PreTrainedModel, anatomy: Anatomy, start: int, stop: int, precision: Precision
+    ) -> None:
         self.start = start
         self.stop = stop
         self.hidden_size: int = base.config.hidden_size
         parameter = next(base.get_submodule(anatomy.layers).parameters())
-        self.dtype: torch.dtype = base.dtype
+        self.precision = precision
+        self.dtype: torch.dtype = precision.dtype
         self.device: torch.device = parameter.device
         self._base = base
         self._anatomy = anatomy
@@ -71,7 +80,8 @@ class Stage:
         """Load blocks `[start, stop)`, reading only their tensors (and fetching only the files they lie in).
 
         Args:
-            dtype: "auto" is float32 on a CPU and the checkpoint's own dtype on an accelerator.
+            dtype: a precision: float32, bfloat16, float16, int8 or nf4; "auto" is float32 on a CPU and the
+                checkpoint's own dtype on an accelerator.
             progress: called with (blocks read so far, blocks in total), from this thread.
 
         Raises:
@@ -84,8 +94,9 @@ class Stage:
                 f"so 0 <= start < stop <= {checkpoint.num_blocks}."
             )
         anatomy = anatomy_of(checkpoint.config)
+        precision = Precision.parse(dtype, checkpoint.config, device)
         config = stage_config(checkpoint.config, start, stop)
-        # What lies outside the blocks is never read: the norm is replaced below, the embedding is one row.
+        # What lies outside the blocks is never read: it is taken away below.
         tensors = {
             key: torch.zeros(value.shape)
             for key, value in skeleton_of(anatomy.base_class, config).state_dict().items()
@@ -103,14 +114,15 @@ class Stage:
             anatomy.base_class,
             config,
             tensors,
-            dtype=resolve_dtype(dtype, checkpoint.config, device),
+            dtype=precision.dtype,
             device=device,
+            quantization=precision.quantization_config(),
             name=f"{checkpoint.name}, blocks [{start}, {stop}),",
         )
-        setattr(base, anatomy.norm, nn.Identity())
+        anatomy.neutralise(base)
         if progress is not None:
             progress(stop - start, stop - start)
-        return cls(base, anatomy, start, stop)
+        return cls(base, anatomy, start, stop, precision)
 
     def new_cache(self, start: int, stop: int) -> StageCache:
         """An empty cache for one session that uses blocks `[start, stop)` of this stage.
@@ -122,7 +134,7 @@ class Stage:
             raise UsageError(
                 f"Blocks [{start}, {stop}) are not all in this stage, which has [{self.start}, {self.stop})."
             )
-        return StageCache(start, stop, offset=start - self.start)
+        return StageCache(start, stop, offset=start - self.start, config=self._view(start, stop).config)
 
     @torch.inference_mode()
     def forward(
@@ -150,14 +162,62 @@ class Stage:
         """
         past = cache.tokens
         self._check(hidden, cache, past, attention_mask, position_ids)
-        view = self._views.get((cache.start, cache.stop))
-        if view is None:
-            view = self._views[cache.start, cache.stop] = self._make_view(cache.start, cache.stop)
+        view = self._view(cache.start, cache.stop)
+        hidden = hidden.to(self.device, self.dtype)
         try:
-            return view(hidden.to(self.device, self.dtype), cache, past, attention_mask, position_ids)
+            self._catch_up(view, cache, attention_mask)
+            cache.before_step(hidden.shape[1])
+            out = view(hidden, cache, past, attention_mask, position_ids)
         except BaseException:
-            cache.truncate(past)
+            cache.rewind(past)
             raise
+        cache.after_step(hidden, position_ids)
+        return out
+
+    def differentiate(
+        self,
+        hidden: Tensor,
+        grad_output: Tensor,
+        start: int,
+        stop: int,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The gradient with respect to `hidden` of blocks `[start, stop)` over whole sequences.
+
+        Computes the forward pass again: nothing is kept between a forward pass and its backward pass.
+
+        Args:
+            hidden: `[batch, tokens, hidden]`, what the blocks were given, from the first token on.
+            grad_output: of the same shape, the gradient with respect to the blocks' output.
+            attention_mask: `[batch, tokens]`, false or 0 at padding; None: no padding.
+            position_ids: `[batch, tokens]` (or `[1, tokens]`); None: counted from 0.
+
+        Raises:
+            UsageError: shapes do not fit each other or the model, or the blocks are not in this stage.
+        """
+        cache = self.new_cache(start, stop)
+        self._check(hidden, cache, 0, attention_mask, position_ids)
+        if grad_output.shape != hidden.shape:
+            raise UsageError(
+                f"The gradient is {list(hidden.shape)} as the output, not {list(grad_output.shape)}."
+            )
+        with torch.inference_mode(False), torch.enable_grad():
+            given = hidden.to(self.device, self.dtype).clone().detach().requires_grad_()
+            out = self._view(start, stop)(given, None, 0, attention_mask, position_ids)
+            (gradient,) = torch.autograd.grad(out, given, grad_output.to(self.device, self.dtype).clone())
+        return gradient
+
+    def _catch_up(self, view: _View, cache: StageCache, attention_mask: Tensor | None) -> None:
+        """Run again what a recurrent block had to be set back behind; in pieces, as one may be long."""
+        while (missing := cache.missing()) is not None:
+            inputs, positions = (part[:, :_CATCH_UP_TOKENS] for part in missing)
+            held = cache.get_seq_length()
+            end = held + inputs.shape[1]
+            mask = None if attention_mask is None else attention_mask[:, :end]
+            view(inputs, cache, held, mask, positions)
+            cache.caught_up(inputs.shape[1])
 
     def _check(
         self,
@@ -187,14 +247,34 @@ class Stage:
                 f"Position ids are [batch, tokens] = [{batch}, {tokens}], not {list(position_ids.shape)}."
             )
 
-    def _make_view(self, start: int, stop: int) -> _View:
-        first, last = start - self.start, stop - self.start
-        blocks: Any = self._base.get_submodule(self._anatomy.layers)
-        view = copy.copy(self._base)
-        view._modules = dict(self._base._modules)
-        view._modules[self._anatomy.layers] = _Blocks(list(blocks)[first:last])
-        view.config = slice_config(self._base.config, first, last)
-        return _View(view)
+    def _view(self, start: int, stop: int) -> _View:
+        view = self._views.get((start, stop))
+        if view is None:
+            first, last = start - self.start, stop - self.start
+            blocks: Any = self._base.get_submodule(self._anatomy.layers)
+            config = slice_config(self._base.config, first, last)
+            model = _shallow(self._base, self._anatomy.layers, config)
+            replace(model, self._anatomy.layers, _Blocks(list(blocks)[first:last]))
+            view = self._views[start, stop] = _View(model, self._anatomy)
+        return view
+
+
+def _shallow(base: PreTrainedModel, layers: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """A copy of a model that shares everything but its config and the modules on the path to its blocks."""
+    model = _shallow_module(base, config)
+    parent: nn.Module = model
+    for name in layers.split(".")[:-1]:
+        child = _shallow_module(parent.get_submodule(name), config)
+        setattr(parent, name, child)
+        parent = child
+    return model
+
+
+def _shallow_module(module: Any, config: PreTrainedConfig) -> Any:
+    same = copy.copy(module)
+    same._modules = dict(module._modules)
+    same.config = config
+    return same
 
 
 class _Blocks(nn.ModuleList):
@@ -211,26 +291,32 @@ class _View:
     intermediate results, which nobody asks for here, and cost as much as a rotary embedding at each step.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
         self._forward = inspect.unwrap(type(model).forward)
         self._model = model
-        self._window: int | None = getattr(model.config, "sliding_window", None)
-        self._maskless = copy.copy(model)
-        self._maskless.config = copy.copy(model.config)
-        self._maskless.config._attn_implementation = _NO_MASK
+        self.config: Any = model.config
+        # Only where it is known which windows there are can a mask be left out.
+        known = self.config.model_type in FAMILIES and anatomy.uses_attention_interface
+        windows = [getattr(self.config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        self._maskless_until: float = (
+            min([w for w in windows if w is not None], default=math.inf) if known else 0
+        )
+        config = copy.copy(self.config)
+        config._attn_implementation = _NO_MASK
+        self._maskless = _shallow(model, anatomy.layers, config)
 
     def __call__(
         self,
         hidden: Tensor,
-        cache: StageCache,
+        cache: StageCache | None,
         past: int,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
     ) -> Tensor:
         model = self._model
         if attention_mask is None:
-            # One new token without padding sees everything that the window reaches: no mask is needed.
-            if hidden.shape[1] == 1 and (self._window is None or past < self._window):
+            # One new token without padding sees everything that the windows reach: no mask is needed.
+            if hidden.shape[1] == 1 and past < self._maskless_until:
                 model = self._maskless
         else:
             attention_mask = attention_mask.to(hidden.device)
@@ -242,7 +328,7 @@ class _View:
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=cache,
-            use_cache=True,
+            use_cache=cache is not None,
         )
         result: Tensor = out.last_hidden_state
         return result.contiguous()

@@ -9,18 +9,32 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from swarmkit.models.cache import kv_numel_per_token
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.head import build_head, load_local
 from swarmkit.models.quirks import FAMILIES
 from swarmkit.models.stage import Stage
 
-from .tiny import ARCHITECTURES, VOCABULARY, StageChain, make_checkpoint, quantise_mxfp4
+from .tiny import (
+    ARCHITECTURES,
+    PROMISED,
+    RECURRENT,
+    VOCABULARY,
+    StageChain,
+    make_checkpoint,
+    model_type_of,
+    quantise_mxfp4,
+)
 
 CUTS = [(0, 1), (1, 4), (4, 5)]
-PROMPT_TOKENS, NEW_TOKENS = 9, 8
+PROMPT_TOKENS, NEW_TOKENS = 9, 16
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+def some_slowly(name: str) -> object:
+    return pytest.param(name, marks=() if name in PROMISED else pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=map(some_slowly, ARCHITECTURES))
 def opened(request: pytest.FixtureRequest, checkpoints: Path) -> Checkpoint:
     return Checkpoint.open(make_checkpoint(checkpoints, request.param))
 
@@ -91,6 +105,14 @@ def test_a_left_padded_batch_equals_the_local_model(
     assert_same(model, local, *prompts(3, padded=True))
 
 
+@pytest.mark.parametrize("boundary", [1, 2, 3, 4])
+def test_a_cut_at_any_boundary_equals_the_local_model(
+    opened: Checkpoint, local: PreTrainedModel, boundary: int
+) -> None:
+    two = [Stage.load(opened, 0, boundary), Stage.load(opened, boundary, 5)]
+    assert_same(build_head(opened, StageChain(two)), local, *prompts(2, padded=True))
+
+
 def test_sessions_may_use_some_blocks_of_a_stage(opened: Checkpoint, local: PreTrainedModel) -> None:
     whole = Stage.load(opened, 0, 5)
     later = Stage.load(opened, 2, 5)
@@ -100,28 +122,40 @@ def test_sessions_may_use_some_blocks_of_a_stage(opened: Checkpoint, local: PreT
     assert_same(build_head(opened, StageChain([whole])), local, *prompts(2))
 
 
-def test_a_cropped_and_reordered_cache_equals_a_fresh_one(opened: Checkpoint, stages: list[Stage]) -> None:
+@pytest.mark.parametrize("keep", [1, 7, 10, 12])
+def test_a_cropped_and_reordered_cache_equals_a_fresh_one(
+    opened: Checkpoint, stages: list[Stage], keep: int
+) -> None:
     stage = stages[1]
-    hidden = torch.randn(3, 14, stage.hidden_size, generator=torch.Generator().manual_seed(1))
+    hidden = torch.randn(3, 16, stage.hidden_size, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(3, 16)
+    mask[1, :3] = 0
     cache = stage.new_cache(1, 4)
-    stage.forward(hidden[:, :12], cache)
-    cache.edit(10, [2, 0, 0, 1])
-    assert (cache.tokens, cache.batch) == (10, 4)
+    for part in (slice(0, 6), slice(6, 7), slice(7, 8), slice(8, 12)):
+        stage.forward(hidden[:, part], cache, attention_mask=mask[:, : part.stop])
+    order = [2, 0, 0, 1]
+    cache.edit(keep, order)
+    assert (cache.tokens, cache.batch) == (keep, 4)
 
     fresh = stage.new_cache(1, 4)
-    rows = hidden[[2, 0, 0, 1]]
-    stage.forward(rows[:, :10], fresh)
-    for part in (slice(10, 11), slice(11, 14)):
-        torch.testing.assert_close(
-            stage.forward(rows[:, part], cache), stage.forward(rows[:, part], fresh), atol=1e-5, rtol=1e-5
+    rows, seen = hidden[order], mask[order]
+    stage.forward(rows[:, :keep], fresh, attention_mask=seen[:, :keep])
+    for part in (slice(keep, keep + 1), slice(keep + 1, keep + 4)):
+        out, wanted = (
+            stage.forward(rows[:, part], one, attention_mask=seen[:, : part.stop]) for one in (cache, fresh)
         )
+        real = seen[:, part, None].bool()
+        torch.testing.assert_close(out * real, wanted * real, atol=1e-5, rtol=1e-5)
 
 
 def test_a_token_takes_the_bytes_that_the_checkpoint_tells(opened: Checkpoint, stages: list[Stage]) -> None:
     stage = stages[1]
     cache = stage.new_cache(2, 4)
     stage.forward(torch.zeros(3, 7, stage.hidden_size), cache)
-    assert cache.nbytes() == 3 * 7 * 2 * opened.kv_bytes_per_token_per_block(torch.float32)
+    if opened.model_type in RECURRENT:
+        assert cache.nbytes() > 0
+    else:
+        assert cache.nbytes() == 3 * 7 * 2 * kv_numel_per_token(opened.config) * 4
 
 
 def test_blocks_weigh_what_the_checkpoint_tells(opened: Checkpoint, stages: list[Stage]) -> None:
@@ -145,4 +179,5 @@ def test_a_checkpoint_with_quantised_experts_equals_the_local_model(tmp_path: Pa
 
 
 def test_every_supported_architecture_is_tested() -> None:
-    assert set(ARCHITECTURES) == set(FAMILIES)
+    assert {model_type_of(name) for name in ARCHITECTURES} == set(FAMILIES)
+    assert set(ARCHITECTURES) >= PROMISED

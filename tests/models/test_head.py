@@ -46,7 +46,8 @@ def checkpoint(checkpoints: Path) -> Checkpoint:
 
 def test_a_head_is_of_the_architectures_class_and_of_the_mixin(checkpoint: Checkpoint) -> None:
     model = build_head(checkpoint, Recorder(), mixin=Greeter)
-    assert isinstance(model, LlamaForCausalLM) and isinstance(model, Greeter)
+    assert isinstance(model, LlamaForCausalLM)
+    assert isinstance(model, Greeter)
     assert model.greet() == "I am a SwarmLlamaForCausalLM"
     assert type(build_head(checkpoint, Recorder())) is LlamaForCausalLM
 
@@ -59,12 +60,15 @@ def test_a_head_looks_like_the_whole_model_and_gets_the_padding_mask(
     blocks = Recorder()
     model = build_head(checkpoint, blocks)
     local = load_local(checkpoint)
-    volatile = ("_name_or_path", "dtype")
+    volatile = ("_name_or_path", "dtype", "use_cache")
     want, have = ({k: v for k, v in m.config.to_dict().items() if k not in volatile} for m in (local, model))
     assert have == want
-    assert model.config._attn_implementation == "swarmkit"
+    assert model.config.use_cache
+    assert model.generation_config.use_cache
+    assert model.config._attn_implementation.startswith("swarmkit")
     assert [module for module in model.modules() if isinstance(module, Recorder)] == [blocks]
-    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
     weights = dict(local.named_parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, weights[name]), name
@@ -72,9 +76,10 @@ def test_a_head_looks_like_the_whole_model_and_gets_the_padding_mask(
     ids, mask = torch.tensor([[0, 5, 6], [4, 5, 6]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
     model(input_ids=ids, attention_mask=mask, use_cache=False)
     assert torch.equal(blocks.kwargs["attention_mask"], mask.bool())
-    assert {"past_key_values", "position_ids"} <= set(blocks.kwargs)
+    assert "past_key_values" in blocks.kwargs
     model(input_ids=ids, use_cache=False)
-    assert blocks.kwargs["attention_mask"] is None
+    no_mask = blocks.kwargs["attention_mask"]
+    assert no_mask is None or bool(no_mask.all())
 
 
 def test_tied_weights_stay_tied(checkpoints: Path) -> None:

@@ -1,0 +1,111 @@
+"""How many blocks fit into a machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from swarmkit.errors import ModelError, UsageError
+from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.plan import Plan, format_bytes, parse_bytes, plan
+from swarmkit.models.precision import PRECISIONS, Precision
+from swarmkit.models.stage import Stage
+
+from .tiny import make_checkpoint
+
+
+def a_plan(**changes: int) -> Plan:
+    sizes = {
+        "memory_bytes": 1000,
+        "num_blocks": 8,
+        "block_bytes": 100,
+        "kv_bytes_per_block": 50,
+        "workspace_bytes": 100,
+        "cache_tokens": 1,
+    }
+    return Plan(precision="float32", **(sizes | changes))
+
+
+def test_blocks_and_their_cache_must_fit_beside_the_workspace() -> None:
+    assert a_plan().blocks_that_fit == 6
+
+
+def test_no_more_blocks_are_planned_than_the_model_has() -> None:
+    assert a_plan(memory_bytes=10**6).blocks_that_fit == 8
+
+
+def test_the_last_machine_may_be_half_empty() -> None:
+    assert a_plan(memory_bytes=550).machines_needed == 3  # 3 + 3 + 2
+
+
+def test_a_machine_that_is_too_small_is_no_use_in_any_number() -> None:
+    assert a_plan(memory_bytes=200).machines_needed is None
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_the_planned_bytes_of_a_block_are_those_of_a_loaded_one(tmp_path: Path, name: str) -> None:
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path, "llama", num_blocks=2))
+    precision = Precision.parse(name, checkpoint.config)
+
+    planned = plan(checkpoint.config, 1, 2**40, precision).block_bytes
+
+    stage = Stage.load(checkpoint, 0, 1, dtype=name)
+    loaded = sum(p.nbytes for p in stage._base.layers.parameters())  # type: ignore[attr-defined, union-attr]
+    assert planned == pytest.approx(loaded, abs=1)
+
+
+def test_fewer_bits_take_less_room() -> None:
+    checkpoint = Checkpoint.open("tiny-chat")
+
+    sizes = [
+        plan(checkpoint.config, 1, 2**40, Precision.parse(name, checkpoint.config)).block_bytes
+        for name in ("float32", "bfloat16", "int8", "nf4")
+    ]
+
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("24GiB", 24 * 2**30), ("24 GB", 24 * 10**9), ("1.5mib", 3 * 2**19), ("7", 7)]
+)
+def test_sizes_are_read_as_people_write_them(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GiB", "3 apples"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a size"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(12, "12 B"), (1536, "1.5 KiB"), (3 * 2**20, "3.0 MiB"), (2**40, "1024.0 GiB")]
+)
+def test_sizes_are_written_for_people(count: int, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+def test_an_unknown_precision_names_the_known_ones() -> None:
+    config = Checkpoint.open("tiny-chat").config
+
+    with pytest.raises(ModelError, match="float32, bfloat16, float16, int8, nf4"):
+        Precision.parse("int3", config)
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_every_precision_computes_close_to_float32(name: str) -> None:
+    if name in ("int8", "nf4"):
+        pytest.importorskip("bitsandbytes")
+    checkpoint = Checkpoint.open("tiny-chat")
+    hidden = torch.randn(1, 6, checkpoint.hidden_size, generator=torch.Generator().manual_seed(0))
+    exact = Stage.load(checkpoint, 0, 2, dtype="float32")
+    stage = Stage.load(checkpoint, 0, 2, dtype=name)
+
+    found = stage.forward(hidden.to(stage.dtype), stage.new_cache(0, 2)).float()
+
+    expected = exact.forward(hidden, exact.new_cache(0, 2))
+    allowed = {"float32": 0.0, "bfloat16": 0.02, "float16": 0.005, "int8": 0.03, "nf4": 0.15}[name]
+    assert float((found - expected).norm() / expected.norm()) <= allowed
