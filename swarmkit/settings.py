@@ -31,6 +31,9 @@ class ServerSettings(BaseSettings):
     incoming_bytes: int = Field(
         default=512 * 1024**2, gt=0, description="memory for large steps that arrive or wait for their turn"
     )
+    cache_tokens: int = Field(
+        default=16_384, ge=1, description="that the cache shall hold, when blocks are counted"
+    )
     max_step_tokens: int = Field(default=4096, ge=1, description="batch x tokens of one step")
     max_session_length: int = Field(
         default=2**20, ge=1, description="tokens per row that a session may declare"
@@ -65,4 +68,7 @@ class ClientSettings(BaseSettings):
         default=2.0, gt=0, description="a failed peer is left aside; doubles with each failure"
     )
     max_ban_seconds: float = Field(default=60.0, gt=0, description="the longest that a peer is left aside")
+    precisions: tuple[str, ...] = Field(
+        default=(), description="use only servers of these precisions, such as float32; none = any"
+    )
     trace_steps: int = Field(default=256, ge=1, description="steps kept in `model.trace`")

@@ -19,7 +19,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs inst
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more about what happens.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads for computing.")]
 Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps, …")]
-DType = Annotated[str, typer.Option("--dtype", help="auto (float32 on CPU), float32, bfloat16 or float16.")]
+DType = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16, int8 or nf4.")]
 
 app = typer.Typer(
     name="swarmkit",
@@ -47,4 +47,4 @@ def root(
 
 # Importing a command's file adds it to `app`; the order is the order in `--help`.
 # isort: off
-from swarmkit.cli import demo, serve, generate, chat, status, bootstrap, bench, check  # noqa: E402, F401
+from swarmkit.cli import demo, serve, generate, chat, status, bootstrap, plan, check, bench  # noqa: E402, F401

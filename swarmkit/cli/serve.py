@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -21,8 +21,15 @@ def serve(
         str | None, typer.Option("--blocks", metavar="A:B", help="Serve the blocks A, A+1, … B-1.")
     ] = None,
     num_blocks: Annotated[
-        int | None,
-        typer.Option("--num-blocks", min=1, help="Serve so many, chosen where the swarm is weakest."),
+        str | None,
+        typer.Option(
+            "--num-blocks",
+            metavar="N",
+            help="So many, where the swarm is weakest; auto = what fits.",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="SIZE", help="Plan with so much for auto, as in 24GiB.")
     ] = None,
     device: Device = "cpu",
     dtype: DType = "auto",
@@ -67,6 +74,7 @@ def serve(
     console.set_threads(threads)
     with end_request(watch_stdin=until_stdin_closes) as end:
         from swarmkit.models.checkpoint import Checkpoint
+        from swarmkit.models.plan import parse_bytes
         from swarmkit.net.connect import over_hivemind
         from swarmkit.server.placement import parse_blocks
         from swarmkit.server.server import Server
@@ -79,7 +87,8 @@ def serve(
         server = Server(
             checkpoint,
             blocks=parse_blocks(blocks, checkpoint.num_blocks) if blocks else None,
-            num_blocks=num_blocks,
+            num_blocks=_count(num_blocks),
+            memory_bytes=parse_bytes(memory) if memory else None,
             device=device,
             dtype=dtype,
             public_name=name,
@@ -104,6 +113,14 @@ def serve(
         else:
             _show_addresses(model, server.addresses, first=not join)
         _serve_until(server, end)
+
+
+def _count(text: str | None) -> int | Literal["auto"] | None:
+    if text is None or text == "auto":
+        return text  # type: ignore[return-value]
+    if not text.isdecimal():
+        raise UsageError(f"--num-blocks takes a number or auto; got {text!r}")
+    return int(text)
 
 
 def _serve_until(server: object, end: EndRequest) -> None:

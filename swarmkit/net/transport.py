@@ -81,7 +81,9 @@ class Transport(Protocol):
     async def listen(self, name: str, handler: Handler) -> None:
         """Serve every incoming stream called `name` in a task of its own."""
 
-    async def open(self, peer_id: str, name: str, addresses: Sequence[str] = (), timeout: float = 5.0) -> Stream:
+    async def open(
+        self, peer_id: str, name: str, addresses: Sequence[str] = (), timeout: float = 5.0
+    ) -> Stream:
         """Open a stream called `name` to a peer.
 
         Args:

@@ -18,8 +18,10 @@ from anyio.abc import TaskStatus
 
 from swarmkit._version import __version__
 from swarmkit.errors import TransportError, UsageError
-from swarmkit.models.anatomy import resolve_dtype
+from swarmkit.models.check import ensure_servable
 from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.plan import device_memory_bytes, format_bytes, plan
+from swarmkit.models.precision import Precision
 from swarmkit.models.stage import Stage
 from swarmkit.net.connect import TransportFactory
 from swarmkit.net.identity import Identity
@@ -57,8 +59,10 @@ class ServerConfig:
     checkpoint: Checkpoint
     blocks: tuple[int, int] | None = None
     """Serve exactly these; None = choose where the swarm needs them most."""
-    num_blocks: int | None = None
-    """How many to choose; None = all of the model."""
+    num_blocks: int | Literal["auto"] | None = None
+    """How many to choose; "auto" = as many as fit into memory; None = all of the model."""
+    memory_bytes: int | None = None
+    """Memory to plan with for "auto"; what the device has free if not given."""
     device: str = "cpu"
     dtype: str | torch.dtype = "auto"
     public_name: str = ""
@@ -70,7 +74,7 @@ class ServerConfig:
         if self.blocks is not None and not 0 <= self.blocks[0] < self.blocks[1] <= total:
             low, high = self.blocks
             raise UsageError(f"blocks {low}:{high} are not inside this model's 0:{total}")
-        if self.num_blocks is not None and not 1 <= self.num_blocks <= total:
+        if isinstance(self.num_blocks, int) and not 1 <= self.num_blocks <= total:
             raise UsageError(
                 f"this model has {total} blocks; a server can hold 1 to {total}, not {self.num_blocks}"
             )
@@ -125,6 +129,7 @@ class ServerNode:
     async def _run(self, task_status: TaskStatus[None]) -> None:
         config = self._config
         async with AsyncExitStack() as owned:
+            await anyio.to_thread.run_sync(ensure_servable, config.checkpoint.config)
             fingerprint = await anyio.to_thread.run_sync(lambda: config.checkpoint.fingerprint)
             transport = await self._factory(self._identity, acceptable_now)
             owned.push_async_callback(_shielded, transport.close)
@@ -170,7 +175,33 @@ class ServerNode:
             return config.blocks
         total = config.checkpoint.num_blocks
         served = [Served(o.start, o.stop, max(o.throughput, 1e-6)) for o in others]
-        return choose_blocks(total, config.num_blocks or total, served)
+        count = (
+            await anyio.to_thread.run_sync(self._count) if config.num_blocks == "auto" else config.num_blocks
+        )
+        return choose_blocks(total, count or total, served)
+
+    def _count(self) -> int:
+        """As many blocks as fit into memory beside the cache and the workspace."""
+        config = self._config
+        precision = Precision.parse(config.dtype, config.checkpoint.config, config.device)
+        kv_bytes = config.checkpoint.kv_bytes_per_token_per_block(precision.dtype)
+        memory = device_memory_bytes(config.device) if config.memory_bytes is None else config.memory_bytes
+        fitting = plan(
+            config.checkpoint.config,
+            kv_bytes,
+            memory,
+            precision,
+            cache_tokens=config.settings.cache_tokens,
+            max_step_tokens=config.settings.max_step_tokens,
+            device=config.device,
+        )
+        if not fitting.blocks_that_fit:
+            needed = fitting.workspace_bytes + fitting.block_bytes + fitting.kv_bytes_per_block
+            raise UsageError(
+                f"not one block of {config.checkpoint.name} in {precision.name} fits: it needs "
+                f"{format_bytes(needed)}, there are {format_bytes(memory)}; choose a lower precision or less cache"
+            )
+        return fitting.blocks_that_fit
 
     async def _fetch(self, weights: SharedWeights) -> None:
         """Have the blocks' weights here, from peers or the Hub; a local folder has them already."""
@@ -204,7 +235,7 @@ class ServerNode:
     async def _announce(self, registry: Registry, fingerprint: str) -> None:
         config, transport, service = self._config, self.transport, self.service
         assert transport is not None
-        dtype = resolve_dtype(config.dtype, config.checkpoint.config, config.device)
+        precision = Precision.parse(config.dtype, config.checkpoint.config, config.device)
         self._sequence = max(time.time_ns(), self._sequence + 1)  # a clock may be set back
         announcement = Announcement(
             peer_id=transport.peer_id,
@@ -216,7 +247,7 @@ class ServerNode:
             state=self._state,
             throughput=self._rate,
             free_cache_tokens=service.free_cache_tokens if service else 0,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=precision.name,
             addresses=tuple(transport.addresses)[:16],
             public_name=printable(config.public_name)[:64],
             software=f"swarmkit {__version__}",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import torch
 
@@ -33,9 +34,11 @@ class Server:
         model: `"tiny-chat"`, a local folder, or a Hub repo id; or an opened `Checkpoint`.
         initial_peers: addresses of peers of the swarm to join; none = start a swarm.
         blocks: serve exactly blocks [a, b); otherwise they are chosen where the swarm is weakest.
-        num_blocks: how many to choose; all blocks of the model if not given.
+        num_blocks: how many to choose; `"auto"` = as many as fit into memory; all blocks if not given.
+        memory_bytes: memory to plan with for `"auto"`; what the device has free if not given.
         device: a torch device.
-        dtype: a torch dtype or its name; `"auto"` = float32 on CPU, the checkpoint's own elsewhere.
+        dtype: a precision: float32, bfloat16, float16, int8 or nf4; `"auto"` = float32 on CPU, the checkpoint's
+            own elsewhere.
         public_name: how this server is called in status pages.
         identity_path: a file that keeps this server's key, so that its name and address stay the same.
         weights: where the blocks' weights may come from, and what is handed on to others.
@@ -53,7 +56,8 @@ class Server:
         *,
         initial_peers: Sequence[str] = (),
         blocks: tuple[int, int] | None = None,
-        num_blocks: int | None = None,
+        num_blocks: int | Literal["auto"] | None = None,
+        memory_bytes: int | None = None,
         device: str = "cpu",
         dtype: str | torch.dtype = "auto",
         public_name: str = "",
@@ -67,6 +71,7 @@ class Server:
             checkpoint=Checkpoint.open(model),
             blocks=blocks,
             num_blocks=num_blocks,
+            memory_bytes=memory_bytes,
             device=device,
             dtype=dtype,
             public_name=public_name,
