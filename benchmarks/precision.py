@@ -3,8 +3,8 @@
     python benchmarks/precision.py --json > benchmarks/results/precision-tiny-chat.json
 
 For every precision, and for chains whose two halves differ in precision, two servers in this process answer
-the same held-out questions. The logits at every token of the right answers are compared with the local float32
-model's: mean Kullback-Leibler divergence, and how often the likeliest token is the same.
+the same held-out questions. The logits at every token of the right answers are compared with the local
+float32 model's: mean Kullback-Leibler divergence, and how often the likeliest token is the same.
 """
 
 from __future__ import annotations

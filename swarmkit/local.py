@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from swarmkit.client.connection import Connection
     from swarmkit.client.model import SwarmModelForCausalLM
 
 
@@ -96,6 +100,7 @@ class LocalSwarm:
         self._client_settings = client_settings
         self._on_progress = on_progress
         self._owned = ExitStack()
+        self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._bootstrap: Transport | None = None
         self._started = False
 
@@ -109,6 +114,8 @@ class LocalSwarm:
         try:
             if self.network is None:
                 self._start_bootstrap()
+            self._owned.callback(self._stop_servers)
+            self._owned.callback(self._close_models)
             wanted = [blocks for _ in range(self._replicas) for blocks in self._stages]
             self._on_progress(0, len(wanted))
             launched = [self._launch(blocks) for blocks in wanted]
@@ -146,7 +153,7 @@ class LocalSwarm:
         kwargs.setdefault("settings", self._client_settings)
         kwargs.setdefault("transport", self._client_transport())
         model = SwarmModelForCausalLM.from_pretrained(self.checkpoint, **kwargs)
-        self._owned.callback(model.close)
+        self._connections.add(model.connection)
         return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -160,6 +167,8 @@ class LocalSwarm:
             blocks: which blocks [a, b); all of them if not given.
             kwargs: for `Server`, such as `dtype`.
         """
+        if not self._started:
+            raise UsageError("start the swarm first, with start() or a `with` block")
         server = self._launch(blocks or (0, self.checkpoint.num_blocks), **kwargs)
         self._wait_until_ready(server)
         return server
@@ -195,9 +204,18 @@ class LocalSwarm:
             kwargs.setdefault("settings", self._server_settings)
             transport = over_memory(self.network) if self.network else over_hivemind(self.initial_peers)
             server = Server(self.checkpoint, blocks=blocks, transport=transport, public_name=name, **kwargs)
-        self._owned.callback(server.stop, 0.0)
         self.servers.append(server)
         return server
+
+    def _close_models(self) -> None:
+        for connection in list(self._connections):
+            connection.close()
+
+    def _stop_servers(self) -> None:
+        with ThreadPoolExecutor(max(1, len(self.servers)), "swarmkit-stop") as pool:
+            stopping = [pool.submit(server.stop, 0.0) for server in self.servers]
+        for stopped in stopping:
+            stopped.result()
 
     def _wait_until_ready(self, server: LocalServer) -> None:
         if isinstance(server, ServerProcess):
@@ -218,4 +236,4 @@ def over_memory(network: MemoryNetwork) -> TransportFactory:
 def even_split(num_blocks: int, num_stages: int) -> Sequence[tuple[int, int]]:
     """Cut blocks 0..num_blocks into runs whose lengths differ by one at most."""
     cuts = [num_blocks * stage // num_stages for stage in range(num_stages + 1)]
-    return list(zip(cuts, cuts[1:], strict=False))
+    return list(itertools.pairwise(cuts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -28,8 +29,8 @@ class ServerStartError(SwarmkitError):
 class ServerProcess:
     """`swarmkit serve` as a child process.
 
-    It leads a process group of its own, so that a signal to the group meets its p2p daemon too, as the end of a
-    machine would; and it ends when this process does, because its standard input closes then.
+    It leads a process group of its own, so that a signal to the group meets its p2p daemon too, as the end of
+    a machine would; and it ends when this process does, because its standard input closes then.
     """
 
     def __init__(
@@ -77,6 +78,11 @@ class ServerProcess:
     def alive(self) -> bool:
         return self._process.poll() is None
 
+    @property
+    def exit_code(self) -> int | None:
+        """How it ended: 0 = cleanly, below 0 = by that signal; None while it runs."""
+        return self._process.poll()
+
     def wait_until_ready(self, timeout: float = 120.0) -> None:
         """Wait until it serves.
 
@@ -116,10 +122,8 @@ class ServerProcess:
                 self._process.stdin.close()  # it leaves without waiting for its sessions
             else:
                 self._process.send_signal(signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(grace)
-            except subprocess.TimeoutExpired:
-                pass
         self.kill()
 
     def kill(self) -> None:
@@ -141,10 +145,8 @@ class ServerProcess:
 
     def _signal(self, number: int) -> None:
         if self._process.returncode is None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
-            except ProcessLookupError:
-                pass
 
     def _read_events(self) -> None:
         assert self._process.stdout is not None

@@ -31,9 +31,7 @@ class ServerSettings(BaseSettings):
     incoming_bytes: int = Field(
         default=512 * 1024**2, gt=0, description="memory for large steps that arrive or wait for their turn"
     )
-    cache_tokens: int = Field(
-        default=16_384, ge=1, description="that the cache shall hold, when blocks are counted"
-    )
+    cache_tokens: int = Field(default=16_384, ge=1, description="to plan for when blocks are counted")
     max_step_tokens: int = Field(default=4096, ge=1, description="batch x tokens of one step")
     max_session_length: int = Field(
         default=2**20, ge=1, description="tokens per row that a session may declare"

@@ -219,7 +219,7 @@ def main() -> None:
         "--seed", type=int, default=0, help="seed of the dialogues, the split and the weights"
     )
     parser.add_argument(
-        "--steps", type=int, default=4000, help=f"optimizer steps of {TOKENS_PER_STEP} tokens"
+        "--steps", type=int, default=3600, help=f"optimizer steps of {TOKENS_PER_STEP} tokens"
     )
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder to write the checkpoint to")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate")

@@ -25,7 +25,12 @@ class Bans:
         self._failures: dict[str, _Failures] = {}
 
     def failed(self, peer_id: str) -> float:
-        """Note a failure; returns for how many seconds the peer is left aside."""
+        """Note a failure; returns for how many seconds the peer is left aside.
+
+        While it is left aside nothing is added: one crash is met by all sessions that used the peer.
+        """
+        if self.is_banned(peer_id):
+            return self._failures[peer_id].until - self._clock()
         count = self._failures[peer_id].count + 1 if peer_id in self._failures else 1
         seconds = min(self._first_s * 2.0 ** min(count - 1, 30), self._longest_s)
         self._failures[peer_id] = _Failures(count, self._clock() + seconds)

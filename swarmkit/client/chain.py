@@ -10,17 +10,20 @@ For stage i of the chain, at a step that extends the session from `position` n t
     │ server has it │ replay (history) │  new inputs    │      sent:   [start, end), start = min(held, want)
                     │ want ─ what stage i + 1 lacks ────│      wanted: [want, end),  want <= n
 
-In the usual step held = want = n on every stage. A replacement has held = 0; one that has no history of its own
-makes its predecessor's want 0 too. So replay, split and the step itself are one and the same operation.
+In the usual step held = want = n on every stage. A replacement has held = 0; one that has no history of its
+own makes its predecessor's want 0 too. So replay, split and the step itself are one and the same operation.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import anyio
+import anyio.to_thread
 import torch
 
 from swarmkit.client.history import History
@@ -35,15 +38,22 @@ from swarmkit.errors import (
     ProtocolError,
     RemoteError,
     SessionError,
+    SwarmkitError,
 )
 from swarmkit.net import codec
 from swarmkit.net.codec import TensorSpec
-from swarmkit.net.conversation import Conversation
+from swarmkit.net.conversation import Conversation, Received
 from swarmkit.net.messages import SENDERS_FAULT, Fault, Message, Open, Opened, Step, StepDone
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 _HIDDEN_DTYPES = ("float32", "bfloat16", "float16")
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
+_LARGE_BYTES = 1024 * 1024
+"""Tensors of this size and above are copied and checked off the event loop."""
 
 
 class _Stage:
@@ -88,15 +98,21 @@ class _Loss:
 class _Step:
     """The work of one `ChainSession.step`."""
 
-    def __init__(self, position: int, end: int, rows: int, deadline: float) -> None:
+    def __init__(self, position: int, end: int, rows: int) -> None:
         self.position = position
         self.end = end
         self.rows = rows
-        self.deadline = deadline
-        """Until when a route is looked for, on the event loop's clock."""
         self.losses: list[_Loss] = []
         self.hops: list[HopTrace] = []
         self.refusals = 0
+        self.give_up_at: float | None = None
+        """Until when a route is looked for, on the event loop's clock; None while all goes well."""
+        self.pause_s = _FIRST_PAUSE_S
+        self.told_waiting = False
+
+    def progress(self) -> None:
+        """A stage did its part: patience begins anew."""
+        self.give_up_at = None
         self.pause_s = _FIRST_PAUSE_S
 
 
@@ -178,8 +194,7 @@ class ChainSession:
     async def _step(
         self, hidden: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
     ) -> torch.Tensor:
-        if self._closed:
-            raise SessionError("the session is closed; open a new one with model.session()")
+        self._check_open()
         rows, tokens, _ = hidden.shape
         if self.position and rows != self.rows:
             raise SessionError(f"the session holds {self.rows} rows, the step has {rows}")
@@ -190,7 +205,7 @@ class ChainSession:
                 "open one with a larger max_length"
             )
         started = time.perf_counter()
-        work = _Step(self.position, end, rows, anyio.current_time() + self._swarm.settings.route_timeout)
+        work = _Step(self.position, end, rows)
         await self._prepare(work)
         all_positions = self._merged_positions(work, positions)
 
@@ -198,19 +213,25 @@ class ChainSession:
         index = 0
         while index < len(self._stages):
             stage = self._stages[index]
-            stage.history.write(arrived_from, arrived)
+            await _off_loop(arrived.nbytes, lambda: stage.history.write(arrived_from, arrived))  # noqa: B023
             want = self._wanted_from(index, work)
             try:
                 output = await self._run(stage, want, work, mask, all_positions)
             except PeerError as error:
+                self._check_open()
                 await self._replace(index, error, work)
                 continue
+            work.progress()
             arrived, arrived_from = output, want
             index += 1
 
         self.position, self.rows, self._positions = end, rows, all_positions
         self._note(work, tokens, started)
         return arrived.to(hidden.dtype)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionError("the session is closed; open a new one with model.session()")
 
     def _wanted_from(self, index: int, work: _Step) -> int:
         """From which position on the next stage needs this stage's outputs."""
@@ -261,7 +282,8 @@ class ChainSession:
         hop, swarm = stage.hop, self._swarm
         stage.conversation = await swarm.converse(hop.server)
         message = Open(swarm.model.fingerprint, hop.start, hop.stop, self.max_length)
-        reply, _ = await self._ask(stage, message, [], swarm.policy.first_s)
+        # To open a session computes nothing: who is silent now would be found out later, and more slowly.
+        reply = (await self._ask(stage, message, [], swarm.connect_timeout)).message
         if not isinstance(reply, Opened) or reply.max_step_tokens < 1:
             raise ProtocolError("the session was not opened as asked", hop.server.peer_id)
         stage.max_step_tokens = reply.max_step_tokens
@@ -279,7 +301,8 @@ class ChainSession:
         """One message there and back: positions [low, high) in, those of them from `want` on out."""
         server, width = stage.hop.server, self._swarm.model.hidden_size
         keep = high - min(max(low, want), high)
-        spec, data = codec.encode(stage.history.read(low, high))
+        size = work.rows * (high - low)
+        spec, data = await _off_loop(size * width * 4, lambda: codec.encode(stage.history.read(low, high)))
         mask_spec, mask_data = (None, None) if mask is None else codec.encode(mask[:, :high])
         positions_spec, positions_data = (
             (None, None) if positions is None else codec.encode(positions[:, low:high])
@@ -287,15 +310,21 @@ class ChainSession:
         message = Step(low, spec, keep, mask_spec, positions_spec, stage.order if low else None)
         payload = [part for part in (data, mask_data, positions_data) if part is not None]
 
-        size = work.rows * (high - low)
         times = self._swarm.times_of(server)
-        assert stage.conversation is not None
-        stage.conversation.max_payload_bytes = work.rows * keep * width * 4
+        largest = work.rows * keep * width * 4
         started = time.perf_counter()
-        reply, decode = await self._ask(stage, message, payload, times.deadline_s(size, self._swarm.policy))
+        try:
+            received = await self._ask(
+                stage, message, payload, times.deadline_s(size, self._swarm.policy), largest
+            )
+        except PeerTimeoutError:
+            times.timed_out()
+            raise
+        reply = received.message
         if not isinstance(reply, StepDone):
             raise ProtocolError(f"expected StepDone, got {type(reply).__name__}", server.peer_id)
-        output = self._checked(reply, decode, (work.rows, keep, width), server.peer_id)
+        shape = (work.rows, keep, width)
+        output = await _off_loop(largest, lambda: _checked(reply, received, shape, server.peer_id))
         seconds = time.perf_counter() - started
 
         times.observe(size, seconds)
@@ -305,11 +334,18 @@ class ChainSession:
         return output
 
     async def _ask(
-        self, stage: _Stage, message: Message, payload: list[memoryview], deadline_s: float
-    ) -> tuple[Message, object]:
+        self,
+        stage: _Stage,
+        message: Message,
+        payload: list[memoryview],
+        deadline_s: float,
+        max_payload_bytes: int = 0,
+    ) -> Received:
         """Send a message and wait for the answer to it."""
+        self._check_open()
         conversation, server = stage.conversation, stage.hop.server
         assert conversation is not None
+        conversation.max_payload_bytes = max_payload_bytes
         try:
             with anyio.fail_after(deadline_s):
                 await conversation.send(message, payload)
@@ -318,21 +354,7 @@ class ChainSession:
             raise PeerTimeoutError(f"silent for {deadline_s:.1f} s", server.peer_id) from None
         if isinstance(received.message, Fault):
             raise RemoteError(received.message.message, server.peer_id, received.message.code)
-        return received.message, received
-
-    def _checked(
-        self, reply: StepDone, received: object, shape: tuple[int, int, int], peer_id: str
-    ) -> torch.Tensor:
-        """A server's output, which is believed no further than can be seen."""
-        spec: TensorSpec = reply.hidden
-        if spec.shape != shape or spec.dtype not in _HIDDEN_DTYPES:
-            raise ProtocolError(
-                f"outputs must be {list(shape)}, got {list(spec.shape)} of {spec.dtype}", peer_id
-            )
-        output: torch.Tensor = received.tensor(spec)  # type: ignore[attr-defined]
-        if not bool(torch.isfinite(output).all()):
-            raise ProtocolError("the outputs contain NaN or infinity", peer_id)
-        return output
+        return received
 
     # ------------------------------------------------------------------ routes
 
@@ -343,16 +365,19 @@ class ChainSession:
             self._stages = [_Stage(hop) for hop in route]
             self._swarm.emit(RoutePlanned(tuple(str(hop) for hop in route)))
         for stage in [stage for stage in self._stages if stage.leaving]:
-            await self._move_away(stage, work)
+            self._move_away(stage, work)
 
-    async def _move_away(self, stage: _Stage, work: _Step) -> None:
-        hop = stage.hop
-        await self._swarm.refresh()
+    def _move_away(self, stage: _Stage, work: _Step) -> None:
+        """Route a stage's blocks anew if others hold them; else stay, and look around meanwhile."""
+        hop, swarm = stage.hop, self._swarm
+        leaving = frozenset(other.hop.server.peer_id for other in self._stages if other.leaving)
         try:
-            route = self._swarm.plan(hop.start, hop.stop, without=frozenset({hop.server.peer_id}))
+            route = swarm.plan(hop.start, hop.stop, without=leaving)
         except NoRouteError:
-            return  # it still answers; nobody else could
-        if any(self._swarm.bans.is_banned(other.server.peer_id) for other in route):
+            swarm.look_soon()
+            return
+        if any(swarm.bans.is_banned(other.server.peer_id) for other in route):
+            swarm.look_soon()
             return
         self._lose(stage, work, "is leaving")
         self._splice(self._stages.index(stage), route)
@@ -388,26 +413,34 @@ class ChainSession:
         Servers that are left aside are used only if nobody else has the blocks, and after a pause.
         """
         swarm = self._swarm
-        waiting = False
         while True:
             try:
                 route = swarm.plan(start, stop)
-                missing: tuple[tuple[int, int], ...] = ()
-            except NoRouteError as nobody:
-                route, missing = [], nobody.missing
+            except NoRouteError:
+                route = []
             if route and not any(swarm.bans.is_banned(hop.server.peer_id) for hop in route):
                 return route
-            left_s = work.deadline - anyio.current_time()
+            if work.give_up_at is None:
+                work.give_up_at = anyio.current_time() + swarm.settings.route_timeout
+            left_s = work.give_up_at - anyio.current_time()
             if left_s <= 0:
                 raise self._gave_up(start, stop, route, error) from error
-            if missing and not waiting:
-                waiting = True
-                swarm.emit(Waiting(missing, left_s))
+            if not work.told_waiting:
+                work.told_waiting = True
+                swarm.emit(Waiting(swarm.unserved(start, stop), left_s))
             await anyio.sleep(min(work.pause_s, left_s))
             work.pause_s = min(work.pause_s * 2, _LONGEST_PAUSE_S)
-            await swarm.refresh()
+            await self._look_up(work.give_up_at)
             if route:
                 return self._route_or(route, start, stop)
+
+    async def _look_up(self, give_up_at: float) -> None:
+        """See who serves now, if that can be seen in time."""
+        try:
+            with anyio.move_on_after(give_up_at - anyio.current_time()):
+                await self._swarm.refresh()
+        except SwarmkitError as error:
+            logger.warning("could not look up the swarm, will try again: %s", error)
 
     def _route_or(self, known: list[Hop], start: int, stop: int) -> list[Hop]:
         try:
@@ -448,6 +481,22 @@ class ChainSession:
                 work.position, work.rows, tokens, (now - started) * 1e3, tuple(work.hops), bool(work.losses)
             )
         )
+
+
+async def _off_loop(nbytes: int, work: Callable[[], T]) -> T:
+    """Do quick work here, and work on many bytes in a thread, so that other sessions need not wait for it."""
+    return work() if nbytes < _LARGE_BYTES else await anyio.to_thread.run_sync(work)
+
+
+def _checked(reply: StepDone, received: Received, shape: tuple[int, int, int], peer_id: str) -> torch.Tensor:
+    """A server's output, which is believed no further than can be seen."""
+    spec: TensorSpec = reply.hidden
+    if spec.shape != shape or spec.dtype not in _HIDDEN_DTYPES:
+        raise ProtocolError(f"outputs must be {list(shape)}, got {list(spec.shape)} of {spec.dtype}", peer_id)
+    output = received.tensor(spec)
+    if not bool(torch.isfinite(output).all()):
+        raise ProtocolError("the outputs contain NaN or infinity", peer_id)
+    return output
 
 
 def _hop_trace(hop: Hop, reply: StepDone, seconds: float) -> HopTrace:

@@ -13,13 +13,20 @@ from dataclasses import dataclass
 _GAIN = 0.125
 _GAIN_VARIATION = 0.25
 _VARIATIONS = 4.0
+_MOST_PATIENCE = 64.0
 _UNMEASURED_S = 5.0
 """Added to what a peer claims about itself while nothing was measured: it may be busy, or warming up."""
 
 
 @dataclass(frozen=True)
 class DeadlinePolicy:
-    """Attributes: first_s: at most, before anything was measured; min_s: never below; factor: x usual time."""
+    """How long to wait.
+
+    Attributes:
+        first_s: at most, before anything was measured.
+        min_s: never below this.
+        factor: times the usual time.
+    """
 
     first_s: float
     min_s: float
@@ -50,6 +57,7 @@ class StepTimes:
         self._claimed_rate = claimed_rate
         self._single: _Smoothed | None = None
         self._per_token: _Smoothed | None = None
+        self._patience = 1.0
 
     @property
     def round_trip_s(self) -> float | None:
@@ -58,6 +66,7 @@ class StepTimes:
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Note a step of `tokens` (batch x tokens)."""
+        self._patience = 1.0
         if tokens <= 1:
             if self._single is None:
                 self._single = _Smoothed(seconds)
@@ -67,17 +76,21 @@ class StepTimes:
                 self._per_token = _Smoothed(seconds / tokens)
             self._per_token.observe(seconds / tokens)
 
+    def timed_out(self) -> None:
+        """Note that a deadline passed: the next is twice as long, for a peer that only became slower."""
+        self._patience = min(2 * self._patience, _MOST_PATIENCE)
+
     def deadline_s(self, tokens: int, policy: DeadlinePolicy) -> float:
         """Seconds to wait for a step of `tokens`."""
         single, per_token = self._single, self._per_token
         if single is None and per_token is None:
             if not self._claimed_rate:
-                return policy.first_s
+                return self._patience * policy.first_s
             claimed = _UNMEASURED_S + policy.factor * tokens / self._claimed_rate
-            return max(policy.min_s, min(policy.first_s, claimed))
+            return max(policy.min_s, self._patience * min(policy.first_s, claimed))
         if tokens <= 1 and single is not None:
             usual = single.upper
         else:
             # One token cannot take longer than one token by itself, whichever of the two was measured.
             usual = (single.upper if single else 0.0) + tokens * (per_token or single or _Smoothed(0.0)).upper
-        return max(policy.min_s, policy.factor * usual)
+        return max(policy.min_s, self._patience * policy.factor * usual)

@@ -35,7 +35,7 @@ class SwarmModelForCausalLM(_Base):
     """A causal language model whose blocks are served by others.
 
     An instance *is* the model's ordinary class (`LlamaForCausalLM`, …): `generate()`, logits processors,
-    streamers and chat templates work as they are. The embeddings and the LM head are here, the blocks are not.
+    streamers and chat templates work as they are. Embeddings and LM head are here, the blocks are not.
 
     Example::
 
@@ -157,9 +157,12 @@ class SwarmModelForCausalLM(_Base):
         tokens = inputs if inputs is not None else kwargs.get("input_ids")
         if tokens is None:
             raise UsageError("a session needs token ids: give input_ids, not inputs_embeds")
-        session.align(tokens, kwargs.get("attention_mask"))
+        if session.align(tokens, kwargs.get("attention_mask")):
+            # `generate()` repeats each prompt once per beam or answer, but not a cache that it is given.
+            answers = self._option(kwargs, "num_return_sequences")
+            session.repeat(max(self._option(kwargs, "num_beams"), answers))
         session.remember(None)
-        output = super().generate(inputs, *args, past_key_values=SwarmCache(session), **kwargs)
+        output = self._plain_generate(inputs, *args, past_key_values=SwarmCache(session), **kwargs)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         session.remember(sequences if self._rows_are_sequences(session, sequences, tokens, kwargs) else None)
         return output
@@ -167,10 +170,10 @@ class SwarmModelForCausalLM(_Base):
     def _generate_once(self, inputs: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:
         """Generate over a session that ends with the call, unless the caller keeps the cache."""
         if kwargs.get("past_key_values") is not None or kwargs.get("use_cache") is False:
-            return super().generate(inputs, *args, **kwargs)
+            return self._plain_generate(inputs, *args, **kwargs)
         with_cache = Session(self._swarm, self._length_limit())
         try:
-            output = super().generate(inputs, *args, past_key_values=SwarmCache(with_cache), **kwargs)
+            output = self._plain_generate(inputs, *args, past_key_values=SwarmCache(with_cache), **kwargs)
         except BaseException:
             with_cache.close()
             raise
@@ -178,18 +181,24 @@ class SwarmModelForCausalLM(_Base):
             with_cache.close()
         return output
 
+    def _plain_generate(self, *args: Any, **kwargs: Any) -> Any:
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
     def _length_limit(self) -> int:
         return getattr(self.config, "max_position_embeddings", None) or _DEFAULT_LENGTH
 
-    @staticmethod
+    def _option(self, kwargs: dict[str, Any], name: str) -> int:
+        """A number of `generate()`, wherever it is given; 1 if nowhere."""
+        configs = (kwargs.get("generation_config"), self.generation_config)
+        values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if value is not None), 1)
+
     def _rows_are_sequences(
-        session: Session, sequences: torch.Tensor, tokens: torch.Tensor, kwargs: dict[str, Any]
+        self, session: Session, sequences: torch.Tensor, tokens: torch.Tensor, kwargs: dict[str, Any]
     ) -> bool:
         """Whether the cache's rows hold the very tokens of the sequences: not so after beam search."""
-        config = kwargs.get("generation_config")
-        beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
         same_rows = sequences.shape[0] == tokens.shape[0] == session.chain.rows
-        return beams == 1 and same_rows and sequences.shape[1] >= session.position
+        return self._option(kwargs, "num_beams") == 1 and same_rows and sequences.shape[1] >= session.position
 
 
 def _first_attention_type(config: Any) -> str:

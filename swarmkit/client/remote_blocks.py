@@ -56,8 +56,8 @@ class RemoteBlocks(nn.Module):
 def _adopt(cache: Cache, session: Session) -> None:
     """Let a cache that transformers made, and that is still empty, stand for a session.
 
-    This is how `generate()` and `model(…, use_cache=True)` work as they are: both make a `DynamicCache` and hand
-    it on from call to call.
+    This is how `generate()` and `model(…, use_cache=True)` work as they are: both make a `DynamicCache` and
+    hand it on from call to call.
     """
     if cache.get_seq_length() != 0:
         raise UsageError(

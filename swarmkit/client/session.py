@@ -21,9 +21,9 @@ _active: ContextVar[tuple[Session, ...]] = ContextVar("swarmkit_sessions", defau
 class Session:
     """Keys and values of a conversation, kept by the servers of a swarm over several calls.
 
-    Made by `model.session(max_length=…)`. Inside its `with` block `model.generate()` uses it: what the session
-    has seen already is not computed again, as long as the new input begins with it; where it departs from it,
-    the session is rolled back to that point.
+    Made by `model.session(max_length=…)`. Inside its `with` block `model.generate()` uses it: what the
+    session has seen already is not computed again, as long as the new input begins with it; where it departs
+    from it, the session is rolled back to that point.
 
     Example::
 
@@ -116,6 +116,11 @@ class Session:
         if self._mask is not None:
             self._mask = self._mask[list(order)]
 
+    def repeat(self, times: int) -> None:
+        """Row i becomes rows i * times to (i + 1) * times - 1."""
+        if times > 1:
+            self.reorder([row for row in range(self.chain.rows) for _ in range(times)])
+
     def align(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> int:
         """Roll back to where `tokens` [batch, length] departs from what the session has seen.
 
@@ -177,7 +182,9 @@ class SwarmCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         raise UsageError("keys and values live on the servers; nothing is cached here")
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         raise UsageError("keys and values live on the servers; nothing is cached here")
 
     def get_seq_length(self) -> int:
@@ -204,7 +211,7 @@ class SwarmCacheLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.session.position:
-            self.session.reorder([row for row in range(self.session.chain.rows) for _ in range(repeats)])
+            self.session.repeat(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self.session.position:

@@ -1,4 +1,4 @@
-"""What all sessions of one model share: the connection, the view of the swarm, and what was learned of peers."""
+"""What all sessions of one model share: the connection, the view of the swarm, what was learned of peers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import anyio
@@ -24,13 +25,14 @@ from swarmkit.net.identity import Identity
 from swarmkit.net.messages import SESSION_ENDPOINT, AskInfo, Fault, Info
 from swarmkit.net.records import Announcement
 from swarmkit.net.registry import Registry
-from swarmkit.net.swarm_map import SwarmMap
+from swarmkit.net.swarm_map import SwarmMap, uncovered
 from swarmkit.net.transport import Transport
 from swarmkit.settings import ClientSettings, NetSettings
 
 logger = logging.getLogger(__name__)
 
 _ASSUMED_ROUND_TRIP_S = 0.02
+_LOOK_PAUSE_S = 0.5
 _EVENTS = 256
 
 
@@ -72,6 +74,9 @@ class SwarmClient:
         self._transport: Transport | None = None
         self._registry: Registry | None = None
         self._stop = anyio.Event()
+        self._look_now = anyio.Event()
+        self._looking = anyio.Lock()
+        self._looks = 0
         self._cost = route_cost(
             round_trip_s=self._round_trip_s, penalty_s=self.bans.penalty_s, salt=secrets.token_hex(4)
         )
@@ -102,19 +107,35 @@ class SwarmClient:
     async def refresh(self) -> SwarmMap:
         """Look up who serves the model now."""
         assert self._registry is not None
-        found = await self._registry.look_up(self.model.fingerprint, self.model.num_blocks)
-        self.view = self.view.without_expired(self._clock()).apply(*found.announcements.values())
+        looks = self._looks
+        async with self._looking:
+            if self._looks == looks:  # else somebody began to look after we asked, and has the answer
+                self._looks += 1
+                found = await self._registry.look_up(self.model.fingerprint, self.model.num_blocks)
+                self.view = self.view.without_expired(self._clock()).apply(*found.announcements.values())
         return self.view
+
+    def look_soon(self) -> None:
+        """Have the swarm looked up before the usual time; does not wait for it."""
+        self._look_now.set()
 
     async def _refresh_forever(self) -> None:
         while True:
-            await anyio.sleep(self.settings.refresh_period)
+            with anyio.move_on_after(self.settings.refresh_period):
+                await self._look_now.wait()
             try:
                 await self.refresh()
             except SwarmkitError as error:
                 logger.warning("could not look up the swarm, will try again: %s", error)
+            self._look_now = anyio.Event()
+            await anyio.sleep(min(_LOOK_PAUSE_S, self.settings.refresh_period))
 
     # ------------------------------------------------------------------ routes and peers
+
+    @property
+    def connect_timeout(self) -> float:
+        """Seconds to reach a peer."""
+        return self._net.connect_timeout
 
     def plan(self, start: int, stop: int, without: frozenset[str] = frozenset()) -> list[Hop]:
         """The best route for blocks [start, stop) in the view as it is; peers in `without` are not used.
@@ -122,8 +143,18 @@ class SwarmClient:
         Raises:
             NoRouteError: nobody serves some of them.
         """
-        servers = [s for s in self.view.servers(self._clock()) if s.peer_id not in without]
+        wanted = self.settings.precisions
+        servers = [
+            s
+            for s in self.view.servers(self._clock())
+            if s.peer_id not in without and (not wanted or s.dtype in wanted)
+        ]
         return find_route(start, stop, servers, self._cost)
+
+    def unserved(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
+        """The blocks that nobody serves, but for peers that are left aside because they failed."""
+        servers = [s for s in self.view.servers(self._clock()) if not self.bans.is_banned(s.peer_id)]
+        return tuple(uncovered(start, stop, [(server.start, server.stop) for server in servers]))
 
     def no_route(self, start: int, stop: int) -> Exception:
         """The error that says which of these blocks nobody serves now."""
@@ -140,7 +171,8 @@ class SwarmClient:
         self.events.append(event)
         logger.info("%s", event)
         for listener in list(self.listeners):
-            listener(event)
+            with _logged(event):
+                listener(event)
 
     async def converse(self, server: Announcement, max_payload_bytes: int = 0) -> Conversation:
         """Open a stream to a server.
@@ -178,3 +210,12 @@ class SwarmClient:
     def _round_trip_s(self, peer_id: str) -> float:
         times = self._times.get(peer_id)
         return (times.round_trip_s if times else None) or _ASSUMED_ROUND_TRIP_S
+
+
+@contextmanager
+def _logged(event: SessionEvent) -> Iterator[None]:
+    """A listener that fails is its owner's trouble, not the session's."""
+    try:
+        yield
+    except Exception:
+        logger.exception("a listener failed at: %s", event)

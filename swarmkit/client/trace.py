@@ -84,7 +84,7 @@ class PeerReplaced:
 
 @dataclass(frozen=True)
 class Waiting:
-    """Nobody serves some blocks; the session waits for a newcomer."""
+    """Nobody serves some blocks, or all who do have failed lately; the session waits for a newcomer."""
 
     missing: tuple[tuple[int, int], ...]
     seconds: float

@@ -175,10 +175,10 @@ class ServerNode:
             return config.blocks
         total = config.checkpoint.num_blocks
         served = [Served(o.start, o.stop, max(o.throughput, 1e-6)) for o in others]
-        count = (
-            await anyio.to_thread.run_sync(self._count) if config.num_blocks == "auto" else config.num_blocks
-        )
-        return choose_blocks(total, count or total, served)
+        count = config.num_blocks or total
+        if count == "auto":
+            count = await anyio.to_thread.run_sync(self._count)
+        return choose_blocks(total, count, served)
 
     def _count(self) -> int:
         """As many blocks as fit into memory beside the cache and the workspace."""
@@ -199,7 +199,8 @@ class ServerNode:
             needed = fitting.workspace_bytes + fitting.block_bytes + fitting.kv_bytes_per_block
             raise UsageError(
                 f"not one block of {config.checkpoint.name} in {precision.name} fits: it needs "
-                f"{format_bytes(needed)}, there are {format_bytes(memory)}; choose a lower precision or less cache"
+                f"{format_bytes(needed)}, there are {format_bytes(memory)}; "
+                "choose a lower precision or less cache"
             )
         return fitting.blocks_that_fit
 

@@ -37,8 +37,8 @@ class Server:
         num_blocks: how many to choose; `"auto"` = as many as fit into memory; all blocks if not given.
         memory_bytes: memory to plan with for `"auto"`; what the device has free if not given.
         device: a torch device.
-        dtype: a precision: float32, bfloat16, float16, int8 or nf4; `"auto"` = float32 on CPU, the checkpoint's
-            own elsewhere.
+        dtype: a precision: float32, bfloat16, float16, int8 or nf4; `"auto"` = float32 on CPU, the
+            checkpoint's own elsewhere.
         public_name: how this server is called in status pages.
         identity_path: a file that keeps this server's key, so that its name and address stay the same.
         weights: where the blocks' weights may come from, and what is handed on to others.

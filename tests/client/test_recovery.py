@@ -1,0 +1,652 @@
+"""Servers fail in every way and at every moment, and the tokens stay what they would have been.
+
+In process, over the memory transport, whose faults are programmed. `test_kill_processes` does some of this to
+real processes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import anyio
+import pytest
+import torch
+from torch import Tensor
+
+from swarmkit import LocalSwarm
+from swarmkit.client.chain import ChainSession
+from swarmkit.client.model import SwarmModelForCausalLM
+from swarmkit.client.session import Session
+from swarmkit.client.trace import PeerLost, PeerReplaced, RoutePlanned, SessionEvent, Waiting
+from swarmkit.errors import NoRouteError
+from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.head import load_local
+from swarmkit.net import portal
+from swarmkit.server.server import Server
+from swarmkit.settings import ClientSettings, ServerSettings
+
+from .answers import answer, at, eventually, prompt
+
+NEW_TOKENS = 6
+STAGES = [(0, 1), (1, 3), (3, 5)]
+
+WAYS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "greedy": ((7,), {}),
+    "sampling": ((7,), {"do_sample": True, "temperature": 1.3}),
+    "beams": ((7,), {"num_beams": 3}),
+    "left-padded batch": ((7, 3, 5), {}),
+    "prompt lookup": ((7,), {"prompt_lookup_num_tokens": 3}),
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_llama: Checkpoint) -> Callable[..., Tensor]:
+    """What the local model answers."""
+    local = load_local(tiny_llama)
+
+    def tokens(way: str = "greedy", **options: Any) -> Tensor:
+        lengths, how = WAYS[way]
+        return answer(local, *prompt(*lengths), **{"new_tokens": NEW_TOKENS, **how, **options})  # type: ignore
+
+    return tokens
+
+
+class World:
+    """A swarm in this process, a client of it, and hands to break it."""
+
+    def __init__(self, swarm: LocalSwarm, settings: ClientSettings) -> None:
+        assert swarm.network is not None
+        self.swarm = swarm
+        self.network = swarm.network
+        self.model: SwarmModelForCausalLM = swarm.model(settings=settings)
+        self.client = self.model.connection.client
+
+    def answer(
+        self, way: str = "greedy", actions: dict[int, Callable[[], object]] | None = None, **options: Any
+    ) -> Tensor:
+        lengths, how = WAYS[way]
+        options = {"new_tokens": NEW_TOKENS, **how, **options}
+        tokens: Tensor = answer(self.model, *prompt(*lengths), logits_processor=at(actions or {}), **options)
+        return tokens
+
+    def in_use(self, stage: int) -> Server:
+        """The server that is stage number `stage` of the latest route."""
+        route = list(dict.fromkeys(hop.peer_id for hop in self.client.trace[-1].hops))
+        return self.server(route[stage])
+
+    def server(self, peer_id: str) -> Server:
+        server = next(server for server in self.swarm.servers if server.peer_id == peer_id)
+        assert isinstance(server, Server)
+        return server
+
+    def add(self, *blocks: tuple[int, int], **options: Any) -> list[Server]:
+        """Start servers and have the client know them."""
+        servers = [self.swarm.add_server(each, **options) for each in blocks]
+        self.look()
+        return servers  # type: ignore[return-value]
+
+    def look(self) -> None:
+        self.model.connection.call(self.client.refresh)
+
+    def on_loop(self, function: Callable[[], object]) -> None:
+        async def call() -> None:
+            function()
+
+        with portal.lease() as lease:
+            lease.call(call)
+
+    def hang(self, server: Server) -> None:
+        self.on_loop(lambda: self.network.hang(server.peer_id))
+
+    def lost(self) -> list[str]:
+        return [event.peer_id for event in self.model.events if isinstance(event, PeerLost)]
+
+    def events(self, kind: type) -> list[Any]:
+        return [event for event in self.model.events if isinstance(event, kind)]
+
+
+@contextmanager
+def a_world(checkpoint: Checkpoint, replicas: int = 2, stages: int = 3, **options: Any) -> Iterator[World]:
+    servers = options.pop("server_settings", None)
+    settings = ClientSettings(
+        **{
+            "ban_seconds": 60,  # longer than the records of the dead are believed
+            "max_ban_seconds": 60,
+            "min_step_timeout": 60,
+            "refresh_period": 3600,
+            **options,
+        }
+    )
+    with LocalSwarm(checkpoint, stages, replicas, transport="memory", server_settings=servers) as swarm:
+        yield World(swarm, settings)
+
+
+def assert_same(tokens: Tensor, wanted: Tensor) -> None:
+    assert tokens.tolist() == wanted.tolist()
+
+
+# one server
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_llama: Checkpoint) -> Iterator[World]:
+    """A swarm for many kills; whoever kills a server brings another one."""
+    with a_world(tiny_llama) as world:
+        yield world
+
+
+@pytest.mark.parametrize("stage", range(3))
+@pytest.mark.parametrize("tokens", range(NEW_TOKENS))
+def test_a_server_that_dies_at_any_step_is_replaced(
+    shared: World, undisturbed: Callable[..., Tensor], stage: int, tokens: int
+) -> None:
+    killed: list[str] = []
+
+    def kill() -> None:
+        server = shared.in_use(stage)
+        killed.append(server.peer_id)
+        server.kill()
+
+    shared.add(STAGES[stage])
+    if tokens == 0:  # before the prefill: the client does not know yet that it died
+        shared.answer(new_tokens=1)
+        kill()
+        found = shared.answer()
+    else:
+        found = shared.answer(actions={tokens - 1: kill})
+    assert_same(found, undisturbed())
+    assert shared.lost()[-1] == killed[0]
+    if tokens:
+        assert shared.events(PeerReplaced)[-1].replayed_tokens == 7 + tokens - 1
+        assert [step.recovered for step in shared.model.trace[-NEW_TOKENS + tokens :]].count(True) == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("stage", range(3))
+def test_a_death_in_the_middle_of_every_way_to_generate(
+    shared: World, undisturbed: Callable[..., Tensor], way: str, stage: int
+) -> None:
+    shared.add(STAGES[stage])
+    before = len(shared.events(PeerReplaced))
+    actions = {1: lambda: shared.in_use(stage).kill()}
+    if way == "prompt lookup":
+        actions = {0: lambda: shared.in_use(stage).kill()}  # it may see several tokens at once
+    assert_same(shared.answer(way, actions), undisturbed(way))
+    assert len(shared.events(PeerReplaced)) == before + 1
+
+
+@pytest.mark.parametrize("way", ["greedy", "beams", "left-padded batch"])
+@pytest.mark.parametrize("stages", [(0, 1), (1, 2), (0, 2), (0, 1, 2)])
+def test_several_stages_that_die_at_once(
+    shared: World, undisturbed: Callable[..., Tensor], stages: tuple[int, ...], way: str
+) -> None:
+    shared.add(*(STAGES[stage] for stage in stages))
+
+    def kill() -> None:
+        for server in [shared.in_use(stage) for stage in stages]:
+            server.kill()
+
+    before = len(shared.lost())
+    assert_same(shared.answer(way, {2: kill}), undisturbed(way))
+    assert len(shared.lost()) == before + len(stages)
+
+
+def test_a_new_server_dies_at_every_token(shared: World, undisturbed: Callable[..., Tensor]) -> None:
+    def kill_and_replace(stage: int) -> Callable[[], None]:
+        def act() -> None:
+            shared.in_use(stage).kill()
+            shared.add(STAGES[stage])
+
+        return act
+
+    actions = {tokens: kill_and_replace(tokens % 3) for tokens in range(5)}
+    assert_same(shared.answer(actions=actions), undisturbed())
+
+
+def test_a_session_survives_between_two_generates(shared: World, undisturbed: Callable[..., Tensor]) -> None:
+    shared.add(*STAGES)
+    with shared.model.session():
+        shared.answer(new_tokens=3)
+        for stage in range(3):
+            shared.in_use(stage).kill()
+        assert_same(shared.answer(), undisturbed())
+
+
+def test_an_edit_before_a_death_is_not_lost(shared: World) -> None:
+    """Cropped and reordered while the server that held the rows is dead already."""
+    shared.add(*STAGES)
+    generator = torch.Generator().manual_seed(0)
+    old = torch.randn(2, 10, 32, generator=generator)
+    new = torch.randn(3, 2, 32, generator=generator)
+    for stage in range(3):
+        shared.add(STAGES[stage])
+        with shared.model.session() as session, shared.model.session() as fresh:
+            session.step(old)
+            session.reorder([1, 0, 1])
+            session.crop(8)
+            shared.in_use(stage).kill()
+            output = session.step(new)
+            wanted = fresh.step(torch.cat([old[[1, 0, 1], :8], new], dim=1))[:, 8:]
+        torch.testing.assert_close(output, wanted, atol=1e-5, rtol=1e-5)
+
+
+# replacements with other boundaries
+
+
+OTHERS = {
+    "split in two": [(1, 2), (2, 4)],
+    "one block each": [(1, 2), (2, 3), (3, 4)],
+    "wider": [(0, 5)],
+    "overlapping": [(0, 3), (2, 5)],
+    "wider and narrower": [(1, 3), (0, 5)],
+}
+
+
+@pytest.mark.parametrize("others", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("way", ["greedy", "beams", "left-padded batch"])
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_a_replacement_may_have_other_boundaries(
+    tiny_llama: Checkpoint,
+    undisturbed: Callable[..., Tensor],
+    others: list[tuple[int, int]],
+    way: str,
+    tokens: int,
+) -> None:
+    with a_world(
+        tiny_llama, replicas=1, stages=1, server_settings=ServerSettings(max_step_tokens=6)
+    ) as world:
+        world.swarm.servers[0].stop()
+        world.add((0, 1), (1, 4), (4, 5))
+
+        def exchange() -> None:
+            world.in_use(1).kill()
+            world.add(*others)
+
+        assert_same(world.answer(way, {tokens: exchange}), undisturbed(way))
+        replaced = world.events(PeerReplaced)[-1]
+        assert {server.peer_id for server in world.swarm.servers[4:]} & set(replaced.replaced_by)
+        covered = [hop for hop in world.client.trace[-1].hops if hop.stop > 1 and hop.start < 4]
+        assert (covered[0].start, covered[-1].stop) == (1, 4)
+        assert all(one.stop == next_one.start for one, next_one in itertools.pairwise(covered))
+
+
+def test_parts_of_a_split_stage_die_too(tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor]) -> None:
+    """A stage that came into being in the middle has a history of its own afterwards."""
+    with a_world(tiny_llama, replicas=1, stages=1) as world:
+
+        def split() -> None:
+            world.swarm.servers[0].kill()
+            world.add((0, 2), (2, 5))
+
+        def split_again() -> None:
+            world.in_use(1).kill()
+            world.add((2, 3), (3, 5))
+
+        def join() -> None:
+            world.in_use(2).kill()
+            world.in_use(0).kill()
+            world.add((0, 5))
+
+        assert_same(world.answer(actions={1: split, 2: split_again, 3: join}), undisturbed())
+        assert len(world.events(PeerReplaced)) == 4
+
+
+# nobody is left
+
+
+@pytest.mark.parametrize("way", ["greedy", "beams"])
+def test_all_replicas_are_gone_and_one_comes_back(
+    tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], way: str
+) -> None:
+    with a_world(tiny_llama, replicas=2) as world, ThreadPoolExecutor() as pool:
+
+        def come_back(event: SessionEvent) -> None:
+            if isinstance(event, Waiting):
+                pool.submit(world.swarm.add_server, (1, 3))
+
+        def kill_all() -> None:
+            for server in world.swarm.servers:
+                if server.blocks == (1, 3):
+                    server.kill()
+
+        world.client.listeners.append(come_back)
+        assert_same(world.answer(way, {2: kill_all}), undisturbed(way))
+        assert [event.missing for event in world.events(Waiting)] == [((1, 3),)]
+
+
+def test_nobody_comes_back_and_the_error_names_the_blocks(
+    tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor]
+) -> None:
+    with a_world(tiny_llama, replicas=1, route_timeout=0.2) as world, world.model.session():
+        with pytest.raises(NoRouteError, match="blocks 1:3") as caught:
+            world.answer(actions={2: lambda: world.in_use(1).kill()})
+        assert caught.value.missing == ((1, 3),)
+        world.add((1, 3))
+        assert_same(world.answer(), undisturbed())  # in the same session
+
+
+def test_a_swarm_that_was_never_whole(tiny_llama: Checkpoint) -> None:
+    with a_world(tiny_llama, replicas=1, route_timeout=0.1) as world:
+        for server in world.swarm.servers[1:]:
+            server.stop()
+        world.look()
+        with pytest.raises(NoRouteError, match="blocks 1:5"):
+            world.answer()
+
+
+def test_servers_that_always_fail_are_given_up(tiny_llama: Checkpoint) -> None:
+    with a_world(tiny_llama, replicas=1, route_timeout=0.3) as world:
+        assert world.client._transport is not None
+        own = world.client._transport.peer_id
+        for server in world.swarm.servers:
+            world.network.set_link(own, server.peer_id, fail_rate=1.0)
+        with pytest.raises(NoRouteError, match="kept failing"):
+            world.answer()
+
+
+def test_patience_is_counted_from_the_loss_and_not_from_the_beginning_of_the_step(
+    tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long prefill may take longer than `route_timeout`: the clock of the search starts with the loss."""
+    with a_world(tiny_llama, replicas=1, route_timeout=0.5) as world, ThreadPoolExecutor() as pool:
+        run = ChainSession._run
+
+        async def slow_first_stage(self: ChainSession, stage: Any, *rest: Any) -> Tensor:
+            if stage.hop.start == 0:
+                await anyio.sleep(0.6)
+            return await run(self, stage, *rest)
+
+        def come_back(event: SessionEvent) -> None:
+            if isinstance(event, PeerLost):
+                pool.submit(world.add, (1, 3))
+
+        monkeypatch.setattr(ChainSession, "_run", slow_first_stage)
+        world.client.listeners.append(come_back)
+        world.swarm.servers[1].kill()
+        assert_same(world.answer(new_tokens=1), undisturbed(new_tokens=1))
+
+
+# sends that fail
+
+
+@pytest.fixture(scope="module")
+def lossy(tiny_llama: Checkpoint) -> Iterator[World]:
+    with a_world(tiny_llama, ban_seconds=0.001, max_ban_seconds=0.01) as world:
+        yield world
+
+
+@pytest.mark.parametrize("fail_rate", [0.03, 0.2])
+@pytest.mark.parametrize("seed", range(15))
+def test_every_send_may_fail(
+    lossy: World, undisturbed: Callable[..., Tensor], seed: int, fail_rate: float
+) -> None:
+    assert lossy.client._transport is not None
+    own = lossy.client._transport.peer_id
+    lossy.network._random.seed(seed)
+    for server in lossy.swarm.servers:
+        lossy.network.set_link(own, server.peer_id, fail_rate=fail_rate)
+    way = list(WAYS)[seed % len(WAYS)]
+    assert_same(lossy.answer(way), undisturbed(way))
+
+
+# silence
+
+
+@pytest.mark.parametrize("stage", range(3))
+def test_a_server_that_hangs_is_left_after_the_deadline(
+    tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], stage: int
+) -> None:
+    with a_world(tiny_llama, min_step_timeout=0.3) as world:
+        hung: list[str] = []
+
+        def hang() -> None:
+            hung.append(world.in_use(stage).peer_id)
+            world.hang(world.in_use(stage))
+
+        assert_same(world.answer(actions={2: hang}), undisturbed())
+        lost = {event.peer_id: event.reason for event in world.events(PeerLost)}
+        assert "silent" in lost[hung[0]]
+        world.on_loop(lambda: world.network.resume(hung[0]))
+        assert_same(world.answer(), undisturbed())
+
+
+def test_a_replacement_that_hangs_while_it_is_opened_is_left_too(
+    tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with a_world(tiny_llama, replicas=3, min_step_timeout=0.3) as world:
+        monkeypatch.setattr(
+            world.client, "_net", world.client._net.model_copy(update={"connect_timeout": 0.3})
+        )
+
+        def break_two() -> None:
+            world.in_use(1).kill()
+            best = world.client.plan(1, 3, without=frozenset({world.in_use(1).peer_id}))
+            world.hang(world.server(best[0].server.peer_id))
+
+        assert_same(world.answer(actions={2: break_two}), undisturbed())
+        assert len(world.lost()) >= 2
+
+
+# leaving
+
+
+@pytest.mark.parametrize("stage", range(3))
+def test_a_session_moves_away_from_a_server_that_leaves(
+    tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], stage: int
+) -> None:
+    with a_world(tiny_llama) as world, ThreadPoolExecutor() as pool:
+        left: list[Any] = []
+
+        def leave() -> None:
+            server = world.in_use(stage)
+            left.append((server.peer_id, pool.submit(server.stop, 600.0)))
+            service = server.node.service
+            eventually(lambda: service is not None and service.leaving, "it leaves")
+
+        assert_same(world.answer(actions={1: leave}), undisturbed())
+        (peer_id, stopped) = left[0]
+        stopped.result(timeout=60)  # it did not have to wait for its time to be over
+        assert [(event.peer_id, event.reason) for event in world.events(PeerLost)] == [
+            (peer_id, "is leaving")
+        ]
+        assert not world.client.bans.is_banned(peer_id)
+
+
+def test_a_session_stays_with_a_server_that_leaves_while_nobody_else_has_the_blocks(
+    tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor]
+) -> None:
+    with a_world(tiny_llama, replicas=1) as world, ThreadPoolExecutor() as pool:
+        stopped = []
+
+        def leave() -> None:
+            server = world.in_use(1)
+            stopped.append(pool.submit(server.stop, 600.0))
+            service = server.node.service
+            eventually(lambda: service is not None and service.leaving, "it leaves")
+
+        assert_same(world.answer(actions={1: leave}), undisturbed())
+        stopped[0].result(timeout=60)
+        assert world.lost() == []
+
+
+def test_a_newcomer_is_found_while_a_server_leaves(
+    tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor]
+) -> None:
+    with a_world(tiny_llama, replicas=1) as world, ThreadPoolExecutor() as pool:
+        new: list[str] = []
+        stopped, old = [], world.swarm.servers[1].peer_id
+
+        def leave() -> None:
+            server = world.in_use(1)
+            stopped.append(pool.submit(server.stop, 600.0))
+            service = server.node.service
+            eventually(lambda: service is not None and service.leaving, "it leaves")
+
+        def newcomer() -> None:
+            new.append(world.swarm.add_server((1, 3)).peer_id)
+
+        def found() -> None:
+            eventually(lambda: new[0] in world.client.view.announcements, "the client looks around by itself")
+
+        actions = {1: leave, 3: newcomer, 4: found}
+        assert_same(world.answer(actions=actions, new_tokens=8), undisturbed(new_tokens=8))
+        stopped[0].result(timeout=60)
+        assert world.lost() == [old]
+
+
+# busy
+
+
+def test_a_server_without_room_for_a_session_is_passed_by(
+    tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor]
+) -> None:
+    with a_world(tiny_llama, server_settings=ServerSettings(max_sessions=1)) as world:
+        first = world.model.session()
+        first.step(torch.zeros(1, 1, 32))
+        world.client._times.clear()  # so that the next session would choose the same servers
+        assert_same(world.answer(), undisturbed())
+        assert len(first.route) == 3
+        assert all("busy" in event.reason for event in world.events(PeerLost))
+        assert world.events(PeerLost)
+
+
+def test_a_session_that_outgrows_a_server_moves_on(
+    tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor]
+) -> None:
+    room = 32 * 2 * tiny_llama.kv_bytes_per_token_per_block(torch.float32)
+    with a_world(tiny_llama, replicas=1) as world:
+        world.swarm.servers[1].stop()
+        world.add((1, 3), settings=ServerSettings(cache_bytes=room))
+
+        def more_room() -> None:
+            world.add((1, 3))
+
+        tokens = world.answer(actions={1: more_room}, new_tokens=30)
+        assert_same(tokens, undisturbed(new_tokens=30))
+        assert [event.reason.split(":")[0] for event in world.events(PeerLost)] == ["busy"]
+
+
+# a replay that is disturbed itself
+
+
+@pytest.mark.parametrize("way", ["greedy", "beams", "left-padded batch"])
+def test_a_replacement_that_dies_during_the_replay(
+    tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], way: str
+) -> None:
+    with a_world(tiny_llama, replicas=3, server_settings=ServerSettings(max_step_tokens=6)) as world:
+        victims: list[str] = []
+
+        def die_in_a_replay(server: Server) -> None:
+            service = server.node.service
+            assert service is not None
+            compute, steps = service._step, itertools.count()
+
+            async def step(*args: Any) -> Any:
+                if not victims and next(steps) == 1:  # the replay takes several steps
+                    victims.append(server.peer_id)
+                    server.node.crash()
+                return await compute(*args)
+
+            service._step = step  # type: ignore[method-assign]
+
+        def kill() -> None:
+            used = world.in_use(1)
+            for server in world.swarm.servers:
+                if server.blocks == (1, 3) and server is not used:
+                    assert isinstance(server, Server)
+                    die_in_a_replay(server)
+            used.kill()
+
+        assert_same(world.answer(way, {3: kill}), undisturbed(way))
+        assert len(victims) == 1
+        assert len(world.lost()) == 2
+        assert world.lost()[1] == victims[0]
+
+
+# the search for others
+
+
+def test_known_replicas_are_used_without_a_look_at_the_table(
+    shared: World, undisturbed: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With peers gone a look at the shared table may take seconds, in which nobody should have to wait."""
+    shared.add(*STAGES)
+
+    async def never() -> None:
+        await anyio.sleep_forever()
+
+    monkeypatch.setattr(shared.client, "refresh", never)
+    actions = {tokens: lambda stage=tokens: shared.in_use(stage).kill() for tokens in range(3)}
+    assert_same(shared.answer(actions=actions), undisturbed())
+
+
+def test_sessions_that_search_at_the_same_time_share_one_look(shared: World) -> None:
+    async def look_together() -> int:
+        client = shared.client
+        looks = client._looks
+        async with anyio.create_task_group() as tasks:
+            for _ in range(10):
+                tasks.start_soon(client.refresh)
+        return client._looks - looks
+
+    # If the first look had begun before the others asked, one more is due, for all of them.
+    assert shared.model.connection.call(look_together) <= 2
+
+
+def test_one_crash_bans_a_peer_once_however_many_sessions_met_it(
+    tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor]
+) -> None:
+    with a_world(tiny_llama, ban_seconds=2, max_ban_seconds=1000) as world:
+        sessions: list[Session] = [world.model.session() for _ in range(8)]
+        for session in sessions:
+            session.step(torch.zeros(1, 2, 32))
+        world.in_use(1).kill()
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda session: session.step(torch.zeros(1, 1, 32)), sessions))
+        assert len(world.lost()) == 8
+        assert {failures.count for failures in world.client.bans._failures.values()} == {1}
+
+
+def test_the_events_of_a_recovery_tell_what_happened(
+    tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor]
+) -> None:
+    with a_world(tiny_llama) as world:
+        killed: list[Server] = []
+
+        def kill() -> None:
+            killed.append(world.in_use(1))
+            killed[0].kill()
+
+        told: list[SessionEvent] = []
+        world.client.listeners.append(told.append)
+        world.answer(actions={2: kill})
+        planned, lost, replaced = told
+        assert isinstance(planned, RoutePlanned)
+        assert len(planned.route) == 3
+        assert isinstance(lost, PeerLost)
+        assert isinstance(replaced, PeerReplaced)
+        assert (lost.start, lost.stop, lost.reason) == (1, 3, "connection lost")
+        assert lost.peer_id == replaced.peer_id == killed[0].peer_id
+        assert replaced.replaced_by == (world.in_use(1).peer_id,)
+        assert replaced.replayed_tokens == 7 + 2
+
+
+# many at once
+
+
+def test_threads_whose_servers_die_under_them(shared: World, undisturbed: Callable[..., Tensor]) -> None:
+    shared.add(*STAGES)
+    ready = threading.Barrier(4, action=lambda: [shared.in_use(stage).kill() for stage in range(3)])
+
+    def talk(way: str) -> Tensor:
+        return shared.answer(way, {2: lambda: ready.wait(60)})
+
+    ways = ["greedy", "beams", "left-padded batch", "greedy"]
+    with ThreadPoolExecutor(4) as pool:
+        for way, tokens in zip(ways, pool.map(talk, ways), strict=True):
+            assert_same(tokens, undisturbed(way))
