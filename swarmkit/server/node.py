@@ -175,9 +175,10 @@ class ServerNode:
             return config.blocks
         total = config.checkpoint.num_blocks
         served = [Served(o.start, o.stop, max(o.throughput, 1e-6)) for o in others]
-        count = config.num_blocks or total
-        if count == "auto":
+        if config.num_blocks == "auto":
             count = await anyio.to_thread.run_sync(self._count)
+        else:
+            count = config.num_blocks or total
         return choose_blocks(total, count, served)
 
     def _count(self) -> int:
