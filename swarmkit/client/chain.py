@@ -44,6 +44,7 @@ from swarmkit.net import codec
 from swarmkit.net.codec import TensorSpec
 from swarmkit.net.conversation import Conversation, Received
 from swarmkit.net.messages import SENDERS_FAULT, Fault, Message, Open, Opened, Step, StepDone
+from swarmkit.net.patience import Patience
 
 T = TypeVar("T")
 
@@ -67,12 +68,19 @@ class _Stage:
         self.order: tuple[int, ...] | None = None
         """Reordering of rows that the server has not been told yet."""
         self.conversation: Conversation | None = None
+        self.patience: Patience
         self.max_step_tokens = 1
         self.leaving = False
+
+    def converse(self, conversation: Conversation) -> None:
+        """Talk to the server over this stream from now on."""
+        self.conversation = conversation
+        self.patience = Patience(conversation)
 
     def drop(self) -> None:
         """Give the stream up; the server frees its cache, and nothing is held there any more."""
         if self.conversation is not None:
+            self.patience.close()
             self.conversation.close()
         self.conversation = None
         self.held = 0
@@ -280,7 +288,7 @@ class ChainSession:
 
     async def _open(self, stage: _Stage) -> None:
         hop, swarm = stage.hop, self._swarm
-        stage.conversation = await swarm.converse(hop.server)
+        stage.converse(await swarm.converse(hop.server))
         message = Open(swarm.model.fingerprint, hop.start, hop.stop, self.max_length)
         # To open a session computes nothing: who is silent now would be found out later, and more slowly.
         reply = (await self._ask(stage, message, [], swarm.connect_timeout)).message
@@ -346,12 +354,16 @@ class ChainSession:
         conversation, server = stage.conversation, stage.hop.server
         assert conversation is not None
         conversation.max_payload_bytes = max_payload_bytes
+        stage.patience.start(deadline_s)
         try:
-            with anyio.fail_after(deadline_s):
-                await conversation.send(message, payload)
-                received = await conversation.receive()
-        except TimeoutError:
-            raise PeerTimeoutError(f"silent for {deadline_s:.1f} s", server.peer_id) from None
+            await conversation.send(message, payload)
+            received = await conversation.receive()
+        except PeerUnreachableError:
+            if stage.patience.expired:
+                raise PeerTimeoutError(f"silent for {deadline_s:.1f} s", server.peer_id) from None
+            raise
+        finally:
+            stage.patience.stop()
         if isinstance(received.message, Fault):
             raise RemoteError(received.message.message, server.peer_id, received.message.code)
         return received
@@ -494,7 +506,7 @@ def _checked(reply: StepDone, received: Received, shape: tuple[int, int, int], p
     if spec.shape != shape or spec.dtype not in _HIDDEN_DTYPES:
         raise ProtocolError(f"outputs must be {list(shape)}, got {list(spec.shape)} of {spec.dtype}", peer_id)
     output = received.tensor(spec)
-    if not bool(torch.isfinite(output).all()):
+    if not codec.is_finite(output):
         raise ProtocolError("the outputs contain NaN or infinity", peer_id)
     return output
 

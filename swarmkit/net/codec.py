@@ -64,9 +64,12 @@ def dtype_name(dtype: torch.dtype) -> DTypeName:
 def encode(tensor: torch.Tensor, codec: CodecName = "none") -> tuple[TensorSpec, memoryview]:
     """A tensor on any device as its spec and a view of its bytes (no copy for contiguous CPU tensors)."""
     spec = TensorSpec(tuple(tensor.shape), dtype_name(tensor.dtype), codec)
-    wire = tensor if codec == "none" else tensor.to(_DTYPES[codec])
-    flat = wire.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    return spec, memoryview(flat.numpy())  # type: ignore[arg-type]
+    if tensor.numel() == 0:
+        return spec, memoryview(b"")
+    wire = (tensor if codec == "none" else tensor.to(_DTYPES[codec])).detach().cpu().contiguous()
+    if wire.dtype is torch.bfloat16:
+        wire = wire.view(torch.int16)  # numpy knows no bfloat16
+    return spec, memoryview(wire.numpy()).cast("B")  # type: ignore[arg-type]
 
 
 def decode(spec: TensorSpec, payload: memoryview) -> torch.Tensor:
@@ -77,3 +80,9 @@ def decode(spec: TensorSpec, payload: memoryview) -> torch.Tensor:
     wire = dtype if spec.codec == "none" else _DTYPES[spec.codec]
     tensor = torch.frombuffer(bytearray(payload), dtype=wire).reshape(spec.shape)
     return tensor if wire is dtype else tensor.to(dtype)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
+    # Either survives any sum, which is one pass. Finite values may overflow in it: then each is looked at.
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())

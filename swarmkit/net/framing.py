@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from swarmkit.errors import PeerUnreachableError, ProtocolError, SwarmkitError, UsageError
 from swarmkit.net.limits import frame_size
@@ -132,9 +132,9 @@ class FrameStream(asyncio.Protocol):
     # what asyncio calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.set_write_buffer_limits(high=0)
+        # Not asserted: other event loops' transports do not inherit from asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=0)
         if self._on_connected is not None:
             self._on_connected(self)
 

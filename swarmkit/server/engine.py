@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import anyio
 import torch
@@ -43,13 +42,47 @@ class Timed(Generic[T]):
     compute_s: float
 
 
-@dataclass(order=True)
 class _Work:
-    priority: int
-    number: int
-    run: Callable[[], object] | None = field(compare=False)
-    done: Future[Timed[object]] = field(compare=False, default_factory=Future)
-    queued_at: float = field(compare=False, default_factory=time.perf_counter)
+    """A job on its way from the event loop to the engine's thread and back.
+
+    `claim` is taken once, by the engine to run the job or by its caller to withdraw it. All else but `run` and
+    `queued_at` belongs to the event loop's thread.
+    """
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self.run = run
+        self.claim = threading.Lock()
+        self.loop = asyncio.get_running_loop()
+        self.done: asyncio.Future[Timed[Any]] = self.loop.create_future()
+        self.ended = False
+        self.after: asyncio.Future[None] | None = None
+        self.queued_at = time.perf_counter()
+
+    def settle(self, value: Timed[Any] | None, error: BaseException | None) -> None:
+        """From any thread: hand the outcome to whoever waits."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+            self.loop.call_soon_threadsafe(self._settle, value, error)
+
+    def _settle(self, value: Timed[Any] | None, error: BaseException | None) -> None:
+        self.ended = True
+        if self.after is not None and not self.after.done():
+            self.after.set_result(None)
+        if self.done.done():
+            return  # its caller was cancelled meanwhile
+        if error is not None:
+            self.done.set_exception(error)
+        else:
+            assert value is not None
+            self.done.set_result(value)
+
+    async def wait_until_ended(self) -> None:
+        """Wait for the end of a job that runs, whatever happens to the one who waits."""
+        with anyio.CancelScope(shield=True):
+            while not self.ended:
+                if self.after is None or self.after.done():
+                    self.after = self.loop.create_future()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await self.after
 
 
 class Engine:
@@ -60,17 +93,17 @@ class Engine:
     """
 
     def __init__(self, name: str = "cpu") -> None:
-        self._jobs: queue.PriorityQueue[_Work] = queue.PriorityQueue()
-        self._numbers = itertools.count()
+        self._jobs: tuple[deque[_Work], ...] = (deque(), deque())
+        self._bell: queue.SimpleQueue[bool] = queue.SimpleQueue()  # a ring per job; false: no more will come
         self._closed = False
-        self._lock = threading.Lock()  # nothing may slip in behind the job that ends the thread
+        self._lock = threading.Lock()  # nothing may slip in behind the ring that ends the thread
         self._thread = threading.Thread(target=self._run, name=f"swarmkit-engine-{name}", daemon=True)
         self._thread.start()
 
     @property
     def waiting(self) -> int:
         """Jobs in the queue."""
-        return self._jobs.qsize()
+        return sum(len(jobs) for jobs in self._jobs)
 
     async def run(self, job: Callable[[], T], priority: int = INTERACTIVE) -> Timed[T]:
         """Run `job` on the engine's thread and wait for it.
@@ -78,17 +111,17 @@ class Engine:
         Raises:
             EngineClosedError: the engine has been closed. Whatever the job raises is raised here too.
         """
-        work = _Work(priority, next(self._numbers), job)
+        work = _Work(job)
         with self._lock:
             if self._closed:
                 raise _closed()
-            self._jobs.put(work)
-        done: Future[Timed[T]] = work.done  # type: ignore[assignment]
+            self._jobs[priority].append(work)
+            self._bell.put(True)
         try:
-            return await asyncio.wrap_future(done)
+            return await work.done
         except asyncio.CancelledError:
-            if not done.cancel():
-                await _ended(done)
+            if not work.claim.acquire(blocking=False):
+                await work.wait_until_ended()
             raise
 
     def close(self) -> None:
@@ -96,7 +129,12 @@ class Engine:
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._jobs.put(_Work(-1, next(self._numbers), None))
+                for jobs in self._jobs:
+                    while jobs:
+                        work = jobs.popleft()
+                        if work.claim.acquire(blocking=False):
+                            work.settle(None, _closed())
+                self._bell.put(False)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -104,44 +142,32 @@ class Engine:
         # torch learns how many threads it may use in each thread at its first parallel loop; matrix products
         # before that would use another number, and differ in their last bits from all later ones.
         torch.get_num_threads()
-        while self._run_next():
-            pass
-        while not self._jobs.empty():
-            left = self._jobs.get_nowait()
-            if left.done.set_running_or_notify_cancel():
-                left.done.set_exception(_closed())
+        while self._bell.get():
+            self._run_next()
 
-    def _run_next(self) -> bool:
-        """Run one job; false for the one that says to end.
+    def _run_next(self) -> None:
+        """Run one job.
 
         A function of its own, so that nothing of a job (tensors, mostly) is held while waiting for the next.
         """
-        work = self._jobs.get()
-        if work.run is None:
-            return False
-        if not work.done.set_running_or_notify_cancel():
-            return True
+        work = self._next()
+        if work is None or not work.claim.acquire(blocking=False):
+            return
         started = time.perf_counter()
         try:
             value = work.run()
         except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
-            work.done.set_exception(error)
+            work.settle(None, error)
         else:
             ended = time.perf_counter()
-            work.done.set_result(Timed(value, started - work.queued_at, ended - started))
-        return True
+            work.settle(Timed(value, started - work.queued_at, ended - started), None)
+
+    def _next(self) -> _Work | None:
+        for jobs in self._jobs:
+            with contextlib.suppress(IndexError):  # empty, or emptied by `close`
+                return jobs.popleft()
+        return None
 
 
 def _closed() -> EngineClosedError:
     return EngineClosedError("the engine is closed; make a new server to go on serving")
-
-
-async def _ended(done: Future[Timed[T]]) -> None:
-    """Wait for the end of a job that runs, whatever happens to the one who waits."""
-    waiter = asyncio.wrap_future(done)
-    with anyio.CancelScope(shield=True):
-        while not waiter.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait([waiter])
-    if not waiter.cancelled():
-        waiter.exception()  # looked at, lest asyncio complains that nobody did

@@ -11,7 +11,6 @@ import logging
 from dataclasses import dataclass, field
 
 import anyio
-import torch
 
 from swarmkit.errors import (
     IllegalMessageError,
@@ -40,6 +39,7 @@ from swarmkit.net.messages import (
     printable,
     tensor_specs,
 )
+from swarmkit.net.patience import Patience
 from swarmkit.net.transport import Buffer, Stream
 from swarmkit.server.engine import Engine, EngineClosedError, Timed
 from swarmkit.server.intake import Intake
@@ -85,6 +85,9 @@ class _Client:
     session: _Session | None = None
     taken_bytes: int = field(default=0)
     """What its present message holds of the intake."""
+
+    def __post_init__(self) -> None:
+        self.patience = Patience(self.conversation)
 
 
 class BlockService:
@@ -156,6 +159,7 @@ class BlockService:
         finally:
             self._streams -= 1
             self._end(client)
+            client.patience.close()
             client.conversation.close()
 
     async def _serve_next(self, client: _Client) -> bool:
@@ -182,8 +186,11 @@ class BlockService:
         # Whoever opens a stream has something to say; only a session may be silent for long.
         settings = self._settings
         timeout = settings.message_timeout if client.session is None else settings.idle_timeout
-        with anyio.fail_after(timeout):
+        client.patience.start(timeout)
+        try:
             return await client.conversation.receive(lambda message: self._admit(client, message))
+        finally:
+            client.patience.stop()
 
     async def _admit(self, client: _Client, message: Message) -> None:
         """All that the header alone can tell, before memory is spent on the payload."""
@@ -219,8 +226,11 @@ class BlockService:
 
     async def _send(self, client: _Client, message: Message, *payload: Buffer) -> None:
         """Answer; a client that does not take its answer in time loses its stream."""
-        with anyio.fail_after(self._settings.message_timeout):
+        client.patience.start(self._settings.message_timeout)
+        try:
             await client.conversation.send(message, payload)
+        finally:
+            client.patience.stop()
 
     async def _refuse(self, client: _Client, refusal: Refusal) -> None:
         text = printable(str(refusal))[:2000]  # it may quote what the peer sent
@@ -374,7 +384,7 @@ class BlockService:
     def _compute(self, session: _Session, step: Step, received: Received) -> tuple[TensorSpec, memoryview]:
         """On the engine's thread: decode, check values, edit the cache, run, encode."""
         hidden = received.tensor(step.hidden)
-        if not bool(torch.isfinite(hidden).all()):
+        if not codec.is_finite(hidden):
             raise Refusal("not_finite", "the hidden states contain NaN or infinity")
         mask = received.tensor(step.mask) if step.mask is not None else None
         if mask is not None and bool((mask > 1).any()):
