@@ -45,8 +45,8 @@ class Timed(Generic[T]):
 class _Work:
     """A job on its way from the event loop to the engine's thread and back.
 
-    `claim` is taken once, by the engine to run the job or by its caller to withdraw it. All else but `run` and
-    `queued_at` belongs to the event loop's thread.
+    `claim` is taken once, by the engine to run the job or by its caller to withdraw it. All else but `run`
+    and `queued_at` belongs to the event loop's thread.
     """
 
     def __init__(self, run: Callable[[], Any]) -> None:
