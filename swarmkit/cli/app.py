@@ -20,6 +20,15 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more about w
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads for computing.")]
 Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps, …")]
 DType = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16, float16, int8 or nf4.")]
+Host = Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for every network.")]
+Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="0 = any free port.")]
+Announce = Annotated[
+    list[str] | None,
+    typer.Option("--announce", metavar="ADDRESS", help="Tell others this address instead of our own."),
+]
+IdentityFile = Annotated[
+    str | None, typer.Option("--identity", metavar="FILE", help="Keep this peer's key, and so its name.")
+]
 
 app = typer.Typer(
     name="swarmkit",

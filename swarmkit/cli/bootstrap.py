@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from swarmkit.cli import console
-from swarmkit.cli.app import Join, Json, Verbose, app
+from swarmkit.cli.app import Announce, Host, IdentityFile, Join, Json, Port, Verbose, app
 from swarmkit.cli.signals import end_request
 
 
 @app.command()
 def bootstrap(
     join: Join = None,
-    host: Annotated[
-        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for every network.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 = any free port.")] = 0,
-    announce: Annotated[
-        list[str] | None,
-        typer.Option("--announce", metavar="ADDRESS", help="Tell others this address instead of our own."),
-    ] = None,
-    identity: Annotated[
-        str | None,
-        typer.Option("--identity", metavar="FILE", help="Keep this peer's key, so that its address stays."),
-    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 0,
+    announce: Announce = None,
+    identity: IdentityFile = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:

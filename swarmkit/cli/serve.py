@@ -8,7 +8,20 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from swarmkit.cli import console
-from swarmkit.cli.app import Device, DType, Join, Json, Model, Threads, Verbose, app
+from swarmkit.cli.app import (
+    Announce,
+    Device,
+    DType,
+    Host,
+    IdentityFile,
+    Join,
+    Json,
+    Model,
+    Port,
+    Threads,
+    Verbose,
+    app,
+)
 from swarmkit.cli.signals import EndRequest, end_request
 from swarmkit.errors import UsageError
 
@@ -35,18 +48,10 @@ def serve(
     dtype: DType = "auto",
     threads: Threads = None,
     name: Annotated[str, typer.Option("--name", help="How others see this server.")] = "",
-    host: Annotated[
-        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for every network.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 = any free port.")] = 0,
-    announce: Annotated[
-        list[str] | None,
-        typer.Option("--announce", metavar="ADDRESS", help="Tell others this address instead of our own."),
-    ] = None,
-    identity: Annotated[
-        str | None,
-        typer.Option("--identity", metavar="FILE", help="Keep this server's key, and so its name."),
-    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 0,
+    announce: Announce = None,
+    identity: IdentityFile = None,
     weights_from: Annotated[
         str, typer.Option("--weights-from", help="any, hub, or peers: where blocks may be fetched from.")
     ] = "any",

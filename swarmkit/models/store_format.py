@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
+from swarmkit.errors import ModelError
+
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 32 * 1024 * 1024
 """Enough for two hundred thousand tensors; more is not taken into memory on a stranger's word."""
@@ -55,7 +57,7 @@ _BITS = {
 }
 
 
-class FormatError(ValueError):
+class FormatError(ModelError):
     """The bytes are not a safetensors file."""
 
 

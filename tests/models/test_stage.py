@@ -90,7 +90,7 @@ def test_results_have_the_dtype_of_the_stage(checkpoint: Checkpoint, dtype: str,
 
 def test_an_unknown_dtype_is_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(ModelError, match="bfloat16"):
-        Stage.load(checkpoint, 0, 1, dtype="int8")
+        Stage.load(checkpoint, 0, 1, dtype="int3")
 
 
 def test_loading_does_not_touch_the_random_state(checkpoint: Checkpoint) -> None:
