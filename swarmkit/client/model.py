@@ -87,7 +87,7 @@ class SwarmModelForCausalLM(_Base):
         try:
             if on_event is not None:
                 connection.client.listeners.append(on_event)
-            length = getattr(checkpoint.config, "max_position_embeddings", None) or _DEFAULT_LENGTH
+            length = _length_limit(checkpoint.config)
             blocks = RemoteBlocks(
                 lambda: Session(connection, length), _first_attention_type(checkpoint.config)
             )
@@ -127,8 +127,7 @@ class SwarmModelForCausalLM(_Base):
         Args:
             max_length: tokens per row that it may hold; what the model can take if not given.
         """
-        limit = getattr(self.config, "max_position_embeddings", None) or _DEFAULT_LENGTH
-        return Session(self._swarm, limit if max_length is None else max_length)
+        return Session(self._swarm, _length_limit(self.config) if max_length is None else max_length)
 
     def close(self) -> None:
         """Leave the swarm. Done by itself when the model is forgotten or the program ends."""
@@ -171,7 +170,7 @@ class SwarmModelForCausalLM(_Base):
         """Generate over a session that ends with the call, unless the caller keeps the cache."""
         if kwargs.get("past_key_values") is not None or kwargs.get("use_cache") is False:
             return self._plain_generate(inputs, *args, **kwargs)
-        with_cache = Session(self._swarm, self._length_limit())
+        with_cache = self.session()
         try:
             output = self._plain_generate(inputs, *args, past_key_values=SwarmCache(with_cache), **kwargs)
         except BaseException:
@@ -183,9 +182,6 @@ class SwarmModelForCausalLM(_Base):
 
     def _plain_generate(self, *args: Any, **kwargs: Any) -> Any:
         return super().generate(*args, **kwargs)  # type: ignore[misc]
-
-    def _length_limit(self) -> int:
-        return getattr(self.config, "max_position_embeddings", None) or _DEFAULT_LENGTH
 
     def _option(self, kwargs: dict[str, Any], name: str) -> int:
         """A number of `generate()`, wherever it is given; 1 if nowhere."""
@@ -199,6 +195,11 @@ class SwarmModelForCausalLM(_Base):
         """Whether the cache's rows hold the very tokens of the sequences: not so after beam search."""
         same_rows = sequences.shape[0] == tokens.shape[0] == session.chain.rows
         return self._option(kwargs, "num_beams") == 1 and same_rows and sequences.shape[1] >= session.position
+
+
+def _length_limit(config: Any) -> int:
+    """Tokens per row that a model can take."""
+    return getattr(config, "max_position_embeddings", None) or _DEFAULT_LENGTH
 
 
 def _first_attention_type(config: Any) -> str:

@@ -17,12 +17,12 @@ from swarmkit.client.bans import Bans
 from swarmkit.client.deadline import DeadlinePolicy, StepTimes
 from swarmkit.client.routing import Hop, find_route, no_route, route_cost
 from swarmkit.client.trace import SessionEvent, StepTrace
-from swarmkit.errors import PeerTimeoutError, ProtocolError, RemoteError, SwarmkitError
+from swarmkit.errors import SwarmkitError
 from swarmkit.net import records
 from swarmkit.net.connect import TransportFactory
 from swarmkit.net.conversation import Conversation
 from swarmkit.net.identity import Identity
-from swarmkit.net.messages import SESSION_ENDPOINT, AskInfo, Fault, Info
+from swarmkit.net.messages import SESSION_ENDPOINT
 from swarmkit.net.records import Announcement
 from swarmkit.net.registry import Registry
 from swarmkit.net.swarm_map import SwarmMap, uncovered
@@ -185,27 +185,6 @@ class SwarmClient:
             server.peer_id, SESSION_ENDPOINT, server.addresses, self._net.connect_timeout
         )
         return Conversation(stream, max_payload_bytes)
-
-    async def info(self, server: Announcement) -> Info:
-        """Ask a server what it is doing.
-
-        Raises:
-            PeerError: it cannot be reached, or answered with something else.
-        """
-        conversation = await self.converse(server)
-        try:
-            with anyio.fail_after(self._net.connect_timeout):
-                await conversation.send(AskInfo())
-                reply = (await conversation.receive()).message
-        except TimeoutError:
-            raise PeerTimeoutError(f"{server.label} did not answer in time", server.peer_id) from None
-        finally:
-            conversation.close()
-        if isinstance(reply, Fault):
-            raise RemoteError(reply.message, server.peer_id, reply.code)
-        if not isinstance(reply, Info):
-            raise ProtocolError(f"expected Info, got {type(reply).__name__}", server.peer_id)
-        return reply
 
     def _round_trip_s(self, peer_id: str) -> float:
         times = self._times.get(peer_id)
