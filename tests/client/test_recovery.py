@@ -262,12 +262,12 @@ def test_patience_is_counted_from_the_loss_and_not_from_the_beginning_of_the_ste
     tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A long prefill may take longer than `route_timeout`: the clock of the search starts with the loss."""
-    with a_world(tiny_llama, replicas=1, route_timeout=0.5) as world, ThreadPoolExecutor() as pool:
+    with a_world(tiny_llama, replicas=1, route_timeout=3.0) as world, ThreadPoolExecutor() as pool:
         run = ChainSession._run
 
         async def slow_first_stage(self: ChainSession, stage: Any, *rest: Any) -> Tensor:
             if stage.hop.start == 0:
-                await anyio.sleep(0.6)
+                await anyio.sleep(3.2)
             return await run(self, stage, *rest)
 
         def come_back(event: SessionEvent) -> None:
