@@ -1,7 +1,9 @@
-"""What a second server costs the Hub, when the first can give it its blocks.
+"""What a second server costs the Hub, when the first can give it the manifest and its blocks.
 
-A checkpoint lies behind a local stand-in for the Hub that counts what it sends. Two servers start one after
-the other, each a process of its own with caches of its own, as on two machines; the second joins the first.
+A checkpoint lies behind local stand-ins for the Hub, one for each server, that count what they are asked and
+what they send. Two servers start one after the other, each a process of its own with caches of its own, as on
+two machines. The second joins the first and was given the model's fingerprint, so that it need not ask the
+Hub what the model is.
 """
 
 from __future__ import annotations
@@ -120,8 +122,8 @@ def bench_weights(
 ) -> dict[str, Any]:
     """Start two servers of the same blocks of a random Llama; what each had from the Hub and from its peer.
 
-    `hub_bytes_*` are weights; config, index and tokenizer, which both ask the Hub for, are in
-    `hub_other_bytes_*`.
+    `hub_bytes_*` are weights, `hub_other_bytes_*` config and index; `hub_requests_*` counts also questions
+    that are answered without content.
     """
     from swarmkit.bench.random_llama import make_random_llama
 
@@ -137,24 +139,28 @@ def bench_weights(
             intermediate_size=hidden_size * 11 // 4,
             vocab_size=4096,
         )
-        with _serving(folder) as (url, hub):
+        with _serving(folder) as (first_url, first_hub), _serving(folder) as (second_url, second_hub):
             common = {"stop": serve_blocks, "threads": threads}
             on_progress("the first server fetches from the hub", 1, 3)
-            with _server(home / "first", url, {**common, "source": "hub", "peers": []}) as first:
-                after_first = (dict(hub.sent), hub.requests)
+            with _server(home / "first", first_url, {**common, "source": "hub", "peers": []}) as first:
                 on_progress("the second server fetches from the first", 2, 3)
                 own = {**common, "source": "peers", "peers": first["addresses"]}
-                with _server(home / "second", url, own) as second:
-                    after_second = (dict(hub.sent), hub.requests)
+                own["fingerprint"] = first["fingerprint"]
+                with _server(home / "second", second_url, own) as second:
+                    pass
         on_progress("done", 3, 3)
     return {
         "blocks": serve_blocks,
         "block_bytes": first["block_bytes"],
-        "hub_bytes_first": after_first[0]["weights"],
-        "hub_bytes_second": after_second[0]["weights"] - after_first[0]["weights"],
+        "hub_bytes_first": first_hub.sent["weights"],
+        "hub_bytes_second": second_hub.sent["weights"],
         "peer_bytes_second": second["peer_bytes"],
-        "hub_other_bytes_first": after_first[0]["other"],
-        "hub_other_bytes_second": after_second[0]["other"] - after_first[0]["other"],
+        "hub_other_bytes_first": first_hub.sent["other"],
+        "hub_other_bytes_second": second_hub.sent["other"],
+        "hub_requests_first": first_hub.requests,
+        "hub_requests_second": second_hub.requests,
+        "open_seconds_first": first["open_s"],
+        "open_seconds_second": second["open_s"],
         "fetch_seconds_first": first["fetch_s"],
         "fetch_seconds_second": second["fetch_s"],
         "load_seconds_first": first["load_s"],
@@ -206,13 +212,22 @@ async def _serve(options: dict[str, Any]) -> None:
     from swarmkit.net.identity import Identity
     from swarmkit.net.records import acceptable_now
     from swarmkit.server.weights import WeightsSettings
+    from swarmkit.server.weights_manifest import open_with_fingerprint
     from swarmkit.server.weights_share import SharedWeights
 
     torch.set_num_threads(options["threads"])
-    checkpoint = Checkpoint.open(_REPO, progress=False)
+    settings = WeightsSettings(source=options["source"], upload_bytes_per_s=1e12)
+    before = time.perf_counter()
+    if "fingerprint" in options:
+        lookup = over_hivemind(options["peers"], client_mode=True)
+        checkpoint = await anyio.to_thread.run_sync(
+            lambda: open_with_fingerprint(_REPO, options["fingerprint"], lookup, settings)
+        )
+    else:
+        checkpoint = Checkpoint.open(_REPO, progress=False)
+    opened = time.perf_counter()
     transport = await over_hivemind(options["peers"])(Identity(), acceptable_now)
     try:
-        settings = WeightsSettings(source=options["source"], upload_bytes_per_s=1e12)
         weights = SharedWeights(transport, checkpoint, settings)
         began = time.perf_counter()
         report = await weights.fetch(0, options["stop"])
@@ -230,6 +245,7 @@ async def _serve(options: dict[str, Any]) -> None:
                 "fingerprint": checkpoint.fingerprint,
                 "block_bytes": sum(blobs),
                 "peer_bytes": report.peer_bytes,
+                "open_s": round(opened - before, 3),
                 "fetch_s": round(fetched - began, 3),
                 "load_s": round(loaded - fetched, 3),
             }

@@ -26,7 +26,8 @@ def plan(
 ) -> None:
     """Show, for each precision, how many blocks fit and how many such machines hold the whole model.
 
-    Only the model's config is read.
+    Only the model's config is read; of weights that are stored quantised, which have one precision, also the
+    headers of their files.
 
     Examples:
 
@@ -37,23 +38,14 @@ def plan(
     console.setup(False)
     console.quiet_transformers()
     from swarmkit.models.checkpoint import Checkpoint
-    from swarmkit.models.plan import device_memory_bytes, format_bytes, parse_bytes
-    from swarmkit.models.plan import plan as make_plan
-    from swarmkit.models.precision import PRECISIONS, Precision
+    from swarmkit.models.plan import device_memory_bytes, format_bytes, parse_bytes, plan_checkpoint
+    from swarmkit.models.precision import choices
 
     checkpoint = Checkpoint.open(model)
     memory_bytes = parse_bytes(memory) if memory else device_memory_bytes(device)
-    precisions = [Precision.parse(name, checkpoint.config, device) for name in PRECISIONS]
     plans = [
-        make_plan(
-            checkpoint.config,
-            checkpoint.kv_bytes_per_token_per_block(precision.dtype),
-            memory_bytes,
-            precision,
-            cache_tokens=cache_tokens,
-            device=device,
-        )
-        for precision in precisions
+        plan_checkpoint(checkpoint, memory_bytes, precision, cache_tokens=cache_tokens, device=device)
+        for precision in choices(checkpoint.config, device)
     ]
     if json:
         console.emit_json(

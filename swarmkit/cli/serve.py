@@ -55,6 +55,14 @@ def serve(
     weights_from: Annotated[
         str, typer.Option("--weights-from", help="any, hub, or peers: where blocks may be fetched from.")
     ] = "any",
+    fingerprint: Annotated[
+        str | None,
+        typer.Option(
+            "--fingerprint",
+            metavar="HEX",
+            help="What the model must be; its config then comes from peers instead of the Hub.",
+        ),
+    ] = None,
     relay: Annotated[
         bool, typer.Option("--relay", help="Be reachable through other peers when behind a NAT.")
     ] = False,
@@ -73,6 +81,8 @@ def serve(
         swarmkit serve tiny-chat --join /ip4/192.0.2.7/tcp/31337/p2p/12D3Koo… --num-blocks 4
 
         swarmkit serve Qwen/Qwen3-32B --join … --device cuda --host 0.0.0.0 --port 31337
+
+        swarmkit serve Qwen/Qwen3-32B --join … --fingerprint 0a1b… --weights-from peers  # without the Hub
     """
     console.setup(verbose, threads)
     console.quiet_transformers()
@@ -84,10 +94,16 @@ def serve(
         from swarmkit.server.placement import parse_blocks
         from swarmkit.server.server import Server
         from swarmkit.server.weights import WeightsSettings
+        from swarmkit.server.weights_manifest import open_with_fingerprint
 
         if weights_from not in ("any", "hub", "peers"):
             raise UsageError(f"--weights-from takes any, hub or peers; got {weights_from!r}")
-        checkpoint = Checkpoint.open(model)
+        weights = WeightsSettings(source=weights_from)  # type: ignore[arg-type]
+        if fingerprint is None:
+            checkpoint = Checkpoint.open(model)
+        else:
+            lookup = over_hivemind(join or (), client_mode=True)
+            checkpoint = open_with_fingerprint(model, fingerprint, lookup, weights)
         show = _Show(json)
         server = Server(
             checkpoint,
@@ -98,7 +114,7 @@ def serve(
             dtype=dtype,
             public_name=name,
             identity_path=identity,
-            weights=WeightsSettings(source=weights_from),  # type: ignore[arg-type]
+            weights=weights,
             transport=over_hivemind(
                 join or (), host=host, port=port, announce=announce or (), use_relay=relay
             ),
@@ -114,9 +130,10 @@ def serve(
                 addresses=server.addresses,
                 blocks=[low, high],
                 model=checkpoint.name,
+                fingerprint=checkpoint.fingerprint,
             )
         else:
-            _show_addresses(model, server.addresses, first=not join)
+            _show_addresses(model, server.addresses, checkpoint.fingerprint, first=not join)
         _serve_until(server, end)
 
 
@@ -147,12 +164,13 @@ def _serve_until(server: object, end: EndRequest) -> None:
         leaving.join(0.1)
 
 
-def _show_addresses(model: str, addresses: list[str], *, first: bool) -> None:
+def _show_addresses(model: str, addresses: list[str], fingerprint: str, *, first: bool) -> None:
     if first:
         console.out.print("\nOthers join this swarm with:", style="bold")
         console.out.print(f"  swarmkit serve {model} --join {addresses[0]}", soft_wrap=True)
         console.out.print(f"  swarmkit chat {model} --join {addresses[0]}", soft_wrap=True)
-    console.out.print("\nPress Ctrl-C to leave; once more to leave at once.", style="dim")
+    console.out.print(f"\nThe model's fingerprint is {fingerprint}.", style="dim", soft_wrap=True)
+    console.out.print("Press Ctrl-C to leave; once more to leave at once.", style="dim")
 
 
 class _Show:

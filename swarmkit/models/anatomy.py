@@ -82,7 +82,7 @@ def anatomy_of(config: PreTrainedConfig) -> Anatomy:
         ModelError: the architecture is not supported.
     """
     family_of(config.model_type)
-    if "dynamic" in _rope_types(getattr(config, "rope_parameters", None)):
+    if "dynamic" in rope_types(getattr(config, "rope_parameters", None)):
         # Their state is the model's, not a session's: one session would change the next one's keys.
         raise ModelError(
             f"This {config.model_type!r} model has rotary embeddings of the type 'dynamic', which change "
@@ -100,12 +100,12 @@ def anatomy_of(config: PreTrainedConfig) -> Anatomy:
 _KNOWN: dict[str, Anatomy] = {}
 
 
-def _rope_types(parameters: Any) -> set[str]:
+def rope_types(parameters: Any) -> set[str]:
     """The types of rotary embeddings; some models have one for each type of block."""
     if not isinstance(parameters, dict):
         return set()
     own = {str(parameters.get("rope_type"))}
-    return own.union(*(_rope_types(value) for value in parameters.values()))
+    return own.union(*(rope_types(value) for value in parameters.values()))
 
 
 def _look(config: PreTrainedConfig) -> Anatomy:
@@ -186,12 +186,17 @@ def stage_config(config: PreTrainedConfig, start: int, stop: int) -> PreTrainedC
 
 
 def block_numel(config: PreTrainedConfig) -> int:
-    """Parameters of the largest block. Blocks may differ (dense and sparse); each kind is looked at once."""
+    """Parameters of the largest block."""
+    blocks = block_skeletons(config)
+    return max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
+
+
+def block_skeletons(config: PreTrainedConfig) -> list[nn.Module]:
+    """Blocks without memory for their weights, one of each kind: they may differ (dense and sparse)."""
     anatomy = anatomy_of(config)
-    blocks = [
+    return [
         skeleton_of(anatomy.base_class, cut).get_submodule(anatomy.layers) for cut in block_configs(config)
     ]
-    return max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
 
 
 def block_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:

@@ -37,6 +37,7 @@ from swarmkit.models.head import build_head, load_local
 from swarmkit.models.loading import loader
 from swarmkit.models.quirks import family_of
 from swarmkit.models.stage import Stage, StageCache
+from swarmkit.models.wrapper import text_part
 
 TOLERANCE = 1e-4
 """The largest difference that counts as equal, relative to the largest value. A right cut differs by the
@@ -92,7 +93,7 @@ def config_of(model: str, *, revision: str | None = None, token: str | None = No
         config: PreTrainedConfig = AutoConfig.for_model(**content)
     except Exception as error:
         raise ModelError(f"{file or model} is not a config that transformers can use: {error}") from error
-    return config
+    return text_part(config)
 
 
 def ensure_servable(config: PreTrainedConfig) -> Verdict:

@@ -15,13 +15,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from swarmkit.errors import ModelError, UsageError
-from swarmkit.models.anatomy import anatomy_of, block_numel
+from swarmkit.models.anatomy import anatomy_of, block_numel, block_skeletons, skeleton_of, slice_config
 from swarmkit.models.cache import kv_numel_per_token
 from swarmkit.models.files import Files, open_files, weights_listing
-from swarmkit.models.fingerprint import fingerprint
+from swarmkit.models.manifest import Manifest, is_fingerprint
+from swarmkit.models.precision import Precision
 from swarmkit.models.quirks import family_of
+from swarmkit.models.states import POSITION_BYTES, state_bytes_per_row
 from swarmkit.models.store import key_of
 from swarmkit.models.store_fetch import OnBytes, Part
+from swarmkit.models.wrapper import text_names, text_part
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +33,16 @@ class Checkpoint:
 
     Attributes:
         name: what the user wrote.
-        config: the whole model's config. Shared; do not change it.
+        config: the whole language model's config. Shared; do not change it.
         files: the folder or Hub repository.
+        is_part: whether the language model is a part of what is there (see `wrapper.py`).
     """
 
     name: str
     config: PreTrainedConfig
     files: Files = field(repr=False)
+    is_part: bool = False
+    _state_bytes: dict[torch.dtype, int] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def open(
@@ -45,6 +51,7 @@ class Checkpoint:
         *,
         revision: str | None = None,
         token: str | None = None,
+        fingerprint: str | None = None,
         progress: bool = True,
     ) -> Checkpoint:
         """Find a model and read its config; weights are fetched and read only when they are needed.
@@ -54,37 +61,38 @@ class Checkpoint:
                 A checkpoint is returned as it is.
             revision: branch, tag or commit on the Hub; the default is its main branch.
             token: for private and gated models; the default is HF_TOKEN or the one saved by logging in.
+            fingerprint: what the model must be, as `Checkpoint.fingerprint` says elsewhere. If its manifest
+                is in the store, the Hub is asked for nothing but weights.
             progress: show a bar while large files are hashed for the fingerprint, and while weights are
                 fetched.
 
         Raises:
-            ModelError: it cannot be found, reached or read, has no weights, or is of an architecture that is
-                not supported.
+            UsageError: `fingerprint` does not look like one.
+            ModelError: it cannot be found, reached or read, has no weights, is of an architecture that is
+                not supported, or has another fingerprint.
         """
+        if fingerprint is not None and not is_fingerprint(fingerprint):
+            raise UsageError(
+                f"{fingerprint!r} is not a fingerprint, which has 32 characters 0-9 and a-f; "
+                "`swarmkit status --json` prints those of a swarm."
+            )
         if isinstance(model, Checkpoint):
+            model._must_be(fingerprint)
             return model
         name = os.fspath(model)
-        files = open_files(name, revision=revision, token=token, progress=progress)
+        files = open_files(name, revision=revision, token=token, fingerprint=fingerprint, progress=progress)
         config_file = files.find("config.json")
         assert config_file is not None, "open_files has found it"
-        content = _read_json(config_file, name)
-        family = family_of(str(content.get("model_type", "unknown")))
-        quantized = content.get("quantization_config") or {}
-        method = quantized.get("quant_method", "an unknown method")
-        if quantized and method not in family.dequantises:
-            raise ModelError(
-                f"{name} is stored quantised ({method}), which this version does not load. "
-                "Give the checkpoint with unquantised weights."
-            )
         try:
-            config = AutoConfig.from_pretrained(str(config_file.parent), trust_remote_code=False)
+            whole = AutoConfig.from_pretrained(str(config_file.parent), trust_remote_code=False)
         except Exception as error:
             raise ModelError(f"The config.json of {name} cannot be used: {error}") from error
+        config = text_part(whole)
+        family_of(config.model_type)
         config._name_or_path = name
-        if quantized:
-            config.quantization_config = {**quantized, "dequantize": True}
-        checkpoint = cls(name, config, files)
+        checkpoint = cls(name, config, files, is_part=config is not whole)
         _ = checkpoint._listing  # which raises if there are no weights
+        checkpoint._must_be(fingerprint)
         return checkpoint
 
     @property
@@ -119,8 +127,8 @@ class Checkpoint:
         return listed
 
     @cached_property
-    def fingerprint(self) -> str:
-        """32 hex characters that are equal for peers that mean the same weights and config.
+    def manifest(self) -> Manifest:
+        """What a server has to know of this model before it has weights.
 
         Needs the index and every weight file's hash, but on the Hub not the files. See `fingerprint.py`.
 
@@ -129,10 +137,25 @@ class Checkpoint:
         """
         config_file = self.files.find("config.json")
         assert config_file is not None, "open_files has found it"
-        single = not self._listing.endswith(".json")
-        names = [self._listing] if single else sorted(set(self.weight_map.values()))
-        hashes = [(name, self.files.sha256(name)) for name in names]
-        return fingerprint(_read_json(config_file, self.name), hashes)
+        hashes = {name: self.files.sha256(name) for name in sorted(set(self.weight_map.values()))}
+        return Manifest(_read_json(config_file, self.name), hashes, self.weight_map, self.files.commit or "")
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex characters that are equal for peers that mean the same weights and config.
+
+        Raises:
+            ModelError: see `manifest`.
+        """
+        return self.manifest.fingerprint
+
+    def _must_be(self, fingerprint: str | None) -> None:
+        if fingerprint is not None and self.fingerprint != fingerprint:
+            raise ModelError(
+                f"{self.name} has the fingerprint {self.fingerprint}, not {fingerprint}: it has changed, or "
+                "the fingerprint is that of another model. Leave the fingerprint out to take what is there, "
+                "or ask whoever gave it to you."
+            )
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Read these tensors and no others, fetching what is not here by blocks (see `fetch`).
@@ -196,7 +219,10 @@ class Checkpoint:
             for key, inner in self._by_block.get(block, {}).items():
                 keys[key] = f"{anatomy.layers}.{block - start}.{inner}"
             if block not in self._by_block:
-                raise ModelError(f"{self.name} has no weights for block {block}; it is incomplete.")
+                raise ModelError(
+                    f"{self.name} has no weights for block {block}: it is incomplete, or they are not named "
+                    f"{anatomy.prefix}.{anatomy.layers}.{block}.…, as transformers names them."
+                )
         return keys
 
     def head_keys(self) -> dict[str, str]:
@@ -205,11 +231,18 @@ class Checkpoint:
         Returns:
             Their names in the checkpoint, to their names in the causal language model.
         """
-        prefix = anatomy_of(self.config).prefix + "."
+        anatomy = anatomy_of(self.config)
+        prefix = anatomy.prefix + "."
         own = {key for keys in self._by_block.values() for key in keys}
+        names = {key: name for key, name in self._names.items() if key not in own}
         # A checkpoint of the bare base model has no prefix anywhere, and nothing beside the base model.
-        bare = not any(key.startswith(prefix) for key in self.weight_map)
-        return {key: prefix + key if bare else key for key in self.weight_map if key not in own}
+        if not any(name.startswith(prefix) for name in self._names.values()):
+            names = {key: prefix + name for key, name in names.items()}
+        if self.is_part:
+            # What is left may be other parts'.
+            known = skeleton_of(anatomy.causal_class, slice_config(self.config, 0, 1)).state_dict()
+            names = {key: name for key, name in names.items() if name in known}
+        return names
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's own tokenizer.
@@ -233,9 +266,43 @@ class Checkpoint:
         """Bytes of the weights of one block (the largest, if they differ) when loaded in `dtype`."""
         return self._block_numel * dtype.itemsize
 
+    def weight_bytes(self, precision: Precision) -> int:
+        """Bytes of the weights of one block (the largest, if they differ) when loaded in a precision.
+
+        Raises:
+            ModelError: they are stored quantised, and the headers of the files cannot be fetched.
+        """
+        if precision.keeps_stored:
+            return self._stored_block_bytes
+        return max(precision.weight_bytes(block) for block in block_skeletons(self.config))
+
     def kv_bytes_per_token_per_block(self, dtype: torch.dtype) -> int:
-        """Bytes that one token of one sequence takes in one block's key-value cache of `dtype`."""
-        return self._kv_numel_per_token * dtype.itemsize
+        """Bytes of cache in `dtype` to count for one token of one sequence in one block (the largest, if they
+        differ), so that the bytes of any stage's blocks together suffice.
+
+        A stage with recurrent blocks keeps its inputs as well, once. As these blocks have no keys and
+        values, it is enough to count each block as the larger of both.
+        """
+        kv_bytes = self._kv_numel_per_token * dtype.itemsize
+        if self.state_bytes_per_row_per_block(dtype):
+            return max(kv_bytes, self.hidden_size * dtype.itemsize + POSITION_BYTES)
+        return kv_bytes
+
+    def state_bytes_per_row_per_block(self, dtype: torch.dtype) -> int:
+        """Bytes of cache to count for one sequence in one block however long it is: see `states.py`."""
+        known = self._state_bytes.get(dtype)
+        if known is None:
+            known = self._state_bytes[dtype] = state_bytes_per_row(self.config, dtype)
+        return known
+
+    def row_tokens(self, dtype: torch.dtype) -> int:
+        """The same in tokens: each row takes as much cache as this many tokens before it has any."""
+        per_token = self.kv_bytes_per_token_per_block(dtype)
+        return -(-self.state_bytes_per_row_per_block(dtype) // per_token) if per_token else 0
+
+    @cached_property
+    def _stored_block_bytes(self) -> int:
+        return max(self.files.nbytes(part) for part in self.block_parts(0, self.num_blocks))
 
     @cached_property
     def _block_numel(self) -> int:
@@ -250,11 +317,16 @@ class Checkpoint:
         """For each block, its tensors' names in the checkpoint, to their names inside the block."""
         anatomy = anatomy_of(self.config)
         blocks: dict[int, dict[str, str]] = {}
-        for key in self.weight_map:
-            place = anatomy.block_of(key)
+        for key, name in self._names.items():
+            place = anatomy.block_of(name)
             if place is not None:
                 blocks.setdefault(place[0], {})[key] = place[1]
         return blocks
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """The language model's tensors, to their names in a model that is nothing else."""
+        return text_names(self.weight_map) if self.is_part else {key: key for key in self.weight_map}
 
     @cached_property
     def _listing(self) -> str:
@@ -268,7 +340,7 @@ class Checkpoint:
         for key in keys:
             if key not in self.weight_map:
                 raise ModelError(f"{self.name} has no tensor {key!r}; the checkpoint is incomplete.")
-            place = anatomy.block_of(key)
+            place = anatomy.block_of(self._names.get(key, key))
             if place is None:
                 head.append(key)
             else:

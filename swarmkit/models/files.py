@@ -12,6 +12,7 @@ from torch import Tensor
 from swarmkit.errors import ModelError
 from swarmkit.models.fingerprint import file_sha256
 from swarmkit.models.store_fetch import OnBytes, Part
+from swarmkit.models.store_format import FormatError, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -20,7 +21,13 @@ PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 
 
 class Files(Protocol):
-    """The files of one model, at one fixed state."""
+    """The files of one model, at one fixed state.
+
+    Attributes:
+        commit: of a repository; None where there is none.
+    """
+
+    commit: str | None
 
     def find(self, name: str) -> Path | None:
         """The file on this machine, fetched as a whole if need be; None if the model has no such file."""
@@ -42,6 +49,9 @@ class Files(Protocol):
     def read(self, parts: Sequence[Part]) -> dict[str, Tensor]:
         """These tensors, fetched if need be."""
 
+    def nbytes(self, part: Part) -> int:
+        """Bytes of a part's tensors, as they are stored; without fetching them where that can be."""
+
     def content(self, part: Part) -> str | None:
         """The SHA-256 of a part's file in the store, if it has one there."""
 
@@ -54,6 +64,7 @@ class LocalFiles:
 
     def __init__(self, folder: Path, *, progress: bool = True) -> None:
         self.folder = folder
+        self.commit: str | None = None
         self._progress = progress
 
     def find(self, name: str) -> Path | None:
@@ -84,6 +95,10 @@ class LocalFiles:
             tensors.update(read_from(self._path(shard), keys, str(self.folder)))
         return tensors
 
+    def nbytes(self, part: Part) -> int:
+        shards = by_shard([part])
+        return sum(bytes_in(self._path(shard), keys, str(self.folder)) for shard, keys in shards.items())
+
     def content(self, part: Part) -> str | None:
         return None
 
@@ -99,8 +114,25 @@ class LocalFiles:
         return path
 
 
-def open_files(model: str, *, revision: str | None, token: str | None, progress: bool) -> Files:
-    """The files of `model`: "tiny-chat", a folder, or a Hub name; see `Checkpoint.open`."""
+def is_hub_name(model: str) -> bool:
+    """Whether `model` can only be the name of a repository on the Hub."""
+    path = Path(model).expanduser()
+    elsewhere = path.exists() or path.is_absolute() or model.startswith((".", "~"))
+    return model != "tiny-chat" and not elsewhere and model.count("/") <= 1 and "\\" not in model
+
+
+def open_files(
+    model: str,
+    *,
+    revision: str | None,
+    token: str | None,
+    fingerprint: str | None = None,
+    progress: bool = True,
+) -> Files:
+    """The files of `model`: "tiny-chat", a folder, or a Hub name; see `Checkpoint.open`.
+
+    That they have the given fingerprint remains to be seen, except where its manifest is here.
+    """
     if model == "tiny-chat":
         from swarmkit.tinychat import CHECKPOINT
 
@@ -118,14 +150,28 @@ def open_files(model: str, *, revision: str | None, token: str | None, progress:
         return LocalFiles(folder, progress=progress)
     if folder.is_file():
         raise ModelError(f"{folder} is a file. Give the folder with config.json and the safetensors files.")
-    if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or "\\" in model:
+    if not is_hub_name(model):
         raise ModelError(
             f"There is no folder {folder}. Check the path; a Hub name looks like Qwen/Qwen3-8B, "
             "and the packaged model is called tiny-chat."
         )
-    from swarmkit.models.store_hub import HubFiles
+    if fingerprint is not None:
+        from swarmkit.models.store_pinned import open_pinned
 
-    return HubFiles(model, revision, token, progress=progress)
+        pinned = open_pinned(model, fingerprint, token, progress=progress)
+        if pinned is not None:
+            return pinned
+    from swarmkit.models.store_hub import HubFiles
+    from swarmkit.models.store_pinned import open_last_pinned
+
+    try:
+        return HubFiles(model, revision, token, progress=progress)
+    except ModelError:
+        # Offline, the last fingerprint that was given for a name stands for it, as its last commit does.
+        pinned = open_last_pinned(model, token, progress=progress) if revision is None else None
+        if pinned is None or fingerprint is not None:
+            raise
+        return pinned
 
 
 def weights_listing(files: Files, name: str) -> str:
@@ -170,6 +216,21 @@ def keys_in(path: Path, name: str) -> list[str]:
         return list(open_pickle(path, name))
     with _opened(path, name) as file:
         return list(file.keys())
+
+
+def bytes_in(path: Path, keys: Iterable[str], name: str) -> int:
+    """Bytes of some tensors of a file of weights.
+
+    Raises:
+        ModelError: it is damaged, may not be opened, or lacks one.
+    """
+    if path.suffix != ".safetensors":
+        return sum(tensor.nbytes for tensor in read_from(path, keys, name).values())
+    try:
+        places = read_header(path).places
+        return sum(places[key].nbytes for key in keys)
+    except (FormatError, OSError, KeyError) as error:
+        raise ModelError(f"{path.name} of {name} is damaged ({error}); download it again.") from error
 
 
 def read_from(path: Path, keys: Iterable[str], name: str) -> Mapping[str, Tensor]:

@@ -1,8 +1,8 @@
 """What two peers compare to know that they mean the same model: a hash of its config and weights.
 
-Weights are hashed by file. A file's SHA-256 is often known without reading it (the Hub names its blobs by
-it); where it must be computed, it is remembered in the user's cache folder for as long as the file stays
-untouched.
+Weights are hashed by file, with the list of which tensor lies in which. A file's SHA-256 is often known
+without reading it (the Hub names its blobs by it); where it must be computed, it is remembered in the user's
+cache folder for as long as the file stays untouched.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +29,26 @@ _VOLATILE = frozenset(
 )
 
 
-def fingerprint(config: Mapping[str, Any], file_hashes: Iterable[tuple[str, str]]) -> str:
+def fingerprint(config: Mapping[str, Any], files: Mapping[str, str], weights: Mapping[str, str]) -> str:
     """32 hex characters that identify a model.
 
     Args:
         config: the content of its config.json. The file itself is used, not transformers' view of it, so
             that peers with different versions of transformers agree.
-        file_hashes: (name, SHA-256 in hex) of every safetensors file.
+        files: every file of weights, to its SHA-256 in hex.
+        weights: every tensor, to the file that it lies in.
     """
-    canonical = json.dumps(_without_volatile(config), sort_keys=True, separators=(",", ":"))
-    digest = hashlib.sha256(canonical.encode())
-    for name, sha256 in sorted(file_hashes):
-        digest.update(f"\0{name}\0{sha256}".encode())
-    return digest.hexdigest()[:32]
+    parts = {"config": without_volatile(config), "files": dict(files), "weights": dict(weights)}
+    canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
 
-def _without_volatile(value: Any) -> Any:
+def without_volatile(value: Any) -> Any:
+    """A config without what transformers adds to it by itself, or a user may choose."""
     if isinstance(value, Mapping):
-        return {key: _without_volatile(inner) for key, inner in value.items() if key not in _VOLATILE}
+        return {key: without_volatile(inner) for key, inner in value.items() if key not in _VOLATILE}
     if isinstance(value, list):
-        return [_without_volatile(inner) for inner in value]
+        return [without_volatile(inner) for inner in value]
     return value
 
 

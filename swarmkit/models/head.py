@@ -20,9 +20,10 @@ from transformers import (
 )
 
 from swarmkit.errors import ModelError
-from swarmkit.models.anatomy import Anatomy, anatomy_of, replace, resolve_dtype
+from swarmkit.models.anatomy import Anatomy, anatomy_of, replace, resolve_dtype, skeleton_of
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.loading import load_model, loader
+from swarmkit.models.quantised import StoredQuantisation
 
 ATTENTION = "swarmkit"
 """The attention implementation of a head: it has no attention, and hands padding masks on as they are."""
@@ -97,6 +98,14 @@ def build_head(
         # Only weights inside blocks are stored quantised.
         del config.quantization_config
     keys = checkpoint.head_keys()
+    if StoredQuantisation.of(checkpoint.config):
+        strange = sorted(set(keys.values()) - set(skeleton_of(model_class, config).state_dict()))
+        if strange:
+            raise ModelError(
+                f"{checkpoint.name} stores weights quantised that are in no block ({strange[0]}), which this "
+                "version does not load. Give a checkpoint whose embeddings and output layer are not "
+                "quantised."
+            )
     model = load_model(
         model_class,
         config,
@@ -164,7 +173,13 @@ def load_local(
     """
     where, options = checkpoint.files.pretrained()
     wanted = resolve_dtype(dtype, checkpoint.config, device)
-    options |= {"config": copy.deepcopy(checkpoint.config), "dtype": wanted, "trust_remote_code": False}
+    if checkpoint.is_part:
+        return _load_part(checkpoint, wanted, device)
+    config = copy.deepcopy(checkpoint.config)
+    if stored := StoredQuantisation.of(config):
+        config.quantization_config = stored.loading()
+        options["device_map"] = {"": torch.device(device)}
+    options |= {"config": config, "dtype": wanted, "trust_remote_code": False}
     try:
         with loader():
             model: Any = AutoModelForCausalLM.from_pretrained(where, **options)
@@ -175,6 +190,20 @@ def load_local(
     model.requires_grad_(False)
     whole: PreTrainedModel = model
     return whole
+
+
+def _load_part(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
+    """A language model that is a part of what the checkpoint holds."""
+    anatomy = anatomy_of(checkpoint.config)
+    names = checkpoint.head_keys()
+    for key, name in checkpoint.block_keys(0, checkpoint.num_blocks).items():
+        names[key] = f"{anatomy.prefix}.{name}"
+    tensors = {names[key]: tensor for key, tensor in checkpoint.read(names).items()}
+    config = copy.deepcopy(checkpoint.config)
+    if stored := StoredQuantisation.of(config):
+        config.quantization_config = stored.loading()
+        tensors = stored.prepare(tensors, dtype)
+    return load_model(anatomy.causal_class, config, tensors, dtype=dtype, device=device, name=checkpoint.name)
 
 
 def _set_generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> None:

@@ -39,7 +39,9 @@ def load_model(
         ModelError: a weight is missing, left over or of another shape; `name` says of which checkpoint.
     """
     options: dict[str, Any] = {"config": config, "state_dict": dict(tensors), "dtype": dtype}
-    if torch.device(device).type != "cpu":
+    quantised = quantization is not None or getattr(config, "quantization_config", None) is not None
+    if torch.device(device).type != "cpu" or quantised:
+        # Quantizers choose a device by themselves if they are not told one.
         options["device_map"] = {"": torch.device(device)}
     if quantization is not None:
         options["quantization_config"] = quantization
@@ -48,8 +50,10 @@ def load_model(
     with loader():
         try:
             result: Any = model_class.from_pretrained(None, output_loading_info=True, **options)
-        except RuntimeError as error:
-            shapes = _shapes_that_differ(model_class, config, tensors)
+        except Exception as error:
+            if not quantised and not isinstance(error, RuntimeError):
+                raise
+            shapes = "" if quantised else _shapes_that_differ(model_class, config, tensors)
             raise ModelError(
                 f"The weights of {name} do not fit its config{shapes or f': {error}'}. "
                 "Check that config.json and the safetensors files belong together."

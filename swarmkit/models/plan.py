@@ -9,13 +9,18 @@ import torch
 from transformers import PreTrainedConfig
 
 from swarmkit.errors import UsageError
-from swarmkit.models.anatomy import anatomy_of, block_configs, skeleton_of
+from swarmkit.models.anatomy import block_skeletons
+from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.precision import Precision
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _RUNTIME_BYTES = {"cpu": 512 * 2**20, "cuda": 1024 * 2**20, "mps": 512 * 2**20}
 """What the interpreter, torch and its kernels take beside weights, cache and activations."""
+
+
+SESSION_TOKENS = 2048
+"""How long a session is taken to be where one takes room however long it is: with recurrent blocks."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Plan:
     block_bytes: int
     """Weights of the largest block in the precision."""
     kv_bytes_per_block: int
-    """Cache of `cache_tokens` tokens in one block."""
+    """Cache of `cache_tokens` tokens in one block, in sessions of `SESSION_TOKENS`."""
     workspace_bytes: int
     """The runtime, and the activations of the largest step."""
     cache_tokens: int
@@ -56,6 +61,8 @@ def plan(
     cache_tokens: int = 16_384,
     max_step_tokens: int = 4096,
     device: str = "cpu",
+    row_tokens: int = 0,
+    block_bytes: int | None = None,
 ) -> Plan:
     """Weights in the precision + cache for `cache_tokens` + workspace, against `memory_bytes`.
 
@@ -64,11 +71,11 @@ def plan(
     Args:
         kv_bytes_per_token_per_block: in the precision's dtype, from `Checkpoint`.
         max_step_tokens: batch x tokens of the largest step a server takes.
+        row_tokens: what a session's row takes besides its tokens, in tokens; from `Checkpoint`.
+        block_bytes: of the largest block's weights, where they are stored quantised; from `Checkpoint`.
     """
-    anatomy = anatomy_of(config)
-    blocks = [
-        skeleton_of(anatomy.base_class, cut).get_submodule(anatomy.layers) for cut in block_configs(config)
-    ]
+    if block_bytes is None:
+        block_bytes = max(precision.weight_bytes(block) for block in block_skeletons(config))
     width = max(int(getattr(config, "intermediate_size", 0) or 0), 4 * config.hidden_size)
     # Of one block at a time: the inputs and outputs of attention and the two wide halves of the feed-forward.
     activations = max_step_tokens * (4 * config.hidden_size + 2 * width) * precision.dtype.itemsize
@@ -77,10 +84,36 @@ def plan(
         memory_bytes=memory_bytes,
         precision=precision.name,
         num_blocks=config.num_hidden_layers,
-        block_bytes=max(precision.weight_bytes(block) for block in blocks),
-        kv_bytes_per_block=kv_bytes_per_token_per_block * cache_tokens,
+        block_bytes=block_bytes,
+        kv_bytes_per_block=kv_bytes_per_token_per_block
+        * (cache_tokens + row_tokens * -(-cache_tokens // SESSION_TOKENS)),
         workspace_bytes=activations + runtime,
         cache_tokens=cache_tokens,
+    )
+
+
+def plan_checkpoint(
+    checkpoint: Checkpoint,
+    memory_bytes: int,
+    precision: Precision,
+    *,
+    cache_tokens: int = 16_384,
+    max_step_tokens: int = 4096,
+    device: str = "cpu",
+) -> Plan:
+    """`plan`, with what only the checkpoint can tell. If its weights are stored quantised, the headers of its
+    files are read (from the Hub, only these).
+    """
+    return plan(
+        checkpoint.config,
+        checkpoint.kv_bytes_per_token_per_block(precision.dtype),
+        memory_bytes,
+        precision,
+        cache_tokens=cache_tokens,
+        max_step_tokens=max_step_tokens,
+        device=device,
+        row_tokens=checkpoint.row_tokens(precision.dtype),
+        block_bytes=checkpoint.weight_bytes(precision) if precision.keeps_stored else None,
     )
 
 

@@ -25,11 +25,9 @@ class Family:
 
     Attributes:
         stage_config: config values that a stage overrides, because the head has already done that work.
-        dequantises: how its published weights may be quantised, where transformers can undo that on loading.
     """
 
     stage_config: Mapping[str, Any] = field(default_factory=dict)
-    dequantises: tuple[str, ...] = ()
 
 
 # These base models multiply whatever embeddings they are given; the head has done so already.
@@ -54,7 +52,7 @@ FAMILIES: Mapping[str, Family] = {
     "glm4_moe": Family(),
     "gpt2": Family(),
     "gpt_neox": Family(),
-    "gpt_oss": Family(dequantises=("mxfp4",)),
+    "gpt_oss": Family(),
     "granite": Family(stage_config=_EMBEDDINGS_SCALED_ALREADY),
     "granitemoe": Family(stage_config=_EMBEDDINGS_SCALED_ALREADY),
     "helium": Family(),
@@ -90,10 +88,8 @@ FAMILIES: Mapping[str, Family] = {
 REFUSED: Mapping[str, str] = {
     "diffllama": "a block's attention depends on its index in the whole model",
     "falcon_h1": "each block has a state of state-space attention beside its keys and values",
-    "gemma3": "it wraps a language model for images too; a checkpoint of the text part (gemma3_text) works",
     "gemma3n_text": "later blocks use the keys and values of earlier ones, and each block the token ids",
     "gemma4_text": "later blocks use the keys and values of earlier ones, and each block the token ids",
-    "llama4": "it wraps a language model for images too; a checkpoint of the text part (llama4_text) works",
     "mamba": "all blocks are state-space ones, whose cache this version does not know",
     "minicpm3": "a block's output is scaled by the number of blocks in the whole model",
     "zamba2": "some blocks share their weights",

@@ -7,6 +7,7 @@ content.
     <store>/index/<key>.json               which part of which repository at which commit has which content
     <store>/partial/<key>.part, .json      a part that is being fetched, and which of its bytes are there
     <store>/about/<key>                    headers and hashes of files on the Hub
+    <store>/about/<fingerprint>/…          a model's manifest (see `manifest.py`), and what is in it
     <store>/locks, users, quarantine       one fetcher per part; who uses what; what turned out to be wrong
 
 Any number of processes share a store. Files appear in `blobs` by renaming, complete. A file is hashed when a
@@ -239,9 +240,12 @@ class BlockStore:
 
     # ------------------------------------------------------------------ notes about files on the Hub
 
-    def note(self, name: str, content: bytes) -> None:
-        """Keep something small that never changes."""
-        _replace(self.root / "about" / name, content)
+    def note(self, name: str, content: bytes) -> Path:
+        """Keep something small that never changes; returns the file that it is in."""
+        path = self.root / "about" / name
+        if self.noted(name) != content:
+            _replace(path, content)
+        return path
 
     def noted(self, name: str) -> bytes | None:
         """What was kept under `name`."""

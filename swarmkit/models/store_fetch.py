@@ -12,8 +12,9 @@ A journal beside each says which bytes of which shard are there, so that a cut o
 What is checked: that every range is the one asked for, of a file of the same size and ETag; the Hub's SHA-256
 of a shard, when its whole content was wanted or sent; and the SHA-256 of the part, where an earlier fetch
 from the Hub has left it in the store's index. What does not fit is fetched again, at most `ATTEMPTS` times in
-all. A range of a shard that is fetched for the first time is taken as it comes over TLS: the Hub publishes no
-hashes of ranges.
+all. For a part that is fetched for the first time, the Hub publishes no hash; what others claim it to have is
+no proof, but reason for doubt: a part with none of the claimed hashes is fetched once more, and taken if it
+comes out the same twice. Where nobody claims anything, it is taken as it comes over TLS.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import json
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,9 @@ _CHUNK_BYTES = 4 * 1024 * 1024
 
 OnBytes = Callable[[int, int], None]
 """`on_bytes(done, total)`."""
+
+Claims = Mapping[str, Collection[str]]
+"""Labels of parts, to SHA-256 hashes that somebody says their files have."""
 
 
 @dataclass(frozen=True)
@@ -177,9 +181,17 @@ class _Building:
 
 
 def fetch_parts(
-    store: BlockStore, source: str, shards: Shards, parts: Iterable[Part], on_bytes: OnBytes | None = None
+    store: BlockStore,
+    source: str,
+    shards: Shards,
+    parts: Iterable[Part],
+    on_bytes: OnBytes | None = None,
+    claims: Claims | None = None,
 ) -> None:
     """Have these parts in the store, fetching what it lacks.
+
+    Args:
+        claims: the hashes that others say parts have.
 
     Raises:
         ModelError: bytes did not come, were wrong again and again, or there is no room for them.
@@ -196,7 +208,7 @@ def fetch_parts(
             store.reserve(building.path, building.layout.size)
             buildings.append(held.enter_context(building))
         if buildings:
-            _Fetch(store, source, shards, buildings, on_bytes).run()
+            _Fetch(store, source, shards, buildings, on_bytes, claims or {}).run()
 
 
 class _Fetch:
@@ -209,7 +221,9 @@ class _Fetch:
         shards: Shards,
         buildings: Sequence[_Building],
         on_bytes: OnBytes | None,
+        claims: Claims,
     ) -> None:
+        self._claims = claims
         self._store = store
         self._source = source
         self._shards = shards
@@ -286,22 +300,25 @@ class _Fetch:
         source, label = self._source, building.part.label
         before = self._store.entry(source, label)
         expected = before.content if before is not None and before.origin == "hub" else None
+        good = {expected} if expected is not None else set(self._claims.get(label, ()))
+        content = building.sha256()
         for _ in range(ATTEMPTS - 1):
-            content = building.sha256()
-            if expected in (None, content):
+            if not good or content in good:
                 break
-            logger.warning("%s of %s is not what it was; it is fetched again", label, source)
+            if expected is None:
+                good.add(content)  # as good as a claim, if it comes again
+            logger.warning("%s of %s is not what it should be; it is fetched again", label, source)
             self._have -= sum(_length(building.wanted(shard)) for shard in building.etags)
             building.forget()
             for shard in building.etags:
                 self._stream(shard, [building])
-        else:
             content = building.sha256()
-        if expected not in (None, content):
+        if good and content not in good:
             building.forget()
             raise ModelError(
-                f"{label} of {source} came {ATTEMPTS} times with other bytes than when it was first fetched. "
-                "Something on the way changes them: try another network or mirror (HF_ENDPOINT). If the "
+                f"{label} of {source} came {ATTEMPTS} times with other bytes"
+                + (" than when it was first fetched" if expected is not None else " each time")
+                + ". Something on the way changes them: try another network or mirror (HF_ENDPOINT). If the "
                 f"first time was the wrong one, delete {self._store.root / 'index'} and start again."
             )
         building.close()

@@ -15,11 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from swarmkit.errors import ModelError
-from swarmkit.models.files import by_shard, keys_in, read_from
+from swarmkit.models.files import by_shard, bytes_in, keys_in, read_from
 from swarmkit.models.fingerprint import file_sha256, recall, remember
 from swarmkit.models.ranges import SHA256, Patience, RemoteFile, Span
 from swarmkit.models.store import BlockStore, key_of
-from swarmkit.models.store_fetch import OnBytes, Part, fetch_parts
+from swarmkit.models.store_fetch import Claims, OnBytes, Part, fetch_parts
 from swarmkit.models.store_format import FormatError, Header, parse_header
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -54,6 +54,7 @@ class HubFiles:
         """
         self.repo = repo
         self.store = store or BlockStore()
+        self.commit: str | None
         self._token = token
         self._progress = progress
         self._patience = patience
@@ -63,13 +64,16 @@ class HubFiles:
         )  # a remote file is for one thread, and servers may share a checkpoint
         self._opened: list[RemoteFile] = []
         self.commit = revision
+        self.commit = self._find_commit()
+
+    def _find_commit(self) -> str:
         config = self.find("config.json")
         if config is None:
             raise ModelError(
-                f"{repo} on the Hub has no config.json, so it is not a transformers model. "
+                f"{self.repo} on the Hub has no config.json, so it is not a transformers model. "
                 "Check the name; for adapters and GGUF files give the base model instead."
             )
-        self.commit = config.parent.name
+        return config.parent.name
 
     @property
     def source(self) -> str:
@@ -83,6 +87,9 @@ class HubFiles:
     @cached_property
     def is_public(self) -> bool:
         """Whether anybody may read it: without a token, and without having accepted terms."""
+        return self._is_public_on_the_hub()
+
+    def _is_public_on_the_hub(self) -> bool:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
         noted = self.store.noted(key_of(self.source, "public"))
@@ -145,8 +152,13 @@ class HubFiles:
         with self._explained(f"{name} of {self.repo}"):
             return list(self.header(name).places)
 
-    def fetch(self, parts: Sequence[Part], on_bytes: OnBytes | None = None) -> None:
+    def fetch(
+        self, parts: Sequence[Part], on_bytes: OnBytes | None = None, claims: Claims | None = None
+    ) -> None:
         """Bring these parts into the store, or find them in the Hub's cache.
+
+        Args:
+            claims: the hashes that others say parts have; see `store_fetch`.
 
         Raises:
             ModelError: see `store_fetch.fetch_parts`; when offline, the error names the parts that are
@@ -163,7 +175,7 @@ class HubFiles:
                 raise ModelError(self._unreachable(f"{names} of {self.source}"))
             try:
                 with self._explained(f"{names} of {self.source}"), self._bar(on_bytes) as report:
-                    fetch_parts(self.store, self.source, self, lacking, report)
+                    fetch_parts(self.store, self.source, self, lacking, report, claims)
             except EntryNotFoundError as error:
                 raise ModelError(
                     f"{self.repo} on the Hub lacks a file of its index; tell its owner."
@@ -190,6 +202,19 @@ class HubFiles:
                     "again."
                 )
         return tensors
+
+    def nbytes(self, part: Part) -> int:
+        if self.is_pickled(part):
+            return sum(tensor.nbytes for tensor in self.read([part]).values())
+        total = 0
+        for shard, keys in by_shard([part]).items():
+            cached = self._cached(shard)
+            if cached is not None:
+                total += bytes_in(cached, keys, self.repo)
+            else:
+                places = self.header(shard).places
+                total += sum(places[key].nbytes for key in keys if key in places)
+        return total
 
     def has(self, part: Part) -> bool:
         """Whether reading a part needs no network."""

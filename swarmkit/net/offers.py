@@ -1,14 +1,14 @@
-"""Who holds which block's file: signed, dated records beside the servers' announcements.
+"""Who holds which block's file, or a model's manifest: signed, dated records beside the announcements.
 
 An offer says two things at once: that its peer hands out the file with a certain content hash, and that this
-file is
-a certain block of a certain model. It stands under a key for each::
+file is a certain block of a certain model, or its manifest. It stands under a key for each::
 
     swarmkit/1/weights/<content hash>              who holds these bytes
     swarmkit/1/weights/<fingerprint>/<block>       who says which bytes the block is
+    swarmkit/1/weights/<fingerprint>/manifest      who says which bytes the manifest is
 
-The first can be checked by whoever fetches the file. The second is a claim, and is treated as one: see
-`swarmkit/server/weights_fetch.py`.
+The first can be checked by whoever fetches the file, and the last too (a manifest is what a fingerprint is a
+hash of). What a block is, is a claim and treated as one: see `swarmkit/server/weights_fetch.py`.
 """
 
 from __future__ import annotations
@@ -21,22 +21,21 @@ from typing import Annotated
 import msgspec
 
 from swarmkit.errors import ProtocolError
-from swarmkit.net.identity import Identity, verify
+from swarmkit.net.envelope import Envelope
+from swarmkit.net.identity import Identity
 from swarmkit.net.messages import BlockIndex, Fingerprint, Total
-from swarmkit.net.records import MAX_LIFETIME_S, MAX_RECORD_BYTES, Address, ShortText
+from swarmkit.net.records import MAX_LIFETIME_S, Address, ShortText
 
 PREFIX = "swarmkit/1/weights/"
-
-_CONTEXT = b"swarmkit weights offer 1\n"
 
 ContentHash = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class WeightsOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One peer's offer of one block's file.
+    """One peer's offer of one file.
 
     Attributes:
-        fingerprint, block: what the peer says the file is.
+        fingerprint, block: what the peer says the file is; without a block it is the model's manifest.
         content: SHA-256 of the file.
         size: of the file, in bytes.
         addresses: where the peer can be dialled.
@@ -45,26 +44,19 @@ class WeightsOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     peer_id: ShortText
     fingerprint: Fingerprint
-    block: BlockIndex
+    block: BlockIndex | None
     content: ContentHash
     size: Total
     addresses: Annotated[tuple[Address, ...], msgspec.Meta(max_length=16)]
     expires_at: float
 
 
-class _Signed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    body: bytes
-    signature: bytes
+_envelope = Envelope(WeightsOffer, b"swarmkit weights offer 1\n", "an offer of weights")
 
 
-_encoder = msgspec.msgpack.Encoder()
-_offer_decoder = msgspec.msgpack.Decoder(WeightsOffer)
-_signed_decoder = msgspec.msgpack.Decoder(_Signed)
-
-
-def claim_key(fingerprint: str, block: int) -> str:
-    """The shared table's key for what peers say a block is."""
-    return f"{PREFIX}{fingerprint}/{block}"
+def claim_key(fingerprint: str, block: int | None) -> str:
+    """The shared table's key for what peers say a block is, or the manifest."""
+    return f"{PREFIX}{fingerprint}/{'manifest' if block is None else block}"
 
 
 def content_key(content: str) -> str:
@@ -79,8 +71,7 @@ def keys_of(offer: WeightsOffer) -> list[str]:
 
 def sign(offer: WeightsOffer, identity: Identity) -> bytes:
     """The record that other peers will believe to be this one's word."""
-    body = _encoder.encode(offer)
-    return _encoder.encode(_Signed(body, identity.sign(_CONTEXT + body)))
+    return _envelope.sign(offer, identity)
 
 
 def read(key: str, subkey: str, value: bytes, now: float) -> WeightsOffer:
@@ -90,15 +81,7 @@ def read(key: str, subkey: str, value: bytes, now: float) -> WeightsOffer:
         ProtocolError: too large, malformed, unsigned, signed by somebody else, stored where it does not
             belong, expired, or dated too far ahead.
     """
-    if len(value) > MAX_RECORD_BYTES:
-        raise ProtocolError(f"a record of {len(value)} bytes is larger than {MAX_RECORD_BYTES}", subkey)
-    try:
-        signed = _signed_decoder.decode(value)
-        offer = _offer_decoder.decode(signed.body)
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"not an offer of weights: {error}", subkey) from None
-    if not verify(offer.peer_id, _CONTEXT + signed.body, signed.signature):
-        raise ProtocolError("the offer's signature is not its peer's", offer.peer_id)
+    offer = _envelope.read(value, subkey)
     if offer.peer_id != subkey:
         raise ProtocolError("an offer stands under a peer that did not sign it", subkey)
     if key not in keys_of(offer):

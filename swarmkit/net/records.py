@@ -13,16 +13,15 @@ from typing import Annotated, Literal
 import msgspec
 
 from swarmkit.errors import ProtocolError
-from swarmkit.net.identity import Identity, verify
+from swarmkit.net.envelope import Envelope
+from swarmkit.net.identity import Identity
 from swarmkit.net.messages import PRINTABLE, BlockIndex, Fingerprint
 
 RECORD_VERSION = 1
-MAX_RECORD_BYTES = 4096
 MAX_LIFETIME_S = 3600.0
 """Records further in the future than this are refused: a mistaken or lying peer shall not be immortal."""
 MODELS_KEY = "swarmkit/1/models"
 
-_CONTEXT = b"swarmkit announcement 1\n"
 _PREFIX = "swarmkit/1/blocks"
 
 ServerState = Literal["joining", "online", "leaving"]
@@ -68,14 +67,7 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         return self.public_name or self.peer_id[-6:]
 
 
-class _Signed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    body: bytes
-    signature: bytes
-
-
-_encoder = msgspec.msgpack.Encoder()
-_announcement_decoder = msgspec.msgpack.Decoder(Announcement)
-_signed_decoder = msgspec.msgpack.Decoder(_Signed)
+_envelope = Envelope(Announcement, b"swarmkit announcement 1\n", "an announcement")
 
 
 def block_key(fingerprint: str, block: int) -> str:
@@ -91,8 +83,7 @@ def keys_of(announcement: Announcement) -> list[str]:
 
 def sign(announcement: Announcement, identity: Identity) -> bytes:
     """The record that other peers will believe."""
-    body = _encoder.encode(announcement)
-    return _encoder.encode(_Signed(body, identity.sign(_CONTEXT + body)))
+    return _envelope.sign(announcement, identity)
 
 
 def read(
@@ -108,11 +99,9 @@ def read(
         ProtocolError: too large, malformed, unsigned, signed by somebody else, stored where it does not
             belong, expired, or dated too far ahead.
     """
-    if len(value) > MAX_RECORD_BYTES:
-        raise ProtocolError(f"a record of {len(value)} bytes is larger than {MAX_RECORD_BYTES}", subkey)
     announcement = known.get(value) if known is not None else None
     if announcement is None:
-        announcement = _verified(value)
+        announcement = _verified(value, subkey)
         if known is not None:
             known[value] = announcement
     if announcement.peer_id != subkey:
@@ -151,14 +140,8 @@ def acceptable_now(key: str, subkey: str, value: bytes) -> bool:
     return is_acceptable(key, subkey, value, time.time())
 
 
-def _verified(value: bytes) -> Announcement:
-    try:
-        signed = _signed_decoder.decode(value)
-        announcement = _announcement_decoder.decode(signed.body)
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"not an announcement: {error}") from None
-    if not verify(announcement.peer_id, _CONTEXT + signed.body, signed.signature):
-        raise ProtocolError("the record's signature is not its peer's", announcement.peer_id)
+def _verified(value: bytes, subkey: str) -> Announcement:
+    announcement = _envelope.read(value, subkey)
     if not announcement.start < announcement.stop <= announcement.num_blocks:
         raise ProtocolError("the record's block range is not inside its model", announcement.peer_id)
     if not (math.isfinite(announcement.throughput) and math.isfinite(announcement.expires_at)):

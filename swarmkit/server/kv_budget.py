@@ -1,4 +1,4 @@
-"""Every byte of keys and values is leased by a session or free; nothing else.
+"""Every byte of keys, values and states is leased by a session or free; nothing else.
 
 ::
 
@@ -41,8 +41,10 @@ class Lease:
         self._budget._set(self, max(self.nbytes, self._needed(rows, tokens)))
 
     def _needed(self, rows: int, tokens: int) -> int:
+        if not tokens:
+            return 0
         pages = -(-tokens // PAGE_TOKENS)
-        return rows * pages * PAGE_TOKENS * self._bytes_per_token
+        return rows * (self._budget.row_tokens + pages * PAGE_TOKENS) * self._bytes_per_token
 
     def release(self) -> None:
         """Give everything back. May be called twice."""
@@ -50,10 +52,15 @@ class Lease:
 
 
 class KVBudget:
-    """A number of bytes that sessions share. Used by the event loop's thread only."""
+    """A number of bytes that sessions share. Used by the event loop's thread only.
+
+    Attributes:
+        row_tokens: what a row takes besides its tokens, in tokens: the states of recurrent blocks.
+    """
 
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
+        self.row_tokens = 0
         self._leases: set[Lease] = set()
         self._leased_bytes = 0
 

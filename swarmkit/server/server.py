@@ -18,6 +18,7 @@ from swarmkit.net.connect import TransportFactory, over_hivemind
 from swarmkit.net.identity import Identity
 from swarmkit.server.node import ServerConfig, ServerEvent, ServerNode
 from swarmkit.server.weights import WeightsSettings
+from swarmkit.server.weights_manifest import open_with_fingerprint
 from swarmkit.settings import ServerSettings
 
 
@@ -40,6 +41,8 @@ class Server:
         dtype: a precision: float32, bfloat16, float16, int8 or nf4; `"auto"` = float32 on CPU, the
             checkpoint's own elsewhere.
         public_name: how this server is called in status pages.
+        fingerprint: of the model, from somebody you trust. With it the config comes from peers, not the Hub,
+            and with weights from peers only (`WeightsSettings(source="peers")`) the Hub is asked nothing.
         identity_path: a file that keeps this server's key, so that its name and address stay the same.
         weights: where the blocks' weights may come from, and what is handed on to others.
         transport: how to reach the swarm; over hivemind on loopback if not given.
@@ -47,7 +50,7 @@ class Server:
 
     Raises:
         UsageError: blocks outside the model.
-        ModelError: the checkpoint cannot be found or read.
+        ModelError: the checkpoint cannot be found or read, or has another fingerprint.
     """
 
     def __init__(
@@ -61,12 +64,16 @@ class Server:
         device: str = "cpu",
         dtype: str | torch.dtype = "auto",
         public_name: str = "",
+        fingerprint: str | None = None,
         identity_path: str | os.PathLike[str] | None = None,
         transport: TransportFactory | None = None,
         weights: WeightsSettings | None = None,
         settings: ServerSettings | None = None,
         on_event: Callable[[ServerEvent], None] = lambda event: None,
     ) -> None:
+        if fingerprint is not None:
+            lookup = transport or over_hivemind(initial_peers, client_mode=True)
+            model = open_with_fingerprint(model, fingerprint, lookup, weights)
         config = ServerConfig(
             checkpoint=Checkpoint.open(model),
             blocks=blocks,

@@ -8,35 +8,32 @@ What is believed, and how far:
   the most peers make is tried first. That is no proof: identities cost nothing, and a majority of liars can
   agree. So:
 * **A sample is compared with the Hub**: `samples` small ranges at random places of each block, a few
-kilobytes.
-  What offsets, shapes and dtypes must be is known exactly from the Hub's headers, and compared too. Whoever
-  changed a share f of a block's bytes is found with probability 1 - (1 - f)^samples. One that differs
-  convicts all who claim it. A change of a few bytes may pass: a server to which that matters sets
+  kilobytes. What offsets, shapes and dtypes must be is known exactly from the Hub's headers, and compared
+  too. Whoever changed a share f of a block's bytes is found with probability 1 - (1 - f)^samples. One that
+  differs convicts all who claim it. A change of a few bytes may pass: a server to which that matters sets
   `SWARMKIT_WEIGHTS_SOURCE=hub`.
 * Without the Hub (offline, unreachable, or `source="peers"`) only names of tensors, sizes and the majority's
   word remain.
 
-What is not found among peers comes from the Hub, block by block.
+What is not found among peers comes from the Hub, block by block. There, what peers claim is good for a doubt:
+a block with none of the claimed hashes is fetched a second time (see `store_fetch.py`).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import anyio
 import anyio.to_thread
-from filelock import FileLock, Timeout
 
-from swarmkit.errors import ModelError, PeerError, PeerTimeoutError, ProtocolError
+from swarmkit.errors import ModelError, PeerError, ProtocolError, TransportError
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.ranges import Span
 from swarmkit.models.store_fetch import OnBytes, Part
@@ -45,23 +42,12 @@ from swarmkit.models.store_hub import HubFiles
 from swarmkit.net import offers
 from swarmkit.net.offers import WeightsOffer
 from swarmkit.net.transport import Transport
-from swarmkit.server.weights import (
-    CHUNK_BYTES,
-    WEIGHTS_ENDPOINT,
-    Ask,
-    Refused,
-    WeightsSettings,
-    encode,
-    read_answer,
-)
+from swarmkit.server.weights import WeightsSettings
+from swarmkit.server.weights_transfer import WrongBytesError, locked, look_up, receive_file
 
 logger = logging.getLogger(__name__)
 
 SAMPLE_BYTES = 4096
-_POLL_S = 0.1
-_SLOWEST_BYTES_PER_S = 100_000
-"""A holder that sends less, on the whole, is left for another: a byte now and then shall not hold up a start.
-"""
 _MAX_HEADER_BYTES = 4 * 1024 * 1024  # of a block's file, beside its tensors
 
 
@@ -78,9 +64,9 @@ class FetchReport:
     from_hub: list[int] = field(default_factory=list)
     peer_bytes: int = 0
 
-
-class _WrongBytesError(Exception):
-    """A peer sent other bytes than it offered."""
+    def count(self, nbytes: int) -> None:
+        """So many more bytes came from a peer."""
+        self.peer_bytes += nbytes
 
 
 class _OtherThanHubError(Exception):
@@ -120,12 +106,12 @@ class PeerWeights:
         parts = {block: self._checkpoint.block_parts(block, block + 1)[0] for block in range(start, stop)}
         has = self._files.has
         missing = [block for block in parts if not await anyio.to_thread.run_sync(has, parts[block])]
-        asked = [block for block in missing if self._may_come_from_peers(parts[block])]
-        if asked:
-            offered = await self._look_up(asked)
-            for block in asked:
-                if await self._fetch_block(block, parts[block], offered.get(block, []), report):
-                    report.from_peers.append(block)
+        offered = await self._look_up(missing) if missing else {}
+        for block in missing:
+            if not self._may_come_from_peers(parts[block]):
+                continue
+            if await self._fetch_block(block, parts[block], offered.get(block, []), report):
+                report.from_peers.append(block)
         left = [block for block in missing if block not in report.from_peers]
         if left and self._settings.source == "peers":
             raise ModelError(
@@ -133,11 +119,18 @@ class PeerWeights:
                 "them, or allow the Hub with SWARMKIT_WEIGHTS_SOURCE=any."
             )
         if left:
-            await self._fetch_from_hub([parts[block] for block in left], on_bytes)
+            claims = {parts[block].label: self._claims(offered.get(block, [])) for block in left}
+            await self._fetch_from_hub([parts[block] for block in left], on_bytes, claims)
             report.from_hub += left
         return report
 
-    async def _fetch_from_hub(self, parts: Sequence[Part], on_bytes: OnBytes | None) -> None:
+    def _claims(self, offered: Sequence[WeightsOffer]) -> set[str]:
+        """What those who have not lied yet say a block is."""
+        return {offer.content for offer in offered if offer.peer_id not in self.liars}
+
+    async def _fetch_from_hub(
+        self, parts: Sequence[Part], on_bytes: OnBytes | None, claims: Mapping[str, set[str]]
+    ) -> None:
         """In a thread, which ends soon after this is cancelled; what has come is kept."""
         stopped = threading.Event()
 
@@ -148,7 +141,8 @@ class PeerWeights:
                 on_bytes(done, total)
 
         try:
-            await anyio.to_thread.run_sync(self._files.fetch, parts, progress, abandon_on_cancel=True)
+            fetch = self._files.fetch
+            await anyio.to_thread.run_sync(fetch, parts, progress, claims, abandon_on_cancel=True)
         finally:
             stopped.set()
 
@@ -159,20 +153,13 @@ class PeerWeights:
         return self._settings.source == "peers"
 
     async def _look_up(self, blocks: Sequence[int]) -> Mapping[int, list[WeightsOffer]]:
-        """The offers of peers that have not lied yet, by block."""
+        """What peers offer, by block."""
         fingerprint = await anyio.to_thread.run_sync(lambda: self._checkpoint.fingerprint)
-        keys = {offers.claim_key(fingerprint, block): block for block in blocks}
-        found: dict[int, list[WeightsOffer]] = {}
-        for key, entries in (await self._transport.fetch(keys)).items():
-            for subkey, value in entries.items():
-                try:
-                    offer = offers.read(key, subkey, value, self._clock())
-                except ProtocolError as error:  # noqa: PERF203
-                    logger.debug("ignored an offer at %s from %s: %s", key, subkey, error)
-                else:
-                    if offer.peer_id != self._transport.peer_id:
-                        found.setdefault(keys[key], []).append(offer)
-        return found
+        try:
+            return await look_up(self._transport, fingerprint, blocks, self._clock())
+        except TransportError as error:
+            logger.warning("could not look up who has blocks: %s", error)
+            return {}
 
     async def _fetch_block(
         self, block: int, part: Part, offered: Sequence[WeightsOffer], report: FetchReport
@@ -191,7 +178,7 @@ class PeerWeights:
                 try:
                     await self._fetch_from(offer, part, report)
                     return True
-                except (_WrongBytesError, ProtocolError) as error:
+                except ProtocolError as error:
                     logger.warning("peer %s is not asked for weights again: %s", offer.peer_id, error)
                     self.liars.add(offer.peer_id)
                 except _OtherThanHubError as error:
@@ -204,21 +191,23 @@ class PeerWeights:
     async def _fetch_from(self, offer: WeightsOffer, part: Part, report: FetchReport) -> None:
         store, source = self._files.store, self._files.source
         partial = store.partial("peers", offer.content)
-        async with _locked(store.fetch_lock("peers", offer.content)):
+        async with locked(store.fetch_lock("peers", offer.content)):
             path = await anyio.to_thread.run_sync(store.open, offer.content)
             if path is None:
                 if offer.size > await anyio.to_thread.run_sync(self._largest):
-                    raise _WrongBytesError(f"a block of {offer.size} bytes is too large")
+                    raise WrongBytesError(f"a block of {offer.size} bytes is too large")
                 await anyio.to_thread.run_sync(store.reserve, partial, offer.size)
                 try:
-                    alone = await self._receive(offer, partial, report)
-                except (_WrongBytesError, ProtocolError):
+                    alone = await receive_file(
+                        self._transport, offer, partial, self._settings.idle_timeout, report.count
+                    )
+                except ProtocolError:
                     store.discard(partial)
                     raise
                 if await anyio.to_thread.run_sync(_sha256, partial) != offer.content:
                     store.discard(partial)
                     if alone:
-                        raise _WrongBytesError("its bytes do not have the hash that it offered")
+                        raise WrongBytesError("its bytes do not have the hash that it offered")
                     raise PeerError("what several peers sent does not fit together", offer.peer_id)
             try:
                 await anyio.to_thread.run_sync(self._check, part, path or partial)
@@ -229,49 +218,6 @@ class PeerWeights:
                 store.keep(partial, source, part.label, offer.content, "peers")
             else:
                 store.link(source, part.label, offer.content, "peers")
-
-    async def _receive(self, offer: WeightsOffer, partial: Path, report: FetchReport) -> bool:
-        """Fill the file from where an earlier transfer stopped; whether all of it is from this peer.
-
-        Raises:
-            PeerError: it did not come; what did is kept.
-            _WrongBytesError: the peer says another size than it offered, or sends more.
-        """
-        marks = partial.with_suffix(".json")
-        begun, earlier = _progress(marks)
-        offset = begun if begun <= offer.size else 0
-        senders = {*earlier, offer.peer_id} if offset else {offer.peer_id}
-        stream = await self._transport.open(offer.peer_id, WEIGHTS_ENDPOINT, offer.addresses)
-        try:
-            await stream.send(encode(Ask(offer.content, offset)))
-            answer = read_answer(await self._next(stream.receive, offer.peer_id), offer.peer_id)
-            if isinstance(answer, Refused):
-                raise PeerError(f"it refused: {answer.message}", offer.peer_id)
-            if answer.size != offer.size:
-                raise _WrongBytesError(f"it offered {offer.size} bytes and has {answer.size}")
-            deadline = anyio.current_time() + self._settings.idle_timeout + offer.size / _SLOWEST_BYTES_PER_S
-            with partial.open("r+b") as file:
-                file.seek(offset)
-                while offset < offer.size:
-                    chunk = await self._next(stream.receive, offer.peer_id)
-                    if anyio.current_time() > deadline:
-                        raise PeerTimeoutError(f"peer {offer.peer_id} sends too slowly", offer.peer_id)
-                    if not chunk or len(chunk) > min(CHUNK_BYTES, offer.size - offset):
-                        raise _WrongBytesError(f"a chunk of {len(chunk)} bytes does not fit")
-                    await anyio.to_thread.run_sync(file.write, chunk)
-                    offset += len(chunk)
-                    report.peer_bytes += len(chunk)
-        finally:
-            stream.close()
-            marks.write_text(json.dumps({"offset": offset, "senders": sorted(senders)}))
-        return senders == {offer.peer_id}
-
-    async def _next(self, receive: Callable[[], object], peer_id: str) -> bytes:
-        try:
-            with anyio.fail_after(self._settings.idle_timeout):
-                return await receive()  # type: ignore[misc, no-any-return]
-        except TimeoutError:
-            raise PeerTimeoutError(f"peer {peer_id} sent nothing for a while", peer_id) from None
 
     # ------------------------------------------------------------------ in a thread
 
@@ -320,31 +266,6 @@ class PeerWeights:
                 raise _OtherThanHubError(f"{name} differs from the Hub's")
 
 
-@asynccontextmanager
-async def _locked(lock: FileLock) -> AsyncIterator[None]:
-    """Hold a lock that another process, or another task of this loop, may hold for long."""
-    while True:
-        try:
-            lock.acquire(blocking=False)
-            break
-        except Timeout:
-            await anyio.sleep(_POLL_S)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return sha256_of(file)
-
-
-def _progress(marks: Path) -> tuple[int, list[str]]:
-    """How far an earlier transfer came, and from whom its bytes are."""
-    try:
-        content = json.loads(marks.read_text())
-        offset, senders = int(content["offset"]), [str(sender) for sender in content["senders"]]
-        return (offset, senders) if offset >= 0 else (0, [])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0, []

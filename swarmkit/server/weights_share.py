@@ -1,4 +1,4 @@
-"""A server's weights, from wherever they come, and its offers of them to others."""
+"""A server's weights, from wherever they come, and its offers of them (and of the manifest) to others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import anyio
 import anyio.to_thread
@@ -15,6 +16,7 @@ from swarmkit.errors import TransportError
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.store_fetch import OnBytes
 from swarmkit.models.store_hub import HubFiles
+from swarmkit.models.store_pinned import keep_manifest
 from swarmkit.net import offers
 from swarmkit.net.offers import WeightsOffer
 from swarmkit.net.transport import Transport
@@ -99,7 +101,7 @@ class SharedWeights:
         expires_at = self._clock() + self.settings.offer_lifetime
         records: list[tuple[str, bytes]] = []
         offered = 0
-        for block in range(start, stop):
+        for block in (None, *range(start, stop)):
             held = await anyio.to_thread.run_sync(self._held, block)
             if held is None:
                 continue
@@ -115,17 +117,27 @@ class SharedWeights:
             )
             value = offers.sign(offer, self._transport.identity)
             records += [(key, value) for key in offers.keys_of(offer)]
-            offered += 1
+            offered += block is not None
         if records:
             await self._transport.store(records, expires_at)
         return offered
 
-    def _held(self, block: int) -> tuple[str, int] | None:
-        """A block's content and size, if its file is in the store; from now on it is handed out."""
+    def _held(self, block: int | None) -> tuple[str, int] | None:
+        """Content and size of a block's file, if it is in the store, or of the manifest; from now on it is
+        handed out.
+        """
         assert self._files is not None
-        content = self._checkpoint.block_content(block)
-        path = self._files.store.open(content) if content is not None else None
-        if content is None or path is None:
-            return None
+        manifest = self._checkpoint.manifest
+        path: Path | None
+        if block is None:
+            if not manifest.can_be_shared:
+                return None
+            content, path = manifest.content, keep_manifest(self._files.store, manifest)
+        else:
+            known = self._checkpoint.block_content(block)
+            path = self._files.store.open(known) if known is not None else None
+            if known is None or path is None:
+                return None
+            content = known
         self.service.offer(content, path)
         return content, path.stat().st_size

@@ -119,7 +119,7 @@ def test_a_verdict_is_found_once_and_remembered(monkeypatch: pytest.MonkeyPatch)
     assert ensure_servable(tiny_config("llama", vocab_size=99)) == first
     with pytest.raises(AssertionError, match="checked twice"):
         ensure_servable(tiny_config("llama", attention_bias=True))
-    monkeypatch.setattr(quirks, "FAMILIES", {**FAMILIES, "llama": Family(dequantises=("new",))})
+    monkeypatch.setattr(quirks, "FAMILIES", {**FAMILIES, "llama": Family(stage_config={"new": 1})})
     with pytest.raises(AssertionError, match="checked twice"):
         ensure_servable(tiny_config("llama"))
 
@@ -178,7 +178,7 @@ def test_the_command_tells_programs_what_differs(tmp_path: Path) -> None:
     told = json.loads(result.stdout)
     assert told["agrees"] is False
     assert told["worst_prefill"] > 100 * TOLERANCE
-    refused = CliRunner().invoke(app, ["check", "gemma3", "--json"])
+    refused = CliRunner().invoke(app, ["check", "mamba", "--json"])
     assert refused.exit_code == 1
     assert json.loads(refused.stdout)["worst_prefill"] is None
 

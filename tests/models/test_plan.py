@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from swarmkit.errors import ModelError, UsageError
 from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.plan import Plan, format_bytes, parse_bytes, plan
-from swarmkit.models.precision import PRECISIONS, Precision
+from swarmkit.models.plan import Plan, format_bytes, parse_bytes, plan, plan_checkpoint
+from swarmkit.models.precision import PRECISIONS, Precision, choices
 from swarmkit.models.stage import Stage
 
+from .quantise import with_bitsandbytes
 from .tiny import make_checkpoint
 
 
@@ -54,6 +56,19 @@ def test_the_planned_bytes_of_a_block_are_those_of_a_loaded_one(tmp_path: Path, 
     stage = Stage.load(checkpoint, 0, 1, dtype=name)
     loaded = sum(p.nbytes for p in stage._base.layers.parameters())  # type: ignore[attr-defined, union-attr]
     assert planned == pytest.approx(loaded, abs=1)
+
+
+def test_a_plan_of_quantised_weights_counts_their_own_bytes(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, "llama", num_blocks=2, hidden_size=64, intermediate_size=128)
+    with_bitsandbytes(folder, "nf4")
+    checkpoint = Checkpoint.open(folder)
+
+    (precision,) = choices(checkpoint.config)
+    planned = plan_checkpoint(checkpoint, 2**40, precision)
+
+    tensors = load_file(folder / "model.safetensors")
+    stored = max(sum(tensors[key].nbytes for key in checkpoint.block_keys(b, b + 1)) for b in range(2))
+    assert (planned.precision, planned.block_bytes) == ("nf4", stored)
 
 
 def test_fewer_bits_take_less_room() -> None:

@@ -38,6 +38,14 @@ def test_an_offer_stands_under_its_content_and_its_block() -> None:
         assert records.is_acceptable(key, ME.peer_id, value, NOW)
 
 
+def test_an_offer_without_a_block_is_one_of_the_manifest() -> None:
+    offer = an_offer(block=None)
+    value = offers.sign(offer, ME)
+    assert offers.read(claim_key(MODEL, None), ME.peer_id, value, NOW) == offer
+    assert not records.is_acceptable(claim_key(MODEL, 3), ME.peer_id, value, NOW)
+    assert not records.is_acceptable(claim_key(MODEL, None), ME.peer_id, offers.sign(an_offer(), ME), NOW)
+
+
 @pytest.mark.parametrize(
     ("offer", "signer", "subkey", "key", "message"),
     [

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarmkit.errors import ProtocolError
+from swarmkit.net.envelope import MAX_RECORD_BYTES
 from swarmkit.net.records import (
     MAX_LIFETIME_S,
-    MAX_RECORD_BYTES,
     MODELS_KEY,
     Announcement,
     block_key,

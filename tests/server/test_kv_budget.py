@@ -31,6 +31,23 @@ def test_every_row_has_pages_of_its_own() -> None:
     assert lease.nbytes == 3 * PAGE
 
 
+def test_a_row_holds_its_states_besides_its_pages() -> None:
+    budget = KVBudget(100 * PAGE)
+    budget.row_tokens = 7
+    lease = budget.lease(2)
+    lease.resize(3, 1)
+    assert lease.nbytes == 3 * 2 * (7 + PAGE_TOKENS)
+
+
+def test_without_tokens_there_are_no_states() -> None:
+    budget = KVBudget(100 * PAGE)
+    budget.row_tokens = 7
+    lease = budget.lease(1)
+    lease.resize(3, 1)
+    lease.resize(3, 0)
+    assert lease.nbytes == 0
+
+
 def test_a_page_is_larger_where_a_token_takes_more() -> None:
     lease = KVBudget(10 * PAGE).lease(5)
     lease.resize(1, 1)

@@ -262,6 +262,35 @@ async def test_without_the_hub_the_most_claimed_content_is_taken(town: Town, fol
     assert is_right(checkpoint, folder, 0, 1)
 
 
+async def test_what_the_hub_sends_is_doubted_if_no_peer_has_it(town: Town, folder: Path) -> None:
+    await town.offering("first", 0, 1)
+    checkpoint, second = town.server("second", source="hub")
+    town.hub.spoil = 1
+    assert (await second.fetch(0, 1)).from_hub == [0]
+    assert town.hub.spoil == 0
+    assert is_right(checkpoint, folder, 0, 1)
+
+
+async def test_what_the_hub_sends_twice_is_taken_whatever_a_liar_claims(town: Town, folder: Path) -> None:
+    await town.liar("liar", None)
+    checkpoint, second = town.server("second", source="hub")
+    sent = town.hub_weights()
+    assert (await second.fetch(0, 1)).from_hub == [0]
+    once = sum(tensor.nbytes for tensor in checkpoint.read(checkpoint.block_keys(0, 1)).values())
+    assert 2 * once <= town.hub_weights() - sent <= 2.1 * once + 6000
+    assert is_right(checkpoint, folder, 0, 1)
+
+
+async def test_what_is_claimed_by_an_honest_peer_is_fetched_once(town: Town, folder: Path) -> None:
+    await town.liar("liar", None)
+    await town.offering("honest", 0, 1)
+    checkpoint, second = town.server("second", source="hub")
+    sent = town.hub_weights()
+    await second.fetch(0, 1)
+    once = sum(tensor.nbytes for tensor in checkpoint.read(checkpoint.block_keys(0, 1)).values())
+    assert once <= town.hub_weights() - sent <= 1.1 * once + 6000
+
+
 async def test_a_broken_transfer_is_taken_up_with_another_holder(town: Town, folder: Path) -> None:
     honest = await town.offering("honest", 0, 1)
     content = honest._checkpoint.block_content(0)
@@ -295,7 +324,7 @@ async def test_a_broken_transfer_is_taken_up_with_another_holder(town: Town, fol
 async def test_a_holder_that_trickles_is_left(
     town: Town, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swarmkit.server.weights_fetch._SLOWEST_BYTES_PER_S", 1e9)
+    monkeypatch.setattr("swarmkit.server.weights_transfer._SLOWEST_BYTES_PER_S", 1e9)
 
     async def trickle(stream: Stream, truth: bytes) -> None:
         await stream.receive()

@@ -1,0 +1,81 @@
+"""`swarmkit serve --fingerprint`: two machines' worth of processes, and a hub that counts."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from swarmkit.net import portal
+from swarmkit.net.connect import over_hivemind
+from swarmkit.net.identity import Identity
+from swarmkit.net.records import acceptable_now
+from swarmkit.server.weights_transfer import look_up
+from tests.models.hub import LocalHub, local_hub
+from tests.models.tiny import make_checkpoint
+
+from .test_commands import Running, run, start
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    """A hub that processes started from here take for the real one."""
+    with local_hub({"some/llama": make_checkpoint(tmp_path, "llama", num_blocks=2)}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield hub
+
+
+def on_a_machine_of_its_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HOME", "XDG_CACHE_HOME", "SWARMKIT_STORE_DIR"):
+        monkeypatch.setenv(name, str(home / name))
+
+
+async def until_offered(server: Running) -> None:
+    """A server offers what it has soon after it has begun to serve."""
+    fingerprint = server.event["fingerprint"]
+    transport = await over_hivemind([server.address], client_mode=True)(Identity(), acceptable_now)
+    try:
+        for _ in range(100):
+            if len(await look_up(transport, fingerprint, [None, 0, 1], time.time())) == 3:
+                return
+            await asyncio.sleep(0.1)
+        raise AssertionError("nothing was offered within ten seconds")
+    finally:
+        await transport.close()
+
+
+@pytest.fixture
+def first(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    """A server that has its blocks from the Hub, and offers them."""
+    on_a_machine_of_its_own(tmp_path / "first", monkeypatch)
+    running = start("serve", "some/llama", "--threads", "1", until="serving")
+    with portal.lease() as lease:
+        lease.call(until_offered, running)
+    yield running
+    assert running.end_with(signal.SIGTERM) == 0
+
+
+def test_a_second_server_with_the_fingerprint_asks_the_hub_for_nothing(
+    hub: LocalHub, first: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repos.clear()  # whatever is asked from now on is refused, and counted
+    on_a_machine_of_its_own(tmp_path / "second", monkeypatch)
+    asked = len(hub.requests)
+    pinned = ("--fingerprint", first.event["fingerprint"], "--weights-from", "peers")
+
+    second = start("serve", "some/llama", "--join", first.address, "--threads", "1", *pinned, until="serving")
+
+    assert second.event["blocks"] == [0, 2]
+    assert len(hub.requests) == asked
+    assert second.end_with(signal.SIGTERM) == 0
+
+
+def test_a_model_that_is_another_one_is_not_served() -> None:
+    result = run("serve", "tiny-chat", "--fingerprint", "0" * 32)
+    assert result.returncode != 0
+    assert "has the fingerprint" in result.stderr
