@@ -1,7 +1,8 @@
-"""Run the benchmarks that the README quotes and write their results to benchmarks/results/.
+"""Run the benchmarks that the README quotes and write their results to benchmarks/results/, with a plot.
 
-    python benchmarks/run.py            all of them
-    python benchmarks/run.py decode     those whose name begins so
+    python benchmarks/run.py                    all of them
+    python benchmarks/run.py decode clients-m   those whose name begins so
+    python benchmarks/run.py --plot             none: draw the plot of the results that are there
 
 Every result is the command's own JSON: date, machine, versions, command, numbers.
 """
@@ -14,15 +15,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+from plots import draw, goals
+
 RESULTS = Path(__file__).parent / "results"
+PLOT = RESULTS / "engine.svg"
 
 COMMANDS = {
-    "decode-tiny-chat": ["bench", "decode", "--stages", "1,2,4", "--rounds", "9", "--json"],
-    "decode-random-llama": [
-        *("bench", "decode", "--stages", "1,2,4", "--random-llama"),
-        *("--tokens", "32", "--rounds", "5", "--json"),
-    ],
-    "failover-tiny-chat": ["bench", "failover", "--trials", "10", "--json"],
+    "decode-tiny-chat": "decode --stages 1,2,4 --rounds 9",
+    "decode-s": "decode --model S --stages 1,2,4 --rounds 9",
+    "decode-m": "decode --model M --stages 1,2,4 --tokens 32",
+    "clients-s": "clients --model S",
+    "clients-m": "clients --model M",
+    "prefill-m": "prefill --model M --stages 2,4 --prompt-tokens 1024",
+    "interference-m": "interference --model M --prefill-tokens 4096",
+    "distance-m": "distance --model M --stages 3 --round-trip-ms 100 --megabits 100 --prompt-lookup 8",
+    "faults-s": "faults --model S --probability 0.001 --tokens 1024",
+    "footprint-m": "footprint --model M --blocks 8",
+    "failover-tiny-chat": "failover --trials 10",
+    "weights-random-llama": "weights",
 }
 
 
@@ -32,26 +42,42 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(COMMANDS))
-    wanted = tuple(parser.parse_args().names)
+    parser.add_argument("--plot", action="store_true", help="only draw the results that are there")
+    arguments = parser.parse_args()
+    wanted = tuple(arguments.names)
     chosen = {name: command for name, command in COMMANDS.items() if not wanted or name.startswith(wanted)}
     if not chosen:
         parser.error(f"no benchmark begins with {', '.join(wanted)}; there are {', '.join(COMMANDS)}")
     RESULTS.mkdir(exist_ok=True)
-    failed = 0
-    for name, command in chosen.items():
-        print(f"{name}: swarmkit {' '.join(command)}", flush=True)
-        done = subprocess.run(
-            [sys.executable, "-m", "swarmkit.cli", *command], stdout=subprocess.PIPE, text=True, check=False
-        )
-        if done.returncode:
-            failed += 1
-            print(f"  failed with exit code {done.returncode}")
-            continue
-        result = json.loads(done.stdout.strip().splitlines()[-1])
-        path = RESULTS / f"{name}.json"
-        path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-        print(f"  {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    failed = 0 if arguments.plot else sum(not _run(name, command) for name, command in chosen.items())
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    if rows := goals(found):
+        PLOT.write_text(draw(rows))
+        print(f"  {_shown(PLOT)}")
     return failed
+
+
+def _run(name: str, command: str) -> bool:
+    """Run one benchmark and keep its result; whether it succeeded."""
+    print(f"{name}: swarmkit bench {command} --json", flush=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "swarmkit.cli", "bench", *command.split(), "--json"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        print(f"  failed with exit code {done.returncode}")
+        return False
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    print(f"  {_shown(path)}")
+    return True
+
+
+def _shown(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 if __name__ == "__main__":

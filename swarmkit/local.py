@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,8 @@ from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.net import portal
 from swarmkit.net.connect import TransportFactory, over_hivemind
 from swarmkit.net.identity import Identity
+from swarmkit.net.link_emulator import LinkEmulator
+from swarmkit.net.link_schedule import Link
 from swarmkit.net.memory import MemoryNetwork
 from swarmkit.net.records import acceptable_now
 from swarmkit.net.transport import RecordCheck, Transport
@@ -29,6 +33,9 @@ if TYPE_CHECKING:
 
     from swarmkit.client.connection import Connection
     from swarmkit.client.model import SwarmModelForCausalLM
+
+
+_HOST = "127.0.0.1"
 
 
 class LocalServer(Protocol):
@@ -63,6 +70,9 @@ class LocalSwarm:
         processes: give each server an operating-system process of its own, which can be killed for real.
         transport: `"hivemind"`, as in the world, or `"memory"`, for tests within one process.
         threads: torch threads of each server process.
+        link: what lies between each server and everybody else, in each direction, so that a client's round
+            trip to a server, or one server's to another, takes `2 * link.delay_s` longer; nothing if not
+            given. `link_of(server)` changes or cuts one of them while the swarm runs.
         on_progress: called with (servers ready, servers in all) while the swarm starts.
     """
 
@@ -76,6 +86,7 @@ class LocalSwarm:
         *,
         dtype: str | torch.dtype = "auto",
         threads: int = 1,
+        link: Link | None = None,
         server_settings: ServerSettings | None = None,
         client_settings: ClientSettings | None = None,
         on_progress: Callable[[int, int], None] = lambda ready, total: None,
@@ -89,6 +100,11 @@ class LocalSwarm:
             )
         if processes and transport == "memory":
             raise UsageError("the memory transport lives in one process; use transport='hivemind'")
+        if link is not None and transport == "memory":
+            raise UsageError(
+                "an emulated link stands between sockets; use transport='hivemind', or the memory network's "
+                "own set_link()"
+            )
         self.servers: list[LocalServer] = []
         self.network = MemoryNetwork() if transport == "memory" else None
         self._stages = even_split(self.checkpoint.num_blocks, num_stages)
@@ -96,10 +112,14 @@ class LocalSwarm:
         self._processes = processes
         self._dtype = dtype
         self._threads = threads
+        self._link = link
+        self._links: dict[LocalServer, LinkEmulator] = {}
         self._server_settings = server_settings or ServerSettings()
         self._client_settings = client_settings
         self._on_progress = on_progress
         self._owned = ExitStack()
+        self._under_links = ExitStack()
+        """What links need; ends after the servers, which leave over their links."""
         self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._bootstrap: Transport | None = None
         self._started = False
@@ -114,6 +134,7 @@ class LocalSwarm:
         try:
             if self.network is None:
                 self._start_bootstrap()
+            self._owned.enter_context(self._under_links)
             self._owned.callback(self._stop_servers)
             self._owned.callback(self._close_models)
             wanted = [blocks for _ in range(self._replicas) for blocks in self._stages]
@@ -173,6 +194,17 @@ class LocalSwarm:
         self._wait_until_ready(server)
         return server
 
+    def link_of(self, server: LocalServer) -> LinkEmulator:
+        """The emulated link in front of a server, to be changed or cut.
+
+        Raises:
+            UsageError: this swarm has no links.
+        """
+        try:
+            return self._links[server]
+        except KeyError:
+            raise UsageError("this swarm has no links; make it with LocalSwarm(…, link=Link(…))") from None
+
     # ------------------------------------------------------------------ doing
 
     def _start_bootstrap(self) -> None:
@@ -189,6 +221,11 @@ class LocalSwarm:
     def _launch(self, blocks: tuple[int, int], **kwargs: Any) -> LocalServer:
         kwargs.setdefault("dtype", self._dtype)
         name = f"server-{len(self.servers)}"
+        port, link = 0, None
+        if self._link is not None:
+            port = _reserve_port(self._under_links)
+            link = self._lay_link(port, self._link)
+        announce = () if link is None else (link.address,)
         server: LocalServer
         if self._processes:
             server = ServerProcess(
@@ -197,15 +234,31 @@ class LocalSwarm:
                 blocks,
                 public_name=name,
                 threads=self._threads,
+                port=port,
+                announce=announce,
                 settings=self._server_settings,
                 **kwargs,
             )
         else:
             kwargs.setdefault("settings", self._server_settings)
-            transport = over_memory(self.network) if self.network else over_hivemind(self.initial_peers)
+            transport = (
+                over_memory(self.network)
+                if self.network
+                else over_hivemind(self.initial_peers, port=port, announce=announce)
+            )
             server = Server(self.checkpoint, blocks=blocks, transport=transport, public_name=name, **kwargs)
+        if link is not None:
+            self._links[server] = link
         self.servers.append(server)
         return server
+
+    def _lay_link(self, port: int, link: Link) -> LinkEmulator:
+        """A link in front of a port, on the event loop until the swarm ends."""
+        lease = portal.lease()
+        self._under_links.callback(lease.close)
+        emulator = lease.call(lambda: LinkEmulator.open((_HOST, port), link, seed=len(self.servers)))
+        self._under_links.callback(lease.call, emulator.close)
+        return emulator
 
     def _close_models(self) -> None:
         for connection in list(self._connections):
@@ -222,6 +275,18 @@ class LocalSwarm:
             server.wait_until_ready()
         elif isinstance(server, Server):
             server.start()
+
+
+def _reserve_port(owned: ExitStack) -> int:
+    """A port for a server to listen at, where it must be known before the server is there."""
+    held = socket.socket()
+    owned.callback(held.close)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind((_HOST, 0))
+    port = int(held.getsockname()[1])
+    if sys.platform != "linux":  # where a port that is bound, but not listened at, can be listened at by name
+        held.close()
+    return port
 
 
 def over_memory(network: MemoryNetwork) -> TransportFactory:

@@ -31,6 +31,10 @@ class ServerProcess:
 
     It leads a process group of its own, so that a signal to the group meets its p2p daemon too, as the end of
     a machine would; and it ends when this process does, because its standard input closes then.
+
+    Args:
+        port: where it listens; 0 = any free port.
+        announce: addresses that others shall dial instead.
     """
 
     def __init__(
@@ -42,13 +46,18 @@ class ServerProcess:
         public_name: str = "",
         dtype: str | torch.dtype = "auto",
         threads: int = 1,
+        port: int = 0,
+        announce: Sequence[str] = (),
         settings: ServerSettings | None = None,
     ) -> None:
         command = [sys.executable, "-m", "swarmkit.cli", "serve", model]
         command += ["--blocks", f"{blocks[0]}:{blocks[1]}", "--dtype", str(dtype).removeprefix("torch.")]
         command += ["--threads", str(threads), "--name", public_name, "--json", "--until-stdin-closes"]
+        command += ["--port", str(port)]
         for address in initial_peers:
             command += ["--join", address]
+        for address in announce:
+            command += ["--announce", address]
         environment = dict(os.environ, OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false")
         for name, value in (settings or ServerSettings()).model_dump().items():
             environment[f"SWARMKIT_SERVER_{name.upper()}"] = str(value)

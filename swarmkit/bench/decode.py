@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from swarmkit.bench.measure import (
+    Progress,
+    fit_line,
+    median_ratio,
+    must_be_equal,
+    quiet,
+    random_prompt,
+    timed_generate,
+)
+from swarmkit.bench.subject import Subject
 from swarmkit.local import LocalSwarm
-from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.head import load_local
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _PROMPT_TOKENS = 16
 
@@ -34,6 +37,7 @@ class DecodeResult:
     stages: int
     swarm_ms_per_token: float
     local_ms_per_token: float
+    added_ms_per_token: float
     tokens_per_s: float
     local_tokens_per_s: float
     ratio_to_local: float
@@ -44,24 +48,24 @@ class DecodeResult:
 
 
 def bench_decode(
-    model: str,
+    subject: Subject,
     stages: Sequence[int],
     *,
     tokens: int = 64,
     rounds: int = 5,
     threads: int = 1,
     dtype: str = "float32",
-    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Measure greedy decoding of one row, servers as processes on loopback, `threads` torch threads each.
 
     Local and swarm take turns, round by round, so that a drift of the machine meets both. The first round of
-    each is not counted.
+    each is not counted. Over several chain lengths, the time beyond local is fitted as base + per server.
     """
     torch.set_num_threads(threads)
-    checkpoint = Checkpoint.open(model)
+    checkpoint = subject.checkpoint
     local = load_local(checkpoint, dtype=dtype)
-    prompt = torch.arange(3, 3 + _PROMPT_TOKENS).unsqueeze(0) % checkpoint.config.vocab_size
+    prompt = random_prompt(subject.vocab_size, _PROMPT_TOKENS)
     results = []
     for count in stages:
         total = rounds + 1
@@ -70,68 +74,46 @@ def bench_decode(
             remote = swarm.model(dtype=dtype)
             times_local, times_swarm, hops = [], [], []
             for number in range(total):
-                here, expected = _ms_per_token(local, prompt, tokens)
-                there, found = _ms_per_token(remote, prompt, tokens)
-                if dtype == "float32" and not torch.equal(expected, found):
-                    raise AssertionError("the swarm's tokens differ from the local model's")
+                here = timed_generate(local, prompt, tokens)
+                there = timed_generate(remote, prompt, tokens)
+                must_be_equal(here.tokens, there.tokens, dtype)
                 if number:
-                    times_local.append(here)
-                    times_swarm.append(there)
+                    times_local.append(here.ms_per_token)
+                    times_swarm.append(there.ms_per_token)
                     hops += [step.hops for step in remote.trace[-(tokens - 1) :] if step.tokens == 1]
                 on_progress(f"{count} stages", number + 1, total)
             results.append(_result(count, times_local, times_swarm, hops))
     return {
-        "model": checkpoint.name if model == "tiny-chat" else f"random Llama, {_describe(checkpoint)}",
+        "model": subject.label,
         "tokens": tokens,
         "rounds": rounds,
         "threads": threads,
         "dtype": dtype,
+        "fit": fit_beyond_local(results),
         "results": [asdict(result) for result in results],
     }
 
 
-def _ms_per_token(model: PreTrainedModel, prompt: torch.Tensor, tokens: int) -> tuple[float, torch.Tensor]:
-    """Milliseconds per token after the first one, and the tokens."""
-    stamps: list[float] = []
-
-    class Stamp:
-        def put(self, value: torch.Tensor) -> None:
-            stamps.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
-
-    gc.collect()
-    out = model.generate(  # type: ignore[operator]
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        do_sample=False,
-        streamer=Stamp(),
-    )
-    # The first stamp is the prompt's, the second the first token's, which pays for the prompt.
-    return statistics.median(b - a for a, b in pairwise(stamps[1:])) * 1e3, out
+def fit_beyond_local(results: Sequence[DecodeResult]) -> dict[str, float] | None:
+    """Milliseconds per token beyond local = base + per_server · stages; None for a single chain length."""
+    line = fit_line([(result.stages, result.added_ms_per_token) for result in results])
+    return line and {"base_ms": round(line[0], 3), "per_server_ms": round(line[1], 3)}
 
 
 def _result(count: int, local: list[float], swarm: list[float], hops: list[Any]) -> DecodeResult:
     local_ms, swarm_ms = statistics.median(local), statistics.median(swarm)
+    added_ms = statistics.median(b - a for a, b in zip(local, swarm, strict=True))
     each = [hop for step in hops for hop in step]
     return DecodeResult(
         stages=count,
         swarm_ms_per_token=round(swarm_ms, 3),
         local_ms_per_token=round(local_ms, 3),
+        added_ms_per_token=round(added_ms, 3),
         tokens_per_s=round(1e3 / swarm_ms, 1),
         local_tokens_per_s=round(1e3 / local_ms, 1),
-        ratio_to_local=round(statistics.median(a / b for a, b in zip(local, swarm, strict=True)), 3),
-        added_ms_per_hop=round(
-            statistics.median(b - a for a, b in zip(local, swarm, strict=True)) / count, 3
-        ),
+        ratio_to_local=round(median_ratio(local, swarm), 3),
+        added_ms_per_hop=round(added_ms / count, 3),
         network_ms_per_hop=round(statistics.median(hop.network_ms for hop in each), 3),
         queue_ms_per_hop=round(statistics.median(hop.queue_ms for hop in each), 3),
         compute_ms_per_token=round(statistics.median(sum(h.compute_ms for h in step) for step in hops), 3),
     )
-
-
-def _describe(checkpoint: Checkpoint) -> str:
-    return f"hidden {checkpoint.hidden_size}, {checkpoint.num_blocks} blocks"

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from swarmkit.bench.measure import Progress, quiet, random_prompt
+from swarmkit.bench.subject import Subject
 from swarmkit.client.trace import PeerReplaced
 from swarmkit.local import LocalSwarm
 from swarmkit.server_process import ServerProcess
@@ -56,22 +58,22 @@ class _KillAfter:
 
 
 def bench_failover(
-    model: str,
+    subject: Subject,
     *,
     trials: int = 5,
     tokens: int = 64,
     threads: int = 1,
     seed: int = 0,
-    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Kill a random server of the route with SIGKILL after a random token; two stages, two replicas each."""
     torch.set_num_threads(threads)
     chance = random.Random(seed)
     stalls, usual, replayed, equal = [], [], [], 0
     on_progress("starting", 0, trials)
-    with LocalSwarm(model, num_stages=2, replicas=2, processes=True, threads=threads) as swarm:
+    with LocalSwarm(subject.checkpoint, num_stages=2, replicas=2, processes=True, threads=threads) as swarm:
         remote = swarm.model()
-        prompt = torch.arange(3, 3 + _PROMPT_TOKENS).unsqueeze(0) % swarm.checkpoint.config.vocab_size
+        prompt = random_prompt(subject.vocab_size, _PROMPT_TOKENS)
         options: dict[str, Any] = {
             "attention_mask": torch.ones_like(prompt),
             "max_new_tokens": tokens,
@@ -101,7 +103,7 @@ def bench_failover(
                 swarm.add_server(dead.blocks)
                 remote.connection.call(remote.connection.client.refresh)
     return {
-        "model": model,
+        "model": subject.label,
         "trials": trials,
         "equal": equal,
         "stall_ms": [round(stall, 1) for stall in stalls],

@@ -106,7 +106,7 @@ class P2PDaemon:
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=asyncio.subprocess.PIPE,
                     stderr=asyncio.subprocess.STDOUT,
-                    env=_environment(),
+                    env=_environment(options),
                 )
             except OSError as error:
                 raise TransportError(
@@ -212,10 +212,14 @@ class P2PDaemon:
             self._ready.set()
 
 
-def _environment() -> dict[str, str]:
+def _environment(options: DaemonOptions) -> dict[str, str]:
     # A step's way through the daemon is a chain of wake-ups, not of work: with one processor to itself the
     # daemon hands over less, which saved about a fifth of a hop where it was measured.
     defaults = {"GOLOG_LOG_LEVEL": "error", "GOMAXPROCS": "1"}
+    if options.announce_maddrs:
+        # Else it dials from the port that it listens at, and whoever is dialled sees, keeps and tells others
+        # the very address that shall not be used.
+        defaults["LIBP2P_TCP_REUSEPORT"] = "false"
     return defaults | dict(os.environ)
 
 

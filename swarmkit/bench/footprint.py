@@ -1,0 +1,89 @@
+"""What does it take to serve: processes, memory, and seconds until the first client may come?"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from swarmkit.bench.measure import Progress, quiet
+from swarmkit.bench.subject import Subject
+from swarmkit.server_process import ServerProcess
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Of one server and all of its processes. `memory_bytes` is PSS: shared pages count in parts."""
+
+    processes: int
+    memory_bytes: int
+    ready_s: float
+
+
+def bench_footprint(
+    subject: Subject,
+    *,
+    blocks: int = 8,
+    rounds: int = 3,
+    threads: int = 1,
+    dtype: str = "float32",
+    on_progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Start a server of the first `blocks` blocks, look at it, end it; medians over rounds.
+
+    It has measured its own speed by the time it serves, so that all of its weights have been used. The first
+    round, which finds the files of the model cold, is not counted.
+    """
+    found = []
+    for number in range(rounds + 1):
+        on_progress("starting a server", number, rounds + 1)
+        footprint = _start_once(subject, blocks, threads, dtype)
+        if number:
+            found.append(footprint)
+    on_progress("done", rounds + 1, rounds + 1)
+    weights = blocks * subject.checkpoint.block_bytes(getattr(torch, dtype))
+    memory = statistics.median(each.memory_bytes for each in found)
+    return {
+        "model": subject.label,
+        "blocks": blocks,
+        "rounds": rounds,
+        "threads": threads,
+        "dtype": dtype,
+        "processes": max(each.processes for each in found),
+        "memory_kind": _memory_kind(),
+        "memory_bytes": int(memory),
+        "weights_bytes": weights,
+        "memory_beyond_weights_bytes": int(memory) - weights,
+        "ratio_to_weights": round(memory / weights, 3),
+        "ready_s": round(statistics.median(each.ready_s for each in found), 3),
+    }
+
+
+def _start_once(subject: Subject, blocks: int, threads: int, dtype: str) -> Footprint:
+    began = time.perf_counter()
+    server = ServerProcess(
+        subject.checkpoint.name, [], (0, blocks), public_name="measured", threads=threads, dtype=dtype
+    )
+    try:
+        server.wait_until_ready()
+        ready_s = time.perf_counter() - began
+        root = psutil.Process(server.pid)
+        family = [root, *root.children(recursive=True)]
+        return Footprint(len(family), sum(_memory_bytes(process) for process in family), ready_s)
+    finally:
+        server.stop(drain_timeout=0.0)
+
+
+def _memory_kind() -> str:
+    return "pss" if hasattr(psutil.Process().memory_full_info(), "pss") else "uss"
+
+
+def _memory_bytes(process: psutil.Process) -> int:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return int(getattr(process.memory_full_info(), _memory_kind()))
+    return 0
