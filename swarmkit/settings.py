@@ -33,6 +33,14 @@ class ServerSettings(BaseSettings):
     )
     cache_tokens: int = Field(default=16_384, ge=1, description="to plan for when blocks are counted")
     max_step_tokens: int = Field(default=4096, ge=1, description="batch x tokens of one step")
+    prefill_chunk_tokens: int = Field(
+        default=512, ge=1, description="batch x tokens of long steps in one forward pass, at most"
+    )
+    decode_slowdown: float = Field(
+        default=1.9,
+        ge=1,
+        description="how many times its usual time a decode step may take beside others' prompts",
+    )
     max_session_length: int = Field(
         default=2**20, ge=1, description="tokens per row that a session may declare"
     )
@@ -41,6 +49,8 @@ class ServerSettings(BaseSettings):
     message_timeout: float = Field(
         default=60.0, gt=0, description="for the rest of a message that has begun, and to send a reply"
     )
+    push: bool = Field(default=True, description="outputs may go straight to the server with the next blocks")
+    link_timeout: float = Field(default=3.0, gt=0, description="to reach the server with the next blocks")
     drain_timeout: float = Field(default=30.0, ge=0, description="for sessions to move away when leaving")
 
 
@@ -66,6 +76,7 @@ class ClientSettings(BaseSettings):
         default=2.0, gt=0, description="a failed peer is left aside; doubles with each failure"
     )
     max_ban_seconds: float = Field(default=60.0, gt=0, description="the longest that a peer is left aside")
+    push: bool = Field(default=True, description="have servers hand outputs on to each other where they can")
     precisions: tuple[str, ...] = Field(
         default=(), description="use only servers of these precisions, such as float32; none = any"
     )

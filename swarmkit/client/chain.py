@@ -12,21 +12,25 @@ For stage i of the chain, at a step that extends the session from `position` n t
 
 In the usual step held = want = n on every stage. A replacement has held = 0; one that has no history of its
 own makes its predecessor's want 0 too. So replay, split and the step itself are one and the same operation.
+
+Where stages stand alike (held = want = n) and their servers are linked, only the first of them is sent its
+inputs: each server hands its outputs on to the next, and to the client, who keeps them for the case that the
+next one is lost. What was not answered then is done again from there, by the operation above.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import pairwise
 
 import anyio
-import anyio.to_thread
 import torch
 
-from swarmkit.client.history import History
+from swarmkit.client.pipeline import pieces, run_pipeline
+from swarmkit.client.remote_stage import Answer, RemoteStage, Request, StepInputs, off_loop
 from swarmkit.client.routing import Hop
 from swarmkit.client.swarm import SwarmClient
 from swarmkit.client.trace import HopTrace, PeerLost, PeerReplaced, RoutePlanned, StepTrace, Waiting
@@ -35,64 +39,16 @@ from swarmkit.errors import (
     PeerError,
     PeerTimeoutError,
     PeerUnreachableError,
-    ProtocolError,
     RemoteError,
     SessionError,
     SwarmkitError,
 )
-from swarmkit.net import codec
-from swarmkit.net.codec import TensorSpec
-from swarmkit.net.conversation import Conversation, Received
-from swarmkit.net.messages import SENDERS_FAULT, Fault, Message, Open, Opened, Step, StepDone
-from swarmkit.net.patience import Patience
-
-T = TypeVar("T")
+from swarmkit.net.messages import SENDERS_FAULT
 
 logger = logging.getLogger(__name__)
 
-_HIDDEN_DTYPES = ("float32", "bfloat16", "float16")
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
-_LARGE_BYTES = 1024 * 1024
-"""Tensors of this size and above are copied and checked off the event loop."""
-
-
-class _Stage:
-    """One hop of the route, with its stream and what is needed to do without it."""
-
-    def __init__(self, hop: Hop, history: History | None = None) -> None:
-        self.hop = hop
-        self.history = history or History()
-        self.held = 0
-        """Tokens that the server's cache holds, as far as they are still wanted."""
-        self.order: tuple[int, ...] | None = None
-        """Reordering of rows that the server has not been told yet."""
-        self.conversation: Conversation | None = None
-        self.patience: Patience
-        self.max_step_tokens = 1
-        self.leaving = False
-
-    def converse(self, conversation: Conversation) -> None:
-        """Talk to the server over this stream from now on."""
-        self.conversation = conversation
-        self.patience = Patience(conversation)
-
-    def drop(self) -> None:
-        """Give the stream up; the server frees its cache, and nothing is held there any more."""
-        if self.conversation is not None:
-            self.patience.close()
-            self.conversation.close()
-        self.conversation = None
-        self.held = 0
-        self.order = None
-
-    def crop(self, tokens: int) -> None:
-        self.history.crop(tokens)
-        self.held = min(self.held, tokens)
-
-    def reorder(self, order: Sequence[int]) -> None:
-        self.history.reorder(order)
-        self.order = tuple(order if self.order is None else (self.order[row] for row in order))
 
 
 @dataclass
@@ -110,6 +66,9 @@ class _Step:
         self.position = position
         self.end = end
         self.rows = rows
+        self.inputs = StepInputs(position, end, rows, None, None)
+        self.arrived_at = time.perf_counter()
+        """When the outputs of the stage before were here, on this clock."""
         self.losses: list[_Loss] = []
         self.hops: list[HopTrace] = []
         self.refusals = 0
@@ -133,7 +92,8 @@ class ChainSession:
     def __init__(self, swarm: SwarmClient, max_length: int, start: int = 0, stop: int | None = None) -> None:
         self._swarm = swarm
         self._lock = anyio.Lock()
-        self._stages: list[_Stage] = []
+        self._stages: list[RemoteStage] = []
+        self._numbers = 0
         self._positions: torch.Tensor | None = None
         self._closed = False
         self.start = start
@@ -197,7 +157,12 @@ class ChainSession:
             RemoteError: two servers refused the step as malformed.
         """
         async with self._lock:
-            return await self._step(hidden, mask, positions)
+            try:
+                return await self._step(hidden, mask, positions)
+            finally:
+                self._give_up_pushes(0)
+                if self._closed:  # while it was under way
+                    self.close()
 
     async def _step(
         self, hidden: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
@@ -214,20 +179,27 @@ class ChainSession:
             )
         started = time.perf_counter()
         work = _Step(self.position, end, rows)
-        await self._prepare(work)
         all_positions = self._merged_positions(work, positions)
+        work.inputs = StepInputs(self.position, end, rows, mask, all_positions)
+        await self._prepare(work)
 
+        work.arrived_at = time.perf_counter()
         arrived, arrived_from = hidden, work.position
         index = 0
         while index < len(self._stages):
             stage = self._stages[index]
-            await _off_loop(arrived.nbytes, lambda: stage.history.write(arrived_from, arrived))  # noqa: B023
+            await off_loop(arrived.nbytes, lambda: stage.history.write(arrived_from, arrived))  # noqa: B023
             want = self._wanted_from(index, work)
+            pushed = stage.is_pushed_to
             try:
-                output = await self._run(stage, want, work, mask, all_positions)
+                output = await self._run(index, want, work)
             except PeerError as error:
                 self._check_open()
-                await self._replace(index, error, work)
+                self._give_up_pushes(index)
+                if pushed and isinstance(error, RemoteError) and error.code == "upstream":
+                    self._part(index)
+                else:
+                    await self._replace(index, error, work)
                 continue
             work.progress()
             arrived, arrived_from = output, want
@@ -260,113 +232,132 @@ class ChainSession:
 
     # ------------------------------------------------------------------ one stage
 
-    async def _run(
-        self,
-        stage: _Stage,
-        want: int,
-        work: _Step,
-        mask: torch.Tensor | None,
-        positions: torch.Tensor | None,
-    ) -> torch.Tensor:
+    async def _run(self, index: int, want: int, work: _Step) -> torch.Tensor:
         """Bring a stage to `work.end`; returns its outputs of positions [want, end)."""
+        stage = self._stages[index]
+        pushed = stage.is_pushed_to
         try:
-            if stage.conversation is None:
-                await self._open(stage)
-            start = min(stage.held, want)
-            span = max(1, stage.max_step_tokens // work.rows)
-            outputs = []
-            for low in range(start, work.end, span):
-                high = min(low + span, work.end)
-                outputs.append(await self._exchange(stage, low, high, want, work, mask, positions))
+            self._check_open()
+            if pushed:
+                answers = await self._take_pushed(index, work)
+            else:
+                self._give_up_pushes(index)
+                if stage.conversation is None:
+                    await stage.open(self.max_length)
+                    self._check_open()
+                run = [stage, *self._followers(index, want, work)]
+                if len(run) > 1:
+                    answers = await self._run_linked(run, work)
+                else:
+                    answers = await self._run_alone(stage, want, work)
             stage.held = work.end
+        except RemoteError as error:
+            if not pushed or error.code != "upstream":
+                stage.drop()
+            raise
         except BaseException:
             # Also when cancelled: an answer that nobody waits for must not be taken for the next one.
             stage.drop()
             raise
         self._swarm.bans.worked(stage.hop.server.peer_id)
+        outputs = [answer.output for answer in answers]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
-    async def _open(self, stage: _Stage) -> None:
-        hop, swarm = stage.hop, self._swarm
-        stage.converse(await swarm.converse(hop.server))
-        message = Open(swarm.model.fingerprint, hop.start, hop.stop, self.max_length)
-        # To open a session computes nothing: who is silent now would be found out later, and more slowly.
-        reply = (await self._ask(stage, message, [], swarm.connect_timeout)).message
-        if not isinstance(reply, Opened) or reply.max_step_tokens < 1:
-            raise ProtocolError("the session was not opened as asked", hop.server.peer_id)
-        stage.max_step_tokens = reply.max_step_tokens
+    async def _run_alone(self, stage: RemoteStage, want: int, work: _Step) -> list[Answer]:
+        """Exchange messages with one server until it stands at `work.end`."""
+        low = min(stage.held, want)
+        work.arrived_at = time.perf_counter()
+        answers = []
+        for start, stop in pieces(low, work.end, 1, max(1, stage.max_step_tokens // work.rows)):
+            request = self._request(start, stop, want, work)
+            await stage.send(request, work.inputs)
+            self._check_open()
+            answer = await stage.take(request, stage.deadline_s(request))
+            self._account(stage, [answer], request.size, work)
+            answers.append(answer)
+        return answers
 
-    async def _exchange(
-        self,
-        stage: _Stage,
-        low: int,
-        high: int,
-        want: int,
-        work: _Step,
-        mask: torch.Tensor | None,
-        positions: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """One message there and back: positions [low, high) in, those of them from `want` on out."""
-        server, width = stage.hop.server, self._swarm.model.hidden_size
-        keep = high - min(max(low, want), high)
-        size = work.rows * (high - low)
-        spec, data = await _off_loop(size * width * 4, lambda: codec.encode(stage.history.read(low, high)))
-        mask_spec, mask_data = (None, None) if mask is None else codec.encode(mask[:, :high])
-        positions_spec, positions_data = (
-            (None, None) if positions is None else codec.encode(positions[:, low:high])
-        )
-        message = Step(low, spec, keep, mask_spec, positions_spec, stage.order if low else None)
-        payload = [part for part in (data, mask_data, positions_data) if part is not None]
+    async def _run_linked(self, run: list[RemoteStage], work: _Step) -> list[Answer]:
+        """Send the first of some linked servers its inputs; returns its answers.
 
-        times = self._swarm.times_of(server)
-        largest = work.rows * keep * width * 4
-        started = time.perf_counter()
-        try:
-            received = await self._ask(
-                stage, message, payload, times.deadline_s(size, self._swarm.policy), largest
-            )
-        except PeerTimeoutError:
-            times.timed_out()
-            raise
-        reply = received.message
-        if not isinstance(reply, StepDone):
-            raise ProtocolError(f"expected StepDone, got {type(reply).__name__}", server.peer_id)
-        shape = (work.rows, keep, width)
-        output = await _off_loop(largest, lambda: _checked(reply, received, shape, server.peer_id))
-        seconds = time.perf_counter() - started
-
-        times.observe(size, seconds)
-        stage.order = None
-        stage.leaving = reply.leaving
-        work.hops.append(_hop_trace(stage.hop, reply, seconds))
-        return output
-
-    async def _ask(
-        self,
-        stage: _Stage,
-        message: Message,
-        payload: list[memoryview],
-        deadline_s: float,
-        max_payload_bytes: int = 0,
-    ) -> Received:
-        """Send a message and wait for the answer to it."""
+        A short step is then taken from each of the others in its turn, a long one has come from all of them.
+        """
+        first, followers = run[0], run[1:]
+        work.arrived_at = time.perf_counter()
+        most = min(stage.max_step_tokens for stage in run) // work.rows
+        cuts = pieces(work.position, work.end, len(run), max(1, most))
+        requests = [self._request(low, high, work.position, work) for low, high in cuts]
+        for follower in followers:
+            follower.expect(requests)
+        if len(requests) > 1:
+            first.expect(requests)
+            await run_pipeline(run, requests, work.inputs)
+            return await self._take_pushed(self._stages.index(first), work)
+        await first.send(requests[0], work.inputs, len(followers))
         self._check_open()
-        conversation, server = stage.conversation, stage.hop.server
-        assert conversation is not None
-        conversation.max_payload_bytes = max_payload_bytes
-        stage.patience.start(deadline_s)
-        try:
-            await conversation.send(message, payload)
-            received = await conversation.receive()
-        except PeerUnreachableError:
-            if stage.patience.expired:
-                raise PeerTimeoutError(f"silent for {deadline_s:.1f} s", server.peer_id) from None
-            raise
-        finally:
-            stage.patience.stop()
-        if isinstance(received.message, Fault):
-            raise RemoteError(received.message.message, server.peer_id, received.message.code)
-        return received
+        answer = await first.take(requests[0], first.deadline_s(requests[0]))
+        self._account(first, [answer], requests[0].size, work)
+        self._see_whether_forwarded(first, followers[0], answer)
+        return [answer]
+
+    async def _take_pushed(self, index: int, work: _Step) -> list[Answer]:
+        """The answers to what was pushed to a stage; those of a long step are here already."""
+        stage = self._stages[index]
+        size = work.rows * (work.end - work.position)
+        if stage.failure is not None:
+            raise stage.failure
+        if stage.pending:
+            answer = await stage.take(stage.pending[0], stage.deadline_s(stage.pending[0]), pushed=True)
+            stage.pending.clear()
+            answers = [answer]
+            if index + 1 < len(self._stages) and self._stages[index + 1].pending:
+                self._see_whether_forwarded(stage, self._stages[index + 1], answer)
+        else:
+            answers = list(stage.answers)
+            stage.answers.clear()
+        self._account(stage, answers, size, work)
+        return answers
+
+    def _see_whether_forwarded(self, stage: RemoteStage, following: RemoteStage, answer: Answer) -> None:
+        if not answer.done.forwarded:
+            stage.unlink()
+            self._give_up_pushes(self._stages.index(following))
+
+    def _give_up_pushes(self, index: int) -> None:
+        """Nothing is pushed to the stages from `index` on any more in this step."""
+        for stage in self._stages[index:]:
+            stage.give_up_pending()
+
+    def _followers(self, index: int, want: int, work: _Step) -> list[RemoteStage]:
+        """The stages behind one that will be pushed what they need if that one is sent its inputs."""
+        stage, found = self._stages[index], list[RemoteStage]()
+        if not stage.held == want == work.position:
+            return found
+        for number in range(index + 1, len(self._stages)):
+            before, following = self._stages[number - 1], self._stages[number]
+            alike = following.held == following.history.tokens == work.position
+            if not (before.is_linked_to(following) and alike and following.order == stage.order):
+                break
+            found.append(following)
+        # The last of them must not be asked for more than the step's own outputs either.
+        while found and self._wanted_from(index + len(found), work) != work.position:
+            found.pop()
+        return found
+
+    def _request(self, low: int, high: int, want: int, work: _Step) -> Request:
+        self._numbers += 1
+        return Request(self._numbers, low, high, high - min(max(low, want), high), work.rows)
+
+    def _account(self, stage: RemoteStage, answers: list[Answer], size: int, work: _Step) -> None:
+        """Note how long a stage took: since the outputs of the one before were here."""
+        last = max(answer.arrived_at for answer in answers)
+        seconds = max(last - work.arrived_at, 0.0)
+        # While stages worked at once, each of them was at work for longer than it was waited for.
+        at_work = sum(answer.done.compute_ms + answer.done.queue_ms for answer in answers) / 1e3
+        whole = last - answers[0].asked_at
+        self._swarm.times_of(stage.hop.server).observe(size, max(seconds, min(at_work, whole)))
+        work.hops.append(stage.trace(answers, seconds))
+        work.arrived_at = max(last, work.arrived_at)
 
     # ------------------------------------------------------------------ routes
 
@@ -374,12 +365,59 @@ class ChainSession:
         """Have a route; move away from servers that said they leave."""
         if not self._stages:
             route = await self._find_route(self.start, self.stop, work, None)
-            self._stages = [_Stage(hop) for hop in route]
+            self._stages = [RemoteStage(self._swarm, hop) for hop in route]
             self._swarm.emit(RoutePlanned(tuple(str(hop) for hop in route)))
         for stage in [stage for stage in self._stages if stage.leaving]:
             self._move_away(stage, work)
+        if self._swarm.settings.push and len(self._stages) > 1 and not self._is_linked():
+            await self._link(work)
 
-    def _move_away(self, stage: _Stage, work: _Step) -> None:
+    def _is_linked(self) -> bool:
+        """Whether every server is linked to the next one, or cannot be."""
+        return all(
+            before.is_linked_to(following)
+            or not self._swarm.may_link(before.hop.server, following.hop.server)
+            for before, following in pairwise(self._stages)
+        )
+
+    async def _link(self, work: _Step) -> None:
+        """Open all sessions, and have each server hand its outputs on to the next, as far as it can."""
+        while errors := await _at_once(
+            {
+                stage: lambda stage=stage: stage.open(self.max_length)  # type: ignore[misc]
+                for stage in self._stages
+                if stage.conversation is None
+            }
+        ):
+            stage, error = next(iter(errors.items()))
+            for failed in errors:
+                failed.drop()
+            self._check_open()
+            await self._replace(self._stages.index(stage), error, work)
+        self._check_open()
+        errors = await _at_once(
+            {
+                before: lambda before=before, following=following: self._try_link(before, following)  # type: ignore[misc]
+                for before, following in pairwise(self._stages)
+                if before.conversation and following.conversation and not before.is_linked_to(following)
+            }
+        )
+        for stage in errors:
+            stage.drop()  # what became of it is seen, and told, when it is needed
+
+    async def _try_link(self, before: RemoteStage, following: RemoteStage) -> None:
+        one, other = before.hop.server, following.hop.server
+        if self._swarm.may_link(one, other) and not await before.link(following):
+            self._swarm.cannot_link(one, other)
+            logger.info("%s cannot reach %s: this client hands its outputs on", one.label, other.label)
+
+    def _part(self, index: int) -> None:
+        """Have nothing more pushed to a stage, which found what was pushed to it wrong."""
+        before, stage = self._stages[index - 1], self._stages[index]
+        self._swarm.cannot_link(before.hop.server, stage.hop.server)
+        before.unlink()
+
+    def _move_away(self, stage: RemoteStage, work: _Step) -> None:
         """Route a stage's blocks anew if others hold them; else stay, and look around meanwhile."""
         hop, swarm = stage.hop, self._swarm
         leaving = frozenset(other.hop.server.peer_id for other in self._stages if other.leaving)
@@ -402,12 +440,15 @@ class ChainSession:
             work.refusals += 1
             if work.refusals >= 2:
                 raise error
+        if isinstance(error, PeerTimeoutError) and index:
+            # Perhaps the one before never pushed what it said it pushed: it will not be asked to again.
+            self._swarm.cannot_link(self._stages[index - 1].hop.server, stage.hop.server)
         self._swarm.bans.failed(peer_id)
         self._lose(stage, work, _reason(error))
         route = await self._find_route(stage.hop.start, stage.hop.stop, work, error)
         self._splice(index, route)
 
-    def _lose(self, stage: _Stage, work: _Step, reason: str) -> None:
+    def _lose(self, stage: RemoteStage, work: _Step, reason: str) -> None:
         hop = stage.hop
         stage.drop()
         work.losses.append(_Loss(hop, time.perf_counter()))
@@ -416,7 +457,10 @@ class ChainSession:
     def _splice(self, index: int, route: list[Hop]) -> None:
         """Replace a stage by the hops of `route`; the first of them inherits its history."""
         inherited = self._stages[index].history
-        new = [_Stage(hop, inherited if number == 0 else None) for number, hop in enumerate(route)]
+        new = [
+            RemoteStage(self._swarm, hop, inherited if number == 0 else None)
+            for number, hop in enumerate(route)
+        ]
         self._stages[index : index + 1] = new
 
     async def _find_route(self, start: int, stop: int, work: _Step, error: PeerError | None) -> list[Hop]:
@@ -495,36 +539,27 @@ class ChainSession:
         )
 
 
-async def _off_loop(nbytes: int, work: Callable[[], T]) -> T:
-    """Do quick work here, and work on many bytes in a thread, so that other sessions need not wait for it."""
-    return work() if nbytes < _LARGE_BYTES else await anyio.to_thread.run_sync(work)
+async def _at_once(
+    work: Mapping[RemoteStage, Callable[[], Awaitable[object]]],
+) -> dict[RemoteStage, PeerError]:
+    """Do something with several stages at the same time; returns how it failed, by stage."""
+    errors: dict[RemoteStage, PeerError] = {}
+    ours: list[SwarmkitError] = []
 
+    async def one(stage: RemoteStage, act: Callable[[], Awaitable[object]]) -> None:
+        try:
+            await act()
+        except PeerError as error:
+            errors[stage] = error
+        except SwarmkitError as error:
+            ours.append(error)
 
-def _checked(reply: StepDone, received: Received, shape: tuple[int, int, int], peer_id: str) -> torch.Tensor:
-    """A server's output, which is believed no further than can be seen."""
-    spec: TensorSpec = reply.hidden
-    if spec.shape != shape or spec.dtype not in _HIDDEN_DTYPES:
-        raise ProtocolError(f"outputs must be {list(shape)}, got {list(spec.shape)} of {spec.dtype}", peer_id)
-    output = received.tensor(spec)
-    if not codec.is_finite(output):
-        raise ProtocolError("the outputs contain NaN or infinity", peer_id)
-    return output
-
-
-def _hop_trace(hop: Hop, reply: StepDone, seconds: float) -> HopTrace:
-    # A server's own times are claims: they cannot be more than what passed here.
-    total_ms = seconds * 1e3
-    compute_ms = min(max(reply.compute_ms, 0.0), total_ms)
-    queue_ms = min(max(reply.queue_ms, 0.0), total_ms - compute_ms)
-    return HopTrace(
-        hop.server.peer_id,
-        hop.server.label,
-        hop.start,
-        hop.stop,
-        queue_ms,
-        compute_ms,
-        total_ms - compute_ms - queue_ms,
-    )
+    async with anyio.create_task_group() as tasks:
+        for stage, act in work.items():
+            tasks.start_soon(one, stage, act)
+    if ours:
+        raise ours[0]
+    return errors
 
 
 def _reason(error: PeerError) -> str:

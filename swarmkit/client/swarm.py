@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 _ASSUMED_ROUND_TRIP_S = 0.02
 _LOOK_PAUSE_S = 0.5
 _EVENTS = 256
+_UNLINKED_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class SwarmClient:
         self._factory = transport_factory
         self._net = net_settings or NetSettings()
         self._times: dict[str, StepTimes] = {}
+        self._unlinked: dict[tuple[str, str], float] = {}
         self._transport: Transport | None = None
         self._registry: Registry | None = None
         self._stop = anyio.Event()
@@ -165,6 +167,17 @@ class SwarmClient:
         if server.peer_id not in self._times:
             self._times[server.peer_id] = StepTimes(server.throughput)
         return self._times[server.peer_id]
+
+    def may_link(self, server: Announcement, following: Announcement) -> bool:
+        """Whether one server may hand its outputs on to the other, as far as is known."""
+        pair = (server.peer_id, following.peer_id)
+        return self.settings.push and self._unlinked.get(pair, 0.0) <= self._clock()
+
+    def cannot_link(self, server: Announcement, following: Announcement) -> None:
+        """Note that it cannot, or did it badly; it is asked again after a while."""
+        now = self._clock()
+        self._unlinked = {pair: until for pair, until in self._unlinked.items() if until > now}
+        self._unlinked[server.peer_id, following.peer_id] = now + _UNLINKED_S
 
     def emit(self, event: SessionEvent) -> None:
         """Keep an event, log it in one line, and tell whoever listens."""

@@ -42,10 +42,14 @@ class Received:
 
     def tensor(self, spec: TensorSpec) -> torch.Tensor:
         """The tensor that belongs to `spec`, which must be the very object in the message."""
+        return codec.decode(spec, self.raw(spec))
+
+    def raw(self, spec: TensorSpec) -> memoryview:
+        """The bytes of that tensor."""
         offset = 0
         for other in tensor_specs(self.message):
             if other is spec:
-                return codec.decode(spec, self._payload[offset : offset + spec.nbytes])
+                return self._payload[offset : offset + spec.nbytes]
             offset += other.nbytes
         raise UsageError("the spec is not one of this message's own")
 
@@ -63,6 +67,8 @@ class Conversation:
         self.stream = stream
         self.max_payload_bytes = max_payload_bytes
         self.rest_timeout = rest_timeout
+        self.in_message = False
+        """Whether a message has begun to come and is not complete: whoever stops to receive now loses it."""
 
     @property
     def peer_id(self) -> str:
@@ -104,6 +110,18 @@ class Conversation:
             PeerUnreachableError: the peer ended the conversation or went away.
         """
         message, total, body = self._parse_head(await self.stream.receive())
+        self.in_message = True
+        received = await self._receive_rest(message, total, body, admit)
+        self.in_message = False
+        return received
+
+    async def _receive_rest(
+        self,
+        message: Message,
+        total: int,
+        body: memoryview,
+        admit: Callable[[Message], Awaitable[None]] | None,
+    ) -> Received:
         if admit is not None:
             try:
                 await admit(message)
@@ -111,6 +129,7 @@ class Conversation:
                 raise
             except SwarmkitError:
                 await self._read_rest(len(body), total, None)
+                self.in_message = False
                 raise
         if len(body) == total:
             return Received(message, body)

@@ -6,11 +6,24 @@ state          the client may send      the server answers with
 `new`          `Open`  -> `open`        `Opened`, or `Fault` (stays `new`)
 `new`          `AskInfo` -> `new`       `Info`
 `open`         `Step`  -> `open`        `StepDone`, or `Fault`
+`open`         `Link`  -> `open`        `Linked`, or `Fault`
 any            (end of stream)          the session ends, its cache is freed
 =============  =======================  ===========================================
 
 A session is one stream: it lives exactly as long as the stream does, so a client that vanishes can leave
 nothing behind. A `Fault` with a code in `FATAL` also ends the stream.
+
+A step's output may go straight to the server that has the next blocks (`Link`, then `Step.forward`). That
+takes a stream of its own, on `PUSH_ENDPOINT`, from server to server; who opens it names the session with the
+secret that the session's client was told. The answers to steps that came by it go to the client:
+
+=============  =======================  ===========================================
+state          a server may send        the next server answers with
+=============  =======================  ===========================================
+`loose`        `Attach` -> `attached`   `Attached`, or `Fault` and the end
+`attached`     `Step` -> `attached`     nothing here; the session's client is told
+any            (end of stream)          `Unlinked`, to the session's client
+=============  =======================  ===========================================
 """
 
 from __future__ import annotations
@@ -24,6 +37,7 @@ from swarmkit.net.codec import TensorSpec
 
 PROTOCOL_VERSION = 1
 SESSION_ENDPOINT = f"swarmkit/{PROTOCOL_VERSION}/session"
+PUSH_ENDPOINT = f"swarmkit/{PROTOCOL_VERSION}/push"
 
 FaultCode = Literal[
     "bad_message",  # bytes that are not a message of this protocol version
@@ -37,6 +51,8 @@ FaultCode = Literal[
     "out_of_order",  # a position beyond what the session holds
     "too_large",  # more tokens, rows or bytes than one step may have
     "too_long",  # beyond the session's declared length
+    "upstream",  # what the server with the blocks before sent is wrong; the client may send it itself
+    "not_linked",  # the next server cannot be reached from here, or does not know the session
     "busy",  # no room left, in the cache or at the door; another server may have some
     "leaving",  # the server is about to stop: it takes no new sessions, and in the end no more steps
     "internal",  # the server's own failure
@@ -59,6 +75,11 @@ Fingerprint = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 PRINTABLE = "^[^\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]*\\Z"
 """A pattern without control characters: strangers' words are shown to people, in terminals too."""
 Text = Annotated[str, msgspec.Meta(max_length=2000, pattern=PRINTABLE)]
+Inlet = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{32})?$")]
+"""A secret that names a session to the server which may push steps into it; empty = none may."""
+PeerName = Annotated[str, msgspec.Meta(max_length=128, pattern=PRINTABLE)]
+Address = Annotated[str, msgspec.Meta(max_length=256, pattern=PRINTABLE)]
+MAX_ADDRESSES = 16
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -78,6 +99,35 @@ class Opened(_Message, frozen=True):
     """The session is open. One step may have `max_step_tokens` = batch x tokens at most."""
 
     max_step_tokens: Count
+    inlet: Inlet = ""
+
+
+class Link(_Message, frozen=True):
+    """From now on, the outputs of steps with `forward` go on to the session `inlet` at this peer."""
+
+    peer_id: PeerName
+    addresses: Annotated[tuple[Address, ...], msgspec.Meta(max_length=MAX_ADDRESSES)]
+    inlet: Inlet
+
+
+class Linked(_Message, frozen=True):
+    """The next server is reached, and knows the session."""
+
+
+class Attach(_Message, frozen=True):
+    """The steps on this stream are for the session that has this secret."""
+
+    inlet: Inlet
+
+
+class Attached(_Message, frozen=True):
+    """They are welcome."""
+
+
+class Unlinked(_Message, frozen=True):
+    """No more steps come from the server before; `number` is the last one that did."""
+
+    number: Count
 
 
 class Step(_Message, frozen=True):
@@ -93,6 +143,9 @@ class Step(_Message, frozen=True):
         positions: [batch, tokens], int64, the position ids; None = position, position + 1, …
         order: rows of the cache that become rows 0, 1, …; None = as they are.
         keep: how many of the last tokens' outputs the client wants back.
+        number: the client's count of its steps, which the answer repeats. A step that was pushed here and is
+            not above all before it comes too late, and is dropped.
+        forward: over how many more servers the outputs are pushed on (all of them: `keep` = tokens).
     """
 
     position: Count
@@ -101,18 +154,23 @@ class Step(_Message, frozen=True):
     mask: TensorSpec | None = None
     positions: TensorSpec | None = None
     order: Annotated[tuple[Count, ...], msgspec.Meta(max_length=4096)] | None = None
+    number: Count = 0
+    forward: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
 
 
 class StepDone(_Message, frozen=True):
     """A step's output [batch, keep, hidden] and where its time went.
 
-    `leaving` asks the client to move its session elsewhere while this server still answers.
+    `leaving` asks the client to move its session elsewhere while this server still answers. `forwarded` says
+    that the output was also pushed to the linked server.
     """
 
     hidden: TensorSpec
     queue_ms: Millis
     compute_ms: Millis
     leaving: bool = False
+    number: Count = 0
+    forwarded: bool = False
 
 
 class AskInfo(_Message, frozen=True):
@@ -136,14 +194,20 @@ class Fault(_Message, frozen=True):
 
     code: FaultCode
     message: Text
+    number: Count = 0
+    """Of the step that was refused; 0 = whatever was sent last."""
 
 
-Message = Open | Opened | Step | StepDone | AskInfo | Info | Fault
+Message = (
+    Open | Opened | Link | Linked | Attach | Attached | Unlinked | Step | StepDone | AskInfo | Info | Fault
+)
 
-State = Literal["new", "open"]
+State = Literal["new", "open", "loose", "attached"]
 LEGAL: dict[State, dict[type, State]] = {
     "new": {Open: "open", AskInfo: "new"},
-    "open": {Step: "open"},
+    "open": {Step: "open", Link: "open"},
+    "loose": {Attach: "attached"},
+    "attached": {Step: "attached"},
 }
 
 
@@ -153,7 +217,7 @@ def printable(text: str) -> str:
 
 
 def next_state(state: State, message: Message) -> State:
-    """The server's state after a client's message.
+    """The server's state after a message from a client, or from the server before.
 
     Raises:
         IllegalMessageError: the message is not legal in `state`.
@@ -163,7 +227,7 @@ def next_state(state: State, message: Message) -> State:
     except KeyError:
         legal = ", ".join(kind.__name__ for kind in LEGAL[state])
         raise IllegalMessageError(
-            f"a client may not send {type(message).__name__} in state '{state}'; legal here: {legal}"
+            f"a peer may not send {type(message).__name__} in state '{state}'; legal here: {legal}"
         ) from None
 
 

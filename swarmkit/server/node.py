@@ -6,7 +6,7 @@ import asyncio
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,17 +20,18 @@ from swarmkit._version import __version__
 from swarmkit.errors import TransportError, UsageError
 from swarmkit.models.check import ensure_servable
 from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.plan import device_memory_bytes, format_bytes, plan
+from swarmkit.models.plan import device_memory_bytes, format_bytes, plan_checkpoint
 from swarmkit.models.precision import Precision
 from swarmkit.models.stage import Stage
 from swarmkit.net.connect import TransportFactory
 from swarmkit.net.identity import Identity
-from swarmkit.net.messages import SESSION_ENDPOINT, printable
+from swarmkit.net.messages import PUSH_ENDPOINT, SESSION_ENDPOINT, printable
 from swarmkit.net.records import Announcement, ServerState, acceptable_now
 from swarmkit.net.registry import Registry
-from swarmkit.net.transport import Transport
+from swarmkit.net.transport import Stream, Transport
 from swarmkit.server.engine import BULK, Engine
 from swarmkit.server.placement import Served, choose_blocks
+from swarmkit.server.push import Links
 from swarmkit.server.service import BlockService
 from swarmkit.server.throughput import measure_decode_rate
 from swarmkit.server.weights import WeightsSettings
@@ -130,6 +131,9 @@ class ServerNode:
         config = self._config
         async with AsyncExitStack() as owned:
             await anyio.to_thread.run_sync(ensure_servable, config.checkpoint.config)
+            precision = Precision.parse(config.dtype, config.checkpoint.config, config.device)
+            available = precision.ensure_available  # which may import much
+            await anyio.to_thread.run_sync(available, config.checkpoint.name, config.device)
             fingerprint = await anyio.to_thread.run_sync(lambda: config.checkpoint.fingerprint)
             transport = await self._factory(self._identity, acceptable_now)
             owned.push_async_callback(_shielded, transport.close)
@@ -142,7 +146,11 @@ class ServerNode:
             weights = SharedWeights(transport, config.checkpoint, config.weights)
             await self._fetch(weights)
             stage = await self._load()
-            engine = Engine(config.device)
+            engine = Engine(
+                config.device,
+                prefill_chunk_tokens=config.settings.prefill_chunk_tokens,
+                decode_slowdown=config.settings.decode_slowdown,
+            )
             weights.service.busy = lambda: engine.waiting > 0  # their copy waits while somebody's token does
             owned.push_async_callback(_shielded, lambda: anyio.to_thread.run_sync(engine.close))
             self._rate = (await engine.run(lambda: measure_decode_rate(stage), BULK)).value
@@ -152,7 +160,10 @@ class ServerNode:
                 config.checkpoint.kv_bytes_per_token_per_block(stage.dtype),
                 engine,
                 config.settings,
+                self._links(transport),
             )
+            service.budget.row_tokens = config.checkpoint.row_tokens(stage.dtype)
+            await transport.listen(PUSH_ENDPOINT, service.serve_pushes)
             await transport.listen(SESSION_ENDPOINT, service.serve)
             low, high = self.blocks
             await owned.enter_async_context(weights.sharing(low, high))
@@ -163,6 +174,17 @@ class ServerNode:
 
             await self._announce_until_stopped(registry, fingerprint)
             await self._leave(registry, fingerprint, service)
+
+    def _links(self, transport: Transport) -> Links | None:
+        """The ways to servers with the next blocks, if outputs may go straight there."""
+        settings = self._config.settings
+        if not settings.push:
+            return None
+
+        async def dial(peer_id: str, addresses: Sequence[str]) -> Stream:
+            return await transport.open(peer_id, PUSH_ENDPOINT, addresses, settings.link_timeout)
+
+        return Links(dial, settings.link_timeout, settings.message_timeout)
 
     async def _choose(self, registry: Registry, fingerprint: str) -> tuple[int, int]:
         config = self._config
@@ -185,11 +207,9 @@ class ServerNode:
         """As many blocks as fit into memory beside the cache and the workspace."""
         config = self._config
         precision = Precision.parse(config.dtype, config.checkpoint.config, config.device)
-        kv_bytes = config.checkpoint.kv_bytes_per_token_per_block(precision.dtype)
         memory = device_memory_bytes(config.device) if config.memory_bytes is None else config.memory_bytes
-        fitting = plan(
-            config.checkpoint.config,
-            kv_bytes,
+        fitting = plan_checkpoint(
+            config.checkpoint,
             memory,
             precision,
             cache_tokens=config.settings.cache_tokens,

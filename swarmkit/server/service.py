@@ -2,6 +2,9 @@
 
 Everything in a message is checked before it touches a cache; what is refused is refused with a `Fault` that
 names what was wrong, and changes nothing. Whatever ends a stream ends its session and returns its lease.
+
+A session's steps may also come from the server with the blocks before (`serve_pushes`); whatever becomes of
+those is told to the session's client.
 """
 
 from __future__ import annotations
@@ -11,30 +14,35 @@ import logging
 from dataclasses import dataclass, field
 
 import anyio
+import msgspec
 
 from swarmkit.errors import (
     IllegalMessageError,
     MessageTooLargeError,
     PeerError,
+    PeerUnreachableError,
     ProtocolError,
-    SwarmkitError,
 )
-from swarmkit.models.stage import Stage, StageCache
-from swarmkit.net import codec
+from swarmkit.models.stage import Stage
 from swarmkit.net.codec import TensorSpec
 from swarmkit.net.conversation import CHUNK_BYTES, Conversation, Received
 from swarmkit.net.messages import (
     FATAL,
+    SENDERS_FAULT,
     AskInfo,
+    Attach,
+    Attached,
     Fault,
-    FaultCode,
     Info,
+    Link,
+    Linked,
     Message,
     Open,
     Opened,
     State,
     Step,
     StepDone,
+    Unlinked,
     next_state,
     printable,
     tensor_specs,
@@ -43,37 +51,19 @@ from swarmkit.net.patience import Patience
 from swarmkit.net.transport import Buffer, Stream
 from swarmkit.server.engine import Engine, EngineClosedError, Timed
 from swarmkit.server.intake import Intake
-from swarmkit.server.kv_budget import CacheFullError, KVBudget, Lease
+from swarmkit.server.kv_budget import CacheFullError, KVBudget
+from swarmkit.server.push import Links, NotLinkedError
+from swarmkit.server.session_step import SessionStep
+from swarmkit.server.sessions import LateStepError, Refusal, Session, check_step
 from swarmkit.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
-_HIDDEN_DTYPES = ("float32", "bfloat16", "float16")
-_MAX_POSITION = 2**24
 # A step may also bring a mask over all its past, and positions: small beside hidden states, but bounded too.
 _SIDE_BYTES = 16 * 1024 * 1024
 # Streams beyond the number of sessions, for those who only ask, or must be told that the server is full.
 _SPARE_STREAMS = 64
 _LINGER_S = 1.0
-
-
-class Refusal(SwarmkitError):
-    """A request that is answered with a fault instead of a result."""
-
-    def __init__(self, code: FaultCode, message: str) -> None:
-        super().__init__(message)
-        self.code: FaultCode = code
-
-
-@dataclass(eq=False)
-class _Session:
-    """One client's cache on this server."""
-
-    start: int
-    stop: int
-    max_length: int
-    cache: StageCache
-    lease: Lease
 
 
 @dataclass(eq=False)
@@ -82,12 +72,21 @@ class _Client:
 
     conversation: Conversation
     state: State = "new"
-    session: _Session | None = None
-    taken_bytes: int = field(default=0)
-    """What its present message holds of the intake."""
+    session: Session | None = None
+    number: int = 0
+    """Of the step that its latest message is; 0 if it is none."""
+    sending: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
         self.patience = Patience(self.conversation)
+        """With what it says."""
+        self.taking = Patience(self.conversation)
+        """With how it takes what it is told."""
+
+    def close(self) -> None:
+        self.patience.close()
+        self.taking.close()
+        self.conversation.close()
 
 
 class BlockService:
@@ -100,14 +99,19 @@ class BlockService:
         kv_bytes_per_token_per_block: int,
         engine: Engine,
         settings: ServerSettings,
+        links: Links | None = None,
     ) -> None:
+        """Args: links: how to reach the servers with the next blocks; none = outputs go to clients only."""
         self._stage = stage
         self._fingerprint = fingerprint
         self._kv_bytes = kv_bytes_per_token_per_block
         self._engine = engine
         self._settings = settings
-        self._sessions: set[_Session] = set()
+        self._links = links
+        self._clients: dict[str, _Client] = {}
+        """Those with a session, by its inlet."""
         self._streams = 0
+        self._sources = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self.budget = KVBudget(settings.cache_bytes)
@@ -117,8 +121,13 @@ class BlockService:
         self.max_payload_bytes = settings.max_step_tokens * stage.hidden_size * 4 + _SIDE_BYTES
 
     @property
+    def sessions(self) -> list[Session]:
+        """Those that are open."""
+        return [client.session for client in self._clients.values() if client.session is not None]
+
+    @property
     def num_sessions(self) -> int:
-        return len(self._sessions)
+        return len(self._clients)
 
     @property
     def free_cache_tokens(self) -> int:
@@ -134,7 +143,7 @@ class BlockService:
         self.leaving = True
         with anyio.move_on_after(timeout):
             await self._idle.wait()
-        return not self._sessions
+        return not self._clients
 
     def stop_waiting(self) -> None:
         """End a `drain` that is under way."""
@@ -159,13 +168,13 @@ class BlockService:
         finally:
             self._streams -= 1
             self._end(client)
-            client.patience.close()
-            client.conversation.close()
+            client.close()
 
     async def _serve_next(self, client: _Client) -> bool:
         """One message and the answer to it. Returns whether the conversation can go on."""
+        taken: list[int] = []
         try:
-            received = await self._receive(client)
+            received = await self._receive(client, taken)
             await self._answer(client, received)
             return True
         except IllegalMessageError as error:
@@ -177,65 +186,77 @@ class BlockService:
         except Refusal as error:
             refusal, goes_on = error, error.code not in FATAL
         finally:
-            self.intake.give_back(client.taken_bytes)
-            client.taken_bytes = 0
-        await self._refuse(client, refusal)
+            self.intake.give_back(sum(taken))
+        await self._refuse(client, refusal, client.number)
         return goes_on
 
-    async def _receive(self, client: _Client) -> Received:
+    async def _receive(self, client: _Client, taken: list[int]) -> Received:
         # Whoever opens a stream has something to say; only a session may be silent for long.
         settings = self._settings
         timeout = settings.message_timeout if client.session is None else settings.idle_timeout
+        client.number = 0
         client.patience.start(timeout)
         try:
-            return await client.conversation.receive(lambda message: self._admit(client, message))
+            return await client.conversation.receive(lambda message: self._admit(client, message, taken))
         finally:
             client.patience.stop()
 
-    async def _admit(self, client: _Client, message: Message) -> None:
+    async def _admit(self, client: _Client, message: Message, taken: list[int]) -> None:
         """All that the header alone can tell, before memory is spent on the payload."""
         next_state(client.state, message)
         if isinstance(message, Step):
             assert client.session is not None  # the conversation's table lets no step through without one
-            self._check_step(client.session, message)
-            nbytes = sum(spec.nbytes for spec in tensor_specs(message))
-            if nbytes > CHUNK_BYTES:
-                await self._take(client, nbytes)
+            client.number = message.number
+            await self._admit_step(client.session, message, taken)
 
-    async def _take(self, client: _Client, nbytes: int) -> None:
+    async def _admit_step(self, session: Session, step: Step, taken: list[int]) -> None:
+        """Check a step, and have room for it; what it takes of the intake is added to `taken`."""
+        self._check_step(session, step)
+        nbytes = sum(spec.nbytes for spec in tensor_specs(step))
+        if nbytes <= CHUNK_BYTES:
+            return
         try:
             with anyio.fail_after(self._settings.message_timeout):
                 await self.intake.take(nbytes)
         except TimeoutError:
             raise Refusal("busy", "too many large steps are under way; try another server") from None
-        client.taken_bytes = nbytes
+        taken.append(nbytes)
+
+    def _check_step(self, session: Session, step: Step) -> None:
+        check_step(session, step, self._stage.hidden_size, self._settings.max_step_tokens)
 
     async def _answer(self, client: _Client, received: Received) -> None:
         message = received.message
         match message:
             case Open():
-                client.session = self._open(message)
-                await self._send(client, Opened(self._settings.max_step_tokens))
+                client.session = session = self._open(message)
+                self._clients[session.inlet] = client
+                self._idle.clear()
+                await self._send(client, Opened(self._settings.max_step_tokens, session.inlet))
+            case Link():
+                assert client.session is not None
+                await self._link(client.session, message)
+                await self._send(client, Linked())
             case AskInfo():
                 await self._send(client, self._info())
             case Step():
                 assert client.session is not None
-                reply, payload = await self._step(client.session, message, received)
-                await self._send(client, reply, payload)
+                await self._run_step(client, client.session, message, received)
         client.state = next_state(client.state, message)
 
     async def _send(self, client: _Client, message: Message, *payload: Buffer) -> None:
         """Answer; a client that does not take its answer in time loses its stream."""
-        client.patience.start(self._settings.message_timeout)
-        try:
-            await client.conversation.send(message, payload)
-        finally:
-            client.patience.stop()
+        async with client.sending:
+            client.taking.start(self._settings.message_timeout)
+            try:
+                await client.conversation.send(message, payload)
+            finally:
+                client.taking.stop()
 
-    async def _refuse(self, client: _Client, refusal: Refusal) -> None:
+    async def _refuse(self, client: _Client, refusal: Refusal, number: int = 0) -> None:
         text = printable(str(refusal))[:2000]  # it may quote what the peer sent
         logger.info("refused %s: %s (%s)", client.conversation.peer_id[-6:], text, refusal.code)
-        await self._send(client, Fault(refusal.code, text))
+        await self._send(client, Fault(refusal.code, text, number))
 
     async def _linger(self, client: _Client) -> None:
         """Let the peer read why the stream ends: closing while it still sends could discard that."""
@@ -247,7 +268,7 @@ class BlockService:
         return Info(
             start=self._stage.start,
             stop=self._stage.stop,
-            sessions=len(self._sessions),
+            sessions=len(self._clients),
             cache_tokens_free=self.free_cache_tokens,
             cache_tokens_total=self.total_cache_tokens,
             steps=self.steps,
@@ -256,7 +277,7 @@ class BlockService:
 
     # ------------------------------------------------------------------ sessions
 
-    def _open(self, message: Open) -> _Session:
+    def _open(self, message: Open) -> Session:
         if self.leaving:
             raise Refusal("leaving", "this server is about to stop; use another one")
         if message.fingerprint != self._fingerprint:
@@ -275,40 +296,140 @@ class BlockService:
             raise Refusal(
                 "too_long", f"a session may hold 1 to {self._settings.max_session_length} tokens a row"
             )
-        if len(self._sessions) >= self._settings.max_sessions:
-            raise Refusal("busy", f"{len(self._sessions)} sessions are open already; try another server")
-        session = _Session(
+        if len(self._clients) >= self._settings.max_sessions:
+            raise Refusal("busy", f"{len(self._clients)} sessions are open already; try another server")
+        return Session(
             message.start,
             message.stop,
             message.max_length,
             stage.new_cache(message.start, message.stop),
             self.budget.lease(self._bytes_per_token(message.start, message.stop)),
         )
-        self._sessions.add(session)
-        self._idle.clear()
-        return session
 
     def _end(self, client: _Client) -> None:
         if client.session is not None:
-            self._sessions.discard(client.session)
-            client.session.lease.release()
+            self._clients.pop(client.session.inlet, None)
+            client.session.end()
             client.session = None
-        if not self._sessions:
+        if not self._clients:
             self._idle.set()
+
+    async def _link(self, session: Session, message: Link) -> None:
+        session.link(None)
+        if self._links is None:
+            raise Refusal("not_linked", "this server hands outputs to clients only")
+        try:
+            session.link(await self._links.make(message))
+        except NotLinkedError as error:
+            raise Refusal("not_linked", str(error)) from None
+
+    # ------------------------------------------------------------------ steps from other servers
+
+    async def serve_pushes(self, stream: Stream) -> None:
+        """The life of a stream that brings one session's steps. Never raises on account of the peer."""
+        conversation = Conversation(stream, self.max_payload_bytes, self._settings.message_timeout)
+        self._sources += 1
+        try:
+            client = await self._attach(conversation)
+            if client is None or client.session is None:  # it may have ended meanwhile
+                return
+            session = client.session
+            with anyio.CancelScope() as until_it_ends:
+                session.sources.add(until_it_ends)
+                try:
+                    while await self._serve_push(client, session, conversation):
+                        pass
+                except PeerUnreachableError:
+                    pass
+                finally:
+                    session.sources.discard(until_it_ends)
+                await self._send(client, Unlinked(session.number))
+        except (PeerError, TimeoutError) as error:
+            logger.debug("pushes from %s ended: %s", stream.peer_id[-6:], error)
+        finally:
+            self._sources -= 1
+            conversation.close()
+
+    async def _attach(self, conversation: Conversation) -> _Client | None:
+        """Whose session the steps on this stream are for."""
+        with anyio.fail_after(self._settings.message_timeout):
+            message = (await conversation.receive()).message
+            next_state("loose", message)
+            assert isinstance(message, Attach)  # the conversation's table lets nothing else through
+            client = self._clients.get(message.inlet)
+            if client is None or self._sources > self._settings.max_sessions + _SPARE_STREAMS:
+                await conversation.send(Fault("not_linked", "there is no session of that name"))
+                return None
+            await conversation.send(Attached())
+            return client
+
+    async def _serve_push(self, client: _Client, session: Session, source: Conversation) -> bool:
+        """One step from another server. Returns whether more may come."""
+        taken: list[int] = []
+        number = 0
+
+        async def admit(message: Message) -> None:
+            nonlocal number
+            next_state("attached", message)
+            assert isinstance(message, Step)
+            if message.number <= session.number:
+                raise LateStepError("the session has gone on without this step")
+            number = message.number
+            await self._admit_step(session, message, taken)
+
+        try:
+            received = await source.receive(admit)
+            assert isinstance(received.message, Step)
+            await self._run_step(client, session, received.message, received, pushed=True)
+            # While steps come this way, the client has nothing to say, and yet is there.
+            client.patience.start(self._settings.idle_timeout)
+            return True
+        except LateStepError:
+            return True
+        except ProtocolError as error:
+            logger.info("pushes from %s are not taken: %s", source.peer_id[-6:], printable(str(error)))
+            return False
+        except Refusal as error:
+            refusal = Refusal("upstream", str(error)) if error.code in SENDERS_FAULT else error
+        finally:
+            self.intake.give_back(sum(taken))
+        await self._refuse(client, refusal, number)
+        return True
 
     def _bytes_per_token(self, start: int, stop: int) -> int:
         return max(1, (stop - start) * self._kv_bytes)
 
     # ------------------------------------------------------------------ steps
 
-    async def _step(self, session: _Session, step: Step, received: Received) -> tuple[StepDone, memoryview]:
+    async def _run_step(
+        self, client: _Client, session: Session, step: Step, received: Received, pushed: bool = False
+    ) -> None:
+        """Take a turn: run a step, push its outputs on, and then tell the client."""
+        checked = session.steps
+        async with session.turn:
+            if pushed and step.number <= session.number:
+                raise LateStepError("the session has gone on without this step")
+            if session.steps != checked:
+                self._check_step(session, step)
+            session.number = max(session.number, step.number)
+            reply, payload = await self._step(session, step, received)
+            if step.forward and session.downstream is not None:
+                if await session.downstream.push(step, received, reply.hidden, payload):
+                    reply = msgspec.structs.replace(reply, forwarded=True)
+                else:
+                    session.link(None)
+            await self._send(client, reply, payload)
+
+    async def _step(self, session: Session, step: Step, received: Received) -> tuple[StepDone, memoryview]:
         rows, tokens, _ = step.hidden.shape
         try:
             session.lease.grow(rows, step.position + tokens)
         except CacheFullError as error:
             raise Refusal("busy", f"{error}; try another server") from None
         try:
-            timed = await self._engine.run(lambda: self._compute(session, step, received))
+            client = self._clients.get(session.inlet)
+            whose = session.inlet if client is None else client.conversation.peer_id
+            timed = await self._engine.step(SessionStep(self._stage, whose, session, step, received))
         except Refusal:
             raise
         except EngineClosedError:
@@ -319,88 +440,11 @@ class BlockService:
                 "internal", f"the step failed on the server: {type(error).__name__}: {error}"
             ) from error
         finally:
-            # An edit may have shortened the cache, and a refused step has not lengthened it.
-            session.lease.resize(session.cache.batch, session.cache.tokens)
+            session.after_step()
         self.steps += 1
-        return self._done(timed)
+        return self._done(step, timed)
 
-    def _done(self, timed: Timed[tuple[TensorSpec, memoryview]]) -> tuple[StepDone, memoryview]:
+    def _done(self, step: Step, timed: Timed[tuple[TensorSpec, memoryview]]) -> tuple[StepDone, memoryview]:
         spec, payload = timed.value
-        return StepDone(spec, timed.queue_s * 1e3, timed.compute_s * 1e3, self.leaving), payload
-
-    def _check_step(self, session: _Session, step: Step) -> None:
-        """Everything that the header alone can tell, against what the session holds."""
-        hidden, cache = step.hidden, session.cache
-        if len(hidden.shape) != 3 or hidden.shape[2] != self._stage.hidden_size or 0 in hidden.shape:
-            raise Refusal(
-                "bad_shape",
-                f"hidden states must be [batch, tokens, {self._stage.hidden_size}], got {list(hidden.shape)}",
-            )
-        if hidden.dtype not in _HIDDEN_DTYPES:
-            raise Refusal("bad_dtype", f"hidden states must be one of {_HIDDEN_DTYPES}, not {hidden.dtype}")
-        rows, tokens, _ = hidden.shape
-        if rows * tokens > self._settings.max_step_tokens:
-            raise Refusal(
-                "too_large",
-                f"{rows} x {tokens} tokens are more than the {self._settings.max_step_tokens} of one step; "
-                "send them in pieces",
-            )
-        if step.position > cache.tokens:
-            raise Refusal(
-                "out_of_order",
-                f"position {step.position} is beyond the {cache.tokens} tokens this session holds",
-            )
-        if step.position + tokens > session.max_length:
-            raise Refusal(
-                "too_long",
-                f"{step.position} + {tokens} tokens are more than the {session.max_length} "
-                "that this session declared",
-            )
-        if step.keep > tokens:
-            raise Refusal(
-                "bad_shape", f"{step.keep} outputs were asked for, but the step has {tokens} tokens"
-            )
-        expected_rows = cache.batch
-        if step.order is not None:
-            if step.position and (not step.order or max(step.order) >= cache.batch):
-                raise Refusal(
-                    "bad_value",
-                    f"order must name some of the {cache.batch} rows that this session holds, and no others",
-                )
-            expected_rows = len(step.order)
-        if step.position and rows != expected_rows:
-            raise Refusal("bad_shape", f"the step has {rows} rows, the session {expected_rows}")
-        self._check_side(step.mask, "mask", "uint8", (rows, step.position + tokens))
-        self._check_side(step.positions, "positions", "int64", (rows, tokens))
-
-    def _check_side(self, spec: TensorSpec | None, name: str, dtype: str, shape: tuple[int, ...]) -> None:
-        if spec is None:
-            return
-        if spec.shape != shape:
-            raise Refusal("bad_shape", f"{name} must be {list(shape)}, got {list(spec.shape)}")
-        if spec.dtype != dtype or spec.codec != "none":
-            raise Refusal("bad_dtype", f"{name} must be plain {dtype}, not {spec.dtype} as {spec.codec}")
-
-    def _compute(self, session: _Session, step: Step, received: Received) -> tuple[TensorSpec, memoryview]:
-        """On the engine's thread: decode, check values, edit the cache, run, encode."""
-        hidden = received.tensor(step.hidden)
-        if not codec.is_finite(hidden):
-            raise Refusal("not_finite", "the hidden states contain NaN or infinity")
-        mask = received.tensor(step.mask) if step.mask is not None else None
-        if mask is not None and bool((mask > 1).any()):
-            raise Refusal("bad_value", "a mask may contain 0 and 1 only")
-        positions = received.tensor(step.positions) if step.positions is not None else None
-        if positions is not None and bool(((positions < 0) | (positions >= _MAX_POSITION)).any()):
-            raise Refusal("bad_value", f"position ids must be in 0..{_MAX_POSITION - 1}")
-        stage, cache = self._stage, session.cache
-        if step.position == 0:
-            cache.clear()
-        else:
-            cache.edit(step.position, step.order)
-        output = stage.forward(
-            hidden.to(device=stage.device, dtype=stage.dtype),
-            cache,
-            attention_mask=None if mask is None else mask.to(stage.device),
-            position_ids=None if positions is None else positions.to(stage.device),
-        )
-        return codec.encode(output[:, output.shape[1] - step.keep :])
+        done = StepDone(spec, timed.queue_s * 1e3, timed.compute_s * 1e3, self.leaving, step.number)
+        return done, payload

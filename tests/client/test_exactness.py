@@ -61,7 +61,7 @@ class World:
             assert service is not None
             found += [
                 (held.cache.batch, held.cache.tokens)
-                for held in list(service._sessions)
+                for held in service.sessions
                 if held.max_length == session.max_length
             ]
         return found

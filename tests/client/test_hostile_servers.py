@@ -47,12 +47,12 @@ NEW_TOKENS = 5
 # Who is silent is soon given up, and who was given up once is not asked again.
 HASTY = ClientSettings(first_step_timeout=0.5, min_step_timeout=0.5, ban_seconds=60.0)
 
-Lie = Callable[[Conversation, torch.Tensor], Awaitable[None]]
-"""Answers a request in place of the output that would be right."""
+Lie = Callable[[Conversation, torch.Tensor, int], Awaitable[None]]
+"""Answers the request of a number in place of the output that would be right."""
 
 
 def saying(message: Message) -> Lie:
-    async def lie(conversation: Conversation, output: torch.Tensor) -> None:
+    async def lie(conversation: Conversation, output: torch.Tensor, number: int) -> None:
         await conversation.send(message)
 
     return lie
@@ -61,37 +61,37 @@ def saying(message: Message) -> Lie:
 def showing(change: Callable[[torch.Tensor], torch.Tensor], **lies: Any) -> Lie:
     """The right output, changed."""
 
-    async def lie(conversation: Conversation, output: torch.Tensor) -> None:
+    async def lie(conversation: Conversation, output: torch.Tensor, number: int) -> None:
         spec, data = codec.encode(change(output))
-        await conversation.stream.send(frame({"type": "StepDone", **done(spec), **lies}, bytes(data)))
+        await conversation.stream.send(frame({"type": "StepDone", **done(spec, number), **lies}, bytes(data)))
 
     return lie
 
 
 def sending(*frames: bytes) -> Lie:
-    async def lie(conversation: Conversation, output: torch.Tensor) -> None:
+    async def lie(conversation: Conversation, output: torch.Tensor, number: int) -> None:
         for one in frames:
             await conversation.stream.send(one)
 
     return lie
 
 
-async def silence(conversation: Conversation, output: torch.Tensor) -> None:
+async def silence(conversation: Conversation, output: torch.Tensor, number: int) -> None:
     await asyncio.Event().wait()
 
 
-async def farewell(conversation: Conversation, output: torch.Tensor) -> None:
+async def farewell(conversation: Conversation, output: torch.Tensor, number: int) -> None:
     conversation.close()
 
 
-async def half(conversation: Conversation, output: torch.Tensor) -> None:
+async def half(conversation: Conversation, output: torch.Tensor, number: int) -> None:
     spec, data = codec.encode(output)
-    await conversation.stream.send(frame(StepDone(spec, 0.0, 0.0), bytes(data))[:-1])
+    await conversation.stream.send(frame(StepDone(spec, 0.0, 0.0, number=number), bytes(data))[:-1])
     await asyncio.Event().wait()
 
 
-def done(spec: TensorSpec) -> dict[str, Any]:
-    return {"hidden": spec, "queue_ms": 0.0, "compute_ms": 0.0}
+def done(spec: TensorSpec, number: int) -> dict[str, Any]:
+    return {"hidden": spec, "queue_ms": 0.0, "compute_ms": 0.0, "number": number}
 
 
 def poisoned(value: float) -> Lie:
@@ -140,6 +140,9 @@ AT_A_STEP: dict[str, Lie] = {
     "NaN": poisoned(float("nan")),
     "infinity": poisoned(float("inf")),
     "a time that is none": showing(lambda output: output, queue_ms=float("nan")),
+    "another number": showing(lambda output: output, number=77),
+    "no number": showing(lambda output: output, number=0),
+    "blaming who is not there": saying(Fault("upstream", "it was the server before me")),
     "a negative time": showing(lambda output: output, compute_ms=-1.0),
 }
 AT_THE_OPENING: dict[str, Lie] = {
@@ -198,22 +201,22 @@ class HostileServer:
             message = received.message
             if isinstance(message, Open):
                 if self._lie_at < 0:
-                    await self._tell_a_lie(conversation, torch.zeros(1, 1, 1))
+                    await self._tell_a_lie(conversation, torch.zeros(1, 1, 1), 0)
                 else:
                     await conversation.send(Opened(64))
                 continue
             assert isinstance(message, Step)
             output = self._stage.forward(received.tensor(message.hidden), cache)
             if steps == self._lie_at:
-                await self._tell_a_lie(conversation, output)
+                await self._tell_a_lie(conversation, output, message.number)
             else:
                 spec, data = codec.encode(output)
-                await conversation.send(StepDone(spec, 0.0, 0.0), [data])
+                await conversation.send(StepDone(spec, 0.0, 0.0, number=message.number), [data])
             steps += 1
 
-    async def _tell_a_lie(self, conversation: Conversation, output: torch.Tensor) -> None:
+    async def _tell_a_lie(self, conversation: Conversation, output: torch.Tensor, number: int) -> None:
         self.lies += 1
-        await self._lie(conversation, output)
+        await self._lie(conversation, output, number)
 
 
 @pytest.fixture(scope="module")

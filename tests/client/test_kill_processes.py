@@ -23,7 +23,7 @@ import pytest
 from torch import Tensor
 
 from swarmkit import LocalSwarm
-from swarmkit.client.chain import ChainSession
+from swarmkit.client.remote_stage import RemoteStage
 from swarmkit.client.trace import PeerLost, PeerReplaced, Waiting
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.head import load_local
@@ -108,15 +108,22 @@ class World:
         return tokens
 
 
-@pytest.fixture(scope="module")
-def world(tiny_llama: Checkpoint) -> Iterator[World]:
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(True, id="server-to-server"),
+        pytest.param(False, id="through-the-client", marks=pytest.mark.slow),
+    ],
+)
+def world(tiny_llama: Checkpoint, request: pytest.FixtureRequest) -> Iterator[World]:
     swarm = LocalSwarm(
         tiny_llama,
         num_stages=2,
         replicas=3,
         processes=True,
         server_settings=ServerSettings(max_step_tokens=CHUNK_TOKENS),
-        client_settings=ClientSettings(ban_seconds=60),  # longer than the records of the dead are believed
+        # longer than the records of the dead are believed
+        client_settings=ClientSettings(ban_seconds=60, push=request.param),
     )
     with swarm:
         assert sorted({server.blocks for server in swarm.servers}) == STAGES
@@ -137,19 +144,20 @@ def undisturbed(tiny_llama: Checkpoint) -> Callable[..., list[list[int]]]:
     return tokens
 
 
-def kill_at_exchange(
+def kill_at_answer(
     world: World, monkeypatch: pytest.MonkeyPatch, start: int, number: int, delay_s: float
 ) -> list[str]:
-    """Have the server of the stage that begins at block `start` killed during or after its exchange `number`.
+    """Have the server of the stage that begins at block `start` killed while or after it is waited for its
+    answer `number`.
 
-    The signal comes from a thread, `delay_s` after the exchange began, wherever the step then is; three
-    exchanges later at the latest it has come, so that the session is sure to meet a dead server.
+    The signal comes from a thread, `delay_s` after the waiting began, wherever the step then is; three
+    answers later at the latest it has come, so that the session is sure to meet a dead server.
     """
-    exchange, seen = ChainSession._exchange, 0
+    take, seen = RemoteStage.take, 0
     killed: list[str] = []
     killer: list[threading.Timer] = []
 
-    async def counted(self: ChainSession, stage: Any, *rest: Any) -> Tensor:
+    async def counted(stage: RemoteStage, *rest: Any) -> Any:
         nonlocal seen
         if stage.hop.start == start and stage.hop.stop == dict(STAGES)[start]:
             seen += 1
@@ -160,9 +168,9 @@ def kill_at_exchange(
                 killer[0].start()
             elif seen == number + 3:
                 await anyio.to_thread.run_sync(killer[0].join)
-        return await exchange(self, stage, *rest)
+        return await take(stage, *rest)
 
-    monkeypatch.setattr(ChainSession, "_exchange", counted)
+    monkeypatch.setattr(RemoteStage, "take", counted)
     return killed
 
 
@@ -175,11 +183,11 @@ def test_sigkill_at_a_random_moment(
     chance = random.Random(seed)
     chunks = PROMPT_TOKENS // CHUNK_TOKENS
     in_prefill = seed % 2 == 0
-    number = chance.randint(1, chunks - 4) if in_prefill else chunks + chance.randint(1, NEW_TOKENS - 6)
+    number = chance.randint(1, chunks // 2) if in_prefill else chunks + chance.randint(1, NEW_TOKENS - 6)
     start, delay_s = chance.choice([0, 2]), chance.uniform(0, 0.004)
     options = {"do_sample": True, "temperature": 1.3} if seed % 3 == 0 else {}
     before = len(world.lost())
-    killed = kill_at_exchange(world, monkeypatch, start, number, delay_s)
+    killed = kill_at_answer(world, monkeypatch, start, number, delay_s)
 
     tokens = world.answer(**options)
 
@@ -190,7 +198,8 @@ def test_sigkill_at_a_random_moment(
         for event in world.model.events
         if isinstance(event, PeerReplaced) and event.peer_id == killed[0]
     )
-    assert (replaced.replayed_tokens == 0) == in_prefill
+    # Killed late in the prefill, it may have answered all of it before.
+    assert replaced.replayed_tokens in ((0, PROMPT_TOKENS) if in_prefill else range(PROMPT_TOKENS, 1000))
 
 
 @pytest.mark.parametrize("tokens", [0, 9])

@@ -29,6 +29,11 @@ from swarmkit.settings import ServerSettings
 from .answers import answer, eventually, prompt
 from .recovery import NEW_TOKENS, STAGES, WAYS, World, a_world, assert_same
 
+BOTH_WAYS = [
+    pytest.param(True, id="server-to-server"),
+    pytest.param(False, id="through-the-client", marks=pytest.mark.slow),
+]
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_llama: Checkpoint) -> Callable[..., Tensor]:
@@ -42,10 +47,10 @@ def undisturbed(tiny_llama: Checkpoint) -> Callable[..., Tensor]:
     return tokens
 
 
-@pytest.fixture(scope="module")
-def shared(tiny_llama: Checkpoint) -> Iterator[World]:
+@pytest.fixture(scope="module", params=BOTH_WAYS)
+def shared(tiny_llama: Checkpoint, request: pytest.FixtureRequest) -> Iterator[World]:
     """A swarm for many kills; whoever kills a server brings another one."""
-    with a_world(tiny_llama) as world:
+    with a_world(tiny_llama, push=request.param) as world:
         yield world
 
 
@@ -261,14 +266,15 @@ def test_servers_that_always_fail_are_given_up(tiny_llama: Checkpoint) -> None:
 def test_patience_is_counted_from_the_loss_and_not_from_the_beginning_of_the_step(
     tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A long prefill may take longer than `route_timeout`: the clock of the search starts with the loss."""
+    """A step may take longer than `route_timeout`: the clock of the search starts with the loss."""
     with a_world(tiny_llama, replicas=1, route_timeout=3.0) as world, ThreadPoolExecutor() as pool:
         run = ChainSession._run
 
-        async def slow_first_stage(self: ChainSession, stage: Any, *rest: Any) -> Tensor:
-            if stage.hop.start == 0:
+        async def slow_first_stage(self: ChainSession, index: int, *rest: Any) -> Tensor:
+            if index == 0:
                 await anyio.sleep(3.2)
-            return await run(self, stage, *rest)
+                await anyio.to_thread.run_sync(world.swarm.servers[1].kill)
+            return await run(self, index, *rest)
 
         def come_back(event: SessionEvent) -> None:
             if isinstance(event, PeerLost):
@@ -276,16 +282,15 @@ def test_patience_is_counted_from_the_loss_and_not_from_the_beginning_of_the_ste
 
         monkeypatch.setattr(ChainSession, "_run", slow_first_stage)
         world.client.listeners.append(come_back)
-        world.swarm.servers[1].kill()
         assert_same(world.answer(new_tokens=1), undisturbed(new_tokens=1))
 
 
 # sends that fail
 
 
-@pytest.fixture(scope="module")
-def lossy(tiny_llama: Checkpoint) -> Iterator[World]:
-    with a_world(tiny_llama, ban_seconds=0.001, max_ban_seconds=0.01) as world:
+@pytest.fixture(scope="module", params=BOTH_WAYS)
+def lossy(tiny_llama: Checkpoint, request: pytest.FixtureRequest) -> Iterator[World]:
+    with a_world(tiny_llama, ban_seconds=0.001, max_ban_seconds=0.01, push=request.param) as world:
         yield world
 
 

@@ -18,9 +18,19 @@ from swarmkit.models.stage import Stage
 from swarmkit.net import codec
 from swarmkit.net.conversation import Conversation
 from swarmkit.net.memory import MemoryNetwork
-from swarmkit.net.messages import SESSION_ENDPOINT, Fault, Message, Open, Opened, Step, StepDone
-from swarmkit.net.transport import Transport
+from swarmkit.net.messages import (
+    PUSH_ENDPOINT,
+    SESSION_ENDPOINT,
+    Fault,
+    Message,
+    Open,
+    Opened,
+    Step,
+    StepDone,
+)
+from swarmkit.net.transport import Stream, Transport
 from swarmkit.server.engine import Engine
+from swarmkit.server.push import Links
 from swarmkit.server.service import BlockService
 from swarmkit.settings import ServerSettings
 
@@ -78,6 +88,7 @@ class TinyServer:
             world.kv_bytes,
             self.engine,
             settings or small_settings(),
+            Links(self._dial, 0.5, 1.0),
         )
         self.network = MemoryNetwork()
         self.transports: list[Transport] = []
@@ -86,7 +97,11 @@ class TinyServer:
         self._connect = connect or self._join
         self.transport = transport or await self._join()
         await self.transport.listen(SESSION_ENDPOINT, self.service.serve)
+        await self.transport.listen(PUSH_ENDPOINT, self.service.serve_pushes)
         return self
+
+    async def _dial(self, peer_id: str, addresses: Sequence[str]) -> Stream:
+        return await self.transport.open(peer_id, PUSH_ENDPOINT, addresses)
 
     async def _join(self) -> Transport:
         transport = self.network.transport()
@@ -104,6 +119,7 @@ class TinyServer:
         client = await self.client()
         reply = await client.open(**changes)
         assert isinstance(reply, Opened)
+        client.inlet = reply.inlet
         return client
 
     def used(self) -> tuple[int, int, int]:
@@ -129,6 +145,7 @@ class TinyClient:
     conversation: Conversation
     fingerprint: str
     position: int = 0
+    inlet: str = ""
     received: list[Any] = field(default_factory=list)
 
     async def ask(self, message: Message, payload: Sequence[Any] = ()) -> Message:
@@ -152,13 +169,16 @@ class TinyClient:
         mask: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
         order: tuple[int, ...] | None = None,
+        number: int = 0,
+        forward: int = 0,
     ) -> Message:
         """One step, and the answer to it, whatever it is."""
         at = self.position if position is None else position
         tokens = hidden.shape[1]
         encoded = [None if tensor is None else codec.encode(tensor) for tensor in (hidden, mask, positions)]
         specs = [None if pair is None else pair[0] for pair in encoded]
-        message = Step(at, specs[0], tokens if keep is None else keep, specs[1], specs[2], order)  # type: ignore[arg-type]
+        kept = tokens if keep is None else keep
+        message = Step(at, specs[0], kept, specs[1], specs[2], order, number, forward)  # type: ignore[arg-type]
         reply = await self.ask(message, [pair[1] for pair in encoded if pair is not None])
         if isinstance(reply, StepDone):
             self.position = at + tokens
@@ -214,3 +234,8 @@ def alone(
     """What a session of these steps yields when nothing else happens."""
     cache = world.stage.new_cache(start, stop)
     return [world.stage.forward(hidden, cache) for hidden in steps]
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal but for rounding: steps that run together may be added up in another order."""
+    return torch.allclose(one, other, rtol=0, atol=1e-5)

@@ -1,0 +1,335 @@
+"""One server's part of a session: its stream, what it was sent, and what is needed to do without it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import anyio.to_thread
+import torch
+
+from swarmkit.client.history import History
+from swarmkit.client.routing import Hop
+from swarmkit.client.swarm import SwarmClient
+from swarmkit.client.trace import HopTrace
+from swarmkit.errors import PeerTimeoutError, PeerUnreachableError, ProtocolError, RemoteError
+from swarmkit.net import codec
+from swarmkit.net.codec import TensorSpec
+from swarmkit.net.conversation import Conversation, Received
+from swarmkit.net.messages import (
+    MAX_ADDRESSES,
+    Fault,
+    Link,
+    Linked,
+    Message,
+    Open,
+    Opened,
+    Step,
+    StepDone,
+    Unlinked,
+)
+from swarmkit.net.patience import Patience
+
+T = TypeVar("T")
+
+_HIDDEN_DTYPES = ("float32", "bfloat16", "float16")
+_LARGE_BYTES = 1024 * 1024
+"""Tensors of this size and above are copied and checked off the event loop."""
+_LINK_PATIENCE_S = 10.0
+
+
+@dataclass
+class StepInputs:
+    """What a step brings besides hidden states, for all stages alike: `rows` rows, up to position `end`."""
+
+    position: int
+    end: int
+    rows: int
+    mask: torch.Tensor | None
+    """[rows, end], uint8; None = no padding."""
+    positions: torch.Tensor | None
+    """[rows, end], int64; None = 0, 1, …"""
+
+
+@dataclass
+class Request:
+    """Positions [low, high) that a server is sent, and how many of the last of their outputs are wanted."""
+
+    number: int
+    low: int
+    high: int
+    keep: int
+    rows: int
+    made_at: float = field(default_factory=time.perf_counter)
+
+    @property
+    def size(self) -> int:
+        return self.rows * (self.high - self.low)
+
+
+@dataclass
+class Answer:
+    """The output [rows, keep, hidden] of a request, and what the server said with it."""
+
+    output: torch.Tensor
+    done: StepDone
+    asked_at: float
+    arrived_at: float = field(default_factory=time.perf_counter)
+
+
+class RemoteStage:
+    """One hop of a session's route."""
+
+    def __init__(self, swarm: SwarmClient, hop: Hop, history: History | None = None) -> None:
+        self._swarm = swarm
+        self.hop = hop
+        self.history = history or History()
+        self.held = 0
+        """Tokens that the server's cache holds, as far as they are still wanted."""
+        self.order: tuple[int, ...] | None = None
+        """Reordering of rows that the server has not been told yet."""
+        self.conversation: Conversation | None = None
+        self.max_step_tokens = 1
+        self.leaving = False
+        self.pending: deque[Request] = deque()
+        """What the server before was asked to push here, in order, and was not answered yet."""
+        self.answers: list[Answer] = []
+        """Answers to such requests that were taken already."""
+        self.failure: BaseException | None = None
+        """Why no more of them can be taken."""
+        self._inlet = ""
+        self._linked_to = ""
+        self._given_up: set[int] = set()
+        self._patience: Patience
+
+    # ------------------------------------------------------------------ the session there
+
+    async def open(self, max_length: int) -> None:
+        """Open a session at the server.
+
+        Raises:
+            PeerError: it cannot be reached, or refuses.
+        """
+        hop, swarm = self.hop, self._swarm
+        self.conversation = await swarm.converse(hop.server)
+        self._patience = Patience(self.conversation)
+        message = Open(swarm.model.fingerprint, hop.start, hop.stop, max_length)
+        # To open a session computes nothing: who is silent now would be found out later, and more slowly.
+        reply = await self._ask(message, swarm.connect_timeout)
+        if not isinstance(reply, Opened) or reply.max_step_tokens < 1:
+            raise ProtocolError("the session was not opened as asked", hop.server.peer_id)
+        self.max_step_tokens = reply.max_step_tokens
+        self._inlet = reply.inlet
+
+    async def link(self, following: RemoteStage) -> bool:
+        """Have the server push outputs to the next one. Returns whether it can.
+
+        Raises:
+            PeerError: this server failed.
+        """
+        server = following.hop.server
+        if not following._inlet:
+            return False
+        message = Link(server.peer_id, server.addresses[:MAX_ADDRESSES], following._inlet)
+        try:
+            reply = await self._ask(message, _LINK_PATIENCE_S)
+        except RemoteError as error:
+            if error.code != "not_linked":
+                raise
+            return False
+        if not isinstance(reply, Linked):
+            raise ProtocolError("the answer to a link was none", self.hop.server.peer_id)
+        self._linked_to = following._inlet
+        return True
+
+    def is_linked_to(self, following: RemoteStage) -> bool:
+        """Whether the server pushes outputs into the next one's present session."""
+        return bool(self._linked_to) and self._linked_to == following._inlet
+
+    def unlink(self) -> None:
+        """Count on no more pushes by this server."""
+        self._linked_to = ""
+
+    def drop(self) -> None:
+        """Give the stream up; the server frees its cache, and nothing is held there any more."""
+        if self.conversation is not None:
+            self._patience.close()
+            self.conversation.close()
+        self.conversation = None
+        self.held = 0
+        self.order = None
+        self._inlet = self._linked_to = ""
+        self.pending.clear()
+        self.answers.clear()
+        self.failure = None
+        self._given_up.clear()
+
+    def crop(self, tokens: int) -> None:
+        self.history.crop(tokens)
+        self.held = min(self.held, tokens)
+
+    def reorder(self, order: Sequence[int]) -> None:
+        self.history.reorder(order)
+        self.order = tuple(order if self.order is None else (self.order[row] for row in order))
+
+    # ------------------------------------------------------------------ steps
+
+    @property
+    def is_pushed_to(self) -> bool:
+        """Whether the answers to what was pushed here are to be taken, or taken already, or will not come.
+
+        A long step that was cut off half-way is none of these.
+        """
+        if self.failure is not None:
+            return True
+        return bool(self.answers) != bool(self.pending) and len(self.pending) <= 1
+
+    def expect(self, requests: Sequence[Request]) -> None:
+        """The server before was asked to push these."""
+        self.pending.extend(requests)
+
+    def give_up_pending(self) -> None:
+        """Expect no more pushes; answers that still come are for nobody."""
+        given_up = [request.number for request in self.pending]
+        self.pending.clear()
+        self.answers.clear()
+        self.failure = None
+        if given_up and self.order is not None:
+            self.drop()  # nobody knows whether the rows there are reordered already
+        self._given_up.update(given_up)
+
+    async def send(self, request: Request, inputs: StepInputs, forward: int = 0) -> None:
+        """Send the inputs of positions [low, high), from the history, and what belongs to them.
+
+        Args: forward: over how many more servers the outputs shall be pushed on.
+        """
+        low, high = request.low, request.high
+        conversation = self._stream()
+        nbytes = request.size * self._swarm.model.hidden_size * 4
+        spec, data = await off_loop(nbytes, lambda: codec.encode(self.history.read(low, high)))
+        mask_spec, mask = (None, None) if inputs.mask is None else codec.encode(inputs.mask[:, :high])
+        positions_spec, positions = (
+            (None, None) if inputs.positions is None else codec.encode(inputs.positions[:, low:high])
+        )
+        order = self.order if low else None
+        message = Step(low, spec, request.keep, mask_spec, positions_spec, order, request.number, forward)
+        payload = [part for part in (data, mask, positions) if part is not None]
+        with self._patient(self.deadline_s(request)):
+            await conversation.send(message, payload)
+
+    async def take(self, request: Request, deadline_s: float, pushed: bool = False) -> Answer:
+        """The server's answer to a request, which is believed no further than can be seen.
+
+        Args: pushed: the request came to it from the server before, if it did.
+
+        Raises:
+            PeerError: none came in time, or it is wrong.
+        """
+        width, peer_id = self._swarm.model.hidden_size, self.hop.server.peer_id
+        shape = (request.rows, request.keep, width)
+        largest = request.rows * request.keep * width * 4
+        try:
+            received = await self._receive(request.number, deadline_s, largest, pushed)
+        except PeerTimeoutError:
+            self._swarm.times_of(self.hop.server).timed_out()
+            raise
+        reply = received.message
+        if not isinstance(reply, StepDone):
+            raise ProtocolError(f"expected StepDone, got {type(reply).__name__}", peer_id)
+        output = await off_loop(largest, lambda: _checked(reply, received, shape, peer_id))
+        self.order = None
+        self.leaving = reply.leaving
+        return Answer(output, reply, request.made_at)
+
+    def deadline_s(self, request: Request) -> float:
+        """Seconds after which the server is given up if it does not answer."""
+        return self._swarm.times_of(self.hop.server).deadline_s(request.size, self._swarm.policy)
+
+    def trace(self, answers: Sequence[Answer], seconds: float) -> HopTrace:
+        """Where the time went that was waited for these answers."""
+        # A server's own times are claims: they cannot be more than what passed here.
+        hop, total_ms = self.hop, seconds * 1e3
+        compute_ms = min(max(sum(answer.done.compute_ms for answer in answers), 0.0), total_ms)
+        queue_ms = min(max(sum(answer.done.queue_ms for answer in answers), 0.0), total_ms - compute_ms)
+        network_ms = total_ms - compute_ms - queue_ms
+        server = hop.server
+        return HopTrace(server.peer_id, server.label, hop.start, hop.stop, queue_ms, compute_ms, network_ms)
+
+    # ------------------------------------------------------------------ messages
+
+    async def _ask(self, message: Message, deadline_s: float) -> Message:
+        """Send a message without tensors, and wait for the answer to it."""
+        with self._patient(deadline_s):
+            await self._stream().send(message)
+        return (await self._receive(0, deadline_s, 0)).message
+
+    async def _receive(
+        self, number: int, deadline_s: float, max_payload_bytes: int, pushed: bool = False
+    ) -> Received:
+        """The answer of this number; others are for requests that were given up, or wrong."""
+        conversation, peer_id = self._stream(), self.hop.server.peer_id
+        # An answer that nobody waits for any more may be as large as any before.
+        conversation.max_payload_bytes = max(conversation.max_payload_bytes, max_payload_bytes)
+        with self._patient(deadline_s):
+            while True:
+                received = await conversation.receive()
+                message = received.message
+                answered = number
+                if isinstance(message, Unlinked):
+                    if pushed and message.number < number:
+                        raise RemoteError("the server before hands on no more", peer_id, "upstream")
+                    continue
+                if isinstance(message, StepDone):
+                    answered = message.number
+                elif isinstance(message, Fault):
+                    answered = message.number or number
+                if answered in self._given_up:
+                    self._given_up.discard(answered)
+                    continue
+                if isinstance(message, Fault):
+                    raise RemoteError(message.message, peer_id, message.code)
+                if pushed and answered > number:
+                    raise RemoteError(f"request {number} was not handed on to it", peer_id, "upstream")
+                if answered != number:
+                    raise ProtocolError(f"answer {answered} came in the place of {number}", peer_id)
+                if self._given_up:  # answers come in order
+                    self._given_up = {other for other in self._given_up if other > number}
+                return received
+
+    def _stream(self) -> Conversation:
+        if self.conversation is None:
+            raise PeerUnreachableError("the stream was given up on this side", self.hop.server.peer_id)
+        return self.conversation
+
+    @contextmanager
+    def _patient(self, deadline_s: float) -> Iterator[None]:
+        """Give the stream up after so many seconds."""
+        self._patience.start(deadline_s)
+        try:
+            yield
+        except PeerUnreachableError:
+            if not self._patience.expired:
+                raise
+            raise PeerTimeoutError(f"silent for {deadline_s:.1f} s", self.hop.server.peer_id) from None
+        finally:
+            self._patience.stop()
+
+
+async def off_loop(nbytes: int, work: Callable[[], T]) -> T:
+    """Do quick work here, and work on many bytes in a thread, so that other sessions need not wait for it."""
+    return work() if nbytes < _LARGE_BYTES else await anyio.to_thread.run_sync(work)
+
+
+def _checked(reply: StepDone, received: Received, shape: tuple[int, int, int], peer_id: str) -> torch.Tensor:
+    """A server's output, as far as it can be seen to be one."""
+    spec: TensorSpec = reply.hidden
+    if spec.shape != shape or spec.dtype not in _HIDDEN_DTYPES:
+        raise ProtocolError(f"outputs must be {list(shape)}, got {list(spec.shape)} of {spec.dtype}", peer_id)
+    output = received.tensor(spec)
+    if not codec.is_finite(output):
+        raise ProtocolError("the outputs contain NaN or infinity", peer_id)
+    return output

@@ -1,0 +1,138 @@
+"""One client's session on this server, and what a step must be like to be let into it."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from dataclasses import dataclass, field
+
+import anyio
+
+from swarmkit.errors import SwarmkitError
+from swarmkit.models.stage import StageCache
+from swarmkit.net.codec import TensorSpec
+from swarmkit.net.messages import FaultCode, Step
+from swarmkit.server.kv_budget import Lease
+from swarmkit.server.push import Downstream
+
+_HIDDEN_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Refusal(SwarmkitError):
+    """A request that is answered with a fault instead of a result."""
+
+    def __init__(self, code: FaultCode, message: str) -> None:
+        super().__init__(message)
+        self.code: FaultCode = code
+
+
+class LateStepError(SwarmkitError):
+    """A step was pushed here after its client had gone on without it."""
+
+
+@dataclass(eq=False)
+class Session:
+    """A cache and the lease for it, used by one step at a time.
+
+    Steps come from the client's own stream and from that of the server with the blocks before, so each takes
+    its turn. What the session holds is given back when it has ended and no step uses it any more.
+    """
+
+    start: int
+    stop: int
+    max_length: int
+    cache: StageCache
+    lease: Lease
+    inlet: str = field(default_factory=lambda: secrets.token_hex(16))
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    number: int = 0
+    """Of the latest step."""
+    steps: int = 0
+    """How many were done or failed: a step that was checked before others ran must be checked again."""
+    downstream: Downstream | None = None
+    sources: set[anyio.CancelScope] = field(default_factory=set)
+    """Around whoever pushes steps into this session."""
+    ended: bool = False
+
+    def link(self, downstream: Downstream | None) -> None:
+        """Push outputs on to this server from now on, and to no other."""
+        if self.downstream is not None:
+            self.downstream.close()
+        self.downstream = downstream
+
+    def end(self) -> None:
+        """Let go of everything; a step that runs lets go of the cache when it is done."""
+        self.ended = True
+        self.link(None)
+        for source in self.sources:
+            source.cancel()
+        if not self.turn.locked():
+            self.lease.release()
+
+    def after_step(self) -> None:
+        """A step was done, or failed: an edit may have shortened the cache, and a refused step has not
+        lengthened it.
+        """
+        self.steps += 1
+        if self.ended:
+            self.lease.release()
+        else:
+            self.lease.resize(self.cache.batch, self.cache.tokens)
+
+
+def check_step(session: Session, step: Step, hidden_size: int, max_step_tokens: int) -> None:
+    """Everything that the header alone can tell, against what the session holds.
+
+    Raises:
+        Refusal: with the fault's code, and what was expected.
+    """
+    hidden, cache = step.hidden, session.cache
+    if len(hidden.shape) != 3 or hidden.shape[2] != hidden_size or 0 in hidden.shape:
+        raise Refusal(
+            "bad_shape", f"hidden states must be [batch, tokens, {hidden_size}], got {list(hidden.shape)}"
+        )
+    if hidden.dtype not in _HIDDEN_DTYPES:
+        raise Refusal("bad_dtype", f"hidden states must be one of {_HIDDEN_DTYPES}, not {hidden.dtype}")
+    rows, tokens, _ = hidden.shape
+    if rows * tokens > max_step_tokens:
+        raise Refusal(
+            "too_large",
+            f"{rows} x {tokens} tokens are more than the {max_step_tokens} of one step; send them in pieces",
+        )
+    if step.position > cache.tokens:
+        raise Refusal(
+            "out_of_order", f"position {step.position} is beyond the {cache.tokens} tokens this session holds"
+        )
+    if step.position + tokens > session.max_length:
+        raise Refusal(
+            "too_long",
+            f"{step.position} + {tokens} tokens are more than the {session.max_length} "
+            "that this session declared",
+        )
+    if step.keep > tokens:
+        raise Refusal("bad_shape", f"{step.keep} outputs were asked for, but the step has {tokens} tokens")
+    if step.forward and step.keep != tokens:
+        raise Refusal(
+            "bad_shape", f"a step that is forwarded keeps all of its {tokens} outputs, not {step.keep}"
+        )
+    expected_rows = cache.batch
+    if step.order is not None:
+        if step.position and (not step.order or max(step.order) >= cache.batch):
+            raise Refusal(
+                "bad_value",
+                f"order must name some of the {cache.batch} rows that this session holds, and no others",
+            )
+        expected_rows = len(step.order)
+    if step.position and rows != expected_rows:
+        raise Refusal("bad_shape", f"the step has {rows} rows, the session {expected_rows}")
+    _check_side(step.mask, "mask", "uint8", (rows, step.position + tokens))
+    _check_side(step.positions, "positions", "int64", (rows, tokens))
+
+
+def _check_side(spec: TensorSpec | None, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+    if spec is None:
+        return
+    if spec.shape != shape:
+        raise Refusal("bad_shape", f"{name} must be {list(shape)}, got {list(spec.shape)}")
+    if spec.dtype != dtype or spec.codec != "none":
+        raise Refusal("bad_dtype", f"{name} must be plain {dtype}, not {spec.dtype} as {spec.codec}")
