@@ -24,8 +24,12 @@ from transformers.cache_utils import (
 from swarmkit.errors import ModelError, UsageError
 from swarmkit.models.anatomy import anatomy_of, block_configs
 
+PAGE_TOKENS = 32
+"""Memory for keys and values grows by so many tokens of each row."""
+
 _MARK_EVERY_TOKENS = 64
-_MARKS = 2
+MARKS = 2
+"""Earlier states of the recurrent blocks that a cache keeps."""
 
 
 @dataclass
@@ -83,6 +87,11 @@ class StageCache(DynamicCache):
     def blocks(self) -> list[Any]:
         """The layers of this cache's own blocks."""
         return self.layers[self.offset :]
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether some block has a state that is not made of tokens."""
+        return bool(self._recurrent)
 
     # What the session does between steps.
 
@@ -148,7 +157,7 @@ class StageCache(DynamicCache):
         wanted = tokens > 1 or self._mark_next
         if self.tokens > last and (wanted or self.tokens - last >= _MARK_EVERY_TOKENS):
             states = {index: _copy_of_states(self.layers[index]) for index in self._recurrent}
-            self._marks = [*self._marks, _Mark(self.tokens, states)][-_MARKS:]
+            self._marks = [*self._marks, _Mark(self.tokens, states)][-MARKS:]
 
     def after_step(self, hidden: Tensor, position_ids: Tensor | None) -> None:
         """A step has run over `hidden` [batch, tokens, hidden]; its tokens are held now."""
@@ -232,14 +241,54 @@ class StageCache(DynamicCache):
         return [False] * len(self.layers)
 
 
+class _GrowingLayer(DynamicLayer):
+    """Keys and values in tensors with room up to the next full page, so that a step writes only its own.
+
+    transformers' layer copies all that it holds at every step, which for some sessions of a thousand tokens
+    takes longer than the blocks themselves. Whatever has replaced `keys` meanwhile (another choice of rows)
+    has no room behind it, and is copied once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._rooms: tuple[Tensor, ...] = ()  # of which `keys` and `values` are the beginnings
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        keys, values = self.keys, self.values
+        if keys is None or values is None or not keys.shape[-2]:
+            self._rooms = ()
+            return super().update(key_states, value_states, *args, **kwargs)
+        held = keys.shape[-2]
+        length = held + key_states.shape[-2]
+        capacity = -(-length // PAGE_TOKENS) * PAGE_TOKENS
+        if not self._has_room(keys, capacity):
+            self._rooms = tuple(
+                part.new_empty(*part.shape[:-2], capacity, part.shape[-1]) for part in (keys, values)
+            )
+            for room, part in zip(self._rooms, (keys, values), strict=True):
+                room[..., :held, :] = part
+        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
+            room[..., held:length, :] = new
+        self.keys, self.values = (room[..., :length, :] for room in self._rooms)
+        return self.keys, self.values
+
+    def _has_room(self, keys: Tensor, capacity: int) -> bool:
+        """Whether the present keys are the beginning of just such a room."""
+        if not self._rooms:
+            return False
+        room = self._rooms[0]
+        same_rows = room.shape[0] == keys.shape[0]
+        return same_rows and room.shape[-2] == capacity and room.data_ptr() == keys.data_ptr()
+
+
 def _layers_for(config: PreTrainedConfig) -> list[Any]:
     """Empty cache layers as transformers chooses them, except that none forgets tokens."""
     layers: list[Any] = []
     for layer in DynamicCache(config=config).layers:
         if isinstance(layer, LinearAttentionAndSlidingWindowAttentionLayer):
             layers.append(LinearAttentionAndFullAttentionLayer(layer.number_of_states))
-        elif type(layer) is DynamicSlidingWindowLayer:
-            layers.append(DynamicLayer())  # type: ignore[no-untyped-call]
+        elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            layers.append(_GrowingLayer())  # type: ignore[no-untyped-call]
         else:
             layers.append(layer)
     return layers

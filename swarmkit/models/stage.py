@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-import math
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from swarmkit.errors import UsageError
-from swarmkit.models.anatomy import (
-    Anatomy,
-    anatomy_of,
-    replace,
-    skeleton_of,
-    slice_config,
-    stage_config,
-)
+from swarmkit.models.anatomy import Anatomy, anatomy_of, skeleton_of, slice_config, stage_config
 from swarmkit.models.cache import StageCache
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.loading import load_model
+from swarmkit.models.packed import PackedView, StepPart, can_be_packed
 from swarmkit.models.precision import Precision
-from swarmkit.models.quirks import FAMILIES
+from swarmkit.models.view import View, with_blocks
 
-__all__ = ["Stage", "StageCache"]
+logger = logging.getLogger(__name__)
+
+__all__ = ["Stage", "StageCache", "StepPart"]
 
 DtypeLike: TypeAlias = torch.dtype | str | Literal["auto"]
-
-_NO_MASK = "swarmkit-no-mask"
-"""An attention implementation for which transformers knows no mask function, so that it makes no mask.
-Only the base model's copy of the config carries it; the attention modules keep their own."""
 
 _CATCH_UP_TOKENS = 512
 
@@ -64,7 +54,9 @@ class Stage:
         self.device: torch.device = parameter.device
         self._base = base
         self._anatomy = anatomy
-        self._views: dict[tuple[int, int], _View] = {}
+        self._views: dict[tuple[int, int], View] = {}
+        self._can_pack = can_be_packed(base.config, anatomy)
+        self._packed_views: dict[tuple[int, int], PackedView] = {}
 
     @classmethod
     def load(
@@ -95,6 +87,7 @@ class Stage:
             )
         anatomy = anatomy_of(checkpoint.config)
         precision = Precision.parse(dtype, checkpoint.config, device)
+        precision.ensure_available(checkpoint.name, device)
         config = stage_config(checkpoint.config, start, stop)
         # What lies outside the blocks is never read: it is taken away below.
         tensors = {
@@ -110,6 +103,9 @@ class Stage:
             one, here = f"{anatomy.layers}.0.", f"{anatomy.layers}.{done}."
             for key, tensor in checkpoint.read(names).items():
                 tensors[here + names[key].removeprefix(one)] = tensor
+        if precision.stored is not None:
+            config.quantization_config = precision.stored.of_blocks(start, stop, anatomy)
+            tensors = precision.stored.prepare(tensors, precision.dtype)
         base = load_model(
             anatomy.base_class,
             config,
@@ -174,6 +170,83 @@ class Stage:
         cache.after_step(hidden, position_ids)
         return out
 
+    def forward_many(self, parts: Sequence[StepPart]) -> list[Tensor | Exception]:
+        """Run steps of several sessions, in one pass over the weights where the architecture can do that.
+
+        Sessions over the same blocks go together, others one after the other. What comes out is what
+        `forward` gives for each alone, but for rounding: a matrix product may add up in another order when
+        it has more rows.
+
+        Args:
+            parts: each of another session.
+
+        Returns:
+            For each part what `forward` returns, or what it raises; then its cache is as it was. A part that
+            fails does not disturb the others.
+        """
+        results: dict[int, Tensor | Exception] = {}
+        packs: dict[tuple[int, int], list[int]] = {}
+        seen: set[StageCache] = set()
+        for index, part in enumerate(parts):
+            try:
+                if part.cache in seen:
+                    raise UsageError("A session has one step at a time; run its next one after this.")
+                self._check(
+                    part.hidden, part.cache, part.cache.tokens, part.attention_mask, part.position_ids
+                )
+            except UsageError as error:
+                results[index] = error
+                continue
+            seen.add(part.cache)
+            can = self._can_pack and not part.cache.recurrent
+            packs.setdefault((part.cache.start, part.cache.stop) if can else (-1, index), []).append(index)
+        for indices in packs.values():
+            results |= zip(indices, self._run_pack([parts[index] for index in indices]), strict=True)
+        return [results[index] for index in range(len(parts))]
+
+    def _run_pack(self, parts: list[StepPart]) -> list[Tensor] | list[Tensor | Exception]:
+        if len(parts) > 1:
+            try:
+                return self._forward_packed(parts)
+            except Exception:
+                logger.warning("%d steps failed together, and are run one by one", len(parts), exc_info=True)
+        return [self._forward_alone(part) for part in parts]
+
+    def _forward_alone(self, part: StepPart) -> Tensor | Exception:
+        try:
+            return self.forward(
+                part.hidden,
+                part.cache,
+                attention_mask=part.attention_mask,
+                position_ids=part.position_ids,
+            )
+        except Exception as error:  # noqa: BLE001 - it is the answer to this part
+            return error
+
+    @torch.inference_mode()
+    def _forward_packed(self, parts: Sequence[StepPart]) -> list[Tensor]:
+        """Checked parts at once, over the same blocks; if it raises, all caches are as they were."""
+        pasts = [part.cache.tokens for part in parts]
+        blocks = parts[0].cache.start, parts[0].cache.stop
+        view = self._view(*blocks)
+        packed = self._packed_views.get(blocks)
+        if packed is None:
+            packed = self._packed_views[blocks] = PackedView(view.model, self._anatomy)
+        parts = [part.to(self.device, self.dtype) for part in parts]
+        try:
+            needed = [
+                part.attention_mask is not None or not view.needs_no_mask(part.hidden, past)
+                for part, past in zip(parts, pasts, strict=True)
+            ]
+            outputs = packed(parts, needed)
+        except BaseException:
+            for part, past in zip(parts, pasts, strict=True):
+                part.cache.rewind(past)
+            raise
+        for part in parts:
+            part.cache.after_step(part.hidden, part.position_ids)
+        return outputs
+
     def differentiate(
         self,
         hidden: Tensor,
@@ -209,7 +282,7 @@ class Stage:
             (gradient,) = torch.autograd.grad(out, given, grad_output.to(self.device, self.dtype).clone())
         return gradient
 
-    def _catch_up(self, view: _View, cache: StageCache, attention_mask: Tensor | None) -> None:
+    def _catch_up(self, view: View, cache: StageCache, attention_mask: Tensor | None) -> None:
         """Run again what a recurrent block had to be set back behind; in pieces, as one may be long."""
         while (missing := cache.missing()) is not None:
             inputs, positions = (part[:, :_CATCH_UP_TOKENS] for part in missing)
@@ -247,88 +320,12 @@ class Stage:
                 f"Position ids are [batch, tokens] = [{batch}, {tokens}], not {list(position_ids.shape)}."
             )
 
-    def _view(self, start: int, stop: int) -> _View:
+    def _view(self, start: int, stop: int) -> View:
         view = self._views.get((start, stop))
         if view is None:
             first, last = start - self.start, stop - self.start
             blocks: Any = self._base.get_submodule(self._anatomy.layers)
             config = slice_config(self._base.config, first, last)
-            model = _shallow(self._base, self._anatomy.layers, config)
-            replace(model, self._anatomy.layers, _Blocks(list(blocks)[first:last]))
-            view = self._views[start, stop] = _View(model, self._anatomy)
+            model = with_blocks(self._base, self._anatomy.layers, config, list(blocks)[first:last])
+            view = self._views[start, stop] = View(model, self._anatomy)
         return view
-
-
-def _shallow(base: PreTrainedModel, layers: str, config: PreTrainedConfig) -> PreTrainedModel:
-    """A copy of a model that shares everything but its config and the modules on the path to its blocks."""
-    model = _shallow_module(base, config)
-    parent: nn.Module = model
-    for name in layers.split(".")[:-1]:
-        child = _shallow_module(parent.get_submodule(name), config)
-        setattr(parent, name, child)
-        parent = child
-    return model
-
-
-def _shallow_module(module: Any, config: PreTrainedConfig) -> Any:
-    same = copy.copy(module)
-    same._modules = dict(module._modules)
-    same.config = config
-    return same
-
-
-class _Blocks(nn.ModuleList):
-    """Base models loop over `self.layers[:n]`; a plain list would build a new module list at every step."""
-
-    def __getitem__(self, index: Any) -> Any:
-        return self if index == slice(None, len(self)) else super().__getitem__(index)
-
-
-class _View:
-    """The base model with only some of its blocks, sharing all weights with it, and called quickly.
-
-    `forward` is the architecture's own function without transformers' decorators around it: these collect
-    intermediate results, which nobody asks for here, and cost as much as a rotary embedding at each step.
-    """
-
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
-        self._forward = inspect.unwrap(type(model).forward)
-        self._model = model
-        self.config: Any = model.config
-        # Only where it is known which windows there are can a mask be left out.
-        known = self.config.model_type in FAMILIES and anatomy.uses_attention_interface
-        windows = [getattr(self.config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-        self._maskless_until: float = (
-            min([w for w in windows if w is not None], default=math.inf) if known else 0
-        )
-        config = copy.copy(self.config)
-        config._attn_implementation = _NO_MASK
-        self._maskless = _shallow(model, anatomy.layers, config)
-
-    def __call__(
-        self,
-        hidden: Tensor,
-        cache: StageCache | None,
-        past: int,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-    ) -> Tensor:
-        model = self._model
-        if attention_mask is None:
-            # One new token without padding sees everything that the windows reach: no mask is needed.
-            if hidden.shape[1] == 1 and past < self._maskless_until:
-                model = self._maskless
-        else:
-            attention_mask = attention_mask.to(hidden.device)
-        if position_ids is not None:
-            position_ids = position_ids.to(hidden.device)
-        out = self._forward(
-            model,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
-        result: Tensor = out.last_hidden_state
-        return result.contiguous()

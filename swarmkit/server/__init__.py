@@ -1,8 +1,9 @@
 """Serving blocks: which ones, on what device, for whom.
 
-`Server` is the door. `placement` decides (pure); `engine` is the one thread that touches the device;
-`kv_budget` accounts for every byte of keys and values; `service` speaks the protocol with one client per
-stream; `node` ties them to a life: choose blocks, load, announce, serve, drain.
+`Server` is the door. `placement` and `scheduler` decide (pure); `engine` is the one thread that touches the
+device, and runs many sessions' steps together; `kv_budget` accounts for every byte of keys and values;
+`service` speaks the protocol with one client per stream; `node` ties them to a life: choose blocks, load,
+announce, serve, drain.
 Never imports `swarmkit.client`.
 """
 

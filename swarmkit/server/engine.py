@@ -1,4 +1,13 @@
-"""One thread per device: work goes in, results come out, nothing else touches the device."""
+"""One thread per device: work goes in, results come out, nothing else touches the device.
+
+Work is of two kinds. A *step* of a session is run together with others' steps, and a long one in pieces;
+`scheduler` decides what each forward pass is made of. A *job* is any function, and runs by itself.
+
+::
+
+    submit ──> waiting ──(begin: decode, check)──> running ──(a turn per chunk)──> settled
+                  └── withdrawn by its caller         └── given up between two chunks
+"""
 
 from __future__ import annotations
 
@@ -8,25 +17,41 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import anyio
 import torch
+from torch import Tensor
 
 from swarmkit.errors import UsageError
+from swarmkit.models.stage import Stage, StepPart
+from swarmkit.server.scheduler import (
+    DECODE_TOKENS,
+    Decoders,
+    FairShares,
+    Limits,
+    StepTimes,
+    Turn,
+    WaitingJob,
+    WaitingStep,
+    next_turn,
+)
 
 logger = logging.getLogger(__name__)
 
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 INTERACTIVE = 0
-"""Priority of a step of an open session: somebody is waiting for a token."""
+"""Priority of a job that somebody is waiting for."""
 BULK = 1
 """Priority of everything else."""
+
+_PAUSE_S = 0.001
+"""Until the scheduler is asked again, when it had nothing to run just then."""
 
 
 class EngineClosedError(UsageError):
@@ -42,16 +67,42 @@ class Timed(Generic[T]):
     compute_s: float
 
 
-class _Work:
-    """A job on its way from the event loop to the engine's thread and back.
+class StepTask(Protocol[T_co]):
+    """One step of a session, as the engine needs it."""
 
-    `claim` is taken once, by the engine to run the job or by its caller to withdraw it. All else but `run`
-    and `queued_at` belongs to the event loop's thread.
+    @property
+    def stage(self) -> Stage:
+        """What it runs on."""
+
+    @property
+    def client(self) -> str:
+        """For whom it is; clients are served alike, however many sessions they have."""
+
+    @property
+    def session(self) -> Hashable:
+        """What tells its session from others."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and tokens."""
+
+    def begin(self) -> StepPart:
+        """On the engine's thread, before its first turn: all of the step. What it raises ends the step."""
+
+    def finish(self, output: Tensor) -> T_co:
+        """On the engine's thread, after its last turn; `output` is [rows, tokens, hidden]."""
+
+
+class _Work:
+    """Something on its way from the event loop to the engine's thread and back.
+
+    `claim` is taken once, by the engine to begin or by its caller to withdraw it. `ended`, `done` and `after`
+    belong to the event loop's thread.
     """
 
-    def __init__(self, run: Callable[[], Any]) -> None:
-        self.run = run
+    def __init__(self) -> None:
         self.claim = threading.Lock()
+        self.given_up = False
         self.loop = asyncio.get_running_loop()
         self.done: asyncio.Future[Timed[Any]] = self.loop.create_future()
         self.ended = False
@@ -76,7 +127,7 @@ class _Work:
             self.done.set_result(value)
 
     async def wait_until_ended(self) -> None:
-        """Wait for the end of a job that runs, whatever happens to the one who waits."""
+        """Wait for the end of what runs, whatever happens to the one who waits."""
         with anyio.CancelScope(shield=True):
             while not self.ended:
                 if self.after is None or self.after.done():
@@ -85,16 +136,85 @@ class _Work:
                     await self.after
 
 
-class Engine:
-    """A thread that runs jobs one after another, the smallest priority number first, else in order.
+class _Job(_Work):
+    def __init__(self, run: Callable[[], Any], priority: int) -> None:
+        super().__init__()
+        self.run = run
+        self.bulk = priority == BULK
 
-    A job that is cancelled before its turn is skipped. One that runs is finished, and its result dropped; its
-    caller is held until then, so that whatever the job uses is in use for no longer than `run` takes.
+
+class _Step(_Work):
+    """A step and how far it has come. All but what a `_Work` has belongs to the engine's thread."""
+
+    def __init__(self, task: StepTask[Any]) -> None:
+        super().__init__()
+        self.task = task
+        self.rows, self.tokens = task.shape
+        self.decode = self.tokens <= DECODE_TOKENS
+        self.passed_over = 0
+        self.tokens_done = 0
+        self.whole: StepPart | None = None
+        self.past = 0
+        self.outputs: list[Tensor] = []
+        self.started_at = 0.0
+
+    def begin(self) -> None:
+        self.started_at = time.perf_counter()
+        self.whole = self.task.begin()
+        self.past = self.whole.cache.tokens
+
+    def chunk(self, tokens: int) -> StepPart:
+        """The next so many tokens of it."""
+        whole = self.whole
+        assert whole is not None
+        start, stop = self.tokens_done, self.tokens_done + tokens
+        if (start, stop) == (0, self.tokens):
+            return whole
+        mask, positions = whole.attention_mask, whole.position_ids
+        return StepPart(
+            whole.hidden[:, start:stop],
+            whole.cache,
+            None if mask is None else mask[:, : self.past + stop],
+            None if positions is None else positions[:, start:stop],
+        )
+
+    def advance(self, output: Tensor) -> bool:
+        """Take the output of a chunk; returns whether it was the last."""
+        self.outputs.append(output)
+        self.tokens_done += output.shape[1]
+        return self.tokens_done == self.tokens
+
+    def finish(self) -> Timed[Any]:
+        output = self.outputs[0] if len(self.outputs) == 1 else torch.cat(self.outputs, dim=1)
+        value = self.task.finish(output)
+        return Timed(value, self.started_at - self.queued_at, time.perf_counter() - self.started_at)
+
+    def undo(self) -> None:
+        """A step is done as a whole or not at all."""
+        if self.whole is not None:
+            self.whole.cache.rewind(self.past)
+
+
+class Engine:
+    """A thread that runs steps and jobs.
+
+    What is cancelled before its turn is skipped. A job that runs is finished, and its result dropped; of a
+    step the present chunk is. The caller is held until then, so that whatever it lent is in use for no longer
+    than its call takes.
     """
 
-    def __init__(self, name: str = "cpu") -> None:
-        self._jobs: tuple[deque[_Work], ...] = (deque(), deque())
-        self._bell: queue.SimpleQueue[bool] = queue.SimpleQueue()  # a ring per job; false: no more will come
+    def __init__(
+        self, name: str = "cpu", *, prefill_chunk_tokens: int = 512, decode_slowdown: float = 1.9
+    ) -> None:
+        """Args: prefill_chunk_tokens, decode_slowdown: the scheduler's `Limits`."""
+        self._limits = Limits(prefill_chunk_tokens, decode_slowdown)
+        self._times = StepTimes()
+        self._fair = FairShares()
+        self._decoders = Decoders()
+        self._passed_over = {False: 0, True: 0}  # turns that interactive and bulk jobs have waited for
+        # In order of arrival. Both threads add and remove single entries, which a dict lets them.
+        self._works: dict[_Work, None] = {}
+        self._bell: queue.SimpleQueue[bool] = queue.SimpleQueue()  # a ring per work; false: no more will come
         self._closed = False
         self._lock = threading.Lock()  # nothing may slip in behind the ring that ends the thread
         self._thread = threading.Thread(target=self._run, name=f"swarmkit-engine-{name}", daemon=True)
@@ -102,71 +222,213 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Jobs in the queue."""
-        return sum(len(jobs) for jobs in self._jobs)
+        """Steps and jobs that have not begun."""
+        return sum(not work.claim.locked() for work in list(self._works))
 
     async def run(self, job: Callable[[], T], priority: int = INTERACTIVE) -> Timed[T]:
-        """Run `job` on the engine's thread and wait for it.
+        """Run `job` on the engine's thread, by itself, and wait for it.
 
         Raises:
             EngineClosedError: the engine has been closed. Whatever the job raises is raised here too.
         """
-        work = _Work(job)
+        return await self._submit(_Job(job, priority))
+
+    async def step(self, task: StepTask[T]) -> Timed[T]:
+        """Run a step, perhaps together with others', and wait for it.
+
+        Its session has no other step meanwhile. Whether it fails or is cancelled, the session's cache holds
+        afterwards what it held after `task.begin()`.
+
+        Raises:
+            EngineClosedError: the engine has been closed. Whatever the step raises is raised here too.
+        """
+        return await self._submit(_Step(task))
+
+    async def _submit(self, work: _Work) -> Timed[Any]:
         with self._lock:
             if self._closed:
                 raise _closed()
-            self._jobs[priority].append(work)
+            self._works[work] = None
             self._bell.put(True)
         try:
             return await work.done
         except asyncio.CancelledError:
-            if not work.claim.acquire(blocking=False):
+            work.given_up = True
+            if work.claim.acquire(blocking=False):
+                self._works.pop(work, None)
+            else:
                 await work.wait_until_ended()
             raise
 
     def close(self) -> None:
-        """Finish the job that runs, refuse the ones that wait, end the thread. May be called twice."""
+        """Finish the job or chunk that runs, refuse what waits, end the thread. May be called twice."""
         with self._lock:
             if not self._closed:
                 self._closed = True
-                for jobs in self._jobs:
-                    while jobs:
-                        work = jobs.popleft()
-                        if work.claim.acquire(blocking=False):
-                            work.settle(None, _closed())
+                for work in list(self._works):
+                    if work.claim.acquire(blocking=False):
+                        self._settle(work, None, _closed())
                 self._bell.put(False)
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    # ------------------------------------------------------------------ on the engine's thread
 
     def _run(self) -> None:
         # torch learns how many threads it may use in each thread at its first parallel loop; matrix products
         # before that would use another number, and differ in their last bits from all later ones.
         torch.get_num_threads()
-        while self._bell.get():
-            self._run_next()
+        timeout: float | None = None
+        while self._hear(timeout):
+            timeout = 0.0
+            while timeout == 0 and not self._closed:
+                timeout = self._run_turn()
+        for work in list(self._works):
+            if isinstance(work, _Step) and work.whole is not None:
+                self._fail(work, _closed())
 
-    def _run_next(self) -> None:
-        """Run one job.
+    def _hear(self, timeout: float | None) -> bool:
+        """Wait for the bell, but no longer than that; false: no more will come."""
+        try:
+            return self._bell.get(timeout=timeout)
+        except queue.Empty:
+            return True
 
-        A function of its own, so that nothing of a job (tensors, mostly) is held while waiting for the next.
+    def _run_turn(self) -> float | None:
+        """Schedule, run, settle. Returns how long to wait for something new; None: until it comes.
+
+        A function of its own, so that nothing of a step (tensors, mostly) is held while waiting for the next.
         """
-        work = self._next()
-        if work is None or not work.claim.acquire(blocking=False):
+        if not self._works:
+            return None
+        steps, jobs = self._take_stock()
+        turn = self._schedule(steps, jobs)
+        if turn is None:
+            return None
+        if turn == Turn():
+            return _PAUSE_S
+        for step in steps:
+            step.passed_over += 1
+        for bulk in {job.bulk for job in jobs}:
+            self._passed_over[bulk] += 1
+        if turn.job is not None:
+            self._run_job(jobs[turn.job])
+        else:
+            self._run_forward([(steps[share.key], share.tokens) for share in turn.shares])
+        return 0.0
+
+    def _take_stock(self) -> tuple[list[_Step], list[_Job]]:
+        steps, jobs = [], []
+        for work in list(self._works):
+            if work.given_up:
+                # What has not begun is withdrawn by its caller.
+                if isinstance(work, _Step) and work.whole is not None:
+                    self._fail(work, asyncio.CancelledError())
+            elif isinstance(work, _Step):
+                steps.append(work)
+            elif isinstance(work, _Job):
+                jobs.append(work)
+        return steps, jobs
+
+    def _schedule(self, steps: list[_Step], jobs: list[_Job]) -> Turn | None:
+        now = time.perf_counter()
+        served = self._fair.of_present(step.task.client for step in steps)
+        for step in steps:
+            if not step.decode:
+                self._decoders.leave(step.task.session)
+        return next_turn(
+            [
+                WaitingStep(
+                    key,
+                    served[step.task.client],
+                    step.rows,
+                    step.tokens - step.tokens_done,
+                    step.decode,
+                    now - step.queued_at,
+                    step.passed_over,
+                )
+                for key, step in enumerate(steps)
+            ],
+            [WaitingJob(key, job.bulk, self._passed_over[job.bulk]) for key, job in enumerate(jobs)],
+            self._decoders.expected(now, {step.task.session for step in steps}),
+            self._times,
+            self._limits,
+        )
+
+    def _run_job(self, job: _Job) -> None:
+        self._passed_over[job.bulk] = 0
+        if not job.claim.acquire(blocking=False):
             return
         started = time.perf_counter()
         try:
-            value = work.run()
+            value = job.run()
         except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
-            work.settle(None, error)
+            self._settle(job, None, error)
         else:
             ended = time.perf_counter()
-            work.settle(Timed(value, started - work.queued_at, ended - started), None)
+            self._settle(job, Timed(value, started - job.queued_at, ended - started), None)
 
-    def _next(self) -> _Work | None:
-        for jobs in self._jobs:
-            with contextlib.suppress(IndexError):  # empty, or emptied by `close`
-                return jobs.popleft()
-        return None
+    def _run_forward(self, shares: Sequence[tuple[_Step, int]]) -> None:
+        """One forward pass (for each stage, if there are several) over the next tokens of some steps."""
+        by_stage: dict[Stage, list[tuple[_Step, int]]] = {}
+        for step, tokens in shares:
+            if step.whole is not None or self._begin(step):
+                by_stage.setdefault(step.task.stage, []).append((step, tokens))
+        for stage, group in by_stage.items():
+            started = time.perf_counter()
+            try:
+                results = self._forward(stage, [step.chunk(tokens) for step, tokens in group])
+            except BaseException as error:  # noqa: BLE001 - it is raised where the steps were asked for
+                for step, _ in group:
+                    self._fail(step, error)
+                continue
+            total = sum(step.rows * tokens for step, tokens in group)
+            self._times.learn(total, time.perf_counter() - started)
+            for (step, tokens), result in zip(group, results, strict=True):
+                step.passed_over = 0
+                self._fair.serve(step.task.client, step.rows * tokens)
+                self._advance(step, result)
+
+    def _forward(self, stage: Stage, parts: list[StepPart]) -> list[Tensor | Exception]:
+        results = stage.forward_many(parts)
+        if stage.device.type != "cpu":
+            torch.accelerator.synchronize(stage.device)  # else a chunk without a reply seems to take no time
+        return results
+
+    def _begin(self, step: _Step) -> bool:
+        """Whether the step may run: it was not withdrawn, and nothing is wrong with it."""
+        if not step.claim.acquire(blocking=False):
+            return False
+        try:
+            step.begin()
+        except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
+            self._settle(step, None, error)
+            return False
+        return True
+
+    def _advance(self, step: _Step, result: Tensor | Exception) -> None:
+        if isinstance(result, Exception):
+            self._fail(step, result)
+            return
+        if not step.advance(result):
+            return
+        try:
+            timed = step.finish()
+        except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
+            self._fail(step, error)
+            return
+        if step.decode:
+            tokens, now = step.rows * step.tokens, time.perf_counter()
+            self._decoders.decoded(step.task.session, tokens, step.queued_at, now)
+        self._settle(step, timed, None)
+
+    def _fail(self, step: _Step, error: BaseException) -> None:
+        step.undo()
+        self._settle(step, None, error)
+
+    def _settle(self, work: _Work, value: Timed[Any] | None, error: BaseException | None) -> None:
+        self._works.pop(work, None)
+        work.settle(value, error)
 
 
 def _closed() -> EngineClosedError:

@@ -1,0 +1,343 @@
+"""What the device does next: which steps' tokens go through the next forward pass, or which job runs.
+
+Decisions only, over plain data; the engine does them. In this order:
+
+1. every step of few tokens (a *decode* step: somebody watches them appear), up to a cap;
+2. beside them as many tokens of longer steps (*prefill*) as leave the decode steps within their time;
+3. a job, when there is no step, or when it has been passed over often enough.
+
+Among equals the client that has been served least comes first, and whatever has been passed over too often
+comes before everything of its kind, so that nobody starves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+DECODE_TOKENS = 16
+"""A step of at most so many tokens per row is a decode step, also with a draft's tokens; it is never cut."""
+
+MOST_DECODE_TOKENS = 256
+"""Tokens of decode steps in one forward pass."""
+
+_PATIENCE = 16
+"""Who has been passed over so many times is next."""
+_LEAST_CHUNK_TOKENS = 4
+"""Of prefill beside decode steps: less would cost nearly as much."""
+
+
+@dataclass(frozen=True)
+class WaitingStep:
+    """A step, or what is left of it."""
+
+    key: int
+    client_served: float
+    """Tokens that its client has been served so far, over all its sessions."""
+    rows: int
+    tokens: int
+    """Per row, still to run."""
+    decode: bool
+    waited_s: float
+    """Since it came."""
+    passed_over: int
+    """Turns since it came, or was last part of one."""
+
+
+@dataclass(frozen=True)
+class WaitingJob:
+    """Something that runs by itself, for as long as it takes."""
+
+    key: int
+    bulk: bool
+    passed_over: int
+    """Turns that jobs of its kind have waited for since one of them was run."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """So many tokens (per row) of a step."""
+
+    key: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the device does next: one job, or one forward pass over shares of some steps.
+
+    Neither is a pause: there is something to do, but others' decode steps are expected too soon for that.
+    """
+
+    shares: tuple[Share, ...] = ()
+    job: int | None = None
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The next decode steps of those who decode at present, and are elsewhere just now."""
+
+    arrivals: tuple[tuple[float, int], ...] = ()
+    """Seconds until each comes, the first one first, and its tokens. Below 0: it is overdue; infinity: so
+    long that nobody should wait for it."""
+
+    @property
+    def tokens(self) -> int:
+        """In all of them."""
+        return sum(tokens for _, tokens in self.arrivals)
+
+    @property
+    def in_s(self) -> float:
+        """Until the first of them."""
+        return self.arrivals[0][0] if self.arrivals else math.inf
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far prefill may go."""
+
+    chunk_tokens: int
+    """At most so many tokens of prefill in one forward pass (rows x tokens)."""
+    decode_slowdown: float
+    """While somebody decodes, a forward pass may take so many times as long as without prefill."""
+
+
+def next_turn(
+    steps: Sequence[WaitingStep],
+    jobs: Sequence[WaitingJob],
+    expected: Expected,
+    times: StepTimes,
+    limits: Limits,
+) -> Turn | None:
+    """What to do next; None: there is nothing to do.
+
+    Args:
+        steps, jobs: all that waits, in order of arrival.
+        expected: the steps of those who decode, and do not wait now.
+        times: how long forward passes take.
+    """
+    due = [job for job in jobs if not steps or job.passed_over >= (_PATIENCE if job.bulk else 1)]
+    if due:
+        return Turn(job=min(due, key=lambda job: (job.passed_over < _PATIENCE, job.bulk)).key)
+    shares: list[Share] = []
+    tokens, waited_s = 0, 0.0
+    for step in sorted((step for step in steps if step.decode), key=_order):
+        if shares and tokens + step.rows * step.tokens > MOST_DECODE_TOKENS:
+            continue
+        shares.append(Share(step.key, step.tokens))
+        tokens += step.rows * step.tokens
+        waited_s = max(waited_s, step.waited_s)
+    prefills = sorted((step for step in steps if not step.decode), key=_order)
+    if shares and not prefills and _worth_waiting(tokens, waited_s, expected, times):
+        return Turn()
+    if prefills:
+        starving = max(step.passed_over for step in prefills) > 0
+        if shares:
+            budget = _prefill_beside(tokens, waited_s, starving, times, limits)
+        else:
+            budget = _prefill_before(expected, times, limits)
+        for step in prefills:
+            # The first goes on by a token even if its rows are more than the budget.
+            chunk = min(step.tokens, budget // step.rows or (budget > 0 and step is prefills[0]))
+            if chunk:
+                shares.append(Share(step.key, chunk))
+                budget -= chunk * step.rows
+    return Turn(tuple(shares)) if steps else None
+
+
+def _worth_waiting(tokens: int, waited_s: float, expected: Expected, times: StepTimes) -> bool:
+    """Whether decode steps had better wait a little for others, and run together with them.
+
+    The outputs of a pass leave one after the other, and come to the next server so. If the first one's step
+    began there at once, all others would wait for it, and so it would go on, round after round. So a step
+    waits for at most half of what running together saves, or, for more than there is of it, as long as it
+    takes by itself, if the device then does more in the same time.
+    """
+    alone_s = times.of(tokens)
+    more = 0
+    for in_s, its_tokens in expected.arrivals:
+        more += its_tokens
+        together_s = times.of(tokens + more)
+        half_s = (alone_s + times.of(more) - together_s) / 2
+        if -half_s < in_s < half_s - waited_s:
+            return True
+        ready_s = max(in_s, 0.0)
+        soon = -alone_s / 2 < in_s and ready_s + waited_s < alone_s
+        faster = (tokens + more) / (ready_s + together_s) > tokens / alone_s if alone_s else False
+        if more > tokens and soon and faster:
+            return True
+    return False
+
+
+def _prefill_beside(tokens: int, waited_s: float, starving: bool, times: StepTimes, limits: Limits) -> int:
+    """Tokens of prefill beside `tokens` of decode steps, which have waited for `waited_s`.
+
+    So many that the decode steps are done within the slowdown's time, counted from when they came. Where they
+    have used that up by waiting, none, but not twice in a row.
+    """
+    allowed_s = limits.decode_slowdown * times.of(tokens) - waited_s
+    fitting = times.tokens_within(allowed_s) - tokens
+    if fitting < _LEAST_CHUNK_TOKENS:
+        fitting = _LEAST_CHUNK_TOKENS if starving else 0
+    return min(fitting, limits.chunk_tokens)
+
+
+def _prefill_before(expected: Expected, times: StepTimes, limits: Limits) -> int:
+    """Tokens of prefill when no decode step is waiting.
+
+    A whole chunk when nobody decodes. Else so many that they are done before the next decode step comes, and
+    within the slowdown's time should it come earlier.
+    """
+    if not expected.tokens:
+        return limits.chunk_tokens
+    fitting = times.tokens_within(min(expected.in_s, limits.decode_slowdown * times.of(expected.tokens)))
+    if fitting < _LEAST_CHUNK_TOKENS:
+        fitting = _LEAST_CHUNK_TOKENS if times.of(_LEAST_CHUNK_TOKENS) <= expected.in_s else 0
+    return min(fitting, limits.chunk_tokens)
+
+
+def _order(step: WaitingStep) -> tuple[bool, float]:
+    return step.passed_over < _PATIENCE, step.client_served
+
+
+@dataclass
+class FairShares:
+    """Tokens that each client has been served, such that being away saves nothing up.
+
+    Who comes (back) starts from what the least served of those present has had: else a newcomer would take
+    everything until it had caught up with people who have been here for hours. When nobody has stayed, nobody
+    had to wait, and all begin anew.
+    """
+
+    _served: dict[str, float] = field(default_factory=dict)
+    _present: set[str] = field(default_factory=set)
+
+    def of_present(self, clients: Iterable[str]) -> dict[str, float]:
+        """What each of those has been served who want something now."""
+        now = set(clients)
+        stayed = now & self._present
+        self._present = now
+        if not stayed:
+            self._served = dict.fromkeys(now, 0.0)
+            return self._served.copy()
+        floor = min(self._served[client] for client in stayed)
+        for client in now - stayed:
+            self._served[client] = max(self._served.get(client, 0.0), floor)
+        if len(self._served) > 64 + 2 * len(now):
+            # Who has had less than all who are here would be given the floor anyway.
+            kept = self._served.items()
+            self._served = {client: served for client, served in kept if client in now or served > floor}
+        return {client: self._served[client] for client in now}
+
+    def serve(self, client: str, tokens: int) -> None:
+        """These tokens were run for a client."""
+        self._served[client] = self._served.get(client, 0.0) + tokens
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """When a session ran its latest decode step, how long it stays away between two, and their size."""
+
+    done: float
+    away_s: float | None
+    tokens: int
+
+
+class Decoders:
+    """Who decodes at present, though he may be elsewhere: at other servers, or choosing his next token.
+
+    A prefill chunk that begins meanwhile is what he would find himself waiting for when he is back. That is
+    expected after as long as it usually takes; who is away for much longer has left.
+    """
+
+    _WEIGHT = 0.25  # of the latest time away
+    _TIMES_AWAY = 4
+    _LEAST_S, _MOST_S = 0.1, 2.0
+
+    def __init__(self) -> None:
+        self._sessions: dict[Hashable, _Decoder] = {}
+
+    def decoded(self, session: Hashable, tokens: int, came: float, done: float) -> None:
+        """A session has run a decode step of so many tokens."""
+        last = self._sessions.get(session)
+        away_s = None
+        if last is not None:
+            away_s = came - last.done
+            if last.away_s is not None:
+                away_s = last.away_s + self._WEIGHT * (away_s - last.away_s)
+        self._sessions[session] = _Decoder(done, away_s, tokens)
+
+    def leave(self, session: Hashable) -> None:
+        """A session does something else."""
+        self._sessions.pop(session, None)
+
+    def expected(self, now: float, here: Container[Hashable] = ()) -> Expected:
+        """The steps of those who are not here."""
+        self._sessions = {key: one for key, one in self._sessions.items() if now < self._left(one)}
+        away = (one for key, one in self._sessions.items() if key not in here)
+        return Expected(tuple(sorted((self._back_in(one, now), one.tokens) for one in away)))
+
+    def _left(self, one: _Decoder) -> float:
+        usual = self._MOST_S if one.away_s is None else self._TIMES_AWAY * one.away_s
+        return one.done + min(max(usual, self._LEAST_S), self._MOST_S)
+
+    def _back_in(self, one: _Decoder, now: float) -> float:
+        away_s = one.away_s or 0.0
+        in_s = one.done + away_s - now
+        # Waiting for him is worth as long again; then the prefill goes on.
+        return in_s if in_s > -away_s else math.inf
+
+
+class StepTimes:
+    """How long a forward pass over n tokens takes, learnt from those that have been.
+
+    Near a + b x n: reading the weights takes a, whatever n is. But only near (few rows of a matrix may take
+    another way through a processor than many), so that there is a running mean for each power of two, and
+    straight lines between. Old measurements fade: caches grow, and others use the machine.
+    """
+
+    _WEIGHT = 0.25  # of a new measurement
+
+    def __init__(self) -> None:
+        self._means: dict[int, tuple[float, float]] = {}  # by power of two: tokens and seconds
+
+    def learn(self, tokens: int, seconds: float) -> None:
+        """A forward pass over so many tokens took so long."""
+        power = tokens.bit_length()
+        old = self._means.get(power)
+        if old is None:
+            self._means[power] = float(tokens), seconds
+        else:
+            self._means[power] = (
+                old[0] + self._WEIGHT * (tokens - old[0]),
+                # One that was held up by something else is not to be believed at once.
+                old[1] + self._WEIGHT * (min(seconds, 4 * old[1]) - old[1]),
+            )
+
+    def of(self, tokens: float) -> float:
+        """Seconds for so many tokens; 0 before anything was measured.
+
+        For fewer than were ever measured it is less than it will be, lest somebody's first decode step be
+        taken for as long as the long prompt that came before it.
+        """
+        points = sorted(self._means.values())
+        if not points:
+            return 0.0
+        if tokens <= points[0][0]:
+            return points[0][1] * tokens / points[0][0]
+        if tokens >= points[-1][0]:
+            return points[-1][1] * tokens / points[-1][0]
+        right = next(index for index, point in enumerate(points) if point[0] >= tokens)
+        (low, low_s), (high, high_s) = points[right - 1 : right + 1]
+        return low_s + (high_s - low_s) * (tokens - low) / (high - low)
+
+    def tokens_within(self, seconds: float) -> int:
+        """How many tokens fit into so much time; 0 if not one does, or nothing was measured."""
+        low, high = 0, 1
+        while high < 2**20 and 0 < self.of(high) <= seconds:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.of(middle) <= seconds else (low, middle)
+        return low

@@ -1,0 +1,484 @@
+"""What runs next: decode first, prefill in the time that is left, everybody in the end."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, replace
+
+import pytest
+
+from swarmkit.server.scheduler import (
+    MOST_DECODE_TOKENS,
+    Decoders,
+    Expected,
+    FairShares,
+    Limits,
+    Share,
+    StepTimes,
+    Turn,
+    WaitingJob,
+    WaitingStep,
+    next_turn,
+)
+
+NOBODY = Expected()
+LIMITS = Limits(chunk_tokens=512, decode_slowdown=2.0)
+READING_S, TOKEN_S = 0.020, 0.001
+"""A forward pass over n tokens takes READING_S + n x TOKEN_S, unless a test says otherwise."""
+
+
+def times_learnt() -> StepTimes:
+    times = StepTimes()
+    for tokens in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
+        times.learn(tokens, READING_S + tokens * TOKEN_S)
+    return times
+
+
+TIMES = times_learnt()
+
+
+def decode(key: int = 0, served: float = 0, rows: int = 1, tokens: int = 1, **more: object) -> WaitingStep:
+    return replace(WaitingStep(key, served, rows, tokens, True, 0.0, 0), **more)  # type: ignore[arg-type]
+
+
+def prefill(
+    key: int = 0, tokens: int = 4096, served: float = 0, rows: int = 1, **more: object
+) -> WaitingStep:
+    return replace(WaitingStep(key, served, rows, tokens, False, 0.0, 0), **more)  # type: ignore[arg-type]
+
+
+def turn_of(
+    *steps: WaitingStep, jobs: tuple[WaitingJob, ...] = (), expected: Expected = NOBODY
+) -> Turn | None:
+    return next_turn(steps, jobs, expected, TIMES, LIMITS)
+
+
+def tokens_for(key: int, turn: Turn | None) -> int:
+    assert turn is not None
+    return sum(share.tokens for share in turn.shares if share.key == key)
+
+
+# what goes together
+
+
+def test_nothing_to_do() -> None:
+    assert turn_of() is None
+
+
+def test_all_decode_steps_go_together() -> None:
+    turn = turn_of(decode(0), decode(1, rows=3), decode(2, tokens=5))
+    assert turn == Turn((Share(0, 1), Share(1, 1), Share(2, 5)))
+
+
+def test_decode_steps_go_together_up_to_a_cap() -> None:
+    turn = turn_of(*(decode(key, rows=MOST_DECODE_TOKENS // 2) for key in range(3)))
+    assert turn is not None
+    assert [share.key for share in turn.shares] == [0, 1]
+
+
+def test_a_decode_step_beyond_the_cap_runs_all_the_same() -> None:
+    assert turn_of(decode(rows=10 * MOST_DECODE_TOKENS)) == Turn((Share(0, 1),))
+
+
+def test_those_served_least_come_first_when_not_all_fit() -> None:
+    rows = MOST_DECODE_TOKENS // 2
+    turn = turn_of(*(decode(key, served=served, rows=rows) for key, served in enumerate([7, 3, 5])))
+    assert turn is not None
+    assert [share.key for share in turn.shares] == [1, 2]
+
+
+# waiting for each other
+
+
+def test_a_decode_step_waits_for_one_that_is_about_to_come() -> None:
+    assert turn_of(decode(), expected=Expected(((READING_S / 4, 1),))) == Turn()
+
+
+def test_a_decode_step_waits_a_little_for_one_that_is_overdue() -> None:
+    assert turn_of(decode(), expected=Expected(((-READING_S / 4, 1),))) == Turn()
+
+
+@pytest.mark.parametrize("in_s", [0.6 * READING_S, -0.6 * READING_S, math.inf])
+def test_a_decode_step_does_not_wait_for_what_is_far(in_s: float) -> None:
+    assert turn_of(decode(), expected=Expected(((in_s, 1),))) == Turn((Share(0, 1),))
+
+
+def test_a_decode_step_does_not_wait_twice() -> None:
+    waited = decode(waited_s=READING_S / 2)
+    assert turn_of(waited, expected=Expected(((READING_S / 4, 1),))) == Turn((Share(0, 1),))
+
+
+def test_one_waits_for_many_that_come_while_it_would_run() -> None:
+    assert turn_of(decode(), expected=Expected(((0.8 * READING_S, 8),))) == Turn()
+
+
+def test_many_do_not_wait_for_one_that_comes_while_they_would_run() -> None:
+    assert turn_of(decode(rows=8), expected=Expected(((0.8 * READING_S, 1),))) == Turn((Share(0, 1),))
+
+
+def test_nobody_waits_where_a_pass_of_two_takes_as_long_as_two_passes() -> None:
+    times = StepTimes()
+    for tokens in (1, 2, 4):
+        times.learn(tokens, tokens * READING_S)
+    turn = next_turn([decode()], [], Expected(((0.001, 1),)), times, LIMITS)
+    assert turn == Turn((Share(0, 1),))
+
+
+# how much prefill
+
+
+def test_prefill_goes_in_whole_chunks_when_nobody_decodes() -> None:
+    assert turn_of(prefill(tokens=4096)) == Turn((Share(0, 512),))
+
+
+def test_a_prefill_that_is_shorter_than_a_chunk_leaves_room_for_the_next() -> None:
+    assert turn_of(prefill(0, 400), prefill(1, 400)) == Turn((Share(0, 400), Share(1, 112)))
+
+
+def test_a_chunk_counts_the_tokens_of_all_rows() -> None:
+    assert turn_of(prefill(rows=4)) == Turn((Share(0, 128),))
+
+
+def test_more_rows_than_a_chunk_still_go_on() -> None:
+    assert turn_of(prefill(rows=1000)) == Turn((Share(0, 1),))
+
+
+def test_those_served_least_are_prefilled_first() -> None:
+    assert turn_of(prefill(0, served=9), prefill(1, served=4)) == Turn((Share(1, 512),))
+
+
+def test_beside_a_decode_step_prefill_takes_no_longer_than_the_step() -> None:
+    tokens = tokens_for(1, turn_of(decode(0), prefill(1)))
+    assert tokens == pytest.approx((READING_S + TOKEN_S) / TOKEN_S, abs=2)
+
+
+def test_before_a_decoder_is_back_prefill_takes_no_longer_than_that() -> None:
+    tokens = tokens_for(0, turn_of(prefill(0), expected=Expected(((READING_S + 10 * TOKEN_S, 1),))))
+    assert tokens == pytest.approx(10, abs=1)
+
+
+def test_until_a_decoder_is_back_prefill_goes_in_passes_of_twice_his_step_at_most() -> None:
+    tokens = tokens_for(0, turn_of(prefill(0), expected=Expected(((10.0, 1),))))
+    assert READING_S + tokens * TOKEN_S == pytest.approx(2 * (READING_S + TOKEN_S), rel=0.1)
+
+
+def test_just_before_a_decoder_is_back_prefill_pauses() -> None:
+    assert turn_of(prefill(0), expected=Expected(((TOKEN_S, 1),))) == Turn()
+
+
+def test_prefill_goes_on_when_a_decoder_is_late() -> None:
+    assert tokens_for(0, turn_of(prefill(0), expected=Expected(((math.inf, 1),)))) > 0
+
+
+def test_a_decode_step_that_has_waited_is_not_held_up_further() -> None:
+    assert turn_of(decode(0, waited_s=2 * READING_S), prefill(1)) == Turn((Share(0, 1),))
+
+
+def test_a_prefill_is_not_left_out_twice_in_a_row() -> None:
+    assert tokens_for(1, turn_of(decode(0, waited_s=2 * READING_S), prefill(1, passed_over=2))) > 0
+
+
+def test_before_anything_was_measured_prefill_beside_decode_is_careful() -> None:
+    turn = next_turn([decode(0), prefill(1, passed_over=2)], [], NOBODY, StepTimes(), LIMITS)
+    assert 0 < tokens_for(1, turn) <= 16
+
+
+# jobs
+
+
+INTERACTIVE_JOB, BULK_JOB = WaitingJob(0, bulk=False, passed_over=0), WaitingJob(1, bulk=True, passed_over=0)
+
+
+def test_a_job_runs_when_there_is_no_step() -> None:
+    assert turn_of(jobs=(BULK_JOB,)) == Turn(job=1)
+
+
+def test_an_interactive_job_runs_before_a_bulk_one() -> None:
+    assert turn_of(jobs=(BULK_JOB, INTERACTIVE_JOB)) == Turn(job=0)
+
+
+def test_a_job_lets_a_step_go_first() -> None:
+    assert turn_of(decode(), jobs=(BULK_JOB, INTERACTIVE_JOB)) == Turn((Share(0, 1),))
+
+
+def test_an_interactive_job_runs_between_two_steps() -> None:
+    assert turn_of(decode(), jobs=(replace(INTERACTIVE_JOB, passed_over=1),)) == Turn(job=0)
+
+
+def test_a_bulk_job_does_not_wait_for_ever() -> None:
+    jobs = (replace(BULK_JOB, passed_over=100), replace(INTERACTIVE_JOB, passed_over=1))
+    assert turn_of(decode(), jobs=jobs) == Turn(job=1)
+
+
+# nobody starves
+
+
+@dataclass
+class Work:
+    """A step or a job of a simulated client."""
+
+    client: str
+    rows: int
+    left: int
+    decode: bool
+    arrived: float
+    job: bool = False
+    passed_over: int = 0
+    gaps: int = 0
+    """The most turns that it was passed over in a row."""
+
+
+class Simulation:
+    """A device on which time passes as the model of `TIMES` says, and clients that come at random."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.now = 0.0
+        self.waiting: list[Work] = []
+        self.finished: list[Work] = []
+        self.fair = FairShares()
+        self.times = StepTimes()
+        self.bulk_passed_over = 0
+
+    def arrive(self) -> None:
+        """One more piece of work, of any kind."""
+        client = f"client {min(int(self.random.expovariate(0.5)), 9)}"  # some want far more than others
+        kind = self.random.choices(["decode", "prefill", "job"], [8, 2, 1])[0]
+        tokens = {"decode": self.random.randint(1, 16), "prefill": self.random.randint(17, 2000), "job": 0}[
+            kind
+        ]
+        rows = self.random.choice([1, 1, 1, 4, 60])
+        self.waiting.append(Work(client, rows, tokens, kind == "decode", self.now, job=kind == "job"))
+
+    def turn(self) -> Turn | None:
+        steps = [work for work in self.waiting if not work.job]
+        jobs = [work for work in self.waiting if work.job]
+        served = self.fair.of_present(work.client for work in steps)
+        turn = next_turn(
+            [
+                WaitingStep(
+                    key,
+                    served[work.client],
+                    work.rows,
+                    work.left,
+                    work.decode,
+                    self.now - work.arrived,
+                    work.passed_over,
+                )
+                for key, work in enumerate(steps)
+            ],
+            [WaitingJob(key, True, self.bulk_passed_over) for key, _ in enumerate(jobs)],
+            NOBODY,
+            self.times,
+            LIMITS,
+        )
+        if turn is None:
+            return None
+        for work in steps:
+            work.passed_over += 1
+            work.gaps = max(work.gaps, work.passed_over)
+        self.bulk_passed_over = 0 if turn.job is not None or not jobs else self.bulk_passed_over + 1
+        if turn.job is not None:
+            self.finish(jobs[turn.job])
+            self.now += 0.05
+            return turn
+        total = 0
+        for share in turn.shares:
+            work = steps[share.key]
+            work.left -= share.tokens
+            work.passed_over = 0
+            total += share.tokens * work.rows
+            self.fair.serve(work.client, share.tokens * work.rows)
+            if not work.left:
+                self.finish(work)
+        self.times.learn(total, READING_S + total * TOKEN_S)
+        self.now += READING_S + total * TOKEN_S
+        return turn
+
+    def finish(self, work: Work) -> None:
+        self.waiting.remove(work)
+        self.finished.append(work)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_everything_that_arrives_is_finished(seed: int) -> None:
+    world = Simulation(seed)
+    for _ in range(300):
+        world.arrive()
+        if world.random.random() < 0.8:
+            world.turn()
+    while world.turn() is not None:
+        pass
+    assert len(world.finished) == 300
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nobody_is_passed_over_without_end(seed: int) -> None:
+    world = Simulation(seed)
+    for _ in range(600):  # more comes than can be done
+        world.arrive()
+        world.arrive()
+        world.turn()
+    waited = [work.gaps for work in (*world.finished, *world.waiting) if work.decode]
+    # Its turn comes after 16 others, and then those of its kind that wait as long go before it at most.
+    assert max(waited) <= 16 + len(world.waiting)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_two_clients_get_the_same_however_many_sessions_one_has(seed: int) -> None:
+    world = Simulation(seed)
+    for _ in range(7):
+        world.waiting.append(Work("greedy", 1, 100_000, False, 0.0))
+    world.waiting.append(Work("modest", 1, 100_000, False, 0.0))
+    for _ in range(100):
+        world.turn()
+    left = {work.client: work.left for work in world.waiting}
+    assert 100_000 - left["modest"] >= 0.45 * 100 * LIMITS.chunk_tokens
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_while_somebody_decodes_a_pass_takes_about_twice_as_long_at_most(seed: int) -> None:
+    world = Simulation(seed)
+    world.times = times_learnt()
+    world.waiting.append(Work("long prompt", 1, 3000, False, 0.0))
+    took = []
+    while any(not work.decode for work in world.waiting):
+        world.waiting.append(Work("decoder", 1, 1, True, world.now))
+        before = world.now
+        world.turn()
+        took.append(world.now - before)
+    assert max(took) <= 2.1 * (READING_S + TOKEN_S)
+
+
+def test_a_long_prompt_beside_a_decoder_is_finished_in_time() -> None:
+    world = Simulation(0)
+    world.waiting.append(Work("long prompt", 1, 3000, False, 0.0))
+    turns = 0
+    while any(not work.decode for work in world.waiting):
+        if not any(work.decode for work in world.waiting):
+            world.waiting.append(Work("decoder", 1, 1, True, world.now))
+        world.turn()
+        turns += 1
+    assert turns <= 2 * 3000 * TOKEN_S / READING_S
+
+
+# shares
+
+
+def test_a_newcomer_owes_and_is_owed_nothing() -> None:
+    shares = FairShares()
+    shares.of_present(["old"])
+    shares.serve("old", 1000)
+    assert shares.of_present(["old", "new"]) == {"old": 1000, "new": 1000}
+
+
+def test_who_comes_back_still_has_what_was_taken() -> None:
+    shares = FairShares()
+    shares.of_present(["greedy", "modest"])
+    shares.serve("greedy", 1000)
+    shares.of_present(["modest"])
+    assert shares.of_present(["greedy", "modest"]) == {"greedy": 1000, "modest": 0}
+
+
+def test_when_nobody_has_stayed_all_begin_anew() -> None:
+    shares = FairShares()
+    shares.of_present(["greedy"])
+    shares.serve("greedy", 1000)
+    shares.of_present([])
+    assert shares.of_present(["greedy", "new"]) == {"greedy": 0, "new": 0}
+
+
+def test_clients_that_have_gone_are_forgotten() -> None:
+    shares = FairShares()
+    for client in range(10_000):
+        shares.of_present(["always", f"client {client}"])
+        shares.serve("always", 1)
+        shares.serve(f"client {client}", 1)
+    assert len(shares._served) < 1000
+
+
+# who decodes
+
+
+def decoders(session: str = "session") -> Decoders:
+    """A session that decodes three tokens in each step, from 10.0 to 10.1 and from 10.3 to 10.4."""
+    decoders = Decoders()
+    decoders.decoded(session, 3, came=10.0, done=10.1)
+    decoders.decoded(session, 3, came=10.3, done=10.4)
+    return decoders
+
+
+def test_a_decoder_is_expected_after_as_long_as_it_was_away() -> None:
+    expected = decoders().expected(now=10.45)
+    assert (expected.tokens, expected.in_s) == (3, pytest.approx(0.15))
+
+
+def test_a_decoder_that_is_a_little_late_is_still_expected() -> None:
+    assert decoders().expected(now=10.7).in_s == pytest.approx(-0.1)
+
+
+def test_a_decoder_that_is_here_is_not_expected() -> None:
+    assert decoders().expected(now=10.45, here={"session"}) == NOBODY
+
+
+def test_a_decoder_that_is_late_is_waited_for_no_longer() -> None:
+    assert decoders().expected(now=10.9) == Expected(((math.inf, 3),))
+
+
+def test_a_decoder_that_stays_away_has_left() -> None:
+    assert decoders().expected(now=11.3) == NOBODY
+
+
+def test_the_first_of_several_decoders_is_expected() -> None:
+    both = decoders()
+    both.decoded("other", 1, came=10.0, done=10.1)
+    both.decoded("other", 1, came=10.15, done=10.4)
+    expected = both.expected(now=10.4)
+    assert (expected.tokens, expected.in_s) == (4, pytest.approx(0.05))
+
+
+def test_a_session_that_begins_a_prefill_does_not_decode() -> None:
+    left = decoders()
+    left.leave("session")
+    assert left.expected(now=10.4) == NOBODY
+
+
+# times
+
+
+def test_times_between_two_that_were_measured_lie_between_them() -> None:
+    times = StepTimes()
+    times.learn(1, 10.0)
+    times.learn(9, 26.0)
+    assert times.of(5) == pytest.approx(18.0)
+
+
+def test_one_token_is_not_taken_for_as_long_as_the_prompt_before_it() -> None:
+    times = StepTimes()
+    times.learn(512, 1.0)
+    assert times.of(1) < 0.01
+
+
+def test_times_follow_what_is_measured() -> None:
+    times = times_learnt()
+    for _ in range(30):
+        times.learn(8, 1.0)
+    assert times.of(8) == pytest.approx(1.0, rel=0.01)
+
+
+def test_one_pass_that_was_held_up_changes_little() -> None:
+    times = times_learnt()
+    times.learn(8, 60.0)
+    assert times.of(8) < 2 * (READING_S + 8 * TOKEN_S)
+
+
+@pytest.mark.parametrize("seconds", [0.03, 0.1, 0.4])
+def test_the_tokens_within_a_time_take_just_that_time(seconds: float) -> None:
+    tokens = TIMES.tokens_within(seconds)
+    assert TIMES.of(tokens) <= seconds < TIMES.of(tokens + 1)
+
+
+def test_nothing_fits_into_no_time() -> None:
+    assert TIMES.tokens_within(0.0) == 0
+    assert StepTimes().tokens_within(1.0) == 0
