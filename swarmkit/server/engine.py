@@ -301,6 +301,9 @@ class Engine:
         """
         if not self._works:
             return None
+        if (alone := self._lone_decode_step()) is not None:
+            self._run_forward([(alone, alone.tokens)])
+            return 0.0
         steps, jobs = self._take_stock()
         turn = self._schedule(steps, jobs)
         if turn is None:
@@ -316,6 +319,16 @@ class Engine:
         else:
             self._run_forward([(steps[share.key], share.tokens) for share in turn.shares])
         return 0.0
+
+    def _lone_decode_step(self) -> _Step | None:
+        """The only work there is, if it is a token for the only one who decodes: then there is nothing to
+        schedule, and finding that out at length would be most of what the engine adds to the token's time.
+        """
+        works = list(self._works)
+        work = works[0] if len(works) == 1 else None
+        if not isinstance(work, _Step) or not work.decode or work.given_up:
+            return None
+        return work if self._decoders.nobody_but(work.task.session) else None
 
     def _take_stock(self) -> tuple[list[_Step], list[_Job]]:
         steps, jobs = [], []
@@ -382,12 +395,14 @@ class Engine:
                 for step, _ in group:
                     self._fail(step, error)
                 continue
-            total = sum(step.rows * tokens for step, tokens in group)
-            self._times.learn(total, time.perf_counter() - started)
-            for (step, tokens), result in zip(group, results, strict=True):
+            seconds = time.perf_counter() - started
+            for (step, _), result in zip(group, results, strict=True):
                 step.passed_over = 0
-                self._fair.serve(step.task.client, step.rows * tokens)
                 self._advance(step, result)
+            # Nobody waits for what is noted.
+            self._times.learn(sum(step.rows * tokens for step, tokens in group), seconds)
+            for step, tokens in group:
+                self._fair.serve(step.task.client, step.rows * tokens)
 
     def _forward(self, stage: Stage, parts: list[StepPart]) -> list[Tensor | Exception]:
         results = stage.forward_many(parts)
@@ -417,10 +432,11 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
             self._fail(step, error)
             return
-        if step.decode:
-            tokens, now = step.rows * step.tokens, time.perf_counter()
-            self._decoders.decoded(step.task.session, tokens, step.queued_at, now)
+        now = time.perf_counter()
         self._settle(step, timed, None)
+        if step.decode:
+            tokens = step.rows * step.tokens
+            self._decoders.decoded(step.task.session, tokens, step.queued_at, now)
 
     def _fail(self, step: _Step, error: BaseException) -> None:
         step.undo()

@@ -272,6 +272,10 @@ class Decoders:
         """A session does something else."""
         self._sessions.pop(session, None)
 
+    def nobody_but(self, session: Hashable) -> bool:
+        """Whether no other session decodes, as far as is known without looking at the time."""
+        return not self._sessions or (len(self._sessions) == 1 and session in self._sessions)
+
     def expected(self, now: float, here: Container[Hashable] = ()) -> Expected:
         """The steps of those who are not here."""
         self._sessions = {key: one for key, one in self._sessions.items() if now < self._left(one)}
