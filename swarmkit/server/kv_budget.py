@@ -4,15 +4,14 @@
 
     capacity = free + sum of leases        (what `audit` checks)
 
-A lease grows as its session does, a page at a time, rather than by what the session declared it might need.
+A lease grows as its session's cache does, a page at a time, rather than by what the session declared it might
+need.
 """
 
 from __future__ import annotations
 
 from swarmkit.errors import SwarmkitError
-
-PAGE_TOKENS = 32
-"""Leases grow in pages of this many tokens per row, so that most steps change nothing."""
+from swarmkit.models.cache import PAGE_TOKENS
 
 
 class CacheFullError(SwarmkitError):

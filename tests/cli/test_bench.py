@@ -18,6 +18,7 @@ def measured(*arguments: str) -> dict[str, Any]:
     return last_json(result)
 
 
+@pytest.mark.slow
 def test_decode_fits_a_line_over_the_lengths_of_the_chain() -> None:
     found = measured("decode", "--stages", "1,2", "--tokens", "8")
 
@@ -28,6 +29,7 @@ def test_decode_fits_a_line_over_the_lengths_of_the_chain() -> None:
     assert found["fit"]["base_ms"] == pytest.approx(2 * one - two, abs=0.01)
 
 
+@pytest.mark.slow
 def test_clients_are_counted_and_their_answers_are_the_local_models() -> None:
     found = measured(*("clients", "--clients", "1,3", "--stages", "1", "--tokens", "4"), "--dtype", "float32")
 
@@ -97,6 +99,7 @@ def test_a_servers_footprint_is_at_least_its_weights() -> None:
     assert found["ready_s"] > 0
 
 
+@pytest.mark.slow
 def test_people_get_a_table() -> None:
     result = run("bench", "decode", "--stages", "1", "--tokens", "8", "--rounds", "1")
 

@@ -157,7 +157,7 @@ def kill_at_answer(
     killed: list[str] = []
     killer: list[threading.Timer] = []
 
-    async def counted(stage: RemoteStage, *rest: Any) -> Any:
+    async def counted(stage: RemoteStage, *rest: Any, **more: Any) -> Any:
         nonlocal seen
         if stage.hop.start == start and stage.hop.stop == dict(STAGES)[start]:
             seen += 1
@@ -168,7 +168,7 @@ def kill_at_answer(
                 killer[0].start()
             elif seen == number + 3:
                 await anyio.to_thread.run_sync(killer[0].join)
-        return await take(stage, *rest)
+        return await take(stage, *rest, **more)
 
     monkeypatch.setattr(RemoteStage, "take", counted)
     return killed

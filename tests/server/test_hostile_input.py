@@ -59,7 +59,11 @@ async def attacker_at(server: TinyServer, attack: Attack) -> TinyClient:
 
 async def told(server: TinyServer, attack: Attack) -> Fault:
     """What the attacker hears."""
-    attacker = await attacker_at(server, attack)
+    return await strike(await attacker_at(server, attack), attack)
+
+
+async def strike(attacker: TinyClient, attack: Attack) -> Fault:
+    """The same, of one who stands ready."""
     await attacker.send_frames(*attack.frames)
     fault = await fault_of(attacker.answer())
     attacker.close()
@@ -75,7 +79,7 @@ async def seen_by_another(server: TinyServer, attack: Callable[[], Any]) -> bool
     await attack()
     outputs += [await during, await session.step(steps[2])]
     session.close()
-    return not all(map(same, outputs, alone(server.world, steps)))
+    return not all(map(torch.equal, outputs, alone(server.world, steps)))
 
 
 # the sender is told
@@ -121,8 +125,10 @@ async def test_a_large_step_that_is_refused_is_named_when_all_of_it_has_come(ser
 
 
 @each_attack
-async def test_other_sessions_go_on_as_if_nothing_were(server: TinyServer, attack: Attack) -> None:
-    assert not await seen_by_another(server, lambda: told(server, attack))
+async def test_other_sessions_go_on_bit_equal(server: TinyServer, attack: Attack) -> None:
+    # Ready before: lawful steps of several sessions may run together, and are then equal but for rounding.
+    attacker = await attacker_at(server, attack)
+    assert not await seen_by_another(server, lambda: strike(attacker, attack))
 
 
 @pytest.mark.parametrize("attack", [a for a in STEPPING if a.code not in FATAL], ids=str)
@@ -196,8 +202,9 @@ async def test_a_machine_that_dies_leaves_nothing(server: TinyServer, ending: st
 
 @pytest.mark.parametrize("ending", ENDINGS)
 async def test_other_sessions_do_not_notice_a_stream_that_is_cut_off(server: TinyServer, ending: str) -> None:
+    attacker = await attacker_at(server, STEPPING[0])
+
     async def attack() -> None:
-        attacker = await attacker_at(server, STEPPING[0])
         await attacker.send_frames(*ENDINGS[ending])
         attacker.close()
 
@@ -307,7 +314,8 @@ async def test_the_sender_is_told_over_libp2p_as_well(far_server: TinyServer, at
 @over_libp2p
 @pytest.mark.parametrize("attack", CORE, ids=str)
 async def test_others_do_not_notice_over_libp2p(far_server: TinyServer, attack: Attack) -> None:
-    assert not await seen_by_another(far_server, lambda: told(far_server, attack))
+    attacker = await attacker_at(far_server, attack)
+    assert not await seen_by_another(far_server, lambda: strike(attacker, attack))
     await far_server.empty()
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmkit.server.kv_budget import PAGE_TOKENS, CacheFullError, KVBudget
+from swarmkit.models.cache import PAGE_TOKENS
+from swarmkit.server.kv_budget import CacheFullError, KVBudget
 
 PAGE = PAGE_TOKENS  # bytes, at one byte for a token
 

@@ -80,8 +80,8 @@ def of_a_swarm(swarm: LocalSwarm) -> Census:
 def settled(census: Callable[[], Census]) -> Census:
     """The census once nobody is there and it has stayed the same for a while."""
     seen = [census()]
-    while len(seen) < 8 or len(set(seen[-8:])) > 1 or seen[-1].sessions:
-        time.sleep(0.01)
+    while len(seen) < 15 or len(set(seen[-15:])) > 1 or seen[-1].sessions:
+        time.sleep(0.03)
         seen.append(census())
     return seen[-1]
 

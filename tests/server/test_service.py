@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from swarmkit.errors import PeerUnreachableError
+from swarmkit.models.cache import PAGE_TOKENS
 from swarmkit.net.messages import AskInfo, Info, Open, Opened, StepDone
-from swarmkit.server.kv_budget import PAGE_TOKENS
 
 from .worlds import (
     HIDDEN,
