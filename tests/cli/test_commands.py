@@ -29,7 +29,7 @@ def run(*arguments: str, stdin: str = "", mark: str = "") -> subprocess.Complete
         text=True,
         timeout=TIMEOUT_S,
         check=False,
-        env=dict(os.environ, SWARMKIT_TEST_MARK=mark),
+        env=dict(os.environ, SWARMKIT_TEST_MARK=mark, HF_HUB_OFFLINE="1"),
     )
 
 

@@ -70,7 +70,11 @@ async def strike(attacker: TinyClient, attack: Attack) -> Fault:
     return fault
 
 
-async def seen_by_another(server: TinyServer, attack: Callable[[], Any]) -> bool:
+async def seen_by_another(
+    server: TinyServer,
+    attack: Callable[[], Any],
+    equal: Callable[[torch.Tensor, torch.Tensor], bool] = torch.equal,
+) -> bool:
     """Whether a session in whose midst the attack falls is disturbed."""
     steps = [hidden_states(1, 3, 5), hidden_states(1, 1, 6), hidden_states(1, 2, 7)]
     session = await server.session()
@@ -79,7 +83,7 @@ async def seen_by_another(server: TinyServer, attack: Callable[[], Any]) -> bool
     await attack()
     outputs += [await during, await session.step(steps[2])]
     session.close()
-    return not all(map(torch.equal, outputs, alone(server.world, steps)))
+    return not all(map(equal, outputs, alone(server.world, steps)))
 
 
 # the sender is told
@@ -208,7 +212,8 @@ async def test_other_sessions_do_not_notice_a_stream_that_is_cut_off(server: Tin
         await attacker.send_frames(*ENDINGS[ending])
         attacker.close()
 
-    assert not await seen_by_another(server, attack)
+    # Some endings begin with lawful steps, which may run together with the other session's.
+    assert not await seen_by_another(server, attack, same)
 
 
 # memory that many could take together
