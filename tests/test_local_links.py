@@ -30,7 +30,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(make_checkpoint(tmp_path_factory.mktemp("tiny"), "llama"))
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["in-process", "processes"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(False, id="in-process"),
+        pytest.param(True, id="processes", marks=pytest.mark.slow),
+    ],
+)
 def far_swarm(request: pytest.FixtureRequest, tiny: Checkpoint) -> Iterator[LocalSwarm]:
     with LocalSwarm(tiny, num_stages=2, processes=request.param, link=Link(delay_s=DELAY_S)) as swarm:
         yield swarm
