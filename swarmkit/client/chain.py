@@ -30,7 +30,7 @@ import anyio
 import torch
 
 from swarmkit.client.pipeline import pieces, run_pipeline
-from swarmkit.client.remote_stage import Answer, RemoteStage, Request, StepInputs, off_loop
+from swarmkit.client.remote_stage import Answer, NotPushedError, RemoteStage, Request, StepInputs, off_loop
 from swarmkit.client.routing import Hop
 from swarmkit.client.swarm import SwarmClient
 from swarmkit.client.trace import HopTrace, PeerLost, PeerReplaced, RoutePlanned, StepTrace, Waiting
@@ -62,11 +62,11 @@ class _Loss:
 class _Step:
     """The work of one `ChainSession.step`."""
 
-    def __init__(self, position: int, end: int, rows: int) -> None:
-        self.position = position
-        self.end = end
-        self.rows = rows
-        self.inputs = StepInputs(position, end, rows, None, None)
+    def __init__(self, inputs: StepInputs) -> None:
+        self.inputs = inputs
+        self.position = inputs.position
+        self.end = inputs.end
+        self.rows = inputs.rows
         self.arrived_at = time.perf_counter()
         """When the outputs of the stage before were here, on this clock."""
         self.losses: list[_Loss] = []
@@ -178,9 +178,8 @@ class ChainSession:
                 "open one with a larger max_length"
             )
         started = time.perf_counter()
-        work = _Step(self.position, end, rows)
-        all_positions = self._merged_positions(work, positions)
-        work.inputs = StepInputs(self.position, end, rows, mask, all_positions)
+        all_positions = self._merged_positions(rows, end, positions)
+        work = _Step(StepInputs(self.position, end, rows, mask, all_positions))
         await self._prepare(work)
 
         work.arrived_at = time.perf_counter()
@@ -190,13 +189,12 @@ class ChainSession:
             stage = self._stages[index]
             await off_loop(arrived.nbytes, lambda: stage.history.write(arrived_from, arrived))  # noqa: B023
             want = self._wanted_from(index, work)
-            pushed = stage.is_pushed_to
             try:
                 output = await self._run(index, want, work)
             except PeerError as error:
                 self._check_open()
                 self._give_up_pushes(index)
-                if pushed and isinstance(error, RemoteError) and error.code == "upstream":
+                if isinstance(error, NotPushedError):
                     self._part(index)
                 else:
                     await self._replace(index, error, work)
@@ -219,26 +217,25 @@ class ChainSession:
             return work.position
         return min(work.position, self._stages[index + 1].history.tokens)
 
-    def _merged_positions(self, work: _Step, positions: torch.Tensor | None) -> torch.Tensor | None:
+    def _merged_positions(self, rows: int, end: int, positions: torch.Tensor | None) -> torch.Tensor | None:
         """Position ids of the whole session [batch, end], or None while they are the default ones."""
-        if work.position == 0:
+        if self.position == 0:
             return positions
         if positions is None and self._positions is None:
             return None
-        default = torch.arange(work.end).expand(work.rows, -1)
+        default = torch.arange(end).expand(rows, -1)
         known = default if self._positions is None else self._positions
-        new = default[:, work.position :] if positions is None else positions
-        return torch.cat([known[:, : work.position], new], dim=1)
+        new = default[:, self.position :] if positions is None else positions
+        return torch.cat([known[:, : self.position], new], dim=1)
 
     # ------------------------------------------------------------------ one stage
 
     async def _run(self, index: int, want: int, work: _Step) -> torch.Tensor:
         """Bring a stage to `work.end`; returns its outputs of positions [want, end)."""
         stage = self._stages[index]
-        pushed = stage.is_pushed_to
         try:
             self._check_open()
-            if pushed:
+            if stage.is_pushed_to:
                 answers = await self._take_pushed(index, work)
             else:
                 self._give_up_pushes(index)
@@ -251,10 +248,8 @@ class ChainSession:
                 else:
                     answers = await self._run_alone(stage, want, work)
             stage.held = work.end
-        except RemoteError as error:
-            if not pushed or error.code != "upstream":
-                stage.drop()
-            raise
+        except NotPushedError:
+            raise  # the session there is as it was
         except BaseException:
             # Also when cancelled: an answer that nobody waits for must not be taken for the next one.
             stage.drop()
@@ -270,12 +265,16 @@ class ChainSession:
         answers = []
         for start, stop in pieces(low, work.end, 1, max(1, stage.max_step_tokens // work.rows)):
             request = self._request(start, stop, want, work)
-            await stage.send(request, work.inputs)
-            self._check_open()
-            answer = await stage.take(request, stage.deadline_s(request))
-            self._account(stage, [answer], request.size, work)
-            answers.append(answer)
+            answers.append(await self._exchange(stage, request, work))
         return answers
+
+    async def _exchange(self, stage: RemoteStage, request: Request, work: _Step, forward: int = 0) -> Answer:
+        """Send a request and take the answer to it."""
+        await stage.send(request, work.inputs, forward)
+        self._check_open()
+        answer = await stage.take(request, stage.deadline_s(request))
+        self._account(stage, [answer], request.size, work)
+        return answer
 
     async def _run_linked(self, run: list[RemoteStage], work: _Step) -> list[Answer]:
         """Send the first of some linked servers its inputs; returns its answers.
@@ -293,10 +292,7 @@ class ChainSession:
             first.expect(requests)
             await run_pipeline(run, requests, work.inputs)
             return await self._take_pushed(self._stages.index(first), work)
-        await first.send(requests[0], work.inputs, len(followers))
-        self._check_open()
-        answer = await first.take(requests[0], first.deadline_s(requests[0]))
-        self._account(first, [answer], requests[0].size, work)
+        answer = await self._exchange(first, requests[0], work, len(followers))
         self._see_whether_forwarded(first, followers[0], answer)
         return [answer]
 

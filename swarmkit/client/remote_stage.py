@@ -16,11 +16,12 @@ from swarmkit.client.history import History
 from swarmkit.client.routing import Hop
 from swarmkit.client.swarm import SwarmClient
 from swarmkit.client.trace import HopTrace
-from swarmkit.errors import PeerTimeoutError, PeerUnreachableError, ProtocolError, RemoteError
+from swarmkit.errors import PeerError, PeerTimeoutError, PeerUnreachableError, ProtocolError, RemoteError
 from swarmkit.net import codec
 from swarmkit.net.codec import TensorSpec
 from swarmkit.net.conversation import Conversation, Received
 from swarmkit.net.messages import (
+    HIDDEN_DTYPES,
     MAX_ADDRESSES,
     Fault,
     Link,
@@ -36,10 +37,13 @@ from swarmkit.net.patience import Patience
 
 T = TypeVar("T")
 
-_HIDDEN_DTYPES = ("float32", "bfloat16", "float16")
 _LARGE_BYTES = 1024 * 1024
 """Tensors of this size and above are copied and checked off the event loop."""
 _LINK_PATIENCE_S = 10.0
+
+
+class NotPushedError(PeerError):
+    """What a server should have got from the one before did not come, or was wrong: neither is its fault."""
 
 
 @dataclass
@@ -227,6 +231,7 @@ class RemoteStage:
         Args: pushed: the request came to it from the server before, if it did.
 
         Raises:
+            NotPushedError: it could not answer, on account of the server before.
             PeerError: none came in time, or it is wrong.
         """
         width, peer_id = self._swarm.model.hidden_size, self.hop.server.peer_id
@@ -281,7 +286,7 @@ class RemoteStage:
                 answered = number
                 if isinstance(message, Unlinked):
                     if pushed and message.number < number:
-                        raise RemoteError("the server before hands on no more", peer_id, "upstream")
+                        raise NotPushedError("the server before hands on no more", peer_id)
                     continue
                 if isinstance(message, StepDone):
                     answered = message.number
@@ -291,9 +296,11 @@ class RemoteStage:
                     self._given_up.discard(answered)
                     continue
                 if isinstance(message, Fault):
+                    if pushed and message.code == "upstream":
+                        raise NotPushedError(message.message, peer_id)
                     raise RemoteError(message.message, peer_id, message.code)
                 if pushed and answered > number:
-                    raise RemoteError(f"request {number} was not handed on to it", peer_id, "upstream")
+                    raise NotPushedError(f"request {number} was not handed on to it", peer_id)
                 if answered != number:
                     raise ProtocolError(f"answer {answered} came in the place of {number}", peer_id)
                 if self._given_up:  # answers come in order
@@ -327,7 +334,7 @@ async def off_loop(nbytes: int, work: Callable[[], T]) -> T:
 def _checked(reply: StepDone, received: Received, shape: tuple[int, int, int], peer_id: str) -> torch.Tensor:
     """A server's output, as far as it can be seen to be one."""
     spec: TensorSpec = reply.hidden
-    if spec.shape != shape or spec.dtype not in _HIDDEN_DTYPES:
+    if spec.shape != shape or spec.dtype not in HIDDEN_DTYPES:
         raise ProtocolError(f"outputs must be {list(shape)}, got {list(spec.shape)} of {spec.dtype}", peer_id)
     output = received.tensor(spec)
     if not codec.is_finite(output):

@@ -77,9 +77,15 @@ PRINTABLE = "^[^\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]*\\Z"
 Text = Annotated[str, msgspec.Meta(max_length=2000, pattern=PRINTABLE)]
 Inlet = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{32})?$")]
 """A secret that names a session to the server which may push steps into it; empty = none may."""
-PeerName = Annotated[str, msgspec.Meta(max_length=128, pattern=PRINTABLE)]
-Address = Annotated[str, msgspec.Meta(max_length=256, pattern=PRINTABLE)]
+ShortText = Annotated[str, msgspec.Meta(max_length=128, pattern=PRINTABLE)]
 MAX_ADDRESSES = 16
+Addresses = Annotated[
+    tuple[Annotated[str, msgspec.Meta(max_length=256, pattern=PRINTABLE)], ...],
+    msgspec.Meta(max_length=MAX_ADDRESSES),
+]
+"""Where a peer says that it can be dialled."""
+HIDDEN_DTYPES = ("float32", "bfloat16", "float16")
+"""What hidden states may travel as."""
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -105,8 +111,8 @@ class Opened(_Message, frozen=True):
 class Link(_Message, frozen=True):
     """From now on, the outputs of steps with `forward` go on to the session `inlet` at this peer."""
 
-    peer_id: PeerName
-    addresses: Annotated[tuple[Address, ...], msgspec.Meta(max_length=MAX_ADDRESSES)]
+    peer_id: ShortText
+    addresses: Addresses
     inlet: Inlet
 
 

@@ -23,8 +23,8 @@ import msgspec
 from swarmkit.errors import ProtocolError
 from swarmkit.net.envelope import Envelope
 from swarmkit.net.identity import Identity
-from swarmkit.net.messages import BlockIndex, Fingerprint, Total
-from swarmkit.net.records import MAX_LIFETIME_S, Address, ShortText
+from swarmkit.net.messages import Addresses, BlockIndex, Fingerprint, ShortText, Total
+from swarmkit.net.records import MAX_LIFETIME_S
 
 PREFIX = "swarmkit/1/weights/"
 
@@ -47,7 +47,7 @@ class WeightsOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     block: BlockIndex | None
     content: ContentHash
     size: Total
-    addresses: Annotated[tuple[Address, ...], msgspec.Meta(max_length=16)]
+    addresses: Addresses
     expires_at: float
 
 

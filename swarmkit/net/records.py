@@ -15,7 +15,7 @@ import msgspec
 from swarmkit.errors import ProtocolError
 from swarmkit.net.envelope import Envelope
 from swarmkit.net.identity import Identity
-from swarmkit.net.messages import PRINTABLE, BlockIndex, Fingerprint
+from swarmkit.net.messages import PRINTABLE, Addresses, BlockIndex, Fingerprint, ShortText
 
 RECORD_VERSION = 1
 MAX_LIFETIME_S = 3600.0
@@ -26,8 +26,6 @@ _PREFIX = "swarmkit/1/blocks"
 
 ServerState = Literal["joining", "online", "leaving"]
 Rate = Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]
-ShortText = Annotated[str, msgspec.Meta(max_length=128, pattern=PRINTABLE)]
-Address = Annotated[str, msgspec.Meta(max_length=256, pattern=PRINTABLE)]
 
 
 class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -55,7 +53,7 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     throughput: Rate
     free_cache_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
     dtype: Annotated[str, msgspec.Meta(max_length=16, pattern=PRINTABLE)]
-    addresses: Annotated[tuple[Address, ...], msgspec.Meta(max_length=16)]
+    addresses: Addresses
     public_name: Annotated[str, msgspec.Meta(max_length=64, pattern=PRINTABLE)] = ""
     software: ShortText = ""
     sequence: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]

@@ -25,7 +25,7 @@ from swarmkit.models.precision import Precision
 from swarmkit.models.stage import Stage
 from swarmkit.net.connect import TransportFactory
 from swarmkit.net.identity import Identity
-from swarmkit.net.messages import PUSH_ENDPOINT, SESSION_ENDPOINT, printable
+from swarmkit.net.messages import MAX_ADDRESSES, PUSH_ENDPOINT, SESSION_ENDPOINT, printable
 from swarmkit.net.records import Announcement, ServerState, acceptable_now
 from swarmkit.net.registry import Registry
 from swarmkit.net.transport import Stream, Transport
@@ -270,7 +270,7 @@ class ServerNode:
             throughput=self._rate,
             free_cache_tokens=service.free_cache_tokens if service else 0,
             dtype=precision.name,
-            addresses=tuple(transport.addresses)[:16],
+            addresses=tuple(transport.addresses)[:MAX_ADDRESSES],
             public_name=printable(config.public_name)[:64],
             software=f"swarmkit {__version__}",
             sequence=self._sequence,

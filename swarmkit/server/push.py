@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
+import msgspec
 
 from swarmkit.errors import PeerError
 from swarmkit.net.codec import TensorSpec
@@ -39,16 +40,7 @@ class Downstream:
     async def push(self, step: Step, received: Received, spec: TensorSpec, output: Buffer) -> bool:
         """Send the outputs of `step`, with what came along with it. Returns whether they went."""
         side = [received.raw(part) for part in (step.mask, step.positions) if part is not None]
-        message = Step(
-            step.position,
-            spec,
-            step.keep,
-            step.mask,
-            step.positions,
-            step.order,
-            step.number,
-            step.forward - 1,
-        )
+        message = msgspec.structs.replace(step, hidden=spec, forward=step.forward - 1)
         self._patience.start(self._timeout)
         try:
             await self._conversation.send(message, [output, *side])

@@ -412,7 +412,7 @@ class BlockService:
             if session.steps != checked:
                 self._check_step(session, step)
             session.number = max(session.number, step.number)
-            reply, payload = await self._step(session, step, received)
+            reply, payload = await self._step(client, session, step, received)
             if step.forward and session.downstream is not None:
                 if await session.downstream.push(step, received, reply.hidden, payload):
                     reply = msgspec.structs.replace(reply, forwarded=True)
@@ -420,15 +420,16 @@ class BlockService:
                     session.link(None)
             await self._send(client, reply, payload)
 
-    async def _step(self, session: Session, step: Step, received: Received) -> tuple[StepDone, memoryview]:
+    async def _step(
+        self, client: _Client, session: Session, step: Step, received: Received
+    ) -> tuple[StepDone, memoryview]:
         rows, tokens, _ = step.hidden.shape
         try:
             session.lease.grow(rows, step.position + tokens)
         except CacheFullError as error:
             raise Refusal("busy", f"{error}; try another server") from None
         try:
-            client = self._clients.get(session.inlet)
-            whose = session.inlet if client is None else client.conversation.peer_id
+            whose = client.conversation.peer_id
             timed = await self._engine.step(SessionStep(self._stage, whose, session, step, received))
         except Refusal:
             raise

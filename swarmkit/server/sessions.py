@@ -11,11 +11,9 @@ import anyio
 from swarmkit.errors import SwarmkitError
 from swarmkit.models.stage import StageCache
 from swarmkit.net.codec import TensorSpec
-from swarmkit.net.messages import FaultCode, Step
+from swarmkit.net.messages import HIDDEN_DTYPES, FaultCode, Step
 from swarmkit.server.kv_budget import Lease
 from swarmkit.server.push import Downstream
-
-_HIDDEN_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Refusal(SwarmkitError):
@@ -91,8 +89,8 @@ def check_step(session: Session, step: Step, hidden_size: int, max_step_tokens: 
         raise Refusal(
             "bad_shape", f"hidden states must be [batch, tokens, {hidden_size}], got {list(hidden.shape)}"
         )
-    if hidden.dtype not in _HIDDEN_DTYPES:
-        raise Refusal("bad_dtype", f"hidden states must be one of {_HIDDEN_DTYPES}, not {hidden.dtype}")
+    if hidden.dtype not in HIDDEN_DTYPES:
+        raise Refusal("bad_dtype", f"hidden states must be one of {HIDDEN_DTYPES}, not {hidden.dtype}")
     rows, tokens, _ = hidden.shape
     if rows * tokens > max_step_tokens:
         raise Refusal(

@@ -18,6 +18,7 @@ from swarmkit.models.store_fetch import OnBytes
 from swarmkit.models.store_hub import HubFiles
 from swarmkit.models.store_pinned import keep_manifest
 from swarmkit.net import offers
+from swarmkit.net.messages import MAX_ADDRESSES
 from swarmkit.net.offers import WeightsOffer
 from swarmkit.net.transport import Transport
 from swarmkit.server.weights import WEIGHTS_ENDPOINT, WeightsService, WeightsSettings
@@ -112,7 +113,7 @@ class SharedWeights:
                 block=block,
                 content=content,
                 size=size,
-                addresses=tuple(self._transport.addresses)[:16],
+                addresses=tuple(self._transport.addresses)[:MAX_ADDRESSES],
                 expires_at=expires_at,
             )
             value = offers.sign(offer, self._transport.identity)
