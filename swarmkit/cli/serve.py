@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Annotated, Literal
 
 import typer
@@ -122,6 +123,7 @@ def serve(
         )
         with show:
             server.start()
+        gc.freeze()  # no step waits while all that was imported is searched for garbage
         if json:
             low, high = server.blocks
             console.emit_json(
