@@ -53,6 +53,8 @@ def goals(results: Mapping[str, Mapping[str, Any]]) -> list[Goal]:
         for row in _with(prefill["results"], stages=2):
             label = "M, 2 servers: first token after 1024 ÷ local"
             found.append(_below(label, row["ratio_to_local"], 0.65, 1.4))
+    if turn := results.get("second-turn-m"):
+        found.append(Goal("M: a chat's second turn, times faster", turn["times_faster"], 5.0))
     if interference := results.get("interference-m"):
         found.append(_below("M: p99 beside a prompt of 4k ÷ alone", interference["ratio_p99"], 2.0))
     if distance := results.get("distance-m"):

@@ -27,6 +27,7 @@ COMMANDS = {
     "clients-s": "clients --model S",
     "clients-m": "clients --model M",
     "prefill-m": "prefill --model M --stages 2,4 --prompt-tokens 1024",
+    "second-turn-m": "second-turn --model M --history-tokens 2048",
     "interference-m": "interference --model M --prefill-tokens 4096",
     "distance-m": "distance --model M --stages 3 --round-trip-ms 100 --megabits 100 --prompt-lookup 8",
     "faults-s": "faults --model S --probability 0.001 --tokens 1024",

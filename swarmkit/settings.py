@@ -5,6 +5,8 @@ Each group belongs to the room that reads it. Times are in seconds unless a name
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -27,6 +29,11 @@ class ServerSettings(BaseSettings):
     record_lifetime: float = Field(default=30.0, gt=0, le=3600, description="until an announcement expires")
     cache_bytes: int = Field(
         default=2 * 1024**3, gt=0, description="memory for keys and values of all sessions"
+    )
+    prefix_cache: Literal["off", "client", "everyone"] = Field(
+        default="client",
+        description="keep full pages of keys and values for sessions that begin alike: those of one client, "
+        "or of everyone, which lets strangers find out by timing what others have asked",
     )
     incoming_bytes: int = Field(
         default=512 * 1024**2, gt=0, description="memory for large steps that arrive or wait for their turn"

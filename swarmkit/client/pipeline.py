@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 
 import anyio
 
 from swarmkit.client.remote_stage import RemoteStage, Request, StepInputs
 from swarmkit.errors import SwarmkitError
+from swarmkit.models.cache import PAGE_TOKENS
 
 _PIECES_PER_STAGE = 8
 _SMALLEST_PIECE = 32
@@ -28,14 +30,19 @@ def pieces(low: int, high: int, stages: int, most: int) -> list[tuple[int, int]]
     """How positions [low, high) are cut for a chain of `stages`; no piece has more than `most` tokens.
 
     Small pieces leave stages idle for less of the time, and cost each stage a pass over its weights; eight
-    for each stage after the first lose at most an eighth to idleness.
+    for each stage after the first lose at most an eighth to idleness. Pieces end where pages do, if they can:
+    of a page that a server has kept it cannot use a part.
     """
     tokens = high - low
     span = most
     if stages > 1:
         wanted = tokens // (_PIECES_PER_STAGE * (stages - 1))
         span = min(most, max(_SMALLEST_PIECE, min(wanted, _LARGEST_PIECE)))
-    return [(start, min(start + span, high)) for start in range(low, high, span)]
+    if span < PAGE_TOKENS:
+        return [(start, min(start + span, high)) for start in range(low, high, span)]
+    span -= span % PAGE_TOKENS
+    cuts = [low, *range(low - low % PAGE_TOKENS + span, high, span), high]
+    return list(pairwise(cuts))
 
 
 async def run_pipeline(

@@ -134,6 +134,31 @@ class StageCache(DynamicCache):
         held += sum(_nbytes(layer) for mark in self._marks for layer in mark.layers.values())
         return held + sum(part.nbytes for part in (self._inputs, self._positions) if part is not None)
 
+    # Pages: keys and values of `PAGE_TOKENS` tokens of one row, from a multiple of that on.
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether all that it holds is keys and values of tokens."""
+        return all(isinstance(layer, _GrowingLayer) for layer in self.blocks)
+
+    @torch.inference_mode()
+    def page(self, index: int) -> tuple[tuple[Tensor, Tensor], ...]:
+        """A copy of keys and values [rows, heads, PAGE_TOKENS, dim] in each block."""
+        tokens = slice(index * PAGE_TOKENS, (index + 1) * PAGE_TOKENS)
+        return tuple(
+            (layer.keys[..., tokens, :].clone(), layer.values[..., tokens, :].clone())
+            for layer in self.blocks
+        )
+
+    @torch.inference_mode()
+    def append(self, states: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Hold more tokens of one row; keys and values of each block are [1, heads, tokens, dim]."""
+        for layer, (keys, values) in zip(self.blocks, states, strict=True):
+            layer.update(keys, values)
+        self.tokens += states[0][0].shape[-2]
+        self._computed = self.tokens
+        self.batch = 1
+
     # What the stage does around a step.
 
     def missing(self) -> tuple[Tensor, Tensor] | None:

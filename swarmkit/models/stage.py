@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from swarmkit.errors import UsageError
-from swarmkit.models.anatomy import Anatomy, anatomy_of, skeleton_of, slice_config, stage_config
+from swarmkit.models.anatomy import Anatomy, anatomy_of, rope_types, skeleton_of, slice_config, stage_config
 from swarmkit.models.cache import StageCache
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.loading import load_model
@@ -40,6 +40,7 @@ class Stage:
         precision: how the weights are kept.
         dtype: of computations, caches and results.
         device: where it computes.
+        keys_are_final: whether a token's keys are the same however long its session becomes.
     """
 
     def __init__(
@@ -56,6 +57,9 @@ class Stage:
         self._anatomy = anatomy
         self._views: dict[tuple[int, int], View] = {}
         self._can_pack = can_be_packed(base.config, anatomy)
+        self.keys_are_final = not {"dynamic", "longrope"} & rope_types(
+            getattr(base.config, "rope_parameters", None)
+        )
         self._packed_views: dict[tuple[int, int], PackedView] = {}
 
     @classmethod

@@ -86,11 +86,18 @@ class StepTask(Protocol[T_co]):
     def shape(self) -> tuple[int, int]:
         """Rows and tokens."""
 
+    @property
+    def known(self) -> Tensor | None:
+        """After `begin`: outputs [rows, so many, hidden] of first tokens that the cache holds already."""
+
     def begin(self) -> StepPart:
         """On the engine's thread, before its first turn: all of the step. What it raises ends the step."""
 
     def finish(self, output: Tensor) -> T_co:
         """On the engine's thread, after its last turn; `output` is [rows, tokens, hidden]."""
+
+    def afterwards(self, output: Tensor) -> None:
+        """On the engine's thread, when the result of `finish` is on its way. Must not raise."""
 
 
 class _Work:
@@ -162,6 +169,9 @@ class _Step(_Work):
         self.started_at = time.perf_counter()
         self.whole = self.task.begin()
         self.past = self.whole.cache.tokens
+        if (known := self.task.known) is not None:
+            self.past -= known.shape[1]
+            self.advance(known)
 
     def chunk(self, tokens: int) -> StepPart:
         """The next so many tokens of it."""
@@ -178,14 +188,20 @@ class _Step(_Work):
             None if positions is None else positions[:, start:stop],
         )
 
-    def advance(self, output: Tensor) -> bool:
-        """Take the output of a chunk; returns whether it was the last."""
+    @property
+    def tokens_left(self) -> int:
+        return self.tokens - self.tokens_done
+
+    def advance(self, output: Tensor) -> None:
+        """Take the output of a chunk."""
         self.outputs.append(output)
         self.tokens_done += output.shape[1]
-        return self.tokens_done == self.tokens
 
-    def finish(self) -> Timed[Any]:
-        output = self.outputs[0] if len(self.outputs) == 1 else torch.cat(self.outputs, dim=1)
+    def output(self) -> Tensor:
+        """Of all chunks."""
+        return self.outputs[0] if len(self.outputs) == 1 else torch.cat(self.outputs, dim=1)
+
+    def finish(self, output: Tensor) -> Timed[Any]:
         value = self.task.finish(output)
         return Timed(value, self.started_at - self.queued_at, time.perf_counter() - self.started_at)
 
@@ -355,7 +371,7 @@ class Engine:
                     key,
                     served[step.task.client],
                     step.rows,
-                    step.tokens - step.tokens_done,
+                    step.tokens_left,
                     step.decode,
                     now - step.queued_at,
                     step.passed_over,
@@ -385,8 +401,12 @@ class Engine:
         """One forward pass (for each stage, if there are several) over the next tokens of some steps."""
         by_stage: dict[Stage, list[tuple[_Step, int]]] = {}
         for step, tokens in shares:
-            if step.whole is not None or self._begin(step):
-                by_stage.setdefault(step.task.stage, []).append((step, tokens))
+            if step.whole is None and not self._begin(step):
+                continue
+            if not step.tokens_left:
+                self._finish(step)
+                continue
+            by_stage.setdefault(step.task.stage, []).append((step, min(tokens, step.tokens_left)))
         for stage, group in by_stage.items():
             started = time.perf_counter()
             try:
@@ -425,10 +445,14 @@ class Engine:
         if isinstance(result, Exception):
             self._fail(step, result)
             return
-        if not step.advance(result):
-            return
+        step.advance(result)
+        if not step.tokens_left:
+            self._finish(step)
+
+    def _finish(self, step: _Step) -> None:
         try:
-            timed = step.finish()
+            output = step.output()
+            timed = step.finish(output)
         except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
             self._fail(step, error)
             return
@@ -437,6 +461,7 @@ class Engine:
         if step.decode:
             tokens = step.rows * step.tokens
             self._decoders.decoded(step.task.session, tokens, step.queued_at, now)
+        step.task.afterwards(output)
 
     def _fail(self, step: _Step, error: BaseException) -> None:
         step.undo()

@@ -1,17 +1,18 @@
-"""Every byte of keys, values and states is leased by a session or free; nothing else.
+"""Every byte of keys, values and states is leased by a session, kept for later ones, or free; nothing else.
 
 ::
 
-    capacity = free + sum of leases        (what `audit` checks)
+    capacity = sum of leases + kept pages + free        (what `audit` checks)
 
 A lease grows as its session's cache does, a page at a time, rather than by what the session declared it might
-need.
+need. Pages are kept only where no lease needs the room, and count as free to those who ask.
 """
 
 from __future__ import annotations
 
 from swarmkit.errors import SwarmkitError
 from swarmkit.models.cache import PAGE_TOKENS
+from swarmkit.server.prefix_pages import PrefixPages
 
 
 class CacheFullError(SwarmkitError):
@@ -21,9 +22,10 @@ class CacheFullError(SwarmkitError):
 class Lease:
     """One session's share of a budget."""
 
-    def __init__(self, budget: KVBudget, bytes_per_token: int) -> None:
+    def __init__(self, budget: KVBudget, bytes_per_token: int, extra_bytes: int) -> None:
         self._budget = budget
         self._bytes_per_token = bytes_per_token
+        self._extra_bytes = extra_bytes
         self.nbytes = 0
         self.released = False
 
@@ -43,7 +45,8 @@ class Lease:
         if not tokens:
             return 0
         pages = -(-tokens // PAGE_TOKENS)
-        return rows * (self._budget.row_tokens + pages * PAGE_TOKENS) * self._bytes_per_token
+        of_rows = rows * (self._budget.row_tokens + pages * PAGE_TOKENS) * self._bytes_per_token
+        return of_rows + self._extra_bytes
 
     def release(self) -> None:
         """Give everything back. May be called twice."""
@@ -51,10 +54,11 @@ class Lease:
 
 
 class KVBudget:
-    """A number of bytes that sessions share. Used by the event loop's thread only.
+    """A number of bytes that sessions share. Used by the event loop's thread only, but for its pages.
 
     Attributes:
         row_tokens: what a row takes besides its tokens, in tokens: the states of recurrent blocks.
+        pages: what is kept in the bytes that nobody has leased.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -62,6 +66,7 @@ class KVBudget:
         self.row_tokens = 0
         self._leases: set[Lease] = set()
         self._leased_bytes = 0
+        self.pages = PrefixPages(capacity_bytes)
 
     @property
     def leased_bytes(self) -> int:
@@ -69,11 +74,15 @@ class KVBudget:
 
     @property
     def free_bytes(self) -> int:
+        """What can be leased; kept pages make room."""
         return self.capacity_bytes - self._leased_bytes
 
-    def lease(self, bytes_per_token: int) -> Lease:
-        """An empty lease for a session whose cache takes `bytes_per_token` for one token of one row."""
-        lease = Lease(self, bytes_per_token)
+    def lease(self, bytes_per_token: int, extra_bytes: int = 0) -> Lease:
+        """An empty lease for a session whose cache takes `bytes_per_token` for one token of one row.
+
+        Args: extra_bytes: what it takes besides, as soon as it holds anything.
+        """
+        lease = Lease(self, bytes_per_token, extra_bytes)
         self._leases.add(lease)
         return lease
 
@@ -82,6 +91,9 @@ class KVBudget:
         total = sum(lease.nbytes for lease in self._leases)
         if total != self._leased_bytes or not 0 <= total <= self.capacity_bytes:
             raise AssertionError(f"leases add up to {total}, the budget says {self._leased_bytes}")
+        self.pages.audit()
+        if total + self.pages.nbytes > self.capacity_bytes:
+            raise AssertionError(f"{total} leased and {self.pages.nbytes} kept are more than there is")
 
     def _set(self, lease: Lease, nbytes: int) -> None:
         if lease.released:
@@ -91,6 +103,8 @@ class KVBudget:
             raise CacheFullError(
                 f"the cache has {self.free_bytes} of {self.capacity_bytes} bytes left, {growth} are needed"
             )
+        if growth:
+            self.pages.set_limit(self.free_bytes - growth)
         lease.nbytes = nbytes
         self._leased_bytes += growth
 

@@ -52,6 +52,8 @@ from swarmkit.net.transport import Buffer, Stream
 from swarmkit.server.engine import Engine, EngineClosedError, Timed
 from swarmkit.server.intake import Intake
 from swarmkit.server.kv_budget import CacheFullError, KVBudget
+from swarmkit.server.prefix_pages import root_of
+from swarmkit.server.prefix_trail import PrefixTrail, tail_bytes
 from swarmkit.server.push import Links, NotLinkedError
 from swarmkit.server.session_step import SessionStep
 from swarmkit.server.sessions import LateStepError, Refusal, Session, check_step
@@ -229,7 +231,7 @@ class BlockService:
         message = received.message
         match message:
             case Open():
-                client.session = session = self._open(message)
+                client.session = session = self._open(client, message)
                 self._clients[session.inlet] = client
                 self._idle.clear()
                 await self._send(client, Opened(self._settings.max_step_tokens, session.inlet))
@@ -277,7 +279,7 @@ class BlockService:
 
     # ------------------------------------------------------------------ sessions
 
-    def _open(self, message: Open) -> Session:
+    def _open(self, client: _Client, message: Open) -> Session:
         if self.leaving:
             raise Refusal("leaving", "this server is about to stop; use another one")
         if message.fingerprint != self._fingerprint:
@@ -298,13 +300,16 @@ class BlockService:
             )
         if len(self._clients) >= self._settings.max_sessions:
             raise Refusal("busy", f"{len(self._clients)} sessions are open already; try another server")
-        return Session(
-            message.start,
-            message.stop,
-            message.max_length,
-            stage.new_cache(message.start, message.stop),
-            self.budget.lease(self._bytes_per_token(message.start, message.stop)),
-        )
+        cache = stage.new_cache(message.start, message.stop)
+        bytes_per_token = self._bytes_per_token(message.start, message.stop)
+        scope = self._settings.prefix_cache
+        if scope == "off" or not (cache.has_pages and stage.keys_are_final):
+            lease, trail = self.budget.lease(bytes_per_token), None
+        else:
+            owner = client.conversation.peer_id if scope == "client" else ""
+            trail = PrefixTrail(self.budget.pages, root_of(owner, message.start, message.stop))
+            lease = self.budget.lease(bytes_per_token, tail_bytes(stage.hidden_size, stage.dtype.itemsize))
+        return Session(message.start, message.stop, message.max_length, cache, lease, trail)
 
     def _end(self, client: _Client) -> None:
         if client.session is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -11,12 +12,15 @@ from swarmkit.net import codec
 from swarmkit.net.codec import TensorSpec
 from swarmkit.net.conversation import Received
 from swarmkit.net.messages import Step
+from swarmkit.server.prefix_trail import PrefixTrail
 from swarmkit.server.sessions import Refusal, Session
+
+logger = logging.getLogger(__name__)
 
 _MAX_POSITION = 2**24
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class SessionStep:
     """What a step brought, and the cache that it is for; see `engine.StepTask`."""
 
@@ -25,6 +29,7 @@ class SessionStep:
     of: Session
     step: Step
     received: Received
+    known: Tensor | None = field(default=None, init=False)
 
     @property
     def session(self) -> str:
@@ -51,8 +56,11 @@ class SessionStep:
             cache.clear()
         else:
             cache.edit(step.position, step.order)
+        hidden = hidden.to(stage.dtype)
+        if self.of.trail is not None:
+            self._find_known(self.of.trail, hidden)
         return StepPart(
-            hidden.to(device=stage.device, dtype=stage.dtype),
+            hidden.to(stage.device),
             cache,
             None if mask is None else mask.to(stage.device),
             None if positions is None else positions.to(stage.device),
@@ -61,3 +69,26 @@ class SessionStep:
     def finish(self, output: Tensor) -> tuple[TensorSpec, memoryview]:
         """The outputs that were asked for, as they go over the wire."""
         return codec.encode(output[:, output.shape[1] - self.step.keep :])
+
+    def afterwards(self, output: Tensor) -> None:
+        """Keep what later sessions may begin with."""
+        trail = self.of.trail
+        if trail is None or trail.lost:
+            return
+        try:
+            trail.follow(output[0], self.of.cache)
+        except Exception:
+            logger.exception("pages of a session could not be kept")
+            trail.lose()
+
+    def _find_known(self, trail: PrefixTrail, hidden: Tensor) -> None:
+        """Look for pages that hold the beginning of the step."""
+        step = self.step
+        trail.cut(step.position)
+        if hidden.shape[0] > 1 or step.mask is not None or step.positions is not None:
+            trail.lose()
+        elif trail.tokens == step.position:
+            found = trail.find(hidden[0], self.of.cache)
+            self.known = None if found is None else found[None]
+        else:
+            trail.lose()

@@ -13,6 +13,7 @@ from swarmkit.models.stage import StageCache
 from swarmkit.net.codec import TensorSpec
 from swarmkit.net.messages import HIDDEN_DTYPES, FaultCode, Step
 from swarmkit.server.kv_budget import Lease
+from swarmkit.server.prefix_trail import PrefixTrail
 from swarmkit.server.push import Downstream
 
 
@@ -41,6 +42,8 @@ class Session:
     max_length: int
     cache: StageCache
     lease: Lease
+    trail: PrefixTrail | None = None
+    """Where pages are kept and found; None where they cannot be."""
     inlet: str = field(default_factory=lambda: secrets.token_hex(16))
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     number: int = 0

@@ -50,6 +50,16 @@ def test_prefill_waits_for_the_first_token() -> None:
 
 
 @pytest.mark.slow
+def test_a_second_turn_is_measured_with_kept_pages_and_without() -> None:
+    found = measured("second-turn", "--history-tokens", "256", "--rounds", "1")
+
+    assert found["equal_answers"] == 1
+    assert found["times_faster"] == pytest.approx(
+        found["first_token_without_s"] / found["first_token_s"], rel=0.02
+    )
+
+
+@pytest.mark.slow
 def test_interference_compares_the_same_client_alone_and_beside_another() -> None:
     found = measured("interference", "--stages", "1", "--prefill-tokens", "256", "--tokens", "8")
 

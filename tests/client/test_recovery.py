@@ -435,7 +435,7 @@ def test_a_session_that_outgrows_a_server_moves_on(
     room = 32 * 2 * tiny_llama.kv_bytes_per_token_per_block(torch.float32)
     with a_world(tiny_llama, replicas=1) as world:
         world.swarm.servers[1].stop()
-        world.add((1, 3), settings=ServerSettings(cache_bytes=room))
+        world.add((1, 3), settings=ServerSettings(cache_bytes=room, prefix_cache="off"))
 
         def more_room() -> None:
             world.add((1, 3))

@@ -97,6 +97,8 @@ class FakeStep:
         self.begun = 0
         self.refusal: BaseException | None = None
         self.last_words: BaseException | None = None
+        self.known: Tensor | None = None
+        self.seen_afterwards: Tensor | None = None
 
     def begin(self) -> StepPart:
         self.begun += 1
@@ -108,6 +110,9 @@ class FakeStep:
         if self.last_words is not None:
             raise self.last_words
         return output
+
+    def afterwards(self, output: Tensor) -> None:
+        self.seen_afterwards = output
 
 
 @pytest.fixture

@@ -70,6 +70,7 @@ def small_settings(**changes: Any) -> ServerSettings:
         "max_step_tokens": MAX_STEP_TOKENS,
         "max_session_length": 128,
         "max_sessions": 8,
+        "prefix_cache": "off",
     }
     return ServerSettings(**{**limits, **changes})
 
