@@ -84,6 +84,11 @@ class ClientSettings(BaseSettings):
     )
     max_ban_seconds: float = Field(default=60.0, gt=0, description="the longest that a peer is left aside")
     push: bool = Field(default=True, description="have servers hand outputs on to each other where they can")
+    prefix_memory_bytes: int = Field(
+        default=256 * 1024**2,
+        ge=0,
+        description="what ended sessions had sent and got, so that one that begins alike sends only the rest",
+    )
     precisions: tuple[str, ...] = Field(
         default=(), description="use only servers of these precisions, such as float32; none = any"
     )

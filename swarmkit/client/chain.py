@@ -22,15 +22,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import anyio
 import torch
 
+from swarmkit.client.history import History
 from swarmkit.client.pipeline import pieces, run_pipeline
-from swarmkit.client.remote_stage import Answer, NotPushedError, RemoteStage, Request, StepInputs, off_loop
+from swarmkit.client.recall import recall
+from swarmkit.client.remote_stage import (
+    Answer,
+    NotPushedError,
+    RemoteStage,
+    Request,
+    StepInputs,
+    at_once,
+    off_loop,
+)
 from swarmkit.client.routing import Hop
 from swarmkit.client.swarm import SwarmClient
 from swarmkit.client.trace import HopTrace, PeerLost, PeerReplaced, RoutePlanned, StepTrace, Waiting
@@ -76,6 +86,12 @@ class _Step:
         """Until when a route is looked for, on the event loop's clock; None while all goes well."""
         self.pause_s = _FIRST_PAUSE_S
         self.told_waiting = False
+        self.recalled = 0
+
+    def begin_at(self, position: int) -> None:
+        """Everything up to `position` is done already."""
+        self.inputs.position = self.position = position
+        self.recalled = position
 
     def progress(self) -> None:
         """A stage did its part: patience begins anew."""
@@ -96,6 +112,10 @@ class ChainSession:
         self._numbers = 0
         self._positions: torch.Tensor | None = None
         self._closed = False
+        self._plain = swarm.memory.enabled
+        """Whether this session can be remembered: one row all the time, no padding, the usual positions."""
+        self._outputs = History()
+        """Of the last stage, as long as the session can be remembered."""
         self.start = start
         self.stop = swarm.model.num_blocks if stop is None else stop
         self.max_length = max_length
@@ -117,6 +137,7 @@ class ChainSession:
         if not 0 <= tokens <= self.position:
             raise SessionError(f"cannot keep {tokens} of {self.position} tokens")
         self.position = tokens
+        self._outputs.crop(tokens)
         for stage in self._stages:
             stage.crop(tokens)
 
@@ -132,6 +153,8 @@ class ChainSession:
 
     def close(self) -> None:
         """End the session; servers free what they hold. Call on the event loop's thread; never blocks."""
+        if not self._closed and self._plain and not self._lock.locked():
+            self._remember()
         self._closed = True
         for stage in self._stages:
             stage.drop()
@@ -179,11 +202,13 @@ class ChainSession:
             )
         started = time.perf_counter()
         all_positions = self._merged_positions(rows, end, positions)
+        self._plain = self._plain and rows == 1 and mask is None and all_positions is None
         work = _Step(StepInputs(self.position, end, rows, mask, all_positions))
         await self._prepare(work)
+        recalled = await self._recall(hidden, work) if self._plain and not self._numbers else None
 
         work.arrived_at = time.perf_counter()
-        arrived, arrived_from = hidden, work.position
+        arrived, arrived_from = hidden[:, work.recalled :], work.position
         index = 0
         while index < len(self._stages):
             stage = self._stages[index]
@@ -203,8 +228,12 @@ class ChainSession:
             arrived, arrived_from = output, want
             index += 1
 
+        if self._plain:
+            self._outputs.write(work.position, arrived)
         self.position, self.rows, self._positions = end, rows, all_positions
         self._note(work, tokens, started)
+        if recalled is not None:
+            arrived = torch.cat([recalled.to(arrived.dtype), arrived], dim=1)
         return arrived.to(hidden.dtype)
 
     def _check_open(self) -> None:
@@ -227,6 +256,34 @@ class ChainSession:
         known = default if self._positions is None else self._positions
         new = default[:, self.position :] if positions is None else positions
         return torch.cat([known[:, : self.position], new], dim=1)
+
+    # ------------------------------------------------------------------ what is known already
+
+    async def _recall(self, hidden: torch.Tensor, work: _Step) -> torch.Tensor | None:
+        """Begin where an earlier session was, as far as servers have kept its pages.
+
+        Returns: the outputs [1, tokens, hidden] of all that need not be sent; None if there is nothing such.
+        """
+        found = await recall(self._swarm.memory, hidden[0], self._stages, self.stop, self.max_length)
+        self._check_open()
+        if found is None:
+            return None
+        entry, begin, held = found
+        for stage in self._stages:
+            stage.history.write(0, entry.states[stage.hop.start][None, :begin])
+            stage.held = min(held[stage], begin)
+        outputs = entry.states[self.stop][None, :begin]
+        self._outputs.write(0, outputs)
+        work.begin_at(begin)
+        return outputs
+
+    def _remember(self) -> None:
+        """Keep this session's hidden states for later ones that begin alike."""
+        parts = {stage.hop.start: stage.history for stage in self._stages} | {self.stop: self._outputs}
+        states = {boundary: history.row(self.position) for boundary, history in parts.items()}
+        found = {boundary: part for boundary, part in states.items() if part is not None}
+        if self.position and len(found) == len(states):
+            self._swarm.memory.keep(found)
 
     # ------------------------------------------------------------------ one stage
 
@@ -378,7 +435,7 @@ class ChainSession:
 
     async def _link(self, work: _Step) -> None:
         """Open all sessions, and have each server hand its outputs on to the next, as far as it can."""
-        while errors := await _at_once(
+        while errors := await at_once(
             {
                 stage: lambda stage=stage: stage.open(self.max_length)  # type: ignore[misc]
                 for stage in self._stages
@@ -391,7 +448,7 @@ class ChainSession:
             self._check_open()
             await self._replace(self._stages.index(stage), error, work)
         self._check_open()
-        errors = await _at_once(
+        errors = await at_once(
             {
                 before: lambda before=before, following=following: self._try_link(before, following)  # type: ignore[misc]
                 for before, following in pairwise(self._stages)
@@ -530,32 +587,15 @@ class ChainSession:
             )
         self._swarm.trace.append(
             StepTrace(
-                work.position, work.rows, tokens, (now - started) * 1e3, tuple(work.hops), bool(work.losses)
+                work.position,
+                work.rows,
+                tokens - work.recalled,
+                (now - started) * 1e3,
+                tuple(work.hops),
+                bool(work.losses),
+                work.recalled,
             )
         )
-
-
-async def _at_once(
-    work: Mapping[RemoteStage, Callable[[], Awaitable[object]]],
-) -> dict[RemoteStage, PeerError]:
-    """Do something with several stages at the same time; returns how it failed, by stage."""
-    errors: dict[RemoteStage, PeerError] = {}
-    ours: list[SwarmkitError] = []
-
-    async def one(stage: RemoteStage, act: Callable[[], Awaitable[object]]) -> None:
-        try:
-            await act()
-        except PeerError as error:
-            errors[stage] = error
-        except SwarmkitError as error:
-            ours.append(error)
-
-    async with anyio.create_task_group() as tasks:
-        for stage, act in work.items():
-            tasks.start_soon(one, stage, act)
-    if ours:
-        raise ours[0]
-    return errors
 
 
 def _reason(error: PeerError) -> str:

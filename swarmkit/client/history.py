@@ -45,6 +45,14 @@ class History:
         if self._buffer is not None:
             self._buffer = self._buffer.index_select(0, torch.tensor(order, dtype=torch.int64))
 
+    def row(self, tokens: int) -> torch.Tensor | None:
+        """The first `tokens` positions of the only row, [tokens, hidden], not copied; None if there are more
+        rows, or fewer tokens.
+        """
+        if self._buffer is None or self._buffer.shape[0] != 1 or self.tokens < tokens:
+            return None
+        return self._buffer[0, :tokens]
+
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Positions [start, stop) as [batch, stop - start, hidden], contiguous."""
         if self._buffer is None or stop > self.tokens:

@@ -4,31 +4,44 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import anyio
 import anyio.to_thread
 import torch
 
 from swarmkit.client.history import History
+from swarmkit.client.prefix_memory import names_for
 from swarmkit.client.routing import Hop
 from swarmkit.client.swarm import SwarmClient
 from swarmkit.client.trace import HopTrace
-from swarmkit.errors import PeerError, PeerTimeoutError, PeerUnreachableError, ProtocolError, RemoteError
+from swarmkit.errors import (
+    PeerError,
+    PeerTimeoutError,
+    PeerUnreachableError,
+    ProtocolError,
+    RemoteError,
+    SwarmkitError,
+)
+from swarmkit.models.cache import PAGE_TOKENS
 from swarmkit.net import codec
 from swarmkit.net.codec import TensorSpec
 from swarmkit.net.conversation import Conversation, Received
 from swarmkit.net.messages import (
     HIDDEN_DTYPES,
     MAX_ADDRESSES,
+    MAX_RECALLED_PAGES,
     Fault,
     Link,
     Linked,
     Message,
     Open,
     Opened,
+    Recall,
+    Recalled,
     Step,
     StepDone,
     Unlinked,
@@ -109,6 +122,7 @@ class RemoteStage:
         self._linked_to = ""
         self._given_up: set[int] = set()
         self._patience: Patience
+        self._pages: Opened
 
     # ------------------------------------------------------------------ the session there
 
@@ -128,6 +142,26 @@ class RemoteStage:
             raise ProtocolError("the session was not opened as asked", hop.server.peer_id)
         self.max_step_tokens = reply.max_step_tokens
         self._inlet = reply.inlet
+        self._pages = reply
+
+    async def recall(self, states: torch.Tensor) -> int:
+        """Have the session begin with what the server has kept of these inputs [tokens, hidden].
+
+        Returns: how many tokens the server holds now.
+
+        Raises:
+            PeerError: this server failed.
+        """
+        opened = self._pages
+        if not opened.pages or opened.dtype not in HIDDEN_DTYPES:
+            return 0
+        names = await off_loop(states.nbytes, lambda: names_for(opened.pages, states, opened.dtype))
+        names = names[:MAX_RECALLED_PAGES]
+        reply = await self._ask(Recall(tuple(names)), self._swarm.policy.first_s)
+        most = len(names) * PAGE_TOKENS
+        if not isinstance(reply, Recalled) or reply.tokens > most or reply.tokens % PAGE_TOKENS:
+            raise ProtocolError("what was recalled is not what was asked for", self.hop.server.peer_id)
+        return reply.tokens
 
     async def link(self, following: RemoteStage) -> bool:
         """Have the server push outputs to the next one. Returns whether it can.
@@ -329,6 +363,29 @@ class RemoteStage:
 async def off_loop(nbytes: int, work: Callable[[], T]) -> T:
     """Do quick work here, and work on many bytes in a thread, so that other sessions need not wait for it."""
     return work() if nbytes < _LARGE_BYTES else await anyio.to_thread.run_sync(work)
+
+
+async def at_once(
+    work: Mapping[RemoteStage, Callable[[], Awaitable[object]]],
+) -> dict[RemoteStage, PeerError]:
+    """Do something with several stages at the same time; returns how it failed, by stage."""
+    errors: dict[RemoteStage, PeerError] = {}
+    ours: list[SwarmkitError] = []
+
+    async def one(stage: RemoteStage, act: Callable[[], Awaitable[object]]) -> None:
+        try:
+            await act()
+        except PeerError as error:
+            errors[stage] = error
+        except SwarmkitError as error:
+            ours.append(error)
+
+    async with anyio.create_task_group() as tasks:
+        for stage, act in work.items():
+            tasks.start_soon(one, stage, act)
+    if ours:
+        raise ours[0]
+    return errors
 
 
 def _checked(reply: StepDone, received: Received, shape: tuple[int, int, int], peer_id: str) -> torch.Tensor:

@@ -15,6 +15,7 @@ from anyio.abc import TaskStatus
 
 from swarmkit.client.bans import Bans
 from swarmkit.client.deadline import DeadlinePolicy, StepTimes
+from swarmkit.client.prefix_memory import PrefixMemory
 from swarmkit.client.routing import Hop, find_route, no_route, route_cost
 from swarmkit.client.trace import SessionEvent, StepTrace
 from swarmkit.errors import SwarmkitError
@@ -68,6 +69,7 @@ class SwarmClient:
         self.policy = DeadlinePolicy(
             self.settings.first_step_timeout, self.settings.min_step_timeout, self.settings.deadline_factor
         )
+        self.memory = PrefixMemory(self.settings.prefix_memory_bytes)
         self._clock = clock
         self._factory = transport_factory
         self._net = net_settings or NetSettings()

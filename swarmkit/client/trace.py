@@ -36,6 +36,8 @@ class StepTrace:
     hops: tuple[HopTrace, ...]
     recovered: bool
     """Whether a server was lost and replaced on the way."""
+    recalled: int = 0
+    """Tokens before `position` that came with the step, and were not sent because servers had kept them."""
 
 
 @dataclass(frozen=True)

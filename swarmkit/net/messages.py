@@ -6,6 +6,7 @@ state          the client may send      the server answers with
 `new`          `Open`  -> `open`        `Opened`, or `Fault` (stays `new`)
 `new`          `AskInfo` -> `new`       `Info`
 `open`         `Step`  -> `open`        `StepDone`, or `Fault`
+`open`         `Recall` -> `open`       `Recalled`, or `Fault`
 `open`         `Link`  -> `open`        `Linked`, or `Fault`
 any            (end of stream)          the session ends, its cache is freed
 =============  =======================  ===========================================
@@ -84,6 +85,9 @@ Addresses = Annotated[
     msgspec.Meta(max_length=MAX_ADDRESSES),
 ]
 """Where a peer says that it can be dialled."""
+PageName = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+"""See `models.pages`."""
+MAX_RECALLED_PAGES = 1024
 HIDDEN_DTYPES = ("float32", "bfloat16", "float16")
 """What hidden states may travel as."""
 
@@ -102,10 +106,29 @@ class Open(_Message, frozen=True):
 
 
 class Opened(_Message, frozen=True):
-    """The session is open. One step may have `max_step_tokens` = batch x tokens at most."""
+    """The session is open. One step may have `max_step_tokens` = batch x tokens at most.
+
+    Attributes:
+        pages: what the names of pages that this session may find begin with; empty = none are kept.
+        dtype: in which the inputs are taken for these names: the server's own.
+    """
 
     max_step_tokens: Count
     inlet: Inlet = ""
+    pages: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
+    dtype: ShortText = ""
+
+
+class Recall(_Message, frozen=True):
+    """Let a session that has done nothing yet begin with the pages of these names, as many as are kept."""
+
+    names: Annotated[tuple[PageName, ...], msgspec.Meta(max_length=MAX_RECALLED_PAGES)]
+
+
+class Recalled(_Message, frozen=True):
+    """The session holds that many tokens."""
+
+    tokens: Count
 
 
 class Link(_Message, frozen=True):
@@ -205,13 +228,26 @@ class Fault(_Message, frozen=True):
 
 
 Message = (
-    Open | Opened | Link | Linked | Attach | Attached | Unlinked | Step | StepDone | AskInfo | Info | Fault
+    Open
+    | Opened
+    | Recall
+    | Recalled
+    | Link
+    | Linked
+    | Attach
+    | Attached
+    | Unlinked
+    | Step
+    | StepDone
+    | AskInfo
+    | Info
+    | Fault
 )
 
 State = Literal["new", "open", "loose", "attached"]
 LEGAL: dict[State, dict[type, State]] = {
     "new": {Open: "open", AskInfo: "new"},
-    "open": {Step: "open", Link: "open"},
+    "open": {Step: "open", Recall: "open", Link: "open"},
     "loose": {Attach: "attached"},
     "attached": {Step: "attached"},
 }

@@ -1,8 +1,8 @@
 """Full pages of what sessions held, kept after use for sessions that begin alike.
 
 A page is the keys and values of `PAGE_TOKENS` tokens in some blocks, and what came out of these blocks. Its
-name is a hash of all that went into them up to its end (`names_of`), so that it fits only where everything
-before it was the same; whose pages a session may find is part of the name, too (`root_of`).
+name (`models.pages`) is a hash of all that went into them up to its end, so that it fits only where
+everything before it was the same; whose pages a session may find is part of the name, too (`root_of`).
 
 Pages take what memory the leases of sessions leave, and give it back, least recently used first, as soon as a
 session needs it. Used from the engine's thread and from the event loop's.
@@ -15,14 +15,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from swarmkit.models.cache import PAGE_TOKENS
-
-Name: TypeAlias = bytes
+from swarmkit.models.pages import Name
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,18 +37,6 @@ class Page:
 def root_of(owner: str, start: int, stop: int) -> Name:
     """What the names of pages of blocks [start, stop) begin with; `owner` = "" for pages that all may use."""
     return hashlib.sha256(f"swarmkit pages 1\n{owner}\n{start}:{stop}".encode()).digest()
-
-
-def names_of(before: Name, inputs: Tensor) -> list[Name]:
-    """Names of the full pages that inputs [tokens, hidden] make, behind the page (or root) `before`."""
-    plain: Any = inputs.contiguous().view(torch.uint8).numpy()
-    names = []
-    for first in range(0, len(plain) - PAGE_TOKENS + 1, PAGE_TOKENS):
-        digest = hashlib.sha256(before)
-        digest.update(plain[first : first + PAGE_TOKENS])
-        before = digest.digest()
-        names.append(before)
-    return names
 
 
 class PrefixPages:

@@ -13,11 +13,14 @@ Used on the engine's thread only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from swarmkit.models.cache import PAGE_TOKENS, StageCache
-from swarmkit.server.prefix_pages import Name, Page, PrefixPages, names_of
+from swarmkit.models.pages import Name, names_of
+from swarmkit.server.prefix_pages import Page, PrefixPages
 
 _TAIL_PAGES = 2
 
@@ -28,11 +31,11 @@ def tail_bytes(hidden_size: int, itemsize: int) -> int:
 
 
 class PrefixTrail:
-    """One session's trail through the pages of a server."""
+    """One session's trail through the pages of a server; all names begin with `root`."""
 
     def __init__(self, pages: PrefixPages, root: Name) -> None:
         self._pages = pages
-        self._root = root
+        self.root = root
         self._names: list[Name] = []
         self._tail: list[tuple[Tensor, Tensor]] = []
         """Inputs and outputs [tokens, hidden] of steps, from position `_tail_from` on."""
@@ -82,13 +85,28 @@ class PrefixTrail:
             self._coming = inputs, []
             return None
         whole = torch.cat([self._tail_inputs()[full - self._tail_from :], inputs]) if begun else inputs
-        names = names_of(self._names[-1] if self._names else self._root, whole)
+        names = names_of(self._names[-1] if self._names else self.root, whole)
         self._coming = inputs, names
         found = self._pages.find(names)
         if not found:
             return None
         cache.append(_joined(found, begun))
         return torch.cat([page.output for page in found])[begun:]
+
+    @torch.inference_mode()
+    def recall(self, names: Sequence[Name], cache: StageCache) -> int:
+        """Put the pages of these names, up to the first that is not kept, into an empty cache.
+
+        Returns: how many tokens it holds now.
+        """
+        cache.clear()
+        self.cut(0)
+        found = self._pages.find(names)
+        if found:
+            cache.append(_joined(found, 0))
+            self._names = list(names[: len(found)])
+        self.tokens = self._tail_from = len(found) * PAGE_TOKENS
+        return self.tokens
 
     @torch.inference_mode()
     def follow(self, outputs: Tensor, cache: StageCache) -> None:

@@ -23,6 +23,7 @@ from swarmkit.errors import (
     PeerUnreachableError,
     ProtocolError,
 )
+from swarmkit.models.cache import PAGE_TOKENS
 from swarmkit.models.stage import Stage
 from swarmkit.net.codec import TensorSpec
 from swarmkit.net.conversation import CHUNK_BYTES, Conversation, Received
@@ -39,6 +40,8 @@ from swarmkit.net.messages import (
     Message,
     Open,
     Opened,
+    Recall,
+    Recalled,
     State,
     Step,
     StepDone,
@@ -234,7 +237,12 @@ class BlockService:
                 client.session = session = self._open(client, message)
                 self._clients[session.inlet] = client
                 self._idle.clear()
-                await self._send(client, Opened(self._settings.max_step_tokens, session.inlet))
+                root = b"" if session.trail is None else session.trail.root
+                dtype = str(self._stage.dtype).removeprefix("torch.")
+                await self._send(client, Opened(self._settings.max_step_tokens, session.inlet, root, dtype))
+            case Recall():
+                assert client.session is not None
+                await self._send(client, Recalled(await self._recall(client.session, message)))
             case Link():
                 assert client.session is not None
                 await self._link(client.session, message)
@@ -310,6 +318,25 @@ class BlockService:
             trail = PrefixTrail(self.budget.pages, root_of(owner, message.start, message.stop))
             lease = self.budget.lease(bytes_per_token, tail_bytes(stage.hidden_size, stage.dtype.itemsize))
         return Session(message.start, message.stop, message.max_length, cache, lease, trail)
+
+    async def _recall(self, session: Session, message: Recall) -> int:
+        """Let a session that is at its beginning hold what is kept of these pages; returns its tokens."""
+        async with session.turn:
+            if session.cache.tokens:
+                raise Refusal("out_of_order", "pages are recalled before the first step of a session")
+            names = message.names[: session.max_length // PAGE_TOKENS]
+            trail = session.trail
+            if trail is None or not names:
+                return 0
+            try:
+                session.lease.grow(1, len(names) * PAGE_TOKENS)
+                return (await self._engine.run(lambda: trail.recall(names, session.cache))).value
+            except CacheFullError:
+                return 0
+            except EngineClosedError:
+                raise Refusal("leaving", "this server has stopped computing; use another one") from None
+            finally:
+                session.after_step()
 
     def _end(self, client: _Client) -> None:
         if client.session is not None:

@@ -11,7 +11,7 @@ import torch
 
 from swarmkit.net.codec import TensorSpec
 from swarmkit.net.conversation import CHUNK_BYTES, MAX_HEADER_BYTES
-from swarmkit.net.messages import AskInfo, Fault, Info, Open, Opened, Step, StepDone
+from swarmkit.net.messages import AskInfo, Fault, Info, Open, Opened, Recall, Step, StepDone
 
 from .worlds import (
     HIDDEN,
@@ -21,6 +21,7 @@ from .worlds import (
     head,
 )
 
+NAME = bytes(32)
 ROWS, HELD, LENGTH = 2, 4, 8
 """An attacker with a session has two rows of four tokens there, and said that there will be eight."""
 
@@ -127,6 +128,10 @@ OPENING = [
 
 OUT_OF_TURN = [
     Attack("Open twice", "illegal_message", "Open in state 'open'.*Step", [frame(OPEN)]),
+    Attack("pages in the midst", "out_of_order", "before the first step", [frame(Recall((NAME,)))]),
+    Attack("a short page name", "bad_message", r"\$.names", altered(Recall((NAME,)), names=[NAME[1:]])),
+    Attack("a page name as text", "bad_message", r"\$.names", altered(Recall((NAME,)), names=["a" * 32])),
+    Attack("too many pages", "bad_message", r"\$.names", altered(Recall((NAME,)), names=[NAME] * 1025)),
     Attack("AskInfo in a session", "illegal_message", "AskInfo in state 'open'", [frame(AskInfo())]),
     *(
         Attack(

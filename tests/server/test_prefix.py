@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from swarmkit.models.cache import PAGE_TOKENS
+from swarmkit.models.pages import names_of
 from swarmkit.models.stage import Stage, StepPart
 from swarmkit.net.conversation import Conversation
-from swarmkit.net.messages import SESSION_ENDPOINT, Fault, Opened
+from swarmkit.net.messages import SESSION_ENDPOINT, Fault, Opened, Recall, Recalled
 from swarmkit.server.engine import Engine
+from swarmkit.server.prefix_pages import root_of
 from swarmkit.server.prefix_trail import tail_bytes
 
 from .worlds import (
@@ -269,3 +271,80 @@ async def test_a_step_that_fails_leaves_the_session_where_it_was(
         reply = await client.try_step(PROMPT)
     assert isinstance(reply, Fault)
     assert same(await (await server.session(**LONG)).step(PROMPT), alone(world, [PROMPT])[0])
+
+
+# pages that are asked for by name
+
+
+def names(server: TinyServer, text: torch.Tensor, start: int = START, stop: int = STOP) -> tuple[bytes, ...]:
+    return tuple(names_of(root_of("", start, stop), text[0]))
+
+
+async def recalled(client: TinyClient, *wanted: bytes) -> int:
+    reply = await client.ask(Recall(wanted))
+    assert isinstance(reply, Recalled), reply
+    client.position = reply.tokens
+    return reply.tokens
+
+
+async def test_a_session_can_begin_with_pages_that_are_kept(
+    server: TinyServer, world: World, computed: list[int]
+) -> None:
+    await after(server, PROMPT)
+    expected = alone(world, [PROMPT])[0][:, PAGES * PAGE_TOKENS :]
+    computed.clear()
+    client = await server.session(**LONG)
+    assert await recalled(client, *names(server, PROMPT)) == PAGES * PAGE_TOKENS
+    assert same(await client.step(PROMPT[:, PAGES * PAGE_TOKENS :]), expected)
+    assert computed == [5]
+
+
+async def test_pages_that_are_not_kept_are_not_there(server: TinyServer) -> None:
+    await after(server, PROMPT)
+    client = await server.session(**LONG)
+    assert await recalled(client, *names(server, PROMPT)[:1], bytes(32)) == PAGE_TOKENS
+
+
+async def test_a_session_that_began_with_pages_keeps_new_ones(
+    server: TinyServer, computed: list[int]
+) -> None:
+    """So does the turn after the next one find what was said in the next."""
+    await after(server, PROMPT[:, :40])
+    client = await server.session(**LONG)
+    await recalled(client, *names(server, PROMPT)[:1])
+    await client.step(PROMPT[:, PAGE_TOKENS:])
+    client.close()
+    await server.empty()
+    computed.clear()
+    await (await server.session(**LONG)).step(PROMPT)
+    assert computed == [5]
+
+
+async def test_recalled_pages_are_leased(server: TinyServer, world: World) -> None:
+    await after(server, PROMPT)
+    client = await server.session(**LONG)
+    await recalled(client, *names(server, PROMPT))
+    page = PAGE_TOKENS * world.kv_bytes * (STOP - START)
+    assert server.used()[1] == PAGES * page + tail_bytes(HIDDEN, 4)
+
+
+async def test_no_more_is_recalled_than_the_session_may_hold(server: TinyServer) -> None:
+    await after(server, PROMPT)
+    client = await server.session(max_length=2 * PAGE_TOKENS + 1)
+    assert await recalled(client, *names(server, PROMPT)) == 2 * PAGE_TOKENS
+
+
+async def test_where_pages_are_not_kept_none_are_recalled(make: Make) -> None:
+    server = await make(prefix_cache="off")
+    assert await recalled(await server.session(**LONG), bytes(32)) == 0
+
+
+async def test_a_full_cache_recalls_nothing_and_serves_on(make: Make, world: World) -> None:
+    page = PAGE_TOKENS * world.kv_bytes * (STOP - START)
+    server = await make(cache_bytes=4 * page + tail_bytes(HIDDEN, 4))
+    await after(server, PROMPT)
+    other = await server.session(**LONG)
+    await other.step(PROMPT[:, :40])
+    client = await server.session(**LONG)
+    assert await recalled(client, *names(server, PROMPT)) == 0
+    assert server.used()[0] == 2

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from swarmkit.models.cache import PAGE_TOKENS
+from swarmkit.models.pages import names_of
 from swarmkit.server.kv_budget import KVBudget
-from swarmkit.server.prefix_pages import Page, PrefixPages, names_of, root_of
+from swarmkit.server.prefix_pages import Page, PrefixPages, root_of
 
 ROOT = root_of("somebody", 0, 2)
 PAGE_BYTES = 3 * PAGE_TOKENS * 4

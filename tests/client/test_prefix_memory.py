@@ -1,0 +1,116 @@
+"""What is remembered of sessions that have ended, and where a session begins that begins alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from swarmkit.client.prefix_memory import PrefixMemory, begin_at
+from swarmkit.models.cache import PAGE_TOKENS
+
+BOUNDARIES = [0, 2, 4]
+WIDTH = 4
+
+
+def states(pages: float, seed: int = 0) -> dict[int, Tensor]:
+    """A session's states at all boundaries; a longer one of the same seed begins with a shorter one's."""
+    generator = torch.Generator().manual_seed(seed)
+    whole = torch.randn(16 * PAGE_TOKENS, WIDTH, generator=generator)
+    return {boundary: whole[: int(pages * PAGE_TOKENS)] + boundary for boundary in BOUNDARIES}
+
+
+def nbytes(pages: float) -> int:
+    return 3 * int(pages * PAGE_TOKENS) * WIDTH * 4
+
+
+def found(memory: PrefixMemory, pages: float, seed: int = 0, boundaries: list[int] = BOUNDARIES) -> int:
+    """How many tokens are remembered of a session that begins so."""
+    entry = memory.find(states(pages, seed)[0], boundaries)
+    return 0 if entry is None else entry[1]
+
+
+def test_what_was_kept_is_found() -> None:
+    memory = PrefixMemory(nbytes(9))
+    memory.keep(states(2))
+    assert found(memory, 2) == 2 * PAGE_TOKENS
+
+
+def test_only_full_pages_count() -> None:
+    memory = PrefixMemory(nbytes(9))
+    memory.keep(states(2.5))
+    assert found(memory, 3) == 2 * PAGE_TOKENS
+
+
+def test_what_begins_in_another_way_is_not_found() -> None:
+    memory = PrefixMemory(nbytes(9))
+    memory.keep(states(2))
+    assert found(memory, 2, seed=1) == 0
+
+
+def test_the_states_found_are_those_that_were_kept() -> None:
+    memory = PrefixMemory(nbytes(9))
+    memory.keep(states(2))
+    entry = memory.find(states(3)[0], BOUNDARIES)
+    assert entry is not None
+    assert torch.equal(entry[0].states[2], states(2)[2])
+
+
+def test_a_session_over_other_boundaries_is_of_no_use() -> None:
+    memory = PrefixMemory(nbytes(9))
+    memory.keep(states(2))
+    assert found(memory, 2, boundaries=[0, 3, 4]) == 0
+
+
+def test_a_session_over_fewer_boundaries_is_served() -> None:
+    memory = PrefixMemory(nbytes(9))
+    memory.keep(states(2))
+    assert found(memory, 2, boundaries=[0, 4]) == 2 * PAGE_TOKENS
+
+
+def test_a_session_that_went_on_takes_the_place_of_its_beginning() -> None:
+    memory = PrefixMemory(nbytes(9))
+    memory.keep(states(2))
+    memory.keep(states(3))
+    assert found(memory, 9) == 3 * PAGE_TOKENS
+    assert len(memory) == 1
+
+
+@pytest.mark.parametrize("look_between", [False, True])
+def test_it_never_takes_more_than_its_limit(look_between: bool) -> None:
+    memory = PrefixMemory(nbytes(3))
+    for seed in range(4):
+        memory.keep(states(1.5, seed))
+        if look_between:
+            found(memory, 1)
+    assert memory.nbytes <= nbytes(3)
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    memory = PrefixMemory(nbytes(2))
+    memory.keep(states(1, 0))
+    memory.keep(states(1, 1))
+    found(memory, 1, 0)
+    memory.keep(states(1, 2))
+    assert [found(memory, 1, seed) > 0 for seed in (0, 1, 2)] == [True, False, True]
+
+
+def test_what_is_larger_than_the_limit_is_not_kept() -> None:
+    memory = PrefixMemory(nbytes(2) - 1)
+    memory.keep(states(2))
+    assert len(memory) == 0
+
+
+@pytest.mark.parametrize(
+    ("held", "known", "tokens", "begin"),
+    [
+        ([64, 64], 64, 100, 64),  # all have it
+        ([0, 0], 64, 100, 0),  # none has it: they work on all of it at once
+        ([64, 32], 64, 100, 32),  # what all have, and the rest at once
+        ([64, 64, 64, 0], 64, 1000, 0),  # one alone would hold up the others for longer
+        ([960, 960, 0], 960, 1000, 0),  # 40 + 40 + 1000 > 1000
+        ([96, 64], 64, 100, 64),  # more than is known here cannot be used
+    ],
+)
+def test_where_a_step_begins(held: list[int], known: int, tokens: int, begin: int) -> None:
+    assert begin_at(held, known, tokens) == begin
