@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from swarmkit.errors import UsageError
 from swarmkit.models.anatomy import Anatomy, anatomy_of, rope_types, skeleton_of, slice_config, stage_config
+from swarmkit.models.blocked_linear import use_blocked
 from swarmkit.models.cache import StageCache
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.loading import load_model
@@ -120,6 +121,7 @@ class Stage:
             name=f"{checkpoint.name}, blocks [{start}, {stop}),",
         )
         anatomy.neutralise(base)
+        use_blocked(base)
         if progress is not None:
             progress(stop - start, stop - start)
         return cls(base, anatomy, start, stop, precision)

@@ -1,0 +1,120 @@
+"""Linear layers with oneDNN's own layout of the weights: the same numbers, and used only where that is so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from swarmkit.models import blocked_linear
+from swarmkit.models.blocked_linear import BlockedLinear, use_blocked
+
+IN, OUT = 512, 768
+
+try:
+    torch.ops.mkldnn._reorder_linear_weight(torch.randn(8, 8), 1)
+except (AttributeError, RuntimeError):
+    pytest.skip("this torch has no blocked weights", allow_module_level=True)
+
+
+def layer(bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(IN, OUT, bias=bias, dtype=dtype).requires_grad_(False)
+
+
+@pytest.fixture
+def faster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Time runs so that blocked weights are always faster; what they yield is looked at all the same."""
+    times = iter(range(99, 0, -1))
+    monkeypatch.setattr(blocked_linear, "_seconds", lambda work: 2.0 ** (next(times) % 2))
+    blocked_linear._is_faster.cache_clear()
+    yield
+    blocked_linear._is_faster.cache_clear()
+
+
+@pytest.fixture
+def slower(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(blocked_linear, "_seconds", lambda work: 1.0)
+    blocked_linear._is_faster.cache_clear()
+    yield
+    blocked_linear._is_faster.cache_clear()
+
+
+@pytest.mark.parametrize("shape", [(IN,), (1, 1, IN), (3, 7, IN), (2, 1, 33, IN)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_are_those_of_the_plain_layer(shape: tuple[int, ...], bias: bool) -> None:
+    given = torch.randn(*shape)
+    assert torch.allclose(BlockedLinear.of(layer(bias))(given), layer(bias)(given), atol=1e-5)
+
+
+def test_bfloat16_products_are_those_of_the_plain_layer() -> None:
+    given = torch.randn(5, IN, dtype=torch.bfloat16)
+    plain = layer(dtype=torch.bfloat16)
+    assert torch.allclose(BlockedLinear.of(plain)(given), plain(given), atol=2e-2)
+
+
+def test_what_lies_in_another_order_is_multiplied_right() -> None:
+    given = torch.randn(IN, 6).T
+    assert torch.allclose(BlockedLinear.of(layer())(given), layer()(given), atol=1e-5)
+
+
+def test_gradients_are_those_of_the_plain_layer() -> None:
+    gradients = []
+    for each in (layer(), BlockedLinear.of(layer())):
+        given = torch.ones(4, IN, requires_grad=True)
+        each(given).square().sum().backward()
+        gradients.append(given.grad)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-4)  # type: ignore[arg-type]
+
+
+def test_it_has_the_weights_of_the_plain_layer() -> None:
+    assert torch.equal(BlockedLinear.of(layer()).weight.to_dense(), layer().weight)
+
+
+@pytest.mark.usefixtures("faster")
+def test_large_layers_are_exchanged_wherever_they_are() -> None:
+    model = nn.Sequential(layer(), nn.ModuleDict({"down": nn.Linear(OUT, IN).requires_grad_(False)}))
+    assert use_blocked(model) == 2
+    assert isinstance(model[0], BlockedLinear)
+
+
+@pytest.mark.usefixtures("faster")
+@pytest.mark.parametrize(
+    "kept",
+    [
+        nn.Linear(64, 64).requires_grad_(False),
+        nn.Linear(IN, OUT),
+        nn.Linear(IN, OUT, dtype=torch.float64).requires_grad_(False),
+        nn.Linear(IN, OUT, device="meta").requires_grad_(False),
+        nn.modules.linear.NonDynamicallyQuantizableLinear(IN, OUT).requires_grad_(False),
+    ],
+    ids=["small", "trainable", "of another dtype", "elsewhere", "of another kind"],
+)
+def test_other_layers_stay(kept: nn.Linear) -> None:
+    model = nn.Sequential(kept)
+    assert use_blocked(model) == 0
+    assert model[0] is kept
+
+
+@pytest.mark.usefixtures("slower")
+def test_layers_stay_where_that_is_not_faster() -> None:
+    assert use_blocked(nn.Sequential(layer())) == 0
+
+
+@pytest.mark.usefixtures("faster")
+def test_layers_stay_where_products_would_be_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply = blocked_linear._multiply
+    monkeypatch.setattr(blocked_linear, "_multiply", lambda *given: multiply(*given) + 0.01)
+    assert use_blocked(nn.Sequential(layer())) == 0
+
+
+@pytest.mark.usefixtures("faster")
+@pytest.mark.parametrize("error", [AttributeError("no such operation"), RuntimeError("not in this build")])
+def test_layers_stay_where_torch_cannot(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def cannot(weight: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(blocked_linear, "_blocked", cannot)
+    assert use_blocked(nn.Sequential(layer())) == 0
