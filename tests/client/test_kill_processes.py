@@ -101,9 +101,12 @@ class World:
     def lost(self) -> list[str]:
         return [event.peer_id for event in self.model.events if isinstance(event, PeerLost)]
 
-    def answer(self, actions: dict[int, Callable[[], object]] | None = None, **options: Any) -> Tensor:
+    def answer(
+        self, actions: dict[int, Callable[[], object]] | None = None, question: int = 3, **options: Any
+    ) -> Tensor:
+        """The answer to prompt number `question`; of one that was asked before, servers have kept pages."""
         options = {"new_tokens": NEW_TOKENS, **options}
-        ids, _ = prompt(PROMPT_TOKENS)
+        ids, _ = prompt(PROMPT_TOKENS, seed=question)
         tokens: Tensor = answer(self.model, ids, logits_processor=at(actions or {}), **options)
         return tokens
 
@@ -137,8 +140,9 @@ def undisturbed(tiny_llama: Checkpoint) -> Callable[..., list[list[int]]]:
     """What the local model answers."""
     local = load_local(tiny_llama)
 
-    def tokens(**options: Any) -> list[list[int]]:
-        found = answer(local, prompt(PROMPT_TOKENS)[0], **{"new_tokens": NEW_TOKENS, **options})
+    def tokens(question: int = 3, **options: Any) -> list[list[int]]:
+        ids, _ = prompt(PROMPT_TOKENS, seed=question)
+        found = answer(local, ids, **{"new_tokens": NEW_TOKENS, **options})
         return found.tolist()  # type: ignore[no-any-return]
 
     return tokens
@@ -185,7 +189,8 @@ def test_sigkill_at_a_random_moment(
     in_prefill = seed % 2 == 0
     number = chance.randint(1, chunks // 2) if in_prefill else chunks + chance.randint(1, NEW_TOKENS - 6)
     start, delay_s = chance.choice([0, 2]), chance.uniform(0, 0.004)
-    options = {"do_sample": True, "temperature": 1.3} if seed % 3 == 0 else {}
+    options: dict[str, Any] = {"do_sample": True, "temperature": 1.3} if seed % 3 == 0 else {}
+    options["question"] = 100 + seed  # a new one each time, so that all of it is computed
     before = len(world.lost())
     killed = kill_at_answer(world, monkeypatch, start, number, delay_s)
 
