@@ -30,6 +30,10 @@ class FrameStream(asyncio.Protocol):
 
     With `greeting=True` the socket begins, in the incoming direction, with one message of another format
     (a varint length and its bytes, as the p2p daemon speaks), which `greeting()` returns.
+
+    Attributes:
+        frame_limit: bytes of the largest frame that is taken.
+        overhead: how many bytes `outgoing` adds to a frame.
     """
 
     def __init__(
@@ -39,6 +43,8 @@ class FrameStream(asyncio.Protocol):
         on_connected: Callable[[FrameStream], None] | None = None,
     ) -> None:
         self.peer_id = ""
+        self.frame_limit = MAX_FRAME_BYTES
+        self.overhead = 0
         self._on_connected = on_connected
         self._transport: asyncio.Transport | None = None
         self._in_greeting = greeting
@@ -60,7 +66,8 @@ class FrameStream(asyncio.Protocol):
         if self._end is not None:
             raise self._fresh_end()
         assert self._transport is not None
-        header = size.to_bytes(_HEADER_BYTES, "big")
+        header = (size + self.overhead).to_bytes(_HEADER_BYTES, "big")
+        parts = self.outgoing(parts)
         if size <= _JOIN_BELOW:
             self._transport.write(b"".join((header, *parts)))
         else:
@@ -129,6 +136,25 @@ class FrameStream(asyncio.Protocol):
         length.append(remaining)
         self._transport.write(bytes(length) + message)
 
+    # what another kind of stream may do to its frames
+
+    def outgoing(self, parts: tuple[Buffer, ...]) -> tuple[Buffer, ...]:
+        """A frame as it goes over the socket."""
+        return parts
+
+    def incoming(self, frame: bytes) -> bytes:
+        """What `outgoing` was given at the other end.
+
+        Raises:
+            ProtocolError: it was given nothing such.
+        """
+        return frame
+
+    @property
+    def nothing_waits(self) -> bool:
+        """Whether all that came has been received."""
+        return not self._frames and not self._partial and self._needed is None
+
     # what asyncio calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -158,19 +184,21 @@ class FrameStream(asyncio.Protocol):
             self._partial.clear()
             if self._needed is not None:
                 self._needed = None
-                self._push(whole)
+                try:
+                    self._push(self.incoming(whole))
+                except ProtocolError as error:
+                    self._refuse(error)
+                    return
                 continue
             self._needed = int.from_bytes(whole, "big")
-            if self._needed > MAX_FRAME_BYTES:
-                self._finish(
+            if self._needed > self.frame_limit:
+                self._refuse(
                     ProtocolError(
                         f"peer {self.peer_id} announced a frame of {self._needed} bytes; "
-                        f"{MAX_FRAME_BYTES} are allowed, so the stream was ended",
+                        f"{self.frame_limit} are allowed, so the stream was ended",
                         self.peer_id,
                     )
                 )
-                assert self._transport is not None
-                self._transport.abort()
                 return
 
     def eof_received(self) -> bool:
@@ -189,6 +217,12 @@ class FrameStream(asyncio.Protocol):
         self._wake_writers()
 
     # the rest
+
+    def _refuse(self, why: ProtocolError) -> None:
+        """Take nothing more of what the peer sends."""
+        self._finish(why)
+        assert self._transport is not None
+        self._transport.abort()
 
     def _write_large(self, header: bytes, parts: tuple[Buffer, ...]) -> None:
         assert self._transport is not None

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import ipaddress
 import logging
 import math
 import socket
+import time
 import weakref
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +29,7 @@ from swarmkit.errors import (
     TransportError,
     UsageError,
 )
+from swarmkit.net.direct import DirectListener, Offer, SealedStream, connect_directly
 from swarmkit.net.framing import FrameStream
 from swarmkit.net.hivemind_table import HivemindTable, end_tasks, load_hivemind, owning
 from swarmkit.net.identity import Identity
@@ -40,7 +43,13 @@ _T = TypeVar("_T")
 _LOCAL_HOSTS = ("127.", "::1", "localhost")
 _ACCEPTED = b""
 """The first frame of every stream, sent by the one who serves it. A daemon may open a stream towards a peer
-that has just died or that is no longer able to answer; only this tells that somebody is there."""
+that has just died or that is no longer able to answer; only this tells that somebody is there. With an offer
+(`direct`) in its place, the opener's first frame is one of the next two."""
+_STAY = b"stay"
+_DIRECT = b"direct"
+_LONGEST_DIRECT_S = 1.0
+_NOT_DIRECT_S = 600.0
+"""For so long a peer is not tried again that could not be reached directly."""
 _GREETING_TIMEOUT_S = 10.0
 _REQUEST_TIMEOUT_S = 10.0
 
@@ -55,6 +64,8 @@ class HivemindTransport(Transport):
         self._table: HivemindTable | None = None
         self._p2p: Any = None
         self._server: asyncio.AbstractServer | None = None
+        self._direct: DirectListener | None = None
+        self._not_direct: dict[str, float] = {}
         self._handlers: dict[str, Handler] = {}
         self._streams: weakref.WeakSet[FrameStream] = weakref.WeakSet()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -75,6 +86,7 @@ class HivemindTransport(Transport):
         use_relay: bool = True,
         use_auto_relay: bool = False,
         client_mode: bool = False,
+        direct: bool = True,
         record_check: RecordCheck | None = None,
         startup_timeout: float = 30.0,
         table_timeout: float = 10.0,
@@ -90,6 +102,9 @@ class HivemindTransport(Transport):
             use_relay: reach peers that are behind a firewall through relays.
             use_auto_relay: be reachable through a relay oneself.
             client_mode: neither listen nor keep a part of the table; open streams and look things up only.
+            direct: let streams leave the daemons aside where peers can reach each other by plain TCP, at a
+                port of its own that the system chooses; not where others see this peer elsewhere than it
+                listens.
             record_check: which records to keep and believe, beyond that each is signed by its peer.
             startup_timeout: seconds for the daemon to become ready, and again to join the swarm.
             table_timeout: seconds for one store or fetch.
@@ -121,6 +136,9 @@ class HivemindTransport(Transport):
         self = cls(identity, await P2PDaemon.start(identity, options, startup_timeout=startup_timeout))
         try:
             with anyio.fail_after(startup_timeout):
+                if direct and not client_mode and not announce_maddrs:
+                    hosts = [ip for address in host_maddrs if (ip := _ip_of(address))]
+                    self._direct = await DirectListener.open(hosts, self._streams.add, self._spawn)
                 await self._attach(initial_peers, client_mode, record_check, table_timeout)
         except TimeoutError:
             await self.close()
@@ -204,15 +222,19 @@ class HivemindTransport(Transport):
             raise PeerUnreachableError(f"{peer_id!r} is not a peer id", peer_id) from None
         pb = _messages()
         seconds = max(1, math.ceil(timeout))
+        began = time.monotonic()
         try:
             with anyio.fail_after(timeout):
                 if dialable := _dialable(peer_id, addresses):
                     connect = pb.ConnectRequest(peer=raw_id, addrs=dialable, timeout=seconds)
                     await self._ask(pb.Request(type=pb.Request.CONNECT, connect=connect))
                 request = pb.StreamOpenRequest(peer=raw_id, proto=[name], timeout=seconds)
-                return await self._ask_for_stream(
+                stream, offer = await self._ask_for_stream(
                     pb.Request(type=pb.Request.STREAM_OPEN, streamOpen=request), peer_id
                 )
+                if offer is None:
+                    return stream
+                return await self._choose_way(stream, offer, addresses, time.monotonic() - began)
         except TimeoutError:
             raise PeerTimeoutError(f"peer {peer_id} did not answer within {timeout:g} s", peer_id) from None
         except ProtocolError as error:
@@ -260,6 +282,8 @@ class HivemindTransport(Transport):
             self._end = why
         if self._server is not None:
             self._server.close()
+        if self._direct is not None:
+            self._direct.close()
         for stream in list(self._streams):
             stream.abort(why)
         for task in self._tasks:
@@ -317,12 +341,26 @@ class HivemindTransport(Transport):
                 stream.peer_id = base58.b58encode(info.peer).decode()
                 name = info.proto
             handler = self._handlers[name]
-            await stream.send(_ACCEPTED)
+            stream = await self._agree_on_way(stream)
             await handler(stream)
         except Exception:
             logger.debug("a stream called %r from peer %s ended", name, stream.peer_id, exc_info=True)
         finally:
             stream.close()
+
+    async def _agree_on_way(self, stream: FrameStream) -> FrameStream:
+        """Say that somebody is here, and offer the direct way if there is one; the stream to go on with."""
+        if self._direct is None:
+            await stream.send(_ACCEPTED)
+            return stream
+        with self._direct.offer(stream.peer_id) as expected:
+            await stream.send(expected.offer.to_bytes())
+            with anyio.fail_after(_GREETING_TIMEOUT_S):
+                if await stream.receive() != _DIRECT:
+                    return stream
+            direct = expected.take()
+        stream.close()
+        return direct
 
     # outgoing requests
 
@@ -332,20 +370,51 @@ class HivemindTransport(Transport):
         connection.close()
         return response
 
-    async def _ask_for_stream(self, request: Any, peer_id: str) -> FrameStream:
+    async def _ask_for_stream(self, request: Any, peer_id: str) -> tuple[FrameStream, Offer | None]:
         stream, _ = await self._exchange(request)
         stream.peer_id = peer_id
         self._streams.add(stream)
-        return await self._accepted(stream)
+        return stream, await self._accepted(stream)
 
-    async def _accepted(self, stream: FrameStream) -> FrameStream:
+    async def _accepted(self, stream: FrameStream) -> Offer | None:
+        """Wait for whoever serves the stream; what it offers."""
         try:
-            if await stream.receive() != _ACCEPTED:
+            answer = await stream.receive()
+            if answer == _ACCEPTED:
+                return None
+            if (offer := Offer.from_bytes(answer)) is None:
                 raise PeerUnreachableError(f"peer {stream.peer_id} speaks another protocol", stream.peer_id)
+            return offer
         except BaseException:
             stream.close()
             raise
-        return stream
+
+    async def _choose_way(
+        self, stream: FrameStream, offer: Offer, addresses: Sequence[str], open_s: float
+    ) -> FrameStream:
+        """The direct stream if it comes about, else the one that is there.
+
+        Args: open_s: what it took to open that one, which is longer than a connection takes.
+        """
+        peer_id, now = stream.peer_id, time.monotonic()
+        direct: SealedStream | None = None
+        hosts = list(dict.fromkeys(ip for address in addresses if (ip := _ip_of(address))))
+        try:
+            if hosts and self._not_direct.get(peer_id, 0.0) <= now:
+                patience_s = min(max(open_s, 0.1), _LONGEST_DIRECT_S)
+                direct = await connect_directly(peer_id, offer, hosts, self._streams.add, patience_s)
+                if direct is None:
+                    self._not_direct = {
+                        peer: until for peer, until in self._not_direct.items() if until > now
+                    }
+                    self._not_direct[peer_id] = now + _NOT_DIRECT_S
+            await stream.send(_STAY if direct is None else _DIRECT)
+        except BaseException:
+            stream.close()
+            if direct is not None:
+                direct.close()
+            raise
+        return stream if direct is None else direct
 
     async def _exchange(self, request: Any) -> tuple[FrameStream, Any]:
         connection = FrameStream(greeting=True)
@@ -380,7 +449,9 @@ class HivemindTransport(Transport):
             await loop.create_unix_connection(lambda stream=stream: stream, sock=end)  # type: ignore[misc]
             self._streams.add(stream)
         self._spawn(self._serve(there, name))
-        return await self._accepted(here)
+        if await self._accepted(here) is not None:
+            await here.send(_STAY)
+        return here
 
     async def _refresh_addresses(self) -> None:
         pb = _messages()
@@ -417,6 +488,20 @@ def _dialable(peer_id: str, addresses: Sequence[str]) -> list[bytes]:
         if address.strip("/") and (multiaddr := _multiaddr(address)) is not None:
             found.append(bytes(multiaddr.to_bytes()))
     return found
+
+
+def _ip_of(address: str) -> str | None:
+    """The IP address in a multiaddress that is dialled over TCP without a relay; None for other kinds."""
+    parts = address.split("/")
+    plain = (
+        len(parts) >= 5 and parts[1] in ("ip4", "ip6") and parts[3] == "tcp" and "p2p-circuit" not in parts
+    )
+    if not plain:
+        return None
+    try:
+        return str(ipaddress.ip_address(parts[2]))
+    except ValueError:
+        return None
 
 
 def _is_local(address: str) -> bool:

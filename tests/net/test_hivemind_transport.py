@@ -287,13 +287,15 @@ async def test_a_peer_is_found_without_addresses(world: HivemindWorld) -> None:
 # hostile bytes
 
 
-async def test_a_frame_announced_above_the_limit_ends_the_stream(world: HivemindWorld) -> None:
-    server, client = await world.peer(), await world.peer()
+@pytest.mark.parametrize("direct", [True, False])
+async def test_a_frame_announced_above_the_limit_ends_the_stream(world: HivemindWorld, direct: bool) -> None:
+    server, client = await world.peer(direct=direct), await world.peer()
     handler, streams = collector()
     await server.listen("talk", handler)
     hostile: Any = await client.open(server.peer_id, "talk", server.addresses)
-    victim = await streams.get()
-    hostile._transport.write((MAX_FRAME_BYTES + 1).to_bytes(4, "big"))
+    victim: Any = await streams.get()
+    largest = MAX_FRAME_BYTES + victim.overhead
+    hostile._transport.write((largest + 1).to_bytes(4, "big"))
     with pytest.raises(ProtocolError, match="announced a frame"):
         await victim.receive()
 
