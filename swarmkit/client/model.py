@@ -16,6 +16,7 @@ from swarmkit.client.session import Session, SwarmCache, active_session, session
 from swarmkit.client.swarm import ModelRef, SwarmClient
 from swarmkit.client.trace import SessionEvent, StepTrace
 from swarmkit.errors import UsageError
+from swarmkit.models.anatomy import cache_argument
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.head import build_head
 from swarmkit.net.connect import TransportFactory, over_hivemind
@@ -147,11 +148,13 @@ class SwarmModelForCausalLM(_Base):
         """`transformers`' own `generate()`, over a session.
 
         The session is `session=…`, or the one whose `with` block encloses the call, or one for this call.
+        A cache may be given as `past_key_values` or as `cache`, whatever transformers calls it.
         """
+        name = self._name_cache(kwargs)
         session = kwargs.pop("session", None) or active_session(self._swarm)
         if session is None:
-            return self._generate_once(inputs, *args, **kwargs)
-        if kwargs.get("past_key_values") is not None:
+            return self._generate_once(name, inputs, *args, **kwargs)
+        if kwargs.pop(name, None) is not None:
             raise UsageError("give either a session or past_key_values, not both")
         tokens = inputs if inputs is not None else kwargs.get("input_ids")
         if tokens is None:
@@ -161,24 +164,35 @@ class SwarmModelForCausalLM(_Base):
             answers = self._option(kwargs, "num_return_sequences")
             session.repeat(max(self._option(kwargs, "num_beams"), answers))
         session.remember(None)
-        output = self._plain_generate(inputs, *args, past_key_values=SwarmCache(session), **kwargs)
+        output = self._plain_generate(inputs, *args, **{name: SwarmCache(session)}, **kwargs)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         session.remember(sequences if self._rows_are_sequences(session, sequences, tokens, kwargs) else None)
         return output
 
-    def _generate_once(self, inputs: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:
+    def _generate_once(self, name: str, inputs: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:
         """Generate over a session that ends with the call, unless the caller keeps the cache."""
-        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache") is False:
+        if kwargs.get(name) is not None or kwargs.get("use_cache") is False:
             return self._plain_generate(inputs, *args, **kwargs)
+        kwargs.pop(name, None)
         with_cache = self.session()
         try:
-            output = self._plain_generate(inputs, *args, past_key_values=SwarmCache(with_cache), **kwargs)
+            output = self._plain_generate(inputs, *args, **{name: SwarmCache(with_cache)}, **kwargs)
         except BaseException:
             with_cache.close()
             raise
-        if session_of(getattr(output, "past_key_values", None)) is not with_cache:
+        if session_of(getattr(output, name, None)) is not with_cache:
             with_cache.close()
         return output
+
+    def _name_cache(self, kwargs: dict[str, Any]) -> str:
+        """Call a given cache what the model does; returns that name."""
+        name = cache_argument(type(self))
+        for other in {"past_key_values", "cache"} - {name}:
+            if other in kwargs:
+                if kwargs.get(name) is not None:
+                    raise UsageError("past_key_values and cache are the same; give one of them")
+                kwargs[name] = kwargs.pop(other)
+        return name
 
     def _plain_generate(self, *args: Any, **kwargs: Any) -> Any:
         return super().generate(*args, **kwargs)  # type: ignore[misc]

@@ -21,6 +21,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from swarmkit.errors import ModelError
 from swarmkit.models.quirks import BLOCK_INDICES, FAMILIES, LEADING_BLOCKS, family_of
 
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params", "layer_past", "past_key_value")
+"""What models and their blocks call the cache that they are given; `past_key_values` became `cache` in
+transformers 5.24, of most."""
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -35,6 +39,7 @@ class Anatomy:
             projections. They belong to the head.
         arguments: what a block's positional arguments are called, the hidden states first.
         returns_tuple: whether the base model expects a tuple from a block, rather than a tensor.
+        cache_argument: what the base model calls the cache that it is given.
     """
 
     base_class: type[PreTrainedModel]
@@ -44,6 +49,7 @@ class Anatomy:
     outside: tuple[str, ...]
     arguments: tuple[str, ...]
     returns_tuple: bool
+    cache_argument: str
 
     def block_of(self, key: str) -> tuple[int, str] | None:
         """The block a checkpoint key belongs to and the key inside that block; None for the head's keys."""
@@ -139,7 +145,29 @@ def _look(config: PreTrainedConfig) -> Anatomy:
     arguments = tuple(parameters)[1:]
     # Where transformers records intermediate results by itself, blocks need not hand them on in a tuple.
     returns_tuple = not getattr(base_class, "_can_record_outputs", None)
-    return Anatomy(base_class, causal_class, prefixes[0], lists[0], outside, arguments, returns_tuple)
+    return Anatomy(
+        base_class,
+        causal_class,
+        prefixes[0],
+        lists[0],
+        outside,
+        arguments,
+        returns_tuple,
+        cache_argument(base_class),
+    )
+
+
+def cache_argument(model_class: type[nn.Module]) -> str:
+    """What the model's own function calls the cache, whatever old names its decorators still let pass.
+
+    Raises:
+        ModelError: it takes none.
+    """
+    parameters = inspect.signature(inspect.unwrap(model_class.forward)).parameters
+    name = next((name for name in CACHE_ARGUMENTS if name in parameters), None)
+    if name is None:
+        raise ModelError(f"{model_class.__name__} takes no cache, so that no session can be kept of it.")
+    return name
 
 
 def skeleton_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

@@ -366,10 +366,10 @@ class _Probe(StageCache):
         raise _Enough
 
 
-def _run_until_it_caches(base: PreTrainedModel, hidden: Tensor, probe: _Probe) -> None:
+def _run_until_it_caches(base: PreTrainedModel, hidden: Tensor, argument: str, probe: _Probe) -> None:
     try:
         with torch.device("meta"), torch.no_grad():
-            base(inputs_embeds=hidden, past_key_values=probe, use_cache=True)
+            base(inputs_embeds=hidden, use_cache=True, **{argument: probe})
     except _Enough:
         pass
     except Exception as error:
@@ -396,6 +396,6 @@ def kv_numel_per_token(config: PreTrainedConfig) -> int:
             anatomy.neutralise(base)
             probe = _Probe(0, 1, config=cut)
             given = torch.empty(1, 1, config.hidden_size)
-        _run_until_it_caches(base, given, probe)
+        _run_until_it_caches(base, given, anatomy.cache_argument, probe)
         numel = max(numel, probe.numel)
     return numel

@@ -29,7 +29,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Dynam
 from swarmkit._version import __version__
 from swarmkit.errors import ModelError
 from swarmkit.models import anatomy, cache, head, loading, quirks, stage
-from swarmkit.models.anatomy import anatomy_of, skeleton_of, slice_config
+from swarmkit.models.anatomy import anatomy_of, cache_argument, skeleton_of, slice_config
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.files import open_files
 from swarmkit.models.fingerprint import recall, remember
@@ -477,8 +477,8 @@ def _run(model: Any, start: Callable[[], None]) -> _Results:
                     input_ids=step,
                     attention_mask=mask,
                     position_ids=positions,
-                    past_key_values=cache,
                     use_cache=True,
+                    **{cache_argument(type(model)): cache},
                 ).logits.float()
             if mask is not None:
                 # What a model says of padding means nothing.

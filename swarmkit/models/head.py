@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from swarmkit.errors import ModelError
-from swarmkit.models.anatomy import Anatomy, anatomy_of, replace, resolve_dtype, skeleton_of
+from swarmkit.models.anatomy import CACHE_ARGUMENTS, Anatomy, anatomy_of, replace, resolve_dtype, skeleton_of
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.loading import load_model, loader
 from swarmkit.models.quantised import StoredQuantisation
@@ -57,8 +57,6 @@ AttentionMaskInterface.register(ATTENTION, _padding_mask)
 AttentionInterface.register(_ATTENTION_WITH_MASK, _no_attention)
 AttentionMaskInterface.register(_ATTENTION_WITH_MASK, _always_a_mask)
 
-_CACHE_NAMES = ("layer_past", "past_key_value", "cache_params")
-"""What some base models call the cache when they hand it to a block."""
 _RECURRENT_TYPES = ("linear_attention", "conv", "mamba")
 """Types of blocks for which a base model makes a mask of the new tokens only."""
 
@@ -78,7 +76,8 @@ def build_head(
 
     Args:
         blocks: called as `blocks(hidden, **kwargs)` with `hidden` of `[batch, tokens, hidden]` and what
-            transformers hands to a decoder layer, among it `past_key_values` (None without a cache),
+            transformers hands to a decoder layer, among it `past_key_values` (None without a cache; so called
+            whatever the architecture calls it),
             `attention_mask`: bool `[batch, past + tokens]`, false at padding, or None, and `position_ids`
             (`[batch or 1, tokens]`, or missing where blocks need none). Returns a tensor of the shape of
             `hidden`.
@@ -150,7 +149,7 @@ def _speak_for_blocks(blocks: nn.Module, anatomy: Anatomy) -> None:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         named = dict(zip(anatomy.arguments, args, strict=False)) | kwargs
         hidden = named.pop(anatomy.arguments[0])
-        for name in _CACHE_NAMES:
+        for name in CACHE_ARGUMENTS:
             if name in named:
                 named["past_key_values"] = named.pop(name)
         return (hidden,), named

@@ -69,6 +69,7 @@ class PackedView:
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
         self._forward = inspect.unwrap(type(model).forward)
+        self._cache_argument = anatomy.cache_argument
         self._model = _with_attention(model, _PACKED, {})
         self._masks = _MaskMaker(model, anatomy)
         self._attention: str = model.config._attn_implementation
@@ -90,8 +91,8 @@ class PackedView:
             self._model,
             inputs_embeds=torch.cat([part.hidden.flatten(0, 1) for part in parts])[None],
             position_ids=positions,
-            past_key_values=pack,
             use_cache=True,
+            **{self._cache_argument: pack},
         ).last_hidden_state
         pieces = out[0].split(pack.sizes)
         return [piece.view(part.hidden.shape) for piece, part in zip(pieces, parts, strict=True)]
@@ -239,6 +240,7 @@ class _MaskMaker:
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
         self._forward = inspect.unwrap(type(model).forward)
+        self._cache_argument = anatomy.cache_argument
         self._arguments = anatomy.arguments
         self._returns_tuple = anatomy.returns_tuple
         self._taken: list[Any] = []
@@ -254,8 +256,8 @@ class _MaskMaker:
             inputs_embeds=part.hidden,
             attention_mask=None if mask is None else mask.to(part.hidden.device),
             position_ids=_positions(part).view(part.hidden.shape[:2]),
-            past_key_values=part.cache,
             use_cache=True,
+            **{self._cache_argument: part.cache},
         )
         return self._taken
 

@@ -54,7 +54,7 @@ def state_bytes_per_row(config: PreTrainedConfig, dtype: torch.dtype) -> int:
             given = torch.empty(1, 1, config.hidden_size, dtype=dtype)
             try:
                 with torch.no_grad():
-                    base(inputs_embeds=given, past_key_values=probe, use_cache=True)
+                    base(inputs_embeds=given, use_cache=True, **{anatomy.cache_argument: probe})
             except Exception as error:  # noqa: BLE001 - of what follows the states, much needs real numbers
                 logger.debug("a block of %r has shown its states: %s", config.model_type, error)
         largest = max(largest, sum(_state_bytes(layer) for layer in probe.blocks))

@@ -63,6 +63,7 @@ class View:
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
         self._forward = inspect.unwrap(type(model).forward)
+        self._cache_argument = anatomy.cache_argument
         self.model = model
         self.config: Any = model.config
         # Only where it is known which windows there are can a mask be left out.
@@ -100,8 +101,8 @@ class View:
             inputs_embeds=hidden,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{self._cache_argument: cache},
         )
         result: Tensor = out.last_hidden_state
         return result.contiguous()

@@ -15,12 +15,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextStreamer
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast, TextStreamer
 
 from swarmkit import LocalSwarm
 from swarmkit.client.model import SwarmModelForCausalLM
-from swarmkit.client.session import Session
+from swarmkit.client.session import Session, SwarmCache
 from swarmkit.errors import SessionError, UsageError
+from swarmkit.models.anatomy import cache_argument
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.head import load_local
 from swarmkit.net import portal
@@ -131,13 +132,15 @@ def test_logits_equal_the_local_models(world: World) -> None:
 
 @everywhere
 def test_a_hand_written_loop_equals_the_local_models(world: World) -> None:
+    name = cache_argument(type(world.local))
+
     def loop(model: Any) -> list[int]:
         out = model(prompt(9)[0], use_cache=True)
         tokens = []
         for _ in range(8):
             token = out.logits[:, -1:].argmax(-1)
             tokens.append(token.item())
-            out = model(token, past_key_values=out.past_key_values)
+            out = model(token, **{name: out[name]})
         return tokens
 
     assert loop(world.model) == loop(world.local)
@@ -350,9 +353,21 @@ def test_gradients_are_refused(world: World) -> None:
 @over_memory
 def test_the_cache_of_a_local_model_is_refused(world: World) -> None:
     ids, _ = prompt(6)
-    cache = world.local(ids, use_cache=True).past_key_values
+    name = cache_argument(type(world.local))
+    cache = world.local(ids, use_cache=True)[name]
     with pytest.raises(UsageError, match="local model"):
-        world.model(ids[:, :1], past_key_values=cache)
+        world.model(ids[:, :1], **{name: cache})
+
+
+@over_memory
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_generate_takes_a_cache_by_its_old_and_its_new_name(world: World, name: str) -> None:
+    ids, _ = prompt(6)
+    session = world.model.session()
+    tokens = answer(world.model, ids, new_tokens=5, **{name: SwarmCache(session)})
+    assert session.position == 10
+    assert_same(tokens, answer(world.local, ids, new_tokens=5))
+    session.close()
 
 
 @over_memory
@@ -360,7 +375,7 @@ def test_a_session_needs_token_ids_and_no_other_cache(world: World) -> None:
     ids, _ = prompt(6)
     with world.model.session():
         with pytest.raises(UsageError, match="either"):
-            answer(world.model, ids, past_key_values=world.local(ids).past_key_values)
+            answer(world.model, ids, past_key_values=DynamicCache())
         with pytest.raises(UsageError, match="token ids"):
             world.model.generate(inputs_embeds=torch.zeros(1, 4, 32), max_new_tokens=2)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from swarmkit.models.anatomy import cache_argument
 from swarmkit.models.cache import kv_numel_per_token
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.head import build_head, load_local
@@ -71,7 +72,7 @@ def greedy(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> tuple[Te
                 positions = torch.arange(past, past + step.shape[1])[None]
             else:
                 positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
-            options = {"position_ids": positions, "past_key_values": cache}
+            options = {"position_ids": positions, cache_argument(type(model)): cache}
             out = model(input_ids=step, attention_mask=mask, **options).logits
             real = out if mask is None or past else out * mask[..., None]
             logits.append(real.reshape(real.shape[0], -1))
