@@ -23,9 +23,9 @@ from transformers.cache_utils import (
 
 from swarmkit.errors import ModelError, UsageError
 from swarmkit.models.anatomy import anatomy_of, block_configs
-
-PAGE_TOKENS = 32
-"""Memory for keys and values grows by so many tokens of each row."""
+from swarmkit.models.page_table import PAGE_TOKENS as PAGE_TOKENS
+from swarmkit.models.page_table import pages_for
+from swarmkit.models.paged_rows import PagedRows
 
 _MARK_EVERY_TOKENS = 64
 MARKS = 2
@@ -51,6 +51,8 @@ class StageCache(DynamicCache):
     token between, it stands at the earlier state, and the stage runs the inputs in between again before the
     next step (see `missing`). Marks are set before every step of several tokens, and every 64 tokens, so that
     speculative decoding goes back one step and no further.
+
+    Where all blocks have keys and values only, rows that were chosen twice share pages (see `paged_rows`).
 
     Attributes:
         start, stop: the half-open range of blocks, counted in the whole model.
@@ -82,6 +84,9 @@ class StageCache(DynamicCache):
         self._inputs: Tensor | None = None
         self._positions: Tensor | None = None
         self._mark_next = False
+        self._paged: PagedRows | None = None
+        self._room_pages = 0
+        """Pages that each row has room for, while it has a room of its own."""
 
     @property
     def blocks(self) -> list[Any]:
@@ -127,12 +132,37 @@ class StageCache(DynamicCache):
         self._marks = []
         self._inputs = self._positions = None
         self._mark_next = False
+        self._paged = None
+        self._room_pages = 0
 
     def nbytes(self) -> int:
-        """Bytes of all that is held for the session: keys, values, states, and what is kept to go back."""
-        held = sum(_nbytes(layer) for layer in self.blocks)
+        """Bytes of all that is held for the session: keys, values, states, and what is kept to go back.
+
+        Of shared pages all that they take; of rooms without what is empty behind the tokens.
+        """
+        held = self._paged.nbytes if self._paged else sum(_nbytes(layer) for layer in self.blocks)
         held += sum(_nbytes(layer) for mark in self._marks for layer in mark.layers.values())
         return held + sum(part.nbytes for part in (self._inputs, self._positions) if part is not None)
+
+    def pages_held(self) -> int:
+        """Pages (of one row, in all blocks) that it takes memory for, also where they are empty."""
+        return self._paged.table.slots if self._paged else self.batch * self._room_pages
+
+    def pages_after(self, keep_tokens: int, order: Sequence[int] | None, rows: int, tokens: int) -> int:
+        """How many those are at most until a step has been taken: `edit`, and then so many new tokens.
+
+        With shared pages at most every row starts on pages of its own, and one block's keys and values are
+        gathered for the attention: however often a row is repeated, that is within what is told here.
+
+        Args: rows: of the step; keep_tokens and order: such as `edit` takes.
+        """
+        pages = pages_for(keep_tokens + tokens)
+        shares = self._paged is not None or (order is not None and self._shares(order))
+        if rows == 1 or not keep_tokens or not shares:
+            return rows * pages
+        held = self._paged.table.slots if self._paged else len(set(order or ())) * pages_for(keep_tokens)
+        most = min(rows * pages, held + rows * (pages - keep_tokens // PAGE_TOKENS))
+        return max(held, most) + -(-rows * pages // len(self.blocks))
 
     # Pages: keys and values of `PAGE_TOKENS` tokens of one row, from a multiple of that on.
 
@@ -158,6 +188,7 @@ class StageCache(DynamicCache):
         self.tokens += states[0][0].shape[-2]
         self._computed = self.tokens
         self.batch = 1
+        self._room_pages = pages_for(self.tokens)
 
     # What the stage does around a step.
 
@@ -176,6 +207,10 @@ class StageCache(DynamicCache):
 
     def before_step(self, tokens: int) -> None:
         """A step of `tokens` new tokens is about to run."""
+        if self._paged:
+            self._paged.reserve(tokens)
+        else:
+            self._room_pages = max(self._room_pages, pages_for(self.tokens + tokens))
         if not self._recurrent or not self.tokens:
             return
         last = self._marks[-1].tokens if self._marks else 0
@@ -198,6 +233,10 @@ class StageCache(DynamicCache):
         self.batch = batch
         self._computed = self.tokens
         self._mark_next = tokens > 1
+        if self._paged:
+            self._paged.advance(tokens)
+        else:
+            self._room_pages = pages_for(self.tokens)
 
     def rewind(self, tokens: int) -> None:
         """Stand at the first `tokens` tokens, whatever the blocks hold: a step may have ended half-way."""
@@ -205,6 +244,9 @@ class StageCache(DynamicCache):
             self.clear()
             return
         self.tokens = self._computed = tokens
+        if self._paged:
+            self._paged.crop(tokens)
+            return
         if self._recurrent:
             self._restore(tokens)
         for layer in self.blocks:
@@ -229,7 +271,15 @@ class StageCache(DynamicCache):
             self.layers[index] = new
 
     def _select(self, rows: list[int]) -> None:
+        if self._paged or self._shares(rows):
+            try:
+                self._select_in_pages(rows)
+            except BaseException:
+                self.clear()  # some blocks have changed and some have not
+                raise
+            return
         self.batch = len(rows)
+        self._room_pages = pages_for(self.tokens)
         index: Any = torch.tensor(rows)
         for layer in self.blocks:
             layer.reorder_cache(index)
@@ -240,6 +290,29 @@ class StageCache(DynamicCache):
             index = index.to(self._inputs.device)
             self._inputs = self._inputs.index_select(0, index)
             self._positions = self._positions.index_select(0, index)
+
+    def _shares(self, rows: Sequence[int]) -> bool:
+        """Whether rows in rooms of their own would share pages if these were chosen."""
+        return len(set(rows)) < len(rows) and self.has_pages
+
+    def _into_pages(self, rows: list[int]) -> PagedRows:
+        blocks = self.blocks
+        del self.layers[self.offset :]  # so that each room ends when its block has its pages
+        paged = PagedRows.of(blocks, rows)
+        self.layers += paged.layers
+        return paged
+
+    def _select_in_pages(self, rows: list[int]) -> None:
+        if self._paged is None:
+            distinct = {row: number for number, row in enumerate(sorted(set(rows)))}
+            rows = [distinct[row] for row in rows]
+            self._paged = self._into_pages(list(distinct))
+        self._paged.order(rows)
+        self.batch = len(rows)
+        if len(rows) == 1:
+            for index, rooms in enumerate(self._paged.into_rooms(), start=self.offset):
+                self.layers[index] = _GrowingLayer.of(rooms, self.tokens)
+            self._paged, self._room_pages = None, pages_for(self.tokens)
 
     # What transformers asks of a cache while it runs: all blocks hold the same tokens, so that a length needs
     # no block, and still is that of the beginning of the step.
@@ -277,6 +350,15 @@ class _GrowingLayer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._rooms: tuple[Tensor, ...] = ()  # of which `keys` and `values` are the beginnings
+
+    @classmethod
+    def of(cls, rooms: tuple[Tensor, Tensor], tokens: int) -> _GrowingLayer:
+        """A layer that holds the first so many tokens of some rooms."""
+        layer = cls()
+        layer.lazy_initialization(*rooms)
+        layer._rooms = rooms
+        layer.keys, layer.values = (room[..., :tokens, :] for room in rooms)
+        return layer
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         keys, values = self.keys, self.values

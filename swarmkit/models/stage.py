@@ -244,6 +244,8 @@ class Stage:
                 part.attention_mask is not None or not view.needs_no_mask(part.hidden, past)
                 for part, past in zip(parts, pasts, strict=True)
             ]
+            for part in parts:
+                part.cache.before_step(part.hidden.shape[1])
             outputs = packed(parts, needed)
         except BaseException:
             for part, past in zip(parts, pasts, strict=True):

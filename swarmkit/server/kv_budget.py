@@ -5,13 +5,14 @@
     capacity = sum of leases + kept pages + free        (what `audit` checks)
 
 A lease grows as its session's cache does, a page at a time, rather than by what the session declared it might
-need. Pages are kept only where no lease needs the room, and count as free to those who ask.
+need. It counts the pages that the cache really has: rows that share some (beams) have these once. Pages are
+kept only where no lease needs the room, and count as free to those who ask.
 """
 
 from __future__ import annotations
 
 from swarmkit.errors import SwarmkitError
-from swarmkit.models.cache import PAGE_TOKENS
+from swarmkit.models.page_table import PAGE_TOKENS, pages_for
 from swarmkit.server.prefix_pages import PrefixPages
 
 
@@ -29,23 +30,27 @@ class Lease:
         self.nbytes = 0
         self.released = False
 
-    def resize(self, rows: int, tokens: int) -> None:
-        """Hold what `rows` x `tokens` need, rounded up to pages.
+    def resize(self, rows: int, tokens: int, pages: int | None = None) -> None:
+        """Hold what `rows` x `tokens` need.
+
+        Args: pages: of one row, where some rows share theirs; None: every row has its own.
 
         Raises:
             CacheFullError: the budget has not that much left; the lease stays as it was.
         """
-        self._budget._set(self, self._needed(rows, tokens))
+        self._budget._set(self, self.needed(rows, tokens, pages))
 
-    def grow(self, rows: int, tokens: int) -> None:
+    def grow(self, rows: int, tokens: int, pages: int | None = None) -> None:
         """Like `resize`, but never holds less than before."""
-        self._budget._set(self, max(self.nbytes, self._needed(rows, tokens)))
+        self._budget._set(self, max(self.nbytes, self.needed(rows, tokens, pages)))
 
-    def _needed(self, rows: int, tokens: int) -> int:
+    def needed(self, rows: int, tokens: int, pages: int | None = None) -> int:
+        """Bytes of what `resize` is told."""
         if not tokens:
             return 0
-        pages = -(-tokens // PAGE_TOKENS)
-        of_rows = rows * (self._budget.row_tokens + pages * PAGE_TOKENS) * self._bytes_per_token
+        if pages is None:
+            pages = rows * pages_for(tokens)
+        of_rows = (rows * self._budget.row_tokens + pages * PAGE_TOKENS) * self._bytes_per_token
         return of_rows + self._extra_bytes
 
     def release(self) -> None:

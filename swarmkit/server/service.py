@@ -143,6 +143,13 @@ class BlockService:
     def total_cache_tokens(self) -> int:
         return self.budget.capacity_bytes // self._bytes_per_token(self._stage.start, self._stage.stop)
 
+    def audit(self) -> None:
+        """Raise AssertionError unless every byte of the cache is accounted for, of sessions between steps."""
+        self.budget.audit()
+        for session in self.sessions:
+            if not session.turn.locked():
+                session.audit()
+
     async def drain(self, timeout: float) -> bool:
         """Take no new sessions, tell the others to move, wait until they have. Returns whether all did."""
         self.leaving = True
@@ -455,9 +462,8 @@ class BlockService:
     async def _step(
         self, client: _Client, session: Session, step: Step, received: Received
     ) -> tuple[StepDone, memoryview]:
-        rows, tokens, _ = step.hidden.shape
         try:
-            session.lease.grow(rows, step.position + tokens)
+            session.lease_for(step)
         except CacheFullError as error:
             raise Refusal("busy", f"{error}; try another server") from None
         try:

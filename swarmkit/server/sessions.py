@@ -78,7 +78,26 @@ class Session:
         if self.ended:
             self.lease.release()
         else:
-            self.lease.resize(self.cache.batch, self.cache.tokens)
+            self.lease.resize(self.cache.batch, self.cache.tokens, self.cache.pages_held())
+
+    def lease_for(self, step: Step) -> None:
+        """Before a checked step: lease all that the cache may take until the step has been done.
+
+        Raises:
+            CacheFullError: there is not that much left.
+        """
+        rows, tokens, _ = step.hidden.shape
+        pages = self.cache.pages_after(step.position, step.order, rows, tokens)
+        self.lease.grow(rows, step.position + tokens, pages)
+
+    def audit(self) -> None:
+        """Between two steps: raise AssertionError unless the lease is just what the cache takes."""
+        cache, lease = self.cache, self.lease
+        needed = 0 if lease.released else lease.needed(cache.batch, cache.tokens, cache.pages_held())
+        if lease.nbytes != needed:
+            raise AssertionError(f"{lease.nbytes} bytes are leased, the cache's pages are {needed}")
+        if not lease.released and cache.nbytes() > lease.nbytes:
+            raise AssertionError(f"a cache of {cache.nbytes()} bytes has leased {lease.nbytes}")
 
 
 def check_step(session: Session, step: Step, hidden_size: int, max_step_tokens: int) -> None:

@@ -124,8 +124,8 @@ class TinyServer:
         return client
 
     def used(self) -> tuple[int, int, int]:
-        """Sessions, leased bytes, and bytes of large messages; also checks that the budget adds up."""
-        self.service.budget.audit()
+        """Sessions, leased bytes, and bytes of large messages; also checks that all adds up."""
+        self.service.audit()
         return self.service.num_sessions, self.service.budget.leased_bytes, self.service.intake.held_bytes
 
     async def empty(self) -> None:
