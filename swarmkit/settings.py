@@ -89,6 +89,11 @@ class ClientSettings(BaseSettings):
         ge=0,
         description="what ended sessions had sent and got, so that one that begins alike sends only the rest",
     )
+    speculation: Literal["off", "auto", "prompt-lookup"] = Field(
+        default="auto",
+        description="guess tokens by looking them up in the text, as many as pay: never; where the answer is "
+        "the same without; or wherever it can be done, sampling too (another answer, by the same chances)",
+    )
     precisions: tuple[str, ...] = Field(
         default=(), description="use only servers of these precisions, such as float32; none = any"
     )

@@ -121,6 +121,7 @@ class ChainSession:
         self.max_length = max_length
         self.position = 0
         self.rows = 0
+        self.latest: StepTrace | None = None
 
     @property
     def route(self) -> list[Hop]:
@@ -585,17 +586,16 @@ class ChainSession:
                     (now - loss.at) * 1e3,
                 )
             )
-        self._swarm.trace.append(
-            StepTrace(
-                work.position,
-                work.rows,
-                tokens - work.recalled,
-                (now - started) * 1e3,
-                tuple(work.hops),
-                bool(work.losses),
-                work.recalled,
-            )
+        self.latest = StepTrace(
+            work.position,
+            work.rows,
+            tokens - work.recalled,
+            (now - started) * 1e3,
+            tuple(work.hops),
+            bool(work.losses),
+            work.recalled,
         )
+        self._swarm.trace.append(self.latest)
 
 
 def _reason(error: PeerError) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from swarmkit.client.connection import Connection
+from swarmkit.client.guessing import GuessCount, Guesses, Speculation, choose_way, named_arguments
 from swarmkit.client.remote_blocks import RemoteBlocks
 from swarmkit.client.session import Session, SwarmCache, active_session, session_of
 from swarmkit.client.swarm import ModelRef, SwarmClient
@@ -30,6 +32,8 @@ else:
     _Base = object
 
 _DEFAULT_LENGTH = 2**20
+_speculation: ContextVar[Speculation] = ContextVar("swarmkit_speculation", default="auto")
+"""As wished for the call of `generate()` that is under way."""
 
 
 class SwarmModelForCausalLM(_Base):
@@ -46,6 +50,7 @@ class SwarmModelForCausalLM(_Base):
 
     _swarm: Connection
     _checkpoint: Checkpoint
+    _guesses: Guesses
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -99,6 +104,7 @@ class SwarmModelForCausalLM(_Base):
         assert isinstance(head, SwarmModelForCausalLM)
         head._swarm = connection
         head._checkpoint = checkpoint
+        head._guesses = Guesses()
         return head
 
     # ------------------------------------------------------------------ the swarm
@@ -112,6 +118,11 @@ class SwarmModelForCausalLM(_Base):
     def events(self) -> list[SessionEvent]:
         """The last changes of routes, oldest first."""
         return list(self._swarm.client.events)
+
+    @property
+    def speculation(self) -> GuessCount:
+        """How many tokens were guessed ahead so far, and how many of them were right."""
+        return self._guesses.count
 
     @property
     def connection(self) -> Connection:
@@ -144,19 +155,55 @@ class SwarmModelForCausalLM(_Base):
 
     # ------------------------------------------------------------------ transformers
 
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *args: Any,
+        speculation: Speculation | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """`transformers`' own `generate()`, over a session.
 
         The session is `session=…`, or the one whose `with` block encloses the call, or one for this call.
         A cache may be given as `past_key_values` or as `cache`, whatever transformers calls it.
+
+        Args:
+            speculation: guess tokens ahead, a number of them that adapts to what pays; see
+                docs/speculation.md. `"auto"`: where the answer is the same without. `"prompt-lookup"`: also
+                where tokens are sampled. `"off"`: not, and what transformers does with `assistant_model=` or
+                `prompt_lookup_num_tokens=` is left as it is; otherwise these name where guesses come from,
+                and how many there are at most. As in `ClientSettings` if not given.
+
+        Raises:
+            UsageError: guesses are wished for where they cannot be had.
         """
-        name = self._name_cache(kwargs)
+        usual = self._swarm.client.settings.speculation
         session = kwargs.pop("session", None) or active_session(self._swarm)
+        kwargs = named_arguments(args, kwargs)
+        name = self._name_cache(kwargs)
+        tokens = inputs if inputs is not None else kwargs.get("input_ids")
+        rows = tokens.shape[0] if tokens is not None else None
+        kwargs = choose_way(
+            speculation, usual, kwargs, lambda name: self._configured(kwargs, name), rows, self._is_stateful
+        )
+        wished = _speculation.set(speculation or usual)
+        try:
+            return self._generate(session, name, inputs, tokens, kwargs)
+        finally:
+            _speculation.reset(wished)
+
+    def _generate(
+        self,
+        session: Session | None,
+        name: str,
+        inputs: torch.Tensor | None,
+        tokens: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
         if session is None:
-            return self._generate_once(name, inputs, *args, **kwargs)
+            return self._generate_once(name, inputs, **kwargs)
         if kwargs.pop(name, None) is not None:
             raise UsageError("give either a session or past_key_values, not both")
-        tokens = inputs if inputs is not None else kwargs.get("input_ids")
         if tokens is None:
             raise UsageError("a session needs token ids: give input_ids, not inputs_embeds")
         if session.align(tokens, kwargs.get("attention_mask")):
@@ -164,19 +211,19 @@ class SwarmModelForCausalLM(_Base):
             answers = self._option(kwargs, "num_return_sequences")
             session.repeat(max(self._option(kwargs, "num_beams"), answers))
         session.remember(None)
-        output = self._plain_generate(inputs, *args, **{name: SwarmCache(session)}, **kwargs)
+        output = self._plain_generate(inputs, **{name: SwarmCache(session)}, **kwargs)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         session.remember(sequences if self._rows_are_sequences(session, sequences, tokens, kwargs) else None)
         return output
 
-    def _generate_once(self, name: str, inputs: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:
+    def _generate_once(self, name: str, inputs: torch.Tensor | None, **kwargs: Any) -> Any:
         """Generate over a session that ends with the call, unless the caller keeps the cache."""
         if kwargs.get(name) is not None or kwargs.get("use_cache") is False:
-            return self._plain_generate(inputs, *args, **kwargs)
+            return self._plain_generate(inputs, **kwargs)
         kwargs.pop(name, None)
         with_cache = self.session()
         try:
-            output = self._plain_generate(inputs, *args, **{name: SwarmCache(with_cache)}, **kwargs)
+            output = self._plain_generate(inputs, **{name: SwarmCache(with_cache)}, **kwargs)
         except BaseException:
             with_cache.close()
             raise
@@ -197,11 +244,22 @@ class SwarmModelForCausalLM(_Base):
     def _plain_generate(self, *args: Any, **kwargs: Any) -> Any:
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
-    def _option(self, kwargs: dict[str, Any], name: str) -> int:
-        """A number of `generate()`, wherever it is given; 1 if nowhere."""
+    def _get_candidate_generator(self, **kwargs: Any) -> Any:
+        inner = super()._get_candidate_generator(**kwargs)  # type: ignore[misc]
+        if _speculation.get() == "off":
+            return inner
+        session = session_of(kwargs["model_kwargs"].get(cache_argument(type(self))))
+        return self._guesses.adapt(inner, session, kwargs["generation_config"].max_length)
+
+    def _configured(self, kwargs: dict[str, Any], name: str) -> Any:
+        """An option of `generate()`, wherever it is given; None if nowhere."""
         configs = (kwargs.get("generation_config"), self.generation_config)
         values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
-        return next((value for value in values if value is not None), 1)
+        return next((value for value in values if value is not None), None)
+
+    def _option(self, kwargs: dict[str, Any], name: str) -> int:
+        """A number of `generate()`, wherever it is given; 1 if nowhere."""
+        return self._configured(kwargs, name) or 1
 
     def _rows_are_sequences(
         self, session: Session, sequences: torch.Tensor, tokens: torch.Tensor, kwargs: dict[str, Any]

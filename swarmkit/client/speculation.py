@@ -1,0 +1,295 @@
+"""How many tokens to guess before each step: as many as pay, and never at more than a small price.
+
+A step over 1 + w tokens gives one token for certain, and one more for each of its w guesses before the first
+wrong one. If the k-th guess is right with probability a_k when those before it were, it gives
+
+    E(w) = 1 + a_1 + a_1·a_2 + … + a_1·…·a_w          (Leviathan et al., ICML 2023, eq. 1, for equal a_k)
+
+tokens, and takes plain + w · slope + finding the guesses. The window is the w with the most tokens per
+second. On a long way `plain` is mostly round trips, and slope next to nothing, so that wide windows pay even
+where few guesses are right; between neighbours it is the other way round.
+
+The bound on what speculation may cost does not rest on these estimates. A `Ledger` compares, as it goes, what
+all steps took with what the same tokens would have taken one by one, and what could be lost by the next guess
+must be covered by what was won so far and by 3 % of the time that has passed. So generation takes at most
+1.03 times what it takes without speculation, and whatever one step took beyond what was foreseen of it.
+
+Nothing here looks at a clock: times are handed in, in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+MOST_GUESSES = 15
+"""Unless the user names another number: with one more token, a step still counts as decoding to servers."""
+
+ALLOWANCE = 0.03
+"""Of the time without speculation: what failed guesses may take."""
+
+DRAFTED = 0
+"""The kind of a guess that a draft model made; those of a lookup are of the kind of their match's length."""
+LONGEST_MATCH = 4
+"""Matches of more tokens are taken for as good as one of so many."""
+
+_PRIORS = (0.6, 0.2, 0.5, 0.7, 0.8)
+"""How likely a guess of each kind is right, before any was seen."""
+_PRIOR_WEIGHT = 2.0
+_MEMORY = 0.95
+"""What an observation still counts when the next one of its kind comes."""
+
+_GAIN = 0.125
+_OUTLIER = 2.0
+_SAFETY = 1.25
+"""Times the usual slope: what a step is prepared to take."""
+_WORTHWHILE = 1.02
+"""How much faster guessing must be than not guessing."""
+_PROBE_SHARE = 0.01
+"""Of the time: what may be spent to find out whether guesses that did not pay would pay now."""
+_REFRESH_AFTER = 32
+"""Steps with guesses, one after another, until one without shows again what that takes."""
+
+
+class Acceptance:
+    """How often guesses of each kind are right, the latest counting most."""
+
+    def __init__(self) -> None:
+        self._right = [prior * _PRIOR_WEIGHT for prior in _PRIORS]
+        self._seen = [_PRIOR_WEIGHT] * len(_PRIORS)
+
+    def copy(self) -> Acceptance:
+        other = Acceptance()
+        other._right, other._seen = list(self._right), list(self._seen)
+        return other
+
+    def observe(self, kind: int, right: bool) -> None:
+        """Note a guess whose predecessors in its step were right."""
+        self._right[kind] = self._right[kind] * _MEMORY + right
+        self._seen[kind] = self._seen[kind] * _MEMORY + 1
+
+    def observe_run(self, kind: int, outcomes: Sequence[bool]) -> None:
+        """Note the guesses of one step, up to the first wrong one."""
+        for right in outcomes:
+            self.observe(kind, right)
+            if not right:
+                return
+            kind = after(kind)
+
+    def probability(self, kind: int) -> float:
+        return self._right[kind] / self._seen[kind]
+
+
+def after(kind: int) -> int:
+    """The kind of the guess that follows a right one: a match is then one token longer."""
+    return DRAFTED if kind == DRAFTED else min(kind + 1, LONGEST_MATCH)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One step and the guesses that went into it.
+
+    Attributes:
+        tokens: of the step; 1 + guesses, but for the prompt's.
+        guesses: how many of them were guesses.
+        gained: new tokens: accepted guesses and one more.
+        step_s: the step.
+        way_s: the part of `step_s` spent between machines, which hardly grows with tokens; 0 if unknown.
+        finding_s: to find the guesses, or to find none; 0 if they were not looked for.
+        is_prompt: whether it was the first step, over the prompt.
+        is_disturbed: whether a server was replaced, so that its time tells nothing.
+    """
+
+    tokens: int
+    guesses: int
+    gained: int
+    step_s: float
+    way_s: float = 0.0
+    finding_s: float = 0.0
+    is_prompt: bool = False
+    is_disturbed: bool = False
+
+
+@dataclass
+class StepCost:
+    """What steps take, by their number of tokens: plain_s + (tokens - 1) · slope_s.
+
+    The slope is a weighted least-squares fit through the plain step. Before any was seen, a token more is
+    taken to cost what a token of the prompt did, and no more than computing a token by itself.
+    """
+
+    plain_s: float | None = None
+    """A step of one token; None = none seen."""
+    plain_seen: int = 0
+    growing_s: float = 0.0
+    """The part of a plain step that may come once more with each token."""
+    prompt_token_s: float | None = None
+    _products: float = 0.0
+    _squares: float = 0.0
+
+    def observe(self, round_: Round) -> None:
+        if round_.is_disturbed:
+            return
+        computing_s = max(round_.step_s - round_.way_s, 0.0)
+        if round_.is_prompt:
+            if round_.tokens > 1:
+                self.prompt_token_s = computing_s / round_.tokens
+        elif not round_.guesses:
+            self._observe_plain(round_.step_s, computing_s)
+        elif self.plain_s is not None:
+            more = round_.tokens - 1
+            # Computing does not become cheaper by more of it; if it seems so, the plain step is another now.
+            self._products = _MEMORY * self._products + more * max(round_.step_s - self.plain_s, 0.0)
+            self._squares = _MEMORY * self._squares + more * more
+
+    def _observe_plain(self, step_s: float, computing_s: float) -> None:
+        self.plain_seen += 1
+        gain = max(_GAIN, 1 / self.plain_seen)
+        if self.plain_s is None:
+            self.plain_s, self.growing_s = step_s, computing_s
+            return
+        seen_s = min(step_s, _OUTLIER * self.plain_s)  # a network's hiccup is not what steps take
+        self.plain_s += gain * (seen_s - self.plain_s)
+        self.growing_s += gain * (min(computing_s, seen_s) - self.growing_s)
+
+    @property
+    def slope_s(self) -> float:
+        """What each further token of a step takes."""
+        if self._squares:
+            return self._products / self._squares
+        known = [self.growing_s, *([self.prompt_token_s] if self.prompt_token_s is not None else [])]
+        return min(known)
+
+
+class Ledger:
+    """What speculation has won or lost so far, and so what it may still lose, in seconds."""
+
+    def __init__(self, allowance: float = ALLOWANCE) -> None:
+        self._allowance = allowance
+        self.balance_s = 0.0
+
+    def covers(self, loss_s: float, plain_s: float) -> bool:
+        """Whether the next step may take `loss_s` more than a plain one and give no more than that."""
+        return self.balance_s >= 0 and loss_s <= self.balance_s + self._allowance * plain_s
+
+    def enter(self, round_: Round, plain_s: float | None) -> None:
+        """Note a round; `plain_s` is what a step of one token takes now."""
+        if round_.is_disturbed:
+            return
+        if round_.is_prompt or not round_.guesses or plain_s is None:
+            self.balance_s += self._allowance * round_.step_s - round_.finding_s
+            return
+        took_s = round_.step_s + round_.finding_s
+        # A plain step, taken now, would not have been longer than this one was.
+        self.balance_s += (1 + self._allowance) * round_.gained * min(plain_s, round_.step_s) - took_s
+
+
+@dataclass
+class Learned:
+    """What one call of `generate()` can tell the next one."""
+
+    cost: StepCost = field(default_factory=StepCost)
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    finding_s: float | None = None
+    """To find one guess with a draft model, or all of a step by looking them up; None = not known."""
+
+    def copy(self) -> Learned:
+        """For a new call, whose way may be another: what it sees of steps soon outweighs what was seen."""
+        cost = replace(self.cost, plain_seen=min(self.cost.plain_seen, 1), prompt_token_s=None)
+        return Learned(cost, self.acceptance.copy(), self.finding_s)
+
+
+class Windows:
+    """The choice of one call of `generate()`, step by step.
+
+    Args:
+        learned: what is known; goes on to learn.
+        most: guesses in a step, at most.
+        drafting: whether a draft model makes the guesses, each of which takes time, or they are looked up.
+    """
+
+    def __init__(self, learned: Learned, *, most: int = MOST_GUESSES, drafting: bool = False) -> None:
+        self.learned = learned
+        self._most = most
+        self._drafting = drafting
+        self._ledger = Ledger()
+        self._since_probe_s = 0.0
+        self._in_a_row = 0
+
+    @property
+    def balance_s(self) -> float:
+        """What may still be lost."""
+        return self._ledger.balance_s
+
+    def may_look(self) -> bool:
+        """Whether the time to look guesses up is to be had; how good they are is seen only then."""
+        plain_s = self.learned.cost.plain_s
+        return plain_s is not None and self._ledger.covers(self.learned.finding_s or 0.0, plain_s)
+
+    def affordable(self) -> int:
+        """How many guesses may fail in the next step."""
+        plain_s = self.learned.cost.plain_s
+        if plain_s is None:
+            return 0
+        windows = range(1, self._most + 1)
+        return sum(self._ledger.covers(self._loss_s(window), plain_s) for window in windows)
+
+    def choose(self, kind: int, available: int) -> int:
+        """How many tokens to guess in the next step.
+
+        Args:
+            kind: of the first guess.
+            available: how many there are, or there is room for.
+        """
+        plain_s = self.learned.cost.plain_s
+        most = min(self.affordable(), available)
+        if plain_s is None or most < 1 or self._in_a_row >= _REFRESH_AFTER:
+            return 0
+        best, best_rate = 0, _WORTHWHILE / plain_s
+        expected, run, ahead = 1.0, 1.0, kind
+        for window in range(1, most + 1):
+            run *= self.learned.acceptance.probability(ahead)
+            expected += run
+            ahead = after(ahead)
+            rate = expected / (plain_s + self._more_s(window))
+            if rate > best_rate:
+                best, best_rate = window, rate
+        return best or self._probe()
+
+    def record(self, round_: Round, kind: int = DRAFTED, outcomes: Sequence[bool] = ()) -> None:
+        """Learn from a step.
+
+        Args:
+            kind: of its first guess.
+            outcomes: which guesses were right, also of those that were found but not made.
+        """
+        learned = self.learned
+        learned.acceptance.observe_run(kind, outcomes)
+        learned.cost.observe(round_)
+        self._ledger.enter(round_, learned.cost.plain_s)
+        self._since_probe_s += round_.step_s
+        if round_.guesses:
+            self._in_a_row += 1
+            if round_.gained == 1:
+                self._since_probe_s = 0.0
+        else:
+            self._in_a_row = 0
+        if round_.finding_s and not round_.is_prompt:
+            each_s = round_.finding_s / max(round_.guesses, 1) if self._drafting else round_.finding_s
+            known_s = learned.finding_s
+            learned.finding_s = each_s if known_s is None else known_s + _GAIN * (each_s - known_s)
+
+    def _more_s(self, window: int) -> float:
+        """What a step with so many guesses takes beyond a plain one; what is looked up is here already."""
+        finding_s = (self.learned.finding_s or 0.0) if self._drafting else 0.0
+        return window * (self.learned.cost.slope_s + finding_s)
+
+    def _loss_s(self, window: int) -> float:
+        return _SAFETY * self._more_s(window)
+
+    def _probe(self) -> int:
+        """Whether to try one guess of a draft that did not pay: nothing else shows that it pays now.
+
+        Guesses that are looked up need no trial, because those not made are seen to be right or wrong too.
+        """
+        return int(self._drafting and self._loss_s(1) <= _PROBE_SHARE * self._since_probe_s)
