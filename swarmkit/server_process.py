@@ -60,7 +60,9 @@ class ServerProcess:
             command += ["--announce", address]
         environment = dict(os.environ, OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false")
         for name, value in (settings or ServerSettings()).model_dump().items():
-            environment[f"SWARMKIT_SERVER_{name.upper()}"] = str(value)
+            environment[f"SWARMKIT_SERVER_{name.upper()}"] = (
+                value if isinstance(value, str) else json.dumps(value)
+            )
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = subprocess.Popen(
             command,

@@ -10,6 +10,9 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+LossyCodec = Literal["bfloat16", "float16", "int8"]
+"""What hidden states may travel in, besides as they are; see `net.codec`."""
+
 
 class NetSettings(BaseSettings):
     """How this peer talks to others."""
@@ -57,6 +60,10 @@ class ServerSettings(BaseSettings):
         default=60.0, gt=0, description="for the rest of a message that has begun, and to send a reply"
     )
     push: bool = Field(default=True, description="outputs may go straight to the server with the next blocks")
+    codecs: tuple[LossyCodec, ...] = Field(
+        default=("bfloat16", "float16", "int8"),
+        description="in which hidden states may come and go if a client wishes it, besides as they are",
+    )
     link_timeout: float = Field(default=3.0, gt=0, description="to reach the server with the next blocks")
     drain_timeout: float = Field(default=30.0, ge=0, description="for sessions to move away when leaving")
 
@@ -84,6 +91,15 @@ class ClientSettings(BaseSettings):
     )
     max_ban_seconds: float = Field(default=60.0, gt=0, description="the longest that a peer is left aside")
     push: bool = Field(default=True, description="have servers hand outputs on to each other where they can")
+    codecs: tuple[LossyCodec, ...] = Field(
+        default=(),
+        description="in which hidden states may travel, besides as they are; each of these changes values, "
+        "and so perhaps tokens",
+    )
+    compress: Literal["where it pays", "always"] = Field(
+        default="where it pays",
+        description="use these codecs on links that were measured to be slow, or the smallest one on all",
+    )
     prefix_memory_bytes: int = Field(
         default=256 * 1024**2,
         ge=0,

@@ -29,6 +29,7 @@ from itertools import pairwise
 import anyio
 import torch
 
+from swarmkit.client.codecs import agree, answer_codecs
 from swarmkit.client.history import History
 from swarmkit.client.pipeline import pieces, run_pipeline
 from swarmkit.client.recall import recall
@@ -116,6 +117,8 @@ class ChainSession:
         """Whether this session can be remembered: one row all the time, no padding, the usual positions."""
         self._outputs = History()
         """Of the last stage, as long as the session can be remembered."""
+        self._inputs = History() if swarm.settings.codecs else None
+        """What came from the user, where codecs may have made others of it; as long, too."""
         self.start = start
         self.stop = swarm.model.num_blocks if stop is None else stop
         self.max_length = max_length
@@ -138,7 +141,8 @@ class ChainSession:
         if not 0 <= tokens <= self.position:
             raise SessionError(f"cannot keep {tokens} of {self.position} tokens")
         self.position = tokens
-        self._outputs.crop(tokens)
+        for ends in filter(None, (self._inputs, self._outputs)):
+            ends.crop(tokens)
         for stage in self._stages:
             stage.crop(tokens)
 
@@ -206,6 +210,9 @@ class ChainSession:
         self._plain = self._plain and rows == 1 and mask is None and all_positions is None
         work = _Step(StepInputs(self.position, end, rows, mask, all_positions))
         await self._prepare(work)
+        agree(self._swarm, self._stages, self._outputs, hidden)
+        if self._plain and self._inputs is not None:
+            self._inputs.write(self.position, hidden)
         recalled = await self._recall(hidden, work) if self._plain and not self._numbers else None
 
         work.arrived_at = time.perf_counter()
@@ -284,7 +291,8 @@ class ChainSession:
         states = {boundary: history.row(self.position) for boundary, history in parts.items()}
         found = {boundary: part for boundary, part in states.items() if part is not None}
         if self.position and len(found) == len(states):
-            self._swarm.memory.keep(found)
+            inputs = None if self._inputs is None else self._inputs.row(self.position)
+            self._swarm.memory.keep(found, inputs)
 
     # ------------------------------------------------------------------ one stage
 
@@ -323,6 +331,8 @@ class ChainSession:
         answers = []
         for start, stop in pieces(low, work.end, 1, max(1, stage.max_step_tokens // work.rows)):
             request = self._request(start, stop, want, work)
+            if want == work.position:  # else outputs are wanted for a replay too, as they are
+                request.answers = answer_codecs([stage], self._stages, self._outputs)
             answers.append(await self._exchange(stage, request, work))
         return answers
 
@@ -344,6 +354,8 @@ class ChainSession:
         most = min(stage.max_step_tokens for stage in run) // work.rows
         cuts = pieces(work.position, work.end, len(run), max(1, most))
         requests = [self._request(low, high, work.position, work) for low, high in cuts]
+        for request in requests:
+            request.answers = answer_codecs(run, self._stages, self._outputs)
         for follower in followers:
             follower.expect(requests)
         if len(requests) > 1:

@@ -64,6 +64,12 @@ class StepTimes:
         """The usual time of a one-token step, or None if none was seen."""
         return self._single.mean if self._single else None
 
+    def usual_s(self, tokens: int) -> float | None:
+        """The usual time of a step of `tokens`, or None if none of its kind was seen."""
+        if tokens <= 1:
+            return self.round_trip_s
+        return tokens * self._per_token.mean if self._per_token else None
+
     def observe(self, tokens: int, seconds: float) -> None:
         """Note a step of `tokens` (batch x tokens)."""
         self._patience = 1.0

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from swarmkit.net import codec
+from swarmkit.net.codec import CodecName, TensorSpec
+
 
 class History:
     """The inputs [batch, tokens, hidden] of one stage of a session, on the CPU, in the order of positions.
@@ -16,6 +19,8 @@ class History:
     def __init__(self) -> None:
         self._buffer: torch.Tensor | None = None
         self.tokens = 0
+        self.codec: CodecName = "none"
+        """In what these inputs travel now; see `client.codecs`."""
 
     @property
     def nbytes(self) -> int:
@@ -35,6 +40,24 @@ class History:
             self._buffer = grown
         self._buffer[:, position : position + tokens] = hidden
         self.tokens = position + tokens
+
+    def encode(self, start: int, stop: int, new_from: int, name: CodecName) -> tuple[TensorSpec, memoryview]:
+        """Positions [start, stop) for the wire, in a codec; they hold afterwards what the receiver decodes.
+
+        Those before `new_from` were sent before and stay what they are: where the codec would change them,
+        all of them are encoded as `none`.
+        """
+        if name == "none":
+            return codec.encode(self.read(start, stop))
+        assert self._buffer is not None
+        first = max(start, new_from)
+        if first < stop:
+            self._buffer[:, first:stop] = codec.passed(self.read(first, stop), name)
+        values = self.read(start, stop)
+        spec, data = codec.encode(values, name)
+        if first > start and not torch.equal(codec.decode(spec, data), values):
+            return codec.encode(values)
+        return spec, data
 
     def crop(self, tokens: int) -> None:
         """Keep the first `tokens` positions."""

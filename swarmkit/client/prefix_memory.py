@@ -37,7 +37,7 @@ class PrefixMemory:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._new: deque[Mapping[int, Tensor]] = deque()
+        self._new: deque[tuple[Mapping[int, Tensor], Tensor]] = deque()
         self._lock = threading.Lock()
         self._entries: OrderedDict[Remembered, None] = OrderedDict()
         self._by_name: dict[Name, Remembered] = {}
@@ -49,17 +49,23 @@ class PrefixMemory:
 
     @property
     def nbytes(self) -> int:
-        return self._nbytes + sum(map(_nbytes, self._new))
+        return self._nbytes + self._new_nbytes()
 
     def __len__(self) -> int:
         return len(self._entries) + len(self._new)
 
-    def keep(self, states: Mapping[int, Tensor]) -> None:
-        """Remember a session by its states [tokens, hidden], of equal length at all boundaries. Is quick."""
+    def keep(self, states: Mapping[int, Tensor], inputs: Tensor | None = None) -> None:
+        """Remember a session by its states [tokens, hidden], of equal length at all boundaries. Is quick.
+
+        Args: inputs: by which it is found, where a codec made others of them at the first boundary.
+        """
         if min(map(len, states.values())) >= PAGE_TOKENS and _nbytes(states) <= self._limit:
-            self._new.append(states)
-        while sum(map(_nbytes, self._new)) > self._limit:
+            self._new.append((states, states[min(states)] if inputs is None else inputs))
+        while self._new_nbytes() > self._limit:
             self._new.popleft()
+
+    def _new_nbytes(self) -> int:
+        return sum(_nbytes(states) for states, _ in self._new)
 
     def find(self, inputs: Tensor, boundaries: Sequence[int]) -> tuple[Remembered, int] | None:
         """The session that shares most full pages with `inputs` [tokens, hidden] at the first boundary.
@@ -71,7 +77,7 @@ class PrefixMemory:
         with self._lock:
             with contextlib.suppress(IndexError):  # until there is no more
                 while True:
-                    self._absorb(self._new.popleft())
+                    self._absorb(*self._new.popleft())
             names = _names(boundaries[0], inputs)
             for count, name in reversed(list(enumerate(names, start=1))):
                 entry = self._by_name.get(name)
@@ -80,9 +86,8 @@ class PrefixMemory:
                     return entry, count * PAGE_TOKENS
             return None
 
-    def _absorb(self, states: Mapping[int, Tensor]) -> None:
-        first = min(states)
-        entry = Remembered(tuple(_names(first, states[first])), states)
+    def _absorb(self, states: Mapping[int, Tensor], inputs: Tensor) -> None:
+        entry = Remembered(tuple(_names(min(states), inputs)), states)
         for name in entry.names:  # what this one goes on from says nothing that this one does not say
             before = self._by_name.get(name)
             if before is not None and _goes_on_from(entry, before):

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import anyio
 import anyio.to_thread
+import msgspec
 import torch
 
 from swarmkit.client.history import History
@@ -28,7 +29,7 @@ from swarmkit.errors import (
 )
 from swarmkit.models.cache import PAGE_TOKENS
 from swarmkit.net import codec
-from swarmkit.net.codec import TensorSpec
+from swarmkit.net.codec import CodecName, TensorSpec
 from swarmkit.net.conversation import Conversation, Received
 from swarmkit.net.messages import (
     HIDDEN_DTYPES,
@@ -82,6 +83,8 @@ class Request:
     keep: int
     rows: int
     made_at: float = field(default_factory=time.perf_counter)
+    answers: tuple[CodecName, ...] = ()
+    """In what the outputs of the server, and of those that it pushes to, are wanted."""
 
     @property
     def size(self) -> int:
@@ -120,6 +123,10 @@ class RemoteStage:
         """Why no more of them can be taken."""
         self._inlet = ""
         self._linked_to = ""
+        self._fed_by = ""
+        """The server that was asked to push here."""
+        self._sent_bytes = 0
+        self._sent_codec: CodecName = "none"
         self._given_up: set[int] = set()
         self._patience: Patience
         self._pages: Opened
@@ -136,6 +143,7 @@ class RemoteStage:
         self.conversation = await swarm.converse(hop.server)
         self._patience = Patience(self.conversation)
         message = Open(swarm.model.fingerprint, hop.start, hop.stop, max_length)
+        message = msgspec.structs.replace(message, sent_at=self.conversation.clock())
         # To open a session computes nothing: who is silent now would be found out later, and more slowly.
         reply = await self._ask(message, swarm.connect_timeout)
         if not isinstance(reply, Opened) or reply.max_step_tokens < 1:
@@ -182,11 +190,22 @@ class RemoteStage:
         if not isinstance(reply, Linked):
             raise ProtocolError("the answer to a link was none", self.hop.server.peer_id)
         self._linked_to = following._inlet
+        following._fed_by = self.hop.server.peer_id
         return True
 
     def is_linked_to(self, following: RemoteStage) -> bool:
         """Whether the server pushes outputs into the next one's present session."""
         return bool(self._linked_to) and self._linked_to == following._inlet
+
+    def permits(self, codec: CodecName) -> bool:
+        """Whether the server takes and gives hidden states in that codec, as far as it was asked yet."""
+        return codec == "none" or self.conversation is None or codec in self._pages.codecs
+
+    @property
+    def dtype(self) -> str:
+        """What the server computes in, as far as it was asked yet."""
+        known = self.conversation is not None and self._pages.dtype in HIDDEN_DTYPES
+        return self._pages.dtype if known else HIDDEN_DTYPES[0]
 
     def unlink(self) -> None:
         """Count on no more pushes by this server."""
@@ -248,13 +267,27 @@ class RemoteStage:
         low, high = request.low, request.high
         conversation = self._stream()
         nbytes = request.size * self._swarm.model.hidden_size * 4
-        spec, data = await off_loop(nbytes, lambda: codec.encode(self.history.read(low, high)))
+        name = self.history.codec if self.permits(self.history.codec) else "none"
+        spec, data = await off_loop(nbytes, lambda: self.history.encode(low, high, inputs.position, name))
         mask_spec, mask = (None, None) if inputs.mask is None else codec.encode(inputs.mask[:, :high])
         positions_spec, positions = (
             (None, None) if inputs.positions is None else codec.encode(inputs.positions[:, low:high])
         )
         order = self.order if low else None
-        message = Step(low, spec, request.keep, mask_spec, positions_spec, order, request.number, forward)
+        message = Step(
+            low,
+            spec,
+            request.keep,
+            mask_spec,
+            positions_spec,
+            order,
+            request.number,
+            forward,
+            request.answers,
+            conversation.clock(),
+        )
+        self._sent_bytes += spec.nbytes
+        self._sent_codec = spec.codec
         payload = [part for part in (data, mask, positions) if part is not None]
         with self._patient(self.deadline_s(request)):
             await conversation.send(message, payload)
@@ -279,10 +312,21 @@ class RemoteStage:
         reply = received.message
         if not isinstance(reply, StepDone):
             raise ProtocolError(f"expected StepDone, got {type(reply).__name__}", peer_id)
+        if reply.hidden.codec not in ("none", *self._swarm.settings.codecs):
+            raise ProtocolError(f"outputs came as {reply.hidden.codec}, which is not allowed here", peer_id)
         output = await off_loop(largest, lambda: _checked(reply, received, shape, peer_id))
+        self._note_rates(reply, self._fed_by if pushed else "")
         self.order = None
         self.leaving = reply.leaving
         return Answer(output, reply, request.made_at)
+
+    def _note_rates(self, reply: StepDone, sender: str) -> None:
+        """Note what the ways to the server and from it carry."""
+        rates, peer_id = self._swarm.rates, self.hop.server.peer_id
+        if reply.bytes_per_s:
+            rates[sender, peer_id] = reply.bytes_per_s
+        if seen := self._stream().incoming.bytes_per_s:
+            rates[peer_id, ""] = seen
 
     def deadline_s(self, request: Request) -> float:
         """Seconds after which the server is given up if it does not answer."""
@@ -296,7 +340,21 @@ class RemoteStage:
         queue_ms = min(max(sum(answer.done.queue_ms for answer in answers), 0.0), total_ms - compute_ms)
         network_ms = total_ms - compute_ms - queue_ms
         server = hop.server
-        return HopTrace(server.peer_id, server.label, hop.start, hop.stop, queue_ms, compute_ms, network_ms)
+        hidden = [answer.done.hidden for answer in answers]
+        sent, self._sent_bytes = self._sent_bytes, 0
+        return HopTrace(
+            server.peer_id,
+            server.label,
+            hop.start,
+            hop.stop,
+            queue_ms,
+            compute_ms,
+            network_ms,
+            sent,
+            sum(spec.nbytes for spec in hidden),
+            self._sent_codec if sent else "none",
+            hidden[-1].codec,
+        )
 
     # ------------------------------------------------------------------ messages
 

@@ -73,6 +73,8 @@ class SwarmClient:
         self._clock = clock
         self._factory = transport_factory
         self._net = net_settings or NetSettings()
+        self.rates: dict[tuple[str, str], float] = {}
+        """Bytes per second from one peer to another, as far as measured; "" is this client."""
         self._times: dict[str, StepTimes] = {}
         self._unlinked: dict[tuple[str, str], float] = {}
         self._transport: Transport | None = None

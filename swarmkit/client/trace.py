@@ -19,6 +19,11 @@ class HopTrace:
     queue_ms: float
     compute_ms: float
     network_ms: float
+    sent_bytes: int = 0
+    """Of hidden states, from the client; 0 where the server before handed them on, as it answered."""
+    received_bytes: int = 0
+    sent_codec: str = "none"
+    received_codec: str = "none"
 
     @property
     def total_ms(self) -> float:

@@ -2,8 +2,21 @@
 
 A tensor travels as a `TensorSpec` in the message header and its raw little-endian bytes in the payload. The
 spec is checked before one byte of the payload is read, so that nobody can make a peer allocate more than it
-allows. `codec` names how the values were written: `"none"` keeps the tensor's own dtype, `"float16"` and
-`"bfloat16"` halve float32; the receiver restores `dtype`.
+allows. `codec` names how the values were written; the receiver restores `dtype`.
+
+==========  ===============  =================================================================================
+codec       bytes per value  what comes back
+==========  ===============  =================================================================================
+`none`      the dtype's own  every bit
+`bfloat16`  2                within 2^-8 of each value; what is beyond its range travels as `none`
+`float16`   2                within 2^-11 of each value, or 2^-25; beyond its range as above
+`int8`      1 + 1/32         within 1/127 of the largest magnitude of its block, or 2^-127 (2^-25 for float16)
+==========  ===============  =================================================================================
+
+`int8` is MXINT8 of the Open Compute Project's Microscaling formats (OCP MX v1.0, 5.2 and 6.3): blocks of 32
+values along the last dimension share a scale that is a power of two, one byte. So nothing but exact
+arithmetic is involved: every machine encodes alike, and what was decoded once is encoded to the same bytes
+again, in every dtype. No block reaches over two tokens, so a token's values do not depend on its neighbours'.
 """
 
 from __future__ import annotations
@@ -15,7 +28,15 @@ import msgspec
 import torch
 
 DTypeName = Literal["float32", "float16", "bfloat16", "int64", "uint8"]
-CodecName = Literal["none", "float16", "bfloat16"]
+CodecName = Literal["none", "float16", "bfloat16", "int8"]
+LossyCodecName = Literal["float16", "bfloat16", "int8"]
+
+BLOCK = 32
+"""Values that share a scale in `int8`."""
+_NOT_FINITE = -128
+"""The scale of a block with NaN or infinity: all its values come back as NaN."""
+_EXPONENTS = {torch.float32: (-126, 121), torch.bfloat16: (-126, 121), torch.float16: (-24, 9)}
+"""The powers of two in `int8`: with them 127 times the largest is finite, and the smallest is a value."""
 
 _DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -43,6 +64,8 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_
     @property
     def nbytes(self) -> int:
         """Bytes of this tensor in the payload."""
+        if self.codec == "int8":
+            return math.prod(self.shape) + math.prod(self.shape[:-1]) * _blocks(self.shape)
         wire = self.dtype if self.codec == "none" else self.codec
         return math.prod(self.shape) * _DTYPES[wire].itemsize
 
@@ -62,11 +85,20 @@ def dtype_name(dtype: torch.dtype) -> DTypeName:
 
 
 def encode(tensor: torch.Tensor, codec: CodecName = "none") -> tuple[TensorSpec, memoryview]:
-    """A tensor on any device as its spec and a view of its bytes (no copy for contiguous CPU tensors)."""
+    """A tensor on any device as its spec and a view of its bytes (no copy for contiguous CPU tensors).
+
+    A tensor with values beyond the range of a 16-bit codec is encoded as `none` instead.
+    """
     spec = TensorSpec(tuple(tensor.shape), dtype_name(tensor.dtype), codec)
     if tensor.numel() == 0:
         return spec, memoryview(b"")
-    wire = (tensor if codec == "none" else tensor.to(_DTYPES[codec])).detach().cpu().contiguous()
+    tensor = tensor.detach().cpu()
+    if codec == "int8":
+        wire = _to_int8(tensor)
+    else:
+        wire = (tensor if codec == "none" else tensor.to(_DTYPES[codec])).contiguous()
+        if codec != "none" and not is_finite(wire):
+            return encode(tensor)
     if wire.dtype is torch.bfloat16:
         wire = wire.view(torch.int16)  # numpy knows no bfloat16
     return spec, memoryview(wire.numpy()).cast("B")  # type: ignore[arg-type]
@@ -77,12 +109,58 @@ def decode(spec: TensorSpec, payload: memoryview) -> torch.Tensor:
     dtype = spec.torch_dtype
     if spec.nbytes == 0:
         return torch.empty(spec.shape, dtype=dtype)
+    if spec.codec == "int8":
+        return _from_int8(torch.frombuffer(bytearray(payload), dtype=torch.int8), spec.shape).to(dtype)
     wire = dtype if spec.codec == "none" else _DTYPES[spec.codec]
     tensor = torch.frombuffer(bytearray(payload), dtype=wire).reshape(spec.shape)
     return tensor if wire is dtype else tensor.to(dtype)
+
+
+def passed(tensor: torch.Tensor, codec: CodecName) -> torch.Tensor:
+    """What the receiver of this tensor has."""
+    if codec == "none":
+        return tensor
+    return decode(*encode(tensor, codec))
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity."""
     # Either survives any sum, which is one pass. Finite values may overflow in it: then each is looked at.
     return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
+
+
+def _blocks(shape: tuple[int, ...]) -> int:
+    """Blocks of `int8` in the last dimension."""
+    return -(-(shape[-1] if shape else 1) // BLOCK)
+
+
+def _to_int8(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's blocks' powers of two, and then its values as multiples of them, -127 to 127, as int8."""
+    width = tensor.shape[-1] if tensor.dim() else 1
+    values = tensor.to(torch.float32).reshape(-1, width)
+    blocks = torch.nn.functional.pad(values, (0, -width % BLOCK)).unflatten(1, (-1, BLOCK))
+    # Of the largest magnitude, 6 bits before the point; 7 unless it would be rounded up to 128.
+    bits = blocks.abs().amax(dim=2).view(torch.int32)
+    low, high = _EXPONENTS[tensor.dtype]
+    exponents = (((bits + (1 << 16)) >> 23) - 133).clamp(low, high)
+    scaled = (blocks * _power_of_two(-exponents).unsqueeze(2)).round_().clamp_(-127, 127)
+    infinite = bits >= 0x7F800000
+    if bool(infinite.any()):
+        exponents[infinite] = _NOT_FINITE
+        scaled[infinite] = 0
+    whole = scaled.to(torch.int8).flatten(1)[:, :width]
+    return torch.cat([exponents.to(torch.int8).flatten(), whole.flatten()])
+
+
+def _from_int8(wire: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    width = shape[-1] if shape else 1
+    rows = math.prod(shape[:-1])
+    exponents, whole = wire.split([rows * _blocks(shape), rows * width])
+    # -128 becomes minus infinity here: nothing that it is multiplied with is finite.
+    scales = _power_of_two(exponents.to(torch.int32)).reshape(rows, -1).repeat_interleave(BLOCK, 1)
+    return (whole.reshape(rows, width).to(torch.float32) * scales[:, :width]).reshape(shape)
+
+
+def _power_of_two(exponents: torch.Tensor) -> torch.Tensor:
+    """2 to these int32, -126 to 127, exactly: written into the exponent's bits of a float32."""
+    return ((exponents + 127) << 23).view(torch.float32)

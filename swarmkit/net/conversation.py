@@ -9,6 +9,7 @@ A message is one head frame and, where its tensors do not fit beside the head, m
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
@@ -18,6 +19,7 @@ import torch
 from swarmkit.errors import MessageTooLargeError, ProtocolError, SwarmkitError, UsageError
 from swarmkit.net import codec
 from swarmkit.net.codec import TensorSpec
+from swarmkit.net.link_speed import LinkSpeed
 from swarmkit.net.messages import PROTOCOL_VERSION, Message, tensor_specs
 from swarmkit.net.transport import MAX_FRAME_BYTES, Buffer, Stream
 
@@ -69,10 +71,17 @@ class Conversation:
         self.rest_timeout = rest_timeout
         self.in_message = False
         """Whether a message has begun to come and is not complete: whoever stops to receive now loses it."""
+        self.incoming = LinkSpeed()
+        """What the way from the peer carries."""
+        self._began_at = time.perf_counter()
 
     @property
     def peer_id(self) -> str:
         return self.stream.peer_id
+
+    def clock(self) -> float:
+        """Seconds since the conversation began on this side: what `sent_at` means in messages from here."""
+        return time.perf_counter() - self._began_at
 
     async def send(self, message: Message, payload: Sequence[Buffer] = ()) -> None:
         """Send a message; `payload` holds the bytes of its tensors, in the order of its fields.
@@ -113,6 +122,8 @@ class Conversation:
         self.in_message = True
         received = await self._receive_rest(message, total, body, admit)
         self.in_message = False
+        if sent_at := getattr(message, "sent_at", 0.0):
+            self.incoming.observe(total, sent_at, time.perf_counter())
         return received
 
     async def _receive_rest(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import time
 import weakref
@@ -43,11 +44,13 @@ class Link:
 
     Attributes:
         delay: seconds from one end to the other.
+        bandwidth: bit/s in each direction, shared by all streams.
         fail_rate: probability with which a send ends its stream.
         cut: nothing gets through.
     """
 
     delay: float = 0.0
+    bandwidth: float = math.inf
     fail_rate: float = 0.0
     cut: bool = False
 
@@ -63,6 +66,8 @@ class MemoryNetwork:
         self._hung: set[str] = set()
         self._resume_waiters: list[asyncio.Future[None]] = []
         self._links: dict[frozenset[str], Link] = {}
+        self._free_at: dict[tuple[str, str], float] = {}
+        """When all that was sent from one peer to another is on its way (loop time)."""
         self._table: dict[str, dict[str, tuple[float, bytes]]] = {}
 
     def transport(
@@ -97,10 +102,19 @@ class MemoryNetwork:
             if not waiter.done():
                 waiter.set_result(None)
 
-    def set_link(self, a: str, b: str, *, delay: float | None = None, fail_rate: float | None = None) -> None:
+    def set_link(
+        self,
+        a: str,
+        b: str,
+        *,
+        delay: float | None = None,
+        bandwidth: float | None = None,
+        fail_rate: float | None = None,
+    ) -> None:
         """Set how frames fare between two peers, in both directions; what is not given stays."""
         link = self._links.setdefault(frozenset((a, b)), Link())
         link.delay = link.delay if delay is None else delay
+        link.bandwidth = link.bandwidth if bandwidth is None else bandwidth
         link.fail_rate = link.fail_rate if fail_rate is None else fail_rate
 
     def cut(self, a: str, b: str) -> None:
@@ -136,6 +150,15 @@ class MemoryNetwork:
     def _leave(self, peer_id: str) -> None:
         self._peers.pop(peer_id, None)
         self._hung.discard(peer_id)
+
+    def _arrival(self, a: str, b: str, nbytes: int) -> float:
+        """When a frame that is sent now is there (loop time)."""
+        link, now = self.link(a, b), asyncio.get_running_loop().time()
+        if link.bandwidth == math.inf:
+            return now + link.delay
+        free_at = max(now, self._free_at.get((a, b), now)) + nbytes * 8 / link.bandwidth
+        self._free_at[a, b] = free_at
+        return free_at + link.delay
 
     def _fails(self, a: str, b: str) -> bool:
         rate = self.link(a, b).fail_rate
@@ -202,8 +225,7 @@ class MemoryStream(Stream):
             await other._wait_for_room()
             self._check_sendable()
         other._queued += size + _FRAME_COST
-        arrival = asyncio.get_running_loop().time() + self._network.link(self._own_id, self._peer_id).delay
-        other._frames.append((arrival, frame))
+        other._frames.append((self._network._arrival(self._own_id, self._peer_id, size), frame))
         other._wake_reader()
         if other._queued <= _QUEUE_BYTES:
             other._wake_writer()

@@ -34,7 +34,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from swarmkit.errors import IllegalMessageError
-from swarmkit.net.codec import TensorSpec
+from swarmkit.net.codec import CodecName, LossyCodecName, TensorSpec
 
 PROTOCOL_VERSION = 1
 SESSION_ENDPOINT = f"swarmkit/{PROTOCOL_VERSION}/session"
@@ -72,6 +72,8 @@ BlockIndex = Annotated[int, msgspec.Meta(ge=0, le=100_000)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 Total = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Millis = Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]  # which NaN is not
+Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]
+"""On the sender's clock, which begins with the stream; see `net.link_speed`. 0 = it did not say."""
 Fingerprint = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 PRINTABLE = "^[^\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]*\\Z"
 """A pattern without control characters: strangers' words are shown to people, in terminals too."""
@@ -103,6 +105,7 @@ class Open(_Message, frozen=True):
     start: BlockIndex
     stop: BlockIndex
     max_length: Count
+    sent_at: Seconds = 0.0
 
 
 class Opened(_Message, frozen=True):
@@ -111,12 +114,15 @@ class Opened(_Message, frozen=True):
     Attributes:
         pages: what the names of pages that this session may find begin with; empty = none are kept.
         dtype: in which the inputs are taken for these names: the server's own.
+        codecs: in which it takes and gives hidden states, besides `none`.
     """
 
     max_step_tokens: Count
     inlet: Inlet = ""
     pages: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
     dtype: ShortText = ""
+    codecs: Annotated[tuple[LossyCodecName, ...], msgspec.Meta(max_length=16)] = ()
+    sent_at: Seconds = 0.0
 
 
 class Recall(_Message, frozen=True):
@@ -147,6 +153,7 @@ class Attach(_Message, frozen=True):
     """The steps on this stream are for the session that has this secret."""
 
     inlet: Inlet
+    sent_at: Seconds = 0.0
 
 
 class Attached(_Message, frozen=True):
@@ -175,6 +182,8 @@ class Step(_Message, frozen=True):
         number: the client's count of its steps, which the answer repeats. A step that was pushed here and is
             not above all before it comes too late, and is dropped.
         forward: over how many more servers the outputs are pushed on (all of them: `keep` = tokens).
+        answers: in which codec this server gives its outputs, to the client as to the next server, and then
+            in which the servers do that they are pushed on to; `none` for those it does not name.
     """
 
     position: Count
@@ -185,13 +194,16 @@ class Step(_Message, frozen=True):
     order: Annotated[tuple[Count, ...], msgspec.Meta(max_length=4096)] | None = None
     number: Count = 0
     forward: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
+    answers: Annotated[tuple[CodecName, ...], msgspec.Meta(max_length=4097)] = ()
+    sent_at: Seconds = 0.0
 
 
 class StepDone(_Message, frozen=True):
     """A step's output [batch, keep, hidden] and where its time went.
 
     `leaving` asks the client to move its session elsewhere while this server still answers. `forwarded` says
-    that the output was also pushed to the linked server.
+    that the output was also pushed to the linked server. `bytes_per_s` is what the way carries by which the
+    step came, as far as was seen here; 0 = not known.
     """
 
     hidden: TensorSpec
@@ -200,6 +212,8 @@ class StepDone(_Message, frozen=True):
     leaving: bool = False
     number: Count = 0
     forwarded: bool = False
+    bytes_per_s: Annotated[float, msgspec.Meta(ge=0.0, le=1e15)] = 0.0
+    sent_at: Seconds = 0.0
 
 
 class AskInfo(_Message, frozen=True):

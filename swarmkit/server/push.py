@@ -40,7 +40,13 @@ class Downstream:
     async def push(self, step: Step, received: Received, spec: TensorSpec, output: Buffer) -> bool:
         """Send the outputs of `step`, with what came along with it. Returns whether they went."""
         side = [received.raw(part) for part in (step.mask, step.positions) if part is not None]
-        message = msgspec.structs.replace(step, hidden=spec, forward=step.forward - 1)
+        message = msgspec.structs.replace(
+            step,
+            hidden=spec,
+            forward=step.forward - 1,
+            answers=step.answers[1:],
+            sent_at=self._conversation.clock(),
+        )
         self._patience.start(self._timeout)
         try:
             await self._conversation.send(message, [output, *side])
@@ -76,7 +82,7 @@ class Links:
             with anyio.fail_after(self._link_timeout):
                 async with self._dials:
                     conversation = Conversation(await self._dial(link.peer_id, link.addresses), 0)
-                    await conversation.send(Attach(link.inlet))
+                    await conversation.send(Attach(link.inlet, conversation.clock()))
                     reply = (await conversation.receive()).message
             if not isinstance(reply, Attached):
                 said = reply.message if isinstance(reply, Fault) else type(reply).__name__

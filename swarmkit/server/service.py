@@ -235,7 +235,8 @@ class BlockService:
         taken.append(nbytes)
 
     def _check_step(self, session: Session, step: Step) -> None:
-        check_step(session, step, self._stage.hidden_size, self._settings.max_step_tokens)
+        settings = self._settings
+        check_step(session, step, self._stage.hidden_size, settings.max_step_tokens, settings.codecs)
 
     async def _answer(self, client: _Client, received: Received) -> None:
         message = received.message
@@ -246,7 +247,11 @@ class BlockService:
                 self._idle.clear()
                 root = b"" if session.trail is None else session.trail.root
                 dtype = str(self._stage.dtype).removeprefix("torch.")
-                await self._send(client, Opened(self._settings.max_step_tokens, session.inlet, root, dtype))
+                settings, sent_at = self._settings, client.conversation.clock()
+                opened = Opened(
+                    settings.max_step_tokens, session.inlet, root, dtype, settings.codecs, sent_at
+                )
+                await self._send(client, opened)
             case Recall():
                 assert client.session is not None
                 await self._send(client, Recalled(await self._recall(client.session, message)))
@@ -419,7 +424,7 @@ class BlockService:
         try:
             received = await source.receive(admit)
             assert isinstance(received.message, Step)
-            await self._run_step(client, session, received.message, received, pushed=True)
+            await self._run_step(client, session, received.message, received, source)
             # While steps come this way, the client has nothing to say, and yet is there.
             client.patience.start(self._settings.idle_timeout)
             return True
@@ -441,12 +446,20 @@ class BlockService:
     # ------------------------------------------------------------------ steps
 
     async def _run_step(
-        self, client: _Client, session: Session, step: Step, received: Received, pushed: bool = False
+        self,
+        client: _Client,
+        session: Session,
+        step: Step,
+        received: Received,
+        source: Conversation | None = None,
     ) -> None:
-        """Take a turn: run a step, push its outputs on, and then tell the client."""
+        """Take a turn: run a step, push its outputs on, and then tell the client.
+
+        Args: source: by which it was pushed here; None = it came from the client.
+        """
         checked = session.steps
         async with session.turn:
-            if pushed and step.number <= session.number:
+            if source is not None and step.number <= session.number:
                 raise LateStepError("the session has gone on without this step")
             if session.steps != checked:
                 self._check_step(session, step)
@@ -457,6 +470,12 @@ class BlockService:
                     reply = msgspec.structs.replace(reply, forwarded=True)
                 else:
                     session.link(None)
+            came_by = client.conversation if source is None else source
+            reply = msgspec.structs.replace(
+                reply,
+                bytes_per_s=came_by.incoming.bytes_per_s or 0.0,
+                sent_at=client.conversation.clock(),
+            )
             await self._send(client, reply, payload)
 
     async def _step(

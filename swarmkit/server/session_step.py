@@ -68,7 +68,8 @@ class SessionStep:
 
     def finish(self, output: Tensor) -> tuple[TensorSpec, memoryview]:
         """The outputs that were asked for, as they go over the wire."""
-        return codec.encode(output[:, output.shape[1] - self.step.keep :])
+        answers = self.step.answers
+        return codec.encode(output[:, output.shape[1] - self.step.keep :], answers[0] if answers else "none")
 
     def afterwards(self, output: Tensor) -> None:
         """Keep what later sessions may begin with."""

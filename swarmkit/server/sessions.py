@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import anyio
@@ -100,8 +101,12 @@ class Session:
             raise AssertionError(f"a cache of {cache.nbytes()} bytes has leased {lease.nbytes}")
 
 
-def check_step(session: Session, step: Step, hidden_size: int, max_step_tokens: int) -> None:
+def check_step(
+    session: Session, step: Step, hidden_size: int, max_step_tokens: int, codecs: Collection[str] = ()
+) -> None:
     """Everything that the header alone can tell, against what the session holds.
+
+    Args: codecs: what hidden states may come and go in, besides `none`.
 
     Raises:
         Refusal: with the fault's code, and what was expected.
@@ -113,6 +118,9 @@ def check_step(session: Session, step: Step, hidden_size: int, max_step_tokens: 
         )
     if hidden.dtype not in HIDDEN_DTYPES:
         raise Refusal("bad_dtype", f"hidden states must be one of {HIDDEN_DTYPES}, not {hidden.dtype}")
+    for codec in (hidden.codec, *step.answers[:1]):
+        if codec != "none" and codec not in codecs:
+            raise Refusal("bad_dtype", f"hidden states travel as {['none', *codecs]} here, not as {codec}")
     rows, tokens, _ = hidden.shape
     if rows * tokens > max_step_tokens:
         raise Refusal(
