@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from swarmkit._version import __version__
 
 if TYPE_CHECKING:
-    from swarmkit.client.model import SwarmModelForCausalLM
+    from swarmkit.client.model import SwarmModelForCausalLM, SwarmModelForSequenceClassification
     from swarmkit.client.session import Session
     from swarmkit.errors import NoRouteError, PeerError, SwarmkitError, UsageError
     from swarmkit.local import LocalSwarm
@@ -24,6 +24,7 @@ _HOMES = {
     "Server": "swarmkit.server.server",
     "Session": "swarmkit.client.session",
     "SwarmModelForCausalLM": "swarmkit.client.model",
+    "SwarmModelForSequenceClassification": "swarmkit.client.model",
     "SwarmkitError": "swarmkit.errors",
     "UsageError": "swarmkit.errors",
 }
@@ -35,6 +36,7 @@ __all__ = [
     "Server",
     "Session",
     "SwarmModelForCausalLM",
+    "SwarmModelForSequenceClassification",
     "SwarmkitError",
     "UsageError",
     "__version__",

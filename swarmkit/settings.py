@@ -51,6 +51,10 @@ class ServerSettings(BaseSettings):
         ge=1,
         description="how many times its usual time a decode step may take beside others' prompts",
     )
+    gradient_slice: float = Field(
+        default=0.05, gt=0, description="for which training may keep the device before others have their turn"
+    )
+    max_gradient_streams: int = Field(default=256, ge=1, description="streams for training at a time")
     max_session_length: int = Field(
         default=2**20, ge=1, description="tokens per row that a session may declare"
     )

@@ -27,7 +27,7 @@ from swarmkit.net.messages import SESSION_ENDPOINT
 from swarmkit.net.records import Announcement
 from swarmkit.net.registry import Registry
 from swarmkit.net.swarm_map import SwarmMap, uncovered
-from swarmkit.net.transport import Transport
+from swarmkit.net.transport import Stream, Transport
 from swarmkit.settings import ClientSettings, NetSettings
 
 logger = logging.getLogger(__name__)
@@ -83,9 +83,9 @@ class SwarmClient:
         self._look_now = anyio.Event()
         self._looking = anyio.Lock()
         self._looks = 0
-        self._cost = route_cost(
-            round_trip_s=self._round_trip_s, penalty_s=self.bans.penalty_s, salt=secrets.token_hex(4)
-        )
+        self.salt = secrets.token_hex(4)
+        """Spreads clients over servers that are equally good."""
+        self._cost = route_cost(round_trip_s=self.round_trip_s, penalty_s=self.bans.penalty_s, salt=self.salt)
 
     # ------------------------------------------------------------------ life
 
@@ -149,13 +149,13 @@ class SwarmClient:
         Raises:
             NoRouteError: nobody serves some of them.
         """
-        wanted = self.settings.precisions
-        servers = [
-            s
-            for s in self.view.servers(self._clock())
-            if s.peer_id not in without and (not wanted or s.dtype in wanted)
-        ]
+        servers = [server for server in self.servers() if server.peer_id not in without]
         return find_route(start, stop, servers, self._cost)
+
+    def servers(self) -> list[Announcement]:
+        """Those in the view as it is that may be used."""
+        wanted = self.settings.precisions
+        return [s for s in self.view.servers(self._clock()) if not wanted or s.dtype in wanted]
 
     def unserved(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
         """The blocks that nobody serves, but for peers that are left aside because they failed."""
@@ -197,13 +197,21 @@ class SwarmClient:
         Raises:
             PeerError: it cannot be reached in time.
         """
-        assert self._transport is not None
-        stream = await self._transport.open(
-            server.peer_id, SESSION_ENDPOINT, server.addresses, self._net.connect_timeout
-        )
-        return Conversation(stream, max_payload_bytes)
+        return Conversation(await self.dial(server, SESSION_ENDPOINT), max_payload_bytes)
 
-    def _round_trip_s(self, peer_id: str) -> float:
+    async def dial(self, server: Announcement, endpoint: str) -> Stream:
+        """Open a stream to one of a server's endpoints.
+
+        Raises:
+            PeerError: it cannot be reached in time.
+        """
+        assert self._transport is not None
+        return await self._transport.open(
+            server.peer_id, endpoint, server.addresses, self._net.connect_timeout
+        )
+
+    def round_trip_s(self, peer_id: str) -> float:
+        """Measured or assumed seconds to a peer and back."""
         times = self._times.get(peer_id)
         return (times.round_trip_s if times else None) or _ASSUMED_ROUND_TRIP_S
 

@@ -290,6 +290,35 @@ class Stage:
             (gradient,) = torch.autograd.grad(out, given, grad_output.to(self.device, self.dtype).clone())
         return gradient
 
+    def check_whole(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> None:
+        """Whether blocks `[start, stop)` can be run over whole sequences like these.
+
+        Raises:
+            UsageError: shapes do not fit each other or the model, or the blocks are not in this stage.
+        """
+        self._check(hidden, self.new_cache(start, stop), 0, attention_mask, position_ids)
+
+    def run_whole(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Blocks `[start, stop)` over whole sequences, without a cache, in the caller's gradient mode.
+
+        The arguments are those of `check_whole`, which they have passed, of this stage's dtype and device.
+        """
+        return self._view(start, stop)(hidden, None, 0, attention_mask, position_ids)
+
     def _catch_up(self, view: View, cache: StageCache, attention_mask: Tensor | None) -> None:
         """Run again what a recurrent block had to be set back behind; in pieces, as one may be long."""
         while (missing := cache.missing()) is not None:

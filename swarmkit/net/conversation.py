@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import anyio
 import msgspec
@@ -65,7 +66,14 @@ class Conversation:
             make this side hold half a message for long.
     """
 
-    def __init__(self, stream: Stream, max_payload_bytes: int, rest_timeout: float = 60.0) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        max_payload_bytes: int,
+        rest_timeout: float = 60.0,
+        decoder: msgspec.msgpack.Decoder[Any] = _decoder,
+    ) -> None:
+        self._decoder = decoder
         self.stream = stream
         self.max_payload_bytes = max_payload_bytes
         self.rest_timeout = rest_timeout
@@ -83,7 +91,7 @@ class Conversation:
         """Seconds since the conversation began on this side: what `sent_at` means in messages from here."""
         return time.perf_counter() - self._began_at
 
-    async def send(self, message: Message, payload: Sequence[Buffer] = ()) -> None:
+    async def send(self, message: msgspec.Struct, payload: Sequence[Buffer] = ()) -> None:
         """Send a message; `payload` holds the bytes of its tensors, in the order of its fields.
 
         Raises:
@@ -185,7 +193,7 @@ class Conversation:
                 f"a message header of {header_bytes} bytes is too large or cut off", self.peer_id
             )
         try:
-            message = _decoder.decode(memoryview(frame)[_HEAD.size : _HEAD.size + header_bytes])
+            message = self._decoder.decode(memoryview(frame)[_HEAD.size : _HEAD.size + header_bytes])
         except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"the message header is not valid: {error}", self.peer_id) from None
         expected = sum(spec.nbytes for spec in tensor_specs(message))

@@ -287,7 +287,7 @@ def next_state(state: State, message: Message) -> State:
         ) from None
 
 
-def tensor_specs(message: Message) -> list[TensorSpec]:
+def tensor_specs(message: msgspec.Struct) -> list[TensorSpec]:
     """The tensors of a message, in the order in which their bytes stand in the payload."""
     values = (getattr(message, field) for field in message.__struct_fields__)
     return [value for value in values if isinstance(value, TensorSpec)]
