@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from swarmkit.client.blocks import Blocks
 from swarmkit.client.connection import Connection
-from swarmkit.client.guessing import GuessCount, Guesses, Speculation, choose_way, named_arguments
 from swarmkit.client.gradients.exchange import Traffic
 from swarmkit.client.gradients.function import RemotePass
+from swarmkit.client.guessing import GuessCount, Guesses, Speculation, choose_way, named_arguments
 from swarmkit.client.remote_blocks import RemoteBlocks
 from swarmkit.client.session import Session, SwarmCache, active_session, session_of
 from swarmkit.client.states import record_states
