@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -67,7 +66,7 @@ class StageCache(DynamicCache):
         """An empty cache; `config` describes exactly blocks `[start, stop)`."""
         self._kinds = _layers_for(config)
         # Blocks of the stage that this session does not use come first, so that indices are the stage's.
-        self._unused = [DummyLayer() for _ in range(offset)]
+        self._unused = [DynamicLayer() for _ in range(offset)]  # type: ignore[no-untyped-call]
         Cache.__init__(self, layers=[*self._unused, *copy.deepcopy(self._kinds)])
         self.start = start
         self.stop = stop

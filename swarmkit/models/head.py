@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from swarmkit.errors import ModelError
+from swarmkit.errors import ModelError, UsageError
 from swarmkit.models.anatomy import CACHE_ARGUMENTS, Anatomy, anatomy_of, replace, resolve_dtype, skeleton_of
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.head_kind import CAUSAL, HeadKind, base_path
@@ -160,9 +160,15 @@ def _speak_for_blocks(blocks: nn.Module, anatomy: Anatomy) -> None:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         named = dict(zip(anatomy.arguments, args, strict=False)) | kwargs
         hidden = named.pop(anatomy.arguments[0])
-        for name in CACHE_ARGUMENTS:
-            if name in named:
-                named["past_key_values"] = named.pop(name)
+        caches = [named.pop(name) for name in CACHE_ARGUMENTS if name in named]
+        given = [cache for cache in caches if cache is not None]
+        if len(given) > 1:
+            # What a model does not know it hands on, beside the empty cache that it has made.
+            raise UsageError(
+                f"this model's cache is given as {anatomy.cache_argument}=…, and by no other name"
+            )
+        if caches:
+            named["past_key_values"] = given[0] if given else None
         return (hidden,), named
 
     blocks.register_forward_pre_hook(usual_names, with_kwargs=True)

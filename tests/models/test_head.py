@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM
 
-from swarmkit.errors import ModelError
+from swarmkit.errors import ModelError, UsageError
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.head import build_head, load_local
 
@@ -80,6 +80,13 @@ def test_a_head_looks_like_the_whole_model_and_gets_the_padding_mask(
     model(input_ids=ids, use_cache=False)
     no_mask = blocks.kwargs["attention_mask"]
     assert no_mask is None or bool(no_mask.all())
+
+
+def test_a_cache_under_a_name_that_the_model_does_not_know_is_refused(checkpoint: Checkpoint) -> None:
+    blocks = Recorder()
+    build_head(checkpoint, blocks)
+    with pytest.raises(UsageError, match="by no other name"):
+        blocks(torch.zeros(1, 1, 32), past_key_values=DynamicCache(), cache=DynamicCache())
 
 
 def test_tied_weights_stay_tied(checkpoints: Path) -> None:

@@ -210,10 +210,10 @@ def test_a_part_that_fails_while_it_runs_fails_alone(llama: Stage, monkeypatch: 
     steps = [session.step(1) for session in (good, bad, other)]
     append = type(bad.cache.layers[2]).update
 
-    def full(layer: object, *args: object) -> object:
+    def full(layer: object, *args: object, **kwargs: object) -> object:
         if layer is bad.cache.layers[2]:
             raise RuntimeError("out of memory")
-        return append(layer, *args)
+        return append(layer, *args, **kwargs)
 
     with monkeypatch.context() as patched:
         patched.setattr(type(bad.cache.layers[2]), "update", full)
