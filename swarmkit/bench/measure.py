@@ -18,8 +18,10 @@ from swarmkit.settings import ClientSettings
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
-PATIENT = ClientSettings(first_step_timeout=600.0, min_step_timeout=120.0, trace_steps=4096)
-"""A machine that is being measured is busy: its servers must not be taken for lost."""
+PATIENT = ClientSettings(
+    first_step_timeout=600.0, min_step_timeout=120.0, trace_steps=4096, speculation="off"
+)
+"""A machine that is being measured is busy: its servers must not be taken for lost. Every token has its step."""
 
 
 def quiet(what: str, done: int, total: int) -> None:
@@ -51,6 +53,8 @@ class Generated:
 
 class _Stamps:
     """A streamer that notes the time only."""
+
+    takes_several = True
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -40,6 +40,8 @@ else:
 _DEFAULT_LENGTH = 2**20
 _speculation: ContextVar[Speculation] = ContextVar("swarmkit_speculation", default="auto")
 """As wished for the call of `generate()` that is under way."""
+_held: ContextVar[int] = ContextVar("swarmkit_held", default=0)
+"""Tokens that a session held before an assisted call, of which the first step is still to come."""
 
 
 class SwarmModel(_Base):
@@ -212,10 +214,11 @@ class SwarmModelForCausalLM(SwarmModel):
         kwargs = choose_way(
             speculation, usual, kwargs, lambda name: self._configured(kwargs, name), rows, self._is_stateful
         )
-        wished = _speculation.set(speculation or usual)
+        wished, held = _speculation.set(speculation or usual), _held.set(0)
         try:
             return self._generate(session, name, inputs, tokens, kwargs)
         finally:
+            _held.reset(held)
             _speculation.reset(wished)
 
     def _generate(
@@ -272,10 +275,21 @@ class SwarmModelForCausalLM(SwarmModel):
 
     def _get_candidate_generator(self, **kwargs: Any) -> Any:
         inner = super()._get_candidate_generator(**kwargs)  # type: ignore[misc]
+        session = session_of(kwargs["model_kwargs"].get(cache_argument(type(self))))
+        _held.set(session.position if session else 0)
         if _speculation.get() == "off":
             return inner
-        session = session_of(kwargs["model_kwargs"].get(cache_argument(type(self))))
         return self._guesses.adapt(inner, session, kwargs["generation_config"].max_length)
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        """What a step computes. An assisted call's first one would compute what its session holds again."""
+        held, text = _held.get(), input_ids.shape[1]
+        _held.set(0)
+        mask = kwargs.get("attention_mask")
+        is_whole = mask is None or mask.shape[1] == text
+        if kwargs.get("next_sequence_length") is None and 0 < held < text and is_whole:
+            kwargs["next_sequence_length"] = text - held
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
 
     def _configured(self, kwargs: dict[str, Any], name: str) -> Any:
         """An option of `generate()`, wherever it is given; None if nowhere."""

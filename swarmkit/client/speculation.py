@@ -42,7 +42,9 @@ _MEMORY = 0.95
 _GAIN = 0.125
 _OUTLIER = 2.0
 _SAFETY = 1.25
-"""Times the usual slope: what a step is prepared to take."""
+"""Times what guesses usually take: what they are taken to take at most."""
+_USUAL_SLOPE = 0.3
+"""Of what it takes to compute a token by itself: computing it beside another one, if that was never seen."""
 _WORTHWHILE = 1.02
 """How much faster guessing must be than not guessing."""
 _PROBE_SHARE = 0.01
@@ -114,8 +116,8 @@ class Round:
 class StepCost:
     """What steps take, by their number of tokens: plain_s + (tokens - 1) · slope_s.
 
-    The slope is a weighted least-squares fit through the plain step. Before any was seen, a token more is
-    taken to cost what a token of the prompt did, and no more than computing a token by itself.
+    The slope is a weighted least-squares fit through the plain step. Before a step with guesses was seen, a
+    token more is taken to cost no more than a token of the prompt did, or than computing a token by itself.
     """
 
     plain_s: float | None = None
@@ -154,11 +156,19 @@ class StepCost:
 
     @property
     def slope_s(self) -> float:
-        """What each further token of a step takes."""
+        """What each further token of a step is likely to take."""
         if self._squares:
             return self._products / self._squares
-        known = [self.growing_s, *([self.prompt_token_s] if self.prompt_token_s is not None else [])]
-        return min(known)
+        return min(_USUAL_SLOPE * self.growing_s, self._prior_s)
+
+    @property
+    def most_slope_s(self) -> float:
+        """What it may well take at most."""
+        return _SAFETY * (self.slope_s if self._squares else self._prior_s)
+
+    @property
+    def _prior_s(self) -> float:
+        return self.growing_s if self.prompt_token_s is None else min(self.growing_s, self.prompt_token_s)
 
 
 class Ledger:
@@ -270,8 +280,8 @@ class Windows:
         self._since_probe_s += round_.step_s
         if round_.guesses:
             self._in_a_row += 1
-            if round_.gained == 1:
-                self._since_probe_s = 0.0
+            if round_.gained * (learned.cost.plain_s or 0.0) <= round_.step_s + round_.finding_s:
+                self._since_probe_s = 0.0  # it won nothing
         else:
             self._in_a_row = 0
         if round_.finding_s and not round_.is_prompt:
@@ -279,17 +289,19 @@ class Windows:
             known_s = learned.finding_s
             learned.finding_s = each_s if known_s is None else known_s + _GAIN * (each_s - known_s)
 
+    @property
+    def _draft_s(self) -> float:
+        """To make one guess; what is looked up is here already when windows are chosen."""
+        return (self.learned.finding_s or 0.0) if self._drafting else 0.0
+
     def _more_s(self, window: int) -> float:
-        """What a step with so many guesses takes beyond a plain one; what is looked up is here already."""
-        finding_s = (self.learned.finding_s or 0.0) if self._drafting else 0.0
-        return window * (self.learned.cost.slope_s + finding_s)
+        """What a step with so many guesses is likely to take beyond a plain one."""
+        return window * (self.learned.cost.slope_s + self._draft_s)
 
     def _loss_s(self, window: int) -> float:
-        return _SAFETY * self._more_s(window)
+        """What it may take at most."""
+        return window * (self.learned.cost.most_slope_s + _SAFETY * self._draft_s)
 
     def _probe(self) -> int:
-        """Whether to try one guess of a draft that did not pay: nothing else shows that it pays now.
-
-        Guesses that are looked up need no trial, because those not made are seen to be right or wrong too.
-        """
-        return int(self._drafting and self._loss_s(1) <= _PROBE_SHARE * self._since_probe_s)
+        """Whether to make one guess though it does not seem to pay: only that shows if it does now."""
+        return int(self._loss_s(1) <= _PROBE_SHARE * self._since_probe_s)
