@@ -27,7 +27,13 @@ def always(*codecs: str, **more: Any) -> dict[str, Any]:
     return {"codecs": codecs, "compress": "always", **more}
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["server-to-server", "through-the-client"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(True, id="server-to-server"),
+        pytest.param(False, id="through-the-client", marks=pytest.mark.slow),
+    ],
+)
 def compressed(tiny_llama: Checkpoint, request: pytest.FixtureRequest) -> Iterator[World]:
     """A swarm for many kills, all of whose links are int8."""
     with a_world(tiny_llama, **always("int8", push=request.param)) as world:
