@@ -30,6 +30,8 @@ COMMANDS = {
     "second-turn-m": "second-turn --model M --history-tokens 2048",
     "interference-m": "interference --model M --prefill-tokens 4096",
     "distance-m": "distance --model M --stages 3 --round-trip-ms 100 --megabits 100 --prompt-lookup 8",
+    "codecs-tiny-chat": "codecs --questions 200",
+    "codecs-m": "codecs --model M --questions 8 --prompt-tokens 64 --tokens 12 --megabits 10",
     "faults-s": "faults --model S --probability 0.001 --tokens 1024",
     "footprint-m": "footprint --model M --blocks 8",
     "failover-tiny-chat": "failover --trials 10",

@@ -11,7 +11,10 @@ from swarmkit.client.trace import StepTrace
 
 
 def route_table(trace: Sequence[StepTrace], last: int = 32) -> Table:
-    """The route of the last step; times are medians over the last single-token steps on that route."""
+    """The route of the last step; times are medians over the last single-token steps on that route.
+
+    Bytes are those of the last of these; `-` goes out where the server before hands on what came in from it.
+    """
     route = [(hop.peer_id, hop.start, hop.stop) for hop in trace[-1].hops]
     same = [
         step
@@ -23,6 +26,7 @@ def route_table(trace: Sequence[StepTrace], last: int = 32) -> Table:
     table.add_column("blocks")
     for heading in ("queue", "compute", "network"):
         table.add_column(f"{heading} ms", justify="right")
+    table.add_column("bytes out, in", justify="right")
     for index, hop in enumerate(trace[-1].hops):
         columns = [step.hops[index] for step in same]
         table.add_row(
@@ -32,5 +36,13 @@ def route_table(trace: Sequence[StepTrace], last: int = 32) -> Table:
                 f"{statistics.median(getattr(column, name) for column in columns):.2f}"
                 for name in ("queue_ms", "compute_ms", "network_ms")
             ),
+            f"{_carried(columns[-1].sent_bytes, columns[-1].sent_codec)}, "
+            f"{_carried(columns[-1].received_bytes, columns[-1].received_codec)}",
         )
     return table
+
+
+def _carried(nbytes: int, codec: str) -> str:
+    if not nbytes:
+        return "-"
+    return f"{nbytes:,}" if codec == "none" else f"{nbytes:,} {codec}"

@@ -92,13 +92,16 @@ def encode(tensor: torch.Tensor, codec: CodecName = "none") -> tuple[TensorSpec,
     spec = TensorSpec(tuple(tensor.shape), dtype_name(tensor.dtype), codec)
     if tensor.numel() == 0:
         return spec, memoryview(b"")
-    tensor = tensor.detach().cpu()
-    if codec == "int8":
+    tensor = tensor.detach()
+    if codec == "none":
+        wire = tensor
+    elif codec == "int8":
         wire = _to_int8(tensor)
     else:
-        wire = (tensor if codec == "none" else tensor.to(_DTYPES[codec])).contiguous()
-        if codec != "none" and not is_finite(wire):
+        wire = tensor.to(_DTYPES[codec])
+        if not is_finite(wire):
             return encode(tensor)
+    wire = wire.cpu().contiguous()
     if wire.dtype is torch.bfloat16:
         wire = wire.view(torch.int16)  # numpy knows no bfloat16
     return spec, memoryview(wire.numpy()).cast("B")  # type: ignore[arg-type]

@@ -120,7 +120,8 @@ def check_step(
         raise Refusal("bad_dtype", f"hidden states must be one of {HIDDEN_DTYPES}, not {hidden.dtype}")
     for codec in (hidden.codec, *step.answers[:1]):
         if codec != "none" and codec not in codecs:
-            raise Refusal("bad_dtype", f"hidden states travel as {['none', *codecs]} here, not as {codec}")
+            known = ", ".join(["none", *codecs])
+            raise Refusal("bad_dtype", f"hidden states travel as {known} here, not as {codec}")
     rows, tokens, _ = hidden.shape
     if rows * tokens > max_step_tokens:
         raise Refusal(

@@ -92,6 +92,26 @@ def test_the_links_of_a_distance_carry_the_hidden_states() -> None:
 
 
 @pytest.mark.slow
+def test_codecs_are_compared_in_bytes_answers_and_speed() -> None:
+    found = measured(
+        *("codecs", "--questions", "2", "--stages", "2", "--tokens", "6", "--megabits", "1"),
+        *("--prompt-tokens", "64"),
+    )
+
+    none, bfloat16, float16, int8 = found["agreement"]
+    assert [row["codec"] for row in found["agreement"]] == ["none", "bfloat16", "float16", "int8"]
+    assert (none["equal_answers"], none["equal_tokens"]) == (1.0, 1.0)
+    assert none["bytes_per_token"] == 4 * 256 * 4  # to the first, from one to the other, and back from both
+    assert bfloat16["ratio_of_bytes"] == float16["ratio_of_bytes"] == 0.5
+    assert int8["ratio_of_bytes"] == pytest.approx(33 / 128, abs=1e-4)
+    assert int8["max_logit_difference"] > none["max_logit_difference"]
+    assert [row["boundaries"] for row in found["speed"][:4]] == [
+        [row["codec"]] * 3 for row in found["agreement"]
+    ]
+    assert found["speed"][4]["codec"] == "where it pays"
+
+
+@pytest.mark.slow
 def test_faults_strike_and_the_tokens_are_the_same() -> None:
     found = measured("faults", "--probability", "0.1", "--stages", "1", "--tokens", "24")
 

@@ -90,6 +90,11 @@ async def half(conversation: Conversation, output: torch.Tensor, number: int) ->
     await asyncio.Event().wait()
 
 
+async def rounded(conversation: Conversation, output: torch.Tensor, number: int) -> None:
+    spec, data = codec.encode(output, "int8")
+    await conversation.send(StepDone(spec, 0.0, 0.0, number=number), [data])
+
+
 def done(spec: TensorSpec, number: int) -> dict[str, Any]:
     return {"hidden": spec, "queue_ms": 0.0, "compute_ms": 0.0, "number": number}
 
@@ -143,6 +148,8 @@ AT_A_STEP: dict[str, Lie] = {
     "another number": showing(lambda output: output, number=77),
     "no number": showing(lambda output: output, number=0),
     "blaming who is not there": saying(Fault("upstream", "it was the server before me")),
+    "a codec that nobody allowed": rounded,
+    "a speed that is none": showing(lambda output: output, bytes_per_s=float("nan")),
     "a negative time": showing(lambda output: output, compute_ms=-1.0),
 }
 AT_THE_OPENING: dict[str, Lie] = {

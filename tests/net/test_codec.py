@@ -5,10 +5,10 @@ from __future__ import annotations
 import msgspec
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarmkit.net.codec import TensorSpec, decode, dtype_name, encode
+from swarmkit.net.codec import BLOCK, TensorSpec, decode, dtype_name, encode
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8]
 SHAPES = [(), (1,), (2, 3), (1, 1, 4), (2, 1, 3, 2)]
@@ -114,3 +114,101 @@ def test_other_dtypes_do_not_travel(dtype: torch.dtype) -> None:
 def test_a_spec_that_makes_no_sense_is_not_read(spec: object) -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.msgpack.decode(msgspec.msgpack.encode(spec), type=TensorSpec)
+
+
+# lossy codecs
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+few = settings(max_examples=50)
+patterns = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=70)
+
+
+def of_bits(patterns: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """Finite values of any magnitude that the dtype has."""
+    values = torch.tensor(patterns, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    if dtype is torch.float16:  # else nearly all would be beyond its range
+        values = torch.tensor(patterns, dtype=torch.int64).to(torch.int16).view(torch.float16)
+    values = values.to(dtype)
+    return torch.where(values.isfinite(), values, torch.zeros_like(values))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@few
+@given(bits=patterns)
+def test_int8_of_what_was_decoded_is_the_same_bytes(bits: list[int], dtype: torch.dtype) -> None:
+    tensor = of_bits(bits, dtype)
+    _, once = encode(tensor, "int8")
+    _, twice = encode(there_and_back(tensor, "int8"), "int8")
+    assert bytes(once) == bytes(twice)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@few
+@given(bits=patterns)
+def test_int8_is_within_its_bound(bits: list[int], dtype: torch.dtype) -> None:
+    tensor = of_bits(bits, dtype)
+    error = (there_and_back(tensor, "int8").double() - tensor.double()).abs()
+    floor = 2.0**-25 if dtype is torch.float16 else 2.0**-127
+    for values, errors in zip(tensor.double().split(BLOCK), error.split(BLOCK), strict=True):
+        assert float(errors.max()) <= max(float(values.abs().max()) / 127, floor)
+
+
+@pytest.mark.parametrize(
+    ("codec", "share", "floor"), [("bfloat16", 2.0**-8, 2.0**-134), ("float16", 2.0**-11, 2.0**-25)]
+)
+@few
+@given(bits=patterns)
+def test_half_the_bytes_are_within_their_bound_and_then_stay(
+    bits: list[int], codec: str, share: float, floor: float
+) -> None:
+    tensor = of_bits(bits, torch.float32)
+    once = there_and_back(tensor, codec)
+    error = (once.double() - tensor.double()).abs()
+    assert bool((error <= (tensor.double().abs() * share).clamp(min=floor)).all())
+    assert torch.equal(there_and_back(once, codec), once)
+
+
+@pytest.mark.parametrize("value", [65520.0, -7e4, float("inf"), float("nan")])
+def test_what_float16_cannot_hold_travels_as_it_is(value: float) -> None:
+    tensor = torch.tensor([1.1, value])
+    spec, _ = encode(tensor, "float16")
+    assert spec.codec == "none"
+    assert there_and_back(tensor, "float16").tolist() == pytest.approx(tensor.tolist(), nan_ok=True, rel=0)
+
+
+def test_the_largest_of_float16_is_no_exception() -> None:
+    assert encode(torch.tensor([65504.0]), "float16")[0].codec == "float16"
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_what_is_not_finite_is_not_hidden_by_int8(value: float, dtype: torch.dtype) -> None:
+    tensor = torch.ones(3, 40, dtype=dtype)
+    tensor[1, 35] = value
+    assert there_and_back(tensor, "int8").isfinite().all(dim=1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (0,), (2, 0, 3), (2, 3, 0), (3, 32), (2, 3, 33)], ids=str)
+def test_int8_needs_a_byte_a_value_and_one_a_block(shape: tuple[int, ...]) -> None:
+    spec, data = encode(some(shape, torch.float32), "int8")
+    width = shape[-1] if shape else 1
+    assert (
+        spec.nbytes
+        == data.nbytes
+        == torch.Size(shape).numel() + torch.Size(shape[:-1]).numel() * -(-width // 32)
+    )
+    assert there_and_back(some(shape, torch.float32), "int8").shape == shape
+
+
+def test_a_tokens_values_in_int8_do_not_depend_on_its_neighbours() -> None:
+    tensor = some((2, 3, 40), torch.float32)
+    alone = [there_and_back(tensor[:, at : at + 1], "int8") for at in range(3)]
+    assert torch.equal(there_and_back(tensor, "int8"), torch.cat(alone, dim=1))
+
+
+@few
+@given(st.binary(min_size=2 * 42, max_size=2 * 42))
+def test_no_bytes_break_int8(payload: bytes) -> None:
+    for dtype in ("float32", "bfloat16", "float16"):
+        tensor = decode(TensorSpec((2, 40), dtype, "int8"), memoryview(payload))  # type: ignore[arg-type]
+        assert tensor.shape == (2, 40)

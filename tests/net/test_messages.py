@@ -40,7 +40,7 @@ SPEC = TensorSpec((1, 1, 2), "float32")
 EXAMPLES: list[Message] = [
     Open("0" * 32, 0, 2, 10),
     Opened(16),
-    Opened(16, "ab" * 16, bytes(32), "bfloat16"),
+    Opened(16, "ab" * 16, bytes(32), "bfloat16", ("int8",), 0.5),
     Recall((bytes(32), bytes(range(32)))),
     Recalled(64),
     Link("peer", ("/ip4/127.0.0.1/tcp/1",), "0" * 32),
@@ -49,7 +49,7 @@ EXAMPLES: list[Message] = [
     Attached(),
     Unlinked(7),
     Step(0, SPEC, 1),
-    Step(3, SPEC, 1, TensorSpec((1, 4), "uint8"), TensorSpec((1, 1), "int64"), (1, 0), 7, 2),
+    Step(3, SPEC, 1, TensorSpec((1, 4), "uint8"), TensorSpec((1, 1), "int64"), (1, 0), 7, 2, ("int8",)),
     StepDone(SPEC, 0.5, 1.5, True),
     AskInfo(),
     Info(0, 2, 1, 100, 200, 7, False),

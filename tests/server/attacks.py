@@ -75,6 +75,13 @@ def poisoned(value: float, dtype: torch.dtype = torch.float32) -> list[bytes]:
     return step_of(hidden)
 
 
+def scaled(exponent: int) -> list[bytes]:
+    """Hidden states in int8 whose last block has that scale."""
+    scales, values = torch.zeros(ROWS, dtype=torch.int8), torch.full((ROWS, 1, HIDDEN), 100, dtype=torch.int8)
+    scales[-1] = exponent
+    return step(INT8, scales.numpy().tobytes() + values.numpy().tobytes())
+
+
 def masked(value: int) -> list[bytes]:
     mask = torch.ones(ROWS, HELD + 1, dtype=torch.uint8)
     mask[0, 0] = value
@@ -98,6 +105,7 @@ def raw(header: bytes) -> list[bytes]:
     return [head(header, 0)]
 
 
+INT8 = spec(ROWS, 1, HIDDEN, codec="int8")
 FINGERPRINT = "0123456789abcdef" * 2  # of another model than the served one
 OPEN = Open(FINGERPRINT, START, STOP, LENGTH)
 PAYLOAD = ROWS * HIDDEN * 4  # bytes of `step()`
@@ -179,6 +187,20 @@ STEPPING = [
     ),
     Attack("unknown dtype", "bad_message", "float64", altered(Step(4, [[2, 1, 32], "float64", "none"], 1))),  # type: ignore[arg-type]
     Attack("unknown codec", "bad_message", "zip", altered(Step(4, [[2, 1, 32], "float32", "zip"], 1))),  # type: ignore[arg-type]
+    # codecs
+    Attack("int8 too short", "bad_message", "66 bytes of tensors but a payload of 65", step(INT8, bytes(65))),
+    Attack("int8 as if it were float32", "bad_message", "payload of 256", step(INT8, bytes(256))),
+    Attack("int8 with scales that are none", "not_finite", "NaN or infinity", scaled(-128)),
+    Attack("int8 with absurd scales", "not_finite", "NaN or infinity", scaled(127)),
+    Attack(
+        "integers in int8", "bad_dtype", "not int64", step(spec(ROWS, 1, HIDDEN, dtype="int64", codec="int8"))
+    ),
+    Attack("mask in int8", "bad_dtype", "mask.*int8", step(mask=spec(ROWS, 5, dtype="uint8", codec="int8"))),
+    Attack("answers in an unknown codec", "bad_message", r"zip.*\$.answers", step(answers=("zip",))),
+    Attack("answers as text", "bad_message", r"\$.answers", step(answers="int8")),
+    Attack("endless answers", "bad_message", r"\$.answers", step(answers=("int8",) * 4098)),
+    Attack("sent before time began", "bad_message", r"\$.sent_at", step(sent_at=-1.0)),
+    Attack("sent at no time", "bad_message", r"\$.sent_at", step(sent_at=float("nan"))),
     # size
     Attack(
         "too many tokens", "too_large", "2 x 9 tokens.*16 of one step", step(spec(2, 9, HIDDEN), position=0)

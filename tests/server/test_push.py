@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from swarmkit.errors import PeerUnreachableError
+from swarmkit.net.codec import passed
 from swarmkit.net.conversation import Conversation
 from swarmkit.net.memory import MemoryNetwork
 from swarmkit.net.messages import (
@@ -108,6 +109,18 @@ async def test_outputs_go_on_to_the_next_server_and_from_there_to_the_client(
         assert isinstance(answer, StepDone)
         assert (done.number, done.forwarded, answer.number, answer.forwarded) == (number, True, number, False)
         assert same(pair.output(pair.two), wanted)
+
+
+async def test_both_are_given_the_same_in_the_codec_that_was_asked_for(pair: Pair, world: World) -> None:
+    await pair.link()
+    done, answer = await pair.push(PROMPT, answers=("int8", "bfloat16"))
+    assert isinstance(answer, StepDone)
+    assert (done.hidden.codec, answer.hidden.codec) == ("int8", "bfloat16")
+    between = passed(alone(world, [PROMPT], START, CUT)[0], "int8")
+    assert same(pair.output(pair.one), between)
+    assert torch.equal(
+        pair.output(pair.two), passed(alone(world, [pair.output(pair.one)], CUT, STOP)[0], "bfloat16")
+    )
 
 
 async def test_the_client_gets_what_was_handed_on_as_well(pair: Pair, world: World) -> None:

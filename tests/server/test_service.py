@@ -11,6 +11,7 @@ import torch
 
 from swarmkit.errors import PeerUnreachableError
 from swarmkit.models.cache import PAGE_TOKENS
+from swarmkit.net.codec import CodecName, passed
 from swarmkit.net.messages import AskInfo, Info, Open, Opened, StepDone
 
 from .worlds import (
@@ -153,6 +154,29 @@ async def test_hidden_states_may_come_in_half_precision(
     client = await server.session()
     output = await client.step(PROMPT.to(dtype))
     assert torch.equal(output, alone(world, [PROMPT.to(dtype).float()])[0])
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "int8"])
+async def test_hidden_states_may_come_and_go_in_a_codec(
+    server: TinyServer, world: World, name: CodecName
+) -> None:
+    client = await server.session()
+    outputs = [await client.step(hidden, travels_as=name, answers=(name,)) for hidden in (PROMPT, TOKEN)]
+    wanted = alone(world, [passed(PROMPT, name), passed(TOKEN, name)])
+    assert all(
+        torch.equal(output, passed(right, name)) for output, right in zip(outputs, wanted, strict=True)
+    )
+
+
+async def test_a_server_tells_which_codecs_it_takes_and_takes_no_other(world: World) -> None:
+    server = await started(world, codecs=("bfloat16",))
+    client = await server.session()
+    assert client.received[-1].message.codecs == ("bfloat16",)
+    for wish in ({"travels_as": "int8"}, {"answers": ("int8",)}):
+        fault = await fault_of(client.try_step(PROMPT, **wish))  # type: ignore[arg-type]
+        assert (fault.code, "none, bfloat16" in fault.message) == ("bad_dtype", True)
+    await client.step(PROMPT, travels_as="bfloat16", answers=("bfloat16", "int8"))  # that is for the next one
+    await server.close()
 
 
 async def test_a_step_as_large_as_allowed_is_done(server: TinyServer) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -82,7 +83,9 @@ def counts(text: str, option: str) -> list[int]:
     return numbers
 
 
-def report(name: str, result: dict[str, Any], json: bool, table: Callable[[dict[str, Any]], Table]) -> None:
+def report(
+    name: str, result: dict[str, Any], json: bool, table: Callable[[dict[str, Any]], RenderableType]
+) -> None:
     """Print the result: a table, or with `json` everything, with date, machine and command."""
     from swarmkit.bench.environment import environment
 

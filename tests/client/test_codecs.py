@@ -1,0 +1,206 @@
+"""Hidden states in fewer bytes: who chooses, what is kept, and that losses are still made good exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from swarmkit.client.history import History
+from swarmkit.client.trace import HopTrace
+from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.head import load_local
+from swarmkit.net.codec import decode, passed
+from swarmkit.settings import ServerSettings
+
+from .answers import answer, at, prompt
+from .recovery import NEW_TOKENS, STAGES, World, a_world, assert_same
+
+LONG = prompt(100)[0]
+SLOW = 5e5
+"""Bit/s: a large message of these tests takes some 0.2 s."""
+
+
+def always(*codecs: str, **more: Any) -> dict[str, Any]:
+    return {"codecs": codecs, "compress": "always", **more}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(True, id="server-to-server"),
+        pytest.param(False, id="through-the-client", marks=pytest.mark.slow),
+    ],
+)
+def compressed(tiny_llama: Checkpoint, request: pytest.FixtureRequest) -> Iterator[World]:
+    """A swarm for many kills, all of whose links are int8."""
+    with a_world(tiny_llama, **always("int8", push=request.param)) as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_llama: Checkpoint) -> Iterator[World]:
+    """A swarm whose client may use int8 where it pays."""
+    with a_world(tiny_llama, replicas=1, codecs=("int8",)) as world:
+        yield world
+
+
+def latest(world: World, prefill: bool = True) -> list[HopTrace]:
+    """The hops of the latest long step, or decode step."""
+    return list(next(step for step in reversed(world.client.trace) if (step.tokens > 1) == prefill).hops)
+
+
+def codecs(world: World, **options: Any) -> list[str]:
+    """In what the boundaries of the latest long step were crossed, from the client on."""
+    hops = latest(world, **options)
+    return [hops[0].sent_codec, *(hop.received_codec for hop in hops)]
+
+
+# survival
+
+
+@pytest.mark.parametrize("stage", range(3))
+@pytest.mark.parametrize("way", ["greedy", pytest.param("left-padded batch", marks=pytest.mark.slow)])
+def test_a_death_changes_no_token_that_int8_would_have_given(compressed: World, stage: int, way: str) -> None:
+    undisturbed = compressed.answer(way)
+    compressed.add(STAGES[stage])
+    assert_same(
+        compressed.answer(way, {NEW_TOKENS // 2: lambda: compressed.in_use(stage).kill()}), undisturbed
+    )
+    assert codecs(compressed, prefill=False) == ["int8"] * 4
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("bfloat16", "float16")), "int8"],
+)
+def test_what_a_replacement_is_sent_again_is_what_the_lost_one_computed_on(
+    tiny_llama: Checkpoint, codec: str
+) -> None:
+    """A page is found by a hash of a stage's inputs: those that a replay brought must be the very same."""
+    with a_world(tiny_llama, replicas=1, **always(codec)) as world:
+
+        def replace() -> None:
+            for stage in range(3):
+                world.in_use(stage).kill()
+            world.add(*STAGES)
+
+        said = answer(world.model, LONG, new_tokens=NEW_TOKENS, logits_processor=at({3: replace}))
+        answer(world.model, torch.cat([said, prompt(9, seed=8)[0]], dim=1), new_tokens=1)
+        step = next(step for step in reversed(world.client.trace) if step.tokens > 1)
+        assert step.recalled == 96
+        assert {hop.received_codec for hop in step.hops} == {codec}
+
+
+def test_a_stage_that_is_cut_in_two_is_rebuilt_from_whole_values(tiny_llama: Checkpoint) -> None:
+    """Nothing was rounded where it is cut, before it was."""
+    with a_world(tiny_llama, replicas=1, **always("int8", prefix_memory_bytes=0)) as world:
+
+        def cut() -> None:
+            world.in_use(2).kill()
+            world.add((3, 4), (4, 5))
+
+        world.answer(actions={NEW_TOKENS - 2: cut})
+        hops = next(step for step in reversed(world.client.trace) if step.recovered).hops
+        assert [hop.received_codec for hop in hops] == ["int8", "int8", "none", "int8"]
+
+
+# what is allowed
+
+
+def test_nothing_is_lossy_unless_somebody_allows_it(tiny_llama: Checkpoint) -> None:
+    with a_world(tiny_llama, replicas=1) as world:
+        make_slow(world)
+        assert_same(world.answer(), answer(load_local(tiny_llama), *prompt(7), new_tokens=NEW_TOKENS))
+        assert codecs(world) == ["none"] * 4
+
+
+def test_a_server_that_takes_no_int8_is_sent_none(tiny_llama: Checkpoint) -> None:
+    unwilling = ServerSettings(codecs=())
+    with a_world(tiny_llama, replicas=1, **always("int8")) as world:
+        world.swarm.servers[1].kill()
+        world.add(STAGES[1], settings=unwilling)
+        world.answer(new_tokens=1)
+        assert codecs(world) == ["int8", "none", "none", "int8"]
+
+
+def test_bytes_are_a_quarter_and_the_trace_says_so(tiny_llama: Checkpoint) -> None:
+    with a_world(tiny_llama, replicas=1, **always("int8", push=False)) as world:
+        world.answer(new_tokens=1)
+        first = latest(world)[0]
+    assert (first.sent_bytes, first.received_bytes) == (7 * 33, 7 * 33)  # 32 values and a scale each
+
+
+# which link
+
+
+def make_slow(world: World) -> None:
+    """Have all ways measured as slow."""
+    ids = ["", *(server.peer_id for server in world.swarm.servers)]
+    world.client.rates.update({(one, other): 1e3 for one in ids for other in ids})
+
+
+@pytest.mark.parametrize(
+    ("sender", "receiver", "wanted"),
+    [
+        (None, 0, ["int8", "none", "none", "none"]),
+        (0, 1, ["none", "int8", "none", "none"]),
+        (1, None, ["none", "none", "int8", "none"]),
+        (2, None, ["none", "none", "none", "int8"]),
+        (1, 0, ["none", "none", "none", "none"]),
+        (None, 2, ["none", "none", "none", "none"]),  # which is pushed to
+    ],
+)
+def test_each_link_and_direction_has_its_own_codec(
+    measured: World, sender: int | None, receiver: int | None, wanted: list[str]
+) -> None:
+    ends = ["" if end is None else measured.swarm.servers[end].peer_id for end in (sender, receiver)]
+    measured.client.rates.clear()
+    measured.client.rates[ends[0], ends[1]] = 1e3
+    measured.answer(new_tokens=1)
+    assert codecs(measured) == wanted
+
+
+def test_a_slow_link_is_found_out_and_then_used_in_int8(tiny_llama: Checkpoint) -> None:
+    with a_world(tiny_llama, replicas=1, stages=2, codecs=("int8",), prefix_memory_bytes=0) as world:
+        first, second = (server.peer_id for server in world.swarm.servers)
+        world.network.set_link(first, second, bandwidth=SLOW)
+        ids, mask = prompt(64, 64, 64, 64)  # in two pieces of 16 KiB
+        answer(world.model, ids, mask, new_tokens=1)
+        assert codecs(world) == ["none"] * 3
+        assert 0.3 < world.client.rates[first, second] / (SLOW / 8) < 2
+        answer(world.model, ids, mask, new_tokens=1)
+        assert codecs(world)[1] == "int8"
+
+
+# what is kept
+
+
+def test_what_is_sent_is_kept_as_its_receiver_has_it() -> None:
+    history, values = History(), torch.randn(2, 5, 40)
+    history.write(0, values)
+    spec, data = history.encode(2, 5, 2, "int8")
+    assert spec.codec == "int8"
+    assert torch.equal(history.read(2, 5), decode(spec, data))
+    assert torch.equal(history.read(0, 2), values[:, :2])
+
+
+def test_what_was_sent_before_is_sent_as_it_is() -> None:
+    history = History()
+    history.write(0, torch.randn(1, 5, 40))
+    before = history.read(0, 4).clone()
+    spec, data = history.encode(0, 5, 4, "int8")
+    assert spec.codec == "none"
+    assert torch.equal(decode(spec, data)[:, :4], before)
+    assert torch.equal(decode(spec, data), history.read(0, 5))
+
+
+@pytest.mark.parametrize("codec", ["bfloat16", "float16", "int8"])
+def test_what_was_sent_in_a_codec_is_sent_in_it_again(codec: Any) -> None:
+    history = History()
+    history.write(0, passed(torch.randn(1, 5, 40), codec))
+    spec, data = history.encode(0, 5, 5, codec)
+    assert spec.codec == codec
+    assert torch.equal(decode(spec, data), history.read(0, 5))
