@@ -62,6 +62,7 @@ class WholeSequences:
 class _Piece:
     """A piece that was run with its graph kept: its input, and the outputs that gradients come in at."""
 
+    blocks: int
     given: Tensor
     outputs: list[Tensor]
 
@@ -140,7 +141,7 @@ class WholePass:
             )
             outputs.append(self._hidden)
         if self._goes_back:
-            self._pieces.append(_Piece(given, outputs))
+            self._pieces.append(_Piece(blocks, given, outputs))
         elif self._inputs.states:
             self._states += outputs
         self._position = high
@@ -157,7 +158,7 @@ class WholePass:
         if self._back is not None:
             outputs, gradients = [*outputs, piece.outputs[-1]], [*gradients, self._back]
         (self._back,) = torch.autograd.grad(outputs, piece.given, gradients)
-        return len(piece.outputs)
+        return piece.blocks
 
     def _take(self, count: int) -> tuple[list[Tensor], list[Tensor]]:
         """The gradients of the last so many outputs, and the rest."""
