@@ -5,6 +5,7 @@ state          the client may send      the server answers with
 =============  =======================  ===========================================
 `new`          `Open`  -> `open`        `Opened`, or `Fault` (stays `new`)
 `new`          `AskInfo` -> `new`       `Info`
+`new`          `AskCensus` -> `new`     `Census`, or `Fault` where the owner wants none
 `open`         `Step`  -> `open`        `StepDone`, or `Fault`
 `open`         `Recall` -> `open`       `Recalled`, or `Fault`
 `open`         `Link`  -> `open`        `Linked`, or `Fault`
@@ -72,6 +73,7 @@ BlockIndex = Annotated[int, msgspec.Meta(ge=0, le=100_000)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 Total = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Millis = Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]  # which NaN is not
+Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=3600.0)]
 Fingerprint = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 PRINTABLE = "^[^\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]*\\Z"
 """A pattern without control characters: strangers' words are shown to people, in terminals too."""
@@ -175,6 +177,7 @@ class Step(_Message, frozen=True):
         number: the client's count of its steps, which the answer repeats. A step that was pushed here and is
             not above all before it comes too late, and is dropped.
         forward: over how many more servers the outputs are pushed on (all of them: `keep` = tokens).
+        patience_s: how long its client waits for the answer, counted from when the step comes; 0 = not said.
     """
 
     position: Count
@@ -185,13 +188,15 @@ class Step(_Message, frozen=True):
     order: Annotated[tuple[Count, ...], msgspec.Meta(max_length=4096)] | None = None
     number: Count = 0
     forward: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
+    patience_s: Seconds = 0.0
 
 
 class StepDone(_Message, frozen=True):
     """A step's output [batch, keep, hidden] and where its time went.
 
     `leaving` asks the client to move its session elsewhere while this server still answers. `forwarded` says
-    that the output was also pushed to the linked server.
+    that the output was also pushed to the linked server. `ahead` steps were here when it came, for which the
+    server expected it to wait `expected_ms`.
     """
 
     hidden: TensorSpec
@@ -200,6 +205,8 @@ class StepDone(_Message, frozen=True):
     leaving: bool = False
     number: Count = 0
     forwarded: bool = False
+    ahead: Count = 0
+    expected_ms: Millis = 0.0
 
 
 class AskInfo(_Message, frozen=True):
@@ -216,6 +223,40 @@ class Info(_Message, frozen=True):
     cache_tokens_total: Total
     steps: Total
     leaving: bool
+    waiting: Count = 0
+    """Steps and jobs that run or wait."""
+    expected_wait_ms: Millis = 0.0
+    """Of a long step that would come now."""
+
+
+class AskCensus(_Message, frozen=True):
+    """Ask a server to count all that clients can make it hold."""
+
+
+class Census(_Message, frozen=True):
+    """What a server holds: for soaks, which compare it with what there was before.
+
+    Attributes:
+        streams, pushers: open streams from clients, and from servers with the blocks before.
+        leased_bytes, kept_bytes: of `capacity_bytes`, what sessions have and what is kept for later ones.
+        incoming_bytes: of large messages.
+        works: steps and jobs.
+        accounted: whether all bytes of the cache add up.
+        tasks, threads, descriptors: of the whole process.
+    """
+
+    sessions: Count
+    streams: Count
+    pushers: Count
+    leased_bytes: Total
+    kept_bytes: Total
+    capacity_bytes: Total
+    incoming_bytes: Total
+    works: Count
+    accounted: bool
+    tasks: Count
+    threads: Count
+    descriptors: Count
 
 
 class Fault(_Message, frozen=True):
@@ -225,6 +266,8 @@ class Fault(_Message, frozen=True):
     message: Text
     number: Count = 0
     """Of the step that was refused; 0 = whatever was sent last."""
+    retry_after_s: Seconds = 0.0
+    """Of a busy server: when it expects to have room."""
 
 
 Message = (
@@ -241,12 +284,14 @@ Message = (
     | StepDone
     | AskInfo
     | Info
+    | AskCensus
+    | Census
     | Fault
 )
 
 State = Literal["new", "open", "loose", "attached"]
 LEGAL: dict[State, dict[type, State]] = {
-    "new": {Open: "open", AskInfo: "new"},
+    "new": {Open: "open", AskInfo: "new", AskCensus: "new"},
     "open": {Step: "open", Recall: "open", Link: "open"},
     "loose": {Attach: "attached"},
     "attached": {Step: "attached"},
