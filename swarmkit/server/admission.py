@@ -10,7 +10,7 @@ from swarmkit.server.scheduler import StepTimes
 LEAST_RETRY_S = 0.1
 MOST_RETRY_S = 30.0
 """Nobody is sent away for longer: who leaves a server is not known long before."""
-_UNMEASURED_TENURE_S = 30.0
+_UNMEASURED_TENURE_S = 1.0
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,7 @@ class TinyClient:
         order: tuple[int, ...] | None = None,
         number: int = 0,
         forward: int = 0,
+        patience_s: float = 0.0,
     ) -> Message:
         """One step, and the answer to it, whatever it is."""
         at = self.position if position is None else position
@@ -179,7 +180,7 @@ class TinyClient:
         encoded = [None if tensor is None else codec.encode(tensor) for tensor in (hidden, mask, positions)]
         specs = [None if pair is None else pair[0] for pair in encoded]
         kept = tokens if keep is None else keep
-        message = Step(at, specs[0], kept, specs[1], specs[2], order, number, forward)  # type: ignore[arg-type]
+        message = Step(at, specs[0], kept, specs[1], specs[2], order, number, forward, patience_s)  # type: ignore[arg-type]
         reply = await self.ask(message, [pair[1] for pair in encoded if pair is not None])
         if isinstance(reply, StepDone):
             self.position = at + tokens
