@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 _LEAST_S = 0.1
 _MOST_S = 60.0
+_FORGOTTEN_S = 10.0
+"""Who was not busy again for so long begins anew."""
 
 
 @dataclass
@@ -34,16 +36,13 @@ class BusyPeers:
         old = self._peers.get(peer_id)
         now = self._clock()
         count = 1
-        if old is not None:  # while it is left alone, other sessions are told the same
+        if old is not None and now < old.until + _FORGOTTEN_S:
+            # While it is left alone, other sessions are told the same.
             count = old.count + (old.until <= now)
         least_s = _LEAST_S * 2.0 ** min(count - 1, 30)
         seconds = min(max(retry_after_s, least_s), _MOST_S)
         self._peers[peer_id] = _Busy(count, now + seconds)
         return seconds
-
-    def worked(self, peer_id: str) -> None:
-        """A peer did something for somebody here: it has room again."""
-        self._peers.pop(peer_id, None)
 
     def wait_s(self, peer_id: str) -> float:
         """For `routing.route_cost`: how long it still has no room."""

@@ -310,7 +310,7 @@ class ChainSession:
             if not stage.survives(error):
                 stage.drop()
             raise
-        self._swarm.worked(stage.hop.server)
+        self._swarm.bans.worked(stage.hop.server.peer_id)
         outputs = [answer.output for answer in answers]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 

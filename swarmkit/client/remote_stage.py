@@ -308,6 +308,10 @@ class RemoteStage:
         except PeerTimeoutError:
             self._swarm.times_of(self.hop.server).timed_out()
             raise
+        except RemoteError as error:
+            if error.is_busy:  # it may be so on account of too little patience
+                self._swarm.times_of(self.hop.server).timed_out()
+            raise
         reply = received.message
         if not isinstance(reply, StepDone):
             raise ProtocolError(f"expected StepDone, got {type(reply).__name__}", peer_id)

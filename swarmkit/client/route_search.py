@@ -61,7 +61,6 @@ class RouteSearch:
             only_busy = bool(route) and not banned
             self._tell(((start, stop),) if only_busy else swarm.unserved(start, stop), left_s, only_busy)
             if only_busy:
-                swarm.look_soon()  # somebody else may have come
                 await anyio.sleep(min(busy_s, _LONGEST_PAUSE_S, left_s))
                 continue
             await anyio.sleep(min(self._pause_s, left_s))
@@ -79,6 +78,7 @@ class RouteSearch:
     def _tell(self, missing: tuple[tuple[int, int], ...], left_s: float, busy: bool) -> None:
         if not self._told_waiting:
             self._told_waiting = True
+            self._swarm.look_soon()  # somebody else may have come
             self._swarm.emit(Waiting(missing, left_s, busy))
 
     async def _look_up(self, give_up_at: float) -> None:

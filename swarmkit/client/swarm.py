@@ -171,11 +171,6 @@ class SwarmClient:
         peer_id = hop.server.peer_id
         return not self.bans.is_banned(peer_id) and not self.busy.wait_s(peer_id)
 
-    def worked(self, server: Announcement) -> None:
-        """A server did what it was asked for."""
-        self.bans.worked(server.peer_id)
-        self.busy.worked(server.peer_id)
-
     def is_busy(self, hop: Hop, error: RemoteError) -> None:
         """A server said that it has no room."""
         server = hop.server

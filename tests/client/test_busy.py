@@ -58,10 +58,9 @@ def test_sessions_that_are_told_the_same_count_once(busy: BusyPeers) -> None:
     assert busy.note("peer", 0.0) == busy.note("peer", 0.0)
 
 
-def test_a_peer_that_worked_is_not_busy(busy: BusyPeers) -> None:
-    busy.note("peer", 3.0)
-    busy.worked("peer")
-    assert busy.wait_s("peer") == 0
+def test_a_peer_that_was_not_busy_for_long_begins_anew(busy: BusyPeers, clock: Clock) -> None:
+    clock.now += busy.note("peer", 0.0) + 60
+    assert busy.note("peer", 0.0) == pytest.approx(0.1)
 
 
 def route_of(waits: dict[str, float], tokens: int = 0, **room: int) -> str:
