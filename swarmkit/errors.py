@@ -8,6 +8,7 @@
     │   └── SessionError      a session used after its end or beyond its length
     ├── TransportError        this machine's own networking could not start or has ended
     ├── NoRouteError          nobody serves some blocks of the model
+    ├── DeadlineError         a step took longer than the user allows
     └── PeerError             another peer is at fault; the library goes on without it where it can
         ├── PeerUnreachableError  it cannot be dialled, or the connection ended
         ├── PeerTimeoutError      it did not answer in time
@@ -57,6 +58,10 @@ class NoRouteError(SwarmkitError):
         self.missing = tuple(missing)
 
 
+class DeadlineError(SwarmkitError, TimeoutError):
+    """A step took longer than `ClientSettings.step_deadline`; its session can go on with another one."""
+
+
 class PeerError(SwarmkitError):
     """Another peer is at fault.
 
@@ -94,8 +99,15 @@ class RemoteError(PeerError):
 
     Attributes:
         code: one of `swarmkit.net.messages.FaultCode`.
+        retry_after_s: of a busy peer, in how many seconds it says it has room; else 0.
     """
 
-    def __init__(self, message: str, peer_id: str = "", code: str = "") -> None:
+    def __init__(self, message: str, peer_id: str = "", code: str = "", retry_after_s: float = 0.0) -> None:
         super().__init__(message, peer_id)
         self.code = code
+        self.retry_after_s = retry_after_s
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the peer is well, and only has no room now."""
+        return self.code == "busy"

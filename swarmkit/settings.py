@@ -59,6 +59,22 @@ class ServerSettings(BaseSettings):
         default=2**20, ge=1, description="tokens per row that a session may declare"
     )
     max_sessions: int = Field(default=1024, ge=1, description="sessions at a time")
+    max_queue_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="longest expected wait of a step; one for which it is longer is refused",
+    )
+    max_door_s: float = Field(
+        default=2.0, gt=0, description="for a large step to wait for memory to arrive in before it is refused"
+    )
+    evict_after: float = Field(
+        default=15.0,
+        ge=0,
+        description="without a step until a session may have to make room for others, the longest idle first",
+    )
+    report_census: bool = Field(
+        default=False, description="tell who asks how many streams, tasks and bytes there are, as soaks do"
+    )
     idle_timeout: float = Field(default=1800.0, gt=0, description="without a step until a session is closed")
     message_timeout: float = Field(
         default=60.0, gt=0, description="for the rest of a message that has begun, and to send a reply"
@@ -86,6 +102,12 @@ class ClientSettings(BaseSettings):
     )
     min_step_timeout: float = Field(
         default=1.0, gt=0, description="the deadline of a step is never below this"
+    )
+    step_deadline: float | None = Field(
+        default=None,
+        gt=0,
+        description="no step takes longer, whatever recovery would still do: generate(max_time=…) looks at "
+        "the time between steps only. None = as long as route_timeout and the servers' deadlines allow",
     )
     deadline_factor: float = Field(
         default=8.0, ge=4, description="deadline = factor x usual time; below 4 a swarm bans itself"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from swarmkit.errors import PeerUnreachableError
 from swarmkit.net.connect import TransportFactory
@@ -49,6 +49,10 @@ class FaultyStream:
     async def receive(self) -> bytes:
         """See `Stream.receive`."""
         return await self._stream.receive()
+
+    def on_end(self, call: Callable[[], object]) -> None:
+        """See `Stream.on_end`."""
+        self._stream.on_end(call)
 
     def close(self) -> None:
         """See `Stream.close`."""

@@ -21,7 +21,7 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 PATIENT = ClientSettings(
     first_step_timeout=600.0, min_step_timeout=120.0, trace_steps=4096, speculation="off"
 )
-"""A machine that is being measured is busy: its servers must not be taken for lost. Every token has its step."""
+"""A machine that is measured is busy: its servers must not be taken for lost. Every token has its step."""
 
 
 def quiet(what: str, done: int, total: int) -> None:

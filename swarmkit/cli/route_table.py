@@ -24,17 +24,22 @@ def route_table(trace: Sequence[StepTrace], last: int = 32) -> Table:
     table = Table(show_edge=False, pad_edge=False, header_style="dim")
     table.add_column("hop")
     table.add_column("blocks")
-    for heading in ("queue", "compute", "network"):
-        table.add_column(f"{heading} ms", justify="right")
-    table.add_column("bytes out, in", justify="right")
+    for heading in ("queue ms", "compute ms", "network ms", "ahead", "expected ms", "bytes out, in"):
+        table.add_column(heading, justify="right")
     for index, hop in enumerate(trace[-1].hops):
         columns = [step.hops[index] for step in same]
         table.add_row(
             f"{index + 1}. {hop.label}",
             f"{hop.start}:{hop.stop}",
             *(
-                f"{statistics.median(getattr(column, name) for column in columns):.2f}"
-                for name in ("queue_ms", "compute_ms", "network_ms")
+                f"{statistics.median(getattr(column, name) for column in columns):{form}}"
+                for name, form in (
+                    ("queue_ms", ".2f"),
+                    ("compute_ms", ".2f"),
+                    ("network_ms", ".2f"),
+                    ("ahead", ".0f"),
+                    ("expected_wait_ms", ".2f"),
+                )
             ),
             f"{_carried(columns[-1].sent_bytes, columns[-1].sent_codec)}, "
             f"{_carried(columns[-1].received_bytes, columns[-1].received_codec)}",

@@ -14,7 +14,12 @@ from swarmkit.cli.app import Join, Json, Verbose, app
 from swarmkit.errors import UsageError
 
 if TYPE_CHECKING:
+    from swarmkit.net.messages import Info
     from swarmkit.net.records import Announcement
+
+
+_ANSWER_S = 3.0
+"""For a server to say what it is doing."""
 
 
 @app.command()
@@ -55,6 +60,7 @@ def status(
 
 def _look_up(join: list[str]) -> list[dict]:  # type: ignore[type-arg]
     from swarmkit.net import portal
+    from swarmkit.net.asking import ask_all
     from swarmkit.net.connect import over_hivemind
     from swarmkit.net.identity import Identity
     from swarmkit.net.records import acceptable_now
@@ -64,19 +70,29 @@ def _look_up(join: list[str]) -> list[dict]:  # type: ignore[type-arg]
         transport = lease.call(over_hivemind(join, client_mode=True), Identity(), acceptable_now)
         try:
             found = lease.call(Registry(transport).look_up_all)
+            now = time.time()
+            servers = found.servers(now, ("joining", "online", "leaving"))
+            answering = [server for server in servers if server.state != "joining"]
+            doing = lease.call(ask_all, transport, answering, _ANSWER_S)
         finally:
             lease.call(transport.close)
-    now = time.time()
     by_model: dict[tuple[str, str, int], list[Announcement]] = {}
-    for server in found.servers(now, ("joining", "online", "leaving")):
+    for server in servers:
         by_model.setdefault((server.model, server.fingerprint, server.num_blocks), []).append(server)
     return [
-        _describe(name, fingerprint, num_blocks, servers, now)
+        _describe(name, fingerprint, num_blocks, servers, doing, now)
         for (name, fingerprint, num_blocks), servers in sorted(by_model.items())
     ]
 
 
-def _describe(name: str, fingerprint: str, num_blocks: int, servers: list[Announcement], now: float) -> dict:  # type: ignore[type-arg]
+def _describe(
+    name: str,
+    fingerprint: str,
+    num_blocks: int,
+    servers: list[Announcement],
+    doing: dict[str, Info],
+    now: float,
+) -> dict:  # type: ignore[type-arg]
     from swarmkit.net.swarm_map import uncovered
 
     online = [(s.start, s.stop) for s in servers if s.state == "online"]
@@ -97,17 +113,30 @@ def _describe(name: str, fingerprint: str, num_blocks: int, servers: list[Announ
                 "software": s.software,
                 "addresses": list(s.addresses),
                 "expires_in_s": round(s.expires_at - now, 1),
+                **_load(doing.get(s.peer_id)),
             }
             for s in sorted(servers, key=lambda s: (s.start, s.stop, s.peer_id))
         ],
     }
 
 
+def _load(info: Info | None) -> dict[str, float | None]:
+    """What a server has to do now; nothing is known of one that does not answer."""
+    if info is None:
+        return {"sessions": None, "queue": None, "expected_wait_s": None}
+    return {
+        "sessions": info.sessions,
+        "queue": info.waiting,
+        "expected_wait_s": round(info.expected_wait_ms / 1e3, 3),
+    }
+
+
 def _show(entry: dict) -> None:  # type: ignore[type-arg]
     total = entry["num_blocks"]
     table = Table(title=f"{entry['model']} · {total} blocks", title_justify="left", title_style="bold")
-    for heading in ("server", "blocks", "", "state", "tokens/s", "free cache", "computes in"):
-        table.add_column(heading, justify="right" if heading in ("tokens/s", "free cache") else "left")
+    numbers = ("tokens/s", "free cache", "sessions", "queue", "wait")
+    for heading in ("server", "blocks", "", "state", *numbers, "computes in"):
+        table.add_column(heading, justify="right" if heading in numbers else "left")
     for server in entry["servers"]:
         low, high = server["blocks"]
         style = {"online": "green", "joining": "yellow", "leaving": "dim"}[server["state"]]
@@ -118,6 +147,8 @@ def _show(entry: dict) -> None:  # type: ignore[type-arg]
             Text(server["state"], style),
             f"{server['throughput']:,.0f}",
             f"{server['free_cache_tokens']:,}",
+            *("–" if server[key] is None else str(server[key]) for key in ("sessions", "queue")),
+            "–" if server["expected_wait_s"] is None else f"{server['expected_wait_s']:.1f} s",
             server["dtype"],
         )
     console.out.print(table)

@@ -31,6 +31,7 @@ import torch
 
 from swarmkit.client.codecs import agree, answer_codecs
 from swarmkit.client.history import History
+from swarmkit.client.interrupt import interruptible
 from swarmkit.client.pipeline import pieces, run_pipeline
 from swarmkit.client.recall import recall
 from swarmkit.client.remote_stage import (
@@ -42,9 +43,10 @@ from swarmkit.client.remote_stage import (
     at_once,
     off_loop,
 )
+from swarmkit.client.route_search import RouteSearch
 from swarmkit.client.routing import Hop
 from swarmkit.client.swarm import SwarmClient
-from swarmkit.client.trace import HopTrace, PeerLost, PeerReplaced, RoutePlanned, StepTrace, Waiting
+from swarmkit.client.trace import HopTrace, PeerLost, PeerReplaced, Rerouted, RoutePlanned, StepTrace
 from swarmkit.errors import (
     NoRouteError,
     PeerError,
@@ -52,29 +54,27 @@ from swarmkit.errors import (
     PeerUnreachableError,
     RemoteError,
     SessionError,
-    SwarmkitError,
 )
 from swarmkit.net.messages import SENDERS_FAULT
 
 logger = logging.getLogger(__name__)
 
-_FIRST_PAUSE_S = 0.05
-_LONGEST_PAUSE_S = 1.0
-
 
 @dataclass
 class _Loss:
-    """A server that was lost in this step."""
+    """A server that was lost in this step, or left because it had no room."""
 
     hop: Hop
     at: float
+    busy: bool = False
 
 
 class _Step:
     """The work of one `ChainSession.step`."""
 
-    def __init__(self, inputs: StepInputs) -> None:
+    def __init__(self, inputs: StepInputs, swarm: SwarmClient) -> None:
         self.inputs = inputs
+        self.search = RouteSearch(swarm)
         self.position = inputs.position
         self.end = inputs.end
         self.rows = inputs.rows
@@ -83,10 +83,6 @@ class _Step:
         self.losses: list[_Loss] = []
         self.hops: list[HopTrace] = []
         self.refusals = 0
-        self.give_up_at: float | None = None
-        """Until when a route is looked for, on the event loop's clock; None while all goes well."""
-        self.pause_s = _FIRST_PAUSE_S
-        self.told_waiting = False
         self.recalled = 0
 
     def begin_at(self, position: int) -> None:
@@ -94,10 +90,10 @@ class _Step:
         self.inputs.position = self.position = position
         self.recalled = position
 
-    def progress(self) -> None:
-        """A stage did its part: patience begins anew."""
-        self.give_up_at = None
-        self.pause_s = _FIRST_PAUSE_S
+    @property
+    def size(self) -> int:
+        """Rows x tokens that a server holds after it."""
+        return self.rows * self.end
 
 
 class ChainSession:
@@ -183,10 +179,12 @@ class ChainSession:
             SessionError: the session is closed, or would become longer than `max_length`.
             NoRouteError: nobody served some blocks for `route_timeout` seconds.
             RemoteError: two servers refused the step as malformed.
+            DeadlineError: it took longer than the client's `step_deadline`.
         """
         async with self._lock:
             try:
-                return await self._step(hidden, mask, positions)
+                with interruptible(lambda: self._stages, self._swarm.settings.step_deadline):
+                    return await self._step(hidden, mask, positions)
             finally:
                 self._give_up_pushes(0)
                 if self._closed:  # while it was under way
@@ -208,7 +206,7 @@ class ChainSession:
         started = time.perf_counter()
         all_positions = self._merged_positions(rows, end, positions)
         self._plain = self._plain and rows == 1 and mask is None and all_positions is None
-        work = _Step(StepInputs(self.position, end, rows, mask, all_positions))
+        work = _Step(StepInputs(self.position, end, rows, mask, all_positions), self._swarm)
         await self._prepare(work)
         agree(self._swarm, self._stages, self._outputs, hidden)
         if self._plain and self._inputs is not None:
@@ -232,7 +230,7 @@ class ChainSession:
                 else:
                     await self._replace(index, error, work)
                 continue
-            work.progress()
+            work.search.progress()
             arrived, arrived_from = output, want
             index += 1
 
@@ -316,9 +314,10 @@ class ChainSession:
             stage.held = work.end
         except NotPushedError:
             raise  # the session there is as it was
-        except BaseException:
+        except BaseException as error:
             # Also when cancelled: an answer that nobody waits for must not be taken for the next one.
-            stage.drop()
+            if not stage.survives(error):
+                stage.drop()
             raise
         self._swarm.bans.worked(stage.hop.server.peer_id)
         outputs = [answer.output for answer in answers]
@@ -430,7 +429,7 @@ class ChainSession:
     async def _prepare(self, work: _Step) -> None:
         """Have a route; move away from servers that said they leave."""
         if not self._stages:
-            route = await self._find_route(self.start, self.stop, work, None)
+            route = await work.search.find(self.start, self.stop, work.size, None)
             self._stages = [RemoteStage(self._swarm, hop) for hop in route]
             self._swarm.emit(RoutePlanned(tuple(str(hop) for hop in route)))
         for stage in [stage for stage in self._stages if stage.leaving]:
@@ -488,11 +487,11 @@ class ChainSession:
         hop, swarm = stage.hop, self._swarm
         leaving = frozenset(other.hop.server.peer_id for other in self._stages if other.leaving)
         try:
-            route = swarm.plan(hop.start, hop.stop, without=leaving)
+            route = swarm.plan(hop.start, hop.stop, without=leaving, tokens=work.size)
         except NoRouteError:
             swarm.look_soon()
             return
-        if any(swarm.bans.is_banned(other.server.peer_id) for other in route):
+        if not all(map(swarm.may_use, route)):
             swarm.look_soon()
             return
         self._lose(stage, work, "is leaving")
@@ -502,6 +501,8 @@ class ChainSession:
         """Put others in the place of a stage that failed."""
         stage = self._stages[index]
         peer_id = stage.hop.server.peer_id
+        if isinstance(error, RemoteError) and error.is_busy:
+            return await self._go_round(index, error, work)
         if isinstance(error, RemoteError) and error.code in SENDERS_FAULT:
             work.refusals += 1
             if work.refusals >= 2:
@@ -511,7 +512,19 @@ class ChainSession:
             self._swarm.cannot_link(self._stages[index - 1].hop.server, stage.hop.server)
         self._swarm.bans.failed(peer_id)
         self._lose(stage, work, _reason(error))
-        route = await self._find_route(stage.hop.start, stage.hop.stop, work, error)
+        route = await work.search.find(stage.hop.start, stage.hop.stop, work.size, error)
+        self._splice(index, route)
+
+    async def _go_round(self, index: int, error: RemoteError, work: _Step) -> None:
+        """Use others in the place of a busy server, or wait for it where it is the first to have room."""
+        stage, hop, since = self._stages[index], self._stages[index].hop, time.perf_counter()
+        self._swarm.is_busy(hop, error)
+        route = await work.search.find(hop.start, hop.stop, work.size, error)
+        self._check_open()
+        if [(other.server.peer_id, other.stop) for other in route] == [(hop.server.peer_id, hop.stop)]:
+            return  # what it holds of the session, it may have kept
+        stage.drop()
+        work.losses.append(_Loss(hop, since, busy=True))
         self._splice(index, route)
 
     def _lose(self, stage: RemoteStage, work: _Step, reason: str) -> None:
@@ -529,57 +542,6 @@ class ChainSession:
         ]
         self._stages[index : index + 1] = new
 
-    async def _find_route(self, start: int, stop: int, work: _Step, error: PeerError | None) -> list[Hop]:
-        """A route for some blocks; waits for a newcomer where there is none.
-
-        Servers that are left aside are used only if nobody else has the blocks, and after a pause.
-        """
-        swarm = self._swarm
-        while True:
-            try:
-                route = swarm.plan(start, stop)
-            except NoRouteError:
-                route = []
-            if route and not any(swarm.bans.is_banned(hop.server.peer_id) for hop in route):
-                return route
-            if work.give_up_at is None:
-                work.give_up_at = anyio.current_time() + swarm.settings.route_timeout
-            left_s = work.give_up_at - anyio.current_time()
-            if left_s <= 0:
-                raise self._gave_up(start, stop, route, error) from error
-            if not work.told_waiting:
-                work.told_waiting = True
-                swarm.emit(Waiting(swarm.unserved(start, stop), left_s))
-            await anyio.sleep(min(work.pause_s, left_s))
-            work.pause_s = min(work.pause_s * 2, _LONGEST_PAUSE_S)
-            await self._look_up(work.give_up_at)
-            if route:
-                return self._route_or(route, start, stop)
-
-    async def _look_up(self, give_up_at: float) -> None:
-        """See who serves now, if that can be seen in time."""
-        try:
-            with anyio.move_on_after(give_up_at - anyio.current_time()):
-                await self._swarm.refresh()
-        except SwarmkitError as error:
-            logger.warning("could not look up the swarm, will try again: %s", error)
-
-    def _route_or(self, known: list[Hop], start: int, stop: int) -> list[Hop]:
-        try:
-            return self._swarm.plan(start, stop)
-        except NoRouteError:
-            return known
-
-    def _gave_up(self, start: int, stop: int, route: list[Hop], error: PeerError | None) -> Exception:
-        seconds = self._swarm.settings.route_timeout
-        if not route:
-            return self._swarm.no_route(start, stop)
-        return NoRouteError(
-            f"the only servers of blocks {start}:{stop} kept failing for {seconds:.0f} s ({error}); "
-            "start another server for them, or try again later",
-            [(start, stop)],
-        )
-
     # ------------------------------------------------------------------ account
 
     def _note(self, work: _Step, tokens: int, started: float) -> None:
@@ -588,8 +550,9 @@ class ChainSession:
             covering = [
                 hop for hop in self.route if loss.hop.start <= hop.start and hop.stop <= loss.hop.stop
             ]
+            event = Rerouted if loss.busy else PeerReplaced
             self._swarm.emit(
-                PeerReplaced(
+                event(
                     loss.hop.server.peer_id,
                     loss.hop.server.label,
                     tuple(hop.server.peer_id for hop in covering),
@@ -604,7 +567,7 @@ class ChainSession:
             tokens - work.recalled,
             (now - started) * 1e3,
             tuple(work.hops),
-            bool(work.losses),
+            not all(loss.busy for loss in work.losses),
             work.recalled,
         )
         self._swarm.trace.append(self.latest)

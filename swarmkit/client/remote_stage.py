@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -54,6 +54,10 @@ T = TypeVar("T")
 _LARGE_BYTES = 1024 * 1024
 """Tensors of this size and above are copied and checked off the event loop."""
 _LINK_PATIENCE_S = 10.0
+_SMALL_STEP = 16
+"""To have a server compute so many tokens for nobody costs less than to begin anew there."""
+_LAST_WORDS_S = 1.0
+_MOST_PATIENCE_S = 3600.0
 
 
 class NotPushedError(PeerError):
@@ -128,6 +132,10 @@ class RemoteStage:
         self._sent_bytes = 0
         self._sent_codec: CodecName = "none"
         self._given_up: set[int] = set()
+        self._asking = False
+        """Whether a question without a number was not answered yet."""
+        self._dismissed = False
+        """Whether the server has ended the session, and said why."""
         self._patience: Patience
         self._pages: Opened
 
@@ -139,6 +147,13 @@ class RemoteStage:
         Raises:
             PeerError: it cannot be reached, or refuses.
         """
+        try:
+            await self._open(max_length)
+        except BaseException:
+            self.drop()
+            raise
+
+    async def _open(self, max_length: int) -> None:
         hop, swarm = self.hop, self._swarm
         self.conversation = await swarm.converse(hop.server)
         self._patience = Patience(self.conversation)
@@ -224,6 +239,16 @@ class RemoteStage:
         self.answers.clear()
         self.failure = None
         self._given_up.clear()
+        self._asking = self._dismissed = False
+
+    def survives(self, error: BaseException) -> bool:
+        """Whether the session there is as it was before what failed: the server had no room for just that."""
+        return isinstance(error, RemoteError) and error.is_busy and not self._dismissed
+
+    def abandon(self) -> None:
+        """The step is cancelled: the server shall do no more for it than a token's step that has begun."""
+        if self._asking or sum(request.size for request in self.pending) > _SMALL_STEP:
+            self.drop()
 
     def crop(self, tokens: int) -> None:
         self.history.crop(tokens)
@@ -274,6 +299,7 @@ class RemoteStage:
             (None, None) if inputs.positions is None else codec.encode(inputs.positions[:, low:high])
         )
         order = self.order if low else None
+        deadline_s = self.deadline_s(request)
         message = Step(
             low,
             spec,
@@ -285,12 +311,16 @@ class RemoteStage:
             forward,
             request.answers,
             conversation.clock(),
+            min(deadline_s, _MOST_PATIENCE_S),
         )
         self._sent_bytes += spec.nbytes
         self._sent_codec = spec.codec
         payload = [part for part in (data, mask, positions) if part is not None]
-        with self._patient(self.deadline_s(request)):
-            await conversation.send(message, payload)
+        try:
+            with self._patient(deadline_s):
+                await conversation.send(message, payload)
+        except PeerUnreachableError as error:
+            raise await self._last_words(conversation) or error from None
 
     async def take(self, request: Request, deadline_s: float, pushed: bool = False) -> Answer:
         """The server's answer to a request, which is believed no further than can be seen.
@@ -308,6 +338,10 @@ class RemoteStage:
             received = await self._receive(request.number, deadline_s, largest, pushed)
         except PeerTimeoutError:
             self._swarm.times_of(self.hop.server).timed_out()
+            raise
+        except RemoteError as error:
+            if error.is_busy:  # it may be so on account of too little patience
+                self._swarm.times_of(self.hop.server).timed_out()
             raise
         reply = received.message
         if not isinstance(reply, StepDone):
@@ -342,6 +376,8 @@ class RemoteStage:
         server = hop.server
         hidden = [answer.done.hidden for answer in answers]
         sent, self._sent_bytes = self._sent_bytes, 0
+        ahead = max(answer.done.ahead for answer in answers)
+        expected_ms = sum(answer.done.expected_ms for answer in answers)
         return HopTrace(
             server.peer_id,
             server.label,
@@ -354,15 +390,37 @@ class RemoteStage:
             sum(spec.nbytes for spec in hidden),
             self._sent_codec if sent else "none",
             hidden[-1].codec,
+            ahead,
+            expected_ms,
         )
 
     # ------------------------------------------------------------------ messages
 
     async def _ask(self, message: Message, deadline_s: float) -> Message:
         """Send a message without tensors, and wait for the answer to it."""
-        with self._patient(deadline_s):
-            await self._stream().send(message)
-        return (await self._receive(0, deadline_s, 0)).message
+        self._asking = True
+        try:
+            with self._patient(deadline_s):
+                await self._stream().send(message)
+            reply = (await self._receive(0, deadline_s, 0)).message
+        except RemoteError:
+            self._asking = False
+            raise
+        self._asking = False
+        return reply
+
+    async def _last_words(self, conversation: Conversation) -> RemoteError | None:
+        """Why the server ended the stream, if it said so before."""
+        with anyio.move_on_after(_LAST_WORDS_S), suppress(PeerError):
+            while True:
+                message = (await conversation.receive()).message
+                if isinstance(message, Fault) and not message.number:
+                    self._dismissed = True
+                    return self._remote_error(message)
+        return None
+
+    def _remote_error(self, fault: Fault) -> RemoteError:
+        return RemoteError(fault.message, self.hop.server.peer_id, fault.code, fault.retry_after_s)
 
     async def _receive(
         self, number: int, deadline_s: float, max_payload_bytes: int, pushed: bool = False
@@ -390,7 +448,9 @@ class RemoteStage:
                 if isinstance(message, Fault):
                     if pushed and message.code == "upstream":
                         raise NotPushedError(message.message, peer_id)
-                    raise RemoteError(message.message, peer_id, message.code)
+                    if not message.number and number:
+                        self._dismissed = True  # it is not about the step
+                    raise self._remote_error(message)
                 if pushed and answered > number:
                     raise NotPushedError(f"request {number} was not handed on to it", peer_id)
                 if answered != number:

@@ -80,6 +80,8 @@ def route_cost(
     *,
     round_trip_s: Callable[[str], float],
     penalty_s: Callable[[str], float],
+    wait_s: Callable[[str], float] = lambda peer_id: 0.0,
+    tokens: int = 0,
     salt: str = "",
 ) -> Cost:
     """The cost that clients use: the way there, the work, and what speaks against a peer.
@@ -88,17 +90,19 @@ def route_cost(
         round_trip_s: measured or assumed seconds to a peer and back, by peer id.
         penalty_s: seconds added for each block at a peer, such as one that failed lately; far above all else,
             so that it is used only where nobody else holds the block.
+        wait_s: seconds until a peer has room, by peer id; 0 for one that is not busy.
+        tokens: rows x tokens that caches must hold soon; who said lately to have less room is a little worse.
         salt: this client's own; spreads clients over servers that are equally good.
     """
 
     def cost(server: Announcement, start: int, stop: int) -> float:
         share = (stop - start) / (server.stop - server.start)
         work = share / max(server.throughput, 1e-3)
-        crowded = 0.5 if server.free_cache_tokens <= 0 else 0.0
+        crowded = 0.5 if server.free_cache_tokens < max(tokens, 1) else 0.0
         # Equal servers differ by their hash with this client: at most 10 % of the work, never zero.
         tie = work * 0.1 * _unit_hash(salt + server.peer_id) + 1e-9
         avoided = penalty_s(server.peer_id) * (stop - start)  # so that every block that can is spared
-        return round_trip_s(server.peer_id) + work + tie + crowded + avoided
+        return round_trip_s(server.peer_id) + work + tie + crowded + wait_s(server.peer_id) + avoided
 
     return cost
 

@@ -14,11 +14,12 @@ import anyio
 from anyio.abc import TaskStatus
 
 from swarmkit.client.bans import Bans
+from swarmkit.client.busy import BusyPeers
 from swarmkit.client.deadline import DeadlinePolicy, StepTimes
 from swarmkit.client.prefix_memory import PrefixMemory
 from swarmkit.client.routing import Hop, find_route, no_route, route_cost
-from swarmkit.client.trace import SessionEvent, StepTrace
-from swarmkit.errors import SwarmkitError
+from swarmkit.client.trace import Busy, SessionEvent, StepTrace
+from swarmkit.errors import RemoteError, SwarmkitError
 from swarmkit.net import records
 from swarmkit.net.connect import TransportFactory
 from swarmkit.net.conversation import Conversation
@@ -66,6 +67,7 @@ class SwarmClient:
         self.events: deque[SessionEvent] = deque(maxlen=_EVENTS)
         self.listeners: list[Callable[[SessionEvent], None]] = []
         self.bans = Bans(self.settings.ban_seconds, self.settings.max_ban_seconds, clock)
+        self.busy = BusyPeers(clock)
         self.policy = DeadlinePolicy(
             self.settings.first_step_timeout, self.settings.min_step_timeout, self.settings.deadline_factor
         )
@@ -85,7 +87,6 @@ class SwarmClient:
         self._looks = 0
         self.salt = secrets.token_hex(4)
         """Spreads clients over servers that are equally good."""
-        self._cost = route_cost(round_trip_s=self.round_trip_s, penalty_s=self.bans.penalty_s, salt=self.salt)
 
     # ------------------------------------------------------------------ life
 
@@ -143,14 +144,36 @@ class SwarmClient:
         """Seconds to reach a peer."""
         return self._net.connect_timeout
 
-    def plan(self, start: int, stop: int, without: frozenset[str] = frozenset()) -> list[Hop]:
+    def plan(
+        self, start: int, stop: int, without: frozenset[str] = frozenset(), tokens: int = 0
+    ) -> list[Hop]:
         """The best route for blocks [start, stop) in the view as it is; peers in `without` are not used.
+
+        Args: tokens: rows x tokens that are to be held there.
 
         Raises:
             NoRouteError: nobody serves some of them.
         """
         servers = [server for server in self.servers() if server.peer_id not in without]
-        return find_route(start, stop, servers, self._cost)
+        cost = route_cost(
+            round_trip_s=self.round_trip_s,
+            penalty_s=self.bans.penalty_s,
+            wait_s=self.busy.wait_s,
+            tokens=tokens,
+            salt=self.salt,
+        )
+        return find_route(start, stop, servers, cost)
+
+    def may_use(self, hop: Hop) -> bool:
+        """Whether nothing is known that speaks against a server: it has not failed lately, nor is it busy."""
+        peer_id = hop.server.peer_id
+        return not self.bans.is_banned(peer_id) and not self.busy.wait_s(peer_id)
+
+    def is_busy(self, hop: Hop, error: RemoteError) -> None:
+        """A server said that it has no room."""
+        server = hop.server
+        seconds = self.busy.note(server.peer_id, error.retry_after_s)
+        self.emit(Busy(server.peer_id, server.label, hop.start, hop.stop, str(error), seconds))
 
     def servers(self) -> list[Announcement]:
         """Those in the view as it is that may be used."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class HopTrace:
     """One server's part of one step, in milliseconds.
 
-    `network_ms` is what remains of the time the client waited: both ways, encoding, and event loops.
+    `network_ms` is what remains of the time the client waited: both ways, encoding, and event loops. When the
+    step came, `ahead` others were there, and the server expected it to wait `expected_wait_ms` for them.
     """
 
     peer_id: str
@@ -24,6 +25,8 @@ class HopTrace:
     received_bytes: int = 0
     sent_codec: str = "none"
     received_codec: str = "none"
+    ahead: int = 0
+    expected_wait_ms: float = 0.0
 
     @property
     def total_ms(self) -> float:
@@ -90,15 +93,54 @@ class PeerReplaced:
 
 
 @dataclass(frozen=True)
+class Busy:
+    """A server is well, but has no room; another one is used, or the first that has some again."""
+
+    peer_id: str
+    label: str
+    start: int
+    stop: int
+    reason: str
+    retry_after_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.label} [{self.start}:{self.stop}] is busy for {self.retry_after_s:.1f} s: {self.reason}"
+        )
+
+
+@dataclass(frozen=True)
+class Rerouted:
+    """The blocks of a busy server are served by others, who now hold what it held."""
+
+    peer_id: str
+    label: str
+    replaced_by: tuple[str, ...]
+    """Peer ids."""
+    route: tuple[str, ...]
+    replayed_tokens: int
+    stall_ms: float
+
+    def __str__(self) -> str:
+        return (
+            f"went on over {' → '.join(self.route)} in the place of {self.label}: "
+            f"replayed {self.replayed_tokens} tokens in {self.stall_ms:.0f} ms"
+        )
+
+
+@dataclass(frozen=True)
 class Waiting:
-    """Nobody serves some blocks, or all who do have failed lately; the session waits for a newcomer."""
+    """Nobody serves some blocks, or all who do have failed lately, or are busy; the session waits."""
 
     missing: tuple[tuple[int, int], ...]
     seconds: float
+    busy: bool = False
 
     def __str__(self) -> str:
         named = ", ".join(f"{low}:{high}" for low, high in self.missing)
+        if self.busy:
+            return f"all servers of blocks {named} are busy; waiting up to {self.seconds:.0f} s for room"
         return f"nobody serves blocks {named}; waiting up to {self.seconds:.0f} s for a newcomer"
 
 
-SessionEvent = RoutePlanned | PeerLost | PeerReplaced | Waiting
+SessionEvent = RoutePlanned | PeerLost | PeerReplaced | Busy | Rerouted | Waiting

@@ -57,6 +57,7 @@ class FrameStream(asyncio.Protocol):
         self._writing_paused = False
         self._writers: deque[asyncio.Future[None]] = deque()
         self._end: SwarmkitError | None = None  # why nothing more comes or goes
+        self._on_end: Callable[[], object] | None = None
 
     # what callers use
 
@@ -97,6 +98,12 @@ class FrameStream(asyncio.Protocol):
             assert self._transport is not None
             self._transport.resume_reading()
         return frame
+
+    def on_end(self, call: Callable[[], object]) -> None:
+        """See `Stream.on_end`."""
+        self._on_end = call
+        if self._end is not None:
+            self._tell_end()
 
     def close(self) -> None:
         """End the conversation from this side, after what has been sent. May be called twice."""
@@ -288,6 +295,12 @@ class FrameStream(asyncio.Protocol):
             self._end = why
         self._wake_reader()
         self._wake_writers()
+        self._tell_end()
+
+    def _tell_end(self) -> None:
+        call, self._on_end = self._on_end, None
+        if call is not None:
+            call()
 
     def _wake_reader(self) -> None:
         if self._reader is not None and not self._reader.done():

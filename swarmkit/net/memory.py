@@ -198,6 +198,7 @@ class MemoryStream(Stream):
         self._writers: deque[asyncio.Future[None]] = deque()  # those that wait for room at this end
         self._end: SwarmkitError | None = None
         self._farewell: SwarmkitError | None = None  # arrives behind the last frame
+        self._on_end: Callable[[], object] | None = None
 
     @classmethod
     def pair(cls, network: MemoryNetwork, a: str, b: str) -> tuple[MemoryStream, MemoryStream]:
@@ -246,6 +247,11 @@ class MemoryStream(Stream):
                     raise _again(self._farewell)
             await self._wait()
 
+    def on_end(self, call: Callable[[], object]) -> None:
+        """See `Stream.on_end`."""
+        self._on_end = call
+        self._tell_end()
+
     def close(self) -> None:
         """See `Stream.close`. What was sent before still arrives."""
         self._finish(PeerUnreachableError("the stream was closed on this side", self._peer_id))
@@ -253,6 +259,7 @@ class MemoryStream(Stream):
         if other._farewell is None:
             other._farewell = PeerUnreachableError(f"peer {self._own_id} ended the stream", self._own_id)
         other._wake_reader()
+        other._tell_end()
 
     def abort(self, why: SwarmkitError) -> None:
         """End both ends at once; frames under way are lost."""
@@ -276,6 +283,7 @@ class MemoryStream(Stream):
         self._frames.clear()
         self._queued = 0
         self._wake_reader()
+        self._tell_end()
         for end in (self, self._other):  # whoever waits for room at either end has lost the conversation
             while end._writers:
                 end._wake_writer()
@@ -309,6 +317,12 @@ class MemoryStream(Stream):
     def _wake_reader(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
+
+    def _tell_end(self) -> None:
+        said = self._farewell is not None and not self._network.is_silent(self._own_id, self._peer_id)
+        if self._on_end is not None and (said or self._end is not None):
+            call, self._on_end = self._on_end, None
+            call()
 
     def _wake_writer(self) -> None:
         while self._writers:
@@ -437,6 +451,7 @@ class MemoryTransport(Transport):
     def _wake_streams(self) -> None:
         for stream in list(self._streams):
             stream._wake_reader()
+            stream._tell_end()
 
     def _end_streams_with(self, peer_id: str) -> None:
         for stream in list(self._streams):

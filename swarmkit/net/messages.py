@@ -5,6 +5,7 @@ state          the client may send      the server answers with
 =============  =======================  ===========================================
 `new`          `Open`  -> `open`        `Opened`, or `Fault` (stays `new`)
 `new`          `AskInfo` -> `new`       `Info`
+`new`          `AskCensus` -> `new`     `Census`, or `Fault` where the owner wants none
 `open`         `Step`  -> `open`        `StepDone`, or `Fault`
 `open`         `Recall` -> `open`       `Recalled`, or `Fault`
 `open`         `Link`  -> `open`        `Linked`, or `Fault`
@@ -72,8 +73,9 @@ BlockIndex = Annotated[int, msgspec.Meta(ge=0, le=100_000)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 Total = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Millis = Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]  # which NaN is not
-Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]
-"""On the sender's clock, which begins with the stream; see `net.link_speed`. 0 = it did not say."""
+Clock = Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]
+"""Seconds on the sender's clock, which begins with the stream; see `net.link_speed`. 0 = it did not say."""
+Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=3600.0)]
 Fingerprint = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 PRINTABLE = "^[^\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]*\\Z"
 """A pattern without control characters: strangers' words are shown to people, in terminals too."""
@@ -105,7 +107,7 @@ class Open(_Message, frozen=True):
     start: BlockIndex
     stop: BlockIndex
     max_length: Count
-    sent_at: Seconds = 0.0
+    sent_at: Clock = 0.0
 
 
 class Opened(_Message, frozen=True):
@@ -122,7 +124,7 @@ class Opened(_Message, frozen=True):
     pages: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
     dtype: ShortText = ""
     codecs: Annotated[tuple[LossyCodecName, ...], msgspec.Meta(max_length=16)] = ()
-    sent_at: Seconds = 0.0
+    sent_at: Clock = 0.0
 
 
 class Recall(_Message, frozen=True):
@@ -153,7 +155,7 @@ class Attach(_Message, frozen=True):
     """The steps on this stream are for the session that has this secret."""
 
     inlet: Inlet
-    sent_at: Seconds = 0.0
+    sent_at: Clock = 0.0
 
 
 class Attached(_Message, frozen=True):
@@ -184,6 +186,7 @@ class Step(_Message, frozen=True):
         forward: over how many more servers the outputs are pushed on (all of them: `keep` = tokens).
         answers: in which codec this server gives its outputs, to the client as to the next server, and then
             in which the servers do that they are pushed on to; `none` for those it does not name.
+        patience_s: how long its client waits for the answer, counted from when the step comes; 0 = not said.
     """
 
     position: Count
@@ -195,7 +198,8 @@ class Step(_Message, frozen=True):
     number: Count = 0
     forward: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
     answers: Annotated[tuple[CodecName, ...], msgspec.Meta(max_length=4097)] = ()
-    sent_at: Seconds = 0.0
+    sent_at: Clock = 0.0
+    patience_s: Seconds = 0.0
 
 
 class StepDone(_Message, frozen=True):
@@ -203,7 +207,8 @@ class StepDone(_Message, frozen=True):
 
     `leaving` asks the client to move its session elsewhere while this server still answers. `forwarded` says
     that the output was also pushed to the linked server. `bytes_per_s` is what the way carries by which the
-    step came, as far as was seen here; 0 = not known.
+    step came, as far as was seen here; 0 = not known. `ahead` steps were here when it came, for which the
+    server expected it to wait `expected_ms`.
     """
 
     hidden: TensorSpec
@@ -213,7 +218,9 @@ class StepDone(_Message, frozen=True):
     number: Count = 0
     forwarded: bool = False
     bytes_per_s: Annotated[float, msgspec.Meta(ge=0.0, le=1e15)] = 0.0
-    sent_at: Seconds = 0.0
+    sent_at: Clock = 0.0
+    ahead: Count = 0
+    expected_ms: Millis = 0.0
 
 
 class AskInfo(_Message, frozen=True):
@@ -230,6 +237,40 @@ class Info(_Message, frozen=True):
     cache_tokens_total: Total
     steps: Total
     leaving: bool
+    waiting: Count = 0
+    """Steps and jobs that run or wait."""
+    expected_wait_ms: Millis = 0.0
+    """Of a long step that would come now."""
+
+
+class AskCensus(_Message, frozen=True):
+    """Ask a server to count all that clients can make it hold."""
+
+
+class Census(_Message, frozen=True):
+    """What a server holds: for soaks, which compare it with what there was before.
+
+    Attributes:
+        streams, pushers: open streams from clients, and from servers with the blocks before.
+        leased_bytes, kept_bytes: of `capacity_bytes`, what sessions have and what is kept for later ones.
+        incoming_bytes: of large messages.
+        works: steps and jobs.
+        accounted: whether all bytes of the cache add up.
+        tasks, threads, descriptors: of the whole process.
+    """
+
+    sessions: Count
+    streams: Count
+    pushers: Count
+    leased_bytes: Total
+    kept_bytes: Total
+    capacity_bytes: Total
+    incoming_bytes: Total
+    works: Count
+    accounted: bool
+    tasks: Count
+    threads: Count
+    descriptors: Count
 
 
 class Fault(_Message, frozen=True):
@@ -239,6 +280,8 @@ class Fault(_Message, frozen=True):
     message: Text
     number: Count = 0
     """Of the step that was refused; 0 = whatever was sent last."""
+    retry_after_s: Seconds = 0.0
+    """Of a busy server: when it expects to have room."""
 
 
 Message = (
@@ -255,12 +298,14 @@ Message = (
     | StepDone
     | AskInfo
     | Info
+    | AskCensus
+    | Census
     | Fault
 )
 
 State = Literal["new", "open", "loose", "attached"]
 LEGAL: dict[State, dict[type, State]] = {
-    "new": {Open: "open", AskInfo: "new"},
+    "new": {Open: "open", AskInfo: "new", AskCensus: "new"},
     "open": {Step: "open", Recall: "open", Link: "open"},
     "loose": {Attach: "attached"},
     "attached": {Step: "attached"},

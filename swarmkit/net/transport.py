@@ -51,6 +51,12 @@ class Stream(Protocol):
             ProtocolError: the peer sent a frame that is too large.
         """
 
+    def on_end(self, call: Callable[[], object]) -> None:
+        """Have `call` called once the conversation has ended, at whichever end, although nobody receives.
+
+        One who has more to say than was read of it may have gone without that being seen.
+        """
+
     def close(self) -> None:
         """End the conversation from this side; the peer's `receive` raises. May be called twice."""
 

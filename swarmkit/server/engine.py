@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
@@ -25,8 +26,9 @@ import anyio
 import torch
 from torch import Tensor
 
-from swarmkit.errors import UsageError
+from swarmkit.errors import SwarmkitError, UsageError
 from swarmkit.models.stage import Stage, StepPart
+from swarmkit.server.admission import NOTHING_AHEAD, Ahead, expected_wait_s
 from swarmkit.server.scheduler import (
     DECODE_TOKENS,
     Decoders,
@@ -65,6 +67,10 @@ class Timed(Generic[T]):
     value: T
     queue_s: float
     compute_s: float
+
+
+class ExpiredError(SwarmkitError):
+    """Nobody waits for the step any more: it had not begun when its time was over."""
 
 
 class StepTask(Protocol[T_co]):
@@ -153,9 +159,10 @@ class _Job(_Work):
 class _Step(_Work):
     """A step and how far it has come. All but what a `_Work` has belongs to the engine's thread."""
 
-    def __init__(self, task: StepTask[Any]) -> None:
+    def __init__(self, task: StepTask[Any], patience_s: float) -> None:
         super().__init__()
         self.task = task
+        self.expires_at = self.queued_at + patience_s if patience_s else math.inf
         self.rows, self.tokens = task.shape
         self.decode = self.tokens <= DECODE_TOKENS
         self.passed_over = 0
@@ -241,6 +248,21 @@ class Engine:
         """Steps and jobs that have not begun."""
         return sum(not work.claim.locked() for work in list(self._works))
 
+    @property
+    def holds(self) -> int:
+        """Steps and jobs that have not ended."""
+        return len(self._works)
+
+    def ahead(self, rows: int, tokens: int) -> Ahead:
+        """What a step of such a shape would find if it came now."""
+        if not self._works:
+            return NOTHING_AHEAD
+        works = list(self._works)
+        left = [work.rows * work.tokens_left for work in works if isinstance(work, _Step)]
+        decode = tokens <= DECODE_TOKENS
+        wait_s = expected_wait_s(rows * tokens, decode, left, self._times, self._limits.chunk_tokens)
+        return Ahead(len(works), wait_s)
+
     async def run(self, job: Callable[[], T], priority: int = INTERACTIVE) -> Timed[T]:
         """Run `job` on the engine's thread, by itself, and wait for it.
 
@@ -249,16 +271,19 @@ class Engine:
         """
         return await self._submit(_Job(job, priority))
 
-    async def step(self, task: StepTask[T]) -> Timed[T]:
+    async def step(self, task: StepTask[T], patience_s: float = 0.0) -> Timed[T]:
         """Run a step, perhaps together with others', and wait for it.
+
+        Args: patience_s: where it waits for others for longer than that, it is dropped; 0 = however long.
 
         Its session has no other step meanwhile. Whether it fails or is cancelled, the session's cache holds
         afterwards what it held after `task.begin()`.
 
         Raises:
             EngineClosedError: the engine has been closed. Whatever the step raises is raised here too.
+            ExpiredError: its time was over before its turn came.
         """
-        return await self._submit(_Step(task))
+        return await self._submit(_Step(task, patience_s))
 
     async def _submit(self, work: _Work) -> Timed[Any]:
         with self._lock:
@@ -348,13 +373,17 @@ class Engine:
 
     def _take_stock(self) -> tuple[list[_Step], list[_Job]]:
         steps, jobs = [], []
+        now = time.perf_counter()
         for work in list(self._works):
             if work.given_up:
                 # What has not begun is withdrawn by its caller.
                 if isinstance(work, _Step) and work.whole is not None:
                     self._fail(work, asyncio.CancelledError())
             elif isinstance(work, _Step):
-                steps.append(work)
+                if work.whole is None and now > work.expires_at:
+                    self._expire(work)
+                else:
+                    steps.append(work)
             elif isinstance(work, _Job):
                 jobs.append(work)
         return steps, jobs
@@ -440,6 +469,11 @@ class Engine:
             self._settle(step, None, error)
             return False
         return True
+
+    def _expire(self, step: _Step) -> None:
+        """Drop what nobody waits for any more."""
+        if step.claim.acquire(blocking=False):
+            self._settle(step, None, ExpiredError("its client's patience was over before its turn came"))
 
     def _advance(self, step: _Step, result: Tensor | Exception) -> None:
         if isinstance(result, Exception):

@@ -17,7 +17,11 @@ from swarmkit.server.prefix_pages import PrefixPages
 
 
 class CacheFullError(SwarmkitError):
-    """The budget has no room left for a session to grow."""
+    """The budget has no room left for a session to grow: `lacking_bytes` more are needed."""
+
+    def __init__(self, message: str, lacking_bytes: int) -> None:
+        super().__init__(message)
+        self.lacking_bytes = lacking_bytes
 
 
 class Lease:
@@ -106,7 +110,8 @@ class KVBudget:
         growth = nbytes - lease.nbytes
         if growth > self.free_bytes:
             raise CacheFullError(
-                f"the cache has {self.free_bytes} of {self.capacity_bytes} bytes left, {growth} are needed"
+                f"the cache has {self.free_bytes} of {self.capacity_bytes} bytes left, {growth} are needed",
+                growth - self.free_bytes,
             )
         if growth:
             self.pages.set_limit(self.free_bytes - growth)

@@ -26,13 +26,15 @@ from swarmkit.errors import (
 from swarmkit.models.cache import PAGE_TOKENS
 from swarmkit.models.stage import Stage
 from swarmkit.net.codec import TensorSpec
-from swarmkit.net.conversation import CHUNK_BYTES, Conversation, Received
+from swarmkit.net.conversation import Conversation, Received
 from swarmkit.net.messages import (
     FATAL,
     SENDERS_FAULT,
+    AskCensus,
     AskInfo,
     Attach,
     Attached,
+    Census,
     Fault,
     Info,
     Link,
@@ -48,11 +50,12 @@ from swarmkit.net.messages import (
     Unlinked,
     next_state,
     printable,
-    tensor_specs,
 )
 from swarmkit.net.patience import Patience
 from swarmkit.net.transport import Buffer, Stream
-from swarmkit.server.engine import Engine, EngineClosedError, Timed
+from swarmkit.server.admission import Ahead
+from swarmkit.server.door import Door, evicted, of_this_process
+from swarmkit.server.engine import Engine, EngineClosedError, ExpiredError, Timed
 from swarmkit.server.intake import Intake
 from swarmkit.server.kv_budget import CacheFullError, KVBudget
 from swarmkit.server.prefix_pages import root_of
@@ -81,6 +84,10 @@ class _Client:
     number: int = 0
     """Of the step that its latest message is; 0 if it is none."""
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)
+    life: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    """Around all that is done for it: over when it is gone, whatever runs then."""
+    last_words: Refusal | None = None
+    """What it is told when this server ends its session."""
 
     def __post_init__(self) -> None:
         self.patience = Patience(self.conversation)
@@ -121,6 +128,7 @@ class BlockService:
         self._idle.set()
         self.budget = KVBudget(settings.cache_bytes)
         self.intake = Intake(settings.incoming_bytes)
+        self._door = Door(settings, engine, self.intake)
         self.leaving = False
         self.steps = 0
         self.max_payload_bytes = settings.max_step_tokens * stage.hidden_size * 4 + _SIDE_BYTES
@@ -167,13 +175,19 @@ class BlockService:
         """One stream's life. Never raises on account of the peer."""
         client = _Client(Conversation(stream, self.max_payload_bytes, self._settings.message_timeout))
         self._streams += 1
+        stream.on_end(client.life.cancel)
         try:
-            if self._streams > self._settings.max_sessions + _SPARE_STREAMS:
-                await self._refuse(client, Refusal("busy", "too many streams are open; try another server"))
-            else:
-                while await self._serve_next(client):
-                    pass
+            with client.life:
+                if self._streams > self._settings.max_sessions + _SPARE_STREAMS:
+                    await self._refuse(
+                        client, self._door.too_many("too many streams are open", self._streams)
+                    )
+                else:
+                    while await self._serve_next(client):
+                        pass
             self._end(client)
+            if client.last_words is not None:
+                await self._refuse(client, client.last_words)
             await self._linger(client)
         except (PeerError, TimeoutError) as error:
             logger.debug("stream of %s ended: %s", stream.peer_id[-6:], error)
@@ -224,15 +238,8 @@ class BlockService:
     async def _admit_step(self, session: Session, step: Step, taken: list[int]) -> None:
         """Check a step, and have room for it; what it takes of the intake is added to `taken`."""
         self._check_step(session, step)
-        nbytes = sum(spec.nbytes for spec in tensor_specs(step))
-        if nbytes <= CHUNK_BYTES:
-            return
-        try:
-            with anyio.fail_after(self._settings.message_timeout):
-                await self.intake.take(nbytes)
-        except TimeoutError:
-            raise Refusal("busy", "too many large steps are under way; try another server") from None
-        taken.append(nbytes)
+        self._door.check_queue(step)
+        await self._door.take(step, taken)
 
     def _check_step(self, session: Session, step: Step) -> None:
         settings = self._settings
@@ -261,6 +268,8 @@ class BlockService:
                 await self._send(client, Linked())
             case AskInfo():
                 await self._send(client, self._info())
+            case AskCensus():
+                await self._send(client, self._census())
             case Step():
                 assert client.session is not None
                 await self._run_step(client, client.session, message, received)
@@ -278,7 +287,7 @@ class BlockService:
     async def _refuse(self, client: _Client, refusal: Refusal, number: int = 0) -> None:
         text = printable(str(refusal))[:2000]  # it may quote what the peer sent
         logger.info("refused %s: %s (%s)", client.conversation.peer_id[-6:], text, refusal.code)
-        await self._send(client, Fault(refusal.code, text, number))
+        await self._send(client, Fault(refusal.code, text, number, refusal.retry_after_s))
 
     async def _linger(self, client: _Client) -> None:
         """Let the peer read why the stream ends: closing while it still sends could discard that."""
@@ -295,6 +304,33 @@ class BlockService:
             cache_tokens_total=self.total_cache_tokens,
             steps=self.steps,
             leaving=self.leaving,
+            waiting=self._engine.holds,
+            expected_wait_ms=self._engine.ahead(1, self._settings.max_step_tokens).wait_s * 1e3,
+        )
+
+    def _census(self) -> Census:
+        if not self._settings.report_census:
+            raise Refusal("illegal_message", "this server's owner wants nobody to count what it holds")
+        try:
+            self.budget.audit()
+            accounted = True
+        except AssertionError:
+            logger.exception("the cache does not add up")
+            accounted = False
+        tasks, threads, descriptors = of_this_process()
+        return Census(
+            sessions=len(self._clients),
+            streams=self._streams,
+            pushers=self._sources,
+            leased_bytes=self.budget.leased_bytes,
+            kept_bytes=self.budget.pages.nbytes,
+            capacity_bytes=self.budget.capacity_bytes,
+            incoming_bytes=self.intake.held_bytes,
+            works=self._engine.holds,
+            accounted=accounted,
+            tasks=tasks,
+            threads=threads,
+            descriptors=descriptors,
         )
 
     # ------------------------------------------------------------------ sessions
@@ -318,8 +354,8 @@ class BlockService:
             raise Refusal(
                 "too_long", f"a session may hold 1 to {self._settings.max_session_length} tokens a row"
             )
-        if len(self._clients) >= self._settings.max_sessions:
-            raise Refusal("busy", f"{len(self._clients)} sessions are open already; try another server")
+        if len(self._clients) >= self._settings.max_sessions and not self._make_room(1, of_bytes=False):
+            raise self._door.too_many(f"{len(self._clients)} sessions are open already", len(self._clients))
         cache = stage.new_cache(message.start, message.stop)
         bytes_per_token = self._bytes_per_token(message.start, message.stop)
         scope = self._settings.prefix_cache
@@ -350,8 +386,29 @@ class BlockService:
             finally:
                 session.after_step()
 
+    def _make_room(self, needed: int, *, of_bytes: bool = True) -> bool:
+        """End idle sessions so that there are `needed` bytes, or places, more. Returns whether there are."""
+        sessions = {key: each.session for key, each in self._clients.items() if each.session is not None}
+        chosen = self._door.to_evict(sessions, needed, of_bytes=of_bytes)
+        for key in chosen:
+            client = self._clients[key]
+            client.last_words = evicted(sessions[key])
+            self._end(client)
+            client.life.cancel()
+        return bool(chosen)
+
+    def _grow(self, session: Session, step: Step) -> None:
+        """Have a session's lease cover a step, at the cost of idle ones if need be."""
+        try:
+            session.lease_for(step)
+        except CacheFullError as error:
+            if not self._make_room(error.lacking_bytes):
+                raise self._door.cache_full(error, len(self._clients)) from None
+            session.lease_for(step)
+
     def _end(self, client: _Client) -> None:
         if client.session is not None:
+            self._door.left(client.session)
             self._clients.pop(client.session.inlet, None)
             client.session.end()
             client.session = None
@@ -481,15 +538,17 @@ class BlockService:
     async def _step(
         self, client: _Client, session: Session, step: Step, received: Received
     ) -> tuple[StepDone, memoryview]:
-        try:
-            session.lease_for(step)
-        except CacheFullError as error:
-            raise Refusal("busy", f"{error}; try another server") from None
+        rows, tokens, _ = step.hidden.shape
+        self._grow(session, step)
         try:
             whose = client.conversation.peer_id
-            timed = await self._engine.step(SessionStep(self._stage, whose, session, step, received))
+            ahead = self._engine.ahead(rows, tokens)
+            work = SessionStep(self._stage, whose, session, step, received)
+            timed = await self._engine.step(work, step.patience_s)
         except Refusal:
             raise
+        except ExpiredError as error:
+            raise self._door.expired(step, error) from None
         except EngineClosedError:
             raise Refusal("leaving", "this server has stopped computing; use another one") from None
         except Exception as error:
@@ -500,9 +559,19 @@ class BlockService:
         finally:
             session.after_step()
         self.steps += 1
-        return self._done(step, timed)
+        return self._done(step, timed, ahead)
 
-    def _done(self, step: Step, timed: Timed[tuple[TensorSpec, memoryview]]) -> tuple[StepDone, memoryview]:
+    def _done(
+        self, step: Step, timed: Timed[tuple[TensorSpec, memoryview]], ahead: Ahead
+    ) -> tuple[StepDone, memoryview]:
         spec, payload = timed.value
-        done = StepDone(spec, timed.queue_s * 1e3, timed.compute_s * 1e3, self.leaving, step.number)
+        done = StepDone(
+            spec,
+            timed.queue_s * 1e3,
+            timed.compute_s * 1e3,
+            self.leaving,
+            step.number,
+            ahead=ahead.steps,
+            expected_ms=ahead.wait_s * 1e3,
+        )
         return done, payload

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -21,9 +22,10 @@ from swarmkit.server.push import Downstream
 class Refusal(SwarmkitError):
     """A request that is answered with a fault instead of a result."""
 
-    def __init__(self, code: FaultCode, message: str) -> None:
+    def __init__(self, code: FaultCode, message: str, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
         self.code: FaultCode = code
+        self.retry_after_s = retry_after_s
 
 
 class LateStepError(SwarmkitError):
@@ -55,6 +57,9 @@ class Session:
     sources: set[anyio.CancelScope] = field(default_factory=set)
     """Around whoever pushes steps into this session."""
     ended: bool = False
+    opened_at: float = field(default_factory=time.monotonic)
+    used_at: float = field(default_factory=time.monotonic)
+    """When it last did something."""
 
     def link(self, downstream: Downstream | None) -> None:
         """Push outputs on to this server from now on, and to no other."""
@@ -76,6 +81,7 @@ class Session:
         lengthened it.
         """
         self.steps += 1
+        self.used_at = time.monotonic()
         if self.ended:
             self.lease.release()
         else:

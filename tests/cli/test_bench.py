@@ -130,6 +130,22 @@ def test_a_servers_footprint_is_at_least_its_weights() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_short_soak_leaves_nothing() -> None:
+    result = run(
+        *("bench", "soak", "--minutes", "0.4", "--clients", "6", "--processes", "2", "--kill-every", "8"),
+        "--json",
+        timeout_s=380,
+    )
+    found = last_json(result)
+
+    assert result.returncode == 0, (found["left"], found["errors"])
+    assert found["counts"]["answered"] > 0
+    assert found["counts"]["killed"] > 0
+    assert (found["left"], found["sound"]) == ([], True)
+
+
+@pytest.mark.slow
 def test_people_get_a_table() -> None:
     result = run("bench", "decode", "--stages", "1", "--tokens", "8", "--rounds", "1")
 

@@ -20,14 +20,16 @@ SWARMKIT = [sys.executable, "-m", "swarmkit.cli"]
 TIMEOUT_S = 120
 
 
-def run(*arguments: str, stdin: str = "", mark: str = "") -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, stdin: str = "", mark: str = "", timeout_s: float = TIMEOUT_S
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; `mark` ends up in the environment of all that it starts."""
     return subprocess.run(
         [*SWARMKIT, *arguments],
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=timeout_s,
         check=False,
         env=dict(os.environ, SWARMKIT_TEST_MARK=mark, HF_HUB_OFFLINE="1"),
     )
@@ -102,6 +104,7 @@ def test_status_shows_every_server_and_exits_0_when_nothing_is_missing(swarm: Ru
         ("first", [0, 4], "online"),
         ("second", [4, 8], "online"),
     ]
+    assert [(s["queue"], s["expected_wait_s"]) for s in model["servers"]] == [(0, 0.0), (0, 0.0)]
     assert model["missing"] == []
     assert result.returncode == 0
 

@@ -19,7 +19,15 @@ from torch import Tensor
 
 from swarmkit.client.chain import ChainSession
 from swarmkit.client.session import Session
-from swarmkit.client.trace import PeerLost, PeerReplaced, RoutePlanned, SessionEvent, Waiting
+from swarmkit.client.trace import (
+    Busy,
+    PeerLost,
+    PeerReplaced,
+    Rerouted,
+    RoutePlanned,
+    SessionEvent,
+    Waiting,
+)
 from swarmkit.errors import NoRouteError
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.head import load_local
@@ -425,8 +433,11 @@ def test_a_server_without_room_for_a_session_is_passed_by(
         world.client._times.clear()  # so that the next session would choose the same servers
         assert_same(world.answer(), undisturbed())
         assert len(first.route) == 3
-        assert all("busy" in event.reason for event in world.events(PeerLost))
-        assert world.events(PeerLost)
+        assert world.lost() == []
+        assert all("sessions are open" in event.reason for event in world.events(Busy))
+        assert {event.peer_id for event in world.events(Busy)} == {
+            event.peer_id for event in world.events(Rerouted)
+        }
 
 
 def test_a_session_that_outgrows_a_server_moves_on(
@@ -442,7 +453,8 @@ def test_a_session_that_outgrows_a_server_moves_on(
 
         tokens = world.answer(actions={1: more_room}, new_tokens=30)
         assert_same(tokens, undisturbed(new_tokens=30))
-        assert [event.reason.split(":")[0] for event in world.events(PeerLost)] == ["busy"]
+        assert world.lost() == []
+        assert [event.replayed_tokens for event in world.events(Rerouted)] == [32]
 
 
 # a replay that is disturbed itself

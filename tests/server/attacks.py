@@ -11,7 +11,18 @@ import torch
 
 from swarmkit.net.codec import TensorSpec
 from swarmkit.net.conversation import CHUNK_BYTES, MAX_HEADER_BYTES
-from swarmkit.net.messages import AskInfo, Fault, Info, Open, Opened, Recall, Step, StepDone
+from swarmkit.net.messages import (
+    AskCensus,
+    AskInfo,
+    Census,
+    Fault,
+    Info,
+    Open,
+    Opened,
+    Recall,
+    Step,
+    StepDone,
+)
 
 from .worlds import (
     HIDDEN,
@@ -129,6 +140,8 @@ OPENING = [
     Attack("terminal codes", "bad_message", r"unknown field ` \[2J x`", altered(OPEN, **{"\x1b[2J\nx": 1})),
     Attack("Open with a payload", "bad_message", "0 bytes.*payload of 4", [frame(OPEN, b"1234")]),
     Attack("unknown field in AskInfo", "bad_message", "unknown field.*x", altered(AskInfo(), x=1)),
+    Attack("a census nobody wants", "illegal_message", "owner", [frame(AskCensus())]),
+    Attack("unknown field in AskCensus", "bad_message", "unknown field.*x", altered(AskCensus(), x=1)),
     Attack("AskInfo with a payload", "bad_message", "0 bytes.*payload of 1", [frame(AskInfo(), b"1")]),
     Attack("unknown session", "illegal_message", "Step in state 'new'.*Open", [STEP]),
     Attack("unknown session, much data", "illegal_message", "Step in state 'new'", [LARGE_HEAD]),
@@ -140,6 +153,7 @@ OUT_OF_TURN = [
     Attack("a short page name", "bad_message", r"\$.names", altered(Recall((NAME,)), names=[NAME[1:]])),
     Attack("a page name as text", "bad_message", r"\$.names", altered(Recall((NAME,)), names=["a" * 32])),
     Attack("too many pages", "bad_message", r"\$.names", altered(Recall((NAME,)), names=[NAME] * 1025)),
+    Attack("AskCensus in a session", "illegal_message", "AskCensus in state", [frame(AskCensus())]),
     Attack("AskInfo in a session", "illegal_message", "AskInfo in state 'open'", [frame(AskInfo())]),
     *(
         Attack(
@@ -153,6 +167,7 @@ OUT_OF_TURN = [
             Opened(1),
             StepDone(spec(0), 0.0, 0.0),
             Info(0, 1, 0, 0, 0, 0, False),
+            Census(0, 0, 0, 0, 0, 0, 0, 0, True, 0, 0, 0),
             Fault("internal", "you are broken"),
         )
         for in_session in (False, True)
@@ -176,6 +191,11 @@ STEPPING = [
     Attack("a row less than before", "bad_shape", "1 rows, the session 2", step(spec(1, 1, HIDDEN))),
     Attack("more outputs than tokens", "bad_shape", "2 outputs.*1 tokens", step(keep=2)),
     Attack("negative outputs", "bad_message", "keep", step(keep=-1)),
+    # patience
+    Attack("negative patience", "bad_message", "patience_s", step(patience_s=-1.0)),
+    Attack("endless patience", "bad_message", "patience_s", step(patience_s=float("inf"))),
+    Attack("patience that is no number", "bad_message", "patience_s", step(patience_s=float("nan"))),
+    Attack("patience as text", "bad_message", "patience_s", step(patience_s="long")),
     # dtype
     Attack("hidden of integers", "bad_dtype", "int64", step(spec(ROWS, 1, HIDDEN, dtype="int64"))),
     Attack("hidden of bytes", "bad_dtype", "uint8", step(spec(ROWS, 1, HIDDEN, dtype="uint8"))),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from swarmkit.models.stage import StepPart
-from swarmkit.server.engine import Engine, EngineClosedError
+from swarmkit.server.engine import Engine, EngineClosedError, ExpiredError
 
 CHUNK = 32
 LONG = 5 * CHUNK
@@ -297,6 +297,24 @@ async def test_others_in_the_pass_of_a_step_that_is_cancelled_go_on(engine: Engi
     stage.let_through()
     assert torch.equal((await kept).value, other.hidden + 1)
     await asyncio.gather(cancelled, return_exceptions=True)
+
+
+async def test_a_step_whose_time_is_over_before_its_turn_never_begins(
+    engine: Engine, stage: FakeStage
+) -> None:
+    late, other = FakeStep(stage), FakeStep(stage)
+    stage.hold()
+    first = asyncio.create_task(engine.step(FakeStep(stage)))
+    await stage.entered()
+    dropped, kept = asyncio.create_task(engine.step(late, 0.001)), asyncio.create_task(engine.step(other, 60))
+    while engine.waiting < 2:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
+    stage.let_through()
+    await asyncio.gather(first, kept)
+    with pytest.raises(ExpiredError):
+        await dropped
+    assert (late.begun, engine.holds) == (0, 0)
 
 
 # the end

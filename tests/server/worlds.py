@@ -174,6 +174,7 @@ class TinyClient:
         forward: int = 0,
         travels_as: codec.CodecName = "none",
         answers: tuple[codec.CodecName, ...] = (),
+        patience_s: float = 0.0,
     ) -> Message:
         """One step, and the answer to it, whatever it is."""
         at = self.position if position is None else position
@@ -182,7 +183,17 @@ class TinyClient:
         encoded = [codec.encode(hidden, travels_as), *side]
         specs = [None if pair is None else pair[0] for pair in encoded]
         kept = tokens if keep is None else keep
-        message = Step(at, specs[0], kept, specs[1], specs[2], order, number, forward, answers)  # type: ignore[arg-type]
+        message = Step(
+            at,
+            specs[0],  # type: ignore[arg-type]
+            kept,
+            *specs[1:],
+            order=order,
+            number=number,
+            forward=forward,
+            answers=answers,
+            patience_s=patience_s,
+        )
         reply = await self.ask(message, [pair[1] for pair in encoded if pair is not None])
         if isinstance(reply, StepDone):
             self.position = at + tokens

@@ -1,0 +1,50 @@
+"""Peers that said they have no room are left alone for as long as they said. Takes a clock.
+
+To be busy is no failure, and nobody is lost by it. A busy peer costs a route the time until it has room, so
+that another one is used if it is worth it, and else the one that is free first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_LEAST_S = 0.1
+_MOST_S = 60.0
+_FORGOTTEN_S = 10.0
+"""Who was not busy again for so long begins anew."""
+
+
+@dataclass
+class _Busy:
+    count: int
+    until: float
+
+
+class BusyPeers:
+    """Who is busy, and until when."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._peers: dict[str, _Busy] = {}
+
+    def note(self, peer_id: str, retry_after_s: float) -> float:
+        """A peer says that it has no room before so many seconds; returns for how long it is left alone.
+
+        Who says so again and again is asked less often, whatever it says: 0.1, 0.2, 0.4, … seconds at least.
+        """
+        old = self._peers.get(peer_id)
+        now = self._clock()
+        count = 1
+        if old is not None and now < old.until + _FORGOTTEN_S:
+            # While it is left alone, other sessions are told the same.
+            count = old.count + (old.until <= now)
+        least_s = _LEAST_S * 2.0 ** min(count - 1, 30)
+        seconds = min(max(retry_after_s, least_s), _MOST_S)
+        self._peers[peer_id] = _Busy(count, now + seconds)
+        return seconds
+
+    def wait_s(self, peer_id: str) -> float:
+        """For `routing.route_cost`: how long it still has no room."""
+        busy = self._peers.get(peer_id)
+        return max(0.0, busy.until - self._clock()) if busy is not None else 0.0

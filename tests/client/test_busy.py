@@ -1,0 +1,167 @@
+"""Servers without room are gone round, or waited for, and the tokens stay what they would have been."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from swarmkit.client.busy import BusyPeers
+from swarmkit.client.routing import find_route, route_cost
+from swarmkit.client.trace import Busy, Waiting
+from swarmkit.errors import NoRouteError
+from swarmkit.models.cache import PAGE_TOKENS
+from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.head import load_local
+from swarmkit.settings import ServerSettings
+
+from ..net.announcements import announcement
+from .answers import answer, prompt
+from .recovery import NEW_TOKENS, World, a_world, assert_same
+from .test_bans import Clock
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def busy(clock: Clock) -> BusyPeers:
+    return BusyPeers(clock)
+
+
+def test_a_busy_peer_is_left_alone_for_as_long_as_it_says(busy: BusyPeers, clock: Clock) -> None:
+    busy.note("peer", 3.0)
+    clock.now += 2.0
+    assert busy.wait_s("peer") == pytest.approx(1.0)
+    clock.now += 1.0
+    assert busy.wait_s("peer") == 0
+
+
+def test_what_is_said_is_believed_within_bounds(busy: BusyPeers) -> None:
+    assert busy.note("long", 1e9) <= 60
+    assert busy.note("short", 0.0) > 0
+
+
+def test_a_peer_that_stays_busy_is_asked_less_and_less_often(busy: BusyPeers, clock: Clock) -> None:
+    waits = []
+    for _ in range(4):
+        waits.append(busy.note("peer", 0.0))
+        clock.now += waits[-1]
+    assert waits == pytest.approx([0.1, 0.2, 0.4, 0.8])
+
+
+def test_sessions_that_are_told_the_same_count_once(busy: BusyPeers) -> None:
+    assert busy.note("peer", 0.0) == busy.note("peer", 0.0)
+
+
+def test_a_peer_that_was_not_busy_for_long_begins_anew(busy: BusyPeers, clock: Clock) -> None:
+    clock.now += busy.note("peer", 0.0) + 60
+    assert busy.note("peer", 0.0) == pytest.approx(0.1)
+
+
+def route_of(waits: dict[str, float], tokens: int = 0, **room: int) -> str:
+    servers = [
+        announcement(peer_id=name, public_name=name, start=0, stop=6, free_cache_tokens=room.get(name, 1000))
+        for name in ("one", "two")
+    ]
+    cost = route_cost(
+        round_trip_s=lambda peer: 0.02,
+        penalty_s=lambda peer: 0.0,
+        wait_s=lambda peer: waits.get(peer, 0.0),
+        tokens=tokens,
+    )
+    (hop,) = find_route(0, 6, servers, cost)
+    return hop.server.peer_id
+
+
+def test_a_busy_peer_is_gone_round() -> None:
+    assert route_of({"one": 2.0}) == "two"
+
+
+def test_where_all_are_busy_the_one_that_is_free_first_is_used() -> None:
+    assert route_of({"one": 2.0, "two": 9.0}) == "one"
+
+
+def test_a_server_with_room_for_the_session_is_preferred() -> None:
+    assert route_of({}, tokens=500, one=499) == "two"
+    assert route_of({}, tokens=500, two=499) == "one"
+
+
+# sessions
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_llama: Checkpoint) -> Callable[..., Tensor]:
+    local = load_local(tiny_llama)
+    return lambda **options: answer(local, *prompt(7), **{"new_tokens": NEW_TOKENS, **options})
+
+
+def room(checkpoint: Checkpoint, pages: int, **more: object) -> ServerSettings:
+    """For one row in the two blocks of the middle stage."""
+    of_page = PAGE_TOKENS * 2 * checkpoint.kv_bytes_per_token_per_block(torch.float32)
+    return ServerSettings(cache_bytes=pages * of_page, prefix_cache="off", **more)  # type: ignore[arg-type]
+
+
+def with_tight_middle(world: World, settings: ServerSettings) -> None:
+    world.swarm.servers[1].stop()
+    world.add((1, 3), settings=settings)
+
+
+def test_a_session_waits_for_room_where_nobody_has_any(
+    tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor]
+) -> None:
+    with a_world(tiny_llama, replicas=1) as world:
+        with_tight_middle(world, room(tiny_llama, 1))
+        other = world.model.session()
+        other.step(torch.zeros(1, 1, 32))
+        world.client.listeners.append(lambda event: other.close() if isinstance(event, Waiting) else None)
+        assert_same(world.answer(), undisturbed())
+        assert world.lost() == []
+        assert [event.busy for event in world.events(Waiting)] == [True]
+        assert world.events(Busy)[0].retry_after_s > 0
+
+
+def test_a_session_that_waited_for_room_goes_on_where_it_was(
+    tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor]
+) -> None:
+    """What it holds at the busy server is not computed again."""
+    with a_world(tiny_llama, replicas=1, prefix_memory_bytes=0) as world:
+        with_tight_middle(world, room(tiny_llama, 2))
+        other = world.model.session()
+        steps = 30
+        world.client.listeners.append(lambda event: other.close() if isinstance(event, Waiting) else None)
+        found = world.answer(actions={2: lambda: other.step(torch.zeros(1, 1, 32))}, new_tokens=steps)
+        assert_same(found, undisturbed(new_tokens=steps))
+        assert len(world.events(Waiting)) == 1
+        (middle,) = [server for server in world.swarm.servers[3:]]
+        service = middle.node.service  # type: ignore[attr-defined]
+        assert service.steps == steps + 1  # one of them was the other session's
+
+
+def test_nobody_has_room_for_as_long_as_the_client_waits(tiny_llama: Checkpoint) -> None:
+    with a_world(tiny_llama, replicas=1, route_timeout=0.3) as world:
+        with_tight_middle(world, room(tiny_llama, 1))
+        other = world.model.session()
+        other.step(torch.zeros(1, 1, 32))
+        with pytest.raises(NoRouteError, match=r"had no room for 0 s.*bytes"):
+            world.answer()
+        assert not world.client.bans.is_banned(world.swarm.servers[-1].peer_id)
+
+
+@pytest.mark.parametrize("push", [True, False])
+def test_a_session_whose_idle_cache_made_room_for_others_goes_on_with_the_same_tokens(
+    tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], push: bool
+) -> None:
+    with a_world(tiny_llama, replicas=1, push=push) as world:
+        with_tight_middle(world, room(tiny_llama, 1, evict_after=0))
+        with world.model.session() as session:
+            world.answer(new_tokens=2)
+            assert_same(answer(world.swarm.model(), *prompt(7), new_tokens=NEW_TOKENS), undisturbed())
+            assert_same(world.answer(), undisturbed())
+            assert session.position
+        assert world.lost() == []
+        assert "room was needed" in world.events(Busy)[0].reason

@@ -1,0 +1,172 @@
+"""Who breaks off a step, or vanishes in it, has nothing more computed for him, and leaves nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from swarmkit.client.session import Session
+from swarmkit.errors import DeadlineError, SessionError
+from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.head import load_local
+from swarmkit.net import portal
+from swarmkit.server.engine import Engine
+from swarmkit.server.server import Server
+from swarmkit.server.service import BlockService
+from swarmkit.settings import ServerSettings
+
+from .answers import answer, eventually, prompt
+from .recovery import World, a_world
+
+CHUNK = 16
+PROMPT = torch.randn(1, 1200, 32, generator=torch.Generator().manual_seed(0))
+"""Goes through the chain in pieces of 64, each of which takes a server four passes."""
+
+
+class Brake:
+    """Stops every engine at its next pass, once a stage has begun its pass number `at`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, stage: int, at: int) -> None:
+        self.passes: Counter[int] = Counter()
+        self.reached = threading.Event()
+        self._go = threading.Event()
+        self._stage, self._at = stage, at
+        self._forward = Engine._forward
+        monkeypatch.setattr(Engine, "_forward", lambda engine, stage, parts: self._run(engine, stage, parts))
+
+    def release(self) -> None:
+        self._go.set()
+
+    def _run(self, engine: Engine, stage: Any, parts: Any) -> Any:
+        self.passes[stage.start] += 1
+        if stage.start == self._stage and self.passes[stage.start] == self._at:
+            self.reached.set()
+        if self.reached.is_set():
+            self._go.wait(60)
+        return self._forward(engine, stage, parts)
+
+
+BOTH_WAYS = [
+    pytest.param(True, id="server-to-server"),
+    pytest.param(False, id="through-the-client", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(params=BOTH_WAYS)
+def world(tiny_llama: Checkpoint, request: pytest.FixtureRequest) -> Iterator[World]:
+    settings = ServerSettings(prefill_chunk_tokens=CHUNK, prefix_cache="off")
+    with a_world(tiny_llama, replicas=1, push=request.param, server_settings=settings) as world:
+        yield world
+
+
+def services(world: World) -> list[BlockService]:
+    found = [server.node.service for server in world.swarm.servers if isinstance(server, Server)]
+    return [service for service in found if service is not None]
+
+
+def idle(world: World) -> bool:
+    """Whether no server holds anything for anybody."""
+    for service in services(world):
+        service.budget.audit()
+        held = (service.num_sessions, service.budget.leased_bytes, service.intake.held_bytes)
+        if any(held) or service._streams or service._sources or service._engine.holds:
+            return False
+    return True
+
+
+def nobody_is_waited_for(world: World) -> bool:
+    """Whether all that servers still have to do was given up by those who asked for it."""
+    return all(work.given_up for service in services(world) for work in list(service._engine._works))
+
+
+def cancelled(world: World, session: Session, step: Any) -> None:
+    step.cancel()
+
+
+def closed(world: World, session: Session, step: Any) -> None:
+    session.close()
+
+
+def killed(world: World, session: Session, step: Any) -> None:
+    assert world.client._transport is not None
+    peer_id = world.client._transport.peer_id
+    world.on_loop(lambda: world.network.kill(peer_id))
+
+
+@pytest.mark.parametrize(
+    ("stage", "way"), [(0, cancelled), (1, cancelled), (3, cancelled), (1, closed), (1, killed)]
+)
+def test_a_prefill_that_is_broken_off_is_computed_no_further(
+    world: World, monkeypatch: pytest.MonkeyPatch, way: Callable[..., None], stage: int
+) -> None:
+    other = world.swarm.model()
+    brake = Brake(monkeypatch, stage, 7)
+    session = world.model.session()
+    with portal.lease() as lease:
+        step = lease.start_task_soon(session.chain.step, PROMPT)
+        assert brake.reached.wait(60)
+        way(world, session, step)
+        eventually(lambda: nobody_is_waited_for(world), "servers hear of it")
+        passes = brake.passes.copy()
+        brake.release()
+        if way is closed:
+            with pytest.raises(SessionError):
+                step.result(60)
+        session.close()
+        eventually(lambda: idle(world), "servers are idle")
+    assert brake.passes == passes
+    tokens = answer(other, *prompt(7), new_tokens=3)
+    assert tokens.tolist() == answer(load_local(world.swarm.checkpoint), *prompt(7), new_tokens=3).tolist()
+
+
+def test_a_session_whose_step_was_cancelled_goes_on(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    brake = Brake(monkeypatch, 1, 7)
+    with world.model.session() as session, portal.lease() as lease:
+        step = lease.start_task_soon(session.chain.step, PROMPT)
+        assert brake.reached.wait(60)
+        step.cancel()
+        brake.release()
+        output = session.step(PROMPT[:, :40])
+    with world.model.session() as session:
+        assert torch.allclose(session.step(PROMPT[:, :40]), output, rtol=0, atol=1e-5)
+
+
+def test_a_step_ends_at_the_deadline_that_its_user_set(
+    tiny_llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brake = Brake(monkeypatch, 1, 1)
+    with a_world(tiny_llama, replicas=1, step_deadline=0.3) as world:
+        with world.model.session() as session, pytest.raises(DeadlineError, match=r"step_deadline of 0.3 s"):
+            session.step(PROMPT[:, :40])
+        brake.release()
+        eventually(lambda: idle(world), "servers are idle")
+
+
+def test_a_client_that_falls_silent_is_forgotten_after_a_while(tiny_llama: Checkpoint) -> None:
+    """Its host is gone, and no connection ends by itself."""
+    settings = ServerSettings(idle_timeout=0.3, message_timeout=0.3)
+    with a_world(tiny_llama, replicas=1, server_settings=settings) as world:
+        session = world.model.session()
+        session.step(PROMPT[:, :40])
+        assert world.client._transport is not None
+        peer_id = world.client._transport.peer_id
+        world.on_loop(lambda: world.network.hang(peer_id))
+        eventually(lambda: idle(world), "servers are idle")
+
+
+def test_a_server_that_falls_silent_leaves_nothing_with_those_it_hands_on_to(tiny_llama: Checkpoint) -> None:
+    """The stream between the two servers stays half open; the session it belongs to ends."""
+    settings = ServerSettings(idle_timeout=0.3, message_timeout=0.3)
+    with a_world(tiny_llama, replicas=1, server_settings=settings) as world:
+        session = world.model.session()
+        session.step(PROMPT[:, :40])
+        world.hang(world.in_use(0))
+        others = services(world)[1:]
+        eventually(
+            lambda: not any(o._sources or o.num_sessions or o._streams for o in others), "all is freed"
+        )
