@@ -22,6 +22,7 @@ from transformers.cache_utils import (
 )
 
 from swarmkit.errors import ModelError, UsageError
+from swarmkit.models.adapters import Adapter
 from swarmkit.models.anatomy import anatomy_of, block_configs
 
 PAGE_TOKENS = 32
@@ -82,6 +83,8 @@ class StageCache(DynamicCache):
         self._inputs: Tensor | None = None
         self._positions: Tensor | None = None
         self._mark_next = False
+        self.adapter: Adapter | None = None
+        """With which all that it holds was computed."""
 
     @property
     def blocks(self) -> list[Any]:
