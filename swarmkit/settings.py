@@ -48,6 +48,11 @@ class ServerSettings(BaseSettings):
         ge=1,
         description="how many times its usual time a decode step may take beside others' prompts",
     )
+    adapter_bytes: int = Field(default=512 * 1024**2, ge=0, description="memory for adapters of all clients")
+    client_adapter_bytes: int = Field(
+        default=128 * 1024**2, ge=0, description="memory for adapters of one client"
+    )
+    adapter_max_rank: int = Field(default=256, ge=1, description="rank of a client's LoRA adapters")
     max_session_length: int = Field(
         default=2**20, ge=1, description="tokens per row that a session may declare"
     )

@@ -44,6 +44,7 @@ from swarmkit.client.remote_stage import (
 from swarmkit.client.routing import Hop
 from swarmkit.client.swarm import SwarmClient
 from swarmkit.client.trace import HopTrace, PeerLost, PeerReplaced, RoutePlanned, StepTrace, Waiting
+from swarmkit.client.tuning import Hosted, Tuned
 from swarmkit.errors import (
     NoRouteError,
     PeerError,
@@ -119,6 +120,8 @@ class ChainSession:
         self.start = start
         self.stop = swarm.model.num_blocks if stop is None else stop
         self.max_length = max_length
+        self.tuning: Tuned | Hosted | None = None
+        """What changes the blocks in all its steps."""
         self.position = 0
         self.rows = 0
 
@@ -126,6 +129,10 @@ class ChainSession:
     def route(self) -> list[Hop]:
         """The servers in use, in order; empty before the first step."""
         return [stage.hop for stage in self._stages]
+
+    @property
+    def _hosting(self) -> str:
+        return "" if self.tuning is None else self.tuning.hosting
 
     @property
     def history_bytes(self) -> int:
@@ -150,6 +157,12 @@ class ChainSession:
             self._positions = self._positions[list(order)]
         for stage in self._stages:
             stage.reorder(order)
+
+    async def retune(self, tuning: Tuned | Hosted | None) -> None:
+        """Let something else change the blocks, from the beginning on: nothing is held now."""
+        for stage in self._stages:
+            stage.drop()
+        self._stages, self.tuning, self._plain = [], tuning, False
 
     def close(self) -> None:
         """End the session; servers free what they hold. Call on the event loop's thread; never blocks."""
@@ -418,7 +431,7 @@ class ChainSession:
         """Have a route; move away from servers that said they leave."""
         if not self._stages:
             route = await self._find_route(self.start, self.stop, work, None)
-            self._stages = [RemoteStage(self._swarm, hop) for hop in route]
+            self._stages = [RemoteStage(self._swarm, hop, tuning=self.tuning) for hop in route]
             self._swarm.emit(RoutePlanned(tuple(str(hop) for hop in route)))
         for stage in [stage for stage in self._stages if stage.leaving]:
             self._move_away(stage, work)
@@ -475,7 +488,7 @@ class ChainSession:
         hop, swarm = stage.hop, self._swarm
         leaving = frozenset(other.hop.server.peer_id for other in self._stages if other.leaving)
         try:
-            route = swarm.plan(hop.start, hop.stop, without=leaving)
+            route = swarm.plan(hop.start, hop.stop, leaving, self._hosting)
         except NoRouteError:
             swarm.look_soon()
             return
@@ -511,7 +524,7 @@ class ChainSession:
         """Replace a stage by the hops of `route`; the first of them inherits its history."""
         inherited = self._stages[index].history
         new = [
-            RemoteStage(self._swarm, hop, inherited if number == 0 else None)
+            RemoteStage(self._swarm, hop, inherited if number == 0 else None, self.tuning)
             for number, hop in enumerate(route)
         ]
         self._stages[index : index + 1] = new
@@ -524,7 +537,7 @@ class ChainSession:
         swarm = self._swarm
         while True:
             try:
-                route = swarm.plan(start, stop)
+                route = swarm.plan(start, stop, hosting=self._hosting)
             except NoRouteError:
                 route = []
             if route and not any(swarm.bans.is_banned(hop.server.peer_id) for hop in route):
@@ -553,7 +566,7 @@ class ChainSession:
 
     def _route_or(self, known: list[Hop], start: int, stop: int) -> list[Hop]:
         try:
-            return self._swarm.plan(start, stop)
+            return self._swarm.plan(start, stop, hosting=self._hosting)
         except NoRouteError:
             return known
 

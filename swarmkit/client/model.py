@@ -15,6 +15,8 @@ from swarmkit.client.remote_blocks import RemoteBlocks
 from swarmkit.client.session import Session, SwarmCache, active_session, session_of
 from swarmkit.client.swarm import ModelRef, SwarmClient
 from swarmkit.client.trace import SessionEvent, StepTrace
+from swarmkit.client.tunable import Tunable
+from swarmkit.client.tuning import Tuning
 from swarmkit.errors import UsageError
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.head import build_head
@@ -31,7 +33,7 @@ else:
 _DEFAULT_LENGTH = 2**20
 
 
-class SwarmModelForCausalLM(_Base):
+class SwarmModelForCausalLM(Tunable, _Base):
     """A causal language model whose blocks are served by others.
 
     An instance *is* the model's ordinary class (`LlamaForCausalLM`, …): `generate()`, logits processors,
@@ -88,8 +90,9 @@ class SwarmModelForCausalLM(_Base):
             if on_event is not None:
                 connection.client.listeners.append(on_event)
             length = _length_limit(checkpoint.config)
+            tuning = Tuning()
             blocks = RemoteBlocks(
-                lambda: Session(connection, length), _first_attention_type(checkpoint.config)
+                lambda: Session(connection, length, tuning), _first_attention_type(checkpoint.config)
             )
             head = build_head(checkpoint, blocks, dtype=dtype, device=device, mixin=SwarmModelForCausalLM)
         except BaseException:
@@ -98,6 +101,7 @@ class SwarmModelForCausalLM(_Base):
         assert isinstance(head, SwarmModelForCausalLM)
         head._swarm = connection
         head._checkpoint = checkpoint
+        head._tuning = tuning
         return head
 
     # ------------------------------------------------------------------ the swarm
@@ -127,7 +131,8 @@ class SwarmModelForCausalLM(_Base):
         Args:
             max_length: tokens per row that it may hold; what the model can take if not given.
         """
-        return Session(self._swarm, _length_limit(self.config) if max_length is None else max_length)
+        length = _length_limit(self.config) if max_length is None else max_length
+        return Session(self._swarm, length, self._tuning)
 
     def close(self) -> None:
         """Leave the swarm. Done by itself when the model is forgotten or the program ends."""

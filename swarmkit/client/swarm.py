@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import anyio
 from anyio.abc import TaskStatus
 
+from swarmkit.client.adapter_sender import AdapterSender
 from swarmkit.client.bans import Bans
 from swarmkit.client.deadline import DeadlinePolicy, StepTimes
 from swarmkit.client.prefix_memory import PrefixMemory
@@ -27,7 +28,7 @@ from swarmkit.net.messages import SESSION_ENDPOINT
 from swarmkit.net.records import Announcement
 from swarmkit.net.registry import Registry
 from swarmkit.net.swarm_map import SwarmMap, uncovered
-from swarmkit.net.transport import Transport
+from swarmkit.net.transport import Stream, Transport
 from swarmkit.settings import ClientSettings, NetSettings
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class SwarmClient:
         self.policy = DeadlinePolicy(
             self.settings.first_step_timeout, self.settings.min_step_timeout, self.settings.deadline_factor
         )
+        self.adapters = AdapterSender(self)
         self.memory = PrefixMemory(self.settings.prefix_memory_bytes)
         self._clock = clock
         self._factory = transport_factory
@@ -119,6 +121,10 @@ class SwarmClient:
                 self.view = self.view.without_expired(self._clock()).apply(*found.announcements.values())
         return self.view
 
+    async def look(self) -> list[Announcement]:
+        """All servers of the model, as they are now."""
+        return list((await self.refresh()).servers(self._clock()))
+
     def look_soon(self) -> None:
         """Have the swarm looked up before the usual time; does not wait for it."""
         self._look_now.set()
@@ -141,8 +147,12 @@ class SwarmClient:
         """Seconds to reach a peer."""
         return self._net.connect_timeout
 
-    def plan(self, start: int, stop: int, without: frozenset[str] = frozenset()) -> list[Hop]:
+    def plan(
+        self, start: int, stop: int, without: frozenset[str] = frozenset(), hosting: str = ""
+    ) -> list[Hop]:
         """The best route for blocks [start, stop) in the view as it is; peers in `without` are not used.
+
+        Args: hosting: use only servers that host the adapter of this hash.
 
         Raises:
             NoRouteError: nobody serves some of them.
@@ -153,6 +163,8 @@ class SwarmClient:
             for s in self.view.servers(self._clock())
             if s.peer_id not in without and (not wanted or s.dtype in wanted)
         ]
+        if hosting:
+            servers = [s for s in servers if any(one.name == hosting for one in s.adapters)]
         return find_route(start, stop, servers, self._cost)
 
     def unserved(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
@@ -195,11 +207,18 @@ class SwarmClient:
         Raises:
             PeerError: it cannot be reached in time.
         """
+        return Conversation(await self.dial(server, SESSION_ENDPOINT), max_payload_bytes)
+
+    async def dial(self, server: Announcement, endpoint: str) -> Stream:
+        """Open a stream to one of a server's endpoints.
+
+        Raises:
+            PeerError: it cannot be reached in time.
+        """
         assert self._transport is not None
-        stream = await self._transport.open(
-            server.peer_id, SESSION_ENDPOINT, server.addresses, self._net.connect_timeout
+        return await self._transport.open(
+            server.peer_id, endpoint, server.addresses, self._net.connect_timeout
         )
-        return Conversation(stream, max_payload_bytes)
 
     def _round_trip_s(self, peer_id: str) -> float:
         times = self._times.get(peer_id)

@@ -237,8 +237,8 @@ class Adapter:
         return self.values.nbytes
 
     @cached_property
-    def digest(self) -> bytes:
-        """32 bytes that no other adapter has."""
+    def digest(self) -> str:
+        """64 hex digits that no other adapter has."""
         return digest_of(self.spec, self.values)
 
     def within(self, start: int, stop: int) -> Adapter:
@@ -284,10 +284,10 @@ def extent(slots: Sequence[Slot], start: int, stop: int) -> tuple[int, int]:
     return inside[0].offset, inside[-1].offset + math.prod(inside[-1].shape)
 
 
-def digest_of(spec: AdapterSpec, values: Tensor) -> bytes:
+def digest_of(spec: AdapterSpec, values: Tensor) -> str:
     """A hash of all that an adapter is."""
     said = [spec.start, spec.stop, [list(one) for one in spec.lora], spec.prompt_tokens, str(values.dtype)]
     digest = hashlib.sha256(b"swarmkit adapter 1\n" + json.dumps(said).encode() + b"\n")
     plain: Any = values.detach().cpu().contiguous().view(torch.uint8).numpy()
     digest.update(plain)
-    return digest.digest()
+    return digest.hexdigest()

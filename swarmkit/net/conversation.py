@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import anyio
 import msgspec
@@ -63,7 +64,14 @@ class Conversation:
             make this side hold half a message for long.
     """
 
-    def __init__(self, stream: Stream, max_payload_bytes: int, rest_timeout: float = 60.0) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        max_payload_bytes: int,
+        rest_timeout: float = 60.0,
+        decoder: msgspec.msgpack.Decoder[Any] = _decoder,
+    ) -> None:
+        self._decoder = decoder
         self.stream = stream
         self.max_payload_bytes = max_payload_bytes
         self.rest_timeout = rest_timeout
@@ -74,7 +82,7 @@ class Conversation:
     def peer_id(self) -> str:
         return self.stream.peer_id
 
-    async def send(self, message: Message, payload: Sequence[Buffer] = ()) -> None:
+    async def send(self, message: msgspec.Struct, payload: Sequence[Buffer] = ()) -> None:
         """Send a message; `payload` holds the bytes of its tensors, in the order of its fields.
 
         Raises:
@@ -174,7 +182,7 @@ class Conversation:
                 f"a message header of {header_bytes} bytes is too large or cut off", self.peer_id
             )
         try:
-            message = _decoder.decode(memoryview(frame)[_HEAD.size : _HEAD.size + header_bytes])
+            message = self._decoder.decode(memoryview(frame)[_HEAD.size : _HEAD.size + header_bytes])
         except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"the message header is not valid: {error}", self.peer_id) from None
         expected = sum(spec.nbytes for spec in tensor_specs(message))
