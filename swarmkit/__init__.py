@@ -12,7 +12,7 @@ from swarmkit._version import __version__
 
 if TYPE_CHECKING:
     from swarmkit.client.adapters import DeepPrompts, get_peft_model, load_adapter
-    from swarmkit.client.model import SwarmModelForCausalLM
+    from swarmkit.client.model import SwarmModelForCausalLM, SwarmModelForSequenceClassification
     from swarmkit.client.session import Session
     from swarmkit.errors import NoRouteError, PeerError, SwarmkitError, UsageError
     from swarmkit.local import LocalSwarm
@@ -26,6 +26,7 @@ _HOMES = {
     "Server": "swarmkit.server.server",
     "Session": "swarmkit.client.session",
     "SwarmModelForCausalLM": "swarmkit.client.model",
+    "SwarmModelForSequenceClassification": "swarmkit.client.model",
     "SwarmkitError": "swarmkit.errors",
     "UsageError": "swarmkit.errors",
     "get_peft_model": "swarmkit.client.adapters",
@@ -40,6 +41,7 @@ __all__ = [
     "Server",
     "Session",
     "SwarmModelForCausalLM",
+    "SwarmModelForSequenceClassification",
     "SwarmkitError",
     "UsageError",
     "__version__",

@@ -53,6 +53,10 @@ class ServerSettings(BaseSettings):
         default=128 * 1024**2, ge=0, description="memory for adapters of one client"
     )
     adapter_max_rank: int = Field(default=256, ge=1, description="rank of a client's LoRA adapters")
+    gradient_slice: float = Field(
+        default=0.05, gt=0, description="for which training may keep the device before others have their turn"
+    )
+    max_gradient_streams: int = Field(default=256, ge=1, description="streams for training at a time")
     max_session_length: int = Field(
         default=2**20, ge=1, description="tokens per row that a session may declare"
     )

@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from swarmkit.client.blocks import Blocks
 from swarmkit.client.connection import Connection
+from swarmkit.client.gradients.exchange import Traffic
+from swarmkit.client.gradients.function import RemotePass
 from swarmkit.client.remote_blocks import RemoteBlocks
 from swarmkit.client.session import Session, SwarmCache, active_session, session_of
+from swarmkit.client.states import record_states
 from swarmkit.client.swarm import ModelRef, SwarmClient
 from swarmkit.client.trace import SessionEvent, StepTrace
 from swarmkit.client.tunable import Tunable
@@ -20,11 +24,13 @@ from swarmkit.client.tuning import Tuning
 from swarmkit.errors import UsageError
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.head import build_head
+from swarmkit.models.head_kind import HeadKind
 from swarmkit.net.connect import TransportFactory, over_hivemind
 from swarmkit.settings import ClientSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from typing_extensions import Self
 
     _Base = PreTrainedModel
 else:
@@ -33,20 +39,13 @@ else:
 _DEFAULT_LENGTH = 2**20
 
 
-class SwarmModelForCausalLM(Tunable, _Base):
-    """A causal language model whose blocks are served by others.
-
-    An instance *is* the model's ordinary class (`LlamaForCausalLM`, …): `generate()`, logits processors,
-    streamers and chat templates work as they are. Embeddings and LM head are here, the blocks are not.
-
-    Example::
-
-        model = SwarmModelForCausalLM.from_pretrained("tiny-chat", initial_peers=[address])
-        model.generate(**model.tokenizer()("Hello", return_tensors="pt"), max_new_tokens=20)
-    """
+class SwarmModel(Tunable, _Base):
+    """What all models have whose blocks are served by others."""
 
     _swarm: Connection
     _checkpoint: Checkpoint
+    _remote: RemotePass
+    _head = HeadKind("causal")
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -60,7 +59,7 @@ class SwarmModelForCausalLM(Tunable, _Base):
         settings: ClientSettings | None = None,
         on_event: Callable[[SessionEvent], None] | None = None,
         **hub: Any,
-    ) -> SwarmModelForCausalLM:
+    ) -> Self:
         """Load embeddings and head, and join the swarm that serves the blocks.
 
         Args:
@@ -69,7 +68,8 @@ class SwarmModelForCausalLM(Tunable, _Base):
             transport: another way to reach the swarm; over hivemind if not given.
             dtype: of embeddings, head and the hidden states sent; `"auto"` = float32 on CPU.
             on_event: called with each `SessionEvent`, on the event loop's thread.
-            hub: `revision` and `token`, for models from the Hub.
+            hub: `revision` and `token`, for models from the Hub; for a classifier also entries of its config,
+                such as `num_labels`.
 
         Raises:
             ModelError: the checkpoint cannot be found or read.
@@ -80,6 +80,7 @@ class SwarmModelForCausalLM(Tunable, _Base):
                 "which swarm? give initial_peers=[…] (the address that `swarmkit serve` prints), "
                 "or start one here with swarmkit.LocalSwarm(…)"
             )
+        kind, hub = cls._head.taken_from(hub)
         checkpoint = Checkpoint.open(model, **hub)
         reference = ModelRef(
             checkpoint.name, checkpoint.fingerprint, checkpoint.num_blocks, checkpoint.hidden_size
@@ -91,17 +92,20 @@ class SwarmModelForCausalLM(Tunable, _Base):
                 connection.client.listeners.append(on_event)
             length = _length_limit(checkpoint.config)
             tuning = Tuning()
+            remote = RemotePass(connection, tuning)
             blocks = RemoteBlocks(
-                lambda: Session(connection, length, tuning), _first_attention_type(checkpoint.config)
+                remote, lambda: Session(connection, length, tuning), _first_attention_type(checkpoint.config)
             )
-            head = build_head(checkpoint, blocks, dtype=dtype, device=device, mixin=SwarmModelForCausalLM)
+            head = build_head(checkpoint, blocks, dtype=dtype, device=device, mixin=cls, kind=kind)
+            record_states(head, blocks)
         except BaseException:
             connection.close()
             raise
-        assert isinstance(head, SwarmModelForCausalLM)
+        assert isinstance(head, cls)
         head._swarm = connection
         head._checkpoint = checkpoint
         head._tuning = tuning
+        head._remote = remote
         return head
 
     # ------------------------------------------------------------------ the swarm
@@ -125,6 +129,16 @@ class SwarmModelForCausalLM(Tunable, _Base):
         """The checkpoint's tokenizer."""
         return self._checkpoint.tokenizer()
 
+    @property
+    def blocks(self) -> Blocks:
+        """The remote blocks as modules: `model.blocks[3:7](hidden)`, differentiable; see `Blocks`."""
+        return Blocks(self._remote, 0, self._checkpoint.num_blocks)
+
+    @property
+    def traffic(self) -> Traffic:
+        """What calls without a session have sent and received so far, training above all."""
+        return self._remote.training.traffic
+
     def session(self, max_length: int | None = None) -> Session:
         """A session that keeps its cache over several calls; see `Session`.
 
@@ -138,7 +152,7 @@ class SwarmModelForCausalLM(Tunable, _Base):
         """Leave the swarm. Done by itself when the model is forgotten or the program ends."""
         self._swarm.close()
 
-    def __enter__(self) -> SwarmModelForCausalLM:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -146,7 +160,19 @@ class SwarmModelForCausalLM(Tunable, _Base):
     ) -> None:
         self.close()
 
-    # ------------------------------------------------------------------ transformers
+
+class SwarmModelForCausalLM(SwarmModel):
+    """A causal language model whose blocks are served by others.
+
+    An instance *is* the model's ordinary class (`LlamaForCausalLM`, …): `generate()`, logits processors,
+    streamers and chat templates work as they are. Embeddings and LM head are here, the blocks are not.
+    Gradients flow through the blocks, whose weights stay as they are: prompts and adapters can be trained.
+
+    Example::
+
+        model = SwarmModelForCausalLM.from_pretrained("tiny-chat", initial_peers=[address])
+        model.generate(**model.tokenizer()("Hello", return_tensors="pt"), max_new_tokens=20)
+    """
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """`transformers`' own `generate()`, over a session.
@@ -200,6 +226,23 @@ class SwarmModelForCausalLM(Tunable, _Base):
         """Whether the cache's rows hold the very tokens of the sequences: not so after beam search."""
         same_rows = sequences.shape[0] == tokens.shape[0] == session.chain.rows
         return self._option(kwargs, "num_beams") == 1 and same_rows and sequences.shape[1] >= session.position
+
+
+class SwarmModelForSequenceClassification(SwarmModel):
+    """A classifier of whole sequences whose blocks are served by others.
+
+    An instance *is* the model's ordinary class (`LlamaForSequenceClassification`, …). Its `score` layer is
+    here and can be trained; it is new, from torch's random numbers, unless the checkpoint has one.
+
+    Example::
+
+        model = SwarmModelForSequenceClassification.from_pretrained(
+            "tiny-chat", initial_peers=[address], num_labels=2
+        )
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    """
+
+    _head = HeadKind("classifier")
 
 
 def _length_limit(config: Any) -> int:

@@ -8,17 +8,26 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from swarmkit.client.gradients.function import RemotePass, Whole, side_of
 from swarmkit.client.session import Session, SwarmCacheLayer, session_of
 from swarmkit.errors import UsageError
+
+MOST_ROW_TOKENS = 2048
+"""A longer sequence goes as a session even where no cache is wanted: micro-batches are made of whole rows."""
 
 
 class RemoteBlocks(nn.Module):
     """All blocks of a model, run by a swarm. Has no parameters."""
 
-    def __init__(self, open_session: Callable[[], Session], attention_type: str = "full_attention") -> None:
+    def __init__(
+        self, remote: RemotePass, open_session: Callable[[], Session], attention_type: str = "full_attention"
+    ) -> None:
         super().__init__()
+        self._remote = remote
         self._open_session = open_session
         self.attention_type = attention_type
+        self.recorder: list[torch.Tensor] | None = None
+        """Where the input of the first block and the output of each are put, while somebody wants them."""
 
     def forward(
         self,
@@ -30,27 +39,58 @@ class RemoteBlocks(nn.Module):
     ) -> torch.Tensor:
         """Send hidden states [batch, tokens, hidden] through the swarm.
 
+        Whole sequences without a cache go through in micro-batches, and gradients come back; tokens that
+        follow a cache are a step of a session.
+
         Args:
             attention_mask: the padding mask [batch, past + tokens], not the 4-D one.
-            past_key_values: a `SwarmCache`; an empty cache of transformers' own, which is turned into one; or
-                None, for a session that ends with this call.
+            past_key_values: a `SwarmCache`; an empty cache of transformers' own, which is turned into one
+                unless gradients are wanted; or None.
         """
-        if torch.is_grad_enabled() and hidden_states.requires_grad:
-            raise UsageError(
-                "gradients cannot flow through remote blocks in this version; "
-                "call the model under torch.no_grad(), or freeze what comes before the blocks"
-            )
         session = session_of(past_key_values)
+        trains = torch.is_grad_enabled() and (hidden_states.requires_grad or self._remote.trains)
+        if session is not None and (trains or self.recorder is not None):
+            what = "gradients do" if trains else "hidden states of every block do"
+            raise UsageError(
+                f"{what} not come out of a session, which keeps its cache on the servers; "
+                "call the model without past_key_values, and generate() with use_cache=False"
+            )
         if session is not None:
             return session.step(hidden_states, attention_mask, position_ids)
-        session = self._open_session()
-        if past_key_values is None:
-            try:
-                return session.step(hidden_states, attention_mask, position_ids)
-            finally:
-                session.close()
-        _adopt(past_key_values, session)
-        return session.step(hidden_states, attention_mask, position_ids)
+        if trains or self.recorder is not None:
+            if past_key_values is not None and past_key_values.get_seq_length() != 0:
+                raise _not_ours()
+            return self._whole(hidden_states, attention_mask, position_ids)
+        if past_key_values is not None:
+            session = self._open_session()
+            _adopt(past_key_values, session)
+            return session.step(hidden_states, attention_mask, position_ids)
+        if hidden_states.shape[1] <= MOST_ROW_TOKENS:
+            return self._whole(hidden_states, attention_mask, position_ids)
+        session = self._open_session()  # which sends long sequences in pieces
+        try:
+            return session.step(hidden_states, attention_mask, position_ids)
+        finally:
+            session.close()
+
+    def _whole(
+        self, hidden: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> torch.Tensor:
+        blocks = self._remote.connection.client.model.num_blocks
+        record = self.recorder
+        side = side_of(hidden, mask, positions)
+        output = self._remote(hidden, Whole(0, blocks, side, states=record is not None))
+        if record is None:
+            return output
+        states = output.unbind(0)
+        record.extend((hidden, *states))
+        return states[-1]
+
+
+def _not_ours() -> UsageError:
+    return UsageError(
+        "this cache holds keys and values of a local model; use model.session(), or no past_key_values"
+    )
 
 
 def _adopt(cache: Cache, session: Session) -> None:
@@ -60,7 +100,5 @@ def _adopt(cache: Cache, session: Session) -> None:
     hand it on from call to call.
     """
     if cache.get_seq_length() != 0:
-        raise UsageError(
-            "this cache holds keys and values of a local model; use model.session(), or no past_key_values"
-        )
+        raise _not_ours()
     cache.layers = [SwarmCacheLayer(session)]

@@ -83,9 +83,9 @@ class SwarmClient:
         self._look_now = anyio.Event()
         self._looking = anyio.Lock()
         self._looks = 0
-        self._cost = route_cost(
-            round_trip_s=self._round_trip_s, penalty_s=self.bans.penalty_s, salt=secrets.token_hex(4)
-        )
+        self.salt = secrets.token_hex(4)
+        """Spreads clients over servers that are equally good."""
+        self._cost = route_cost(round_trip_s=self.round_trip_s, penalty_s=self.bans.penalty_s, salt=self.salt)
 
     # ------------------------------------------------------------------ life
 
@@ -157,15 +157,19 @@ class SwarmClient:
         Raises:
             NoRouteError: nobody serves some of them.
         """
+        servers = [server for server in self.servers(hosting) if server.peer_id not in without]
+        return find_route(start, stop, servers, self._cost)
+
+    def servers(self, hosting: str = "") -> list[Announcement]:
+        """Those in the view as it is that may be used.
+
+        Args: hosting: for sessions and passes with the hosted adapter of this hash.
+        """
         wanted = self.settings.precisions
-        servers = [
-            s
-            for s in self.view.servers(self._clock())
-            if s.peer_id not in without and (not wanted or s.dtype in wanted)
-        ]
+        servers = [s for s in self.view.servers(self._clock()) if not wanted or s.dtype in wanted]
         if hosting:
             servers = [s for s in servers if any(one.name == hosting for one in s.adapters)]
-        return find_route(start, stop, servers, self._cost)
+        return servers
 
     def unserved(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
         """The blocks that nobody serves, but for peers that are left aside because they failed."""
@@ -220,7 +224,8 @@ class SwarmClient:
             server.peer_id, endpoint, server.addresses, self._net.connect_timeout
         )
 
-    def _round_trip_s(self, peer_id: str) -> float:
+    def round_trip_s(self, peer_id: str) -> float:
+        """Measured or assumed seconds to a peer and back."""
         times = self._times.get(peer_id)
         return (times.round_trip_s if times else None) or _ASSUMED_ROUND_TRIP_S
 

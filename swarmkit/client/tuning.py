@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from swarmkit.errors import AdapterError
 from swarmkit.models.adapter_files import check_config
-from swarmkit.models.adapters import Adapter, AdapterSpec, Fittings, Lora
+from swarmkit.models.adapters import Adapter, AdapterSpec, Fittings, Lora, extent
 
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 """Values of PEFT's `init_lora_weights` for which no weights of the blocks are needed."""
@@ -47,6 +47,15 @@ class Tuned:
             layer.disable_adapters or tuple(layer.active_adapters) != active for layer, active in self._layers
         )
 
+    @property
+    def trains(self) -> bool:
+        """Whether gradients are wanted."""
+        return self.values.requires_grad
+
+    def extent(self, start: int, stop: int) -> tuple[int, int]:
+        """Where the values of blocks [start, stop) begin and end among all."""
+        return extent(tuple(self.fittings.slots(self.spec)), start, stop)
+
     def part(self, start: int, stop: int) -> tuple[str, Adapter | None]:
         """The name of what blocks [start, stop) get, empty if that is nothing; and the thing itself."""
         known = self._parts.get((start, stop))
@@ -69,6 +78,7 @@ class Hosted:
     label: str
     hosting: str
     unchanged = True
+    trains = False
 
     def part(self, start: int, stop: int) -> tuple[str, Adapter | None]:
         return self.hosting, None

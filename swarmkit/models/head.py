@@ -22,6 +22,7 @@ from transformers import (
 from swarmkit.errors import ModelError
 from swarmkit.models.anatomy import Anatomy, anatomy_of, replace, resolve_dtype, skeleton_of
 from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.head_kind import CAUSAL, HeadKind, base_path
 from swarmkit.models.loading import load_model, loader
 from swarmkit.models.quantised import StoredQuantisation
 
@@ -70,8 +71,9 @@ def build_head(
     dtype: torch.dtype | str = "auto",
     device: str | torch.device = "cpu",
     mixin: type | None = None,
+    kind: HeadKind = CAUSAL,
 ) -> PreTrainedModel:
-    """The architecture's own causal language model with `blocks` in place of all its decoder layers.
+    """The architecture's own language model, or another of its models, with `blocks` in place of all layers.
 
     Reads only the tensors that are in no block. Parameters are frozen, the model is in evaluation mode, and
     its generation config is the checkpoint's where it has one.
@@ -85,19 +87,23 @@ def build_head(
         dtype: "auto" is float32 on a CPU and the checkpoint's own dtype on an accelerator.
         mixin: a class put before the architecture's in a subclass made for the purpose, so that the model is
             an instance of both. Its `__init__` is not called.
+        kind: which of the architecture's models; a causal language model if not given. Parameters that the
+            checkpoint does not have (a classifier's) are new, and trainable.
 
     Raises:
         ModelError: weights are missing, unknown or of a wrong shape, or the architecture is not supported.
     """
     anatomy = anatomy_of(checkpoint.config)
-    model_class = anatomy.causal_class
+    model_class = kind.class_of(checkpoint.config, anatomy)
     # Lists with an entry per layer stay whole: models look at them to see which masks they will ever need.
     config = copy.deepcopy(checkpoint.config)
     config.num_hidden_layers = 0
+    for name, value in kind.config.items():
+        setattr(config, name, value)
     if hasattr(config, "quantization_config"):
         # Only weights inside blocks are stored quantised.
         del config.quantization_config
-    keys = checkpoint.head_keys()
+    keys = kind.keys(checkpoint, model_class, config)
     if StoredQuantisation.of(checkpoint.config):
         strange = sorted(set(keys.values()) - set(skeleton_of(model_class, config).state_dict()))
         if strange:
@@ -106,16 +112,20 @@ def build_head(
                 "version does not load. Give a checkpoint whose embeddings and output layer are not "
                 "quantised."
             )
+    tensors = {keys[key]: tensor for key, tensor in checkpoint.read(keys).items()}
+    fresh = kind.fresh(model_class, config, tensors)
     model = load_model(
         model_class,
         config,
-        {keys[key]: tensor for key, tensor in checkpoint.read(keys).items()},
+        tensors | fresh,
         dtype=resolve_dtype(dtype, checkpoint.config, device),
         device=device,
         name=checkpoint.name,
     )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(kind.is_trainable(name))
     _speak_for_blocks(blocks, anatomy)
-    base: Any = model.get_submodule(anatomy.prefix)
+    base: Any = model.get_submodule(base_path(model, anatomy))
     replace(base, anatomy.layers, nn.ModuleList([blocks]))
     holder: Any = base.get_submodule(anatomy.layers.rpartition(".")[0])
     # The causal model and its parts share one config, except where the base model must look at another one.
@@ -130,10 +140,11 @@ def build_head(
     for part in (model, base, holder):
         part.config.num_hidden_layers = checkpoint.num_blocks
     model.config._name_or_path = model.name_or_path = checkpoint.name
-    _set_generation_config(model, checkpoint)
+    if model.can_generate():
+        _set_generation_config(model, checkpoint)
     # MPT's configs say otherwise, which would send the whole sequence through the swarm for every token.
     model.config.use_cache = holder.config.use_cache = True
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.use_cache = True
     if mixin is not None:
         # Only now: the mixin may have a `from_pretrained` of its own, which is not the one that loads.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from swarmkit.errors import AdapterError, UsageError
-from swarmkit.models.adapters import Adapter, Fittings
+from swarmkit.models.adapters import Adapter, Fittings, Tensors
 from swarmkit.models.anatomy import Anatomy, anatomy_of, rope_types, skeleton_of, slice_config, stage_config
 from swarmkit.models.blocked_linear import use_blocked
 from swarmkit.models.cache import StageCache
@@ -315,6 +315,40 @@ class Stage:
     def _tuned(self, cache: StageCache, hidden: Tensor, past: int) -> AbstractContextManager[None]:
         segment = Segment.of(cache.adapter, hidden, past)
         return self._tuner.applied(cache.start, cache.stop, [segment])
+
+    def check_whole(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> None:
+        """Whether blocks `[start, stop)` can be run over whole sequences like these.
+
+        Raises:
+            UsageError: shapes do not fit each other or the model, or the blocks are not in this stage.
+        """
+        self._check(hidden, self.new_cache(start, stop), 0, attention_mask, position_ids)
+
+    def run_whole(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        adapter: Tensors | None = None,
+    ) -> Tensor:
+        """Blocks `[start, stop)` over whole sequences, without a cache, in the caller's gradient mode.
+
+        The arguments are those of `check_whole`, which they have passed, of this stage's dtype and device.
+
+        Args: adapter: what the blocks have besides, differentiable too.
+        """
+        segment = Segment(adapter, hidden.shape[0], hidden.shape[1], 0)
+        with self._tuner.applied(start, stop, [segment]):
+            return self._view(start, stop)(hidden, None, 0, attention_mask, position_ids)
 
     def _catch_up(self, view: View, cache: StageCache, attention_mask: Tensor | None) -> None:
         """Run again what a recurrent block had to be set back behind; in pieces, as one may be long."""

@@ -25,6 +25,7 @@ from swarmkit.models.precision import Precision
 from swarmkit.models.stage import Stage
 from swarmkit.net.adapter_messages import ADAPTER_ENDPOINT
 from swarmkit.net.connect import TransportFactory
+from swarmkit.net.gradient_messages import GRADIENT_ENDPOINT
 from swarmkit.net.identity import Identity
 from swarmkit.net.messages import MAX_ADDRESSES, PUSH_ENDPOINT, SESSION_ENDPOINT, printable
 from swarmkit.net.records import (
@@ -38,6 +39,7 @@ from swarmkit.net.registry import Registry
 from swarmkit.net.transport import Stream, Transport
 from swarmkit.server.adapters import AdapterService, load_hosted
 from swarmkit.server.engine import BULK, Engine
+from swarmkit.server.gradients import GradientService
 from swarmkit.server.placement import Served, choose_blocks
 from swarmkit.server.push import Links
 from swarmkit.server.service import BlockService
@@ -115,6 +117,7 @@ class ServerNode:
         self._sequence = 0
         self.blocks: tuple[int, int] = config.blocks or (0, 0)
         self.service: BlockService | None = None
+        self.gradients: GradientService | None = None
         self.transport: Transport | None = None
 
     def request_stop(self, drain_timeout: float | None = None) -> None:
@@ -182,6 +185,16 @@ class ServerNode:
             await transport.listen(ADAPTER_ENDPOINT, adapters.serve)
             await transport.listen(PUSH_ENDPOINT, service.serve_pushes)
             await transport.listen(SESSION_ENDPOINT, service.serve)
+            self.gradients = GradientService(
+                stage,
+                fingerprint,
+                engine,
+                config.settings,
+                service.intake,
+                lambda: service.leaving,
+                service.adapters,
+            )
+            await transport.listen(GRADIENT_ENDPOINT, self.gradients.serve)
             low, high = self.blocks
             await owned.enter_async_context(weights.sharing(low, high))
             self._state = "online"

@@ -1,0 +1,72 @@
+"""`model.blocks`: the remote blocks as modules, to be sliced, chained and differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from swarmkit.client.gradients.function import RemotePass, Whole, side_of
+from swarmkit.errors import UsageError
+
+
+class Blocks(nn.Module):
+    """Blocks [start, stop) of a model, run by a swarm over whole sequences. Has no parameters.
+
+    Example::
+
+        states = model.blocks[0:3](embeddings)
+        states = model.blocks[3:](my_adapter(states), attention_mask=mask)     # gradients flow through both
+    """
+
+    def __init__(self, remote: RemotePass, start: int, stop: int) -> None:
+        super().__init__()
+        self._remote = remote
+        self.start = start
+        self.stop = stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[Blocks]:
+        """One block after the other."""
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, which: int | slice) -> Blocks:
+        """Some of the blocks, counted from this module's first one."""
+        if isinstance(which, int):
+            if not -len(self) <= which < len(self):
+                raise IndexError(f"there is no block {which}: there are {len(self)}")
+            low = which % len(self)
+            return Blocks(self._remote, self.start + low, self.start + low + 1)
+        low, high, step = which.indices(len(self))
+        if step != 1 or low >= high:
+            raise UsageError(f"take consecutive blocks, at least one of the {len(self)}, as in blocks[3:7]")
+        return Blocks(self._remote, self.start + low, self.start + high)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        """Run the blocks over hidden states [batch, tokens, hidden].
+
+        Args:
+            attention_mask: [batch, tokens], nonzero = attend; all of it if not given.
+            position_ids: [batch or 1, tokens]; 0, 1, … if not given.
+            output_hidden_states: also return the output of every block.
+
+        Returns: [batch, tokens, hidden]; with `output_hidden_states` this and a tuple with one of it for each
+            block, the last of which is the same.
+        """
+        side = side_of(hidden_states, attention_mask, position_ids)
+        output = self._remote(hidden_states, Whole(self.start, self.stop, side, output_hidden_states))
+        if not output_hidden_states:
+            return output
+        states = output.unbind(0)
+        return states[-1], states
+
+    def extra_repr(self) -> str:
+        return f"{self.start}:{self.stop}"

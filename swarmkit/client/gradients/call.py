@@ -1,0 +1,308 @@
+"""One call, forward or back: its micro-batches go through the swarm at the same time.
+
+One loop gives them out. A micro-batch is planned when it is its turn, by what is known then of the servers:
+their pace, what they have been sent, and who failed. So replicas share the work in proportion to their
+measured throughput, stages of a chain work on different micro-batches at once, and a server that is lost
+costs its own part only::
+
+    ready ──(a server has room)──> asked ──(answer)──> ready for the next blocks, or done
+      └──────────────(server lost: banned, planned again)──┘
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import anyio
+import anyio.abc
+import torch
+
+from swarmkit.client.deadline import StepTimes
+from swarmkit.client.gradients.exchange import Line, Traffic
+from swarmkit.client.gradients.flows import Direction, Flow, Question
+from swarmkit.client.gradients.plan import IN_FLIGHT, Paces, claimed_pace, finish_cost
+from swarmkit.client.routing import Hop, find_route
+from swarmkit.client.swarm import SwarmClient
+from swarmkit.client.trace import PeerLost, Waiting
+from swarmkit.errors import (
+    NoRouteError,
+    PeerError,
+    PeerTimeoutError,
+    PeerUnreachableError,
+    RemoteError,
+    SwarmkitError,
+)
+from swarmkit.net.gradient_messages import GRADIENT_ENDPOINT
+from swarmkit.net.messages import SENDERS_FAULT
+from swarmkit.net.records import Announcement
+
+logger = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 1.0
+_REFUSALS = 2
+"""Who is refused by so many servers is wrong himself."""
+
+
+class Training:
+    """What all calls of one client share: what was learnt of servers, and what was sent."""
+
+    def __init__(self) -> None:
+        self.paces: dict[Direction, Paces] = {"forward": Paces(), "backward": Paces()}
+        self.traffic = Traffic()
+        self._times: dict[tuple[str, Direction], StepTimes] = {}
+
+    def times_of(self, server: Announcement, direction: Direction) -> StepTimes:
+        """How long a server's answers take, by units."""
+        key = server.peer_id, direction
+        if key not in self._times:
+            self._times[key] = StepTimes(1.0 / claimed_pace(server))
+        return self._times[key]
+
+
+@dataclass
+class _Place:
+    """A server in this call."""
+
+    units: dict[Flow, tuple[Direction, int]] = field(default_factory=dict)
+    """That it was sent, and has not answered yet."""
+    idle: list[Line] = field(default_factory=list)
+    answered_at: float = 0.0
+
+
+@dataclass(eq=False)
+class _Stuck:
+    """A micro-batch that nobody can take, or only those who failed lately."""
+
+    give_up_at: float
+    pause_s: float = _FIRST_PAUSE_S
+    looked: bool = False
+
+
+class Call:
+    """The micro-batches of one call, until all are done."""
+
+    def __init__(
+        self, swarm: SwarmClient, training: Training, flows: Sequence[Flow], hosting: str = ""
+    ) -> None:
+        """Args: hosting: use only servers that host the adapter of this hash."""
+        self._hosting = hosting
+        self._swarm = swarm
+        self._training = training
+        self._flows = sorted(flows, key=lambda flow: flow.index)
+        self._asked: set[int] = set()
+        """Micro-batches that are at a server, by index."""
+        self._places: defaultdict[str, _Place] = defaultdict(_Place)
+        self._refusals: defaultdict[int, int] = defaultdict(int)
+        self._stuck: dict[int, _Stuck] = {}
+        self._looking = False
+        self._last_error: PeerError | None = None
+        self._error: BaseException | None = None
+        self._changed = anyio.Event()
+
+    async def run(self) -> None:
+        """Bring all micro-batches to their end.
+
+        Raises:
+            NoRouteError: nobody served some blocks for `route_timeout` seconds.
+            RemoteError: two servers refused a micro-batch as malformed.
+        """
+        try:
+            async with anyio.create_task_group() as tasks:
+                while self._error is None and any(flow.wanted for flow in self._flows):
+                    self._changed = anyio.Event()
+                    for flow in self._flows:
+                        if flow.wanted is None or flow.index in self._asked:
+                            continue
+                        hop = self._place(flow)
+                        if hop is not None:
+                            self._ask(flow, hop, tasks)
+                    if self._stuck and not self._looking:
+                        self._looking = True
+                        tasks.start_soon(self._look)
+                    await self._wait()
+                tasks.cancel_scope.cancel()
+        finally:
+            for place in self._places.values():
+                for line in place.idle:
+                    line.close()
+        if self._error is not None:
+            raise self._error
+
+    # ------------------------------------------------------------------ who takes what
+
+    def _place(self, flow: Flow) -> Hop | None:
+        """Where a micro-batch goes next, if it can go there now."""
+        assert flow.wanted is not None
+        start, stop = flow.wanted
+        try:
+            hop = self._plan(flow, start, stop)
+        except NoRouteError:
+            hop = None
+        if hop is None or self._swarm.bans.is_banned(hop.server.peer_id):
+            stuck = self._stuck.get(flow.index)
+            if stuck is None:
+                timeout = self._swarm.settings.route_timeout
+                self._stuck[flow.index] = _Stuck(anyio.current_time() + timeout)
+                self._swarm.emit(Waiting(self._swarm.unserved(start, stop), timeout))
+                return None
+            if hop is None or not stuck.looked:
+                return None
+            stuck.looked = False
+        if len(self._places[hop.server.peer_id].units) >= IN_FLIGHT:
+            return None
+        return hop
+
+    def _plan(self, flow: Flow, start: int, stop: int) -> Hop:
+        """The first hop of the way on which the micro-batch is done earliest, as things stand."""
+        swarm = self._swarm
+        servers = swarm.servers(self._hosting)
+        claims = {server.peer_id: claimed_pace(server) for server in servers}
+        paces = {kind: paces.of(claims) for kind, paces in self._training.paces.items()}
+
+        def backlog_s(peer_id: str) -> float:
+            waiting = self._places[peer_id].units.values() if peer_id in self._places else ()
+            return sum(paces[kind].get(peer_id, 0.0) * units for kind, units in waiting)
+
+        cost = finish_cost(
+            tokens=flow.tokens,
+            pace_s=paces[flow.direction].__getitem__,
+            backlog_s=backlog_s,
+            round_trip_s=swarm.round_trip_s,
+            penalty_s=swarm.bans.penalty_s,
+            salt=swarm.salt,
+        )
+        hop = find_route(start, stop, servers, cost)[0]
+        most = flow.most_blocks()
+        return hop if most is None else Hop(hop.server, hop.start, min(hop.stop, hop.start + most))
+
+    # ------------------------------------------------------------------ one request
+
+    def _ask(self, flow: Flow, hop: Hop, tasks: anyio.abc.TaskGroup) -> None:
+        question = flow.question(hop.start, hop.stop)
+        self._asked.add(flow.index)
+        self._places[hop.server.peer_id].units[flow] = question.direction, question.units
+        tasks.start_soon(self._exchange, flow, hop)
+
+    async def _exchange(self, flow: Flow, hop: Hop) -> None:
+        peer_id = hop.server.peer_id
+        place = self._places[peer_id]
+        question = flow.question(hop.start, hop.stop)
+        direction, units = question.direction, question.units
+        times = self._training.times_of(hop.server, direction)
+        # What was sent there before is done before.
+        backlog = sum(units for _, units in place.units.values())
+        deadline_s = times.deadline_s(backlog, self._swarm.policy)
+        asked_at = anyio.current_time()
+        line: Line | None = None
+        try:
+            line = place.idle.pop() if place.idle else await self._open(hop.server)
+            if question.adapter is not None:
+                await self._swarm.adapters.ensure(hop.server, question.adapter)
+                asked_at = anyio.current_time()
+            answer, of_adapter = await self._ask_line(line, hop.server, question, deadline_s)
+            flow.take(question, answer, of_adapter)
+            now = anyio.current_time()
+            seconds = now - max(asked_at, place.answered_at)
+            place.answered_at = now
+            times.observe(units, seconds)
+            self._training.paces[direction].observe(peer_id, units, seconds)
+            self._swarm.bans.worked(peer_id)
+            self._stuck.pop(flow.index, None)
+            place.idle.append(line)
+            line = None
+        except PeerError as error:
+            if isinstance(error, PeerTimeoutError):
+                times.timed_out()
+            self._lost(flow, hop, error)
+        except SwarmkitError as error:
+            self._error = error
+        finally:
+            if line is not None:
+                line.close()
+            place.units.pop(flow, None)
+            self._asked.discard(flow.index)
+            self._changed.set()
+
+    async def _ask_line(
+        self, line: Line, server: Announcement, question: Question, deadline_s: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Ask; once more where the server has not kept the adapter."""
+        fingerprint, adapters = self._swarm.model.fingerprint, self._swarm.adapters
+        try:
+            return await line.ask(fingerprint, question, deadline_s)
+        except RemoteError as error:
+            if error.code != "no_adapter" or question.adapter is None:
+                raise
+            adapters.forget(server, question.name)
+            await adapters.ensure(server, question.adapter)
+            return await line.ask(fingerprint, question, deadline_s)
+
+    async def _open(self, server: Announcement) -> Line:
+        return Line(await self._swarm.dial(server, GRADIENT_ENDPOINT), self._training.traffic)
+
+    def _lost(self, flow: Flow, hop: Hop, error: PeerError) -> None:
+        """A server failed: its part of this micro-batch is for another one."""
+        swarm, peer_id = self._swarm, hop.server.peer_id
+        self._last_error = error
+        if isinstance(error, RemoteError) and error.code in SENDERS_FAULT:
+            self._refusals[flow.index] += 1
+            if self._refusals[flow.index] >= _REFUSALS:
+                self._error = error
+                return
+        if not swarm.bans.is_banned(peer_id):
+            swarm.emit(PeerLost(peer_id, hop.server.label, hop.start, hop.stop, _reason(error)))
+        swarm.bans.failed(peer_id)
+        for line in self._places[peer_id].idle:
+            line.close()
+        self._places[peer_id].idle.clear()
+
+    # ------------------------------------------------------------------ nobody is there
+
+    async def _wait(self) -> None:
+        """Until something happens, or the first of those who wait for a server gives up."""
+        until = min((stuck.give_up_at for stuck in self._stuck.values()), default=float("inf"))
+        with anyio.move_on_after(until - anyio.current_time()):
+            await self._changed.wait()
+            return
+        self._error = self._gave_up()
+
+    async def _look(self) -> None:
+        """See who serves now, after a pause."""
+        swarm = self._swarm
+        try:
+            await anyio.sleep(min(stuck.pause_s for stuck in self._stuck.values()))
+            with anyio.move_on_after(swarm.settings.route_timeout):
+                await swarm.refresh()
+        except SwarmkitError as error:
+            logger.warning("could not look up the swarm, will try again: %s", error)
+        for stuck in self._stuck.values():
+            stuck.pause_s = min(2 * stuck.pause_s, _LONGEST_PAUSE_S)
+            stuck.looked = True
+        self._looking = False
+        self._changed.set()
+
+    def _gave_up(self) -> Exception:
+        swarm = self._swarm
+        seconds = swarm.settings.route_timeout
+        wanted = [flow.wanted for flow in self._flows if flow.index in self._stuck and flow.wanted]
+        start, stop = min(wanted)
+        error = swarm.no_route(start, stop)
+        if not isinstance(error, NoRouteError) or error.missing or self._last_error is None:
+            return error
+        return NoRouteError(
+            f"the only servers of blocks {start}:{stop} kept failing for {seconds:.0f} s "
+            f"({self._last_error}); start another server for them, or try again later",
+            [(start, stop)],
+        )
+
+
+def _reason(error: PeerError) -> str:
+    if isinstance(error, PeerUnreachableError):
+        return "connection lost"
+    if isinstance(error, RemoteError):
+        return f"{error.code}: {error}"
+    return str(error)

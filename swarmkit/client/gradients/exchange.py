@@ -1,0 +1,160 @@
+"""One request for training to one server, and its answer, which is believed no further than can be seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+
+from swarmkit.client.gradients.flows import Question
+from swarmkit.client.remote_stage import off_loop
+from swarmkit.errors import PeerTimeoutError, PeerUnreachableError, ProtocolError, RemoteError
+from swarmkit.net import codec
+from swarmkit.net.codec import TensorSpec
+from swarmkit.net.conversation import Conversation, Received
+from swarmkit.net.gradient_messages import (
+    Backward,
+    BackwardDone,
+    Forward,
+    ForwardDone,
+    GradientMessage,
+    GradientRequest,
+    Working,
+    decoder,
+)
+from swarmkit.net.messages import HIDDEN_DTYPES, Fault
+from swarmkit.net.patience import Patience
+from swarmkit.net.transport import Stream
+
+
+@dataclass
+class Traffic:
+    """What was sent and received, in bytes of tensors, and how many requests that were."""
+
+    requests: int = 0
+    sent: int = 0
+    received: int = 0
+
+
+@dataclass(eq=False)
+class Line:
+    """A stream to a server, for one request after the other."""
+
+    stream: Stream
+    traffic: Traffic
+    conversation: Conversation = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.conversation = Conversation(self.stream, 0, decoder=decoder)
+        self._patience = Patience(self.conversation)
+
+    def close(self) -> None:
+        self._patience.close()
+        self.conversation.close()
+
+    async def ask(
+        self, fingerprint: str, question: Question, deadline_s: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Send a request and take the answer to it, and the gradient of the adapter's values, if wanted.
+
+        Args:
+            deadline_s: after so many seconds without progress the server is given up.
+
+        Raises:
+            PeerError: it failed.
+        """
+        given = question.span.given
+        message, payload = await off_loop(given.nbytes, lambda: _encoded(fingerprint, question))
+        shape = question.answer_shape
+        numel = question.adapter.values.numel() if question.trains and question.adapter is not None else None
+        self.conversation.max_payload_bytes = (math.prod(shape) + (numel or 0)) * 4
+        self.traffic.requests += 1
+        with self._patient(deadline_s):
+            await self.conversation.send(message, payload)
+            self.traffic.sent += sum(part.nbytes for part in payload)
+            received = await self._answer(message, deadline_s)
+        answer = await off_loop(
+            given.nbytes, lambda: self._checked(received, cast(ForwardDone, received.message).hidden, shape)
+        )
+        self.traffic.received += answer.nbytes
+        of_adapter = None
+        if isinstance(received.message, BackwardDone) and (numel is None) != (
+            received.message.adapter is None
+        ):
+            raise ProtocolError("the gradient of an adapter is missing, or too much", self.stream.peer_id)
+        if numel is not None:
+            spec = cast(TensorSpec, cast(BackwardDone, received.message).adapter)
+            of_adapter = self._checked(received, spec, (numel,))
+            self.traffic.received += of_adapter.nbytes
+        return answer, of_adapter
+
+    async def _answer(self, message: GradientRequest, deadline_s: float) -> Received:
+        peer_id, done = self.stream.peer_id, 0
+        expected = BackwardDone if isinstance(message, Backward) else ForwardDone
+        while True:
+            received = await self.conversation.receive()
+            answer = cast(GradientMessage, received.message)
+            if isinstance(answer, Working) and done < answer.done <= answer.total:
+                # It cannot go on for ever: there are so many parts as the first word says at most.
+                if answer.total > _parts(message):
+                    raise ProtocolError("the request has fewer parts than the server says", peer_id)
+                done = answer.done
+                self._patience.start(deadline_s)
+            elif isinstance(answer, Fault):
+                raise RemoteError(answer.message, peer_id, answer.code)
+            elif isinstance(answer, expected):
+                return received
+            else:
+                raise ProtocolError(f"expected an answer, got {type(answer).__name__}", peer_id)
+
+    def _checked(self, received: Received, spec: TensorSpec, shape: tuple[int, ...]) -> torch.Tensor:
+        if spec.shape != shape or spec.dtype not in HIDDEN_DTYPES:
+            raise ProtocolError(
+                f"the answer must be {list(shape)}, got {list(spec.shape)} of {spec.dtype}",
+                self.stream.peer_id,
+            )
+        answer = received.tensor(spec)
+        if not codec.is_finite(answer):
+            raise ProtocolError("the answer contains NaN or infinity", self.stream.peer_id)
+        return answer
+
+    @contextmanager
+    def _patient(self, deadline_s: float) -> Iterator[None]:
+        """Give the stream up after so many seconds."""
+        self._patience.start(deadline_s)
+        try:
+            yield
+        except PeerUnreachableError:
+            if not self._patience.expired:
+                raise
+            raise PeerTimeoutError(f"silent for {deadline_s:.1f} s", self.stream.peer_id) from None
+        finally:
+            self._patience.stop()
+
+
+def _parts(message: GradientRequest) -> int:
+    """Rows x blocks that a server has to go through, there and back."""
+    there = message.hidden.shape[0] * (message.stop - message.start)
+    return 2 * there if isinstance(message, Backward) else there
+
+
+def _encoded(fingerprint: str, question: Question) -> tuple[GradientRequest, list[memoryview]]:
+    span, side = question.span, question.side
+    hidden, data = codec.encode(span.given)
+    payload = [data]
+    specs = []
+    for tensor in (side.mask, side.positions):
+        spec, part = (None, None) if tensor is None else codec.encode(tensor)
+        specs.append(spec)
+        if part is not None:
+            payload.append(part)
+    mask, positions = specs
+    common = (fingerprint, span.start, span.stop, hidden, mask, positions, question.states, question.name)
+    if question.gradient is None:
+        return Forward(*common), payload
+    gradient, data = codec.encode(question.gradient)
+    return Backward(*common, gradient=gradient, trains=question.trains), [*payload, data]
