@@ -15,6 +15,7 @@ from swarmkit.client.tuning import Hosted, Tuning
 from swarmkit.errors import UsageError
 from swarmkit.models.anatomy import anatomy_of, replace
 from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.head_kind import base_path
 
 if TYPE_CHECKING:
     from swarmkit.client.adapters import DeepPrompts
@@ -44,7 +45,7 @@ class Tunable:
         model: Any = self
         shadows, fittings = make_shadows(config, model.dtype)
         anatomy = anatomy_of(config)
-        base: Any = model.get_submodule(anatomy.prefix)
+        base: Any = model.get_submodule(base_path(model, anatomy))
         blocks: Any = base.get_submodule(anatomy.layers)
         replace(base, anatomy.layers, HeadBlocks(blocks[0], shadows))
         self._tuning.prepare(shadows, fittings)

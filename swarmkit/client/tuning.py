@@ -220,8 +220,11 @@ def _flat(parameters: Sequence[Tensor]) -> Tensor:
 
 
 def ensure_plain(config: Any) -> None:
-    """Raise AdapterError unless a PEFT config is one that remote blocks can take."""
-    check_config(config.to_dict())
+    """Raise AdapterError unless a PEFT config is one that remote blocks can take.
+
+    Modules that are trained as a whole and tokens may be outside the blocks; inside they are found later.
+    """
+    check_config({**config.to_dict(), "modules_to_save": None, "trainable_token_indices": None})
     start = getattr(config, "init_lora_weights", True)
     if start not in PLAIN_STARTS:
         raise AdapterError(

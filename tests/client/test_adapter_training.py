@@ -201,6 +201,56 @@ def test_prompts_for_the_first_block_and_for_each_block_and_an_adapter_train_tog
     assert len(trained(model)) == 2
 
 
+# ---------------------------------------------------------------------- beside the blocks
+
+
+def test_a_classifier_and_its_adapter_are_trained_saved_and_loaded(
+    tmp_path: Path, checkpoint: Checkpoint, swarm: LocalSwarm
+) -> None:
+    from peft import LoraConfig
+
+    def classifier() -> Any:
+        return swarmkit.SwarmModelForSequenceClassification.from_pretrained(
+            checkpoint, transport=swarm._client_transport(), num_labels=2
+        )
+
+    # LoRA in the blocks and on the embeddings, and the head as a whole.
+    targets = ["q_proj", "v_proj", "embed_tokens"]
+    model = swarmkit.get_peft_model(classifier(), LoraConfig(target_modules=targets, task_type="SEQ_CLS"))
+    batch = {"input_ids": IDS, "attention_mask": MASK, "labels": torch.tensor([0, 1, 1, 0])}
+    before = {name: p.detach().clone() for name, p in trained(model).items()}
+    optimiser = torch.optim.AdamW(trained(model).values(), lr=1e-2)
+    for _ in range(2):  # after one step B is not 0 any more, so that A has a gradient as well
+        optimiser.zero_grad()
+        model(**batch).loss.backward()
+        optimiser.step()
+    assert [name for name, p in trained(model).items() if torch.equal(p, before[name])] == []
+    model.save_pretrained(tmp_path)
+    again = swarmkit.load_adapter(classifier(), tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(**batch).logits, model.eval()(**batch).logits)
+
+
+@pytest.mark.slow
+def test_the_trainer_trains_an_adapter(tmp_path: Path, swarm: LocalSwarm) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model = swarmkit.get_peft_model(swarm.model(), lora(["q_proj", "v_proj"]))
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    arguments = TrainingArguments(
+        str(tmp_path), num_train_epochs=4, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
+        use_cpu=True, logging_steps=1,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    trainer.save_model(str(tmp_path / "last"))
+    again = swarmkit.load_adapter(swarm.model(), tmp_path / "last")
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(IDS).logits, model.eval()(IDS).logits)
+
+
 # ---------------------------------------------------------------------- bad input
 
 

@@ -127,6 +127,26 @@ def test_an_adapter_is_sent_to_each_server_once(
     assert sender.sent_bytes == 4 * sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
 
 
+def test_an_adapter_that_a_server_has_let_go_is_sent_again(
+    tmp_path: Path, checkpoint: Checkpoint, swarm: LocalSwarm
+) -> None:
+    model = loaded(swarm, saved_adapter(tmp_path, checkpoint, TARGETS, seed=8))
+    sender = model.base_model.model.connection.client.adapters
+    first = model.generate(input_ids=IDS, **GREEDY)
+    with torch.no_grad():
+        logits = model(IDS).logits
+    once = sender.sent_bytes
+    for repeat in (2, 3):
+        for store in stores(swarm):
+            store._shrink(None, 0)
+        if repeat == 2:
+            assert torch.equal(model.generate(input_ids=IDS, **GREEDY), first)
+        else:
+            with torch.no_grad():
+                assert torch.equal(model(IDS).logits, logits)
+        assert sender.sent_bytes == repeat * once
+
+
 def test_a_session_does_not_go_on_with_another_adapter(
     tmp_path: Path, checkpoint: Checkpoint, swarm: LocalSwarm
 ) -> None:
@@ -149,8 +169,6 @@ def test_kept_pages_of_one_adapter_are_not_found_with_another(
     answers = []
     with torch.no_grad():
         for adapted in (True, False, True):
-            if not adapted:
-                base.base_model  # noqa: B018
             with base.session(max_length=80) as session:
                 if adapted:
                     answers.append(session.step(base.get_input_embeddings()(ids)))
@@ -174,6 +192,9 @@ def test_a_hosted_adapter_is_chosen_by_name(tmp_path: Path, checkpoint: Checkpoi
         model: Any = swarm.model()
         assert list(model.hosted_adapters().values()) == ["adapter-0"]
         with model.hosted_adapter("adapter-0"):
+            with torch.no_grad():
+                logits = model(IDS).logits[0, -1]
+            assert int(logits.argmax()) == int(wanted[0, IDS.shape[1]])
             assert torch.equal(model.generate(IDS, **GREEDY), wanted)
         assert torch.equal(model.generate(IDS, **GREEDY), plain)
         with pytest.raises(UsageError, match="hosted are: adapter-0"), model.hosted_adapter("pirate"):
@@ -192,7 +213,6 @@ def test_what_cannot_work_in_remote_blocks_is_refused_by_name(
         "DoRA": LoraConfig(target_modules=TARGETS, use_dora=True),
         "bias": LoraConfig(target_modules=TARGETS, bias="all"),
         "init_lora_weights='pissa'": LoraConfig(target_modules=TARGETS, init_lora_weights="pissa"),
-        "modules_to_save": LoraConfig(target_modules=TARGETS, modules_to_save=["lm_head"]),
         "IA3": IA3Config(target_modules=TARGETS, feedforward_modules=[]),
         "PREFIX_TUNING": PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     }

@@ -19,7 +19,17 @@ from swarmkit.server.adapter_store import AdapterStore, NoRoomError
 from swarmkit.server.adapters import AdapterService
 
 from ..models.tuned import random_adapter
-from .worlds import MAX_LENGTH, START, STOP, TinyClient, TinyServer, World, hidden_states, small_settings
+from .worlds import (
+    MAX_LENGTH,
+    START,
+    STOP,
+    TinyClient,
+    TinyServer,
+    World,
+    frame,
+    hidden_states,
+    small_settings,
+)
 
 MODULES = ("self_attn.q_proj", "self_attn.v_proj")
 
@@ -195,6 +205,20 @@ async def test_others_are_not_disturbed_by_what_is_refused(world: World, owner: 
         await owner.put(an_adapter(world), **changes)
     token = hidden_states(1, 1, 7)
     assert torch.equal(await client.step(token), world.stage.forward(token, cache))
+
+
+async def test_what_is_no_adapter_ends_the_stream_and_nothing_else(
+    world: World, server: TinyServer, owner: Owner
+) -> None:
+    peer_id, addresses = server.transport.peer_id, server.transport.addresses
+    for message in (Open(world.checkpoint.fingerprint, START, STOP, 8), {"type": "PutAdapter"}):
+        stream = await owner.transport.open(peer_id, ADAPTER_ENDPOINT, addresses)
+        conversation = Conversation(stream, 0, decoder=decoder)
+        await stream.send(frame(message))
+        reply: Any = (await conversation.receive()).message
+        assert reply.code == "bad_message"
+        conversation.close()
+    assert await owner.put(an_adapter(world)) == AdapterKept(an_adapter(world).digest)
 
 
 # the store by itself
