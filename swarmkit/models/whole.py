@@ -63,9 +63,9 @@ class WholeSequences:
 class _Piece:
     """A piece that was run with its graph kept: its input, and the outputs that gradients come in at."""
 
+    blocks: int
     given: Tensor
     outputs: list[Tensor]
-    blocks: int
     values: Tensor | None
     """Of the adapter in these blocks, as a leaf of the graph."""
     place: tuple[int, int]
@@ -167,7 +167,7 @@ class WholePass:
             )
             outputs.append(self._hidden)
         if self._goes_back:
-            self._pieces.append(_Piece(given, outputs, blocks, values, place))
+            self._pieces.append(_Piece(blocks, given, outputs, values, place))
         elif self._inputs.states:
             self._states += outputs
         self._position = high

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextStreamer
 
 from swarmkit import LocalSwarm
 from swarmkit.client.model import SwarmModelForCausalLM
-from swarmkit.client.session import Session
+from swarmkit.client.session import Session, SwarmCache
 from swarmkit.errors import SessionError, UsageError
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.head import load_local
@@ -339,12 +339,10 @@ def test_a_session_that_is_closed_in_the_middle_of_a_step_opens_nothing_anew(wor
 
 
 @over_memory
-def test_gradients_are_refused(world: World) -> None:
+def test_gradients_of_a_session_are_refused(world: World) -> None:
     embeddings = torch.randn(1, 4, 32, requires_grad=True)
-    with pytest.raises(UsageError, match="gradients"):
-        world.model(inputs_embeds=embeddings)
-    with torch.no_grad():
-        assert world.model(inputs_embeds=embeddings).logits.shape == (1, 4, VOCABULARY)
+    with world.model.session() as session, pytest.raises(UsageError, match="gradients do not come out of a"):
+        world.model(inputs_embeds=embeddings, past_key_values=SwarmCache(session))
 
 
 @over_memory
