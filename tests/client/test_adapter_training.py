@@ -87,6 +87,20 @@ def test_gradients_of_an_adapter_are_those_of_peft(tmp_path: Path, kind: str) ->
     assert_alike({name: p.grad for name, p in trained(model).items()}, wanted)  # type: ignore[misc]
 
 
+def test_gradients_come_from_the_states_between_blocks_too(checkpoint: Checkpoint, swarm: LocalSwarm) -> None:
+    targets = KINDS["llama"][1]
+    reference = peft_model(checkpoint, targets)
+    model = swarmkit.get_peft_model(swarm.model(), lora(targets))
+    randomise(model)
+    for one in (model, reference):
+        states = one(input_ids=IDS, output_hidden_states=True, use_cache=False).hidden_states
+        (states[1].square().mean() + states[3].square().mean()).backward()
+    grads = {name: p.grad for name, p in trained(reference).items()}
+    wanted = {name: torch.zeros_like(trained(model)[name]) if g is None else g for name, g in grads.items()}
+    assert_alike({name: p.grad for name, p in trained(model).items()}, wanted)  # type: ignore[misc]
+    assert sum(bool(grad.any()) for grad in wanted.values()) == 3 * len(targets) * 2
+
+
 def test_steps_of_an_optimiser_and_what_is_saved_are_those_of_peft(
     tmp_path: Path, checkpoint: Checkpoint, swarm: LocalSwarm
 ) -> None:

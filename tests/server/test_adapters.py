@@ -14,9 +14,12 @@ from swarmkit.models.adapters import Adapter
 from swarmkit.net import codec
 from swarmkit.net.adapter_messages import ADAPTER_ENDPOINT, AdapterKept, PutAdapter, decoder
 from swarmkit.net.conversation import Conversation
+from swarmkit.net.gradient_messages import Backward
 from swarmkit.net.messages import Fault, Open, Opened
 from swarmkit.server.adapter_store import AdapterStore, NoRoomError
 from swarmkit.server.adapters import AdapterService
+from swarmkit.server.gradient_work import check_request
+from swarmkit.server.sessions import Refusal
 
 from ..models.tuned import random_adapter
 from .worlds import (
@@ -219,6 +222,14 @@ async def test_what_is_no_adapter_ends_the_stream_and_nothing_else(
         assert reply.code == "bad_message"
         conversation.close()
     assert await owner.put(an_adapter(world)) == AdapterKept(an_adapter(world).digest)
+
+
+def test_the_gradient_of_no_adapter_cannot_be_asked_for(world: World) -> None:
+    hidden, _ = codec.encode(hidden_states(1, 4))
+    fingerprint = world.checkpoint.fingerprint
+    request = Backward(fingerprint, START, STOP, hidden, gradient=hidden, trains=True)
+    with pytest.raises(Refusal, match="no adapter is named"):
+        check_request(request, world.stage, fingerprint, 64)
 
 
 # the store by itself
