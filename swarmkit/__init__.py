@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from swarmkit._version import __version__
 
 if TYPE_CHECKING:
+    from swarmkit.client.adapters import DeepPrompts, get_peft_model, load_adapter
     from swarmkit.client.model import SwarmModelForCausalLM, SwarmModelForSequenceClassification
     from swarmkit.client.session import Session
     from swarmkit.errors import NoRouteError, PeerError, SwarmkitError, UsageError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from swarmkit.server.server import Server
 
 _HOMES = {
+    "DeepPrompts": "swarmkit.client.adapters",
     "LocalSwarm": "swarmkit.local",
     "NoRouteError": "swarmkit.errors",
     "PeerError": "swarmkit.errors",
@@ -27,9 +29,12 @@ _HOMES = {
     "SwarmModelForSequenceClassification": "swarmkit.client.model",
     "SwarmkitError": "swarmkit.errors",
     "UsageError": "swarmkit.errors",
+    "get_peft_model": "swarmkit.client.adapters",
+    "load_adapter": "swarmkit.client.adapters",
 }
 
 __all__ = [
+    "DeepPrompts",
     "LocalSwarm",
     "NoRouteError",
     "PeerError",
@@ -40,6 +45,8 @@ __all__ = [
     "SwarmkitError",
     "UsageError",
     "__version__",
+    "get_peft_model",
+    "load_adapter",
 ]
 
 

@@ -5,6 +5,7 @@
     SwarmkitError
     ├── UsageError            the caller asked for something that cannot be; fix the call
     │   ├── ModelError        a checkpoint that is missing, incomplete or not supported
+    │   ├── AdapterError      an adapter that does not fit the model, or is of a kind that is not supported
     │   └── SessionError      a session used after its end or beyond its length
     ├── TransportError        this machine's own networking could not start or has ended
     ├── NoRouteError          nobody serves some blocks of the model
@@ -36,6 +37,10 @@ class UsageError(SwarmkitError, ValueError):
 
 class ModelError(UsageError):
     """A checkpoint is missing, incomplete, or of a kind that is not supported."""
+
+
+class AdapterError(UsageError):
+    """An adapter does not fit the model, or is of a kind that is not supported."""
 
 
 class SessionError(UsageError):

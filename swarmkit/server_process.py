@@ -35,6 +35,7 @@ class ServerProcess:
     Args:
         port: where it listens; 0 = any free port.
         announce: addresses that others shall dial instead.
+        adapters: to be hosted.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class ServerProcess:
         threads: int = 1,
         port: int = 0,
         announce: Sequence[str] = (),
+        adapters: Sequence[str | os.PathLike[str]] = (),
         settings: ServerSettings | None = None,
     ) -> None:
         command = [sys.executable, "-m", "swarmkit.cli", "serve", model]
@@ -58,6 +60,8 @@ class ServerProcess:
             command += ["--join", address]
         for address in announce:
             command += ["--announce", address]
+        for adapter in adapters:
+            command += ["--adapter", os.fspath(adapter)]
         environment = dict(os.environ, OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false")
         for name, value in (settings or ServerSettings()).model_dump().items():
             environment[f"SWARMKIT_SERVER_{name.upper()}"] = (

@@ -51,6 +51,11 @@ class ServerSettings(BaseSettings):
         ge=1,
         description="how many times its usual time a decode step may take beside others' prompts",
     )
+    adapter_bytes: int = Field(default=512 * 1024**2, ge=0, description="memory for adapters of all clients")
+    client_adapter_bytes: int = Field(
+        default=128 * 1024**2, ge=0, description="memory for adapters of one client"
+    )
+    adapter_max_rank: int = Field(default=256, ge=1, description="rank of a client's LoRA adapters")
     gradient_slice: float = Field(
         default=0.05, gt=0, description="for which training may keep the device before others have their turn"
     )

@@ -64,6 +64,14 @@ def serve(
             help="What the model must be; its config then comes from peers instead of the Hub.",
         ),
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="FOLDER_OR_REPO",
+            help="Host this LoRA adapter, for clients to choose; may be given several times.",
+        ),
+    ] = None,
     relay: Annotated[
         bool, typer.Option("--relay", help="Be reachable through other peers when behind a NAT.")
     ] = False,
@@ -115,6 +123,7 @@ def serve(
             dtype=dtype,
             public_name=name,
             identity_path=identity,
+            adapters=adapter or (),
             weights=weights,
             transport=over_hivemind(
                 join or (), host=host, port=port, announce=announce or (), use_relay=relay

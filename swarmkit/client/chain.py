@@ -47,6 +47,7 @@ from swarmkit.client.route_search import RouteSearch
 from swarmkit.client.routing import Hop
 from swarmkit.client.swarm import SwarmClient
 from swarmkit.client.trace import HopTrace, PeerLost, PeerReplaced, Rerouted, RoutePlanned, StepTrace
+from swarmkit.client.tuning import Hosted, Tuned
 from swarmkit.errors import (
     NoRouteError,
     PeerError,
@@ -72,9 +73,9 @@ class _Loss:
 class _Step:
     """The work of one `ChainSession.step`."""
 
-    def __init__(self, inputs: StepInputs, swarm: SwarmClient) -> None:
+    def __init__(self, inputs: StepInputs, search: RouteSearch) -> None:
         self.inputs = inputs
-        self.search = RouteSearch(swarm)
+        self.search = search
         self.position = inputs.position
         self.end = inputs.end
         self.rows = inputs.rows
@@ -118,6 +119,8 @@ class ChainSession:
         self.start = start
         self.stop = swarm.model.num_blocks if stop is None else stop
         self.max_length = max_length
+        self.tuning: Tuned | Hosted | None = None
+        """What changes the blocks in all its steps."""
         self.position = 0
         self.rows = 0
         self.latest: StepTrace | None = None
@@ -126,6 +129,10 @@ class ChainSession:
     def route(self) -> list[Hop]:
         """The servers in use, in order; empty before the first step."""
         return [stage.hop for stage in self._stages]
+
+    @property
+    def _hosting(self) -> str:
+        return "" if self.tuning is None else self.tuning.hosting
 
     @property
     def history_bytes(self) -> int:
@@ -151,6 +158,12 @@ class ChainSession:
             self._positions = self._positions[list(order)]
         for stage in self._stages:
             stage.reorder(order)
+
+    async def retune(self, tuning: Tuned | Hosted | None) -> None:
+        """Let something else change the blocks, from the beginning on: nothing is held now."""
+        for stage in self._stages:
+            stage.drop()
+        self._stages, self.tuning, self._plain = [], tuning, False
 
     def close(self) -> None:
         """End the session; servers free what they hold. Call on the event loop's thread; never blocks."""
@@ -206,7 +219,8 @@ class ChainSession:
         started = time.perf_counter()
         all_positions = self._merged_positions(rows, end, positions)
         self._plain = self._plain and rows == 1 and mask is None and all_positions is None
-        work = _Step(StepInputs(self.position, end, rows, mask, all_positions), self._swarm)
+        inputs = StepInputs(self.position, end, rows, mask, all_positions)
+        work = _Step(inputs, RouteSearch(self._swarm, self._hosting))
         await self._prepare(work)
         agree(self._swarm, self._stages, self._outputs, hidden)
         if self._plain and self._inputs is not None:
@@ -430,7 +444,7 @@ class ChainSession:
         """Have a route; move away from servers that said they leave."""
         if not self._stages:
             route = await work.search.find(self.start, self.stop, work.size, None)
-            self._stages = [RemoteStage(self._swarm, hop) for hop in route]
+            self._stages = [RemoteStage(self._swarm, hop, tuning=self.tuning) for hop in route]
             self._swarm.emit(RoutePlanned(tuple(str(hop) for hop in route)))
         for stage in [stage for stage in self._stages if stage.leaving]:
             self._move_away(stage, work)
@@ -487,7 +501,7 @@ class ChainSession:
         hop, swarm = stage.hop, self._swarm
         leaving = frozenset(other.hop.server.peer_id for other in self._stages if other.leaving)
         try:
-            route = swarm.plan(hop.start, hop.stop, without=leaving, tokens=work.size)
+            route = swarm.plan(hop.start, hop.stop, leaving, work.size, self._hosting)
         except NoRouteError:
             swarm.look_soon()
             return
@@ -537,7 +551,7 @@ class ChainSession:
         """Replace a stage by the hops of `route`; the first of them inherits its history."""
         inherited = self._stages[index].history
         new = [
-            RemoteStage(self._swarm, hop, inherited if number == 0 else None)
+            RemoteStage(self._swarm, hop, inherited if number == 0 else None, self.tuning)
             for number, hop in enumerate(route)
         ]
         self._stages[index : index + 1] = new

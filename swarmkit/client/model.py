@@ -21,6 +21,8 @@ from swarmkit.client.session import Session, SwarmCache, active_session, session
 from swarmkit.client.states import record_states
 from swarmkit.client.swarm import ModelRef, SwarmClient
 from swarmkit.client.trace import SessionEvent, StepTrace
+from swarmkit.client.tunable import Tunable
+from swarmkit.client.tuning import Tuning
 from swarmkit.errors import UsageError
 from swarmkit.models.anatomy import cache_argument
 from swarmkit.models.checkpoint import Checkpoint
@@ -44,7 +46,7 @@ _held: ContextVar[int] = ContextVar("swarmkit_held", default=0)
 """Tokens that a session held before an assisted call, of which the first step is still to come."""
 
 
-class SwarmModel(_Base):
+class SwarmModel(Tunable, _Base):
     """What all models have whose blocks are served by others."""
 
     _swarm: Connection
@@ -97,9 +99,10 @@ class SwarmModel(_Base):
             if on_event is not None:
                 connection.client.listeners.append(on_event)
             length = _length_limit(checkpoint.config)
-            remote = RemotePass(connection)
+            tuning = Tuning()
+            remote = RemotePass(connection, tuning)
             blocks = RemoteBlocks(
-                remote, lambda: Session(connection, length), _first_attention_type(checkpoint.config)
+                remote, lambda: Session(connection, length, tuning), _first_attention_type(checkpoint.config)
             )
             head = build_head(checkpoint, blocks, dtype=dtype, device=device, mixin=cls, kind=kind)
             record_states(head, blocks)
@@ -110,6 +113,7 @@ class SwarmModel(_Base):
         head._swarm = connection
         head._checkpoint = checkpoint
         head._guesses = Guesses()
+        head._tuning = tuning
         head._remote = remote
         return head
 
@@ -155,7 +159,8 @@ class SwarmModel(_Base):
         Args:
             max_length: tokens per row that it may hold; what the model can take if not given.
         """
-        return Session(self._swarm, _length_limit(self.config) if max_length is None else max_length)
+        length = _length_limit(self.config) if max_length is None else max_length
+        return Session(self._swarm, length, self._tuning)
 
     def close(self) -> None:
         """Leave the swarm. Done by itself when the model is forgotten or the program ends."""

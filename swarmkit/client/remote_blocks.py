@@ -48,7 +48,7 @@ class RemoteBlocks(nn.Module):
                 unless gradients are wanted; or None.
         """
         session = session_of(past_key_values)
-        trains = torch.is_grad_enabled() and hidden_states.requires_grad
+        trains = torch.is_grad_enabled() and (hidden_states.requires_grad or self._remote.trains)
         if session is not None and (trains or self.recorder is not None):
             what = "gradients do" if trains else "hidden states of every block do"
             raise UsageError(

@@ -19,6 +19,7 @@ from swarmkit.client.prefix_memory import names_for
 from swarmkit.client.routing import Hop
 from swarmkit.client.swarm import SwarmClient
 from swarmkit.client.trace import HopTrace
+from swarmkit.client.tuning import Hosted, Tuned
 from swarmkit.errors import (
     PeerError,
     PeerTimeoutError,
@@ -27,6 +28,7 @@ from swarmkit.errors import (
     RemoteError,
     SwarmkitError,
 )
+from swarmkit.models.adapters import Adapter
 from swarmkit.models.cache import PAGE_TOKENS
 from swarmkit.net import codec
 from swarmkit.net.codec import CodecName, TensorSpec
@@ -108,8 +110,15 @@ class Answer:
 class RemoteStage:
     """One hop of a session's route."""
 
-    def __init__(self, swarm: SwarmClient, hop: Hop, history: History | None = None) -> None:
+    def __init__(
+        self,
+        swarm: SwarmClient,
+        hop: Hop,
+        history: History | None = None,
+        tuning: Tuned | Hosted | None = None,
+    ) -> None:
         self._swarm = swarm
+        self._tuning = tuning
         self.hop = hop
         self.history = history or History()
         self.held = 0
@@ -157,15 +166,27 @@ class RemoteStage:
         hop, swarm = self.hop, self._swarm
         self.conversation = await swarm.converse(hop.server)
         self._patience = Patience(self.conversation)
-        message = Open(swarm.model.fingerprint, hop.start, hop.stop, max_length)
+        name, adapter = ("", None) if self._tuning is None else await self._part(self._tuning)
+        message = Open(swarm.model.fingerprint, hop.start, hop.stop, max_length, name)
         message = msgspec.structs.replace(message, sent_at=self.conversation.clock())
         # To open a session computes nothing: who is silent now would be found out later, and more slowly.
-        reply = await self._ask(message, swarm.connect_timeout)
+        try:
+            reply = await self._ask(message, swarm.connect_timeout)
+        except RemoteError as error:
+            if error.code != "no_adapter" or adapter is None:
+                raise
+            swarm.adapters.forget(hop.server, name)
+            await swarm.adapters.ensure(hop.server, adapter)
+            reply = await self._ask(message, swarm.connect_timeout)
         if not isinstance(reply, Opened) or reply.max_step_tokens < 1:
             raise ProtocolError("the session was not opened as asked", hop.server.peer_id)
         self.max_step_tokens = reply.max_step_tokens
         self._inlet = reply.inlet
         self._pages = reply
+
+    async def _part(self, tuning: Tuned | Hosted) -> tuple[str, Adapter | None]:
+        """What this server's blocks get; a hash is taken over it at first."""
+        return await anyio.to_thread.run_sync(tuning.part, self.hop.start, self.hop.stop)
 
     async def recall(self, states: torch.Tensor) -> int:
         """Have the session begin with what the server has kept of these inputs [tokens, hidden].

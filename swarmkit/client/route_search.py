@@ -20,8 +20,10 @@ _LONGEST_PAUSE_S = 1.0
 class RouteSearch:
     """One step's patience: `route_timeout` seconds from when nobody was found, anew after any progress."""
 
-    def __init__(self, swarm: SwarmClient) -> None:
+    def __init__(self, swarm: SwarmClient, hosting: str = "") -> None:
+        """Args: hosting: use only servers that host the adapter of this hash."""
         self._swarm = swarm
+        self._hosting = hosting
         self._give_up_at: float | None = None
         """On the event loop's clock; None while all goes well."""
         self._pause_s = _FIRST_PAUSE_S
@@ -48,7 +50,7 @@ class RouteSearch:
         swarm = self._swarm
         while True:
             try:
-                route = swarm.plan(start, stop, tokens=tokens)
+                route = swarm.plan(start, stop, tokens=tokens, hosting=self._hosting)
             except NoRouteError:
                 route = []
             banned = any(swarm.bans.is_banned(hop.server.peer_id) for hop in route)
@@ -91,7 +93,7 @@ class RouteSearch:
 
     def _route_or(self, known: list[Hop], start: int, stop: int, tokens: int) -> list[Hop]:
         try:
-            return self._swarm.plan(start, stop, tokens=tokens)
+            return self._swarm.plan(start, stop, tokens=tokens, hosting=self._hosting)
         except NoRouteError:
             return known
 

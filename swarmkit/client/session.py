@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from swarmkit.client.chain import ChainSession
 from swarmkit.client.connection import Connection
+from swarmkit.client.tuning import Tuning
 from swarmkit.errors import SessionError, UsageError
 
 _active: ContextVar[tuple[Session, ...]] = ContextVar("swarmkit_sessions", default=())
@@ -33,10 +34,12 @@ class Session:
             second = model.generate(more, max_new_tokens=8)      # computes the new tokens only
     """
 
-    def __init__(self, connection: Connection, max_length: int) -> None:
+    def __init__(self, connection: Connection, max_length: int, tuning: Tuning | None = None) -> None:
+        """Args: tuning: what changes the blocks in this session's steps, from the first one on."""
         if max_length < 1:
             raise UsageError(f"a session needs room for at least one token; max_length is {max_length}")
         self._connection = connection
+        self._tuning = tuning
         self.chain = ChainSession(connection.client, max_length)
         self._tokens: torch.Tensor | None = None
         self._mask: torch.Tensor | None = None
@@ -83,6 +86,8 @@ class Session:
         """
         if self.closed:
             raise SessionError("the session is closed; open a new one with model.session()")
+        if self._tuning is not None:
+            self._tune(self._tuning)
         rows, tokens, _ = hidden.shape
         end = self.position + tokens
         mask = None
@@ -102,6 +107,24 @@ class Session:
         output = self._connection.call(self.chain.step, hidden.detach().to("cpu"), mask, positions)
         self._mask = mask
         return output.to(hidden.device)
+
+    def _tune(self, tuning: Tuning) -> None:
+        """Have what changes the model's blocks now, unless keys and values were computed with another."""
+        chain = self.chain
+        if tuning.same(chain.tuning):
+            return
+        now = tuning.current()
+        if now is None and chain.tuning is None:
+            return
+        if now is not None and now.is_like(chain.tuning):
+            chain.tuning = now
+            return
+        if self.position:
+            raise SessionError(
+                "the adapter is another one than when this session began (trained, chosen or disabled), "
+                "and its keys and values are of no use any more; open a new session"
+            )
+        self._connection.call(chain.retune, now)
 
     def crop(self, tokens: int) -> None:
         """Forget every position from `tokens` on; reaches the servers with the next step."""

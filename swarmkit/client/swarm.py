@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import anyio
 from anyio.abc import TaskStatus
 
+from swarmkit.client.adapter_sender import AdapterSender
 from swarmkit.client.bans import Bans
 from swarmkit.client.busy import BusyPeers
 from swarmkit.client.deadline import DeadlinePolicy, StepTimes
@@ -71,6 +72,7 @@ class SwarmClient:
         self.policy = DeadlinePolicy(
             self.settings.first_step_timeout, self.settings.min_step_timeout, self.settings.deadline_factor
         )
+        self.adapters = AdapterSender(self)
         self.memory = PrefixMemory(self.settings.prefix_memory_bytes)
         self._clock = clock
         self._factory = transport_factory
@@ -122,6 +124,10 @@ class SwarmClient:
                 self.view = self.view.without_expired(self._clock()).apply(*found.announcements.values())
         return self.view
 
+    async def look(self) -> list[Announcement]:
+        """All servers of the model, as they are now."""
+        return list((await self.refresh()).servers(self._clock()))
+
     def look_soon(self) -> None:
         """Have the swarm looked up before the usual time; does not wait for it."""
         self._look_now.set()
@@ -145,16 +151,23 @@ class SwarmClient:
         return self._net.connect_timeout
 
     def plan(
-        self, start: int, stop: int, without: frozenset[str] = frozenset(), tokens: int = 0
+        self,
+        start: int,
+        stop: int,
+        without: frozenset[str] = frozenset(),
+        tokens: int = 0,
+        hosting: str = "",
     ) -> list[Hop]:
         """The best route for blocks [start, stop) in the view as it is; peers in `without` are not used.
 
-        Args: tokens: rows x tokens that are to be held there.
+        Args:
+            tokens: rows x tokens that are to be held there.
+            hosting: use only servers that host the adapter of this hash.
 
         Raises:
             NoRouteError: nobody serves some of them.
         """
-        servers = [server for server in self.servers() if server.peer_id not in without]
+        servers = [server for server in self.servers(hosting) if server.peer_id not in without]
         cost = route_cost(
             round_trip_s=self.round_trip_s,
             penalty_s=self.bans.penalty_s,
@@ -175,10 +188,16 @@ class SwarmClient:
         seconds = self.busy.note(server.peer_id, error.retry_after_s)
         self.emit(Busy(server.peer_id, server.label, hop.start, hop.stop, str(error), seconds))
 
-    def servers(self) -> list[Announcement]:
-        """Those in the view as it is that may be used."""
+    def servers(self, hosting: str = "") -> list[Announcement]:
+        """Those in the view as it is that may be used.
+
+        Args: hosting: for sessions and passes with the hosted adapter of this hash.
+        """
         wanted = self.settings.precisions
-        return [s for s in self.view.servers(self._clock()) if not wanted or s.dtype in wanted]
+        servers = [s for s in self.view.servers(self._clock()) if not wanted or s.dtype in wanted]
+        if hosting:
+            servers = [s for s in servers if any(one.name == hosting for one in s.adapters)]
+        return servers
 
     def unserved(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
         """The blocks that nobody serves, but for peers that are left aside because they failed."""

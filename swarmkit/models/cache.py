@@ -21,6 +21,7 @@ from transformers.cache_utils import (
 )
 
 from swarmkit.errors import ModelError, UsageError
+from swarmkit.models.adapters import Adapter
 from swarmkit.models.anatomy import anatomy_of, block_configs
 from swarmkit.models.page_table import PAGE_TOKENS as PAGE_TOKENS
 from swarmkit.models.page_table import pages_for
@@ -86,6 +87,8 @@ class StageCache(DynamicCache):
         self._paged: PagedRows | None = None
         self._room_pages = 0
         """Pages that each row has room for, while it has a room of its own."""
+        self.adapter: Adapter | None = None
+        """With which all that it holds was computed."""
 
     @property
     def blocks(self) -> list[Any]:

@@ -31,6 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from swarmkit.models.anatomy import Anatomy, rope_types
 from swarmkit.models.cache import StageCache
 from swarmkit.models.quirks import FAMILIES
+from swarmkit.models.tuner import Segment, Tuner
 from swarmkit.models.view import with_blocks
 
 _PACKED = "swarmkit-packed"
@@ -67,9 +68,10 @@ def can_be_packed(config: PreTrainedConfig, anatomy: Anatomy) -> bool:
 class PackedView:
     """Some blocks of a model, to be run over steps of several sessions at once."""
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, tuner: Tuner) -> None:
         self._forward = inspect.unwrap(type(model).forward)
         self._cache_argument = anatomy.cache_argument
+        self._tuner = tuner
         self._model = _with_attention(model, _PACKED, {})
         self._masks = _MaskMaker(model, anatomy)
         self._attention: str = model.config._attn_implementation
@@ -87,13 +89,16 @@ class PackedView:
         masks = [self._masks(part) if needed else None for part, needed in asked]
         pack = _Pack(parts, masks, self._attention)
         positions = torch.cat([_positions(part) for part in parts])[None]
-        out: Tensor = self._forward(
-            self._model,
-            inputs_embeds=torch.cat([part.hidden.flatten(0, 1) for part in parts])[None],
-            position_ids=positions,
-            use_cache=True,
-            **{self._cache_argument: pack},
-        ).last_hidden_state
+        segments = [Segment.of(part.cache.adapter, part.hidden, part.cache.tokens) for part in parts]
+        first = parts[0].cache
+        with self._tuner.applied(first.start, first.stop, segments):
+            out: Tensor = self._forward(
+                self._model,
+                inputs_embeds=torch.cat([part.hidden.flatten(0, 1) for part in parts])[None],
+                position_ids=positions,
+                use_cache=True,
+                **{self._cache_argument: pack},
+            ).last_hidden_state
         pieces = out[0].split(pack.sizes)
         return [piece.view(part.hidden.shape) for piece, part in zip(pieces, parts, strict=True)]
 

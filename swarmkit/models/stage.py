@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from swarmkit.errors import UsageError
+from swarmkit.errors import AdapterError, UsageError
+from swarmkit.models.adapters import Adapter, Fittings, Tensors
 from swarmkit.models.anatomy import Anatomy, anatomy_of, rope_types, skeleton_of, slice_config, stage_config
 from swarmkit.models.blocked_linear import use_blocked
 from swarmkit.models.cache import StageCache
@@ -18,6 +20,7 @@ from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.loading import load_model
 from swarmkit.models.packed import PackedView, StepPart, can_be_packed
 from swarmkit.models.precision import Precision
+from swarmkit.models.tuner import Segment, Tuner
 from swarmkit.models.view import View, with_blocks
 
 logger = logging.getLogger(__name__)
@@ -42,6 +45,7 @@ class Stage:
         dtype: of computations, caches and results.
         device: where it computes.
         keys_are_final: whether a token's keys are the same however long its session becomes.
+        fittings: what adapters may attach to.
     """
 
     def __init__(
@@ -62,6 +66,10 @@ class Stage:
             getattr(base.config, "rope_parameters", None)
         )
         self._packed_views: dict[tuple[int, int], PackedView] = {}
+        layers: Any = base.get_submodule(anatomy.layers)
+        blocks: dict[int, nn.Module] = dict(enumerate(layers, start))
+        self.fittings = Fittings.of(blocks, self.hidden_size)
+        self._tuner = Tuner(blocks, anatomy.arguments[0])
 
     @classmethod
     def load(
@@ -126,17 +134,23 @@ class Stage:
             progress(stop - start, stop - start)
         return cls(base, anatomy, start, stop, precision)
 
-    def new_cache(self, start: int, stop: int) -> StageCache:
+    def new_cache(self, start: int, stop: int, adapter: Adapter | None = None) -> StageCache:
         """An empty cache for one session that uses blocks `[start, stop)` of this stage.
 
+        Args:
+            adapter: what the session's steps have in these blocks, all its life; its values are here
+                (`adapter.to(stage.device)`).
+
         Raises:
-            UsageError: the range is empty or not within this stage.
+            UsageError: the range is empty or not within this stage, or the adapter does not fit it.
         """
         if not self.start <= start < stop <= self.stop:
             raise UsageError(
                 f"Blocks [{start}, {stop}) are not all in this stage, which has [{self.start}, {self.stop})."
             )
-        return StageCache(start, stop, offset=start - self.start, config=self._view(start, stop).config)
+        cache = StageCache(start, stop, offset=start - self.start, config=self._view(start, stop).config)
+        cache.adapter = self._fitting(adapter, start, stop)
+        return cache
 
     @torch.inference_mode()
     def forward(
@@ -169,7 +183,8 @@ class Stage:
         try:
             self._catch_up(view, cache, attention_mask)
             cache.before_step(hidden.shape[1])
-            out = view(hidden, cache, past, attention_mask, position_ids)
+            with self._tuned(cache, hidden, past):
+                out = view(hidden, cache, past, attention_mask, position_ids)
         except BaseException:
             cache.rewind(past)
             raise
@@ -237,7 +252,7 @@ class Stage:
         view = self._view(*blocks)
         packed = self._packed_views.get(blocks)
         if packed is None:
-            packed = self._packed_views[blocks] = PackedView(view.model, self._anatomy)
+            packed = self._packed_views[blocks] = PackedView(view.model, self._anatomy, self._tuner)
         parts = [part.to(self.device, self.dtype) for part in parts]
         try:
             needed = [
@@ -290,6 +305,19 @@ class Stage:
             (gradient,) = torch.autograd.grad(out, given, grad_output.to(self.device, self.dtype).clone())
         return gradient
 
+    def _fitting(self, adapter: Adapter | None, start: int, stop: int) -> Adapter | None:
+        if adapter is None or adapter.spec.is_empty:
+            return None
+        spec = adapter.spec
+        if not spec.start <= start < stop <= spec.stop:
+            raise AdapterError(f"the adapter is for blocks {spec.start}:{spec.stop}, not {start}:{stop}")
+        self.fittings.check(spec.within(start, stop))
+        return adapter
+
+    def _tuned(self, cache: StageCache, hidden: Tensor, past: int) -> AbstractContextManager[None]:
+        segment = Segment.of(cache.adapter, hidden, past)
+        return self._tuner.applied(cache.start, cache.stop, [segment])
+
     def check_whole(
         self,
         hidden: Tensor,
@@ -312,12 +340,17 @@ class Stage:
         stop: int,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        adapter: Tensors | None = None,
     ) -> Tensor:
         """Blocks `[start, stop)` over whole sequences, without a cache, in the caller's gradient mode.
 
         The arguments are those of `check_whole`, which they have passed, of this stage's dtype and device.
+
+        Args: adapter: what the blocks have besides, differentiable too.
         """
-        return self._view(start, stop)(hidden, None, 0, attention_mask, position_ids)
+        segment = Segment(adapter, hidden.shape[0], hidden.shape[1], 0)
+        with self._tuner.applied(start, stop, [segment]):
+            return self._view(start, stop)(hidden, None, 0, attention_mask, position_ids)
 
     def _catch_up(self, view: View, cache: StageCache, attention_mask: Tensor | None) -> None:
         """Run again what a recurrent block had to be set back behind; in pieces, as one may be long."""
@@ -326,7 +359,8 @@ class Stage:
             held = cache.get_seq_length()
             end = held + inputs.shape[1]
             mask = None if attention_mask is None else attention_mask[:, :end]
-            view(inputs, cache, held, mask, positions)
+            with self._tuned(cache, inputs, held):
+                view(inputs, cache, held, mask, positions)
             cache.caught_up(inputs.shape[1])
 
     def _check(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from swarmkit.errors import UsageError
+from swarmkit.models.adapters import Adapter, Tensors, extent
 from swarmkit.models.stage import Stage
 
 
@@ -65,6 +66,10 @@ class _Piece:
     blocks: int
     given: Tensor
     outputs: list[Tensor]
+    values: Tensor | None
+    """Of the adapter in these blocks, as a leaf of the graph."""
+    place: tuple[int, int]
+    """Where they begin and end among those of the whole adapter."""
 
 
 class WholePass:
@@ -73,8 +78,18 @@ class WholePass:
     Belongs to one thread, like the stage.
     """
 
-    def __init__(self, stage: Stage, inputs: WholeSequences, gradient: Tensor | None = None) -> None:
-        """Args: gradient: with respect to the output, of its shape; then the pass goes back as well.
+    def __init__(
+        self,
+        stage: Stage,
+        inputs: WholeSequences,
+        gradient: Tensor | None = None,
+        adapter: Adapter | None = None,
+        trains: bool = False,
+    ) -> None:
+        """Args:
+        gradient: with respect to the output, of its shape; then the pass goes back as well.
+        adapter: for these blocks, at least.
+        trains: the gradient with respect to the adapter's values is wanted, too.
 
         Raises:
             UsageError: shapes do not fit each other or the model, or the blocks are not in this stage.
@@ -92,6 +107,11 @@ class WholePass:
         self._states: list[Tensor] = []
         self._pieces: list[_Piece] = []
         self._goes_back = gradient is not None
+        self._adapter = None if adapter is None else adapter.within(inputs.start, inputs.stop)
+        self.adapter_gradient: Tensor | None = None
+        """With respect to the adapter's values for these blocks, if wanted, when nothing is left."""
+        if trains and self._adapter is not None:
+            self.adapter_gradient = torch.zeros_like(self._adapter.values, dtype=torch.float32)
         with self._mode():
             # A copy: what was made in inference mode may not be used where there are gradients.
             self._hidden = inputs.hidden.to(stage.device, stage.dtype).clone()
@@ -135,17 +155,34 @@ class WholePass:
             self._hidden = self._hidden.detach().requires_grad_()
         given = self._hidden
         outputs: list[Tensor] = []
+        tensors, values, place = self._tuned(low, high)
         for start, stop in self._cuts(low, high):
             self._hidden = self._stage.run_whole(
-                self._hidden, start, stop, self._inputs.attention_mask, self._inputs.position_ids
+                self._hidden,
+                start,
+                stop,
+                self._inputs.attention_mask,
+                self._inputs.position_ids,
+                tensors,
             )
             outputs.append(self._hidden)
         if self._goes_back:
-            self._pieces.append(_Piece(blocks, given, outputs))
+            self._pieces.append(_Piece(blocks, given, outputs, values, place))
         elif self._inputs.states:
             self._states += outputs
         self._position = high
         return blocks
+
+    def _tuned(self, low: int, high: int) -> tuple[Tensors | None, Tensor | None, tuple[int, int]]:
+        """The adapter's part for some blocks: by place, as a leaf if it is trained, and where it lies."""
+        if self._adapter is None:
+            return None, None, (0, 0)
+        if self.adapter_gradient is None:
+            return self._adapter.tensors, None, (0, 0)
+        part = self._adapter.within(low, high)
+        values = part.values.detach().requires_grad_()
+        place = extent(self._adapter.slots, low, high)
+        return Tensors.of(part.spec, part.slots, values), values, place
 
     def _cuts(self, low: int, high: int) -> Sequence[tuple[int, int]]:
         """One by one if their outputs are wanted."""
@@ -157,7 +194,15 @@ class WholePass:
         outputs, gradients = piece.outputs[-len(own) :] if own else [], own
         if self._back is not None:
             outputs, gradients = [*outputs, piece.outputs[-1]], [*gradients, self._back]
-        (self._back,) = torch.autograd.grad(outputs, piece.given, gradients)
+        if piece.values is None or self.adapter_gradient is None:
+            (self._back,) = torch.autograd.grad(outputs, piece.given, gradients)
+            return piece.blocks
+        self._back, of_values = torch.autograd.grad(
+            outputs, [piece.given, piece.values], gradients, allow_unused=True
+        )
+        if of_values is not None:
+            low, high = piece.place
+            self.adapter_gradient[low:high] = of_values
         return piece.blocks
 
     def _take(self, count: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -17,7 +17,7 @@ A backward request brings the same inputs as the forward request before, since t
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
 
@@ -25,6 +25,7 @@ from swarmkit.errors import IllegalMessageError
 from swarmkit.net.codec import TensorSpec
 from swarmkit.net.messages import (
     PROTOCOL_VERSION,
+    AdapterName,
     BlockIndex,
     Count,
     Fault,
@@ -35,9 +36,6 @@ from swarmkit.net.messages import (
 
 GRADIENT_ENDPOINT = f"swarmkit/{PROTOCOL_VERSION}/grad"
 
-AdapterName = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")]
-"""The content hash of an adapter's weights; empty = none."""
-
 
 class _Request(_Message, frozen=True):
     """Whole sequences for blocks [start, stop) of a model.
@@ -47,8 +45,7 @@ class _Request(_Message, frozen=True):
         mask: [batch, tokens], uint8, 1 = attend; None = no padding.
         positions: [batch, tokens], int64, the position ids; None = 0, 1, …
         states: the outputs of all the blocks are wanted, not only the last one's.
-        prompts: [blocks, prompt tokens, hidden], a trainable prompt for each of the blocks.
-        adapter: weights that change these blocks, which the server was given before.
+        adapter: what changes these blocks (`adapter_messages`), which the server was given before.
     """
 
     fingerprint: Fingerprint
@@ -58,7 +55,6 @@ class _Request(_Message, frozen=True):
     mask: TensorSpec | None = None
     positions: TensorSpec | None = None
     states: bool = False
-    prompts: TensorSpec | None = None
     adapter: AdapterName = ""
 
 
@@ -71,9 +67,11 @@ class Backward(_Request, frozen=True, kw_only=True):
 
     Attributes:
         gradient: with respect to the output of the `Forward` that is alike, and of its shape.
+        trains: the gradient with respect to the adapter's values is wanted, too.
     """
 
     gradient: TensorSpec
+    trains: bool = False
 
 
 class Working(_Message, frozen=True):
@@ -95,13 +93,12 @@ class BackwardDone(_Message, frozen=True):
     """The gradients with respect to the request's inputs, each of the input's shape.
 
     Attributes:
-        adapter: of the adapter's weights, one after the other in its own order.
+        adapter: of the adapter's values, [numel], in their order; for these blocks only.
     """
 
     hidden: TensorSpec
     queue_ms: Millis
     compute_ms: Millis
-    prompts: TensorSpec | None = None
     adapter: TensorSpec | None = None
 
 

@@ -55,6 +55,9 @@ FaultCode = Literal[
     "too_long",  # beyond the session's declared length
     "upstream",  # what the server with the blocks before sent is wrong; the client may send it itself
     "not_linked",  # the next server cannot be reached from here, or does not know the session
+    "no_adapter",  # the adapter that was named is not kept here (any more); send it
+    "bad_adapter",  # it does not fit these blocks: another model's, a rank too high, values of another number
+    "over_quota",  # more bytes of adapters than one client may have here
     "busy",  # no room left, in the cache or at the door; another server may have some
     "leaving",  # the server is about to stop: it takes no new sessions, and in the end no more steps
     "internal",  # the server's own failure
@@ -65,7 +68,7 @@ FATAL: frozenset[str] = frozenset({"bad_message", "illegal_message", "internal"}
 
 SENDERS_FAULT: frozenset[str] = frozenset(
     {"bad_message", "illegal_message", "bad_shape", "bad_dtype", "bad_value", "not_finite"}
-    | {"out_of_order", "too_large", "too_long"}
+    | {"out_of_order", "too_large", "too_long", "bad_adapter", "over_quota"}
 )
 """Faults that another server would most likely find too: trying a third one is no use."""
 
@@ -77,6 +80,8 @@ Clock = Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]
 """Seconds on the sender's clock, which begins with the stream; see `net.link_speed`. 0 = it did not say."""
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=3600.0)]
 Fingerprint = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+AdapterName = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")]
+"""A hash of an adapter's form and values; empty = none."""
 PRINTABLE = "^[^\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]*\\Z"
 """A pattern without control characters: strangers' words are shown to people, in terminals too."""
 Text = Annotated[str, msgspec.Meta(max_length=2000, pattern=PRINTABLE)]
@@ -101,12 +106,17 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True
 
 
 class Open(_Message, frozen=True):
-    """Open a session on blocks [start, stop) of a model, for at most `max_length` tokens a row."""
+    """Open a session on blocks [start, stop) of a model, for at most `max_length` tokens a row.
+
+    Attributes:
+        adapter: what changes these blocks in all its steps; it must be kept here already.
+    """
 
     fingerprint: Fingerprint
     start: BlockIndex
     stop: BlockIndex
     max_length: Count
+    adapter: AdapterName = ""
     sent_at: Clock = 0.0
 
 

@@ -28,6 +28,16 @@ ServerState = Literal["joining", "online", "leaving"]
 Rate = Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]
 
 
+class HostedAdapter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """An adapter that a server has for whoever asks: what people call it, and its hash."""
+
+    label: Annotated[str, msgspec.Meta(max_length=96, pattern=PRINTABLE)]
+    name: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+MAX_HOSTED_ADAPTERS = 8
+
+
 class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One server's word about itself.
 
@@ -39,6 +49,7 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         throughput: measured decode steps (tokens) per second through all its blocks.
         free_cache_tokens: tokens of one row that its cache can still take.
         dtype: what it computes in.
+        adapters: those that it hosts.
         sequence: grows with every announcement of a peer; the greatest one counts.
         expires_at: Unix time, seconds.
     """
@@ -56,6 +67,7 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     addresses: Addresses
     public_name: Annotated[str, msgspec.Meta(max_length=64, pattern=PRINTABLE)] = ""
     software: ShortText = ""
+    adapters: Annotated[tuple[HostedAdapter, ...], msgspec.Meta(max_length=MAX_HOSTED_ADAPTERS)] = ()
     sequence: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     expires_at: float
 

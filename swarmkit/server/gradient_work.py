@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from swarmkit.models.adapters import Adapter
 from swarmkit.models.stage import Stage
 from swarmkit.models.whole import WholePass, WholeSequences
 from swarmkit.net import codec
@@ -82,8 +83,8 @@ def check_request(request: GradientRequest, stage: Stage, fingerprint: str, max_
             )
     _check_plain(request.mask, "mask", "uint8", (rows, tokens))
     _check_plain(request.positions, "positions", "int64", (rows, tokens))
-    if request.prompts is not None or request.adapter:
-        raise Refusal("bad_value", "this server takes neither prompts nor adapters")
+    if isinstance(request, Backward) and request.trains and not request.adapter:
+        raise Refusal("bad_value", "the gradient of an adapter was asked for, but no adapter is named")
 
 
 def _check_plain(spec: TensorSpec | None, name: str, dtype: str, shape: tuple[int, ...]) -> None:
@@ -147,6 +148,7 @@ class GradientWork:
     times: SliceTimes
     group_tokens: int
     """Rows x tokens that go through together."""
+    adapter: Adapter | None = None
     done: int = field(default=0, init=False)
     """Rows x blocks."""
     _pass: WholePass | None = field(default=None, init=False)
@@ -155,6 +157,7 @@ class GradientWork:
     _inputs: WholeSequences | None = field(default=None, init=False)
     _gradient: Tensor | None = field(default=None, init=False)
     _encoded: tuple[TensorSpec, memoryview] | None = field(default=None, init=False)
+    _adapter_gradient: Tensor | None = field(default=None, init=False)
 
     @property
     def goes_back(self) -> bool:
@@ -216,7 +219,8 @@ class GradientWork:
             gradient = self._gradient
             if gradient is not None:
                 gradient = gradient[:, low:high] if inputs.states else gradient[low:high]
-            self._pass = WholePass(self.stage, inputs.rows(low, high), gradient)
+            trains = isinstance(self.request, Backward) and self.request.trains
+            self._pass = WholePass(self.stage, inputs.rows(low, high), gradient, self.adapter, trains)
         one, tokens = self._pass, (high - low) * inputs.hidden.shape[1]
         kind: Kind = "forward" if one.blocks_left else "backward"
         began = time.perf_counter()
@@ -227,6 +231,9 @@ class GradientWork:
         self.done += (high - low) * blocks
         if not one.left:
             self._results.append(one.result())
+            if (more := one.adapter_gradient) is not None:
+                known = self._adapter_gradient
+                self._adapter_gradient = more if known is None else known + more
             self._pass = None
             self._groups.pop(0)
         if not self._groups:
@@ -237,10 +244,15 @@ class GradientWork:
         assert self._encoded is not None
         return self._encoded
 
+    def adapter_gradient(self) -> tuple[TensorSpec, memoryview] | None:
+        """When nothing is left: with respect to the adapter's values [numel], if it was asked for."""
+        return None if self._adapter_gradient is None else codec.encode(self._adapter_gradient)
+
     def _finish(self) -> tuple[TensorSpec, memoryview]:
         rows_at = 1 if self.request.states and not self.goes_back else 0
         result = self._results[0] if len(self._results) == 1 else torch.cat(self._results, dim=rows_at)
-        if not codec.is_finite(result):
+        of_adapter = self._adapter_gradient
+        if not codec.is_finite(result) or (of_adapter is not None and not codec.is_finite(of_adapter)):
             what = "gradient" if self.goes_back else "output"
             dtype = str(self.stage.dtype).removeprefix("torch.")
             raise Refusal(

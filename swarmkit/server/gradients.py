@@ -37,6 +37,8 @@ from swarmkit.net.gradient_messages import (
 from swarmkit.net.messages import FATAL, Fault, printable, tensor_specs
 from swarmkit.net.patience import Patience
 from swarmkit.net.transport import Buffer, Stream
+from swarmkit.server.adapter_store import AdapterStore, Hold
+from swarmkit.server.adapters import held
 from swarmkit.server.engine import BULK, Engine, EngineClosedError
 from swarmkit.server.gradient_work import STATES_FACTOR, GradientWork, SliceTimes, check_request
 from swarmkit.server.intake import Intake
@@ -86,9 +88,11 @@ class GradientService:
         settings: ServerSettings,
         intake: Intake,
         leaving: Callable[[], bool] = lambda: False,
+        adapters: AdapterStore | None = None,
     ) -> None:
         """Args:
         intake: the door for large messages, which sessions use as well.
+        adapters: those that requests may name; none if not given.
         leaving: whether the server is about to stop.
         """
         self._stage = stage
@@ -97,6 +101,7 @@ class GradientService:
         self._settings = settings
         self._intake = intake
         self._leaving = leaving
+        self._adapters = AdapterStore(0, 0) if adapters is None else adapters
         self._times = SliceTimes(settings.gradient_slice)
         self._turns: dict[str, _Turn] = {}
         self.streams = 0
@@ -131,9 +136,10 @@ class GradientService:
     async def _serve_next(self, caller: _Caller) -> bool:
         """One request and the answer to it. Returns whether the conversation can go on."""
         taken: list[int] = []
+        holds: list[Hold] = []
         try:
-            received = await self._receive(caller, taken)
-            await self._answer(caller, received)
+            received = await self._receive(caller, taken, holds)
+            await self._answer(caller, received, holds)
             return True
         except IllegalMessageError as error:
             refusal, goes_on = Refusal("illegal_message", str(error)), False
@@ -145,23 +151,28 @@ class GradientService:
             refusal, goes_on = error, error.code not in FATAL
         finally:
             self._intake.give_back(sum(taken))
+            for hold in holds:
+                hold.release()
         await self._refuse(caller, refusal)
         return goes_on
 
-    async def _receive(self, caller: _Caller, taken: list[int]) -> Received:
+    async def _receive(self, caller: _Caller, taken: list[int], holds: list[Hold]) -> Received:
         caller.patience.start(self._settings.message_timeout)
         try:
-            return await caller.conversation.receive(lambda message: self._admit(message, taken))
+            return await caller.conversation.receive(lambda message: self._admit(message, taken, holds))
         finally:
             caller.patience.stop()
 
-    async def _admit(self, message: object, taken: list[int]) -> None:
+    async def _admit(self, message: object, taken: list[int], holds: list[Hold]) -> None:
         """All that the header alone can tell, before memory is spent on the payload."""
         next_state("idle", message)
         request = cast(GradientRequest, message)
         if self._leaving():
             raise Refusal("leaving", "this server is about to stop; use another one")
         check_request(request, self._stage, self._fingerprint, self._settings.max_step_tokens)
+        hold = held(self._adapters, request.adapter, request.start, request.stop)
+        if hold is not None:
+            holds.append(hold)
         nbytes = sum(spec.nbytes for spec in tensor_specs(request))
         if nbytes <= CHUNK_BYTES:
             return
@@ -172,18 +183,27 @@ class GradientService:
             raise Refusal("busy", "too many large requests are under way; try another server") from None
         taken.append(nbytes)
 
-    async def _answer(self, caller: _Caller, received: Received) -> None:
+    async def _answer(self, caller: _Caller, received: Received, holds: list[Hold]) -> None:
         request = cast(GradientRequest, received.message)
         settings = self._settings
-        work = GradientWork(self._stage, request, received, self._times, settings.prefill_chunk_tokens)
+        adapter = holds[0].adapter if holds else None
+        work = GradientWork(
+            self._stage, request, received, self._times, settings.prefill_chunk_tokens, adapter
+        )
         arrived = anyio.current_time()
         async with self._turn(caller.conversation.peer_id):
             compute_s = await self._run(caller, work)
             spec, payload = work.result()
+            of_adapter = work.adapter_gradient()
         spent_s = anyio.current_time() - arrived
         self.requests += 1
-        done = BackwardDone if isinstance(request, Backward) else ForwardDone
-        await self._send(caller, done(spec, max(spent_s - compute_s, 0.0) * 1e3, compute_s * 1e3), payload)
+        times_ms = max(spent_s - compute_s, 0.0) * 1e3, compute_s * 1e3
+        if not isinstance(request, Backward):
+            await self._send(caller, ForwardDone(spec, *times_ms), payload)
+        elif of_adapter is None:
+            await self._send(caller, BackwardDone(spec, *times_ms), payload)
+        else:
+            await self._send(caller, BackwardDone(spec, *times_ms, of_adapter[0]), payload, of_adapter[1])
 
     async def _run(self, caller: _Caller, work: GradientWork) -> float:
         """Slice after slice; returns the seconds that the device took for them."""

@@ -23,13 +23,21 @@ from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.plan import device_memory_bytes, format_bytes, plan_checkpoint
 from swarmkit.models.precision import Precision
 from swarmkit.models.stage import Stage
+from swarmkit.net.adapter_messages import ADAPTER_ENDPOINT
 from swarmkit.net.connect import TransportFactory
 from swarmkit.net.gradient_messages import GRADIENT_ENDPOINT
 from swarmkit.net.identity import Identity
 from swarmkit.net.messages import MAX_ADDRESSES, PUSH_ENDPOINT, SESSION_ENDPOINT, printable
-from swarmkit.net.records import Announcement, ServerState, acceptable_now
+from swarmkit.net.records import (
+    MAX_HOSTED_ADAPTERS,
+    Announcement,
+    HostedAdapter,
+    ServerState,
+    acceptable_now,
+)
 from swarmkit.net.registry import Registry
 from swarmkit.net.transport import Stream, Transport
+from swarmkit.server.adapters import AdapterService, load_hosted
 from swarmkit.server.engine import BULK, Engine
 from swarmkit.server.gradients import GradientService
 from swarmkit.server.placement import Served, choose_blocks
@@ -69,6 +77,8 @@ class ServerConfig:
     device: str = "cpu"
     dtype: str | torch.dtype = "auto"
     public_name: str = ""
+    adapters: tuple[str, ...] = ()
+    """Folders or Hub repositories of LoRA adapters to host."""
     weights: WeightsSettings = field(default_factory=WeightsSettings)
     settings: ServerSettings = field(default_factory=ServerSettings)
 
@@ -77,6 +87,8 @@ class ServerConfig:
         if self.blocks is not None and not 0 <= self.blocks[0] < self.blocks[1] <= total:
             low, high = self.blocks
             raise UsageError(f"blocks {low}:{high} are not inside this model's 0:{total}")
+        if len(self.adapters) > MAX_HOSTED_ADAPTERS:
+            raise UsageError(f"a server hosts up to {MAX_HOSTED_ADAPTERS} adapters, not {len(self.adapters)}")
         if isinstance(self.num_blocks, int) and not 1 <= self.num_blocks <= total:
             raise UsageError(
                 f"this model has {total} blocks; a server can hold 1 to {total}, not {self.num_blocks}"
@@ -166,10 +178,21 @@ class ServerNode:
                 self._links(transport),
             )
             service.budget.row_tokens = config.checkpoint.row_tokens(stage.dtype)
+            await self._host(service, stage)
+            adapters = AdapterService(
+                stage, fingerprint, engine, config.settings, service.intake, service.adapters
+            )
+            await transport.listen(ADAPTER_ENDPOINT, adapters.serve)
             await transport.listen(PUSH_ENDPOINT, service.serve_pushes)
             await transport.listen(SESSION_ENDPOINT, service.serve)
             self.gradients = GradientService(
-                stage, fingerprint, engine, config.settings, service.intake, lambda: service.leaving
+                stage,
+                fingerprint,
+                engine,
+                config.settings,
+                service.intake,
+                lambda: service.leaving,
+                service.adapters,
             )
             await transport.listen(GRADIENT_ENDPOINT, self.gradients.serve)
             low, high = self.blocks
@@ -261,6 +284,15 @@ class ServerNode:
         self._tell(ServerEvent("loaded", f"loaded blocks {low}:{high}", 1.0))
         return stage
 
+    async def _host(self, service: BlockService, stage: Stage) -> None:
+        """Load the adapters that this server has for everybody."""
+        for path in self._config.adapters:
+            name, label, adapter = await anyio.to_thread.run_sync(
+                load_hosted, path, self._config.checkpoint.config, stage
+            )
+            service.adapters.host(name, label, adapter)
+            self._tell(ServerEvent("loaded", f"hosting the adapter {label} ({name[:12]}…)"))
+
     async def _announce(self, registry: Registry, fingerprint: str) -> None:
         config, transport, service = self._config, self.transport, self.service
         assert transport is not None
@@ -280,6 +312,7 @@ class ServerNode:
             addresses=tuple(transport.addresses)[:MAX_ADDRESSES],
             public_name=printable(config.public_name)[:64],
             software=f"swarmkit {__version__}",
+            adapters=_hosted(service),
             sequence=self._sequence,
             expires_at=time.time() + config.settings.record_lifetime,
         )
@@ -316,6 +349,11 @@ class ServerNode:
             logger.warning("could not announce that this server leaves: %s", error)
         if not await service.drain(self._drain_timeout):
             logger.warning("%d sessions had not moved away in time", service.num_sessions)
+
+
+def _hosted(service: BlockService | None) -> tuple[HostedAdapter, ...]:
+    hosted = service.adapters.hosted.items() if service else ()
+    return tuple(HostedAdapter(printable(label)[-96:], name) for name, label in hosted)
 
 
 async def _shielded(close: Callable[[], object]) -> None:

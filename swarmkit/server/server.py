@@ -45,6 +45,7 @@ class Server:
             and with weights from peers only (`WeightsSettings(source="peers")`) the Hub is asked nothing.
         identity_path: a file that keeps this server's key, so that its name and address stay the same.
         weights: where the blocks' weights may come from, and what is handed on to others.
+        adapters: folders or Hub repositories of LoRA adapters (as PEFT saves them) to host for everybody.
         transport: how to reach the swarm; over hivemind on loopback if not given.
         on_event: called with each `ServerEvent`, on the event loop's thread.
 
@@ -69,6 +70,7 @@ class Server:
         transport: TransportFactory | None = None,
         weights: WeightsSettings | None = None,
         settings: ServerSettings | None = None,
+        adapters: Sequence[str | os.PathLike[str]] = (),
         on_event: Callable[[ServerEvent], None] = lambda event: None,
     ) -> None:
         if fingerprint is not None:
@@ -82,6 +84,7 @@ class Server:
             device=device,
             dtype=dtype,
             public_name=public_name,
+            adapters=tuple(os.fspath(adapter) for adapter in adapters),
             weights=weights or WeightsSettings(),
             settings=settings or ServerSettings(),
         )

@@ -53,6 +53,8 @@ from swarmkit.net.messages import (
 )
 from swarmkit.net.patience import Patience
 from swarmkit.net.transport import Buffer, Stream
+from swarmkit.server.adapter_store import AdapterStore
+from swarmkit.server.adapters import held
 from swarmkit.server.admission import Ahead
 from swarmkit.server.door import Door, evicted, of_this_process
 from swarmkit.server.engine import Engine, EngineClosedError, ExpiredError, Timed
@@ -129,6 +131,7 @@ class BlockService:
         self.budget = KVBudget(settings.cache_bytes)
         self.intake = Intake(settings.incoming_bytes)
         self._door = Door(settings, engine, self.intake)
+        self.adapters = AdapterStore(settings.adapter_bytes, settings.client_adapter_bytes)
         self.leaving = False
         self.steps = 0
         self.max_payload_bytes = settings.max_step_tokens * stage.hidden_size * 4 + _SIDE_BYTES
@@ -356,16 +359,19 @@ class BlockService:
             )
         if len(self._clients) >= self._settings.max_sessions and not self._make_room(1, of_bytes=False):
             raise self._door.too_many(f"{len(self._clients)} sessions are open already", len(self._clients))
-        cache = stage.new_cache(message.start, message.stop)
+        hold = held(self.adapters, message.adapter, message.start, message.stop)
+        cache = stage.new_cache(message.start, message.stop, None if hold is None else hold.adapter)
         bytes_per_token = self._bytes_per_token(message.start, message.stop)
         scope = self._settings.prefix_cache
         if scope == "off" or not (cache.has_pages and stage.keys_are_final):
             lease, trail = self.budget.lease(bytes_per_token), None
         else:
             owner = client.conversation.peer_id if scope == "client" else ""
+            if message.adapter:  # other keys and values come of the same inputs
+                owner = f"{owner}\n{message.adapter}"
             trail = PrefixTrail(self.budget.pages, root_of(owner, message.start, message.stop))
             lease = self.budget.lease(bytes_per_token, tail_bytes(stage.hidden_size, stage.dtype.itemsize))
-        return Session(message.start, message.stop, message.max_length, cache, lease, trail)
+        return Session(message.start, message.stop, message.max_length, cache, lease, trail, hold)
 
     async def _recall(self, session: Session, message: Recall) -> int:
         """Let a session that is at its beginning hold what is kept of these pages; returns its tokens."""

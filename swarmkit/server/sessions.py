@@ -14,6 +14,7 @@ from swarmkit.errors import SwarmkitError
 from swarmkit.models.stage import StageCache
 from swarmkit.net.codec import TensorSpec
 from swarmkit.net.messages import HIDDEN_DTYPES, FaultCode, Step
+from swarmkit.server.adapter_store import Hold
 from swarmkit.server.kv_budget import Lease
 from swarmkit.server.prefix_trail import PrefixTrail
 from swarmkit.server.push import Downstream
@@ -47,6 +48,7 @@ class Session:
     lease: Lease
     trail: PrefixTrail | None = None
     """Where pages are kept and found; None where they cannot be."""
+    adapter: Hold | None = None
     inlet: str = field(default_factory=lambda: secrets.token_hex(16))
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     number: int = 0
@@ -74,7 +76,12 @@ class Session:
         for source in self.sources:
             source.cancel()
         if not self.turn.locked():
-            self.lease.release()
+            self._release()
+
+    def _release(self) -> None:
+        self.lease.release()
+        if self.adapter is not None:
+            self.adapter.release()
 
     def after_step(self) -> None:
         """A step was done, or failed: an edit may have shortened the cache, and a refused step has not
@@ -83,7 +90,7 @@ class Session:
         self.steps += 1
         self.used_at = time.monotonic()
         if self.ended:
-            self.lease.release()
+            self._release()
         else:
             self.lease.resize(self.cache.batch, self.cache.tokens, self.cache.pages_held())
 

@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 
 import anyio
 import anyio.abc
+import torch
 
 from swarmkit.client.deadline import StepTimes
 from swarmkit.client.gradients.exchange import Line, Traffic
-from swarmkit.client.gradients.flows import Direction, Flow
+from swarmkit.client.gradients.flows import Direction, Flow, Question
 from swarmkit.client.gradients.plan import IN_FLIGHT, Paces, claimed_pace, finish_cost
 from swarmkit.client.routing import Hop, find_route
 from swarmkit.client.swarm import SwarmClient
@@ -84,7 +85,11 @@ class _Stuck:
 class Call:
     """The micro-batches of one call, until all are done."""
 
-    def __init__(self, swarm: SwarmClient, training: Training, flows: Sequence[Flow]) -> None:
+    def __init__(
+        self, swarm: SwarmClient, training: Training, flows: Sequence[Flow], hosting: str = ""
+    ) -> None:
+        """Args: hosting: use only servers that host the adapter of this hash."""
+        self._hosting = hosting
         self._swarm = swarm
         self._training = training
         self._flows = sorted(flows, key=lambda flow: flow.index)
@@ -154,7 +159,7 @@ class Call:
     def _plan(self, flow: Flow, start: int, stop: int) -> Hop:
         """The first hop of the way on which the micro-batch is done earliest, as things stand."""
         swarm = self._swarm
-        servers = swarm.servers()
+        servers = swarm.servers(self._hosting)
         claims = {server.peer_id: claimed_pace(server) for server in servers}
         paces = {kind: paces.of(claims) for kind, paces in self._training.paces.items()}
 
@@ -195,8 +200,11 @@ class Call:
         line: Line | None = None
         try:
             line = place.idle.pop() if place.idle else await self._open(hop.server)
-            answer = await line.ask(self._swarm.model.fingerprint, question, deadline_s)
-            flow.take(question, answer)
+            if question.adapter is not None:
+                await self._swarm.adapters.ensure(hop.server, question.adapter)
+                asked_at = anyio.current_time()
+            answer, of_adapter = await self._ask_line(line, hop.server, question, deadline_s)
+            flow.take(question, answer, of_adapter)
             now = anyio.current_time()
             seconds = now - max(asked_at, place.answered_at)
             place.answered_at = now
@@ -218,6 +226,20 @@ class Call:
             place.units.pop(flow, None)
             self._asked.discard(flow.index)
             self._changed.set()
+
+    async def _ask_line(
+        self, line: Line, server: Announcement, question: Question, deadline_s: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Ask; once more where the server has not kept the adapter."""
+        fingerprint, adapters = self._swarm.model.fingerprint, self._swarm.adapters
+        try:
+            return await line.ask(fingerprint, question, deadline_s)
+        except RemoteError as error:
+            if error.code != "no_adapter" or question.adapter is None:
+                raise
+            adapters.forget(server, question.name)
+            await adapters.ensure(server, question.adapter)
+            return await line.ask(fingerprint, question, deadline_s)
 
     async def _open(self, server: Announcement) -> Line:
         return Line(await self._swarm.dial(server, GRADIENT_ENDPOINT), self._training.traffic)

@@ -14,6 +14,7 @@ from swarmkit.client.gradients.flows import Question
 from swarmkit.client.remote_stage import off_loop
 from swarmkit.errors import PeerTimeoutError, PeerUnreachableError, ProtocolError, RemoteError
 from swarmkit.net import codec
+from swarmkit.net.codec import TensorSpec
 from swarmkit.net.conversation import Conversation, Received
 from swarmkit.net.gradient_messages import (
     Backward,
@@ -55,8 +56,10 @@ class Line:
         self._patience.close()
         self.conversation.close()
 
-    async def ask(self, fingerprint: str, question: Question, deadline_s: float) -> torch.Tensor:
-        """Send a request and take the answer to it.
+    async def ask(
+        self, fingerprint: str, question: Question, deadline_s: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Send a request and take the answer to it, and the gradient of the adapter's values, if wanted.
 
         Args:
             deadline_s: after so many seconds without progress the server is given up.
@@ -67,15 +70,27 @@ class Line:
         given = question.span.given
         message, payload = await off_loop(given.nbytes, lambda: _encoded(fingerprint, question))
         shape = question.answer_shape
-        self.conversation.max_payload_bytes = math.prod(shape) * 4
+        numel = question.adapter.values.numel() if question.trains and question.adapter is not None else None
+        self.conversation.max_payload_bytes = (math.prod(shape) + (numel or 0)) * 4
         self.traffic.requests += 1
         with self._patient(deadline_s):
             await self.conversation.send(message, payload)
             self.traffic.sent += sum(part.nbytes for part in payload)
             received = await self._answer(message, deadline_s)
-        answer = await off_loop(given.nbytes, lambda: self._checked(received, shape))
+        answer = await off_loop(
+            given.nbytes, lambda: self._checked(received, cast(ForwardDone, received.message).hidden, shape)
+        )
         self.traffic.received += answer.nbytes
-        return answer
+        of_adapter = None
+        if isinstance(received.message, BackwardDone) and (numel is None) != (
+            received.message.adapter is None
+        ):
+            raise ProtocolError("the gradient of an adapter is missing, or too much", self.stream.peer_id)
+        if numel is not None:
+            spec = cast(TensorSpec, cast(BackwardDone, received.message).adapter)
+            of_adapter = self._checked(received, spec, (numel,))
+            self.traffic.received += of_adapter.nbytes
+        return answer, of_adapter
 
     async def _answer(self, message: GradientRequest, deadline_s: float) -> Received:
         peer_id, done = self.stream.peer_id, 0
@@ -96,8 +111,7 @@ class Line:
             else:
                 raise ProtocolError(f"expected an answer, got {type(answer).__name__}", peer_id)
 
-    def _checked(self, received: Received, shape: tuple[int, ...]) -> torch.Tensor:
-        spec = cast(ForwardDone, received.message).hidden
+    def _checked(self, received: Received, spec: TensorSpec, shape: tuple[int, ...]) -> torch.Tensor:
         if spec.shape != shape or spec.dtype not in HIDDEN_DTYPES:
             raise ProtocolError(
                 f"the answer must be {list(shape)}, got {list(spec.shape)} of {spec.dtype}",
@@ -139,8 +153,8 @@ def _encoded(fingerprint: str, question: Question) -> tuple[GradientRequest, lis
         if part is not None:
             payload.append(part)
     mask, positions = specs
-    common = (fingerprint, span.start, span.stop, hidden, mask, positions, question.states)
+    common = (fingerprint, span.start, span.stop, hidden, mask, positions, question.states, question.name)
     if question.gradient is None:
         return Forward(*common), payload
     gradient, data = codec.encode(question.gradient)
-    return Backward(*common, gradient=gradient), [*payload, data]
+    return Backward(*common, gradient=gradient, trains=question.trains), [*payload, data]

@@ -17,6 +17,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from swarmkit.client.tuning import Hosted, Tuned
+from swarmkit.models.adapters import Adapter
+
 Direction = Literal["forward", "backward"]
 
 
@@ -54,6 +57,12 @@ class Question:
     side: Side
     states: bool
     gradient: Tensor | None = None
+    adapter: Adapter | None = None
+    """For the span's blocks, to be sent to the server before."""
+    name: str = ""
+    """Of the adapter there."""
+    trains: bool = False
+    """The gradient with respect to the adapter is wanted."""
 
     @property
     def direction(self) -> Direction:
@@ -97,8 +106,8 @@ class Flow(Protocol):
     def question(self, start: int, stop: int) -> Question:
         """What the server is asked that takes blocks [start, stop), the beginning of `wanted`."""
 
-    def take(self, question: Question, answer: Tensor) -> None:
-        """The answer came."""
+    def take(self, question: Question, answer: Tensor, of_adapter: Tensor | None) -> None:
+        """The answer came, and the gradient of the adapter's values [numel] for the blocks asked."""
 
 
 @dataclass(eq=False)
@@ -113,6 +122,7 @@ class Forward:
     states: bool
     most_state_tokens: int
     """Rows x tokens x blocks of one answer with the states of all blocks."""
+    tuned: Tuned | Hosted | None = None
     spans: list[Span] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     """Of all blocks, [blocks, rows, tokens, hidden] for each span, if these are wanted."""
@@ -133,9 +143,10 @@ class Forward:
         return max(1, self.most_state_tokens // self.tokens) if self.states else None
 
     def question(self, start: int, stop: int) -> Question:
-        return Question(Span(start, stop, self.hidden), self.side, self.states)
+        name, adapter = _part(self.tuned, start, stop)
+        return Question(Span(start, stop, self.hidden), self.side, self.states, None, adapter, name)
 
-    def take(self, question: Question, answer: Tensor) -> None:
+    def take(self, question: Question, answer: Tensor, of_adapter: Tensor | None) -> None:
         self.spans.append(question.span)
         self.position = question.span.stop
         if self.states:
@@ -163,6 +174,9 @@ class Backward:
     of the last span through what is behind it in `behind`."""
     side: Side
     states: bool
+    tuned: Tuned | Hosted | None = None
+    of_adapter: Tensor | None = None
+    """The gradient with respect to all values of the adapter, as far as it is known; None if not wanted."""
     behind: Tensor | None = None
 
     @property
@@ -183,12 +197,19 @@ class Backward:
 
     def question(self, start: int, stop: int) -> Question:
         span = self.spans[-1]
+        name, adapter = _part(self.tuned, start, stop)
         if stop < span.stop:
-            return Question(Span(start, stop, span.given), self.side, False)
-        return Question(span, self.side, self.states, self._gradient_of(span))
+            return Question(Span(start, stop, span.given), self.side, False, None, adapter, name)
+        trains = self.of_adapter is not None and adapter is not None
+        return Question(span, self.side, self.states, self._gradient_of(span), adapter, name, trains)
 
-    def take(self, question: Question, answer: Tensor) -> None:
+    def take(self, question: Question, answer: Tensor, of_adapter: Tensor | None) -> None:
         span = self.spans.pop()
+        if of_adapter is not None:
+            assert isinstance(self.tuned, Tuned)
+            assert self.of_adapter is not None
+            low, high = self.tuned.extent(question.span.start, question.span.stop)
+            self.of_adapter[low:high] += of_adapter
         if question.gradient is None:
             middle = question.span.stop
             self.spans += [Span(span.start, middle, span.given), Span(middle, span.stop, answer)]
@@ -214,3 +235,7 @@ class Backward:
         part = part.clone()
         part[-1] += self.behind.to(part.dtype)
         return part
+
+
+def _part(tuned: Tuned | Hosted | None, start: int, stop: int) -> tuple[str, Adapter | None]:
+    return ("", None) if tuned is None else tuned.part(start, stop)

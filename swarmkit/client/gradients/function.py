@@ -14,6 +14,7 @@ from swarmkit.client.gradients.call import Call, Training
 from swarmkit.client.gradients.flows import Backward, Forward, Side, Span
 from swarmkit.client.gradients.plan import micro_batches
 from swarmkit.client.swarm import SwarmClient
+from swarmkit.client.tuning import Hosted, Tuned, Tuning
 from swarmkit.errors import UsageError
 from swarmkit.net import codec
 
@@ -43,8 +44,9 @@ class _Saved:
 class RemotePass:
     """Runs blocks over whole sequences through the swarm; see `Whole`."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, tuning: Tuning) -> None:
         self.connection = connection
+        self.tuning = tuning
         self.training = Training()
 
     def __call__(self, hidden: Tensor, whole: Whole) -> Tensor:
@@ -58,12 +60,22 @@ class RemotePass:
             NoRouteError, RemoteError: see `Call.run`.
         """
         _check(hidden, whole, self.connection.client)
-        if torch.is_grad_enabled() and hidden.requires_grad:
-            output: Tensor = _Through.apply(hidden, whole, self)  # type: ignore[no-untyped-call]
+        tuned = self.tuning.current()
+        values = tuned.values if isinstance(tuned, Tuned) and tuned.trains else None
+        if torch.is_grad_enabled() and (hidden.requires_grad or values is not None):
+            output: Tensor = _Through.apply(hidden, values, whole, tuned, self)  # type: ignore[no-untyped-call]
             return output
-        return self.forward(hidden.detach(), whole)[0]
+        return self.forward(hidden.detach(), whole, tuned)[0]
 
-    def forward(self, hidden: Tensor, whole: Whole) -> tuple[Tensor, list[Forward]]:
+    @property
+    def trains(self) -> bool:
+        """Whether there is an adapter that wants gradients."""
+        tuned = self.tuning.current()
+        return tuned is not None and tuned.trains
+
+    def forward(
+        self, hidden: Tensor, whole: Whole, tuned: Tuned | Hosted | None
+    ) -> tuple[Tensor, list[Forward]]:
         """The output, and the micro-batches that it is made of."""
         given = hidden.to("cpu")
         rows, tokens, _ = given.shape
@@ -76,17 +88,25 @@ class RemotePass:
                 whole.side.rows(low, high),
                 whole.states,
                 MOST_STATE_TOKENS,
+                tuned,
             )
             for index, (low, high) in enumerate(micro_batches(rows, tokens, self._servers(whole)))
         ]
-        self.connection.call(self._run, flows)
+        self.connection.call(self._run, flows, tuned)
         output = torch.cat([flow.output for flow in flows], dim=1 if whole.states else 0)
         return output.to(hidden.device, hidden.dtype), flows
 
     def backward(
-        self, hidden: Tensor, whole: Whole, gradient: Tensor, saved: Sequence[_Saved], inner: Sequence[Tensor]
-    ) -> Tensor:
-        """The gradient with respect to `hidden`.
+        self,
+        hidden: Tensor,
+        whole: Whole,
+        gradient: Tensor,
+        saved: Sequence[_Saved],
+        inner: Sequence[Tensor],
+        tuned: Tuned | Hosted | None,
+        trains: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradients with respect to `hidden`, and to the adapter's values if it is trained.
 
         Args:
             inner: what each micro-batch's spans but the first were given, one after the other.
@@ -100,12 +120,17 @@ class RemotePass:
             spans = [Span(low, high, span) for (low, high), span in zip(part.blocks, inputs, strict=True)]
             side = whole.side.rows(part.low, part.high)
             own = upstream[:, rows] if whole.states else upstream[rows]
-            flows.append(Backward(index, whole.start, spans, own, side, whole.states))
-        self.connection.call(self._run, flows)
-        return torch.cat([flow.result for flow in flows]).to(hidden.device, hidden.dtype)
+            values = tuned.values if trains and isinstance(tuned, Tuned) else None
+            of_adapter = None if values is None else torch.zeros(values.shape)
+            flows.append(Backward(index, whole.start, spans, own, side, whole.states, tuned, of_adapter))
+        self.connection.call(self._run, flows, tuned)
+        result = torch.cat([flow.result for flow in flows]).to(hidden.device, hidden.dtype)
+        parts = [flow.of_adapter for flow in flows if flow.of_adapter is not None]
+        return result, torch.stack(parts).sum(0) if parts else None
 
-    async def _run(self, flows: Sequence[Forward] | Sequence[Backward]) -> None:
-        await Call(self.connection.client, self.training, flows).run()
+    async def _run(self, flows: Sequence[Forward] | Sequence[Backward], tuned: Tuned | Hosted | None) -> None:
+        hosting = "" if tuned is None else tuned.hosting
+        await Call(self.connection.client, self.training, flows, hosting).run()
 
     def _servers(self, whole: Whole) -> int:
         """How many servers hold some of the blocks, as far as is known."""
@@ -117,9 +142,16 @@ class _Through(torch.autograd.Function):
     """Servers keep nothing between the two ways: what they were given is saved here, like any activation."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, whole: Whole, remote: RemotePass) -> Tensor:
-        output, flows = remote.forward(hidden.detach(), whole)
-        ctx.whole, ctx.remote = whole, remote
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        values: Tensor | None,
+        whole: Whole,
+        tuned: Tuned | Hosted | None,
+        remote: RemotePass,
+    ) -> Tensor:
+        output, flows = remote.forward(hidden.detach(), whole, tuned)
+        ctx.whole, ctx.tuned, ctx.remote = whole, tuned, remote
         ctx.parts, low = [], 0
         for flow in flows:
             high = low + flow.spans[0].given.shape[0]
@@ -143,8 +175,13 @@ class _Through(torch.autograd.Function):
                 "learning rate"
             )
         hidden, *inner = ctx.saved_tensors
-        result = ctx.remote.backward(hidden, ctx.whole, gradient, ctx.parts, inner)
-        return result, None, None
+        trains = ctx.needs_input_grad[1]
+        result, of_adapter = ctx.remote.backward(
+            hidden, ctx.whole, gradient, ctx.parts, inner, ctx.tuned, trains
+        )
+        if of_adapter is not None:
+            of_adapter = of_adapter.to(ctx.tuned.values.dtype)
+        return result, of_adapter, None, None, None
 
 
 def side_of(hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Side:

@@ -1,0 +1,293 @@
+"""An adapter: a few trained numbers that change what some blocks do, while their weights stay as they are.
+
+Two kinds, which may come together:
+
+* LoRA (Hu et al., ICLR 2022, section 4.1): beside a linear layer W of a block, y = W x + s B A x, where A is
+  [rank, in], B is [out, rank] and s is a number;
+* deep prompts (Liu et al., "P-Tuning v2", 2022; in the additive form of Petals): P vectors for each block,
+  added to its inputs at the positions 0 .. P - 1 of the sequence.
+
+All values are one flat vector, block by block, so that what any run of blocks needs is one piece of it::
+
+    | A, B of each module, by name | prompts [P, hidden] | A, B of each module …
+    └─────────────────── block a ──────────────────────┘ └── block a + 1 …
+
+Everything here is plain data; `tuner` applies it, `adapter_files` reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from swarmkit.errors import AdapterError
+
+MAX_PROMPT_TOKENS = 4096
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Lora(NamedTuple):
+    """What stands beside one linear layer: rank, and s; named as inside the block ("self_attn.q_proj")."""
+
+    block: int
+    module: str
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What an adapter for blocks [start, stop) is made of, without its values.
+
+    Attributes:
+        lora: sorted by block and module, each at most once.
+        prompt_tokens: P; 0 for none.
+    """
+
+    start: int
+    stop: int
+    lora: tuple[Lora, ...] = ()
+    prompt_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise AdapterError(f"an adapter is for blocks [start, stop), not [{self.start}, {self.stop})")
+        if not 0 <= self.prompt_tokens <= MAX_PROMPT_TOKENS:
+            raise AdapterError(f"deep prompts have 0 to {MAX_PROMPT_TOKENS} tokens, not {self.prompt_tokens}")
+        places = [(one.block, one.module) for one in self.lora]
+        if any(one >= other for one, other in pairwise(places)):
+            raise AdapterError("an adapter's parts come sorted by block and module, each once")
+        for one in self.lora:
+            if not self.start <= one.block < self.stop:
+                raise AdapterError(f"{one.module} of block {one.block} is outside {self.start}:{self.stop}")
+            if one.rank < 1 or not math.isfinite(one.scale):
+                raise AdapterError(
+                    f"{one.module} of block {one.block} has rank {one.rank} and scale {one.scale}; "
+                    "a rank is at least 1, a scale a finite number"
+                )
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it changes nothing."""
+        return not self.lora and not self.prompt_tokens
+
+    @property
+    def blocks(self) -> range:
+        return range(self.start, self.stop)
+
+    def within(self, start: int, stop: int) -> AdapterSpec:
+        """The part for blocks [start, stop) of these."""
+        lora = tuple(one for one in self.lora if start <= one.block < stop)
+        return AdapterSpec(start, stop, lora, self.prompt_tokens)
+
+
+@dataclass(frozen=True)
+class Fittings:
+    """What blocks have for an adapter to attach to.
+
+    Attributes:
+        linears: by block, the linear layers by name: features in and out.
+        unfit: by block, linear layers that cannot have an adapter, and why.
+    """
+
+    hidden_size: int
+    linears: Mapping[int, Mapping[str, tuple[int, int]]]
+    unfit: Mapping[int, Mapping[str, str]]
+
+    @classmethod
+    def of(cls, blocks: Mapping[int, nn.Module], hidden_size: int) -> Fittings:
+        """What some blocks of a model have, on whatever device, meta too."""
+        linears: dict[int, dict[str, tuple[int, int]]] = {}
+        unfit: dict[int, dict[str, str]] = {}
+        for number, block in blocks.items():
+            linears[number], unfit[number] = {}, {}
+            for name, module in block.named_modules():
+                size = linear_size(module)
+                if size is None:
+                    continue
+                if reason := _unfit(block, name):
+                    unfit[number][name] = reason
+                else:
+                    linears[number][name] = size
+        return cls(hidden_size, linears, unfit)
+
+    def size(self, block: int, module: str) -> tuple[int, int]:
+        """Features in and out of a linear layer.
+
+        Raises:
+            AdapterError: there is none of that name, or none that can have an adapter.
+        """
+        found = self.linears.get(block, {}).get(module)
+        if found is not None:
+            return found
+        if reason := self.unfit.get(block, {}).get(module):
+            raise AdapterError(f"{module} of block {block} cannot have an adapter: {reason}")
+        if block not in self.linears:
+            raise AdapterError(f"the adapter is for block {block}, which is not here")
+        names = ", ".join(sorted(self.linears[block])) or "none"
+        raise AdapterError(
+            f"the adapter is for another model: block {block} has no linear layer {module!r}; it has {names}"
+        )
+
+    def check(self, spec: AdapterSpec, max_rank: int | None = None) -> None:
+        """Raise AdapterError unless each of the spec's parts has a place here, of at most that rank."""
+        for one in spec.lora:
+            self.size(one.block, one.module)
+            if max_rank is not None and one.rank > max_rank:
+                raise AdapterError(
+                    f"{one.module} of block {one.block} has rank {one.rank}, more than the {max_rank} allowed"
+                )
+
+    def numel(self, spec: AdapterSpec) -> int:
+        """How many values an adapter of this spec has."""
+        lora = sum(one.rank * sum(self.size(one.block, one.module)) for one in spec.lora)
+        return lora + len(spec.blocks) * spec.prompt_tokens * self.hidden_size
+
+    def slots(self, spec: AdapterSpec) -> Iterator[Slot]:
+        """Where each tensor lies in the flat vector, in its order."""
+        offset = 0
+        by_block: dict[int, list[Lora]] = {}
+        for one in spec.lora:
+            by_block.setdefault(one.block, []).append(one)
+        for block in spec.blocks:
+            for one in by_block.get(block, ()):
+                inside, outside = self.size(block, one.module)
+                for kind, shape in (("A", (one.rank, inside)), ("B", (outside, one.rank))):
+                    yield Slot(block, one.module, kind, shape, offset)
+                    offset += math.prod(shape)
+            if spec.prompt_tokens:
+                yield Slot(block, "", "prompts", (spec.prompt_tokens, self.hidden_size), offset)
+                offset += spec.prompt_tokens * self.hidden_size
+
+
+class Slot(NamedTuple):
+    """One tensor of an adapter and its place in the flat vector; `kind` is "A", "B" or "prompts"."""
+
+    block: int
+    module: str
+    kind: str
+    shape: tuple[int, int]
+    offset: int
+
+    def of(self, values: Tensor) -> Tensor:
+        """The tensor, as a view."""
+        return values[self.offset : self.offset + math.prod(self.shape)].view(self.shape)
+
+
+def linear_size(module: nn.Module) -> tuple[int, int] | None:
+    """Features in and out of a linear layer (however its weights are kept); None for anything else."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return None
+
+
+def _unfit(block: nn.Module, name: str) -> str:
+    """Why a linear layer cannot have an adapter: it must be run once, over each token in its place."""
+    path = name.split(".")
+    if any(part.isdigit() for part in path):
+        return "it is one of several experts, and sees only some of the tokens"
+    parent: Any = block.get_submodule(name.rpartition(".")[0])
+    if hasattr(parent, "expand_kv") and path[-1] == "kv_b_proj":
+        return "it works on what is cached, at every step anew"
+    return ""
+
+
+class Adapter:
+    """A spec and its values.
+
+    Attributes:
+        values: [numel], floating; see the top of this file for their order.
+    """
+
+    def __init__(self, spec: AdapterSpec, values: Tensor, fittings: Fittings) -> None:
+        """Raises: AdapterError: the values are not those of such an adapter."""
+        expected = fittings.numel(spec)
+        if values.shape != (expected,) or values.dtype not in DTYPES:
+            raise AdapterError(
+                f"an adapter of this form has {expected} floating values, not {list(values.shape)} of "
+                f"{values.dtype}; it may be for another model"
+            )
+        self.spec = spec
+        self.values = values
+        self.fittings = fittings
+
+    @cached_property
+    def slots(self) -> tuple[Slot, ...]:
+        return tuple(self.fittings.slots(self.spec))
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        """The values, where they belong."""
+        return Tensors.of(self.spec, self.slots, self.values)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    @cached_property
+    def digest(self) -> str:
+        """64 hex digits that no other adapter has."""
+        return digest_of(self.spec, self.values)
+
+    def within(self, start: int, stop: int) -> Adapter:
+        """The part for blocks [start, stop); its values are a view of these."""
+        low, high = extent(self.slots, start, stop)
+        return Adapter(self.spec.within(start, stop), self.values[low:high], self.fittings)
+
+    def to(self, device: torch.device) -> Adapter:
+        """The same with its values there."""
+        if self.values.device == device:
+            return self
+        return Adapter(self.spec, self.values.to(device), self.fittings)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """An adapter's values by their places.
+
+    Attributes:
+        lora: by block and module: A [rank, in], B [out, rank], s.
+        prompts: by block: [P, hidden].
+    """
+
+    lora: Mapping[tuple[int, str], tuple[Tensor, Tensor, float]]
+    prompts: Mapping[int, Tensor]
+
+    @classmethod
+    def of(cls, spec: AdapterSpec, slots: Sequence[Slot], values: Tensor) -> Tensors:
+        """Views of flat values."""
+        scales = {(one.block, one.module): one.scale for one in spec.lora}
+        parts: dict[tuple[int, str], list[Tensor]] = {}
+        for slot in slots:
+            parts.setdefault((slot.block, slot.module), []).append(slot.of(values))
+        lora = {place: (parts[place][0], parts[place][1], scale) for place, scale in scales.items()}
+        return cls(lora, {block: one[0] for (block, module), one in parts.items() if not module})
+
+
+def extent(slots: Sequence[Slot], start: int, stop: int) -> tuple[int, int]:
+    """Where the values of blocks [start, stop) begin and end in the flat vector."""
+    inside = [slot for slot in slots if start <= slot.block < stop]
+    if not inside:
+        return 0, 0
+    return inside[0].offset, inside[-1].offset + math.prod(inside[-1].shape)
+
+
+def digest_of(spec: AdapterSpec, values: Tensor) -> str:
+    """A hash of all that an adapter is."""
+    said = [spec.start, spec.stop, [list(one) for one in spec.lora], spec.prompt_tokens, str(values.dtype)]
+    digest = hashlib.sha256(b"swarmkit adapter 1\n" + json.dumps(said).encode() + b"\n")
+    plain: Any = values.detach().cpu().contiguous().view(torch.uint8).numpy()
+    digest.update(plain)
+    return digest.hexdigest()
