@@ -92,7 +92,9 @@ def test_the_language_model_inside_is_cut_like_any_other(
     model = build_head(opened, StageChain(stages))
     ids, _ = prompts(2)
     with torch.no_grad():
-        wanted = whole(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        # Without images, the whole Llama 4 of transformers 5.24 fails when its language model has answered.
+        asked = whole.language_model if model_type == "llama4" else whole
+        wanted = asked(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         found = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     assert_same(build_head(opened, StageChain(stages)), load_local(opened), *prompts(2, padded=True))
