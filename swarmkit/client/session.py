@@ -11,6 +11,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from swarmkit.client.alike import alike_rows
 from swarmkit.client.chain import ChainSession
 from swarmkit.client.connection import Connection
 from swarmkit.client.tuning import Tuning
@@ -104,7 +105,7 @@ class Session:
             given = position_ids.to("cpu", torch.int64).expand(rows, tokens)
             if not torch.equal(given, torch.arange(self.position, end).expand(rows, -1)):
                 positions = given
-        output = self._connection.call(self.chain.step, hidden.detach().to("cpu"), mask, positions)
+        output = self._run(hidden.detach().to("cpu"), mask, positions)
         self._mask = mask
         return output.to(hidden.device)
 
@@ -125,6 +126,17 @@ class Session:
                 "and its keys and values are of no use any more; open a new session"
             )
         self._connection.call(chain.retune, now)
+
+    def _run(
+        self, hidden: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> torch.Tensor:
+        alike = None if self.position else alike_rows(hidden, mask, positions)
+        if alike is None:
+            return self._connection.call(self.chain.step, hidden, mask, positions)
+        parts = (None if part is None else part[alike.first] for part in (hidden, mask, positions))
+        output = self._connection.call(self.chain.step, *parts)
+        self.chain.reorder(alike.order)
+        return output[alike.order]
 
     def crop(self, tokens: int) -> None:
         """Forget every position from `tokens` on; reaches the servers with the next step."""

@@ -19,6 +19,16 @@ BEAMS = 3
 OF_COPIES = BEAMS * pages_for(PROMPT + 1)
 
 
+def test_a_prompt_of_beams_is_computed_once(tiny_llama: Checkpoint) -> None:
+    ids, mask = prompt(9, 4, seed=5)
+    options = {"num_beams": BEAMS, "new_tokens": 4}
+    with a_world(tiny_llama, replicas=1) as world:
+        tokens = answer(world.model, ids, mask, **options)
+        rows = [step.rows for step in world.model.trace]
+    assert_same(tokens, answer(load_local(tiny_llama), ids, mask, **options))
+    assert rows == [2, 6, 6, 6]
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_beams_share_pages_whatever_becomes_of_their_servers(tiny_llama: Checkpoint, killed: bool) -> None:
     ids, _ = prompt(PROMPT)

@@ -16,7 +16,7 @@ from swarmkit.models.cache import StageCache
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.page_table import PAGE_TOKENS, PageTable
 from swarmkit.models.paged_rows import PagedLayer
-from swarmkit.models.stage import Stage
+from swarmkit.models.stage import Stage, StepPart
 
 from .tiny import make_checkpoint, tiny_config
 
@@ -226,7 +226,7 @@ def test_beams_that_were_computed_side_by_side_share_their_prompt(stage: Stage) 
     assert beams.pages_held() == 3 + 2
 
 
-def test_shared_rows_are_packed_with_others_and_equal_to_the_last_bit_without(stage: Stage) -> None:
+def test_shared_rows_equal_rows_of_their_own_to_the_last_bit(stage: Stage) -> None:
     shared, rooms = stage.new_cache(0, 4), stage.new_cache(0, 4)
     prompt = hidden(2, 2 * PAGE - 1)
     stage.forward(prompt, shared)
@@ -235,3 +235,17 @@ def test_shared_rows_are_packed_with_others_and_equal_to_the_last_bit_without(st
     for seed in range(1, 4):  # over the end of a page
         given = hidden(3, 1, seed)
         assert torch.equal(stage.forward(given, shared), stage.forward(given, rooms))
+
+
+def test_shared_rows_run_together_with_another_session(
+    stage: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared, rooms, other = (stage.new_cache(0, 4) for _ in range(3))
+    stage.forward(hidden(1, PAGE + 1), shared)
+    stage.forward(hidden(1, PAGE + 1).expand(3, -1, -1), rooms)
+    shared.edit(PAGE + 1, [0, 0, 0])
+    given = hidden(3, 1, 2)
+    out, _ = stage.forward_many([StepPart(given, shared), StepPart(hidden(1, 2), other)])
+    assert isinstance(out, Tensor)
+    torch.testing.assert_close(out, stage.forward(given, rooms), atol=1e-5, rtol=1e-5)
+    assert caplog.records == []  # that they were run one by one
