@@ -29,7 +29,8 @@ COMMANDS = {
     "prefill-m": "prefill --model M --stages 2,4 --prompt-tokens 1024",
     "second-turn-m": "second-turn --model M --history-tokens 2048",
     "interference-m": "interference --model M --prefill-tokens 4096",
-    "distance-m": "distance --model M --stages 3 --round-trip-ms 100 --megabits 100 --prompt-lookup 8",
+    "distance-m": "distance --model M --stages 3 --round-trip-ms 100 --megabits 100 --tokens 64 "
+    "--prompt-lookup 15 --draft-blocks 4",
     "codecs-tiny-chat": "codecs --questions 200",
     "codecs-m": "codecs --model M --questions 8 --prompt-tokens 64 --tokens 12 --megabits 10",
     "faults-s": "faults --model S --probability 0.001 --tokens 1024",

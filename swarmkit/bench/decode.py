@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from swarmkit.bench.measure import (
+    PATIENT,
     Progress,
     fit_line,
     median_ratio,
@@ -71,7 +72,7 @@ def bench_decode(
         total = rounds + 1
         on_progress(f"{count} stages", 0, total)
         with LocalSwarm(checkpoint, num_stages=count, processes=True, threads=threads, dtype=dtype) as swarm:
-            remote = swarm.model(dtype=dtype)
+            remote = swarm.model(dtype=dtype, settings=PATIENT)
             times_local, times_swarm, hops = [], [], []
             for number in range(total):
                 here = timed_generate(local, prompt, tokens)

@@ -9,6 +9,19 @@ whole model on this machine, in the same run):
 
 Both are reported, and measured in both ways: servers that hand their outputs on to each other, and everything
 through the client. Bandwidth is not in the bounds, though the emulated links have one.
+
+Speculation gives several tokens for one trip along the chain, so it can pass the bound. How many depends on
+the text, so three are decoded:
+
+    prompt_lookup                  after the model's own greedy text of 192 tokens, by the end of which a
+                                   random model repeats itself. Guesses are looked up.
+    prompt_lookup_without_repeats  after a random prompt, and no three tokens may come twice in a row: single
+                                   tokens come again, but what followed them seldom does, so that most of what
+                                   is looked up is wrong.
+    draft                          the random prompt again; the model's own first blocks guess.
+
+`predictable` tells how much of an answer its own past gives away: the share of its tokens that came after the
+same two tokens the last time.
 """
 
 from __future__ import annotations
@@ -17,20 +30,26 @@ import socket
 import statistics
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from swarmkit.bench.draft import load_first_blocks
 from swarmkit.bench.measure import (
     PATIENT,
     Generated,
     Progress,
+    median_ratio,
     must_be_equal,
     quiet,
     random_prompt,
     timed_generate,
 )
 from swarmkit.bench.subject import Subject
+from swarmkit.client.guessing import GuessCount
+from swarmkit.client.speculation import MOST_GUESSES
 from swarmkit.local import LocalSwarm
 from swarmkit.models.head import load_local
 from swarmkit.net import portal
@@ -39,6 +58,10 @@ from swarmkit.net.link_schedule import Link
 
 _PROMPT_TOKENS = 16
 _PINGS = 200
+_OWN_TOKENS = 192
+
+GUESSING = ("prompt_lookup", "prompt_lookup_without_repeats", "draft")
+"""Names of the rows with guesses."""
 
 
 def chain_bound(stages: int, one_way_s: float, compute_s: float) -> float:
@@ -62,6 +85,7 @@ def bench_distance(
     threads: int = 1,
     dtype: str = "float32",
     prompt_lookup: int = 0,
+    draft_blocks: int = 0,
     on_progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Decode over emulated links: local, chain and relayed take turns; the first round is not counted.
@@ -69,17 +93,33 @@ def bench_distance(
     Args:
         round_trip_s: between any two peers.
         bandwidth: bit/s of each server's link, in each direction.
-        prompt_lookup: if above 0, also decode with guesses of so many tokens, found in the text so far,
-            after a prompt that repeats itself.
+        prompt_lookup: if above 0, also decode with guesses that are looked up in the text so far, of so many
+            tokens at most.
+        draft_blocks: if above 0, also with guesses of the model's own first blocks.
+
+    Returns: JSON. `chain` and `relayed` have `tokens_per_s`, `ratio_to_chain_bound` and
+        `ratio_to_relayed_bound`. The rows with guesses are None if not asked for, and have besides:
+        `ratio_to_plain`, how many times as fast as that text without guesses in the same round; `guesses`,
+        `accepted` and `guessing_steps` of all rounds that count; `most_guesses`; `predictable`.
+        `local_ms_per_token` is what the bounds take for c.
     """
     torch.set_num_threads(threads)
     local = load_local(subject.checkpoint, dtype=dtype)
     prompt = random_prompt(subject.vocab_size, _PROMPT_TOKENS)
-    repetitive = prompt.repeat(1, 4)
+    drafting = load_first_blocks(subject.checkpoint, draft_blocks, dtype=dtype) if draft_blocks else None
     here: list[Generated] = []
     chain: list[Generated] = []
     relayed: list[Generated] = []
-    guessed: list[Generated] = []
+    guessing: dict[str, _Guessing] = {}
+    if prompt_lookup:
+        most = {"prompt_lookup_num_tokens": prompt_lookup}
+        text = _own_text(local, prompt)
+        guessing["prompt_lookup"] = _Guessing(text, {}, most, prompt_lookup)
+        guessing["prompt_lookup_without_repeats"] = _Guessing(
+            prompt, {"no_repeat_ngram_size": 3}, most, prompt_lookup
+        )
+    if drafting is not None:
+        guessing["draft"] = _Guessing(prompt, {}, {"assistant_model": drafting}, MOST_GUESSES)
     emulator_ms = measure_emulator_ms()
     on_progress("starting", 0, rounds + 1)
     with LocalSwarm(
@@ -102,11 +142,8 @@ def bench_distance(
                 here.append(one)
                 chain.append(two)
                 relayed.append(three)
-            if prompt_lookup:
-                four = timed_generate(pushing, repetitive, tokens, prompt_lookup_num_tokens=prompt_lookup)
-                must_be_equal(timed_generate(local, repetitive, tokens).tokens, four.tokens, dtype)
-                if number:
-                    guessed.append(four)
+            for each in guessing.values():
+                each.decode(pushing, local, tokens, dtype, counts=bool(number))
             on_progress("decoded over a distance", number + 1, rounds + 1)
         carried = sum(_carried(swarm.link_of(server)) for server in swarm.servers)
     compute_s = statistics.median(each.ms_per_token for each in here) / 1e3
@@ -127,24 +164,81 @@ def bench_distance(
         "bound_tokens_per_s": {"chain": round(bound, 3), "relayed": round(bound_relayed, 3)},
         "chain": _row(chain, bound, bound_relayed),
         "relayed": _row(relayed, bound, bound_relayed),
-        "prompt_lookup": _row(guessed, bound, bound_relayed) | {"guesses": prompt_lookup}
-        if guessed
-        else None,
+        **{name: guessing[name].row(bound, bound_relayed) if name in guessing else None for name in GUESSING},
     }
 
 
+@dataclass
+class _Guessing:
+    """One text, decoded with guesses and without in turns."""
+
+    prompt: torch.Tensor
+    text_options: dict[str, Any]
+    guess_options: dict[str, Any]
+    most: int
+    with_guesses: list[Generated] = field(default_factory=list)
+    without: list[Generated] = field(default_factory=list)
+    count: GuessCount = field(default_factory=GuessCount)
+
+    def decode(self, model: Any, local: Any, tokens: int, dtype: str, *, counts: bool) -> None:
+        """One round.
+
+        Raises:
+            AssertionError: the tokens are not the local model's, in float32.
+        """
+        options = self.text_options
+        before = model.speculation
+        fast = timed_generate(model, self.prompt, tokens, speculation="auto", **options, **self.guess_options)
+        found = model.speculation.since(before)
+        slow = timed_generate(model, self.prompt, tokens, speculation="off", **options)
+        must_be_equal(slow.tokens, fast.tokens, dtype)
+        must_be_equal(timed_generate(local, self.prompt, tokens, **options).tokens, fast.tokens, dtype)
+        if counts:
+            self.with_guesses.append(fast)
+            self.without.append(slow)
+            self.count = GuessCount(
+                self.count.steps + found.steps,
+                self.count.guesses + found.guesses,
+                self.count.accepted + found.accepted,
+            )
+
+    def row(self, bound: float, bound_relayed: float) -> dict[str, float]:
+        rates = [[each.tokens_per_s for each in side] for side in (self.with_guesses, self.without)]
+        answer = self.with_guesses[-1].tokens[0].tolist()
+        return _row(self.with_guesses, bound, bound_relayed) | {
+            "ratio_to_plain": round(median_ratio(*rates), 3),
+            "guesses": self.count.guesses,
+            "accepted": self.count.accepted,
+            "guessing_steps": self.count.steps,
+            "most_guesses": self.most,
+            "predictable": round(predictable(answer, self.prompt.shape[1]), 3),
+        }
+
+
+def _own_text(local: Any, prompt: torch.Tensor) -> torch.Tensor:
+    """A prompt and what the model itself says after it."""
+    text: torch.Tensor = timed_generate(local, prompt, _OWN_TOKENS).tokens
+    return text
+
+
+def predictable(text: Sequence[int], start: int) -> float:
+    """The share of tokens from `start` on that came after the same two tokens the last time."""
+    followed: dict[tuple[int, int], int] = {}
+    right = 0
+    for place in range(2, len(text)):
+        pair = (text[place - 2], text[place - 1])
+        right += place >= start and followed.get(pair) == text[place]
+        followed[pair] = text[place]
+    return right / max(len(text) - start, 1)
+
+
 def _row(rounds: list[Generated], bound: float, bound_relayed: float) -> dict[str, float]:
-    rate = statistics.median(_tokens_per_s(each) for each in rounds)
+    rate = statistics.median(each.tokens_per_s for each in rounds)
     return {
         "tokens_per_s": round(rate, 3),
         "ratio_to_chain_bound": round(rate / bound, 3),
         "ratio_to_relayed_bound": round(rate / bound_relayed, 3),
     }
-
-
-def _tokens_per_s(generated: Generated) -> float:
-    """After the first token, over all of them: with guesses several come at once, and a median would be 0."""
-    return (len(generated.stamps) - 2) / (generated.stamps[-1] - generated.stamps[1])
 
 
 def _carried(link: LinkEmulator) -> int:

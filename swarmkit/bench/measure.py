@@ -21,7 +21,7 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 PATIENT = ClientSettings(
     first_step_timeout=600.0, min_step_timeout=120.0, trace_steps=4096, speculation="off"
 )
-"""A machine that is measured is busy: its servers must not be taken for lost. Every token has its step."""
+"""A machine that is measured is busy: its servers must not be taken for lost. Nothing is guessed."""
 
 
 def quiet(what: str, done: int, total: int) -> None:
@@ -35,6 +35,13 @@ class Generated:
     tokens: torch.Tensor
     began: float
     stamps: tuple[float, ...]
+    came: tuple[int, ...] = ()
+    """Tokens that came at each stamp: the prompt's, and 1 each unless some were guessed."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """After the first step, which pays for the prompt."""
+        return sum(self.came[2:]) / (self.stamps[-1] - self.stamps[1])
 
     @property
     def first_token_s(self) -> float:
@@ -58,9 +65,11 @@ class _Stamps:
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.came: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
+        self.came.append(value.numel())
 
     def end(self) -> None:
         pass
@@ -80,7 +89,7 @@ def timed_generate(model: Any, prompt: torch.Tensor, new_tokens: int, **options:
         streamer=stamps,
         **options,
     )
-    return Generated(out, began, tuple(stamps.times))
+    return Generated(out, began, tuple(stamps.times), tuple(stamps.came))
 
 
 def random_prompt(vocab_size: int, tokens: int, seed: int = 0) -> torch.Tensor:

@@ -9,7 +9,7 @@ import typer
 
 from swarmkit.cli import console
 from swarmkit.cli.app import Join, Model, Threads, Verbose, app
-from swarmkit.cli.generate import MaxTokens, Seed, Temperature, TopP
+from swarmkit.cli.generate import Draft, MaxTokens, Seed, SpeculateOption, Temperature, TopP
 from swarmkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ def chat(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
+    speculate: SpeculateOption = None,
+    draft: Draft = None,
     threads: Threads = None,
     verbose: Verbose = False,
 ) -> None:
@@ -48,6 +50,7 @@ def chat(
         tokenizer = remote.tokenizer()
         if not talk.has_chat_template(tokenizer):
             raise UsageError(f"{model} was not made for chats; use `swarmkit generate {model} --raw …`")
+        guesses = talk.guesses_of(remote, speculate.value if speculate else None, draft)
         opening = [{"role": "system", "content": system}] if system else []
         messages = list(opening)
         session = remote.session()
@@ -73,9 +76,10 @@ def chat(
                     temperature=temperature,
                     top_p=top_p,
                     seed=seed,
+                    guesses=guesses,
                 )
                 messages.append({"role": "assistant", "content": answer.text})
-                console.out.print(f"\n[dim]{answer.tokens_per_s:.0f} tokens/s[/]")
+                console.out.print(f"\n[dim]{answer.summary}[/]")
         except KeyboardInterrupt:
             console.out.print()
         finally:

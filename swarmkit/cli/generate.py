@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -18,6 +19,28 @@ TopP = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
 
 
+class Speculate(StrEnum):
+    """Where guesses of the next tokens come from."""
+
+    OFF = "off"
+    AUTO = "auto"
+    PROMPT_LOOKUP = "prompt-lookup"
+
+
+SpeculateOption = Annotated[
+    Speculate | None,
+    typer.Option(
+        "--speculate",
+        help="Guess tokens by looking them up in the text: where the answer is the same without (auto, the "
+        "default), or also where tokens are sampled (prompt-lookup).",
+    ),
+]
+Draft = Annotated[
+    str | None,
+    typer.Option("--draft", help="A small model with the same tokens that guesses; it is loaded here."),
+]
+
+
 @app.command()
 def generate(
     model: Model,
@@ -27,6 +50,8 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
+    speculate: SpeculateOption = None,
+    draft: Draft = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text; use no chat template.")] = False,
     threads: Threads = None,
     json: Json = False,
@@ -60,17 +85,20 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            guesses=talk.guesses_of(remote, speculate.value if speculate else None, draft),
         )
         if json:
             console.emit_json(
                 answer=answer.text,
                 tokens=len(answer.tokens),
                 tokens_per_s=round(answer.tokens_per_s, 2),
+                guessed=answer.guessed.guesses if answer.guessed else 0,
+                accepted=answer.guessed.accepted if answer.guessed else 0,
                 route=[str(hop) for hop in _last_route(remote)],
             )
         else:
             console.out.print()
-            console.err.print(f"{len(answer.tokens)} tokens, {answer.tokens_per_s:.1f} tokens/s", style="dim")
+            console.err.print(f"{len(answer.tokens)} tokens, {answer.summary}", style="dim")
 
 
 def _last_route(remote: object) -> list[str]:

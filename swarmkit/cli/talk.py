@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from swarmkit.cli import console
+from swarmkit.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from swarmkit.client.guessing import GuessCount, Speculation
     from swarmkit.client.model import SwarmModelForCausalLM
     from swarmkit.client.session import Session
 
@@ -55,6 +57,14 @@ class Answer:
     seconds: float
     stamps: list[float] = field(default_factory=list)
     """When each token came, on `time.perf_counter`'s clock."""
+    guessed: GuessCount | None = None
+    """Tokens that were guessed ahead; None = none were."""
+
+    @property
+    def summary(self) -> str:
+        """How fast it came, in a few words."""
+        guessed = f", {self.guessed}" if self.guessed else ""
+        return f"{self.tokens_per_s:.1f} tokens/s{guessed}"
 
     @property
     def tokens_per_s(self) -> float:
@@ -63,6 +73,8 @@ class Answer:
 
 class _Stream:
     """A transformers streamer: text to `write` as soon as it is readable, and a note of every token."""
+
+    takes_several = True
 
     def __init__(
         self,
@@ -111,6 +123,7 @@ def answer(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
+    guesses: dict[str, Any] | None = None,
 ) -> Answer:
     """Let the model answer.
 
@@ -119,6 +132,7 @@ def answer(
         write: called with each new piece of text.
         on_token: called with the number of tokens so far.
         temperature: 0 = always the likeliest token.
+        guesses: what `guesses_of` found.
     """
     import torch
 
@@ -137,11 +151,44 @@ def answer(
     if temperature > 0:
         sampling.update(temperature=temperature, top_p=top_p)
     stream = _Stream(tokenizer, write, on_token)
+    before = model.speculation
     started = time.perf_counter()
-    model.generate(**wanted, session=session, streamer=stream, max_new_tokens=max_new_tokens, **sampling)
+    model.generate(
+        **wanted,
+        session=session,
+        streamer=stream,
+        max_new_tokens=max_new_tokens,
+        **sampling,
+        **(guesses or {}),
+    )
     seconds = time.perf_counter() - started
     text = str(tokenizer.decode(stream.tokens, skip_special_tokens=True)).strip()
-    return Answer(text, stream.tokens, seconds, stream.stamps)
+    guessed = model.speculation.since(before)
+    return Answer(text, stream.tokens, seconds, stream.stamps, guessed if guessed.guesses else None)
+
+
+def guesses_of(
+    model: SwarmModelForCausalLM, speculate: Speculation | None, draft: str | None
+) -> dict[str, Any]:
+    """Options of `generate()` for where guesses come from.
+
+    Args:
+        draft: the name of a small model that makes them; it is loaded whole, here.
+    """
+    if draft is None:
+        return {"speculation": speculate}
+    from swarmkit.models.checkpoint import Checkpoint
+    from swarmkit.models.head import load_local
+
+    if speculate == "prompt-lookup":
+        raise UsageError("give either --speculate prompt-lookup or --draft, not both")
+    with busy(f"loading the draft {draft}"):
+        checkpoint = Checkpoint.open(draft)
+        small = load_local(checkpoint)
+    options: dict[str, Any] = {"speculation": speculate, "assistant_model": small}
+    if small.config.vocab_size != model.config.vocab_size:
+        options |= {"tokenizer": model.tokenizer(), "assistant_tokenizer": checkpoint.tokenizer()}
+    return options
 
 
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:

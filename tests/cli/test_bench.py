@@ -71,12 +71,14 @@ def test_interference_compares_the_same_client_alone_and_beside_another() -> Non
 @pytest.mark.slow
 def test_over_a_distance_nothing_is_faster_than_its_round_trips() -> None:
     found = measured(
-        *("distance", "--stages", "2", "--round-trip-ms", "40", "--tokens", "6", "--prompt-lookup", "2")
+        *("distance", "--stages", "2", "--round-trip-ms", "40", "--tokens", "6", "--prompt-lookup", "2"),
+        *("--draft-blocks", "1"),
     )
 
     assert found["chain"]["tokens_per_s"] < 1e3 / (3 * 20)
     assert found["relayed"]["tokens_per_s"] < 1e3 / (4 * 20)
-    assert found["prompt_lookup"]["tokens_per_s"] > 0
+    assert found["prompt_lookup"]["accepted"] <= found["prompt_lookup"]["guesses"]
+    assert all(found[name]["ratio_to_plain"] > 0 for name in ("prompt_lookup", "draft"))
     bound = found["bound_tokens_per_s"]["relayed"]
     assert found["relayed"]["ratio_to_relayed_bound"] == pytest.approx(
         found["relayed"]["tokens_per_s"] / bound, rel=0.02

@@ -38,8 +38,13 @@ def distance(
     prompt_lookup: Annotated[
         int,
         typer.Option(
-            "--prompt-lookup", min=0, help="Also guess so many tokens from the text, on text that repeats."
+            "--prompt-lookup",
+            min=0,
+            help="Also look guesses up, so many at most, in text that repeats and in text that does not.",
         ),
+    ] = 0,
+    draft_blocks: Annotated[
+        int, typer.Option("--draft-blocks", min=0, help="Also have so many of the first blocks guess.")
     ] = 0,
     json: Json = False,
 ) -> None:
@@ -62,25 +67,35 @@ def distance(
             threads=threads,
             dtype=dtype,
             prompt_lookup=prompt_lookup,
+            draft_blocks=draft_blocks,
             on_progress=progress,
         )
     report("distance", result, json, _table)
 
 
 def _table(result: dict[str, Any]) -> Table:
+    from swarmkit.bench.distance import GUESSING
+
     bound = result["bound_tokens_per_s"]
     table = make_table(
         f"{result['stages']} servers, {result['round_trip_ms']:g} ms apart, "
         f"{result['bandwidth'] / 1e6:g} Mbit/s, {conditions(result)}",
-        ("", "tokens/s", f"÷ chain bound {bound['chain']:.2f}", f"÷ relayed bound {bound['relayed']:.2f}"),
+        (
+            "",
+            "tokens/s",
+            f"÷ chain bound {bound['chain']:.2f}",
+            f"÷ relayed bound {bound['relayed']:.2f}",
+            "÷ unguessed",
+        ),
         [
             (
                 name.replace("_", " "),
                 f"{result[name]['tokens_per_s']:.2f}",
                 f"{result[name]['ratio_to_chain_bound']:.2f}",
                 f"{result[name]['ratio_to_relayed_bound']:.2f}",
+                f"{result[name]['ratio_to_plain']:.2f}" if "ratio_to_plain" in result[name] else "",
             )
-            for name in ("chain", "relayed", "prompt_lookup")
+            for name in ("chain", "relayed", *GUESSING)
             if result[name]
         ],
     )
