@@ -6,6 +6,8 @@ message tells what lies between them, transfer apart; a large one is late by wha
     sender     sent_at                                  (its clock)
     receiver      ├─ offset + delay ─┼── bytes / speed ──┤ arrived_at
                   └── small messages: the least seen     └── behind a message that arrived later: from there
+
+A message that was there before anybody looked tells nothing: who reads must have waited for most of it.
 """
 
 from __future__ import annotations
@@ -44,13 +46,22 @@ class LinkSpeed:
         """
         return max(self._rates) if len(self._rates) >= _ENOUGH else None
 
-    def observe(self, nbytes: int, sent_at: float, arrived_at: float) -> None:
-        """Note a message: its bytes, when it was sent (sender's clock) and had come (receiver's clock)."""
+    def observe(
+        self, nbytes: int, sent_at: float, arrived_at: float, waiting_from: float = -math.inf
+    ) -> None:
+        """Note a message.
+
+        Args:
+            sent_at: by the sender's clock.
+            arrived_at: when all of it had been read, by the receiver's clock.
+            waiting_from: since when the receiver waited for it.
+        """
         late_s = arrived_at - sent_at
         if nbytes <= SMALL_BYTES:
             if late_s <= self._base_s or arrived_at - self._base_from > _BASE_LASTS_S:
                 self._base_s, self._base_from = late_s, arrived_at
         elif nbytes >= LARGE_BYTES and arrived_at - self._base_from <= _BASE_LASTS_S:
             begun_at = max(sent_at + self._base_s, self._last_arrived_at)
-            self._rates.append(nbytes / max(arrived_at - begun_at - _NOISE_S, _LEAST_S))
+            if arrived_at - waiting_from >= waiting_from - begun_at:
+                self._rates.append(nbytes / max(arrived_at - begun_at - _NOISE_S, _LEAST_S))
         self._last_arrived_at = arrived_at

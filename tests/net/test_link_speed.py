@@ -17,9 +17,12 @@ class Way:
         self.speed = LinkSpeed()
         self.free_at = 0.0
 
-    def send(self, at: float, nbytes: int, held_up_s: float = 0.0) -> None:
+    def send(self, at: float, nbytes: int, held_up_s: float = 0.0, read_from: float = -10.0) -> None:
+        """Args: read_from: after the sending, on the same clock."""
         self.free_at = max(at, self.free_at) + nbytes / SPEED
-        self.speed.observe(nbytes, at, self.free_at + DELAY + held_up_s + OFFSET)
+        begun = at + read_from + OFFSET
+        arrived = max(self.free_at + DELAY + held_up_s + OFFSET, begun)
+        self.speed.observe(nbytes, at, arrived, begun)
 
 
 @pytest.fixture
@@ -53,6 +56,18 @@ def test_what_waits_behind_another_message_is_measured_from_there(way: Way) -> N
 def test_a_message_that_was_held_up_does_not_make_a_link_slow(way: Way) -> None:
     for at, held_up_s in ((1.0, 0.0), (5.0, 30.0), (50.0, 3.0)):
         way.send(at, 10**6, held_up_s)
+    assert way.speed.bytes_per_s == pytest.approx(SPEED, rel=0.01)
+
+
+def test_a_message_that_lay_there_until_it_was_read_tells_nothing(way: Way) -> None:
+    for at in (1.0, 10.0, 20.0):
+        way.send(at, 10**6, read_from=5.0)
+    assert way.speed.bytes_per_s is None
+
+
+def test_who_comes_to_read_a_little_late_has_waited_for_most_of_it(way: Way) -> None:
+    for at in (1.0, 10.0):
+        way.send(at, 10**6, read_from=0.3)
     assert way.speed.bytes_per_s == pytest.approx(SPEED, rel=0.01)
 
 
