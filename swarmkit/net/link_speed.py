@@ -16,8 +16,8 @@ import math
 from collections import deque
 
 SMALL_BYTES = 2 * 1024
-"""Up to here a message tells the delay."""
-LARGE_BYTES = 8 * 1024
+"""Up to here a message tells the delay; where the speed is known already, up to `LARGE_BYTES`."""
+LARGE_BYTES = 16 * 1024
 """From here on it tells the speed."""
 _BASE_LASTS_S = 60.0
 """Clocks drift: by 3 ms a minute, if they are bad."""
@@ -57,7 +57,9 @@ class LinkSpeed:
             waiting_from: since when the receiver waited for it.
         """
         late_s = arrived_at - sent_at
-        if nbytes <= SMALL_BYTES:
+        speed = self.bytes_per_s
+        if nbytes <= SMALL_BYTES or (speed is not None and nbytes < LARGE_BYTES):
+            late_s -= nbytes / speed if speed is not None else 0.0
             if late_s <= self._base_s or arrived_at - self._base_from > _BASE_LASTS_S:
                 self._base_s, self._base_from = late_s, arrived_at
         elif nbytes >= LARGE_BYTES and arrived_at - self._base_from <= _BASE_LASTS_S:

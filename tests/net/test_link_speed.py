@@ -86,6 +86,16 @@ def test_steps_of_a_token_say_nothing_of_speed(way: Way, nbytes: int) -> None:
     assert way.speed.bytes_per_s is None
 
 
+def test_steps_of_a_token_keep_the_delay_known_once_the_speed_is(way: Way) -> None:
+    for at in (1.0, 5.0):
+        way.send(at, 10**6)
+    for at in range(10, 300, 10):
+        way.send(at, LARGE_BYTES - 1)
+    for at in (300.0, 305.0, 310.0, 315.0):
+        way.send(at, 10**5)
+    assert way.speed.bytes_per_s == pytest.approx(SPEED, rel=0.02)
+
+
 def test_without_a_late_small_message_nothing_can_be_told(way: Way) -> None:
     for at in (100.0, 110.0):  # clocks may have drifted apart
         way.send(at, 10**6)
