@@ -126,12 +126,13 @@ class Conversation:
             ProtocolError: not a message of this version.
             PeerUnreachableError: the peer ended the conversation or went away.
         """
+        waiting_from = time.perf_counter()
         message, total, body = self._parse_head(await self.stream.receive())
         self.in_message = True
         received = await self._receive_rest(message, total, body, admit)
         self.in_message = False
         if sent_at := getattr(message, "sent_at", 0.0):
-            self.incoming.observe(total, sent_at, time.perf_counter())
+            self.incoming.observe(total, sent_at, time.perf_counter(), waiting_from)
         return received
 
     async def _receive_rest(

@@ -6,6 +6,8 @@ message tells what lies between them, transfer apart; a large one is late by wha
     sender     sent_at                                  (its clock)
     receiver      ├─ offset + delay ─┼── bytes / speed ──┤ arrived_at
                   └── small messages: the least seen     └── behind a message that arrived later: from there
+
+A message that was there before anybody looked tells nothing: who reads must have waited for most of it.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import math
 from collections import deque
 
 SMALL_BYTES = 2 * 1024
-"""Up to here a message tells the delay."""
-LARGE_BYTES = 8 * 1024
+"""Up to here a message tells the delay; where the speed is known already, up to `LARGE_BYTES`."""
+LARGE_BYTES = 16 * 1024
 """From here on it tells the speed."""
 _BASE_LASTS_S = 60.0
 """Clocks drift: by 3 ms a minute, if they are bad."""
@@ -44,13 +46,24 @@ class LinkSpeed:
         """
         return max(self._rates) if len(self._rates) >= _ENOUGH else None
 
-    def observe(self, nbytes: int, sent_at: float, arrived_at: float) -> None:
-        """Note a message: its bytes, when it was sent (sender's clock) and had come (receiver's clock)."""
+    def observe(
+        self, nbytes: int, sent_at: float, arrived_at: float, waiting_from: float = -math.inf
+    ) -> None:
+        """Note a message.
+
+        Args:
+            sent_at: by the sender's clock.
+            arrived_at: when all of it had been read, by the receiver's clock.
+            waiting_from: since when the receiver waited for it.
+        """
         late_s = arrived_at - sent_at
-        if nbytes <= SMALL_BYTES:
+        speed = self.bytes_per_s
+        if nbytes <= SMALL_BYTES or (speed is not None and nbytes < LARGE_BYTES):
+            late_s -= nbytes / speed if speed is not None else 0.0
             if late_s <= self._base_s or arrived_at - self._base_from > _BASE_LASTS_S:
                 self._base_s, self._base_from = late_s, arrived_at
         elif nbytes >= LARGE_BYTES and arrived_at - self._base_from <= _BASE_LASTS_S:
             begun_at = max(sent_at + self._base_s, self._last_arrived_at)
-            self._rates.append(nbytes / max(arrived_at - begun_at - _NOISE_S, _LEAST_S))
+            if arrived_at - waiting_from >= waiting_from - begun_at:
+                self._rates.append(nbytes / max(arrived_at - begun_at - _NOISE_S, _LEAST_S))
         self._last_arrived_at = arrived_at

@@ -19,8 +19,8 @@ from .answers import answer, at, prompt
 from .recovery import NEW_TOKENS, STAGES, World, a_world, assert_same
 
 LONG = prompt(100)[0]
-SLOW = 5e5
-"""Bit/s: a large message of these tests takes some 0.2 s."""
+SLOW = 2.5e5
+"""Bit/s: a large message of these tests takes half a second, which is long even for a busy machine."""
 
 
 def always(*codecs: str, **more: Any) -> dict[str, Any]:
@@ -167,10 +167,11 @@ def test_a_slow_link_is_found_out_and_then_used_in_int8(tiny_llama: Checkpoint) 
     with a_world(tiny_llama, replicas=1, stages=2, codecs=("int8",), prefix_memory_bytes=0) as world:
         first, second = (server.peer_id for server in world.swarm.servers)
         world.network.set_link(first, second, bandwidth=SLOW)
-        ids, mask = prompt(64, 64, 64, 64)  # in two pieces of 16 KiB
+        ids, mask = prompt(64, 64, 64, 64)  # in two pieces of 16 KiB; the second one may have to wait
         answer(world.model, ids, mask, new_tokens=1)
         assert codecs(world) == ["none"] * 3
-        assert 0.3 < world.client.rates[first, second] / (SLOW / 8) < 2
+        answer(world.model, ids, mask, new_tokens=1)
+        assert 0.05 < world.client.rates[first, second] / (SLOW / 8) < 3
         answer(world.model, ids, mask, new_tokens=1)
         assert codecs(world)[1] == "int8"
 

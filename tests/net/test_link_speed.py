@@ -17,9 +17,12 @@ class Way:
         self.speed = LinkSpeed()
         self.free_at = 0.0
 
-    def send(self, at: float, nbytes: int, held_up_s: float = 0.0) -> None:
+    def send(self, at: float, nbytes: int, held_up_s: float = 0.0, read_from: float = -10.0) -> None:
+        """Args: read_from: after the sending, on the same clock."""
         self.free_at = max(at, self.free_at) + nbytes / SPEED
-        self.speed.observe(nbytes, at, self.free_at + DELAY + held_up_s + OFFSET)
+        begun = at + read_from + OFFSET
+        arrived = max(self.free_at + DELAY + held_up_s + OFFSET, begun)
+        self.speed.observe(nbytes, at, arrived, begun)
 
 
 @pytest.fixture
@@ -56,6 +59,18 @@ def test_a_message_that_was_held_up_does_not_make_a_link_slow(way: Way) -> None:
     assert way.speed.bytes_per_s == pytest.approx(SPEED, rel=0.01)
 
 
+def test_a_message_that_lay_there_until_it_was_read_tells_nothing(way: Way) -> None:
+    for at in (1.0, 10.0, 20.0):
+        way.send(at, 10**6, read_from=5.0)
+    assert way.speed.bytes_per_s is None
+
+
+def test_who_comes_to_read_a_little_late_has_waited_for_most_of_it(way: Way) -> None:
+    for at in (1.0, 10.0):
+        way.send(at, 10**6, read_from=0.3)
+    assert way.speed.bytes_per_s == pytest.approx(SPEED, rel=0.01)
+
+
 def test_a_link_that_became_slow_is_noticed(way: Way) -> None:
     for at in (1.0, 5.0):
         way.send(at, 10**6)
@@ -69,6 +84,16 @@ def test_steps_of_a_token_say_nothing_of_speed(way: Way, nbytes: int) -> None:
     for at in (1.0, 2.0, 3.0):
         way.send(at, nbytes)
     assert way.speed.bytes_per_s is None
+
+
+def test_steps_of_a_token_keep_the_delay_known_once_the_speed_is(way: Way) -> None:
+    for at in (1.0, 5.0):
+        way.send(at, 10**6)
+    for at in range(10, 300, 10):
+        way.send(at, LARGE_BYTES - 1)
+    for at in (300.0, 305.0, 310.0, 315.0):
+        way.send(at, 10**5)
+    assert way.speed.bytes_per_s == pytest.approx(SPEED, rel=0.02)
 
 
 def test_without_a_late_small_message_nothing_can_be_told(way: Way) -> None:
