@@ -34,6 +34,7 @@ COMMANDS = {
     "footprint-m": "footprint --model M --blocks 8",
     "failover-tiny-chat": "failover --trials 10",
     "weights-random-llama": "weights",
+    "soak-tiny-chat": "soak --minutes 15 --clients 16",
 }
 
 
