@@ -135,7 +135,7 @@ def bench_soak(
 
 def clear_answers(subject: Subject) -> list[list[int]]:
     """Prompts of many lengths with the local model's greedy tokens, of which none was a close decision."""
-    local = load_local(subject.checkpoint, dtype="float32")
+    local: Any = load_local(subject.checkpoint, dtype="float32")
     found: list[list[int]] = []
     low, high = _PROMPT_TOKENS
     for seed in range(20 * _PROMPTS):
