@@ -38,9 +38,10 @@ from swarmkit.server_process import ServerProcess
 from swarmkit.settings import ServerSettings
 
 _STAGES, _REPLICAS = 2, 2
-_CACHE_TOKENS = 2048
-"""A server's: a few sessions' worth, so that some have to wait, and idle ones to make room."""
-_MAX_SESSIONS = 8
+_CACHE_TOKENS, _LEAST_CACHE_TOKENS = 96, 1280
+"""A server's, for each client, and at least: so little that some have to wait, and idle ones to make room."""
+_SESSIONS = 3 / 8
+"""Of each client, on each of two servers: less than there are."""
 _PROMPTS = 8
 _PROMPT_TOKENS = (4, 400)
 _NEW_TOKENS = 16
@@ -80,9 +81,10 @@ def bench_soak(
     on_progress("computing what is right", 0, 1)
     answers = clear_answers(subject)
     bytes_per_token = subject.checkpoint.kv_bytes_per_token_per_block(torch.float32)
+    cache_tokens = max(_LEAST_CACHE_TOKENS, clients * _CACHE_TOKENS)
     settings = ServerSettings(
-        cache_bytes=_CACHE_TOKENS * bytes_per_token * subject.checkpoint.num_blocks // _STAGES,
-        max_sessions=_MAX_SESSIONS,
+        cache_bytes=cache_tokens * bytes_per_token * subject.checkpoint.num_blocks // _STAGES,
+        max_sessions=max(2, int(clients * _SESSIONS)),
         evict_after=1.0,
         report_census=True,
     )
