@@ -38,6 +38,7 @@ COMMANDS = {
     "train-m": "train --model M --batch 8 --tokens 128 --replicas 1,2,4 --rounds 5",
     "failover-tiny-chat": "failover --trials 10",
     "weights-random-llama": "weights",
+    "soak-tiny-chat": "soak --minutes 15 --clients 16",
 }
 
 

@@ -38,9 +38,10 @@ from swarmkit.server_process import ServerProcess
 from swarmkit.settings import ServerSettings
 
 _STAGES, _REPLICAS = 2, 2
-_CACHE_TOKENS = 2048
-"""A server's: a few sessions' worth, so that some have to wait, and idle ones to make room."""
-_MAX_SESSIONS = 8
+_CACHE_TOKENS, _LEAST_CACHE_TOKENS = 96, 1280
+"""A server's, for each client, and at least: so little that some have to wait, and idle ones to make room."""
+_SESSIONS = 3 / 8
+"""Of each client, on each of two servers: less than there are."""
 _PROMPTS = 8
 _PROMPT_TOKENS = (4, 400)
 _NEW_TOKENS = 16
@@ -48,9 +49,11 @@ _LONG_TOKENS = 1024
 _CLEAR_MARGIN = 1e-3
 """By which the first token of a kind is ahead of the second: rounding must not decide what is right."""
 _WARM_UP_S = 8.0
-_READY_S = 180.0
+_READY_S = 600.0
 _LEAVE_S = 240.0
 _SETTLE_S = 90.0
+_BASELINE_LOOKS = 5
+_ASK_TIMEOUT_S = 10.0
 _LEFT = ("sessions", "pushers", "leased_bytes", "incoming_bytes", "works")
 """What must be nothing when nobody is there."""
 _GROWN = ("streams", "tasks", "threads", "descriptors")
@@ -78,9 +81,10 @@ def bench_soak(
     on_progress("computing what is right", 0, 1)
     answers = clear_answers(subject)
     bytes_per_token = subject.checkpoint.kv_bytes_per_token_per_block(torch.float32)
+    cache_tokens = max(_LEAST_CACHE_TOKENS, clients * _CACHE_TOKENS)
     settings = ServerSettings(
-        cache_bytes=_CACHE_TOKENS * bytes_per_token * subject.checkpoint.num_blocks // _STAGES,
-        max_sessions=_MAX_SESSIONS,
+        cache_bytes=cache_tokens * bytes_per_token * subject.checkpoint.num_blocks // _STAGES,
+        max_sessions=max(2, int(clients * _SESSIONS)),
         evict_after=1.0,
         report_census=True,
     )
@@ -101,7 +105,7 @@ def bench_soak(
             on_progress("warming up", 0, 1)
             with _crowd(subject, swarm, answers, shares, seed=seed) as crowd:
                 crowd.live(_WARM_UP_S, 0.0, chance, lambda done: None)
-            before = _settled(take_census, None)
+            before = _baseline(take_census)
             with _crowd(subject, swarm, answers, shares, seed=seed + 1) as crowd:
                 crowd.live(
                     minutes * 60,
@@ -171,6 +175,13 @@ def what_is_left(name: str, before: Census, after: Census | None) -> list[str]:
     if not after.accounted or after.leased_bytes + after.kept_bytes > after.capacity_bytes:
         left.append(f"{name}: the bytes of its cache do not add up")
     return left
+
+
+def most(seen: Sequence[Census]) -> Census:
+    """What a server had of all that comes and goes by itself, at its largest."""
+    return msgspec.structs.replace(
+        seen[-1], **{each: max(getattr(census, each) for census in seen) for each in _GROWN}
+    )
 
 
 class _Crowd:
@@ -351,23 +362,24 @@ def _counting(swarm: LocalSwarm) -> Iterator[Any]:
             lease.call(transport.close)
 
 
-_ASK_TIMEOUT_S = 10.0
-
-
-def _settled(take_census: Any, before: dict[str, Census] | None) -> dict[str, Census]:
-    """The census once nothing is left, or as it is when that has not come about for long.
-
-    Without anything to compare with: once it has been the same a few times.
-    """
+def _baseline(take_census: Any) -> dict[str, Census]:
+    """The most that servers have of everything in five seconds in which nobody is there."""
     give_up_at = time.monotonic() + _SETTLE_S
-    seen: list[dict[str, Census]] = [take_census()]
-    while time.monotonic() < give_up_at:
-        now = seen[-1]
-        if before is not None:
-            if not any(what_is_left(name, before[name], now.get(name)) for name in before):
-                break
-        elif len(seen) > 4 and all(census == now for census in seen[-4:]):
-            break
+    seen: list[dict[str, Census]] = []
+    while len(seen) < _BASELINE_LOOKS:
+        now = take_census()
+        quiet_now = not any(what_is_left(name, census, census) for name, census in now.items())
+        seen = [*seen, now] if quiet_now or time.monotonic() > give_up_at else []
         time.sleep(1.0)
-        seen.append(take_census())
-    return seen[-1]
+    return {name: most([census[name] for census in seen if name in census]) for name in seen[-1]}
+
+
+def _settled(take_census: Any, before: dict[str, Census]) -> dict[str, Census]:
+    """The census once nothing is left, or as it is when that has not come about for long."""
+    give_up_at = time.monotonic() + _SETTLE_S
+    while True:
+        now: dict[str, Census] = take_census()
+        left = any(what_is_left(name, before[name], now.get(name)) for name in before)
+        if not left or time.monotonic() > give_up_at:
+            return now
+        time.sleep(1.0)
