@@ -32,6 +32,7 @@ COMMANDS = {
     "distance-m": "distance --model M --stages 3 --round-trip-ms 100 --megabits 100 --prompt-lookup 8",
     "faults-s": "faults --model S --probability 0.001 --tokens 1024",
     "footprint-m": "footprint --model M --blocks 8",
+    "train-m": "train --model M --batch 8 --tokens 128 --replicas 1,2,4 --rounds 5",
     "failover-tiny-chat": "failover --trials 10",
     "weights-random-llama": "weights",
 }

@@ -60,6 +60,17 @@ def test_a_second_turn_is_measured_with_kept_pages_and_without() -> None:
 
 
 @pytest.mark.slow
+def test_a_training_step_is_compared_with_the_local_models() -> None:
+    found = measured("train", "--batch", "2", "--tokens", "32", "--rounds", "1")
+
+    (row,) = found["results"]
+    assert row["both_ratio_to_local"] == pytest.approx(row["both_s"] / row["local_both_s"], rel=0.02)
+    # There and back, two servers are sent hidden states, and on the way back a gradient with them.
+    assert row["bytes_sent_per_step"] == 6 * 2 * 32 * 256 * 4
+    assert row["largest_gradient_difference"] < 1e-5
+
+
+@pytest.mark.slow
 def test_interference_compares_the_same_client_alone_and_beside_another() -> None:
     found = measured("interference", "--stages", "1", "--prefill-tokens", "256", "--tokens", "8")
 

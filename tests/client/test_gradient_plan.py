@@ -10,7 +10,7 @@ import torch
 
 from swarmkit.client.gradients.flows import Backward, Question, Side, Span
 from swarmkit.client.gradients.plan import LEAST_TOKENS, MOST_TOKENS, Paces, finish_cost, micro_batches
-from swarmkit.client.routing import find_route
+from swarmkit.client.routing import Cost, find_route
 
 from ..net.announcements import announcement
 
@@ -37,18 +37,18 @@ def test_a_chain_of_two_has_enough_to_keep_both_busy() -> None:
 
 def given_out(paces: dict[str, float], count: int) -> Counter[str]:
     """Who gets how many of so many equal micro-batches, all servers being free."""
-    servers = [announcement(peer) for peer in paces]
+    servers = [announcement(number) for number in range(len(paces))]
     by_peer = {server.peer_id: paces[name] for server, name in zip(servers, paces, strict=True)}
     backlog = dict.fromkeys(by_peer, 0.0)
     taken: Counter[str] = Counter()
     for _ in range(count):
-        hop = find_route(0, servers[0].stop, servers, cost_of(by_peer, backlog))[0]
+        hop = find_route(2, 4, servers, cost_of(by_peer, backlog))[0]
         backlog[hop.server.peer_id] += 100 * (hop.stop - hop.start) * by_peer[hop.server.peer_id]
         taken[hop.server.peer_id] += 1
     return Counter({name: taken[server.peer_id] for server, name in zip(servers, paces, strict=True)})
 
 
-def cost_of(paces: dict[str, float], backlog: dict[str, float], banned: str = "") -> object:
+def cost_of(paces: dict[str, float], backlog: dict[str, float], banned: str = "") -> Cost:
     return finish_cost(
         tokens=100,
         pace_s=paces.__getitem__,
@@ -67,10 +67,10 @@ def test_equal_replicas_share_alike() -> None:
 
 
 def test_who_is_left_aside_gets_nothing_while_there_is_another() -> None:
-    one, other = (announcement(peer) for peer in ("one", "other"))
+    one, other = (announcement(number) for number in range(2))
     paces = {one.peer_id: 1.0, other.peer_id: 100.0}
     cost = cost_of(paces, dict.fromkeys(paces, 0.0), banned=one.peer_id)
-    assert find_route(0, one.stop, [one, other], cost)[0].server is other  # type: ignore[arg-type]
+    assert find_route(2, 4, [one, other], cost)[0].server is other
 
 
 def test_what_a_server_claims_counts_until_it_is_measured() -> None:

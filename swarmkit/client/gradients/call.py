@@ -99,7 +99,7 @@ class Call:
         self._refusals: defaultdict[int, int] = defaultdict(int)
         self._stuck: dict[int, _Stuck] = {}
         self._looking = False
-        self._last_error: PeerError | None = None
+        self._last_loss: tuple[Hop, PeerError] | None = None
         self._error: BaseException | None = None
         self._changed = anyio.Event()
 
@@ -247,7 +247,7 @@ class Call:
     def _lost(self, flow: Flow, hop: Hop, error: PeerError) -> None:
         """A server failed: its part of this micro-batch is for another one."""
         swarm, peer_id = self._swarm, hop.server.peer_id
-        self._last_error = error
+        self._last_loss = hop, error
         if isinstance(error, RemoteError) and error.code in SENDERS_FAULT:
             self._refusals[flow.index] += 1
             if self._refusals[flow.index] >= _REFUSALS:
@@ -291,12 +291,13 @@ class Call:
         wanted = [flow.wanted for flow in self._flows if flow.index in self._stuck and flow.wanted]
         start, stop = min(wanted)
         error = swarm.no_route(start, stop)
-        if not isinstance(error, NoRouteError) or error.missing or self._last_error is None:
+        if not isinstance(error, NoRouteError) or error.missing or self._last_loss is None:
             return error
+        hop, cause = self._last_loss
         return NoRouteError(
-            f"the only servers of blocks {start}:{stop} kept failing for {seconds:.0f} s "
-            f"({self._last_error}); start another server for them, or try again later",
-            [(start, stop)],
+            f"the only servers of blocks {hop.start}:{hop.stop} kept failing for {seconds:.0f} s ({cause}); "
+            "start another server for them, or try again later",
+            [(hop.start, hop.stop)],
         )
 
 

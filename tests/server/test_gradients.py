@@ -1,0 +1,334 @@
+"""What a server does with requests for training, good ones and others."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import torch
+
+from swarmkit.net import codec
+from swarmkit.net.codec import TensorSpec
+from swarmkit.net.conversation import Conversation
+from swarmkit.net.gradient_messages import (
+    GRADIENT_ENDPOINT,
+    Backward,
+    BackwardDone,
+    Forward,
+    ForwardDone,
+    Working,
+    decoder,
+)
+from swarmkit.net.messages import Fault, Open, Step
+from swarmkit.server.engine import BULK, Engine
+from swarmkit.server.gradient_work import GradientWork, SliceTimes, row_groups
+from swarmkit.server.gradients import GradientService
+from swarmkit.server.scheduler import Expected, Limits, StepTimes, WaitingJob, WaitingStep, next_turn
+
+from .worlds import HIDDEN, START, STOP, TinyServer, World, frame, hidden_states, small_settings
+
+
+class TrainingServer(TinyServer):
+    """A tiny server with both halves of the protocol."""
+
+    def __init__(self, world: World, **settings: Any) -> None:
+        super().__init__(world, small_settings(**settings), Engine("test"))
+        service = self.service
+        self.gradients = GradientService(
+            world.stage,
+            world.checkpoint.fingerprint,
+            self.engine,
+            small_settings(**settings),
+            service.intake,
+            lambda: service.leaving,
+        )
+
+    async def start(self, *args: Any, **kwargs: Any) -> TrainingServer:
+        await super().start(*args, **kwargs)
+        await self.transport.listen(GRADIENT_ENDPOINT, self.gradients.serve)
+        return self
+
+    async def line(self) -> Line:
+        transport = await self._connect()
+        stream = await transport.open(self.transport.peer_id, GRADIENT_ENDPOINT, self.transport.addresses)
+        return Line(Conversation(stream, 2**24, decoder=decoder), self.world.checkpoint.fingerprint)
+
+
+class Line:
+    """The client's half, with nothing between a test and the wire."""
+
+    def __init__(self, conversation: Conversation, fingerprint: str) -> None:
+        self.conversation = conversation
+        self.fingerprint = fingerprint
+
+    async def answer(self) -> Any:
+        while True:
+            received = await self.conversation.receive()
+            message: Any = received.message
+            if isinstance(message, ForwardDone | BackwardDone):
+                return received.tensor(message.hidden)
+            if not isinstance(message, Working):
+                return message
+
+    async def ask(self, hidden: torch.Tensor, gradient: torch.Tensor | None = None, **fields: Any) -> Any:
+        """A request, and its answer's tensor, or whatever else came."""
+        tensors = [hidden, fields.pop("mask", None), fields.pop("positions", None)]
+        encoded = [None if tensor is None else codec.encode(tensor) for tensor in tensors]
+        specs = dict(zip(("hidden", "mask", "positions"), (one and one[0] for one in encoded), strict=True))
+        payload = [one[1] for one in encoded if one is not None]
+        fields = {"fingerprint": self.fingerprint, "start": START, "stop": STOP, **specs, **fields}
+        if gradient is not None:
+            spec, data = codec.encode(gradient)
+            await self.conversation.send(Backward(**fields, gradient=spec), [*payload, data])
+        else:
+            await self.conversation.send(Forward(**fields), payload)
+        return await self.answer()
+
+
+@pytest.fixture
+async def server(world: World) -> AsyncIterator[TrainingServer]:
+    server = await TrainingServer(world).start()
+    yield server
+    await server.close()
+
+
+@pytest.fixture
+async def line(server: TrainingServer) -> Line:
+    return await server.line()
+
+
+# what it computes
+
+
+async def test_forward_is_the_stages_own(world: World, line: Line) -> None:
+    hidden = hidden_states(2, 5)
+    found = await line.ask(hidden)
+    assert torch.equal(found, world.stage.forward(hidden, world.stage.new_cache(START, STOP)))
+
+
+async def test_backward_is_the_stages_own(world: World, line: Line) -> None:
+    hidden, gradient = hidden_states(2, 5), hidden_states(2, 5, 1)
+    mask = torch.ones(2, 5, dtype=torch.uint8)
+    mask[0, :2] = 0
+    wanted = world.stage.differentiate(hidden, gradient, START, STOP, attention_mask=mask)
+    assert torch.equal(await line.ask(hidden, gradient, mask=mask), wanted)
+
+
+async def test_states_of_a_part_of_the_blocks(world: World, line: Line) -> None:
+    hidden = hidden_states(2, 5)
+    states = await line.ask(hidden, start=2, states=True)
+    assert torch.equal(states[0], await line.ask(hidden, start=2, stop=3))
+    assert torch.equal(states[1], await line.ask(hidden, start=2))
+
+
+async def test_rows_in_groups_are_the_rows_together(world: World) -> None:
+    server = await TrainingServer(world, prefill_chunk_tokens=5).start()
+    line = await server.line()
+    hidden, gradient = hidden_states(3, 4), hidden_states(3, 4, 1)
+    wanted = world.stage.differentiate(hidden, gradient, START, STOP)
+    torch.testing.assert_close(await line.ask(hidden, gradient), wanted, rtol=1e-5, atol=1e-5)
+    await server.close()
+
+
+def test_row_groups_are_as_equal_as_can_be() -> None:
+    assert row_groups(7, 10, 30) == [(0, 2), (2, 4), (4, 7)]
+    assert row_groups(2, 100, 30) == [(0, 1), (1, 2)]
+
+
+def test_a_slice_has_as_many_blocks_as_its_time_allows() -> None:
+    times = SliceTimes(0.1)
+    assert times.blocks(100, goes_back=True) == 1  # nothing is known yet
+    times.learn("forward", 1000, 0.1)
+    assert times.blocks(100, goes_back=False) == 10
+    assert times.blocks(100, goes_back=True) == 1
+    times.learn("backward", 1000, 0.2)
+    assert times.blocks(100, goes_back=True) == 5
+    assert times.blocks(10**6, goes_back=True) == 1
+
+
+# who has priority
+
+
+def test_a_slice_waits_for_decode_steps_but_not_for_ever() -> None:
+    step = WaitingStep(0, 0.0, 1, 1, True, 0.0, 0)
+    limits, times = Limits(512, 1.9), StepTimes()
+
+    def turn(passed_over: int, steps: list[WaitingStep]) -> Any:
+        return next_turn(steps, [WaitingJob(0, True, passed_over)], Expected(), times, limits)
+
+    assert turn(0, []).job == 0
+    assert turn(15, [step]).job is None
+    assert turn(16, [step]).job == 0
+
+
+async def test_a_decode_step_runs_between_two_slices(
+    server: TrainingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, line = await server.session(), await server.line()
+    await session.step(hidden_states(1, 1))
+    order: list[str] = []
+    begun, may_go_on = threading.Event(), threading.Event()
+    original = GradientWork.advance
+
+    def advance(work: GradientWork) -> None:
+        order.append("slice")
+        original(work)
+        if len(order) == 1:
+            begun.set()
+            may_go_on.wait(60)
+
+    monkeypatch.setattr(GradientWork, "advance", advance)
+    training = asyncio.create_task(line.ask(hidden_states(2, 4), hidden_states(2, 4, 1)))
+    await asyncio.to_thread(begun.wait, 60)
+    step = asyncio.create_task(session.step(hidden_states(1, 1)))
+    step.add_done_callback(lambda task: order.append("step"))
+    while not server.engine.waiting:
+        await asyncio.sleep(0.001)
+    may_go_on.set()
+    await step
+    assert order == ["slice", "step"]
+    assert (await training).shape == (2, 4, HIDDEN)
+    assert order.count("slice") >= 2
+
+
+async def test_requests_of_one_client_are_done_one_after_the_other(
+    server: TrainingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[int] = []
+    original = GradientWork.advance
+
+    def advance(work: GradientWork) -> None:
+        order.append(work.request.hidden.shape[1])
+        original(work)
+
+    monkeypatch.setattr(GradientWork, "advance", advance)
+    first = await server.line()
+    transport = server.transports[-1]
+    stream = await transport.open(server.transport.peer_id, GRADIENT_ENDPOINT, server.transport.addresses)
+    second = Line(Conversation(stream, 2**24, decoder=decoder), first.fingerprint)
+    await asyncio.gather(first.ask(hidden_states(1, 3)), second.ask(hidden_states(1, 4)))
+    assert order == sorted(order)
+
+
+# what it refuses
+
+
+def poisoned(value: float) -> torch.Tensor:
+    tensor = hidden_states(2, 3)
+    tensor[1, 2, 3] = value
+    return tensor
+
+
+GOOD = hidden_states(2, 3)
+REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "another model": ("wrong_model", "0123", {"fingerprint": "0123456789abcdef" * 2}),
+    "blocks before": ("blocks_not_held", "0:4 are not inside the served 1:4", {"start": 0}),
+    "blocks behind": ("blocks_not_held", "1:5", {"stop": 5}),
+    "no blocks": ("blocks_not_held", "2:2", {"start": 2, "stop": 2}),
+    "two dimensions": ("bad_shape", r"got \[2, 32\]", {"hidden": torch.zeros(2, HIDDEN)}),
+    "too narrow": ("bad_shape", r"got \[2, 3, 31\]", {"hidden": torch.zeros(2, 3, 31)}),
+    "no rows": ("bad_shape", r"\[0, 3, 32\]", {"hidden": torch.zeros(0, 3, HIDDEN)}),
+    "integers": ("bad_dtype", "int64", {"hidden": torch.zeros(2, 3, HIDDEN, dtype=torch.int64)}),
+    "too many tokens": ("too_large", "2 x 9 tokens.*16 of one request", {"hidden": hidden_states(2, 9)}),
+    "NaN": ("not_finite", "hidden states contain NaN", {"hidden": poisoned(float("nan"))}),
+    "infinity": ("not_finite", "hidden states contain NaN", {"hidden": poisoned(float("-inf"))}),
+    "a gradient of NaN": ("not_finite", "the gradient contains NaN", {"gradient": poisoned(float("nan"))}),
+    "an infinite gradient": ("not_finite", "the gradient contains", {"gradient": poisoned(float("inf"))}),
+    "a gradient of another shape": (
+        "bad_shape",
+        r"gradient must be \[2, 3, 32\], got \[2, 2, 32\]",
+        {"gradient": hidden_states(2, 2)},
+    ),
+    "a gradient of one block for all": (
+        "bad_shape",
+        r"gradient must be \[3, 2, 3, 32\]",
+        {"gradient": GOOD, "states": True},
+    ),
+    "a gradient of integers": (
+        "bad_dtype",
+        "gradient.*int64",
+        {"gradient": torch.zeros(2, 3, HIDDEN, dtype=torch.int64)},
+    ),
+    "a mask too long": ("bad_shape", r"mask must be \[2, 3\]", {"mask": torch.ones(2, 4, dtype=torch.uint8)}),
+    "a mask of floats": ("bad_dtype", "mask.*float32", {"mask": torch.ones(2, 3)}),
+    "a mask of 2": ("bad_value", "0 and 1", {"mask": torch.full((2, 3), 2, dtype=torch.uint8)}),
+    "positions of one row": (
+        "bad_shape",
+        r"positions must be \[2, 3\]",
+        {"positions": torch.zeros(1, 3).long()},
+    ),
+    "negative positions": ("bad_value", "position ids", {"positions": torch.full((2, 3), -1)}),
+    "huge positions": ("bad_value", "position ids", {"positions": torch.full((2, 3), 2**24)}),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+async def test_what_is_wrong_is_named_and_the_next_request_is_served(line: Line, name: str) -> None:
+    code, says, fields = REFUSED[name]
+    hidden = fields.get("hidden", GOOD)
+    rest = {key: value for key, value in fields.items() if key not in ("hidden", "gradient")}
+    fault = await line.ask(hidden, fields.get("gradient"), **rest)
+    assert isinstance(fault, Fault)
+    assert fault.code == code
+    assert re.search(says, fault.message), fault.message
+    assert (await line.ask(GOOD)).shape == GOOD.shape
+
+
+SPEC = TensorSpec((1, 1, HIDDEN), "float32")
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        (Open("0123456789abcdef" * 2, START, STOP, 8), "bad_message"),  # of another endpoint
+        (Step(0, SPEC, 1), "bad_message"),
+        (Working(1, 2), "illegal_message"),
+        (ForwardDone(SPEC, 0.0, 0.0), "illegal_message"),
+        (Fault("internal", "you are broken"), "illegal_message"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_what_a_client_may_not_say_ends_the_stream(line: Line, message: Any, code: str) -> None:
+    nbytes = sum(spec.nbytes for spec in (getattr(message, "hidden", None),) if spec)
+    await line.conversation.stream.send(frame(message, bytes(nbytes)))
+    fault = await line.answer()
+    assert (type(fault), fault.code) == (Fault, code)
+
+
+async def test_a_failure_of_its_own_disturbs_nobody_else(
+    server: TrainingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, line = await server.session(), await server.line()
+    original = GradientWork.advance
+    monkeypatch.setattr(GradientWork, "advance", lambda work: 1 / 0)
+    fault = await line.ask(GOOD)
+    assert (type(fault), fault.code) == (Fault, "internal")
+    monkeypatch.setattr(GradientWork, "advance", original)
+    assert (await session.step(hidden_states(1, 1))).shape == (1, 1, HIDDEN)
+    assert (await (await server.line()).ask(GOOD)).shape == GOOD.shape
+
+
+async def test_a_server_that_leaves_takes_no_more(server: TrainingServer, line: Line) -> None:
+    server.service.leaving = True
+    fault = await line.ask(GOOD)
+    assert (type(fault), fault.code) == (Fault, "leaving")
+
+
+async def test_a_client_that_goes_away_leaves_nothing(server: TrainingServer) -> None:
+    line = await server.line()
+    gate = threading.Event()
+    blocking = asyncio.create_task(server.engine.run(lambda: gate.wait(60), BULK))
+    asking = asyncio.create_task(line.ask(GOOD))
+    while not server.gradients.waiting:
+        await asyncio.sleep(0.001)
+    asking.cancel()
+    line.conversation.close()
+    gate.set()
+    await blocking
+    while server.gradients.streams or server.gradients.waiting:
+        await asyncio.sleep(0.001)
+    assert server.used() == (0, 0, 0)
