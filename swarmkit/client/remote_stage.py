@@ -185,8 +185,11 @@ class RemoteStage:
         self._pages = reply
 
     async def _part(self, tuning: Tuned | Hosted) -> tuple[str, Adapter | None]:
-        """What this server's blocks get; a hash is taken over it at first."""
-        return await anyio.to_thread.run_sync(tuning.part, self.hop.start, self.hop.stop)
+        """What this server's blocks get, and its name there; a hash is taken over it at first."""
+        adapter = tuning.part(self.hop.start, self.hop.stop)
+        if adapter is None:
+            return tuning.hosting, None
+        return await anyio.to_thread.run_sync(lambda: adapter.digest), adapter
 
     async def recall(self, states: torch.Tensor) -> int:
         """Have the session begin with what the server has kept of these inputs [tokens, hidden].

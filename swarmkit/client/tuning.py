@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,15 +55,18 @@ class Tuned:
 
     def extent(self, start: int, stop: int) -> tuple[int, int]:
         """Where the values of blocks [start, stop) begin and end among all."""
-        return extent(tuple(self.fittings.slots(self.spec)), start, stop)
+        return extent(self._whole.slots, start, stop)
 
-    def part(self, start: int, stop: int) -> tuple[str, Adapter | None]:
-        """The name of what blocks [start, stop) get, empty if that is nothing; and the thing itself."""
+    @cached_property
+    def _whole(self) -> Adapter:
+        return Adapter(self.spec, self.values.detach(), self.fittings)
+
+    def part(self, start: int, stop: int) -> Adapter | None:
+        """What blocks [start, stop) get; None if that is nothing. Is quick; its name takes a hash."""
         known = self._parts.get((start, stop))
         if known is None:
-            whole = Adapter(self.spec, self.values.detach(), self.fittings)
-            known = self._parts[start, stop] = whole.within(start, stop)
-        return ("", None) if known.spec.is_empty else (known.digest, known)
+            known = self._parts[start, stop] = self._whole.within(start, stop)
+        return None if known.spec.is_empty else known
 
     def is_like(self, other: object) -> bool:
         """Whether it changes blocks in the same way."""
@@ -80,8 +84,8 @@ class Hosted:
     unchanged = True
     trains = False
 
-    def part(self, start: int, stop: int) -> tuple[str, Adapter | None]:
-        return self.hosting, None
+    def part(self, start: int, stop: int) -> None:
+        """Nothing has to be sent."""
 
     def is_like(self, other: object) -> bool:
         return isinstance(other, Hosted) and other.hosting == self.hosting

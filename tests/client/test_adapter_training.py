@@ -16,6 +16,7 @@ from swarmkit.errors import AdapterError, UsageError
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.head import load_local
 
+from ..models.quantise import with_bitsandbytes
 from ..models.tiny import make_checkpoint
 from ..models.tuned import peft_model, randomise, saved_adapter
 
@@ -297,9 +298,30 @@ def test_a_gradient_with_nan_is_not_sent_and_others_go_on(swarm: LocalSwarm) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["int8", "nf4"])
-def test_gradients_through_quantised_blocks_are_near_those_of_whole_ones(
-    checkpoint: Checkpoint, precision: str
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_gradients_through_quantised_blocks_are_those_of_peft_on_them(tmp_path: Path, kind: str) -> None:
+    """Within 1 % of the largest: the same quantised weights, and here as there float32 otherwise."""
+    folder = make_checkpoint(tmp_path, "llama", num_blocks=3, hidden_size=64, intermediate_size=128)
+    with_bitsandbytes(folder, kind)
+    checkpoint = Checkpoint.open(folder)
+    targets = KINDS["llama"][1]
+    reference = peft_model(checkpoint, targets)
+    reference(**BATCH).loss.backward()
+    with LocalSwarm(checkpoint, num_stages=2, transport="memory") as swarm:
+        model = swarmkit.get_peft_model(swarm.model(), lora(targets))
+        randomise(model)
+        model(**BATCH).loss.backward()
+    for name, parameter in trained(reference).items():
+        found, wanted = trained(model)[name].grad, parameter.grad
+        assert found is not None
+        assert wanted is not None
+        assert (found - wanted).abs().max() <= 0.01 * wanted.abs().max(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "least"), [("int8", 0.95), ("nf4", 0.8), ("bfloat16", 0.99)])
+def test_gradients_through_rounded_blocks_point_where_those_of_whole_ones_do(
+    checkpoint: Checkpoint, precision: str, least: float
 ) -> None:
     targets = KINDS["llama"][1]
     reference = peft_model(checkpoint, targets)
@@ -310,4 +332,4 @@ def test_gradients_through_quantised_blocks_are_near_those_of_whole_ones(
         model(**BATCH).loss.backward()
     found = torch.cat([p.grad.flatten() for p in trained(model).values() if p.grad is not None])
     wanted = torch.cat([p.grad.flatten() for p in trained(reference).values()])
-    assert torch.nn.functional.cosine_similarity(found, wanted, dim=0) > 0.9
+    assert torch.nn.functional.cosine_similarity(found, wanted, dim=0) > least

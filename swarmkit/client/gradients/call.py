@@ -237,7 +237,7 @@ class Call:
         except RemoteError as error:
             if error.code != "no_adapter" or question.adapter is None:
                 raise
-            adapters.forget(server, question.name)
+            adapters.forget(server, question.adapter_name)
             await adapters.ensure(server, question.adapter)
             return await line.ask(fingerprint, question, deadline_s)
 

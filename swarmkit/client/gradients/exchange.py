@@ -153,7 +153,16 @@ def _encoded(fingerprint: str, question: Question) -> tuple[GradientRequest, lis
         if part is not None:
             payload.append(part)
     mask, positions = specs
-    common = (fingerprint, span.start, span.stop, hidden, mask, positions, question.states, question.name)
+    common = (
+        fingerprint,
+        span.start,
+        span.stop,
+        hidden,
+        mask,
+        positions,
+        question.states,
+        question.adapter_name,
+    )
     if question.gradient is None:
         return Forward(*common), payload
     gradient, data = codec.encode(question.gradient)

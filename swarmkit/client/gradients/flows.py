@@ -59,10 +59,15 @@ class Question:
     gradient: Tensor | None = None
     adapter: Adapter | None = None
     """For the span's blocks, to be sent to the server before."""
-    name: str = ""
-    """Of the adapter there."""
+    hosted: str = ""
+    """Or the hash of one that the server has."""
     trains: bool = False
     """The gradient with respect to the adapter is wanted."""
+
+    @property
+    def adapter_name(self) -> str:
+        """What the server calls the adapter; takes a hash at first."""
+        return self.hosted if self.adapter is None else self.adapter.digest
 
     @property
     def direction(self) -> Direction:
@@ -143,8 +148,8 @@ class Forward:
         return max(1, self.most_state_tokens // self.tokens) if self.states else None
 
     def question(self, start: int, stop: int) -> Question:
-        name, adapter = _part(self.tuned, start, stop)
-        return Question(Span(start, stop, self.hidden), self.side, self.states, None, adapter, name)
+        span = Span(start, stop, self.hidden)
+        return Question(span, self.side, self.states, None, *_tuned(self.tuned, start, stop))
 
     def take(self, question: Question, answer: Tensor, of_adapter: Tensor | None) -> None:
         self.spans.append(question.span)
@@ -197,11 +202,11 @@ class Backward:
 
     def question(self, start: int, stop: int) -> Question:
         span = self.spans[-1]
-        name, adapter = _part(self.tuned, start, stop)
+        adapter, hosted = _tuned(self.tuned, start, stop)
         if stop < span.stop:
-            return Question(Span(start, stop, span.given), self.side, False, None, adapter, name)
+            return Question(Span(start, stop, span.given), self.side, False, None, adapter, hosted)
         trains = self.of_adapter is not None and adapter is not None
-        return Question(span, self.side, self.states, self._gradient_of(span), adapter, name, trains)
+        return Question(span, self.side, self.states, self._gradient_of(span), adapter, hosted, trains)
 
     def take(self, question: Question, answer: Tensor, of_adapter: Tensor | None) -> None:
         span = self.spans.pop()
@@ -237,5 +242,5 @@ class Backward:
         return part
 
 
-def _part(tuned: Tuned | Hosted | None, start: int, stop: int) -> tuple[str, Adapter | None]:
-    return ("", None) if tuned is None else tuned.part(start, stop)
+def _tuned(tuned: Tuned | Hosted | None, start: int, stop: int) -> tuple[Adapter | None, str]:
+    return (None, "") if tuned is None else (tuned.part(start, stop), tuned.hosting)
