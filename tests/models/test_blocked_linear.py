@@ -19,6 +19,13 @@ except (AttributeError, RuntimeError):
     pytest.skip("this torch has no blocked weights", allow_module_level=True)
 
 
+try:
+    torch.ops.mkldnn._reorder_linear_weight(torch.randn(8, 8).bfloat16(), 1)
+    HAS_BFLOAT16 = True
+except RuntimeError:
+    HAS_BFLOAT16 = False
+
+
 def layer(bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
     torch.manual_seed(0)
     return nn.Linear(IN, OUT, bias=bias, dtype=dtype).requires_grad_(False)
@@ -49,10 +56,17 @@ def test_products_are_those_of_the_plain_layer(shape: tuple[int, ...], bias: boo
     assert torch.allclose(BlockedLinear.of(layer(bias))(given), layer(bias)(given), atol=1e-5)
 
 
+@pytest.mark.skipif(not HAS_BFLOAT16, reason="needs a processor with AVX512")
 def test_bfloat16_products_are_those_of_the_plain_layer() -> None:
     given = torch.randn(5, IN, dtype=torch.bfloat16)
     plain = layer(dtype=torch.bfloat16)
     assert torch.allclose(BlockedLinear.of(plain)(given), plain(given), atol=2e-2)
+
+
+@pytest.mark.skipif(HAS_BFLOAT16, reason="this processor has them")
+def test_bfloat16_layers_stay_where_the_processor_has_no_blocked_ones(faster: None) -> None:
+    model = nn.Sequential(nn.Linear(1024, 1024, dtype=torch.bfloat16).requires_grad_(False))
+    assert use_blocked(model) == 0
 
 
 def test_what_lies_in_another_order_is_multiplied_right() -> None:

@@ -33,7 +33,6 @@ def test_every_supported_architecture_agrees(name: str) -> None:
     assert verdict.agrees, verdict.reason
     assert verdict.cuts >= 5
     assert max(verdict.worst_prefill, verdict.worst_decode, verdict.worst_backward) < 1e-5
-    assert verdict.seconds < 20
 
 
 @pytest.mark.parametrize(
