@@ -63,6 +63,10 @@ def goals(results: Mapping[str, Mapping[str, Any]]) -> list[Goal]:
         if lookup := distance["prompt_lookup"]:
             ratio = lookup["ratio_to_chain_bound"]
             found.append(Goal("M, 100 ms apart, speculation: ÷ bound", ratio, 2.5))
+    for name in ("s", "m"):
+        if recovery := results.get(f"recovery-{name}"):
+            label = f"{name.upper()}: recovery kept ready ÷ switched off"
+            found.append(Goal(label, recovery["ratio_to_without"], 0.97))
     if faults := results.get("faults-s"):
         found.append(Goal("S: sends fail, p = 0.001: ÷ fault-free", faults["ratio_to_fault_free"], 0.95))
     if footprint := results.get("footprint-m"):

@@ -34,6 +34,8 @@ COMMANDS = {
     "codecs-tiny-chat": "codecs --questions 200",
     "codecs-m": "codecs --model M --questions 8 --prompt-tokens 64 --tokens 12 --megabits 10",
     "faults-s": "faults --model S --probability 0.001 --tokens 1024",
+    "recovery-s": "recovery --model S --tokens 256",
+    "recovery-m": "recovery --model M --tokens 32",
     "footprint-m": "footprint --model M --blocks 8",
     "train-m": "train --model M --batch 8 --tokens 128 --replicas 1,2,4 --rounds 5",
     "failover-tiny-chat": "failover --trials 10",

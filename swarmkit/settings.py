@@ -141,6 +141,10 @@ class ClientSettings(BaseSettings):
         description="guess tokens by looking them up in the text, as many as pay: never; where the answer is "
         "the same without; or wherever it can be done, sampling too (another answer, by the same chances)",
     )
+    recovery: bool = Field(
+        default=True,
+        description="keep what sessions need to survive a lost server; without, one that is lost ends them",
+    )
     precisions: tuple[str, ...] = Field(
         default=(), description="use only servers of these precisions, such as float32; none = any"
     )

@@ -232,7 +232,7 @@ class ChainSession:
         index = 0
         while index < len(self._stages):
             stage = self._stages[index]
-            await off_loop(arrived.nbytes, lambda: stage.history.write(arrived_from, arrived))  # noqa: B023
+            await off_loop(arrived.nbytes, lambda: stage.note_inputs(arrived_from, arrived, work.end))  # noqa: B023
             want = self._wanted_from(index, work)
             try:
                 output = await self._run(index, want, work)
@@ -515,6 +515,8 @@ class ChainSession:
         """Put others in the place of a stage that failed."""
         stage = self._stages[index]
         peer_id = stage.hop.server.peer_id
+        if not self._swarm.settings.recovery and self.position:
+            raise error
         if isinstance(error, RemoteError) and error.is_busy:
             return await self._go_round(index, error, work)
         if isinstance(error, RemoteError) and error.code in SENDERS_FAULT:

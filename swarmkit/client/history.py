@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from swarmkit.errors import SessionError
 from swarmkit.net import codec
 from swarmkit.net.codec import CodecName, TensorSpec
 
@@ -81,6 +82,39 @@ class History:
         if self._buffer is None or stop > self.tokens:
             raise ValueError(f"positions {start}:{stop} are not in a history of {self.tokens} tokens")
         return self._buffer[:, start:stop].contiguous()
+
+
+class NoHistory(History):
+    """What is sent now, and nothing of what was sent before: a session that keeps no more cannot survive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._from = 0
+        """The position of the first token that is here."""
+
+    def write(self, position: int, hidden: torch.Tensor) -> None:
+        self._buffer, self._from, self.tokens = hidden, position, position + hidden.shape[1]
+
+    def skip_to(self, tokens: int) -> None:
+        """The server got its inputs up to there from another one."""
+        self._buffer, self._from, self.tokens = None, tokens, tokens
+
+    def encode(self, start: int, stop: int, new_from: int, name: CodecName) -> tuple[TensorSpec, memoryview]:
+        return codec.encode(self.read(start, stop), name)
+
+    def reorder(self, order: Sequence[int]) -> None:
+        self._buffer = None
+
+    def row(self, tokens: int) -> torch.Tensor | None:
+        return None
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        if self._buffer is None or start < self._from or stop > self.tokens:
+            raise SessionError(
+                "this session keeps nothing to survive a lost server with (ClientSettings.recovery); "
+                "open a new one"
+            )
+        return self._buffer[:, start - self._from : stop - self._from].contiguous()
 
 
 def _room_for(tokens: int) -> int:

@@ -14,7 +14,7 @@ import anyio.to_thread
 import msgspec
 import torch
 
-from swarmkit.client.history import History
+from swarmkit.client.history import History, NoHistory
 from swarmkit.client.prefix_memory import names_for
 from swarmkit.client.routing import Hop
 from swarmkit.client.swarm import SwarmClient
@@ -120,7 +120,7 @@ class RemoteStage:
         self._swarm = swarm
         self._tuning = tuning
         self.hop = hop
-        self.history = history or History()
+        self.history = history or (History() if swarm.settings.recovery else NoHistory())
         self.held = 0
         """Tokens that the server's cache holds, as far as they are still wanted."""
         self.order: tuple[int, ...] | None = None
@@ -274,6 +274,13 @@ class RemoteStage:
         if self._asking or sum(request.size for request in self.pending) > _SMALL_STEP:
             self.drop()
 
+    def note_inputs(self, position: int, hidden: torch.Tensor, end: int) -> None:
+        """These are the inputs from `position` on of a step to `end`; none where it was pushed them."""
+        if isinstance(self.history, NoHistory) and not hidden.shape[1]:
+            self.history.skip_to(end)
+        else:
+            self.history.write(position, hidden)
+
     def crop(self, tokens: int) -> None:
         self.history.crop(tokens)
         self.held = min(self.held, tokens)
@@ -336,6 +343,7 @@ class RemoteStage:
             request.answers,
             conversation.clock(),
             min(deadline_s, _MOST_PATIENCE_S),
+            not self._swarm.settings.recovery,
         )
         self._sent_bytes += spec.nbytes
         self._sent_codec = spec.codec
@@ -372,6 +380,8 @@ class RemoteStage:
             raise ProtocolError(f"expected StepDone, got {type(reply).__name__}", peer_id)
         if reply.hidden.codec not in ("none", *self._swarm.settings.codecs):
             raise ProtocolError(f"outputs came as {reply.hidden.codec}, which is not allowed here", peer_id)
+        if reply.forwarded and not self._swarm.settings.recovery:
+            shape = (request.rows, 0, width)
         output = await off_loop(largest, lambda: _checked(reply, received, shape, peer_id))
         self._note_rates(reply, self._fed_by if pushed else "")
         self.order = None

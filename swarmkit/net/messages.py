@@ -197,6 +197,7 @@ class Step(_Message, frozen=True):
         answers: in which codec this server gives its outputs, to the client as to the next server, and then
             in which the servers do that they are pushed on to; `none` for those it does not name.
         patience_s: how long its client waits for the answer, counted from when the step comes; 0 = not said.
+        lean: a server that has pushed its outputs on need not send them to the client too, who keeps none.
     """
 
     position: Count
@@ -210,6 +211,7 @@ class Step(_Message, frozen=True):
     answers: Annotated[tuple[CodecName, ...], msgspec.Meta(max_length=4097)] = ()
     sent_at: Clock = 0.0
     patience_s: Seconds = 0.0
+    lean: bool = False
 
 
 class StepDone(_Message, frozen=True):

@@ -531,6 +531,10 @@ class BlockService:
             if step.forward and session.downstream is not None:
                 if await session.downstream.push(step, received, reply.hidden, payload):
                     reply = msgspec.structs.replace(reply, forwarded=True)
+                    if step.lean:
+                        rows, _, width = reply.hidden.shape
+                        none = msgspec.structs.replace(reply.hidden, shape=(rows, 0, width))
+                        reply, payload = msgspec.structs.replace(reply, hidden=none), memoryview(b"")
                 else:
                     session.link(None)
             came_by = client.conversation if source is None else source

@@ -9,4 +9,4 @@ __all__ = ["bench_app"]
 # Importing a command's file adds it to `bench_app`; the order is the order in `--help`.
 # isort: off
 from swarmkit.cli.bench import decode, clients, prefill, interference, distance, faults, failover  # noqa: F401
-from swarmkit.cli.bench import second_turn, codecs, footprint, weights, soak, train  # noqa: F401
+from swarmkit.cli.bench import second_turn, codecs, footprint, weights, soak, train, recovery  # noqa: F401
