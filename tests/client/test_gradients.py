@@ -25,7 +25,11 @@ from ..models.tiny import VOCABULARY, make_checkpoint
 from .answers import eventually
 from .recovery import STAGES, World, a_world
 
-FAMILIES = ["llama", "gemma2", "qwen3_moe", "bloom"]
+FAMILIES = [
+    "llama",
+    "gemma2",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_moe", "bloom", "gpt2", "qwen3_next")),
+]
 ROWS, TOKENS = 6, 64
 PADDING = {
     "no padding": [0] * ROWS,
@@ -283,7 +287,7 @@ def answered(world: World) -> int:
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("stage", range(3))
+@pytest.mark.parametrize("stage", [1, *(pytest.param(other, marks=pytest.mark.slow) for other in (0, 2))])
 def test_a_server_that_dies_is_replaced_and_only_its_part_is_done_again(
     tiny_llama: Checkpoint, watch: Watch, stage: int, direction: str
 ) -> None:
@@ -319,6 +323,7 @@ def test_other_boundaries_do_for_the_way_back(tiny_llama: Checkpoint, watch: Wat
         out = world.model.blocks(states).square().sum()
         (wanted,) = torch.autograd.grad(out, states, retain_graph=True)
         world.add((0, 2), (2, 5))
+        watch.begun.clear()
         watch.at(1, "backward", 1, die)
         (found,) = torch.autograd.grad(out, states)
         assert torch.equal(found, wanted)
