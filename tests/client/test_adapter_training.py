@@ -20,6 +20,8 @@ from ..models.quantise import with_bitsandbytes
 from ..models.tiny import make_checkpoint
 from ..models.tuned import peft_model, randomise, saved_adapter
 
+pytest.importorskip("peft")
+
 KINDS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "llama": ("llama", ["q_proj", "v_proj", "down_proj"], {}),
     "conv1d": ("gpt2", ["c_attn", "c_proj"], {"fan_in_fan_out": True}),
@@ -73,7 +75,11 @@ def steps(model: nn.Module, count: int, between: Any = lambda step: None) -> lis
     return losses
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def some_slowly(kind: str) -> object:
+    return pytest.param(kind, marks=pytest.mark.slow if kind == "experts" else ())
+
+
+@pytest.mark.parametrize("kind", map(some_slowly, KINDS))
 def test_gradients_of_an_adapter_are_those_of_peft(tmp_path: Path, kind: str) -> None:
     model_type, targets, changes = KINDS[kind]
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path, model_type, num_blocks=3))

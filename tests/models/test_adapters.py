@@ -23,6 +23,8 @@ from swarmkit.models.stage import Stage, StageCache, StepPart
 from .tiny import StageChain, make_checkpoint
 from .tuned import peft_model, random_adapter, saved_adapter
 
+pytest.importorskip("peft")
+
 IDS = torch.tensor([[5, 9, 33, 17, 4, 41, 8, 12]])
 
 
@@ -60,7 +62,11 @@ KINDS: dict[str, tuple[str, list[str] | str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def some_slowly(kind: str) -> object:
+    return pytest.param(kind, marks=pytest.mark.slow if kind in ("experts", "gemma2") else ())
+
+
+@pytest.mark.parametrize("kind", map(some_slowly, KINDS))
 def test_a_saved_adapter_gives_the_logits_of_peft(tmp_path: Path, checkpoints: Path, kind: str) -> None:
     model_type, targets, changes = KINDS[kind]
     checkpoint = Checkpoint.open(make_checkpoint(checkpoints, model_type, num_blocks=3))
