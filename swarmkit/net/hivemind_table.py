@@ -106,6 +106,13 @@ def owning(tasks: set[asyncio.Task[Any]]) -> Iterator[None]:
         _task_owner.reset(token)
 
 
+def wake_sleepers(tasks: set[asyncio.Task[Any]]) -> None:
+    """Cancel the tasks that only let time pass: hivemind's bootstrap leaves one behind, for seconds."""
+    for task in tasks:
+        if getattr(task.get_coro(), "__qualname__", "") == "sleep":
+            task.cancel()
+
+
 async def end_tasks(tasks: set[asyncio.Task[Any]]) -> None:
     """Cancel tasks, and what they start while they end, until none is left."""
     while pending := [task for task in tasks if not task.done()]:

@@ -31,7 +31,7 @@ from swarmkit.errors import (
 )
 from swarmkit.net.direct import DirectListener, Offer, SealedStream, connect_directly
 from swarmkit.net.framing import FrameStream
-from swarmkit.net.hivemind_table import HivemindTable, end_tasks, load_hivemind, owning
+from swarmkit.net.hivemind_table import HivemindTable, end_tasks, load_hivemind, owning, wake_sleepers
 from swarmkit.net.identity import Identity
 from swarmkit.net.p2p_daemon import DaemonOptions, P2PDaemon
 from swarmkit.net.transport import Handler, RecordCheck, Stream, Transport
@@ -171,6 +171,7 @@ class HivemindTransport(Transport):
                 check=check,
                 timeout=table_timeout,
             )
+        wake_sleepers(self._hivemind_tasks)
 
     @property
     def identity(self) -> Identity:
