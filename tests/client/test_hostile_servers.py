@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from swarmkit import LocalSwarm
-from swarmkit.client.trace import PeerLost
+from swarmkit.client.trace import Busy, PeerLost
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.head import load_local
 from swarmkit.models.stage import Stage
@@ -268,7 +268,7 @@ def meet(swarm: LocalSwarm, stage: Stage, lie: Lie, lie_at: int) -> Met:
 
 def check(met: Met, undisturbed: torch.Tensor) -> None:
     tokens, liar, model = met
-    lost = [event.peer_id for event in model.events if isinstance(event, PeerLost)]
+    lost = [event.peer_id for event in model.events if isinstance(event, PeerLost | Busy)]
     assert torch.equal(tokens, undisturbed)
     assert (liar.lies, lost) == (1, [liar.peer_id])
     assert model.connection.client.bans.is_banned(liar.peer_id)
