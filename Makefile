@@ -7,7 +7,7 @@ DEV    := $(VENV)/.ready-dev
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check bench clean
+.PHONY: help demo test test-all notebooks check bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,10 +28,13 @@ demo: $(READY) ## four servers, a chat, and a server that dies in the middle of 
 	@$(BIN)/swarmkit demo
 
 test: $(DEV) ## the tests; under 10 minutes on 2 cores
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow and not notebook"
 
-test-all: $(DEV) ## the slow tests too
+test-all: $(DEV) ## the slow tests and the notebooks too
 	@$(BIN)/python -m pytest
+
+notebooks: $(DEV) ## run every notebook from a clean kernel; about 2 minutes on 2 cores
+	@$(BIN)/python -m pytest -m notebook tests/notebooks
 
 check: $(DEV) ## ruff and the type checker
 	@$(BIN)/ruff check .
