@@ -69,6 +69,11 @@ def goals(results: Mapping[str, Mapping[str, Any]]) -> list[Goal]:
             found.append(Goal(label, recovery["ratio_to_without"], 0.97))
     if faults := results.get("faults-s"):
         found.append(Goal("S: sends fail, p = 0.001: ÷ fault-free", faults["ratio_to_fault_free"], 0.95))
+    if train := results.get("train-m"):
+        for row in _with(train["results"], replicas=1):
+            forward, both = row["forward_ratio_to_local"], row["both_ratio_to_local"]
+            found.append(_below("M, 8 x 128 over 2 servers: forward ÷ local", forward, 0.65, 1.07))
+            found.append(_below("M, the same: forward and backward ÷ local", both, 0.85, 1.93))
     if footprint := results.get("footprint-m"):
         found.append(_below("M, 8 blocks: processes", footprint["processes"], 2, 13))
         found.append(_below("M, 8 blocks: MB of memory", footprint["memory_bytes"] / 1e6, 730, 730))

@@ -125,6 +125,15 @@ def test_codecs_are_compared_in_bytes_answers_and_speed() -> None:
 
 
 @pytest.mark.slow
+def test_recovery_is_compared_with_keeping_nothing() -> None:
+    found = measured("recovery", "--tokens", "8")
+
+    assert found["ratio_to_without"] == pytest.approx(
+        found["tokens_per_s"] / found["tokens_per_s_without"], rel=0.02
+    )
+
+
+@pytest.mark.slow
 def test_faults_strike_and_the_tokens_are_the_same() -> None:
     found = measured("faults", "--probability", "0.1", "--stages", "1", "--tokens", "24")
 
