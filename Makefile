@@ -28,10 +28,10 @@ demo: $(READY) ## four servers, a chat, and a server that dies in the middle of 
 	@$(BIN)/swarmkit demo
 
 test: $(DEV) ## the tests; under 10 minutes on 2 cores
-	@$(BIN)/python -m pytest -m "not slow and not notebook"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not notebook"
 
 test-all: $(DEV) ## the slow tests and the notebooks too
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 notebooks: $(DEV) ## run every notebook from a clean kernel; about 2 minutes on 2 cores
 	@$(BIN)/python -m pytest -m notebook tests/notebooks
