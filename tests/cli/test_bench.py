@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from .test_commands import last_json, run
+from .test_commands import last_json, run, slowly
 
 TINY = ("--rounds", "1", "--json")
 
@@ -178,8 +178,8 @@ def test_people_get_a_table() -> None:
     ("arguments", "said"),
     [
         (("decode", "--stages", "0,1"), "as in 1,2,4"),
-        (("clients", "--clients", ""), "--clients takes numbers"),
-        (("prefill", "--stages", "9"), "cut into 1 to 8 stages"),
+        slowly(("clients", "--clients", ""), "--clients takes numbers"),
+        slowly(("prefill", "--stages", "9"), "cut into 1 to 8 stages"),
     ],
 )
 def test_a_mistake_gets_one_clear_line(arguments: tuple[str, ...], said: str) -> None:

@@ -172,15 +172,20 @@ def test_the_demo_kills_a_server_and_the_answer_is_the_same() -> None:
     assert processes_marked(mark) == []
 
 
+def slowly(*case: object) -> Any:
+    """Every command takes seconds to start."""
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("generate", "no-such-model", "Hi"), "no-such-model"),
         (("serve", "tiny-chat", "--blocks", "7:12"), "not inside this model's 0:8"),
-        (("serve", "tiny-chat", "--blocks", "many"), "blocks are written A:B"),
-        (("status",), "give --join ADDRESS"),
-        (("status", "--join", "/ip4/127.0.0.1/tcp/9/p2p/nobody"), "nobody"),
-        (("bench", "decode", "--stages", "one"), "as in 1,2,4"),
+        slowly(("serve", "tiny-chat", "--blocks", "many"), "blocks are written A:B"),
+        slowly(("status",), "give --join ADDRESS"),
+        slowly(("status", "--join", "/ip4/127.0.0.1/tcp/9/p2p/nobody"), "nobody"),
+        slowly(("bench", "decode", "--stages", "one"), "as in 1,2,4"),
     ],
 )
 def test_a_mistake_gets_one_clear_line_and_exit_code_1(arguments: tuple[str, ...], said: str) -> None:

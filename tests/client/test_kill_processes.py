@@ -178,7 +178,9 @@ def kill_at_answer(
     return killed
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=() if seed < 10 else pytest.mark.slow) for seed in range(20)]
+)
 def test_sigkill_at_a_random_moment(
     world: World, undisturbed: Callable[..., list[list[int]]], monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:

@@ -368,6 +368,7 @@ print(checkpoint.fingerprint, checkpoint.files.store.root)
 """
 
 
+@pytest.mark.slow
 def test_endpoint_home_and_store_are_taken_from_the_environment(
     hub: LocalHub, folder: Path, tmp_path: Path
 ) -> None:
