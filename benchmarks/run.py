@@ -37,7 +37,7 @@ COMMANDS = {
     "recovery-s": "recovery --model S --tokens 256",
     "recovery-m": "recovery --model M --tokens 32",
     "footprint-m": "footprint --model M --blocks 8",
-    "train-m": "train --model M --batch 8 --tokens 128 --replicas 1,2,4 --rounds 5",
+    "train-m": "train --model M --batch 8 --tokens 128 --replicas 1,2,4 --rounds 3",
     "failover-tiny-chat": "failover --trials 10",
     "weights-random-llama": "weights",
     "soak-tiny-chat": "soak --minutes 15 --clients 16",
