@@ -14,6 +14,7 @@ def route_table(trace: Sequence[StepTrace], last: int = 32) -> Table:
     """The route of the last step; times are medians over the last single-token steps on that route.
 
     Bytes are those of the last of these; `-` goes out where the server before hands on what came in from it.
+    What a step had to wait for is shown where some step had: a terminal is 80 columns wide.
     """
     route = [(hop.peer_id, hop.start, hop.stop) for hop in trace[-1].hops]
     same = [
@@ -24,8 +25,16 @@ def route_table(trace: Sequence[StepTrace], last: int = 32) -> Table:
     table = Table(show_edge=False, pad_edge=False, header_style="dim")
     table.add_column("hop")
     table.add_column("blocks")
-    for heading in ("queue ms", "compute ms", "network ms", "ahead", "expected ms", "bytes out, in"):
-        table.add_column(heading, justify="right")
+    shown = [
+        ("queue ms", "queue_ms", ".2f"),
+        ("compute", "compute_ms", ".2f"),
+        ("network", "network_ms", ".2f"),
+    ]
+    if any(hop.ahead for step in same for hop in step.hops):
+        shown += [("ahead", "ahead", ".0f"), ("expected", "expected_wait_ms", ".2f")]
+    for heading, _, _ in shown:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("bytes out, in", justify="right")
     for index, hop in enumerate(trace[-1].hops):
         columns = [step.hops[index] for step in same]
         table.add_row(
@@ -33,13 +42,7 @@ def route_table(trace: Sequence[StepTrace], last: int = 32) -> Table:
             f"{hop.start}:{hop.stop}",
             *(
                 f"{statistics.median(getattr(column, name) for column in columns):{form}}"
-                for name, form in (
-                    ("queue_ms", ".2f"),
-                    ("compute_ms", ".2f"),
-                    ("network_ms", ".2f"),
-                    ("ahead", ".0f"),
-                    ("expected_wait_ms", ".2f"),
-                )
+                for _, name, form in shown
             ),
             f"{_carried(columns[-1].sent_bytes, columns[-1].sent_codec)}, "
             f"{_carried(columns[-1].received_bytes, columns[-1].received_codec)}",
