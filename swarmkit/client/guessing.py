@@ -11,6 +11,7 @@ import inspect
 import threading
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -219,7 +220,7 @@ class Guesses:
             self.count = self.count.plus(guesses, accepted)
 
 
-class _Adaptive(CandidateGenerator):  # type: ignore[misc]
+class _Adaptive(CandidateGenerator, ABC):  # type: ignore[misc]
     """What lookups and drafts share: each step is timed, and what came of it is noted."""
 
     def __init__(
@@ -286,12 +287,13 @@ class _Adaptive(CandidateGenerator):  # type: ignore[misc]
         room = self._max_length - self._length - 1
         return min(room, self._session.max_length - self._length) if self._session else room
 
+    @abstractmethod
     def _find(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """What `get_candidates` returns; None = guesses were not looked for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _learn(self, round_: Round, new: list[int]) -> None:
-        raise NotImplementedError
+        """Learn from a step that brought the tokens `new`."""
 
 
 class _Lookups(_Adaptive):

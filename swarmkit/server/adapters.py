@@ -16,8 +16,6 @@ from transformers import PreTrainedConfig
 
 from swarmkit.errors import (
     AdapterError,
-    IllegalMessageError,
-    MessageTooLargeError,
     PeerError,
     ProtocolError,
 )
@@ -28,12 +26,12 @@ from swarmkit.models.stage import Stage
 from swarmkit.net import codec
 from swarmkit.net.adapter_messages import AdapterKept, AdapterMessage, PutAdapter, decoder, next_state
 from swarmkit.net.conversation import CHUNK_BYTES, Conversation, Received
-from swarmkit.net.messages import FATAL, HIDDEN_DTYPES, Fault, printable
+from swarmkit.net.messages import HIDDEN_DTYPES, Fault, printable
 from swarmkit.net.transport import Stream
 from swarmkit.server.adapter_store import AdapterStore, Hold, NoRoomError
 from swarmkit.server.engine import Engine, EngineClosedError
 from swarmkit.server.intake import Intake
-from swarmkit.server.sessions import Refusal
+from swarmkit.server.sessions import Refusal, refusal_of
 from swarmkit.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -113,14 +111,8 @@ class AdapterService:
             name = await self._keep(owner, received)
             await self._send(conversation, AdapterKept(name))
             return True
-        except IllegalMessageError as error:
-            refusal, goes_on = Refusal("illegal_message", str(error)), False
-        except MessageTooLargeError as error:
-            refusal, goes_on = Refusal("over_quota", str(error)), False
-        except ProtocolError as error:
-            refusal, goes_on = Refusal("bad_message", str(error)), False
-        except Refusal as error:
-            refusal, goes_on = error, error.code not in FATAL
+        except (ProtocolError, Refusal) as error:
+            refusal, goes_on = refusal_of(error, "over_quota")
         finally:
             self._intake.give_back(sum(taken))
         await self._refuse(conversation, refusal)

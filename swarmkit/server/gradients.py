@@ -17,8 +17,6 @@ from typing import cast
 import anyio
 
 from swarmkit.errors import (
-    IllegalMessageError,
-    MessageTooLargeError,
     PeerError,
     ProtocolError,
 )
@@ -34,7 +32,7 @@ from swarmkit.net.gradient_messages import (
     decoder,
     next_state,
 )
-from swarmkit.net.messages import FATAL, Fault, printable, tensor_specs
+from swarmkit.net.messages import Fault, printable, tensor_specs
 from swarmkit.net.patience import Patience
 from swarmkit.net.transport import Buffer, Stream
 from swarmkit.server.adapter_store import AdapterStore, Hold
@@ -42,7 +40,7 @@ from swarmkit.server.adapters import held
 from swarmkit.server.engine import BULK, Engine, EngineClosedError
 from swarmkit.server.gradient_work import STATES_FACTOR, GradientWork, SliceTimes, check_request
 from swarmkit.server.intake import Intake
-from swarmkit.server.sessions import Refusal
+from swarmkit.server.sessions import Refusal, refusal_of
 from swarmkit.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -141,14 +139,8 @@ class GradientService:
             received = await self._receive(caller, taken, holds)
             await self._answer(caller, received, holds)
             return True
-        except IllegalMessageError as error:
-            refusal, goes_on = Refusal("illegal_message", str(error)), False
-        except MessageTooLargeError as error:
-            refusal, goes_on = Refusal("too_large", str(error)), False
-        except ProtocolError as error:
-            refusal, goes_on = Refusal("bad_message", str(error)), False
-        except Refusal as error:
-            refusal, goes_on = error, error.code not in FATAL
+        except (ProtocolError, Refusal) as error:
+            refusal, goes_on = refusal_of(error)
         finally:
             self._intake.give_back(sum(taken))
             for hold in holds:

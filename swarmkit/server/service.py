@@ -17,8 +17,6 @@ import anyio
 import msgspec
 
 from swarmkit.errors import (
-    IllegalMessageError,
-    MessageTooLargeError,
     PeerError,
     PeerUnreachableError,
     ProtocolError,
@@ -28,7 +26,6 @@ from swarmkit.models.stage import Stage
 from swarmkit.net.codec import TensorSpec
 from swarmkit.net.conversation import Conversation, Received
 from swarmkit.net.messages import (
-    FATAL,
     SENDERS_FAULT,
     AskCensus,
     AskInfo,
@@ -64,7 +61,7 @@ from swarmkit.server.prefix_pages import root_of
 from swarmkit.server.prefix_trail import PrefixTrail, tail_bytes
 from swarmkit.server.push import Links, NotLinkedError
 from swarmkit.server.session_step import SessionStep
-from swarmkit.server.sessions import LateStepError, Refusal, Session, check_step
+from swarmkit.server.sessions import LateStepError, Refusal, Session, check_step, refusal_of
 from swarmkit.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -206,14 +203,8 @@ class BlockService:
             received = await self._receive(client, taken)
             await self._answer(client, received)
             return True
-        except IllegalMessageError as error:
-            refusal, goes_on = Refusal("illegal_message", str(error)), False
-        except MessageTooLargeError as error:
-            refusal, goes_on = Refusal("too_large", str(error)), False
-        except ProtocolError as error:
-            refusal, goes_on = Refusal("bad_message", str(error)), False
-        except Refusal as error:
-            refusal, goes_on = error, error.code not in FATAL
+        except (ProtocolError, Refusal) as error:
+            refusal, goes_on = refusal_of(error)
         finally:
             self.intake.give_back(sum(taken))
         await self._refuse(client, refusal, client.number)

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 import anyio
 
-from swarmkit.errors import SwarmkitError
+from swarmkit.errors import IllegalMessageError, MessageTooLargeError, ProtocolError, SwarmkitError
 from swarmkit.models.stage import StageCache
 from swarmkit.net.codec import TensorSpec
-from swarmkit.net.messages import HIDDEN_DTYPES, FaultCode, Step
+from swarmkit.net.messages import FATAL, HIDDEN_DTYPES, FaultCode, Step
 from swarmkit.server.adapter_store import Hold
 from swarmkit.server.kv_budget import Lease
 from swarmkit.server.prefix_trail import PrefixTrail
@@ -27,6 +27,21 @@ class Refusal(SwarmkitError):
         super().__init__(message)
         self.code: FaultCode = code
         self.retry_after_s = retry_after_s
+
+
+def refusal_of(error: ProtocolError | Refusal, too_large: FaultCode = "too_large") -> tuple[Refusal, bool]:
+    """What a peer is answered whose message was not taken, and whether the conversation can go on.
+
+    Args: too_large: the code for a message with more bytes than this endpoint takes.
+    """
+    if isinstance(error, Refusal):
+        return error, error.code not in FATAL
+    code: FaultCode = "bad_message"
+    if isinstance(error, IllegalMessageError):
+        code = "illegal_message"
+    elif isinstance(error, MessageTooLargeError):
+        code = too_large
+    return Refusal(code, str(error)), False
 
 
 class LateStepError(SwarmkitError):
