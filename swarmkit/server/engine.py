@@ -29,6 +29,7 @@ from torch import Tensor
 from swarmkit.errors import SwarmkitError, UsageError
 from swarmkit.models.stage import Stage, StepPart
 from swarmkit.server.admission import NOTHING_AHEAD, Ahead, expected_wait_s
+from swarmkit.server.device_watch import DeviceWatch, marks_of
 from swarmkit.server.scheduler import (
     DECODE_TOKENS,
     Decoders,
@@ -232,6 +233,7 @@ class Engine:
         """Args: prefill_chunk_tokens, decode_slowdown: the scheduler's `Limits`."""
         self._limits = Limits(prefill_chunk_tokens, decode_slowdown)
         self._times = StepTimes()
+        self._watches: dict[torch.device, DeviceWatch[int]] = {}
         self._fair = FairShares()
         self._decoders = Decoders()
         self._passed_over = {False: 0, True: 0}  # turns that interactive and bulk jobs have waited for
@@ -437,27 +439,28 @@ class Engine:
                 continue
             by_stage.setdefault(step.task.stage, []).append((step, min(tokens, step.tokens_left)))
         for stage, group in by_stage.items():
-            started = time.perf_counter()
+            watch = self._watch_of(stage.device)
             try:
-                results = self._forward(stage, [step.chunk(tokens) for step, tokens in group])
+                begun = watch.begin()
+                results = stage.forward_many([step.chunk(tokens) for step, tokens in group])
+                watch.end(begun, sum(step.rows * tokens for step, tokens in group))
             except BaseException as error:  # noqa: BLE001 - it is raised where the steps were asked for
                 for step, _ in group:
                     self._fail(step, error)
                 continue
-            seconds = time.perf_counter() - started
             for (step, _), result in zip(group, results, strict=True):
                 step.passed_over = 0
                 self._advance(step, result)
             # Nobody waits for what is noted.
-            self._times.learn(sum(step.rows * tokens for step, tokens in group), seconds)
+            watch.catch_up()
             for step, tokens in group:
                 self._fair.serve(step.task.client, step.rows * tokens)
 
-    def _forward(self, stage: Stage, parts: list[StepPart]) -> list[Tensor | Exception]:
-        results = stage.forward_many(parts)
-        if stage.device.type != "cpu":
-            torch.accelerator.synchronize(stage.device)  # else a chunk without a reply seems to take no time
-        return results
+    def _watch_of(self, device: torch.device) -> DeviceWatch[int]:
+        watch = self._watches.get(device)
+        if watch is None:
+            watch = self._watches[device] = DeviceWatch(marks_of(device), self._times.learn)
+        return watch
 
     def _begin(self, step: _Step) -> bool:
         """Whether the step may run: it was not withdrawn, and nothing is wrong with it."""

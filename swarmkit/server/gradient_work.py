@@ -226,6 +226,7 @@ class GradientWork:
         began = time.perf_counter()
         blocks = one.advance(self.times.blocks(tokens, self.goes_back))
         if self.stage.device.type != "cpu":
+            # Else slices would pile up at the device, and a step that comes now would wait for all of them.
             torch.accelerator.synchronize(self.stage.device)
         self.times.learn(kind, blocks * tokens, time.perf_counter() - began)
         self.done += (high - low) * blocks

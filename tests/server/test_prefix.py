@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -250,14 +251,17 @@ async def test_it_can_be_switched_off(make: Make, computed: list[int]) -> None:
 
 
 async def test_sessions_that_need_the_room_get_it(make: Make, world: World) -> None:
-    """Room for one session of four pages, all of which the last one left full."""
+    """Room for a session of four pages and for the full ones it leaves, but not for these and five pages."""
     page = PAGE_TOKENS * world.kv_bytes * (STOP - START)
-    server = await make(cache_bytes=4 * page + tail_bytes(HIDDEN, 4))
+    kept = page + PAGE_TOKENS * HIDDEN * 4
+    server = await make(cache_bytes=4 * page + tail_bytes(HIDDEN, 4) + PAGES * kept)
     await after(server, PROMPT)
-    assert server.service.budget.pages.nbytes > 0
-    other = hidden_states(1, 4 * PAGE_TOKENS, 3)
+    while server.service.budget.pages.nbytes < PAGES * kept:  # they are kept when the answer has left
+        await asyncio.sleep(0.001)
+    other = hidden_states(1, 5 * PAGE_TOKENS, 3)
     [expected] = alone(world, [other])
     assert same(await (await server.session(**LONG)).step(other), expected)
+    assert server.service.budget.pages.nbytes < PAGES * kept
     server.service.budget.audit()
 
 
