@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from swarmkit import fork_server
 from swarmkit.errors import UsageError
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.net import portal
@@ -122,6 +123,7 @@ class LocalSwarm:
         """What links need; ends after the servers, which leave over their links."""
         self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._bootstrap: Transport | None = None
+        self._fork_server: fork_server.ForkServer | None = None
         self._started = False
 
     # ------------------------------------------------------------------ life
@@ -134,6 +136,8 @@ class LocalSwarm:
         try:
             if self.network is None:
                 self._start_bootstrap()
+            if self._processes:
+                self._fork_server = self._owned.enter_context(fork_server.shared())
             self._owned.enter_context(self._under_links)
             self._owned.callback(self._stop_servers)
             self._owned.callback(self._close_models)
@@ -237,6 +241,7 @@ class LocalSwarm:
                 port=port,
                 announce=announce,
                 settings=self._server_settings,
+                fork_server=self._fork_server,
                 **kwargs,
             )
         else:

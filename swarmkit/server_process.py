@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import queue
 import signal
@@ -11,13 +12,16 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 import torch
 
 from swarmkit.errors import SwarmkitError
+from swarmkit.fork_server import ForkedProcess, ForkServer
 from swarmkit.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 10.0
 
@@ -36,6 +40,7 @@ class ServerProcess:
         port: where it listens; 0 = any free port.
         announce: addresses that others shall dial instead.
         adapters: to be hosted.
+        fork_server: starts it sooner than anew, if it can.
     """
 
     def __init__(
@@ -51,8 +56,9 @@ class ServerProcess:
         announce: Sequence[str] = (),
         adapters: Sequence[str | os.PathLike[str]] = (),
         settings: ServerSettings | None = None,
+        fork_server: ForkServer | None = None,
     ) -> None:
-        command = [sys.executable, "-m", "swarmkit.cli", "serve", model]
+        command = ["serve", model]
         command += ["--blocks", f"{blocks[0]}:{blocks[1]}", "--dtype", str(dtype).removeprefix("torch.")]
         command += ["--threads", str(threads), "--name", public_name, "--json", "--until-stdin-closes"]
         command += ["--port", str(port)]
@@ -68,14 +74,7 @@ class ServerProcess:
                 value if isinstance(value, str) else json.dumps(value)
             )
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=environment,
-            start_new_session=True,
-        )
+        self._process = _started(command, environment, self._log, fork_server)
         self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read_events, name=f"swarmkit-{public_name}", daemon=True)
         self._reader.start()
@@ -173,3 +172,25 @@ class ServerProcess:
             if isinstance(event, dict):
                 self._events.put(event)
         self._events.put(None)
+
+
+def _started(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    log: IO[bytes],
+    fork_server: ForkServer | None,
+) -> subprocess.Popen[bytes] | ForkedProcess:
+    """`swarmkit <arguments>` in a session of its own, with pipes to it and from it."""
+    if fork_server is not None and fork_server.fits(environment):
+        try:
+            return fork_server.spawn(arguments, environment, log)
+        except OSError as error:
+            logger.info("a server is started anew, not as a copy: %s", error)
+    return subprocess.Popen(
+        [sys.executable, "-m", "swarmkit.cli", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        env=environment,
+        start_new_session=True,
+    )

@@ -21,12 +21,12 @@ FLOORS = [
     {"errors", "settings", "_version", "tinychat"},
     {"net", "models"},
     {"client", "server"},
-    {"server_process", "local"},
+    {"fork_server", "server_process", "local"},
     {"bench"},
     {"cli"},
 ]
 """A room may import from the floors below it, and from itself; never from a neighbour, but for these."""
-NEIGHBOURS = {("local", "server_process")}
+NEIGHBOURS = {("local", "server_process"), ("local", "fork_server"), ("server_process", "fork_server")}
 
 HIVEMIND_FILES = {"hivemind_transport.py", "hivemind_table.py", "p2p_daemon.py"}
 

@@ -1,7 +1,7 @@
 """Real server processes are killed, stopped and replaced, and the tokens stay what they would have been.
 
-One swarm serves all these tests, as a process takes seconds to start. Whoever ends a server has another one
-started in the background, and waits only if a stage has fewer than two.
+One swarm serves all these tests. Whoever ends a server has another one started in the background, and waits
+only if a stage has fewer than two.
 """
 
 from __future__ import annotations
