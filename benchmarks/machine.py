@@ -1,6 +1,7 @@
 """What the machine itself does, beside which the other results are to be read.
 
-    python benchmarks/machine.py        writes benchmarks/results/machine.json
+    python benchmarks/machine.py        prints one line of JSON
+    python benchmarks/run.py machine    writes it to benchmarks/results/machine.json
 
 Goals in milliseconds were set on one machine, and ratios have bounds of their own: many clients cannot be
 served faster than the processor's matrix product gains by more rows, nor two servers work as fast as one
@@ -15,21 +16,19 @@ each where two busy processors slow each other down. So these are measured:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from swarmkit.bench.environment import environment
-
-RESULT = Path(__file__).parent / "results" / "machine.json"
 
 _TURNS = 5_000_000
 _WIDTH, _INNER = 1024, 2816
@@ -39,6 +38,7 @@ _TRIALS = 7
 
 
 def main() -> int:
+    """Measure all of it and print it."""
     torch.set_num_threads(1)
     result = {
         "benchmark": "machine",
@@ -49,8 +49,7 @@ def main() -> int:
         "product": _product(),
         "hivemind_echo_16k_ms": round(_echo_ms(), 3),
     }
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    print(json.dumps(result))
     return 0
 
 
@@ -135,9 +134,10 @@ async def _serve_echoes() -> None:
     from hivemind.p2p import P2P
 
     async def echo(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            writer.write(await reader.readexactly(_ECHO_BYTES))
-            await writer.drain()
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                writer.write(await reader.readexactly(_ECHO_BYTES))
+                await writer.drain()
 
     p2p = await P2P.create()
     await p2p.add_binary_stream_handler("echo", echo)

@@ -12,7 +12,7 @@ from swarmkit.settings import ClientSettings
 
 from .test_gradients import batch
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 STEPS, KILL_AT = 6, 2
 
