@@ -17,6 +17,7 @@ from swarmkit.models.anatomy import Anatomy, anatomy_of, rope_types, skeleton_of
 from swarmkit.models.blocked_linear import use_blocked
 from swarmkit.models.cache import StageCache
 from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.cut_linear import use_cuts
 from swarmkit.models.loading import load_model
 from swarmkit.models.packed import PackedView, StepPart, can_be_packed
 from swarmkit.models.precision import Precision
@@ -130,6 +131,7 @@ class Stage:
         )
         anatomy.neutralise(base)
         use_blocked(base)
+        use_cuts(base)
         if progress is not None:
             progress(stop - start, stop - start)
         return cls(base, anatomy, start, stop, precision)
