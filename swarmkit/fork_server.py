@@ -16,20 +16,25 @@ changed since the fork server read it, servers are started the usual way.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any, NoReturn
 
+_PROGRAM = "swarmkit.cli"
 _PRELOADED = (
     "swarmkit.cli.serve",
     "swarmkit.server.server",
@@ -274,21 +279,18 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> NoReturn:
         os.environ.update(request["environment"])
         sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
         sys.stderr = os.fdopen(2, "w", 1, closefd=False)
-        sys.argv = ["swarmkit", *request["arguments"]]
+        sys.argv = [_PROGRAM, *request["arguments"]]
+        with contextlib.suppress(OSError):
+            Path("/proc/self/comm").write_text(" ".join(("swarmkit", *request["arguments"][:1])))
         code = _run_program()
     finally:
         os._exit(code)
 
 
 def _run_program() -> int:
-    import atexit
-    import traceback
-
-    from swarmkit.cli import main
-
     code = 0
     try:
-        main()
+        runpy.run_module(_PROGRAM, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:  # noqa: BLE001 - as the interpreter itself would end

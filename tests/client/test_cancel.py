@@ -14,8 +14,8 @@ from swarmkit.client.session import Session
 from swarmkit.errors import DeadlineError, SessionError
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.head import load_local
+from swarmkit.models.stage import Stage
 from swarmkit.net import portal
-from swarmkit.server.engine import Engine
 from swarmkit.server.server import Server
 from swarmkit.server.service import BlockService
 from swarmkit.settings import ServerSettings
@@ -36,19 +36,19 @@ class Brake:
         self.reached = threading.Event()
         self._go = threading.Event()
         self._stage, self._at = stage, at
-        self._forward = Engine._forward
-        monkeypatch.setattr(Engine, "_forward", lambda engine, stage, parts: self._run(engine, stage, parts))
+        self._forward = Stage.forward_many
+        monkeypatch.setattr(Stage, "forward_many", lambda stage, parts: self._run(stage, parts))
 
     def release(self) -> None:
         self._go.set()
 
-    def _run(self, engine: Engine, stage: Any, parts: Any) -> Any:
+    def _run(self, stage: Stage, parts: Any) -> Any:
         self.passes[stage.start] += 1
         if stage.start == self._stage and self.passes[stage.start] == self._at:
             self.reached.set()
         if self.reached.is_set():
             self._go.wait(60)
-        return self._forward(engine, stage, parts)
+        return self._forward(stage, parts)
 
 
 BOTH_WAYS = [
