@@ -120,6 +120,7 @@ def test_those_who_need_one_at_a_time_share_it(server: ForkServer) -> None:
         assert other is server
 
 
+@pytest.mark.slow
 def test_without_it_servers_start_anew() -> None:
     dead = ForkServer()
     dead.close()

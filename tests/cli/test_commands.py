@@ -181,7 +181,7 @@ def slowly(*case: object) -> Any:
     ("arguments", "said"),
     [
         (("generate", "no-such-model", "Hi"), "no-such-model"),
-        (("serve", "tiny-chat", "--blocks", "7:12"), "not inside this model's 0:8"),
+        slowly(("serve", "tiny-chat", "--blocks", "7:12"), "not inside this model's 0:8"),
         slowly(("serve", "tiny-chat", "--blocks", "many"), "blocks are written A:B"),
         slowly(("status",), "give --join ADDRESS"),
         slowly(("status", "--join", "/ip4/127.0.0.1/tcp/9/p2p/nobody"), "nobody"),

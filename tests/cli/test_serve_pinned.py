@@ -75,6 +75,7 @@ def test_a_second_server_with_the_fingerprint_asks_the_hub_for_nothing(
     assert second.end_with(signal.SIGTERM) == 0
 
 
+@pytest.mark.slow
 def test_a_model_that_is_another_one_is_not_served() -> None:
     result = run("serve", "tiny-chat", "--fingerprint", "0" * 32)
     assert result.returncode != 0
