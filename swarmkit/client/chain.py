@@ -374,6 +374,7 @@ class ChainSession:
         if len(requests) > 1:
             first.expect(requests)
             await run_pipeline(run, requests, work.inputs)
+            self._check_open()  # who closes a session takes the answers away, too
             return await self._take_pushed(self._stages.index(first), work)
         answer = await self._exchange(first, requests[0], work, len(followers))
         self._see_whether_forwarded(first, followers[0], answer)

@@ -366,7 +366,7 @@ class BlockService:
 
     async def _recall(self, session: Session, message: Recall) -> int:
         """Let a session that is at its beginning hold what is kept of these pages; returns its tokens."""
-        async with session.turn:
+        async with session.taking_turn():
             if session.cache.tokens:
                 raise Refusal("out_of_order", "pages are recalled before the first step of a session")
             names = message.names[: session.max_length // PAGE_TOKENS]
@@ -512,7 +512,7 @@ class BlockService:
         Args: source: by which it was pushed here; None = it came from the client.
         """
         checked = session.steps
-        async with session.turn:
+        async with session.taking_turn():
             if source is not None and step.number <= session.number:
                 raise LateStepError("the session has gone on without this step")
             if session.steps != checked:

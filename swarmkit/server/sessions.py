@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import anyio
@@ -84,8 +85,18 @@ class Session:
             self.downstream.close()
         self.downstream = downstream
 
+    @asynccontextmanager
+    async def taking_turn(self) -> AsyncIterator[None]:
+        """While this lasts nobody else uses the session; who has it when it ends lets go of what it held."""
+        async with self.turn:
+            try:
+                yield
+            finally:
+                if self.ended:
+                    self._release()
+
     def end(self) -> None:
-        """Let go of everything; a step that runs lets go of the cache when it is done."""
+        """Let go of everything; whoever has the turn lets go of the cache when it is over."""
         self.ended = True
         self.link(None)
         for source in self.sources:
@@ -104,9 +115,7 @@ class Session:
         """
         self.steps += 1
         self.used_at = time.monotonic()
-        if self.ended:
-            self._release()
-        else:
+        if not self.ended:
             self.lease.resize(self.cache.batch, self.cache.tokens, self.cache.pages_held())
 
     def lease_for(self, step: Step) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from swarmkit.client import chain
 from swarmkit.client.session import Session
 from swarmkit.errors import DeadlineError, SessionError
 from swarmkit.models.checkpoint import Checkpoint
@@ -122,6 +123,22 @@ def test_a_prefill_that_is_broken_off_is_computed_no_further(
     assert brake.passes == passes
     tokens = answer(other, *prompt(7), new_tokens=3)
     assert tokens.tolist() == answer(load_local(world.swarm.checkpoint), *prompt(7), new_tokens=3).tolist()
+
+
+@pytest.mark.parametrize("world", [True], indirect=True, ids=["server-to-server"])
+def test_a_session_that_is_closed_when_its_answers_have_come_says_so(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = chain.run_pipeline
+    session = world.model.session()
+
+    async def run_and_close(*args: Any) -> None:
+        await run(*args)
+        session.chain.close()
+
+    monkeypatch.setattr(chain, "run_pipeline", run_and_close)
+    with pytest.raises(SessionError, match="closed"):
+        session.step(PROMPT)
 
 
 def test_a_session_whose_step_was_cancelled_goes_on(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

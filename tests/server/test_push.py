@@ -225,6 +225,26 @@ async def test_a_session_that_ends_while_a_pushed_step_runs_gives_back_what_it_h
     await asyncio.wait_for(pair.second.empty(), 5)
 
 
+async def test_a_session_that_ends_while_its_answer_is_on_its_way_gives_back_what_it_held(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that does not take its answer, and goes."""
+    send, on_its_way = pair.second.service._send, asyncio.Event()
+
+    async def never_taken(client: Any, message: Message, *payload: Any) -> None:
+        if isinstance(message, StepDone):
+            on_its_way.set()
+            await asyncio.Event().wait()
+        await send(client, message, *payload)
+
+    monkeypatch.setattr(pair.second.service, "_send", never_taken)
+    await pair.link()
+    await pair.one.try_step(PROMPT, number=1, forward=1)
+    await asyncio.wait_for(on_its_way.wait(), 5)
+    pair.two.close()
+    await asyncio.wait_for(pair.second.empty(), 5)
+
+
 async def test_the_client_is_told_when_the_server_before_is_gone(pair: Pair) -> None:
     source = await attached(pair)
     await source.stream.send(*step_of(TOKEN, position=0, number=3))
