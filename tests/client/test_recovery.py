@@ -170,7 +170,10 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("others", OTHERS.values(), ids=OTHERS)
-@pytest.mark.parametrize("way", ["greedy", "beams", "left-padded batch"])
+@pytest.mark.parametrize(
+    "way",
+    ["greedy", *(pytest.param(way, marks=pytest.mark.slow) for way in ("beams", "left-padded batch"))],
+)
 @pytest.mark.parametrize("tokens", [0, 3])
 def test_a_replacement_may_have_other_boundaries(
     tiny_llama: Checkpoint,

@@ -90,7 +90,7 @@ def assert_same(model: PreTrainedModel, local: PreTrainedModel, ids: Tensor, mas
     assert tokens.tolist() == wanted_tokens.tolist()
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_three_uneven_stages_equal_the_local_model(
     opened: Checkpoint, local: PreTrainedModel, stages: list[Stage], batch: int
 ) -> None:

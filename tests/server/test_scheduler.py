@@ -313,7 +313,9 @@ def test_everything_that_arrives_is_finished(seed: int) -> None:
     assert len(world.finished) == 300
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=pytest.mark.slow) if seed >= 6 else seed for seed in range(20)]
+)
 def test_nobody_is_passed_over_without_end(seed: int) -> None:
     world = Simulation(seed)
     for _ in range(600):  # more comes than can be done
