@@ -90,6 +90,8 @@ class ForkServer:
                 [sys.executable, "-m", "swarmkit.fork_server", str(its.fileno())],
                 pass_fds=[its.fileno()],
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # libraries have things to say when they are imported
                 env=dict(os.environ, OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"),
                 start_new_session=True,
             )
