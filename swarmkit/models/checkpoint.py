@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from swarmkit.errors import ModelError, UsageError
 from swarmkit.models.anatomy import anatomy_of, block_numel, block_skeletons, skeleton_of, slice_config
 from swarmkit.models.cache import kv_numel_per_token
-from swarmkit.models.files import Files, open_files, weights_listing
+from swarmkit.models.files import PACKAGED, Files, open_files, weights_listing
 from swarmkit.models.manifest import Manifest, is_fingerprint
 from swarmkit.models.precision import Precision
 from swarmkit.models.quirks import family_of
@@ -89,7 +89,8 @@ class Checkpoint:
             raise ModelError(f"The config.json of {name} cannot be used: {error}") from error
         config = text_part(whole)
         family_of(config.model_type)
-        config._name_or_path = name
+        # Whoever looks for an adapter's base finds the packaged model by its folder, and nothing by its name.
+        config._name_or_path = str(config_file.parent) if name == PACKAGED else name
         checkpoint = cls(name, config, files, is_part=config is not whole)
         _ = checkpoint._listing  # which raises if there are no weights
         checkpoint._must_be(fingerprint)

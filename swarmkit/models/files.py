@@ -14,6 +14,8 @@ from swarmkit.models.fingerprint import file_sha256
 from swarmkit.models.store_fetch import OnBytes, Part
 from swarmkit.models.store_format import FormatError, read_header
 
+PACKAGED = "tiny-chat"
+"""The model that comes with the package."""
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
@@ -118,7 +120,7 @@ def is_hub_name(model: str) -> bool:
     """Whether `model` can only be the name of a repository on the Hub."""
     path = Path(model).expanduser()
     elsewhere = path.exists() or path.is_absolute() or model.startswith((".", "~"))
-    return model != "tiny-chat" and not elsewhere and model.count("/") <= 1 and "\\" not in model
+    return model != PACKAGED and not elsewhere and model.count("/") <= 1 and "\\" not in model
 
 
 def open_files(
@@ -133,7 +135,7 @@ def open_files(
 
     That they have the given fingerprint remains to be seen, except where its manifest is here.
     """
-    if model == "tiny-chat":
+    if model == PACKAGED:
         from swarmkit.tinychat import CHECKPOINT
 
         folder = Path(CHECKPOINT)

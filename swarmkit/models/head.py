@@ -138,7 +138,7 @@ def build_head(
     part: Any
     for part in (model, base, holder):
         part.config.num_hidden_layers = checkpoint.num_blocks
-    model.config._name_or_path = model.name_or_path = checkpoint.name
+    model.config._name_or_path = model.name_or_path = checkpoint.config._name_or_path
     if model.can_generate():
         _set_generation_config(model, checkpoint)
     # MPT's configs say otherwise, which would send the whole sequence through the swarm for every token.

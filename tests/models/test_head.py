@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM
+from transformers import AutoConfig, DynamicCache, GenerationConfig, LlamaForCausalLM
 
 from swarmkit.errors import ModelError, UsageError
 from swarmkit.models.checkpoint import Checkpoint
@@ -132,3 +132,9 @@ def test_a_head_needs_only_the_files_of_the_head(tmp_path: Path) -> None:
 def test_the_door_is_light() -> None:
     code = "import sys, swarmkit.models; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, timeout=30)
+
+
+@pytest.mark.parametrize("make", [load_local, lambda checkpoint: build_head(checkpoint, Recorder())])
+def test_the_packaged_model_says_where_it_can_be_loaded_from(make: Any) -> None:
+    model = make(Checkpoint.open("tiny-chat"))
+    assert AutoConfig.from_pretrained(model.name_or_path).model_type == "llama"
