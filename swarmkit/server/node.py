@@ -43,6 +43,7 @@ from swarmkit.server.gradients import GradientService
 from swarmkit.server.placement import Served, choose_blocks
 from swarmkit.server.push import Links
 from swarmkit.server.service import BlockService
+from swarmkit.server.spare_memory import give_back
 from swarmkit.server.throughput import measure_decode_rate
 from swarmkit.server.weights import WeightsSettings
 from swarmkit.server.weights_share import SharedWeights
@@ -169,6 +170,7 @@ class ServerNode:
             weights.service.busy = lambda: engine.waiting > 0  # their copy waits while somebody's token does
             owned.push_async_callback(_shielded, lambda: anyio.to_thread.run_sync(engine.close))
             self._rate = (await engine.run(lambda: measure_decode_rate(stage), BULK)).value
+            await engine.run(give_back, BULK)
             self.service = service = BlockService(
                 stage,
                 fingerprint,

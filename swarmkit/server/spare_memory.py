@@ -1,0 +1,20 @@
+"""Memory that is free, and still this process's."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import sys
+
+
+def give_back() -> None:
+    """Return to the system what loading took for a while; where the C library cannot, do nothing.
+
+    glibc keeps freed pieces for later ones of their size. After eight blocks of M had been loaded and tried
+    out, these were 135 MB.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
