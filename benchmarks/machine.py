@@ -34,7 +34,7 @@ _TURNS = 5_000_000
 _WIDTH, _INNER = 1024, 2816
 _COLD_BYTES = 2**28
 _ECHO_BYTES, _ECHOES = 16 * 1024, 300
-_TRIALS = 7
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def main() -> int:
@@ -51,9 +51,6 @@ def main() -> int:
     }
     print(json.dumps(result))
     return 0
-
-
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _python_ns() -> float:
@@ -141,8 +138,7 @@ async def _serve_echoes() -> None:
 
     p2p = await P2P.create()
     await p2p.add_binary_stream_handler("echo", echo)
-    [address] = [str(address) for address in await p2p.get_visible_maddrs()][:1]
-    print(address, flush=True)
+    print((await p2p.get_visible_maddrs())[0], flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     await p2p.shutdown()
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-logger = logging.getLogger(__name__)
+from swarmkit.models.exchange import exchange_linear, may_be_exchanged, median_seconds
 
-SMALLEST = 2**18
-"""Weights with fewer values stay as they are: their products take no time to speak of."""
+logger = logging.getLogger(__name__)
 
 _ROWS = 8  # for which oneDNN lays the weights out; the layout serves other numbers of rows as well
 _TRIED_ROWS = (1, 3, 8, 33)
@@ -70,19 +67,12 @@ class _Multiply(torch.autograd.Function):
 
 def use_blocked(model: nn.Module) -> int:
     """Exchange the large linear layers of a frozen model on a CPU where that is faster; returns how many."""
-    exchanged = 0
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and _is_better(child):
-                setattr(module, name, BlockedLinear.of(child))
-                exchanged += 1
-    return exchanged
+    return exchange_linear(model, lambda layer: BlockedLinear.of(layer) if _is_better(layer) else None)
 
 
 def _is_better(layer: nn.Linear) -> bool:
     weight = layer.weight
-    suits = weight.device.type == "cpu" and weight.dtype in _BOUND and not weight.requires_grad
-    if not suits or weight.is_mkldnn or weight.numel() < SMALLEST:
+    if not may_be_exchanged(layer) or weight.dtype not in _BOUND or weight.is_mkldnn:
         return False
     return _is_faster(layer.out_features, layer.in_features, weight.dtype, torch.get_num_threads())
 
@@ -117,12 +107,7 @@ def _is_faster(rows: int, columns: int, dtype: torch.dtype, threads: int) -> boo
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(_TRIALS):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return median_seconds(work, _TRIALS)
 
 
 @torch.inference_mode(False)

@@ -13,15 +13,13 @@ products are the same but for rounding.
 from __future__ import annotations
 
 import functools
-import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from swarmkit.models.blocked_linear import SMALLEST
+from swarmkit.models.exchange import exchange_linear, may_be_exchanged, median_seconds
 
 CUTS = (16, 128)
 """Outputs of one part."""
@@ -69,19 +67,14 @@ def cut_product(given: Tensor, weight: Tensor, cut: int) -> Tensor:
 
 def use_cuts(model: nn.Module) -> int:
     """Exchange the large linear layers of a frozen model on a CPU where that is faster; returns how many."""
-    exchanged = 0
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and any(cut_of := _cuts(child)):
-                setattr(module, name, CutLinear.of(child, cut_of))
-                exchanged += 1
-    return exchanged
+    return exchange_linear(
+        model, lambda layer: CutLinear.of(layer, cut_of) if any(cut_of := _cuts(layer)) else None
+    )
 
 
 def _cuts(layer: nn.Linear) -> Sequence[int]:
     weight = layer.weight
-    suits = weight.device.type == "cpu" and weight.dtype is torch.float32 and not weight.requires_grad
-    if not suits or weight.numel() < SMALLEST or not weight.is_contiguous():
+    if not may_be_exchanged(layer) or weight.dtype is not torch.float32 or not weight.is_contiguous():
         return ()
     return _fastest_cuts(layer.out_features, layer.in_features, torch.get_num_threads())
 
@@ -107,9 +100,4 @@ def _fastest_cuts(outputs: int, inputs: int, threads: int) -> Sequence[int]:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(_TRIALS):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return median_seconds(work, _TRIALS)

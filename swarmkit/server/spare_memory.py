@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import sys
 
 
@@ -14,7 +13,6 @@ def give_back() -> None:
     glibc keeps freed pieces for later ones of their size. After eight blocks of M had been loaded and tried
     out, these were 135 MB.
     """
-    gc.collect()
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
