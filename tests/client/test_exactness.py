@@ -441,9 +441,11 @@ def test_ctrl_c_within_a_step_leaves_the_session_usable(world: World) -> None:
 
             threading.Thread(target=press).start()
 
-        with pytest.raises(KeyboardInterrupt):
-            answer(world.model, ids, logits_processor=at({3: hang_and_interrupt}))
-        _on_loop(lease, lambda: network.resume(middle))
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                answer(world.model, ids, logits_processor=at({3: hang_and_interrupt}))
+        finally:
+            _on_loop(lease, lambda: network.resume(middle))
         assert session.position == 9
         output = session.step(torch.zeros(1, 1, 32))
         with world.model.session() as fresh:
