@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
+# A file with few tests can take long, such as one that starts processes: none of them is kept for the end.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -28,10 +30,10 @@ demo: $(READY) ## four servers, a chat, and a server that dies in the middle of 
 	@$(BIN)/swarmkit demo
 
 test: $(DEV) ## the tests; under 10 minutes on 2 cores
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not notebook"
+	@$(PYTEST) -m "not slow and not notebook"
 
 test-all: $(DEV) ## the slow tests and the notebooks too
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(PYTEST)
 
 notebooks: $(DEV) ## run every notebook from a clean kernel; about 2 minutes on 2 cores
 	@$(BIN)/python -m pytest -m notebook tests/notebooks

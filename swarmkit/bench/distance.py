@@ -13,8 +13,8 @@ through the client. Bandwidth is not in the bounds, though the emulated links ha
 Speculation gives several tokens for one trip along the chain, so it can pass the bound. How many depends on
 the text, so three are decoded:
 
-    prompt_lookup                  after the model's own greedy text of 192 tokens, by the end of which a
-                                   random model repeats itself. Guesses are looked up.
+    prompt_lookup                  after the model's own greedy text, as long as it takes until a random model
+                                   repeats itself. Guesses are looked up.
     prompt_lookup_without_repeats  after a random prompt, and no three tokens may come twice in a row: single
                                    tokens come again, but what followed them seldom does, so that most of what
                                    is looked up is wrong.
@@ -58,7 +58,9 @@ from swarmkit.net.link_schedule import Link
 
 _PROMPT_TOKENS = 16
 _PINGS = 200
-_OWN_TOKENS = 192
+_MOST_OWN_TOKENS, _OWN_TOKENS = 1024, 64
+_REPEATING = 0.9
+"""Predictable, as a share."""
 
 GUESSING = ("prompt_lookup", "prompt_lookup_without_repeats", "draft")
 """Names of the rows with guesses."""
@@ -100,7 +102,8 @@ def bench_distance(
     Returns: JSON. `chain` and `relayed` have `tokens_per_s`, `ratio_to_chain_bound` and
         `ratio_to_relayed_bound`. The rows with guesses are None if not asked for, and have besides:
         `ratio_to_plain`, how many times as fast as that text without guesses in the same round; `guesses`,
-        `accepted` and `guessing_steps` of all rounds that count; `most_guesses`; `predictable`.
+        `accepted` and `guessing_steps` of all rounds that count; `most_guesses`; `prompt_tokens`;
+        `predictable`.
         `local_ms_per_token` is what the bounds take for c.
     """
     torch.set_num_threads(threads)
@@ -113,7 +116,7 @@ def bench_distance(
     guessing: dict[str, _Guessing] = {}
     if prompt_lookup:
         most = {"prompt_lookup_num_tokens": prompt_lookup}
-        text = _own_text(local, prompt)
+        text = _own_text(local, prompt, room=tokens)
         guessing["prompt_lookup"] = _Guessing(text, {}, most, prompt_lookup)
         guessing["prompt_lookup_without_repeats"] = _Guessing(
             prompt, {"no_repeat_ngram_size": 3}, most, prompt_lookup
@@ -211,13 +214,24 @@ class _Guessing:
             "accepted": self.count.accepted,
             "guessing_steps": self.count.steps,
             "most_guesses": self.most,
+            "prompt_tokens": self.prompt.shape[1],
             "predictable": round(predictable(answer, self.prompt.shape[1]), 3),
         }
 
 
-def _own_text(local: Any, prompt: torch.Tensor) -> torch.Tensor:
-    """A prompt and what the model itself says after it."""
-    text: torch.Tensor = timed_generate(local, prompt, _OWN_TOKENS).tokens
+def _own_text(local: Any, prompt: torch.Tensor, room: int) -> torch.Tensor:
+    """A prompt and what the model itself says after it, until it repeats itself.
+
+    Args:
+        room: positions to leave for an answer.
+    """
+    text = prompt
+    most = min(_MOST_OWN_TOKENS, local.config.get_text_config().max_position_embeddings - room)
+    while text.shape[1] + _OWN_TOKENS <= most:
+        start = text.shape[1]
+        text = timed_generate(local, text, _OWN_TOKENS).tokens
+        if predictable(text[0].tolist(), start) >= _REPEATING:
+            break
     return text
 
 
