@@ -24,8 +24,8 @@ def curve(swarm: LocalSwarm, model: SwarmModelForCausalLM, kill: bool) -> list[f
     """The losses of some steps that train a prompt.
 
     Args:
-        kill: let replica 0 of each stage die in one step, and in a later one replica 1, too, before anybody has
-            come to serve these blocks in their place.
+        kill: let replica 0 of each stage die in one step, and in a later one replica 1, too, before anybody
+            has come to serve these blocks in their place.
     """
     ids, _ = batch()
     embeddings = model.get_input_embeddings()(ids).detach()
