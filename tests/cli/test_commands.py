@@ -143,6 +143,7 @@ def test_a_server_that_is_told_to_leave_disappears_from_the_swarm(swarm: Running
     assert states.get(guest.event["peer_id"], "leaving") == "leaving"
 
 
+@pytest.mark.slow
 def test_generate_without_a_swarm_makes_one_of_its_own() -> None:
     result = run("generate", "tiny-chat", "What is 2 + 3?", "--json")
 

@@ -60,6 +60,7 @@ def first(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     assert running.end_with(signal.SIGTERM) == 0
 
 
+@pytest.mark.slow
 def test_a_second_server_with_the_fingerprint_asks_the_hub_for_nothing(
     hub: LocalHub, first: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -345,7 +345,7 @@ def test_a_killed_parent_leaves_no_process(tiny_llama: Checkpoint) -> None:
     assert psutil.wait_procs(children, timeout=60)[1] == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_server_that_is_asked_to_end_ends_cleanly(tiny_llama: Checkpoint, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "swarmkit.cli", "serve", tiny_llama.name, "--threads", "1", "--json"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

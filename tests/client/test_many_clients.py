@@ -22,8 +22,15 @@ from ..models.tiny import make_checkpoint
 from .answers import answer, at, eventually, prompt
 
 CLIENTS = 8
-ARCHITECTURES = ["llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3", "falcon"]
-"""A plain one; windows; capped scores; sinks and experts; latents; one whose steps are run one by one."""
+ARCHITECTURES = [
+    "llama",
+    pytest.param("mistral", marks=pytest.mark.slow),
+    pytest.param("gemma2", marks=pytest.mark.slow),
+    "gpt_oss",
+    "deepseek_v3",
+    "falcon",
+]
+"""A plain one; windows; capped scores; windows and experts; latents; one whose steps are run one by one."""
 
 
 @dataclass
