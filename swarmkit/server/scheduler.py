@@ -248,21 +248,25 @@ class Decoders:
     """Who decodes at present, though he may be elsewhere: at other servers, or choosing his next token.
 
     A prefill chunk that begins meanwhile is what he would find himself waiting for when he is back. That is
-    expected after as long as it usually takes; who is away for much longer has left.
+    expected after as long as it usually takes; who is away for much longer has left. Should he be back all
+    the same, as when the next server had him wait behind a chunk of its own, he is given more time then.
     """
 
     _WEIGHT = 0.25  # of the latest time away
     _TIMES_AWAY = 4
-    _LEAST_S, _MOST_S = 0.1, 2.0
+    _LEAST_S, _MOST_S = 0.1, 20.0
+    _UNKNOWN_S = 2.0
 
     def __init__(self) -> None:
         self._sessions: dict[Hashable, _Decoder] = {}
+        self._left: dict[Hashable, _Decoder] = {}
+        """Until they have been away for so long that it tells nothing."""
 
     def decoded(self, session: Hashable, tokens: int, came: float, done: float) -> None:
         """A session has run a decode step of so many tokens."""
-        last = self._sessions.get(session)
+        last = self._left.pop(session, None) or self._sessions.get(session)
         away_s = None
-        if last is not None:
+        if last is not None and came - last.done < self._MOST_S:
             away_s = came - last.done
             if last.away_s is not None:
                 away_s = last.away_s + self._WEIGHT * (away_s - last.away_s)
@@ -271,6 +275,7 @@ class Decoders:
     def leave(self, session: Hashable) -> None:
         """A session does something else."""
         self._sessions.pop(session, None)
+        self._left.pop(session, None)
 
     def nobody_but(self, session: Hashable) -> bool:
         """Whether no other session decodes, as far as is known without looking at the time."""
@@ -278,12 +283,18 @@ class Decoders:
 
     def expected(self, now: float, here: Container[Hashable] = ()) -> Expected:
         """The steps of those who are not here."""
-        self._sessions = {key: one for key, one in self._sessions.items() if now < self._left(one)}
+        known, self._sessions = self._left | self._sessions, {}
+        self._left = {}
+        for key, one in known.items():
+            if now < self._leaves(one):
+                self._sessions[key] = one
+            elif now < one.done + self._MOST_S:
+                self._left[key] = one
         away = (one for key, one in self._sessions.items() if key not in here)
         return Expected(tuple(sorted((self._back_in(one, now), one.tokens) for one in away)))
 
-    def _left(self, one: _Decoder) -> float:
-        usual = self._MOST_S if one.away_s is None else self._TIMES_AWAY * one.away_s
+    def _leaves(self, one: _Decoder) -> float:
+        usual = self._UNKNOWN_S if one.away_s is None else self._TIMES_AWAY * one.away_s
         return one.done + min(max(usual, self._LEAST_S), self._MOST_S)
 
     def _back_in(self, one: _Decoder, now: float) -> float:

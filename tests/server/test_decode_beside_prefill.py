@@ -30,6 +30,8 @@ MEASURED_MS = {
     "float32": {1: 20, 2: 38, 4: 35, 8: 42, 16: 57, 32: 95, 64: 170, 128: 320, 512: 1250},
     "bfloat16": {1: 15, 2: 15, 4: 16, 8: 20, 16: 26, 32: 41, 64: 75, 128: 140, 512: 560},
 }
+SLOW_MS = {1: 48, 2: 100, 4: 105, 8: 115, 16: 160, 32: 240, 64: 400, 128: 700, 512: 2700}
+"""A chunk takes longer than anybody is taken to be away."""
 
 
 def seconds_for(tokens: int, dtype: str) -> float:
@@ -153,6 +155,15 @@ def test_waiting_for_each_other_does_not_delay_clients(
 def test_beside_long_prompts_decoding_takes_twice_as_long_at_most(dtype: str, clients: int) -> None:
     alone, beside = Swarm(dtype, clients, prefill=False), Swarm(dtype, clients, prefill=True)
     assert beside.p99() <= 2 * alone.p99()
+
+
+def test_who_comes_amid_prompts_is_no_longer_held_up_than_who_was_there_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(MEASURED_MS, "slow", SLOW_MS)
+    alone, beside = Swarm("slow", 1, prefill=False), Swarm("slow", 1, prefill=True)
+    least = SLOW_MS[4] / SLOW_MS[1]  # so much longer a step takes with any of a prompt beside it
+    assert beside.p99() <= (1 + NOISE) * least * alone.p99()
 
 
 @pytest.mark.parametrize("dtype", MEASURED_MS)

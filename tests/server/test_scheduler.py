@@ -432,6 +432,20 @@ def test_a_decoder_that_stays_away_has_left() -> None:
     assert decoders().expected(now=11.3) == NOBODY
 
 
+def test_who_is_back_after_he_was_taken_to_have_left_is_given_more_time() -> None:
+    back = decoders()
+    assert back.expected(now=11.3) == NOBODY
+    back.decoded("session", 3, came=13.4, done=13.5)
+    assert back.expected(now=14.0).tokens == 3
+
+
+def test_who_is_back_after_long_is_a_newcomer() -> None:
+    back = decoders()
+    back.decoded("session", 3, came=60.0, done=60.1)
+    assert back.expected(now=60.2) == Expected(((math.inf, 3),))
+    assert back.expected(now=62.2) == NOBODY
+
+
 def test_the_first_of_several_decoders_is_expected() -> None:
     both = decoders()
     both.decoded("other", 1, came=10.0, done=10.1)
