@@ -32,7 +32,7 @@ COMMANDS = {
     "clients-m": "clients --model M",
     "prefill-m": "prefill --model M --stages 2,4 --prompt-tokens 1024",
     "second-turn-m": "second-turn --model M --history-tokens 2048",
-    "interference-m": "interference --model M --prefill-tokens 4096",
+    "interference-m": "interference --model M --prefill-tokens 4096 --rounds 2",
     "distance-m": "distance --model M --stages 3 --round-trip-ms 100 --megabits 100 --tokens 64 "
     "--prompt-lookup 15 --draft-blocks 4",
     "codecs-tiny-chat": "codecs --questions 200",

@@ -18,7 +18,7 @@ import copy
 import dataclasses
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -180,6 +180,11 @@ def _attend(
         mask = None if masks is None else masks[index]
         if quick and mask is None and queries.shape[2] == 1:
             out = _attend_with_one_token(queries, keys, values, kwargs.get("scaling"))
+        elif quick and mask is not None and _shares_keys(queries, keys, values, kwargs):
+            # The module's own function would copy a whole session's keys for each head that shares them.
+            out = nn.functional.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=mask, scale=kwargs.get("scaling"), enable_gqa=True
+            ).transpose(1, 2)
         else:
             out = attend(module, queries, keys, values, mask, **kwargs)[0]
         outputs.append(out.flatten(0, 1))
@@ -195,6 +200,15 @@ def _attend_with_one_token(query: Tensor, keys: Tensor, values: Tensor, scale: f
     grouped = query.reshape(rows, keys.shape[1], -1, query.shape[3])
     out = nn.functional.scaled_dot_product_attention(grouped, keys, values, scale=scale)
     return out.reshape(rows, 1, heads, -1)
+
+
+def _shares_keys(query: Tensor, keys: Tensor, values: Tensor, options: Mapping[str, Any]) -> bool:
+    """Whether query heads share keys, and nothing else is asked for than what torch does by itself."""
+    return (
+        query.shape[1] > keys.shape[1]
+        and keys.shape[3] == values.shape[3]
+        and all(options.get(name) is None for name in ("position_bias", "softcap", "s_aux"))
+    )
 
 
 AttentionInterface.register(_PACKED, _attend)
