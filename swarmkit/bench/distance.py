@@ -103,8 +103,7 @@ def bench_distance(
         `ratio_to_relayed_bound`. The rows with guesses are None if not asked for, and have besides:
         `ratio_to_plain`, how many times as fast as that text without guesses in the same round; `guesses`,
         `accepted` and `guessing_steps` of all rounds that count; `most_guesses`; `prompt_tokens`;
-        `predictable`.
-        `local_ms_per_token` is what the bounds take for c.
+        `predictable`. `local_ms_per_token` is what the bounds take for c.
     """
     torch.set_num_threads(threads)
     local = load_local(subject.checkpoint, dtype=dtype)

@@ -30,7 +30,7 @@ ARCHITECTURES = [
     "deepseek_v3",
     "falcon",
 ]
-"""A plain one; windows; capped scores; windows and experts; latents; one whose steps are run one by one."""
+"""A plain one; windows; capped scores; sinks and experts; latents; one whose steps are run one by one."""
 
 
 @dataclass
