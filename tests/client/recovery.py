@@ -37,6 +37,7 @@ class World:
         assert swarm.network is not None
         self.swarm = swarm
         self.network = swarm.network
+        self.settings = settings
         self.model: SwarmModelForCausalLM = swarm.model(settings=settings)
         self.client = self.model.connection.client
 

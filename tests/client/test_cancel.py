@@ -22,7 +22,7 @@ from swarmkit.server.service import BlockService
 from swarmkit.settings import ServerSettings
 
 from .answers import answer, eventually, prompt
-from .recovery import World, a_world
+from .recovery import STAGES, World, a_world
 
 CHUNK = 16
 PROMPT = torch.randn(1, 1200, 32, generator=torch.Generator().manual_seed(0))
@@ -35,6 +35,7 @@ class Brake:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stage: int, at: int) -> None:
         self.passes: Counter[int] = Counter()
         self.reached = threading.Event()
+        self.stopped: set[int] = set()  # the first blocks of the stages that stand still
         self._go = threading.Event()
         self._stage, self._at = stage, at
         self._forward = Stage.forward_many
@@ -47,8 +48,11 @@ class Brake:
         self.passes[stage.start] += 1
         if stage.start == self._stage and self.passes[stage.start] == self._at:
             self.reached.set()
-        if self.reached.is_set():
+        if self.reached.is_set() and not self._go.is_set():
+            self.stopped.add(stage.start)
             self._go.wait(60)
+            self._go.set()  # a test that failed holds nobody up for longer
+            self.stopped.discard(stage.start)
         return self._forward(stage, parts)
 
 
@@ -85,6 +89,17 @@ def nobody_is_waited_for(world: World) -> bool:
     return all(work.given_up for service in services(world) for work in list(service._engine._works))
 
 
+def stands_still(world: World, brake: Brake, stage: int) -> bool:
+    """Whether no server computes, and what servers handed on to each other has arrived.
+
+    The first piece of the prompt, which `stage` has finished, is on its way to the next one for a moment.
+    """
+    starts = [start for start, _ in STAGES]
+    begun = starts[: starts.index(stage) + (2 if world.settings.push else 1)]
+    busy = {service._stage.start for service in services(world) if service._engine.holds}
+    return all(brake.passes[start] for start in begun) and busy <= brake.stopped
+
+
 def cancelled(world: World, session: Session, step: Any) -> None:
     step.cancel()
 
@@ -111,6 +126,7 @@ def test_a_prefill_that_is_broken_off_is_computed_no_further(
     with portal.lease() as lease:
         step = lease.start_task_soon(session.chain.step, PROMPT)
         assert brake.reached.wait(60)
+        eventually(lambda: stands_still(world, brake, stage), "servers stand still")
         way(world, session, step)
         eventually(lambda: nobody_is_waited_for(world), "servers hear of it")
         passes = brake.passes.copy()
@@ -120,7 +136,8 @@ def test_a_prefill_that_is_broken_off_is_computed_no_further(
                 step.result(60)
         session.close()
         eventually(lambda: idle(world), "servers are idle")
-    assert brake.passes == passes
+    # One pass more at most: what an engine had taken up when its server heard of it.
+    assert all(count <= passes[start] + 1 for start, count in brake.passes.items())
     tokens = answer(other, *prompt(7), new_tokens=3)
     assert tokens.tolist() == answer(load_local(world.swarm.checkpoint), *prompt(7), new_tokens=3).tolist()
 
