@@ -3,7 +3,8 @@
 Decisions only, over plain data; the engine does them. In this order:
 
 1. every step of few tokens (a *decode* step: somebody watches them appear), up to a cap;
-2. beside them as many tokens of longer steps (*prefill*) as leave the decode steps within their time;
+2. of longer steps (*prefill*), beside them or before the next of them comes, as many tokens as leave the
+   decode steps within their time;
 3. a job, when there is no step, or when it has been passed over often enough.
 
 Among equals the client that has been served least comes first, and whatever has been passed over too often
@@ -87,10 +88,8 @@ class Expected:
         """In all of them."""
         return sum(tokens for _, tokens in self.arrivals)
 
-    @property
-    def in_s(self) -> float:
-        """Until the first of them."""
-        return self.arrivals[0][0] if self.arrivals else math.inf
+    soonest_s: float = math.inf
+    """Until the first of them may come, as far as they vary; infinity: there is no saying."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +131,11 @@ def next_turn(
     if shares and not prefills and _worth_waiting(tokens, waited_s, expected, times):
         return Turn()
     if prefills:
-        starving = max(step.passed_over for step in prefills) > 0
+        passed_over = max(step.passed_over for step in prefills)
         if shares:
-            budget = _prefill_beside(tokens, waited_s, starving, times, limits)
+            budget = _prefill_beside(tokens, waited_s, passed_over > 1, times, limits)
         else:
-            budget = _prefill_before(expected, times, limits)
+            budget = _prefill_before(expected, passed_over > 0, times, limits)
         for step in prefills:
             # The first goes on by a token even if its rows are more than the budget.
             chunk = min(step.tokens, budget // step.rows or (budget > 0 and step is prefills[0]))
@@ -174,7 +173,7 @@ def _prefill_beside(tokens: int, waited_s: float, starving: bool, times: StepTim
     """Tokens of prefill beside `tokens` of decode steps, which have waited for `waited_s`.
 
     So many that the decode steps are done within the slowdown's time, counted from when they came. Where they
-    have used that up by waiting, none, but not twice in a row.
+    have used that up by waiting, none, but not for long.
     """
     allowed_s = limits.decode_slowdown * times.of(tokens) - waited_s
     fitting = times.tokens_within(allowed_s) - tokens
@@ -183,17 +182,21 @@ def _prefill_beside(tokens: int, waited_s: float, starving: bool, times: StepTim
     return min(fitting, limits.chunk_tokens)
 
 
-def _prefill_before(expected: Expected, times: StepTimes, limits: Limits) -> int:
+def _prefill_before(expected: Expected, starving: bool, times: StepTimes, limits: Limits) -> int:
     """Tokens of prefill when no decode step is waiting.
 
-    A whole chunk when nobody decodes. Else so many that they are done before the next decode step comes, and
-    within the slowdown's time should it come earlier.
+    A whole chunk when nobody decodes. Else so many that the next decode step is done within the slowdown's
+    time, though it come as soon as it may: while it is elsewhere the device has nothing else to do, and what
+    is left of the chunk when it comes is less than a chunk beside it would add. Where not even the least
+    fits, none, but not after every decode step.
     """
     if not expected.tokens:
         return limits.chunk_tokens
-    fitting = times.tokens_within(min(expected.in_s, limits.decode_slowdown * times.of(expected.tokens)))
+    alone_s = times.of(expected.tokens)
+    soonest_s = expected.soonest_s if expected.soonest_s < math.inf else alone_s
+    fitting = times.tokens_within(max(soonest_s, 0.0) + (limits.decode_slowdown - 1) * alone_s)
     if fitting < _LEAST_CHUNK_TOKENS:
-        fitting = _LEAST_CHUNK_TOKENS if times.of(_LEAST_CHUNK_TOKENS) <= expected.in_s else 0
+        fitting = _LEAST_CHUNK_TOKENS if starving else 0
     return min(fitting, limits.chunk_tokens)
 
 
@@ -240,8 +243,10 @@ class _Decoder:
     """When a session ran its latest decode step, how long it stays away between two, and their size."""
 
     done: float
-    away_s: float | None
     tokens: int
+    away_s: float | None = None
+    varies_s: float = 0.0
+    """How far from that it is at a time, on average."""
 
 
 class Decoders:
@@ -253,6 +258,7 @@ class Decoders:
     """
 
     _WEIGHT = 0.25  # of the latest time away
+    _VARIATIONS = 2  # it may be back sooner than usual by so many
     _TIMES_AWAY = 4
     _LEAST_S, _MOST_S = 0.1, 20.0
     _UNKNOWN_S = 2.0
@@ -265,12 +271,16 @@ class Decoders:
     def decoded(self, session: Hashable, tokens: int, came: float, done: float) -> None:
         """A session has run a decode step of so many tokens."""
         last = self._left.pop(session, None) or self._sessions.get(session)
-        away_s = None
-        if last is not None and came - last.done < self._MOST_S:
-            away_s = came - last.done
-            if last.away_s is not None:
-                away_s = last.away_s + self._WEIGHT * (away_s - last.away_s)
-        self._sessions[session] = _Decoder(done, away_s, tokens)
+        now = _Decoder(done, tokens)
+        if last is not None and (away_s := came - last.done) < self._MOST_S:
+            if last.away_s is None:
+                now = _Decoder(done, tokens, away_s, away_s / 2)
+            else:
+                # As TCP learns its round trips (Jacobson and Karels, 1988).
+                off_s = away_s - last.away_s
+                varies_s = last.varies_s + self._WEIGHT * (abs(off_s) - last.varies_s)
+                now = _Decoder(done, tokens, last.away_s + self._WEIGHT * off_s, varies_s)
+        self._sessions[session] = now
 
     def leave(self, session: Hashable) -> None:
         """A session does something else."""
@@ -290,8 +300,9 @@ class Decoders:
                 self._sessions[key] = one
             elif now < one.done + self._MOST_S:
                 self._left[key] = one
-        away = (one for key, one in self._sessions.items() if key not in here)
-        return Expected(tuple(sorted((self._back_in(one, now), one.tokens) for one in away)))
+        away = [(self._back_in(one, now), one) for key, one in self._sessions.items() if key not in here]
+        soonest_s = min((in_s - self._VARIATIONS * one.varies_s for in_s, one in away), default=math.inf)
+        return Expected(tuple(sorted((in_s, one.tokens) for in_s, one in away)), soonest_s)
 
     def _leaves(self, one: _Decoder) -> float:
         usual = self._UNKNOWN_S if one.away_s is None else self._TIMES_AWAY * one.away_s

@@ -19,7 +19,6 @@ LIMITS = Limits(chunk_tokens=512, decode_slowdown=ServerSettings().decode_slowdo
 PREFILL = -1
 SECONDS = 20.0
 AWAY_S = 0.010
-"""Between a client's output and its next token."""
 SENDING_S = 0.0005
 """Outputs leave a server one after the other."""
 NOISE = 0.15
@@ -64,8 +63,10 @@ class Device:
 class Swarm:
     """Clients whose tokens go through two servers, for some simulated seconds."""
 
-    def __init__(self, dtype: str, clients: int, *, prefill: bool) -> None:
+    def __init__(self, dtype: str, clients: int, *, prefill: bool, away_s: float = AWAY_S) -> None:
+        """Args: away_s: between a client's output and its next token."""
         self.dtype = dtype
+        self.away_s = away_s
         self.prefill = prefill
         self.devices = [Device(), Device()]
         self.latencies: list[float] = []
@@ -131,7 +132,7 @@ class Swarm:
             self._later(sent, partial(self._arrive, client, 1, began))
         else:
             self.latencies.append(sent - began)
-            self._later(sent + self._noisy(AWAY_S), partial(self._token, client))
+            self._later(sent + self._noisy(self.away_s), partial(self._token, client))
 
 
 @pytest.mark.parametrize(("dtype", "gain"), [("float32", 4.0), ("bfloat16", 6.5)])
@@ -179,3 +180,10 @@ def test_when_nobody_decodes_prompts_have_the_device_to_themselves(dtype: str) -
     alone = Swarm(dtype, 0, prefill=True)
     tokens_per_s = min(device.prefilled for device in alone.devices) / SECONDS
     assert tokens_per_s >= 0.85 * 512 / seconds_for(512, dtype)
+
+
+@pytest.mark.parametrize("away_s", [0.1, 0.3])
+def test_while_a_token_is_far_away_a_prompt_has_most_of_the_devices(away_s: float) -> None:
+    beside = Swarm("float32", 1, prefill=True, away_s=away_s)
+    tokens_per_s = min(device.prefilled for device in beside.devices) / SECONDS
+    assert tokens_per_s >= 0.5 * 512 / seconds_for(512, "float32")

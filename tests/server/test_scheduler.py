@@ -153,18 +153,26 @@ def test_beside_a_decode_step_prefill_takes_no_longer_than_the_step() -> None:
     assert tokens == pytest.approx((READING_S + TOKEN_S) / TOKEN_S, abs=2)
 
 
-def test_before_a_decoder_is_back_prefill_takes_no_longer_than_that() -> None:
-    tokens = tokens_for(0, turn_of(prefill(0), expected=Expected(((READING_S + 10 * TOKEN_S, 1),))))
-    assert tokens == pytest.approx(10, abs=1)
+def due_in(seconds: float, varies_s: float = 0.0) -> Expected:
+    return Expected(((seconds, 1),), seconds - varies_s)
 
 
-def test_until_a_decoder_is_back_prefill_goes_in_passes_of_twice_his_step_at_most() -> None:
-    tokens = tokens_for(0, turn_of(prefill(0), expected=Expected(((10.0, 1),))))
-    assert READING_S + tokens * TOKEN_S == pytest.approx(2 * (READING_S + TOKEN_S), rel=0.1)
+def test_before_a_decoder_is_back_prefill_may_go_on_so_long_that_he_waits_as_long_as_his_step_takes() -> None:
+    tokens = tokens_for(0, turn_of(prefill(0), expected=due_in(0.1)))
+    assert READING_S + tokens * TOKEN_S == pytest.approx(0.1 + READING_S + TOKEN_S, abs=2 * TOKEN_S)
+
+
+def test_a_decoder_who_may_be_back_sooner_than_usual_waits_no_longer() -> None:
+    tokens = tokens_for(0, turn_of(prefill(0), expected=due_in(0.1, varies_s=0.06)))
+    assert READING_S + tokens * TOKEN_S == pytest.approx(0.04 + READING_S + TOKEN_S, abs=2 * TOKEN_S)
 
 
 def test_just_before_a_decoder_is_back_prefill_pauses() -> None:
-    assert turn_of(prefill(0), expected=Expected(((TOKEN_S, 1),))) == Turn()
+    assert turn_of(prefill(0), expected=due_in(2 * TOKEN_S)) == Turn()
+
+
+def test_before_each_second_step_of_a_decoder_prefill_goes_on_though_it_does_not_fit() -> None:
+    assert tokens_for(0, turn_of(prefill(0, passed_over=1), expected=due_in(2 * TOKEN_S))) > 0
 
 
 def test_prefill_goes_on_when_a_decoder_is_late() -> None:
@@ -175,7 +183,7 @@ def test_a_decode_step_that_has_waited_is_not_held_up_further() -> None:
     assert turn_of(decode(0, waited_s=2 * READING_S), prefill(1)) == Turn((Share(0, 1),))
 
 
-def test_a_prefill_is_not_left_out_twice_in_a_row() -> None:
+def test_a_prefill_is_not_left_out_for_long() -> None:
     assert tokens_for(1, turn_of(decode(0, waited_s=2 * READING_S), prefill(1, passed_over=2))) > 0
 
 
@@ -413,11 +421,30 @@ def decoders(session: str = "session") -> Decoders:
 
 def test_a_decoder_is_expected_after_as_long_as_it_was_away() -> None:
     expected = decoders().expected(now=10.45)
-    assert (expected.tokens, expected.in_s) == (3, pytest.approx(0.15))
+    assert expected.arrivals == ((pytest.approx(0.15), 3),)
+
+
+def test_before_it_is_known_how_a_decoder_varies_it_may_be_back_any_moment() -> None:
+    assert decoders().expected(now=10.4).soonest_s == pytest.approx(0.0)
+
+
+def test_a_decoder_that_is_always_away_for_as_long_is_not_back_sooner() -> None:
+    regular = Decoders()
+    for step in range(40):
+        regular.decoded("session", 1, came=10.0 + step, done=10.1 + step)
+    assert regular.expected(now=49.1).soonest_s == pytest.approx(0.9, abs=0.01)
+
+
+def test_a_decoder_that_comes_when_it_likes_may_be_back_sooner() -> None:
+    irregular = Decoders()
+    for step in range(40):
+        irregular.decoded("session", 1, came=10.0 + step + 0.2 * (step % 2), done=10.3 + step)
+    expected = irregular.expected(now=49.3)
+    assert expected.soonest_s < 0.7 < expected.arrivals[0][0]
 
 
 def test_a_decoder_that_is_a_little_late_is_still_expected() -> None:
-    assert decoders().expected(now=10.7).in_s == pytest.approx(-0.1)
+    assert decoders().expected(now=10.7).arrivals == ((pytest.approx(-0.1), 3),)
 
 
 def test_a_decoder_that_is_here_is_not_expected() -> None:
@@ -450,8 +477,8 @@ def test_the_first_of_several_decoders_is_expected() -> None:
     both = decoders()
     both.decoded("other", 1, came=10.0, done=10.1)
     both.decoded("other", 1, came=10.15, done=10.4)
-    expected = both.expected(now=10.4)
-    assert (expected.tokens, expected.in_s) == (4, pytest.approx(0.05))
+    arrivals = both.expected(now=10.4).arrivals
+    assert arrivals == ((pytest.approx(0.05), 1), (pytest.approx(0.2), 3))
 
 
 def test_a_session_that_begins_a_prefill_does_not_decode() -> None:
