@@ -10,34 +10,29 @@ import logging
 from pathlib import Path
 from typing import cast
 
-import anyio
 import anyio.to_thread
 from transformers import PreTrainedConfig
 
-from swarmkit.errors import (
-    AdapterError,
-    PeerError,
-    ProtocolError,
-)
+from swarmkit.errors import AdapterError, PeerError
 from swarmkit.models.adapter_files import SavedAdapter, fetch_adapter
 from swarmkit.models.adapters import Adapter, AdapterSpec, Lora
 from swarmkit.models.anatomy import anatomy_of
 from swarmkit.models.stage import Stage
 from swarmkit.net import codec
-from swarmkit.net.adapter_messages import AdapterKept, AdapterMessage, PutAdapter, decoder, next_state
-from swarmkit.net.conversation import CHUNK_BYTES, Conversation, Received
-from swarmkit.net.messages import HIDDEN_DTYPES, Fault, printable
+from swarmkit.net.adapter_messages import AdapterKept, PutAdapter, decoder, next_state
+from swarmkit.net.conversation import Conversation, Received
+from swarmkit.net.messages import HIDDEN_DTYPES
 from swarmkit.net.transport import Stream
 from swarmkit.server.adapter_store import AdapterStore, Hold, NoRoomError
+from swarmkit.server.caller import Caller
 from swarmkit.server.engine import Engine, EngineClosedError
-from swarmkit.server.intake import Intake
-from swarmkit.server.sessions import Refusal, refusal_of
+from swarmkit.server.intake import Incoming, Intake
+from swarmkit.server.sessions import Refusal
 from swarmkit.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
 _MAX_STREAMS = 256
-_LINGER_S = 1.0
 
 
 def held(store: AdapterStore, name: str, start: int, stop: int) -> Hold | None:
@@ -85,40 +80,29 @@ class AdapterService:
         """One stream's life. Never raises on account of the peer."""
         timeout = self._settings.message_timeout
         conversation = Conversation(stream, self._store.capacity_bytes, timeout, decoder)
+        caller = Caller(conversation, self._settings, too_large="over_quota")
         self.streams += 1
         try:
             if self.streams > _MAX_STREAMS:
-                await self._refuse(conversation, Refusal("busy", "too many streams; try another server"))
+                await caller.refuse(Refusal("busy", "too many streams; try another server"))
             else:
-                while await self._serve_next(conversation):
-                    pass
-            with anyio.move_on_after(_LINGER_S):  # let the peer read why the stream ends
-                while True:
-                    await stream.receive()
+                await caller.answer_all(lambda: self._answer_next(caller))
+            await caller.linger()
         except (PeerError, TimeoutError) as error:
             logger.debug("adapters from %s ended: %s", stream.peer_id[-6:], error)
         finally:
             self.streams -= 1
-            conversation.close()
+            caller.close()
 
-    async def _serve_next(self, conversation: Conversation) -> bool:
-        """One message and the answer to it. Returns whether the conversation can go on."""
-        taken: list[int] = []
-        owner = conversation.peer_id
-        try:
-            with anyio.fail_after(self._settings.idle_timeout):
-                received = await conversation.receive(lambda message: self._admit(owner, message, taken))
-            name = await self._keep(owner, received)
-            await self._send(conversation, AdapterKept(name))
-            return True
-        except (ProtocolError, Refusal) as error:
-            refusal, goes_on = refusal_of(error, "over_quota")
-        finally:
-            self._intake.give_back(sum(taken))
-        await self._refuse(conversation, refusal)
-        return goes_on
+    async def _answer_next(self, caller: Caller) -> None:
+        owner = caller.peer_id
+        with Incoming(self._intake) as incoming:
+            received = await caller.receive(
+                lambda message: self._admit(owner, message, incoming), self._settings.idle_timeout
+            )
+            await caller.send(AdapterKept(await self._keep(owner, received)))
 
-    async def _admit(self, owner: str, message: object, taken: list[int]) -> None:
+    async def _admit(self, owner: str, message: object, incoming: Incoming) -> None:
         """All that the header alone can tell, before memory is spent on the payload."""
         next_state("idle", message)
         self._check(cast(PutAdapter, message))
@@ -127,14 +111,10 @@ class AdapterService:
             self._store.check_room(owner, nbytes)
         except NoRoomError as error:
             raise Refusal("over_quota" if error.quota else "busy", str(error)) from None
-        if nbytes <= CHUNK_BYTES:
-            return
         try:
-            with anyio.fail_after(self._settings.message_timeout):
-                await self._intake.take(nbytes)
+            await incoming.take(nbytes, self._settings.message_timeout)
         except TimeoutError:
             raise Refusal("busy", "too many large messages are under way; try another server") from None
-        taken.append(nbytes)
 
     def _check(self, message: PutAdapter) -> None:
         stage = self._stage
@@ -187,15 +167,6 @@ class AdapterService:
         if adapter.digest != message.name:
             raise Refusal("bad_adapter", "the adapter's name is not the hash of what it is")
         return adapter
-
-    async def _send(self, conversation: Conversation, message: AdapterMessage) -> None:
-        with anyio.fail_after(self._settings.message_timeout):
-            await conversation.send(message)
-
-    async def _refuse(self, conversation: Conversation, refusal: Refusal) -> None:
-        text = printable(str(refusal))[:2000]  # it may quote what the peer sent
-        logger.info("refused %s: %s (%s)", conversation.peer_id[-6:], text, refusal.code)
-        await self._send(conversation, Fault(refusal.code, text))
 
 
 def _spec_of(message: PutAdapter) -> AdapterSpec:

@@ -7,15 +7,13 @@ import math
 import threading
 import time
 
-import anyio
 import psutil
 
 from swarmkit.errors import SwarmkitError
-from swarmkit.net.conversation import CHUNK_BYTES
 from swarmkit.net.messages import Step, tensor_specs
 from swarmkit.server.admission import Holding, Tenures, retry_after_s, to_evict
 from swarmkit.server.engine import Engine
-from swarmkit.server.intake import Intake
+from swarmkit.server.intake import Incoming
 from swarmkit.server.kv_budget import CacheFullError
 from swarmkit.server.sessions import Refusal, Session
 from swarmkit.settings import ServerSettings
@@ -24,10 +22,9 @@ from swarmkit.settings import ServerSettings
 class Door:
     """Refuses what a server has no room for, and says when it expects to have some."""
 
-    def __init__(self, settings: ServerSettings, engine: Engine, intake: Intake) -> None:
+    def __init__(self, settings: ServerSettings, engine: Engine) -> None:
         self._settings = settings
         self._engine = engine
-        self._intake = intake
         self._tenures = Tenures()
 
     def left(self, session: Session) -> None:
@@ -56,26 +53,23 @@ class Door:
                 retry_after_s(wait_s - allowed_s),
             )
 
-    async def take(self, step: Step, taken: list[int]) -> None:
-        """Have memory for a large step to arrive in; what it takes is added to `taken`.
+    async def take(self, step: Step, incoming: Incoming) -> None:
+        """Have memory for a large step to arrive in.
 
         It waits a little for those that are arriving: most are through in no time. Whoever would wait longer
         had better know, and go elsewhere.
         """
-        nbytes = sum(spec.nbytes for spec in tensor_specs(step))
-        if nbytes <= CHUNK_BYTES:
-            return
-        seconds = min(self._settings.max_door_s, step.patience_s or math.inf)
         try:
-            with anyio.fail_after(seconds):
-                await self._intake.take(nbytes)
+            await incoming.take(
+                sum(spec.nbytes for spec in tensor_specs(step)),
+                min(self._settings.max_door_s, step.patience_s or math.inf),
+            )
         except TimeoutError:
             rows, tokens, _ = step.hidden.shape
             wait_s = self._engine.ahead(rows, tokens).wait_s
             raise Refusal(
                 "busy", "too many large steps are under way; try another server", retry_after_s(wait_s)
             ) from None
-        taken.append(nbytes)
 
     def expired(self, step: Step, why: SwarmkitError) -> Refusal:
         """A step was not begun in time."""

@@ -16,31 +16,28 @@ from typing import cast
 
 import anyio
 
-from swarmkit.errors import (
-    PeerError,
-    ProtocolError,
-)
+from swarmkit.errors import PeerError
+from swarmkit.models.adapters import Adapter
 from swarmkit.models.stage import Stage
-from swarmkit.net.conversation import CHUNK_BYTES, Conversation, Received
+from swarmkit.net.conversation import Conversation, Received
 from swarmkit.net.gradient_messages import (
     Backward,
     BackwardDone,
     ForwardDone,
-    GradientMessage,
     GradientRequest,
     Working,
     decoder,
     next_state,
 )
-from swarmkit.net.messages import Fault, printable, tensor_specs
-from swarmkit.net.patience import Patience
-from swarmkit.net.transport import Buffer, Stream
+from swarmkit.net.messages import tensor_specs
+from swarmkit.net.transport import Stream
 from swarmkit.server.adapter_store import AdapterStore, Hold
 from swarmkit.server.adapters import held
+from swarmkit.server.caller import Caller
 from swarmkit.server.engine import BULK, Engine, EngineClosedError
 from swarmkit.server.gradient_work import STATES_FACTOR, GradientWork, SliceTimes, check_request
-from swarmkit.server.intake import Intake
-from swarmkit.server.sessions import Refusal, refusal_of
+from swarmkit.server.intake import Incoming, Intake
+from swarmkit.server.sessions import Refusal
 from swarmkit.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -48,7 +45,6 @@ logger = logging.getLogger(__name__)
 _SIDE_BYTES = 16 * 1024 * 1024
 """For masks and positions: small beside hidden states, but bounded too."""
 _TELL_EVERY_S = 1.0
-_LINGER_S = 1.0
 
 
 @dataclass
@@ -57,22 +53,6 @@ class _Turn:
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     requests: int = 0
-
-
-class _Caller:
-    """The other end of one stream."""
-
-    def __init__(self, conversation: Conversation) -> None:
-        self.conversation = conversation
-        self.patience = Patience(conversation)
-        """With what it says."""
-        self.taking = Patience(conversation)
-        """With how it takes what it is told."""
-
-    def close(self) -> None:
-        self.patience.close()
-        self.taking.close()
-        self.conversation.close()
 
 
 class GradientService:
@@ -116,46 +96,31 @@ class GradientService:
     async def serve(self, stream: Stream) -> None:
         """One stream's life. Never raises on account of the peer."""
         timeout = self._settings.message_timeout
-        caller = _Caller(Conversation(stream, self.max_payload_bytes, timeout, decoder))
+        caller = Caller(Conversation(stream, self.max_payload_bytes, timeout, decoder), self._settings)
         self.streams += 1
         try:
             if self.streams > self._settings.max_gradient_streams:
-                await self._refuse(caller, Refusal("busy", "too many streams are open; try another server"))
+                await caller.refuse(Refusal("busy", "too many streams are open; try another server"))
             else:
-                while await self._serve_next(caller):
-                    pass
-            await self._linger(caller)
+                await caller.answer_all(lambda: self._answer_next(caller))
+            await caller.linger()
         except (PeerError, TimeoutError) as error:
             logger.debug("stream of %s ended: %s", stream.peer_id[-6:], error)
         finally:
             self.streams -= 1
             caller.close()
 
-    async def _serve_next(self, caller: _Caller) -> bool:
-        """One request and the answer to it. Returns whether the conversation can go on."""
-        taken: list[int] = []
+    async def _answer_next(self, caller: Caller) -> None:
         holds: list[Hold] = []
-        try:
-            received = await self._receive(caller, taken, holds)
-            await self._answer(caller, received, holds)
-            return True
-        except (ProtocolError, Refusal) as error:
-            refusal, goes_on = refusal_of(error)
-        finally:
-            self._intake.give_back(sum(taken))
-            for hold in holds:
-                hold.release()
-        await self._refuse(caller, refusal)
-        return goes_on
+        with Incoming(self._intake) as incoming:
+            try:
+                received = await caller.receive(lambda message: self._admit(message, incoming, holds))
+                await self._answer(caller, received, holds[0].adapter if holds else None)
+            finally:
+                for hold in holds:
+                    hold.release()
 
-    async def _receive(self, caller: _Caller, taken: list[int], holds: list[Hold]) -> Received:
-        caller.patience.start(self._settings.message_timeout)
-        try:
-            return await caller.conversation.receive(lambda message: self._admit(message, taken, holds))
-        finally:
-            caller.patience.stop()
-
-    async def _admit(self, message: object, taken: list[int], holds: list[Hold]) -> None:
+    async def _admit(self, message: object, incoming: Incoming, holds: list[Hold]) -> None:
         """All that the header alone can tell, before memory is spent on the payload."""
         next_state("idle", message)
         request = cast(GradientRequest, message)
@@ -166,24 +131,19 @@ class GradientService:
         if hold is not None:
             holds.append(hold)
         nbytes = sum(spec.nbytes for spec in tensor_specs(request))
-        if nbytes <= CHUNK_BYTES:
-            return
         try:
-            with anyio.fail_after(self._settings.message_timeout):
-                await self._intake.take(nbytes)
+            await incoming.take(nbytes, self._settings.message_timeout)
         except TimeoutError:
             raise Refusal("busy", "too many large requests are under way; try another server") from None
-        taken.append(nbytes)
 
-    async def _answer(self, caller: _Caller, received: Received, holds: list[Hold]) -> None:
+    async def _answer(self, caller: Caller, received: Received, adapter: Adapter | None) -> None:
         request = cast(GradientRequest, received.message)
         settings = self._settings
-        adapter = holds[0].adapter if holds else None
         work = GradientWork(
             self._stage, request, received, self._times, settings.prefill_chunk_tokens, adapter
         )
         arrived = anyio.current_time()
-        async with self._turn(caller.conversation.peer_id):
+        async with self._turn(caller.peer_id):
             compute_s = await self._run(caller, work)
             spec, payload = work.result()
             of_adapter = work.adapter_gradient()
@@ -191,13 +151,13 @@ class GradientService:
         self.requests += 1
         times_ms = max(spent_s - compute_s, 0.0) * 1e3, compute_s * 1e3
         if not isinstance(request, Backward):
-            await self._send(caller, ForwardDone(spec, *times_ms), payload)
+            await caller.send(ForwardDone(spec, *times_ms), payload)
         elif of_adapter is None:
-            await self._send(caller, BackwardDone(spec, *times_ms), payload)
+            await caller.send(BackwardDone(spec, *times_ms), payload)
         else:
-            await self._send(caller, BackwardDone(spec, *times_ms, of_adapter[0]), payload, of_adapter[1])
+            await caller.send(BackwardDone(spec, *times_ms, of_adapter[0]), payload, of_adapter[1])
 
-    async def _run(self, caller: _Caller, work: GradientWork) -> float:
+    async def _run(self, caller: Caller, work: GradientWork) -> float:
         """Slice after slice; returns the seconds that the device took for them."""
         compute_s = 0.0
         told_at = anyio.current_time()
@@ -206,7 +166,7 @@ class GradientService:
                 compute_s += (await self._engine.run(work.advance, BULK)).compute_s
                 if work.left and anyio.current_time() - told_at > _TELL_EVERY_S:
                     # Which also shows whether the client is still there.
-                    await self._send(caller, Working(work.done, work.total))
+                    await caller.send(Working(work.done, work.total))
                     told_at = anyio.current_time()
         except (Refusal, PeerError):
             raise
@@ -231,22 +191,3 @@ class GradientService:
             turn.requests -= 1
             if not turn.requests:
                 del self._turns[peer_id]
-
-    async def _send(self, caller: _Caller, message: GradientMessage, *payload: Buffer) -> None:
-        """Answer; a client that does not take its answer in time loses its stream."""
-        caller.taking.start(self._settings.message_timeout)
-        try:
-            await caller.conversation.send(message, payload)
-        finally:
-            caller.taking.stop()
-
-    async def _refuse(self, caller: _Caller, refusal: Refusal) -> None:
-        text = printable(str(refusal))[:2000]  # it may quote what the peer sent
-        logger.info("refused %s: %s (%s)", caller.conversation.peer_id[-6:], text, refusal.code)
-        await self._send(caller, Fault(refusal.code, text))
-
-    async def _linger(self, caller: _Caller) -> None:
-        """Let the peer read why the stream ends: closing while it still sends could discard that."""
-        with anyio.move_on_after(_LINGER_S):
-            while True:
-                await caller.conversation.stream.receive()

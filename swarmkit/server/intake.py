@@ -12,6 +12,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
+from types import TracebackType
+
+import anyio
+
+from swarmkit.net.conversation import CHUNK_BYTES
 
 
 class Intake:
@@ -54,3 +59,35 @@ class Intake:
             self._waiting.popleft()
             self.held_bytes += nbytes
             turn.set_result(None)
+
+
+class Incoming:
+    """What one message holds of an intake, from its header until it is done with; `with` gives it back."""
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+        self._nbytes = 0
+
+    async def take(self, nbytes: int, seconds: float) -> None:
+        """Wait for room for so many bytes; what is small needs none.
+
+        Raises:
+            TimeoutError: there was none for so many seconds.
+        """
+        if nbytes <= CHUNK_BYTES:
+            return
+        with anyio.fail_after(seconds):
+            await self._intake.take(nbytes)
+        self._nbytes += nbytes
+
+    def __enter__(self) -> Incoming:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._intake.give_back(self._nbytes)
+        self._nbytes = 0

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
 
 import anyio
 import msgspec
@@ -48,20 +47,20 @@ from swarmkit.net.messages import (
     next_state,
     printable,
 )
-from swarmkit.net.patience import Patience
-from swarmkit.net.transport import Buffer, Stream
+from swarmkit.net.transport import Stream
 from swarmkit.server.adapter_store import AdapterStore
 from swarmkit.server.adapters import held
 from swarmkit.server.admission import Ahead
+from swarmkit.server.caller import Caller
 from swarmkit.server.door import Door, evicted, of_this_process
 from swarmkit.server.engine import Engine, EngineClosedError, ExpiredError, Timed
-from swarmkit.server.intake import Intake
+from swarmkit.server.intake import Incoming, Intake
 from swarmkit.server.kv_budget import CacheFullError, KVBudget
 from swarmkit.server.prefix_pages import root_of
 from swarmkit.server.prefix_trail import PrefixTrail, tail_bytes
 from swarmkit.server.push import Links, NotLinkedError
 from swarmkit.server.session_step import SessionStep
-from swarmkit.server.sessions import LateStepError, Refusal, Session, check_step, refusal_of
+from swarmkit.server.sessions import LateStepError, Refusal, Session, check_step
 from swarmkit.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -70,34 +69,19 @@ logger = logging.getLogger(__name__)
 _SIDE_BYTES = 16 * 1024 * 1024
 # Streams beyond the number of sessions, for those who only ask, or must be told that the server is full.
 _SPARE_STREAMS = 64
-_LINGER_S = 1.0
 
 
-@dataclass(eq=False)
-class _Client:
-    """The other end of one stream."""
+class _Client(Caller):
+    """A caller that may have a session."""
 
-    conversation: Conversation
-    state: State = "new"
-    session: Session | None = None
-    number: int = 0
-    """Of the step that its latest message is; 0 if it is none."""
-    sending: asyncio.Lock = field(default_factory=asyncio.Lock)
-    life: anyio.CancelScope = field(default_factory=anyio.CancelScope)
-    """Around all that is done for it: over when it is gone, whatever runs then."""
-    last_words: Refusal | None = None
-    """What it is told when this server ends its session."""
-
-    def __post_init__(self) -> None:
-        self.patience = Patience(self.conversation)
-        """With what it says."""
-        self.taking = Patience(self.conversation)
-        """With how it takes what it is told."""
-
-    def close(self) -> None:
-        self.patience.close()
-        self.taking.close()
-        self.conversation.close()
+    def __init__(self, conversation: Conversation, settings: ServerSettings) -> None:
+        super().__init__(conversation, settings)
+        self.state: State = "new"
+        self.session: Session | None = None
+        self.life = anyio.CancelScope()
+        """Around all that is done for it: over when it is gone, whatever runs then."""
+        self.last_words: Refusal | None = None
+        """What it is told when this server ends its session."""
 
 
 class BlockService:
@@ -127,7 +111,7 @@ class BlockService:
         self._idle.set()
         self.budget = KVBudget(settings.cache_bytes)
         self.intake = Intake(settings.incoming_bytes)
-        self._door = Door(settings, engine, self.intake)
+        self._door = Door(settings, engine)
         self.adapters = AdapterStore(settings.adapter_bytes, settings.client_adapter_bytes)
         self.leaving = False
         self.steps = 0
@@ -173,22 +157,21 @@ class BlockService:
 
     async def serve(self, stream: Stream) -> None:
         """One stream's life. Never raises on account of the peer."""
-        client = _Client(Conversation(stream, self.max_payload_bytes, self._settings.message_timeout))
+        settings = self._settings
+        conversation = Conversation(stream, self.max_payload_bytes, settings.message_timeout)
+        client = _Client(conversation, settings)
         self._streams += 1
         stream.on_end(client.life.cancel)
         try:
             with client.life:
-                if self._streams > self._settings.max_sessions + _SPARE_STREAMS:
-                    await self._refuse(
-                        client, self._door.too_many("too many streams are open", self._streams)
-                    )
+                if self._streams > settings.max_sessions + _SPARE_STREAMS:
+                    await client.refuse(self._door.too_many("too many streams are open", self._streams))
                 else:
-                    while await self._serve_next(client):
-                        pass
+                    await client.answer_all(lambda: self._answer_next(client))
             self._end(client)
             if client.last_words is not None:
-                await self._refuse(client, client.last_words)
-            await self._linger(client)
+                await client.refuse(client.last_words)
+            await client.linger()
         except (PeerError, TimeoutError) as error:
             logger.debug("stream of %s ended: %s", stream.peer_id[-6:], error)
         finally:
@@ -196,44 +179,26 @@ class BlockService:
             self._end(client)
             client.close()
 
-    async def _serve_next(self, client: _Client) -> bool:
-        """One message and the answer to it. Returns whether the conversation can go on."""
-        taken: list[int] = []
-        try:
-            received = await self._receive(client, taken)
-            await self._answer(client, received)
-            return True
-        except (ProtocolError, Refusal) as error:
-            refusal, goes_on = refusal_of(error)
-        finally:
-            self.intake.give_back(sum(taken))
-        await self._refuse(client, refusal, client.number)
-        return goes_on
-
-    async def _receive(self, client: _Client, taken: list[int]) -> Received:
+    async def _answer_next(self, client: _Client) -> None:
         # Whoever opens a stream has something to say; only a session may be silent for long.
-        settings = self._settings
-        timeout = settings.message_timeout if client.session is None else settings.idle_timeout
-        client.number = 0
-        client.patience.start(timeout)
-        try:
-            return await client.conversation.receive(lambda message: self._admit(client, message, taken))
-        finally:
-            client.patience.stop()
+        seconds = None if client.session is None else self._settings.idle_timeout
+        with Incoming(self.intake) as incoming:
+            received = await client.receive(lambda message: self._admit(client, message, incoming), seconds)
+            await self._answer(client, received)
 
-    async def _admit(self, client: _Client, message: Message, taken: list[int]) -> None:
+    async def _admit(self, client: _Client, message: Message, incoming: Incoming) -> None:
         """All that the header alone can tell, before memory is spent on the payload."""
         next_state(client.state, message)
         if isinstance(message, Step):
             assert client.session is not None  # the conversation's table lets no step through without one
             client.number = message.number
-            await self._admit_step(client.session, message, taken)
+            await self._admit_step(client.session, message, incoming)
 
-    async def _admit_step(self, session: Session, step: Step, taken: list[int]) -> None:
-        """Check a step, and have room for it; what it takes of the intake is added to `taken`."""
+    async def _admit_step(self, session: Session, step: Step, incoming: Incoming) -> None:
+        """Check a step, and have room for it."""
         self._check_step(session, step)
         self._door.check_queue(step)
-        await self._door.take(step, taken)
+        await self._door.take(step, incoming)
 
     def _check_step(self, session: Session, step: Step) -> None:
         settings = self._settings
@@ -252,42 +217,22 @@ class BlockService:
                 opened = Opened(
                     settings.max_step_tokens, session.inlet, root, dtype, settings.codecs, sent_at
                 )
-                await self._send(client, opened)
+                await client.send(opened)
             case Recall():
                 assert client.session is not None
-                await self._send(client, Recalled(await self._recall(client.session, message)))
+                await client.send(Recalled(await self._recall(client.session, message)))
             case Link():
                 assert client.session is not None
                 await self._link(client.session, message)
-                await self._send(client, Linked())
+                await client.send(Linked())
             case AskInfo():
-                await self._send(client, self._info())
+                await client.send(self._info())
             case AskCensus():
-                await self._send(client, self._census())
+                await client.send(self._census())
             case Step():
                 assert client.session is not None
                 await self._run_step(client, client.session, message, received)
         client.state = next_state(client.state, message)
-
-    async def _send(self, client: _Client, message: Message, *payload: Buffer) -> None:
-        """Answer; a client that does not take its answer in time loses its stream."""
-        async with client.sending:
-            client.taking.start(self._settings.message_timeout)
-            try:
-                await client.conversation.send(message, payload)
-            finally:
-                client.taking.stop()
-
-    async def _refuse(self, client: _Client, refusal: Refusal, number: int = 0) -> None:
-        text = printable(str(refusal))[:2000]  # it may quote what the peer sent
-        logger.info("refused %s: %s (%s)", client.conversation.peer_id[-6:], text, refusal.code)
-        await self._send(client, Fault(refusal.code, text, number, refusal.retry_after_s))
-
-    async def _linger(self, client: _Client) -> None:
-        """Let the peer read why the stream ends: closing while it still sends could discard that."""
-        with anyio.move_on_after(_LINGER_S):
-            while True:
-                await client.conversation.stream.receive()
 
     def _info(self) -> Info:
         return Info(
@@ -357,7 +302,7 @@ class BlockService:
         if scope == "off" or not (cache.has_pages and stage.keys_are_final):
             lease, trail = self.budget.lease(bytes_per_token), None
         else:
-            owner = client.conversation.peer_id if scope == "client" else ""
+            owner = client.peer_id if scope == "client" else ""
             if message.adapter:  # other keys and values come of the same inputs
                 owner = f"{owner}\n{message.adapter}"
             trail = PrefixTrail(self.budget.pages, root_of(owner, message.start, message.stop))
@@ -441,7 +386,7 @@ class BlockService:
                     pass
                 finally:
                     session.sources.discard(until_it_ends)
-                await self._send(client, Unlinked(session.number))
+                await client.send(Unlinked(session.number))
         except (PeerError, TimeoutError) as error:
             logger.debug("pushes from %s ended: %s", stream.peer_id[-6:], error)
         finally:
@@ -463,7 +408,6 @@ class BlockService:
 
     async def _serve_push(self, client: _Client, session: Session, source: Conversation) -> bool:
         """One step from another server. Returns whether more may come."""
-        taken: list[int] = []
         number = 0
 
         async def admit(message: Message) -> None:
@@ -473,12 +417,13 @@ class BlockService:
             if message.number <= session.number:
                 raise LateStepError("the session has gone on without this step")
             number = message.number
-            await self._admit_step(session, message, taken)
+            await self._admit_step(session, message, incoming)
 
         try:
-            received = await source.receive(admit)
-            assert isinstance(received.message, Step)
-            await self._run_step(client, session, received.message, received, source)
+            with Incoming(self.intake) as incoming:
+                received = await source.receive(admit)
+                assert isinstance(received.message, Step)
+                await self._run_step(client, session, received.message, received, source)
             # While steps come this way, the client has nothing to say, and yet is there.
             client.patience.start(self._settings.idle_timeout)
             return True
@@ -489,9 +434,7 @@ class BlockService:
             return False
         except Refusal as error:
             refusal = Refusal("upstream", str(error)) if error.code in SENDERS_FAULT else error
-        finally:
-            self.intake.give_back(sum(taken))
-        await self._refuse(client, refusal, number)
+        await client.refuse(refusal, number)
         return True
 
     def _bytes_per_token(self, start: int, stop: int) -> int:
@@ -534,7 +477,7 @@ class BlockService:
                 bytes_per_s=came_by.incoming.bytes_per_s or 0.0,
                 sent_at=client.conversation.clock(),
             )
-            await self._send(client, reply, payload)
+            await client.send(reply, payload)
 
     async def _step(
         self, client: _Client, session: Session, step: Step, received: Received
@@ -542,7 +485,7 @@ class BlockService:
         rows, tokens, _ = step.hidden.shape
         self._grow(session, step)
         try:
-            whose = client.conversation.peer_id
+            whose = client.peer_id
             ahead = self._engine.ahead(rows, tokens)
             work = SessionStep(self._stage, whose, session, step, received)
             timed = await self._engine.step(work, step.patience_s)

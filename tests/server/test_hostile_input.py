@@ -18,7 +18,7 @@ import torch
 from swarmkit.errors import PeerUnreachableError
 from swarmkit.net.conversation import CHUNK_BYTES
 from swarmkit.net.messages import FATAL, Fault
-from swarmkit.server import service as service_module
+from swarmkit.server import caller as caller_module
 
 from ..net.worlds import HivemindWorld
 from .attacks import (
@@ -151,7 +151,7 @@ async def test_the_attackers_own_session_is_as_before(server: TinyServer, attack
 async def test_a_stream_on_which_the_two_may_disagree_is_ended(
     server: TinyServer, attack: Attack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service_module, "_LINGER_S", 0.01)
+    monkeypatch.setattr(caller_module, "_LINGER_S", 0.01)
     attacker = await attacker_at(server, attack)
     await attacker.send_frames(*attack.frames)
     await attacker.answer()
