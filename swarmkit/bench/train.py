@@ -6,7 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,33 @@ class _Step:
         return self.forward_s + self.backward_s
 
 
+class _Compared:
+    """Steps of the local model and of the swarm, which have the same gradients."""
+
+    def __init__(self, dtype: str) -> None:
+        self.steps: list[tuple[_Step, _Step]] = []
+        self.difference = 0.0
+        """The largest between their gradients."""
+        self._dtype = dtype
+
+    def add(self, here: _Step, there: _Step, *, counts: bool) -> None:
+        """Check one pair, and keep it if it counts."""
+        self.difference = max(self.difference, _difference(here.gradient, there.gradient, self._dtype))
+        if counts:
+            self.steps.append((here, there))
+
+    def ratios(self) -> dict[str, float]:
+        """Of the swarm's time to the local model's."""
+        return {
+            "forward_ratio_to_local": _ratio(
+                [there.forward_s for _, there in self.steps], [here.forward_s for here, _ in self.steps]
+            ),
+            "both_ratio_to_local": _ratio(
+                [there.both_s for _, there in self.steps], [here.both_s for here, _ in self.steps]
+            ),
+        }
+
+
 def bench_train(
     subject: Subject,
     replicas: Sequence[int],
@@ -46,9 +73,10 @@ def bench_train(
 ) -> dict[str, Any]:
     """A training step of prompts: swarm against local, in turns; each round has a batch of its own.
 
-    What is trained is the input of the first block. The loss is the usual one, so that embeddings and the
-    output layer, which both sides have, take part. Servers run one thread each, and so does the local model.
-    The first round is not counted.
+    What is trained is the input of the first block. The loss is the usual one, so that the output layer takes
+    part, which the client computes by itself, while its servers wait. Then the same without it (`blocks_…`):
+    the sum of the squares of what comes out of the last block is the loss, and all that is left is the
+    servers'. Everybody runs `threads` threads. The first round is not counted.
 
     Raises:
         AssertionError: in float32 the gradients differ, so that what was timed is not the same work.
@@ -57,8 +85,7 @@ def bench_train(
     local = load_local(subject.checkpoint, dtype=dtype)
     results = []
     for count in replicas:
-        here: list[_Step] = []
-        there: list[_Step] = []
+        whole, blocks = _Compared(dtype), _Compared(dtype)
         what = f"{count} replicas of {stages} stages"
         on_progress(what, 0, rounds + 1)
         with LocalSwarm(
@@ -71,31 +98,27 @@ def bench_train(
             client_settings=PATIENT,
         ) as swarm:
             remote = swarm.model(dtype=dtype)
-            difference = 0.0
             for number in range(rounds + 1):
                 ids = _ids(subject.vocab_size, batch, tokens, number)
-                before = (remote.traffic.sent, remote.traffic.received, remote.traffic.requests)
-                pair = _step(local, ids), _step(remote, ids)
-                difference = max(difference, _difference(pair[0].gradient, pair[1].gradient, dtype))
-                if number:
-                    here.append(pair[0])
-                    there.append(pair[1])
+                before = replace(remote.traffic)
+                whole.add(_step(local, ids), _step(remote, ids), counts=bool(number))
+                after = replace(remote.traffic)
+                blocks.add(_step(local, ids, head=False), _step(remote, ids, head=False), counts=bool(number))
                 on_progress(what, number + 1, rounds + 1)
-            traffic = remote.traffic
         results.append(
             {
                 "replicas": count,
                 "servers": count * stages,
-                "forward_ratio_to_local": _ratio([s.forward_s for s in there], [s.forward_s for s in here]),
-                "both_ratio_to_local": _ratio([s.both_s for s in there], [s.both_s for s in here]),
-                "forward_s": _median([s.forward_s for s in there]),
-                "both_s": _median([s.both_s for s in there]),
-                "local_forward_s": _median([s.forward_s for s in here]),
-                "local_both_s": _median([s.both_s for s in here]),
-                "bytes_sent_per_step": traffic.sent - before[0],
-                "bytes_received_per_step": traffic.received - before[1],
-                "requests_per_step": traffic.requests - before[2],
-                "largest_gradient_difference": difference,
+                **whole.ratios(),
+                "forward_s": _median([there.forward_s for _, there in whole.steps]),
+                "both_s": _median([there.both_s for _, there in whole.steps]),
+                "local_forward_s": _median([here.forward_s for here, _ in whole.steps]),
+                "local_both_s": _median([here.both_s for here, _ in whole.steps]),
+                **{f"blocks_{name}": ratio for name, ratio in blocks.ratios().items()},
+                "bytes_sent_per_step": after.sent - before.sent,
+                "bytes_received_per_step": after.received - before.received,
+                "requests_per_step": after.requests - before.requests,
+                "largest_gradient_difference": max(whole.difference, blocks.difference),
             }
         )
     return {
@@ -114,11 +137,14 @@ def _ids(vocab_size: int, batch: int, tokens: int, seed: int) -> torch.Tensor:
     return torch.randint(3, vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def _step(model: Any, ids: torch.Tensor) -> _Step:
+def _step(model: Any, ids: torch.Tensor, *, head: bool = True) -> _Step:
     inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
     gc.collect()
     began = time.perf_counter()
-    loss = model(inputs_embeds=inputs, labels=ids, use_cache=False).loss
+    if head:
+        loss = model(inputs_embeds=inputs, labels=ids, use_cache=False).loss
+    else:
+        loss = model.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state.square().mean()
     middle = time.perf_counter()
     loss.backward()
     ended = time.perf_counter()

@@ -62,12 +62,21 @@ def train(
 def _table(result: dict[str, Any]) -> Table:
     table = make_table(
         f"{result['batch']} x {result['tokens']} tokens, {conditions(result)}",
-        ("servers", "forward ÷ local", "forward + backward ÷ local", "forward s", "both s", "MB per step"),
+        (
+            "servers",
+            "forward ÷ local",
+            "forward + backward ÷ local",
+            "without output layer",
+            "forward s",
+            "both s",
+            "MB per step",
+        ),
         [
             (
                 f"{row['replicas']} x {result['stages']}",
                 f"{row['forward_ratio_to_local']:.2f}",
                 f"{row['both_ratio_to_local']:.2f}",
+                f"{row['blocks_forward_ratio_to_local']:.2f}, {row['blocks_both_ratio_to_local']:.2f}",
                 f"{row['forward_s']:.3f}",
                 f"{row['both_s']:.3f}",
                 f"{(row['bytes_sent_per_step'] + row['bytes_received_per_step']) / 1e6:.1f}",
