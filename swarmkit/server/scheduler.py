@@ -25,8 +25,9 @@ MOST_DECODE_TOKENS = 256
 
 _PATIENCE = 16
 """Who has been passed over so many times is next."""
-_LEAST_CHUNK_TOKENS = 4
-"""Of prefill beside decode steps: less would cost nearly as much."""
+_ROWS = 4
+"""Matrix libraries take rows by so many at a time: the fifth token of a forward pass costs nearly as much as
+all from the fifth to the eighth, so prefill fills them up."""
 
 
 @dataclass(frozen=True)
@@ -176,10 +177,7 @@ def _prefill_beside(tokens: int, waited_s: float, starving: bool, times: StepTim
     have used that up by waiting, none, but not for long.
     """
     allowed_s = limits.decode_slowdown * times.of(tokens) - waited_s
-    fitting = times.tokens_within(allowed_s) - tokens
-    if fitting < _LEAST_CHUNK_TOKENS:
-        fitting = _LEAST_CHUNK_TOKENS if starving else 0
-    return min(fitting, limits.chunk_tokens)
+    return _chunk(times.tokens_within(allowed_s), tokens, starving, limits)
 
 
 def _prefill_before(expected: Expected, starving: bool, times: StepTimes, limits: Limits) -> int:
@@ -193,11 +191,21 @@ def _prefill_before(expected: Expected, starving: bool, times: StepTimes, limits
     if not expected.tokens:
         return limits.chunk_tokens
     alone_s = times.of(expected.tokens)
-    soonest_s = expected.soonest_s if expected.soonest_s < math.inf else alone_s
+    is_late = any(in_s == math.inf for in_s, _ in expected.arrivals)  # and may come any moment
+    soonest_s = min(expected.soonest_s, alone_s) if is_late else expected.soonest_s
     fitting = times.tokens_within(max(soonest_s, 0.0) + (limits.decode_slowdown - 1) * alone_s)
-    if fitting < _LEAST_CHUNK_TOKENS:
-        fitting = _LEAST_CHUNK_TOKENS if starving else 0
-    return min(fitting, limits.chunk_tokens)
+    return _chunk(fitting, 0, starving, limits)
+
+
+def _chunk(fitting: int, others: int, starving: bool, limits: Limits) -> int:
+    """Tokens of prefill in a pass with `others`, in which `fitting` in all are done in time.
+
+    At least the pass's last rows are filled up, or there are none. Who starves gets those anyway.
+    """
+    tokens = fitting - fitting % _ROWS - others
+    if tokens <= 0:
+        tokens = _ROWS - others % _ROWS if starving else 0
+    return min(tokens, limits.chunk_tokens)
 
 
 def _order(step: WaitingStep) -> tuple[bool, float]:
@@ -315,6 +323,15 @@ class Decoders:
         return in_s if in_s > -away_s else math.inf
 
 
+@dataclass(frozen=True)
+class _Passes:
+    """Those over about as many tokens: how many, how long they take, and how far from that, on average."""
+
+    tokens: float
+    seconds: float
+    varies_s: float
+
+
 class StepTimes:
     """How long a forward pass over n tokens takes, learnt from those that have been.
 
@@ -326,20 +343,22 @@ class StepTimes:
     _WEIGHT = 0.25  # of a new measurement
 
     def __init__(self) -> None:
-        self._means: dict[int, tuple[float, float]] = {}  # by power of two: tokens and seconds
+        self._seen: dict[int, _Passes] = {}  # by power of two
 
     def learn(self, tokens: int, seconds: float) -> None:
         """A forward pass over so many tokens took so long."""
         power = tokens.bit_length()
-        old = self._means.get(power)
+        old = self._seen.get(power)
         if old is None:
-            self._means[power] = float(tokens), seconds
-        else:
-            self._means[power] = (
-                old[0] + self._WEIGHT * (tokens - old[0]),
-                # One that was held up by something else is not to be believed at once.
-                old[1] + self._WEIGHT * (min(seconds, 4 * old[1]) - old[1]),
-            )
+            self._seen[power] = _Passes(tokens, seconds, 0.0)
+            return
+        # One that was held up by something else is not to be believed at once.
+        off_s = min(seconds, 4 * old.seconds) - old.seconds
+        self._seen[power] = _Passes(
+            old.tokens + self._WEIGHT * (tokens - old.tokens),
+            old.seconds + self._WEIGHT * off_s,
+            old.varies_s + self._WEIGHT * (abs(off_s) - old.varies_s),
+        )
 
     def of(self, tokens: float) -> float:
         """Seconds for so many tokens; 0 before anything was measured.
@@ -347,23 +366,41 @@ class StepTimes:
         For fewer than were ever measured it is less than it will be, lest somebody's first decode step be
         taken for as long as the long prompt that came before it.
         """
-        points = sorted(self._means.values())
-        if not points:
-            return 0.0
-        if tokens <= points[0][0]:
-            return points[0][1] * tokens / points[0][0]
-        if tokens >= points[-1][0]:
+        points = sorted((one.tokens, one.seconds) for one in self._seen.values())
+        if points and tokens > points[-1][0]:
             return points[-1][1] * tokens / points[-1][0]
-        right = next(index for index, point in enumerate(points) if point[0] >= tokens)
-        (low, low_s), (high, high_s) = points[right - 1 : right + 1]
-        return low_s + (high_s - low_s) * (tokens - low) / (high - low)
+        return _on_lines(points, tokens)
 
     def tokens_within(self, seconds: float) -> int:
-        """How many tokens fit into so much time; 0 if not one does, or nothing was measured."""
+        """How many tokens fit into so much time, also if they take longer than usual by as much as they do at
+        times; 0 if not one does, or nothing was measured.
+        """
+        points = sorted((one.tokens, one.seconds + one.varies_s) for one in self._seen.values())
         low, high = 0, 1
-        while high < 2**20 and 0 < self.of(high) <= seconds:
+        while high < 2**20 and 0 < _on_lines(points, high) <= seconds:
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self.of(middle) <= seconds else (low, middle)
+            low, high = (middle, high) if _on_lines(points, middle) <= seconds else (low, middle)
         return low
+
+
+def _on_lines(points: Sequence[tuple[float, float]], tokens: float) -> float:
+    """Seconds for so many tokens on the lines between `points`, from (0, 0) on; 0 without any.
+
+    The last one goes on, but as a line through two points is not to be believed far, at least half as steep
+    as from (0, 0).
+    """
+    if not points:
+        return 0.0
+    if tokens <= points[0][0]:
+        return points[0][1] * tokens / points[0][0]
+    if tokens >= points[-1][0]:
+        most, most_s = points[-1]
+        slope = most_s / most
+        if len(points) > 1:
+            slope = max((most_s - points[-2][1]) / (most - points[-2][0]), slope / 2)
+        return most_s + slope * (tokens - most)
+    right = next(index for index, point in enumerate(points) if point[0] >= tokens)
+    (low, low_s), (high, high_s) = points[right - 1 : right + 1]
+    return low_s + (high_s - low_s) * (tokens - low) / (high - low)
