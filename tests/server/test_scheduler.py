@@ -157,6 +157,12 @@ def due_in(seconds: float, varies_s: float = 0.0) -> Expected:
     return Expected(((seconds, 1),), seconds - varies_s)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
+def test_beside_decode_steps_prefill_fills_a_passs_rows(rows: int) -> None:
+    turn = turn_of(decode(0, rows=rows), prefill(1))
+    assert (rows + tokens_for(1, turn)) % 4 == 0
+
+
 def test_before_a_decoder_is_back_prefill_may_go_on_so_long_that_he_waits_as_long_as_his_step_takes() -> None:
     tokens = tokens_for(0, turn_of(prefill(0), expected=due_in(0.1)))
     assert READING_S + tokens * TOKEN_S == pytest.approx(0.1 + READING_S + TOKEN_S, abs=2 * TOKEN_S)
@@ -525,3 +531,19 @@ def test_the_tokens_within_a_time_take_just_that_time(seconds: float) -> None:
 def test_nothing_fits_into_no_time() -> None:
     assert TIMES.tokens_within(0.0) == 0
     assert StepTimes().tokens_within(1.0) == 0
+
+
+def test_fewer_tokens_fit_where_passes_vary() -> None:
+    steady, unsteady = times_learnt(), times_learnt()
+    for number in range(200):
+        steady.learn(64, 0.084)
+        unsteady.learn(64, 0.084 + (0.02 if number % 2 else -0.02))
+    assert unsteady.of(64) == pytest.approx(0.084, abs=0.003)
+    assert unsteady.tokens_within(0.09) < 64 <= steady.tokens_within(0.09)
+
+
+def test_beyond_what_was_measured_the_line_goes_on() -> None:
+    times = StepTimes()
+    times.learn(4, 0.024)
+    times.learn(16, 0.036)
+    assert times.tokens_within(0.048) == pytest.approx(26, abs=4)
