@@ -27,7 +27,7 @@ ARCHITECTURES = [
     pytest.param("mistral", marks=pytest.mark.slow),
     pytest.param("gemma2", marks=pytest.mark.slow),
     "gpt_oss",
-    "deepseek_v3",
+    pytest.param("deepseek_v3", marks=pytest.mark.slow),
     "falcon",
 ]
 """A plain one; windows; capped scores; sinks and experts; latents; one whose steps are run one by one."""

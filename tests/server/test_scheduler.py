@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
@@ -315,7 +316,12 @@ class Simulation:
         self.finished.append(work)
 
 
-@pytest.mark.parametrize("seed", range(20))
+def seeds(count: int, quick: int) -> list[Any]:
+    """The first few always, the others in test-all."""
+    return [pytest.param(seed, marks=pytest.mark.slow) if seed >= quick else seed for seed in range(count)]
+
+
+@pytest.mark.parametrize("seed", seeds(20, 6))
 def test_everything_that_arrives_is_finished(seed: int) -> None:
     world = Simulation(seed)
     for _ in range(300):
@@ -327,9 +333,7 @@ def test_everything_that_arrives_is_finished(seed: int) -> None:
     assert len(world.finished) == 300
 
 
-@pytest.mark.parametrize(
-    "seed", [pytest.param(seed, marks=pytest.mark.slow) if seed >= 6 else seed for seed in range(20)]
-)
+@pytest.mark.parametrize("seed", seeds(20, 6))
 def test_nobody_is_passed_over_without_end(seed: int) -> None:
     world = Simulation(seed)
     for _ in range(600):  # more comes than can be done
