@@ -37,7 +37,6 @@ class World:
         assert swarm.network is not None
         self.swarm = swarm
         self.network = swarm.network
-        self.settings = settings
         self.model: SwarmModelForCausalLM = swarm.model(settings=settings)
         self.client = self.model.connection.client
 
