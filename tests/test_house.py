@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "swarmkit"
 
 FLOORS = [
-    {"errors", "settings", "_version", "tinychat"},
+    {"errors", "settings", "smoothed", "_version", "tinychat"},
     {"net", "models"},
     {"client", "server"},
     {"fork_server", "server_process", "local"},

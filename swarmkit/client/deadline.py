@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from swarmkit.smoothed import Smoothed
+
 _GAIN = 0.125
-_GAIN_VARIATION = 0.25
 _VARIATIONS = 4.0
 _MOST_PATIENCE = 64.0
 _UNMEASURED_S = 5.0
@@ -33,30 +34,14 @@ class DeadlinePolicy:
     factor: float
 
 
-class _Smoothed:
-    """A mean and its mean deviation, both moving."""
-
-    def __init__(self, first: float) -> None:
-        self.mean = first
-        self.deviation = first / 2
-
-    def observe(self, value: float) -> None:
-        self.deviation += _GAIN_VARIATION * (abs(value - self.mean) - self.deviation)
-        self.mean += _GAIN * (value - self.mean)
-
-    @property
-    def upper(self) -> float:
-        return self.mean + _VARIATIONS * self.deviation
-
-
 class StepTimes:
     """How long the steps of one peer take, from sending to having the answer, in seconds."""
 
     def __init__(self, claimed_rate: float = 0.0) -> None:
         """Args: claimed_rate: tokens per second that the peer announces; 0 = unknown."""
         self._claimed_rate = claimed_rate
-        self._single: _Smoothed | None = None
-        self._per_token: _Smoothed | None = None
+        self._single: Smoothed | None = None
+        self._per_token: Smoothed | None = None
         self._patience = 1.0
 
     @property
@@ -75,11 +60,11 @@ class StepTimes:
         self._patience = 1.0
         if tokens <= 1:
             if self._single is None:
-                self._single = _Smoothed(seconds)
+                self._single = _smoothed(seconds)
             self._single.observe(seconds)
         else:
             if self._per_token is None:
-                self._per_token = _Smoothed(seconds / tokens)
+                self._per_token = _smoothed(seconds / tokens)
             self._per_token.observe(seconds / tokens)
 
     def timed_out(self) -> None:
@@ -95,8 +80,16 @@ class StepTimes:
             claimed = _UNMEASURED_S + policy.factor * tokens / self._claimed_rate
             return max(policy.min_s, self._patience * min(policy.first_s, claimed))
         if tokens <= 1 and single is not None:
-            usual = single.upper
+            usual = _upper(single)
         else:
             # One token cannot take longer than one token by itself, whichever of the two was measured.
-            usual = (single.upper if single else 0.0) + tokens * (per_token or single or _Smoothed(0.0)).upper
+            usual = _upper(single) + tokens * _upper(per_token or single)
         return max(policy.min_s, self._patience * policy.factor * usual)
+
+
+def _smoothed(first: float) -> Smoothed:
+    return Smoothed(first, first / 2, _GAIN)
+
+
+def _upper(times: Smoothed | None) -> float:
+    return times.mean + _VARIATIONS * times.deviation if times else 0.0

@@ -17,6 +17,8 @@ import math
 from collections.abc import Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from swarmkit.smoothed import Smoothed
+
 DECODE_TOKENS = 16
 """A step of at most so many tokens per row is a decode step, also with a draft's tokens; it is never cut."""
 
@@ -84,13 +86,13 @@ class Expected:
     """Seconds until each comes, the first one first, and its tokens. Below 0: it is overdue; infinity: so
     long that nobody should wait for it."""
 
+    soonest_s: float = math.inf
+    """Until the first of them may come, as far as they vary; infinity: there is no saying."""
+
     @property
     def tokens(self) -> int:
         """In all of them."""
         return sum(tokens for _, tokens in self.arrivals)
-
-    soonest_s: float = math.inf
-    """Until the first of them may come, as far as they vary; infinity: there is no saying."""
 
 
 @dataclass(frozen=True)
@@ -252,9 +254,8 @@ class _Decoder:
 
     done: float
     tokens: int
-    away_s: float | None = None
-    varies_s: float = 0.0
-    """How far from that it is at a time, on average."""
+    away_s: Smoothed | None
+    """None: it was not away yet, or for too long to tell anything."""
 
 
 class Decoders:
@@ -279,16 +280,14 @@ class Decoders:
     def decoded(self, session: Hashable, tokens: int, came: float, done: float) -> None:
         """A session has run a decode step of so many tokens."""
         last = self._left.pop(session, None) or self._sessions.get(session)
-        now = _Decoder(done, tokens)
+        usual_s = None
         if last is not None and (away_s := came - last.done) < self._MOST_S:
-            if last.away_s is None:
-                now = _Decoder(done, tokens, away_s, away_s / 2)
+            usual_s = last.away_s
+            if usual_s is None:
+                usual_s = Smoothed(away_s, away_s / 2, self._WEIGHT)
             else:
-                # As TCP learns its round trips (Jacobson and Karels, 1988).
-                off_s = away_s - last.away_s
-                varies_s = last.varies_s + self._WEIGHT * (abs(off_s) - last.varies_s)
-                now = _Decoder(done, tokens, last.away_s + self._WEIGHT * off_s, varies_s)
-        self._sessions[session] = now
+                usual_s.observe(away_s)
+        self._sessions[session] = _Decoder(done, tokens, usual_s)
 
     def leave(self, session: Hashable) -> None:
         """A session does something else."""
@@ -309,27 +308,29 @@ class Decoders:
             elif now < one.done + self._MOST_S:
                 self._left[key] = one
         away = [(self._back_in(one, now), one) for key, one in self._sessions.items() if key not in here]
-        soonest_s = min((in_s - self._VARIATIONS * one.varies_s for in_s, one in away), default=math.inf)
+        soonest_s = min((in_s - self._variation(one) for in_s, one in away), default=math.inf)
         return Expected(tuple(sorted((in_s, one.tokens) for in_s, one in away)), soonest_s)
 
+    def _variation(self, one: _Decoder) -> float:
+        return 0.0 if one.away_s is None else self._VARIATIONS * one.away_s.deviation
+
     def _leaves(self, one: _Decoder) -> float:
-        usual = self._UNKNOWN_S if one.away_s is None else self._TIMES_AWAY * one.away_s
+        usual = self._UNKNOWN_S if one.away_s is None else self._TIMES_AWAY * one.away_s.mean
         return one.done + min(max(usual, self._LEAST_S), self._MOST_S)
 
     def _back_in(self, one: _Decoder, now: float) -> float:
-        away_s = one.away_s or 0.0
+        away_s = 0.0 if one.away_s is None else one.away_s.mean
         in_s = one.done + away_s - now
         # Waiting for him is worth as long again; then the prefill goes on.
         return in_s if in_s > -away_s else math.inf
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Passes:
-    """Those over about as many tokens: how many, how long they take, and how far from that, on average."""
+    """Those over about as many tokens: how many, and how long they take."""
 
     tokens: float
-    seconds: float
-    varies_s: float
+    seconds: Smoothed
 
 
 class StepTimes:
@@ -348,25 +349,21 @@ class StepTimes:
     def learn(self, tokens: int, seconds: float) -> None:
         """A forward pass over so many tokens took so long."""
         power = tokens.bit_length()
-        old = self._seen.get(power)
-        if old is None:
-            self._seen[power] = _Passes(tokens, seconds, 0.0)
+        passes = self._seen.get(power)
+        if passes is None:
+            self._seen[power] = _Passes(tokens, Smoothed(seconds, 0.0, self._WEIGHT))
             return
+        passes.tokens += self._WEIGHT * (tokens - passes.tokens)
         # One that was held up by something else is not to be believed at once.
-        off_s = min(seconds, 4 * old.seconds) - old.seconds
-        self._seen[power] = _Passes(
-            old.tokens + self._WEIGHT * (tokens - old.tokens),
-            old.seconds + self._WEIGHT * off_s,
-            old.varies_s + self._WEIGHT * (abs(off_s) - old.varies_s),
-        )
+        passes.seconds.observe(min(seconds, 4 * passes.seconds.mean))
 
     def of(self, tokens: float) -> float:
         """Seconds for so many tokens; 0 before anything was measured.
 
         For fewer than were ever measured it is less than it will be, lest somebody's first decode step be
-        taken for as long as the long prompt that came before it.
+        taken for as long as the long prompt that came before it; for more, as if each token took the same.
         """
-        points = sorted((one.tokens, one.seconds) for one in self._seen.values())
+        points = sorted((one.tokens, one.seconds.mean) for one in self._seen.values())
         if points and tokens > points[-1][0]:
             return points[-1][1] * tokens / points[-1][0]
         return _on_lines(points, tokens)
@@ -375,7 +372,7 @@ class StepTimes:
         """How many tokens fit into so much time, also if they take longer than usual by as much as they do at
         times; 0 if not one does, or nothing was measured.
         """
-        points = sorted((one.tokens, one.seconds + one.varies_s) for one in self._seen.values())
+        points = sorted((one.tokens, one.seconds.mean + one.seconds.deviation) for one in self._seen.values())
         low, high = 0, 1
         while high < 2**20 and 0 < _on_lines(points, high) <= seconds:
             low, high = high, 2 * high
