@@ -75,7 +75,7 @@ def bench_train(
 
     What is trained is the input of the first block. The loss is the usual one, so that the output layer takes
     part, which the client computes by itself, while its servers wait. Then the same without it (`blocks_…`):
-    the sum of the squares of what comes out of the last block is the loss, and all that is left is the
+    the mean square of what comes out of the last block is the loss, and all that is left is the
     servers'. Everybody runs `threads` threads. The first round is not counted.
 
     Raises:

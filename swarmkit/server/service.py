@@ -408,6 +408,7 @@ class BlockService:
 
     async def _serve_push(self, client: _Client, session: Session, source: Conversation) -> bool:
         """One step from another server. Returns whether more may come."""
+        incoming = Incoming(self.intake)
         number = 0
 
         async def admit(message: Message) -> None:
@@ -420,7 +421,7 @@ class BlockService:
             await self._admit_step(session, message, incoming)
 
         try:
-            with Incoming(self.intake) as incoming:
+            with incoming:
                 received = await source.receive(admit)
                 assert isinstance(received.message, Step)
                 await self._run_step(client, session, received.message, received, source)
