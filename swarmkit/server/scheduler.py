@@ -363,7 +363,7 @@ class StepTimes:
         For fewer than were ever measured it is less than it will be, lest somebody's first decode step be
         taken for as long as the long prompt that came before it; for more, as if each token took the same.
         """
-        points = sorted((one.tokens, one.seconds.mean) for one in self._seen.values())
+        points = self._points(0.0)
         if points and tokens > points[-1][0]:
             return points[-1][1] * tokens / points[-1][0]
         return _on_lines(points, tokens)
@@ -372,7 +372,7 @@ class StepTimes:
         """How many tokens fit into so much time, also if they take longer than usual by as much as they do at
         times; 0 if not one does, or nothing was measured.
         """
-        points = sorted((one.tokens, one.seconds.mean + one.seconds.deviation) for one in self._seen.values())
+        points = self._points(1.0)
         low, high = 0, 1
         while high < 2**20 and 0 < _on_lines(points, high) <= seconds:
             low, high = high, 2 * high
@@ -380,6 +380,12 @@ class StepTimes:
             middle = (low + high) // 2
             low, high = (middle, high) if _on_lines(points, middle) <= seconds else (low, middle)
         return low
+
+    def _points(self, deviations: float) -> list[tuple[float, float]]:
+        """Tokens, and seconds with so many deviations."""
+        # The event loop asks while the engine's thread learns; the list is made at once.
+        seen = list(self._seen.values())
+        return sorted((one.tokens, one.seconds.mean + deviations * one.seconds.deviation) for one in seen)
 
 
 def _on_lines(points: Sequence[tuple[float, float]], tokens: float) -> float:

@@ -22,6 +22,7 @@ from swarmkit.server.scheduler import (
     WaitingStep,
     next_turn,
 )
+from swarmkit.smoothed import Smoothed
 
 NOBODY = Expected()
 LIMITS = Limits(chunk_tokens=512, decode_slowdown=2.0)
@@ -551,3 +552,26 @@ def test_beyond_what_was_measured_the_line_goes_on() -> None:
     times.learn(4, 0.024)
     times.learn(16, 0.036)
     assert times.tokens_within(0.048) == pytest.approx(26, abs=4)
+
+
+def test_one_thread_may_ask_while_another_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the event loop does for the queue, and the engine's thread."""
+    times = times_learnt()
+    larger = 1024
+
+    class Learning(Smoothed):
+        """Asked for its mean, it has the other thread learn a pass of a new size just then."""
+
+        @property  # type: ignore[override]
+        def mean(self) -> float:
+            nonlocal larger
+            larger *= 2
+            times.learn(larger, READING_S + larger * TOKEN_S)
+            return READING_S + TOKEN_S
+
+        @mean.setter
+        def mean(self, value: float) -> None:
+            pass
+
+    times._seen[1].seconds = Learning(READING_S, 0.0, 0.25)
+    assert times.of(1) == pytest.approx(READING_S + TOKEN_S)
