@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from plots import draw, goals
 
 HERE = Path(__file__).parent
@@ -28,6 +29,8 @@ COMMANDS = {
     "decode-tiny-chat": "decode --stages 1,2,4 --rounds 9",
     "decode-s": "decode --model S --stages 1,2,4 --rounds 9",
     "decode-m": "decode --model M --stages 1,2,4 --tokens 32",
+    "decode-l-bfloat16-cuda": "decode --model L --stages 1,2 --rounds 3 --dtype bfloat16 --device cuda",
+    "decode-l-nf4-cuda": "decode --model L --stages 1,2 --rounds 3 --dtype nf4 --device cuda",
     "clients-s": "clients --model S",
     "clients-m": "clients --model M",
     "prefill-m": "prefill --model M --stages 2,4 --prompt-tokens 1024",
@@ -58,6 +61,8 @@ def main() -> int:
     arguments = parser.parse_args()
     wanted = tuple(arguments.names)
     chosen = {name: command for name, command in COMMANDS.items() if not wanted or name.startswith(wanted)}
+    if not torch.cuda.is_available():
+        chosen = {name: command for name, command in chosen.items() if not name.endswith("-cuda")}
     if not chosen:
         parser.error(f"no benchmark begins with {', '.join(wanted)}; there are {', '.join(COMMANDS)}")
     RESULTS.mkdir(exist_ok=True)

@@ -71,6 +71,7 @@ class LocalSwarm:
         processes: give each server an operating-system process of its own, which can be killed for real.
         transport: `"hivemind"`, as in the world, or `"memory"`, for tests within one process.
         threads: torch threads of each server process.
+        device: where the servers compute; several may share an accelerator.
         link: what lies between each server and everybody else, in each direction, so that a client's round
             trip to a server, or one server's to another, takes `2 * link.delay_s` longer; nothing if not
             given. `link_of(server)` changes or cuts one of them while the swarm runs.
@@ -87,6 +88,7 @@ class LocalSwarm:
         *,
         dtype: str | torch.dtype = "auto",
         threads: int = 1,
+        device: str = "cpu",
         link: Link | None = None,
         server_settings: ServerSettings | None = None,
         client_settings: ClientSettings | None = None,
@@ -113,6 +115,7 @@ class LocalSwarm:
         self._processes = processes
         self._dtype = dtype
         self._threads = threads
+        self._device = device
         self._link = link
         self._links: dict[LocalServer, LinkEmulator] = {}
         self._server_settings = server_settings or ServerSettings()
@@ -224,6 +227,7 @@ class LocalSwarm:
 
     def _launch(self, blocks: tuple[int, int], **kwargs: Any) -> LocalServer:
         kwargs.setdefault("dtype", self._dtype)
+        kwargs.setdefault("device", self._device)
         name = f"server-{len(self.servers)}"
         port, link = 0, None
         if self._link is not None:

@@ -52,6 +52,7 @@ class ServerProcess:
         public_name: str = "",
         dtype: str | torch.dtype = "auto",
         threads: int = 1,
+        device: str = "cpu",
         port: int = 0,
         announce: Sequence[str] = (),
         adapters: Sequence[str | os.PathLike[str]] = (),
@@ -60,6 +61,7 @@ class ServerProcess:
     ) -> None:
         command = ["serve", model]
         command += ["--blocks", f"{blocks[0]}:{blocks[1]}", "--dtype", str(dtype).removeprefix("torch.")]
+        command += ["--device", device]
         command += ["--threads", str(threads), "--name", public_name, "--json", "--until-stdin-closes"]
         command += ["--port", str(port)]
         for address in initial_peers:

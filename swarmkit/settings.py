@@ -51,6 +51,18 @@ class ServerSettings(BaseSettings):
         ge=1,
         description="how many times its usual time a decode step may take beside others' prompts",
     )
+    recorded_sessions: int = Field(
+        default=4,
+        ge=0,
+        description="that decode by recorded work on an NVIDIA or AMD accelerator, which is quicker; where "
+        "there are more at a time, they all decode without. 0 = never",
+    )
+    recorded_tokens: int = Field(
+        default=2048,
+        ge=16,
+        description="of a session, until it decodes without records; memory for the keys and values of one "
+        "session more than there are with records is held",
+    )
     adapter_bytes: int = Field(default=512 * 1024**2, ge=0, description="memory for adapters of all clients")
     client_adapter_bytes: int = Field(
         default=128 * 1024**2, ge=0, description="memory for adapters of one client"
@@ -58,6 +70,12 @@ class ServerSettings(BaseSettings):
     adapter_max_rank: int = Field(default=256, ge=1, description="rank of a client's LoRA adapters")
     gradient_slice: float = Field(
         default=0.05, gt=0, description="for which training may keep the device before others have their turn"
+    )
+    gradient_memory_bytes: int = Field(
+        default=512 * 1024**2,
+        ge=0,
+        description="memory for what training computed on its way there, so that it is not computed again on "
+        "the way back; 0: it always is",
     )
     max_gradient_streams: int = Field(default=256, ge=1, description="streams for training at a time")
     max_session_length: int = Field(

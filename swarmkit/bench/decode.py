@@ -22,6 +22,8 @@ from swarmkit.bench.measure import (
 from swarmkit.bench.subject import Subject
 from swarmkit.local import LocalSwarm
 from swarmkit.models.head import load_local
+from swarmkit.models.precision import Precision
+from swarmkit.settings import ServerSettings
 
 _PROMPT_TOKENS = 16
 
@@ -56,23 +58,36 @@ def bench_decode(
     rounds: int = 5,
     threads: int = 1,
     dtype: str = "float32",
+    device: str = "cpu",
+    records: bool = True,
     on_progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Measure greedy decoding of one row, servers as processes on loopback, `threads` torch threads each.
 
     Local and swarm take turns, round by round, so that a drift of the machine meets both. The first round of
-    each is not counted. Over several chain lengths, the time beyond local is fitted as base + per server.
+    each is not counted. On an accelerator servers start a token's work as one piece that is on record
+    (`models.recordings`), unless `records` is false. Over several chain lengths, the time beyond local is
+    fitted as base + per server.
     """
     torch.set_num_threads(threads)
     checkpoint = subject.checkpoint
-    local = load_local(checkpoint, dtype=dtype)
-    prompt = random_prompt(subject.vocab_size, _PROMPT_TOKENS)
+    computed = Precision.parse(dtype, checkpoint.config, device).dtype
+    local = load_local(checkpoint, dtype=dtype, device=device)
+    prompt = random_prompt(subject.vocab_size, _PROMPT_TOKENS).to(device)
     results = []
     for count in stages:
         total = rounds + 1
         on_progress(f"{count} stages", 0, total)
-        with LocalSwarm(checkpoint, num_stages=count, processes=True, threads=threads, dtype=dtype) as swarm:
-            remote = swarm.model(dtype=dtype, settings=PATIENT)
+        with LocalSwarm(
+            checkpoint,
+            num_stages=count,
+            processes=True,
+            threads=threads,
+            dtype=dtype,
+            device=device,
+            server_settings=ServerSettings() if records else ServerSettings(recorded_sessions=0),
+        ) as swarm:
+            remote = swarm.model(dtype=computed, device=device, settings=PATIENT)
             times_local, times_swarm, hops = [], [], []
             for number in range(total):
                 here = timed_generate(local, prompt, tokens)
@@ -90,6 +105,8 @@ def bench_decode(
         "rounds": rounds,
         "threads": threads,
         "dtype": dtype,
+        "device": device,
+        "records": records and device != "cpu",
         "fit": fit_beyond_local(results),
         "results": [asdict(result) for result in results],
     }

@@ -25,6 +25,7 @@ def environment() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "system": platform.system(),
             "architecture": platform.machine(),
+            **_accelerator(),
         },
         "versions": {
             "python": platform.python_version(),
@@ -33,6 +34,14 @@ def environment() -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
+
+
+def _accelerator() -> dict[str, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {"accelerator": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
 
 
 def _cpu_name() -> str:

@@ -17,8 +17,13 @@ def make_random_llama(
     intermediate_size: int = 2816,
     vocab_size: int = 32_000,
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> Path:
-    """Write a checkpoint in Hugging Face format to `folder`. The same seed gives the same weights."""
+    """Write a checkpoint in Hugging Face format to `folder`.
+
+    The same seed gives the same weights on a device of the same kind.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -35,6 +40,7 @@ def make_random_llama(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        with torch.device(device):
+            model = LlamaForCausalLM._from_config(config, dtype=dtype)
     model.save_pretrained(folder, max_shard_size="256MB")
     return folder

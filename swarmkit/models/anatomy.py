@@ -72,7 +72,8 @@ class _NoEmbedding(nn.Module):
     """Instead of learned positions: nothing is added."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.zeros(())
+        given = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
+        return torch.zeros((), device=None if given is None else given.device)
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -26,6 +26,7 @@ from swarmkit.models.anatomy import anatomy_of, block_configs
 from swarmkit.models.page_table import PAGE_TOKENS as PAGE_TOKENS
 from swarmkit.models.page_table import pages_for
 from swarmkit.models.paged_rows import PagedRows
+from swarmkit.models.seats import Seat, SeatedLayer, Seats
 
 _MARK_EVERY_TOKENS = 64
 MARKS = 2
@@ -85,6 +86,8 @@ class StageCache(DynamicCache):
         self._positions: Tensor | None = None
         self._mark_next = False
         self._paged: PagedRows | None = None
+        self.seat: Seat | None = None
+        """Where it sits, while it does; see `sit_down`."""
         self._room_pages = 0
         """Pages that each row has room for, while it has a room of its own."""
         self.adapter: Adapter | None = None
@@ -134,7 +137,7 @@ class StageCache(DynamicCache):
         self._marks = []
         self._inputs = self._positions = None
         self._mark_next = False
-        self._paged = None
+        self._paged = self.seat = None
         self._room_pages = 0
 
     def nbytes(self) -> int:
@@ -171,7 +174,7 @@ class StageCache(DynamicCache):
     @property
     def has_pages(self) -> bool:
         """Whether all that it holds is keys and values of tokens."""
-        return all(isinstance(layer, _GrowingLayer) for layer in self.blocks)
+        return all(isinstance(layer, _GrowingLayer | SeatedLayer) for layer in self.blocks)
 
     @torch.inference_mode()
     def page(self, index: int) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -191,6 +194,28 @@ class StageCache(DynamicCache):
         self._computed = self.tokens
         self.batch = 1
         self._room_pages = pages_for(self.tokens)
+        if self.seat is not None:
+            self.seat.tokens = self.tokens
+
+    # A seat: keys and values of one row where recorded work finds them (see `seats`).
+
+    def sit_down(self, seats: Seats) -> Seat | None:
+        """Have a seat, if this session can and one is free. Nothing changes but where it keeps its tokens."""
+        if self.seat is None and self.batch == 1 and 0 < self.tokens < seats.length:
+            may = all(isinstance(layer, _GrowingLayer) for layer in self.blocks)
+            taken = seats.take(self.offset, self.blocks, self.tokens) if may else None
+            if taken is not None:
+                self.seat, self.layers[self.offset :] = taken
+        return self.seat
+
+    def _stand_up(self) -> None:
+        """Have rooms of its own again."""
+        if self.seat is not None:
+            tokens = pages_for(self.tokens) * PAGE_TOKENS
+            for index, layer in enumerate(self.blocks, start=self.offset):
+                keys, values = (_room(part, tokens) for part in (layer.keys, layer.values))
+                self.layers[index] = _GrowingLayer.of((keys, values), self.tokens)
+            self.seat = None
 
     # What the stage does around a step.
 
@@ -209,6 +234,8 @@ class StageCache(DynamicCache):
 
     def before_step(self, tokens: int) -> None:
         """A step of `tokens` new tokens is about to run."""
+        if self.seat is not None and self.tokens + tokens > self.seat.length:
+            self._stand_up()
         if self._paged:
             self._paged.reserve(tokens)
         else:
@@ -239,6 +266,8 @@ class StageCache(DynamicCache):
             self._paged.advance(tokens)
         else:
             self._room_pages = pages_for(self.tokens)
+        if self.seat is not None:
+            self.seat.tokens = self.tokens
 
     def rewind(self, tokens: int) -> None:
         """Stand at the first `tokens` tokens, whatever the blocks hold: a step may have ended half-way."""
@@ -248,6 +277,11 @@ class StageCache(DynamicCache):
         self.tokens = self._computed = tokens
         if self._paged:
             self._paged.crop(tokens)
+            return
+        if self.seat is not None:
+            self.seat.tokens = tokens
+            for layer in self.blocks:
+                layer.forget(tokens)
             return
         if self._recurrent:
             self._restore(tokens)
@@ -273,6 +307,7 @@ class StageCache(DynamicCache):
             self.layers[index] = new
 
     def _select(self, rows: list[int]) -> None:
+        self._stand_up()
         if self._paged or self._shares(rows):
             try:
                 self._select_in_pages(rows)
@@ -407,6 +442,13 @@ def _layers_for(config: PreTrainedConfig) -> list[Any]:
     return layers
 
 
+def _room(part: Tensor, tokens: int) -> Tensor:
+    """A room for so many tokens, which begins with what is held [rows, heads, held tokens, dim]."""
+    room = part.new_empty(*part.shape[:-2], tokens, part.shape[-1])
+    room[..., : part.shape[-2], :] = part
+    return room
+
+
 def _truncate(layer: Any, tokens: int) -> None:
     if not isinstance(layer, DynamicLayer) or layer.keys is None:
         return
@@ -429,7 +471,9 @@ def _copy_of_states(layer: Any) -> Any:
 
 
 def _nbytes(layer: Any) -> int:
-    """Bytes of every tensor in a cache layer, whatever its kind."""
+    """Bytes of every tensor in a cache layer, whatever its kind; of a seat what is held there."""
+    if isinstance(layer, SeatedLayer):
+        return int(layer.keys.nbytes + layer.values.nbytes)
     inner = [value.values() if isinstance(value, dict) else [value] for value in vars(layer).values()]
     return sum(part.nbytes for parts in inner for part in parts if isinstance(part, Tensor))
 

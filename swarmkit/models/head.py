@@ -24,6 +24,7 @@ from swarmkit.models.anatomy import CACHE_ARGUMENTS, Anatomy, anatomy_of, replac
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.head_kind import CAUSAL, HeadKind, base_path
 from swarmkit.models.loading import load_model, loader
+from swarmkit.models.precision import Precision
 from swarmkit.models.quantised import StoredQuantisation
 
 ATTENTION = "swarmkit"
@@ -184,24 +185,30 @@ def load_local(
 ) -> PreTrainedModel:
     """The whole ordinary model on this machine, as transformers loads it; what a swarm must agree with.
 
+    Args: dtype: or another precision (`int8`, `nf4`), in which all of it is kept but the output layer.
+
     Raises:
         ModelError: transformers cannot load it.
     """
     where, options = checkpoint.files.pretrained()
-    wanted = resolve_dtype(dtype, checkpoint.config, device)
+    precision = Precision.parse(dtype, checkpoint.config, device)
     if checkpoint.is_part:
-        return _load_part(checkpoint, wanted, device)
+        return _load_part(checkpoint, precision.dtype, device)
     config = copy.deepcopy(checkpoint.config)
     if stored := StoredQuantisation.of(config):
         config.quantization_config = stored.loading()
         options["device_map"] = {"": torch.device(device)}
-    options |= {"config": config, "dtype": wanted, "trust_remote_code": False}
+    if precision.quantized:
+        options["quantization_config"] = precision.quantization_config()
+        options["device_map"] = {"": torch.device(device)}
+    options |= {"config": config, "dtype": precision.dtype, "trust_remote_code": False}
     try:
         with loader():
             model: Any = AutoModelForCausalLM.from_pretrained(where, **options)
     except Exception as error:
         raise ModelError(f"transformers cannot load {checkpoint.name}: {error}") from error
-    model.to(device)
+    if not precision.quantized:  # else it is there, and cannot be moved
+        model.to(device)
     model.eval()
     model.requires_grad_(False)
     whole: PreTrainedModel = model

@@ -74,7 +74,7 @@ class PackedView:
         self._tuner = tuner
         self._model = _with_attention(model, _PACKED, {})
         self._masks = _MaskMaker(model, anatomy)
-        self._attention: str = model.config._attn_implementation
+        self.attention: str = model.config._attn_implementation
 
     def __call__(self, parts: Sequence[StepPart], need_masks: Sequence[bool]) -> list[Tensor]:
         """Run checked parts, all of the device and dtype of the blocks, and append to their caches.
@@ -87,20 +87,25 @@ class PackedView:
         """
         asked = zip(parts, need_masks, strict=True)
         masks = [self._masks(part) if needed else None for part, needed in asked]
-        pack = _Pack(parts, masks, self._attention)
-        positions = torch.cat([_positions(part) for part in parts])[None]
+        pack = Pack(parts, masks, self.attention)
+        positions = torch.cat([_positions(part) for part in parts])
         segments = [Segment.of(part.cache.adapter, part.hidden, part.cache.tokens) for part in parts]
         first = parts[0].cache
         with self._tuner.applied(first.start, first.stop, segments):
-            out: Tensor = self._forward(
-                self._model,
-                inputs_embeds=torch.cat([part.hidden.flatten(0, 1) for part in parts])[None],
-                position_ids=positions,
-                use_cache=True,
-                **{self._cache_argument: pack},
-            ).last_hidden_state
-        pieces = out[0].split(pack.sizes)
+            out = self.run(torch.cat([part.hidden.flatten(0, 1) for part in parts]), positions, pack)
+        pieces = out.split(pack.sizes)
         return [piece.view(part.hidden.shape) for piece, part in zip(pieces, parts, strict=True)]
+
+    def run(self, hidden: Tensor, positions: Tensor, pack: Pack) -> Tensor:
+        """The blocks over tokens [total, hidden] at these positions [total]; returns [total, hidden]."""
+        out: Tensor = self._forward(
+            self._model,
+            inputs_embeds=hidden[None],
+            position_ids=positions[None],
+            use_cache=True,
+            **{self._cache_argument: pack},
+        ).last_hidden_state
+        return out[0]
 
 
 def _positions(part: StepPart) -> Tensor:
@@ -112,7 +117,7 @@ def _positions(part: StepPart) -> Tensor:
     return part.position_ids.to(device).expand(rows, tokens).flatten()
 
 
-class _Pack:
+class Pack:
     """What the blocks take for one cache: it hands each session's keys and values to its own."""
 
     def __init__(self, parts: Sequence[StepPart], masks: Sequence[list[Any] | None], attention: str) -> None:
@@ -122,12 +127,14 @@ class _Pack:
         self.attention = attention
         self._parts = parts
         self._several_rows = any(rows > 1 for rows, _ in self.shapes)
+        self.side_by_side = False
+        """Whether it is one token each of several sessions as rows of one batch (see `recordings`)."""
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Append [1, heads, total, dim]; returns what the attention function below is to be given."""
         added = zip(self._parts, self.split(keys), self.split(values), strict=True)
         held = [part.cache.layers[layer_idx].update(new, more) for part, new, more in added]
-        return _Held(self, [one for one, _ in held]), _Held(self, [other for _, other in held])
+        return Held(self, [one for one, _ in held]), Held(self, [other for _, other in held])
 
     def split(self, packed: Tensor) -> Sequence[Tensor]:
         """[1, heads, total, dim] as [rows, heads, tokens, dim] for each session."""
@@ -147,24 +154,24 @@ class _Pack:
         """
         if layer_idx is None:
             return 0
+        device = self._parts[0].hidden.device
         places = [
-            torch.arange(part.cache.tokens, part.cache.tokens + tokens).repeat(rows)
+            torch.arange(part.cache.tokens, part.cache.tokens + tokens, device=device).repeat(rows)
             for part, (rows, tokens) in zip(self._parts, self.shapes, strict=True)
         ]
-        offsets = torch.cat(places) - torch.arange(sum(self.sizes))
-        return offsets.to(self._parts[0].hidden.device)
+        return torch.cat(places) - torch.arange(sum(self.sizes), device=device)
 
 
-class _Held(list[Tensor]):
+class Held(list[Tensor]):
     """Each session's keys or values [rows, heads, past + tokens, dim], and the pack that they are of."""
 
-    def __init__(self, pack: _Pack, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, pack: Pack, tensors: Sequence[Tensor]) -> None:
         super().__init__(tensors)
         self.pack = pack
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: _Held, value: _Held, attention_mask: None, **kwargs: Any
+    module: nn.Module, query: Tensor, key: Held, value: Held, attention_mask: None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """The attention function of a pack: the module's own, session by session.
 
@@ -174,13 +181,14 @@ def _attend(
     pack = key.pack
     index: Any = module.layer_idx
     attend = _own_attention(module, pack.attention)
-    quick = pack.attention == "sdpa" and query.device.type == "cpu"
+    on_cpu, sdpa = query.device.type == "cpu", pack.attention == "sdpa"
     outputs = []
     for queries, keys, values, masks in zip(pack.split(query), key, value, pack.masks, strict=True):
         mask = None if masks is None else masks[index]
-        if quick and mask is None and queries.shape[2] == 1:
-            out = _attend_with_one_token(queries, keys, values, kwargs.get("scaling"))
-        elif quick and mask is not None and _shares_keys(queries, keys, values, kwargs):
+        shares = mask is not None and sdpa and _shares_keys(queries, keys, values, kwargs)
+        if (pack.side_by_side and shares) or (on_cpu and sdpa and mask is None and queries.shape[2] == 1):
+            out = _attend_with_one_token(queries, keys, values, mask, kwargs.get("scaling"))
+        elif on_cpu and shares:
             # The module's own function would copy a whole session's keys for each head that shares them.
             out = nn.functional.scaled_dot_product_attention(
                 queries, keys, values, attn_mask=mask, scale=kwargs.get("scaling"), enable_gqa=True
@@ -191,14 +199,16 @@ def _attend(
     return torch.cat(outputs)[None], None
 
 
-def _attend_with_one_token(query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
+def _attend_with_one_token(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
     """Query heads that share their keys are asked as if they were several tokens of one head.
 
     It is the same sum, but reads each key once; on a CPU in bfloat16 it takes a sixth of the time.
     """
     rows, heads, _, _ = query.shape
     grouped = query.reshape(rows, keys.shape[1], -1, query.shape[3])
-    out = nn.functional.scaled_dot_product_attention(grouped, keys, values, scale=scale)
+    out = nn.functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
     return out.reshape(rows, 1, heads, -1)
 
 
@@ -221,10 +231,10 @@ def _own_attention(module: nn.Module, name: str) -> Callable[..., Any]:
     return found
 
 
-def _expand_each(expand: Callable[..., tuple[Tensor, Tensor]], latent: _Held, rotary: _Held) -> Any:
+def _expand_each(expand: Callable[..., tuple[Tensor, Tensor]], latent: Held, rotary: Held) -> Any:
     """Latent attention makes keys and values of what it has cached, after the cache: for each session."""
     made = [expand(one, other) for one, other in zip(latent, rotary, strict=True)]
-    return _Held(latent.pack, [keys for keys, _ in made]), _Held(latent.pack, [values for _, values in made])
+    return Held(latent.pack, [keys for keys, _ in made]), Held(latent.pack, [values for _, values in made])
 
 
 def _with_attention(module: Any, name: str, configs: dict[int, Any]) -> Any:

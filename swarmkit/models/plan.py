@@ -34,7 +34,7 @@ class Plan:
     block_bytes: int
     """Weights of the largest block in the precision."""
     kv_bytes_per_block: int
-    """Cache of `cache_tokens` tokens in one block, in sessions of `SESSION_TOKENS`."""
+    """Cache of `cache_tokens` tokens in one block, in sessions of `SESSION_TOKENS`, and of recorded work."""
     workspace_bytes: int
     """The runtime, and the activations of the largest step."""
     cache_tokens: int
@@ -60,6 +60,7 @@ def plan(
     *,
     cache_tokens: int = 16_384,
     max_step_tokens: int = 4096,
+    recorded_tokens: int = 10_240,
     device: str = "cpu",
     row_tokens: int = 0,
     block_bytes: int | None = None,
@@ -71,6 +72,7 @@ def plan(
     Args:
         kv_bytes_per_token_per_block: in the precision's dtype, from `Checkpoint`.
         max_step_tokens: batch x tokens of the largest step a server takes.
+        recorded_tokens: for which an accelerator with recorded work has room besides; none on others.
         row_tokens: what a session's row takes besides its tokens, in tokens; from `Checkpoint`.
         block_bytes: of the largest block's weights, where they are stored quantised; from `Checkpoint`.
     """
@@ -79,14 +81,16 @@ def plan(
     width = max(int(getattr(config, "intermediate_size", 0) or 0), 4 * config.hidden_size)
     # Of one block at a time: the inputs and outputs of attention and the two wide halves of the feed-forward.
     activations = max_step_tokens * (4 * config.hidden_size + 2 * width) * precision.dtype.itemsize
-    runtime = _RUNTIME_BYTES.get(torch.device(device).type, _RUNTIME_BYTES["cuda"])
+    kind = torch.device(device).type
+    runtime = _RUNTIME_BYTES.get(kind, _RUNTIME_BYTES["cuda"])
+    room_tokens = cache_tokens + (recorded_tokens if kind == "cuda" else 0)
     return Plan(
         memory_bytes=memory_bytes,
         precision=precision.name,
         num_blocks=config.num_hidden_layers,
         block_bytes=block_bytes,
         kv_bytes_per_block=kv_bytes_per_token_per_block
-        * (cache_tokens + row_tokens * -(-cache_tokens // SESSION_TOKENS)),
+        * (room_tokens + row_tokens * -(-cache_tokens // SESSION_TOKENS)),
         workspace_bytes=activations + runtime,
         cache_tokens=cache_tokens,
     )
@@ -99,6 +103,7 @@ def plan_checkpoint(
     *,
     cache_tokens: int = 16_384,
     max_step_tokens: int = 4096,
+    recorded_tokens: int = 10_240,
     device: str = "cpu",
 ) -> Plan:
     """`plan`, with what only the checkpoint can tell. If its weights are stored quantised, the headers of its
@@ -111,6 +116,7 @@ def plan_checkpoint(
         precision,
         cache_tokens=cache_tokens,
         max_step_tokens=max_step_tokens,
+        recorded_tokens=recorded_tokens,
         device=device,
         row_tokens=checkpoint.row_tokens(precision.dtype),
         block_bytes=checkpoint.weight_bytes(precision) if precision.keeps_stored else None,

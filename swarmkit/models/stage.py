@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -21,6 +22,8 @@ from swarmkit.models.cut_linear import use_cuts
 from swarmkit.models.loading import load_model
 from swarmkit.models.packed import PackedView, StepPart, can_be_packed
 from swarmkit.models.precision import Precision
+from swarmkit.models.recordings import Recordings
+from swarmkit.models.seats import Seats
 from swarmkit.models.tuner import Segment, Tuner
 from swarmkit.models.view import View, with_blocks
 
@@ -67,6 +70,8 @@ class Stage:
             getattr(base.config, "rope_parameters", None)
         )
         self._packed_views: dict[tuple[int, int], PackedView] = {}
+        self._seats: Seats | None = None
+        self._recordings: dict[tuple[int, int], Recordings] = {}
         layers: Any = base.get_submodule(anatomy.layers)
         blocks: dict[int, nn.Module] = dict(enumerate(layers, start))
         self.fittings = Fittings.of(blocks, self.hidden_size)
@@ -135,6 +140,19 @@ class Stage:
         if progress is not None:
             progress(stop - start, stop - start)
         return cls(base, anatomy, start, stop, precision)
+
+    def record_tokens(self, sessions: int, tokens: int) -> None:
+        """From now on, run single tokens as recorded work where that can be (see `recordings`).
+
+        On a CPU nothing is recorded, but otherwise it is the same. In int8 it is as without: its kernels look
+        at values while they run.
+
+        Args:
+            sessions: for how many at once; more than that run as without.
+            tokens: how long they may be; the keys and values of `sessions + 1` of that length are held.
+        """
+        self._seats = Seats(sessions, tokens) if self.precision.name != "int8" else None
+        self._recordings = {}
 
     def new_cache(self, start: int, stop: int, adapter: Adapter | None = None) -> StageCache:
         """An empty cache for one session that uses blocks `[start, stop)` of this stage.
@@ -228,6 +246,8 @@ class Stage:
         return [results[index] for index in range(len(parts))]
 
     def _run_pack(self, parts: list[StepPart]) -> list[Tensor] | list[Tensor | Exception]:
+        if (recorded := self._run_record(parts)) is not None:
+            return recorded
         if len(parts) > 1:
             try:
                 return self._forward_packed(parts)
@@ -247,14 +267,40 @@ class Stage:
             return error
 
     @torch.inference_mode()
+    def _run_record(self, parts: Sequence[StepPart]) -> list[Tensor] | None:
+        """Checked parts over the same blocks as recorded work; None if that is not for them."""
+        seats = self._seats
+        if seats is None or not self._can_pack:
+            return None
+        blocks = parts[0].cache.start, parts[0].cache.stop
+        view = self._view(*blocks)
+        if not all(_is_next_token(part, view) for part in parts):
+            return None
+        parts = [part.to(self.device, self.dtype) for part in parts]
+        recordings = self._recordings.get(blocks)
+        if recordings is None:
+            recordings = self._recordings[blocks] = Recordings(self._packed(blocks), seats)
+        outputs = recordings.run(parts)
+        if outputs is not None:
+            for part in parts:
+                part.cache.before_step(1)
+                part.cache.after_step(part.hidden, None)
+        return outputs
+
+    def _packed(self, blocks: tuple[int, int]) -> PackedView:
+        packed = self._packed_views.get(blocks)
+        if packed is None:
+            model = self._view(*blocks).model
+            packed = self._packed_views[blocks] = PackedView(model, self._anatomy, self._tuner)
+        return packed
+
+    @torch.inference_mode()
     def _forward_packed(self, parts: Sequence[StepPart]) -> list[Tensor]:
         """Checked parts at once, over the same blocks; if it raises, all caches are as they were."""
         pasts = [part.cache.tokens for part in parts]
         blocks = parts[0].cache.start, parts[0].cache.stop
         view = self._view(*blocks)
-        packed = self._packed_views.get(blocks)
-        if packed is None:
-            packed = self._packed_views[blocks] = PackedView(view.model, self._anatomy, self._tuner)
+        packed = self._packed(blocks)
         parts = [part.to(self.device, self.dtype) for part in parts]
         try:
             needed = [
@@ -306,6 +352,12 @@ class Stage:
             out = self._view(start, stop)(given, None, 0, attention_mask, position_ids)
             (gradient,) = torch.autograd.grad(out, given, grad_output.to(self.device, self.dtype).clone())
         return gradient
+
+    @cached_property
+    def weights(self) -> frozenset[int]:
+        """The addresses of the memory that weights are in."""
+        parts = (*self._base.parameters(), *self._base.buffers())
+        return frozenset(part.untyped_storage().data_ptr() for part in parts if part.layout == torch.strided)
 
     def _fitting(self, adapter: Adapter | None, start: int, stop: int) -> Adapter | None:
         if adapter is None or adapter.spec.is_empty:
@@ -402,3 +454,15 @@ class Stage:
             model = with_blocks(self._base, self._anatomy.layers, config, list(blocks)[first:last])
             view = self._views[start, stop] = View(model, self._anatomy)
         return view
+
+
+def _is_next_token(part: StepPart, view: View) -> bool:
+    """Whether it is one more token of one row that sees all there is, and nothing else is asked for."""
+    return (
+        part.hidden.shape[:2] == (1, 1)
+        and part.attention_mask is None
+        and part.position_ids is None
+        and part.cache.adapter is None
+        and part.cache.tokens > 0
+        and view.needs_no_mask(part.hidden, part.cache.tokens)
+    )

@@ -6,13 +6,13 @@ For training. What runs in pieces can be interrupted between them by whatever is
     backward:  x ─[blocks]─> ─[blocks]─> ─[blocks]─> (kept: the graph of each piece)
                gradient <─[graph]─ <─[graph]─ <─[graph]─ gradient of the output
 
-The numbers do not depend on where the cuts are.
+A forward pass can keep its graph, and go back later. The numbers do not depend on where the cuts are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +72,27 @@ class _Piece:
     """Where they begin and end among those of the whole adapter."""
 
 
+class _Saved:
+    """Counts what a graph keeps: tensors that autograd saves, each memory once, and no weights."""
+
+    def __init__(self, weights: frozenset[int]) -> None:
+        """Args: weights: addresses of what is there anyway."""
+        self.nbytes = 0
+        self._known = set(weights)
+
+    def counted(self) -> AbstractContextManager[object]:
+        """Graphs that are made in this context count."""
+        return torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor)
+
+    def _save(self, tensor: Tensor) -> Tensor:
+        if tensor.layout == torch.strided:
+            memory = tensor.untyped_storage()
+            if memory.data_ptr() not in self._known:
+                self._known.add(memory.data_ptr())
+                self.nbytes += memory.nbytes()
+        return tensor.detach()  # an output that its own graph held would never be freed
+
+
 class WholePass:
     """One pass over the blocks: `advance` until nothing is left, then `result`.
 
@@ -85,11 +106,13 @@ class WholePass:
         gradient: Tensor | None = None,
         adapter: Adapter | None = None,
         trains: bool = False,
+        keeps: bool = False,
     ) -> None:
         """Args:
         gradient: with respect to the output, of its shape; then the pass goes back as well.
         adapter: for these blocks, at least.
         trains: the gradient with respect to the adapter's values is wanted, too.
+        keeps: without a gradient: keep what `go_back` needs.
 
         Raises:
             UsageError: shapes do not fit each other or the model, or the blocks are not in this stage.
@@ -97,16 +120,14 @@ class WholePass:
         stage.check_whole(
             inputs.hidden, inputs.start, inputs.stop, inputs.attention_mask, inputs.position_ids
         )
-        if gradient is not None and tuple(gradient.shape) != inputs.output_shape:
-            raise UsageError(
-                f"The gradient is {list(inputs.output_shape)} as the output, not {list(gradient.shape)}."
-            )
         self._stage = stage
         self._inputs = inputs
         self._position = inputs.start
         self._states: list[Tensor] = []
         self._pieces: list[_Piece] = []
-        self._goes_back = gradient is not None
+        self._goes_back = False
+        self._has_graph = keeps or gradient is not None
+        self._saved = _Saved(stage.weights) if keeps else None
         self._adapter = None if adapter is None else adapter.within(inputs.start, inputs.stop)
         self.adapter_gradient: Tensor | None = None
         """With respect to the adapter's values for these blocks, if wanted, when nothing is left."""
@@ -115,12 +136,40 @@ class WholePass:
         with self._mode():
             # A copy: what was made in inference mode may not be used where there are gradients.
             self._hidden = inputs.hidden.to(stage.device, stage.dtype).clone()
-            self._gradients: list[Tensor] = []
-            """With respect to the outputs wanted, first to last."""
-            if gradient is not None:
-                at_device = gradient.to(stage.device, stage.dtype).clone()
-                self._gradients = list(at_device) if inputs.states else [at_device]
+        self._gradients: list[Tensor] = []
+        """With respect to the outputs wanted, first to last."""
         self._back: Tensor | None = None
+        if gradient is not None:
+            self.go_back(gradient)
+
+    def go_back(self, gradient: Tensor) -> None:
+        """From now on, there is a way back to go as well; once, by a pass that keeps what it needs for that.
+
+        Raises:
+            UsageError: the gradient has not the output's shape.
+        """
+        if tuple(gradient.shape) != self._inputs.output_shape:
+            raise UsageError(
+                f"The gradient is {list(self._inputs.output_shape)} as the output, "
+                f"not {list(gradient.shape)}."
+            )
+        assert self._has_graph
+        with self._mode():
+            at_device = gradient.to(self._stage.device, self._stage.dtype).clone()
+            self._gradients = list(at_device) if self._inputs.states else [at_device]
+        self._goes_back = True
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept for the way back takes, besides the weights."""
+        return 0 if self._saved is None else self._saved.nbytes
+
+    def forget(self) -> None:
+        """Keep nothing for a way back, now and from now on; the pass is a forward pass only."""
+        with self._mode():
+            self._hidden = self._hidden.detach()
+        self._pieces, self._states = [], [state.detach() for state in self._states]
+        self._has_graph, self._saved = False, None
 
     @property
     def blocks_left(self) -> int:
@@ -130,7 +179,7 @@ class WholePass:
     @property
     def left(self) -> bool:
         """Whether `advance` has something to do."""
-        return bool(self.blocks_left or self._pieces)
+        return bool(self.blocks_left or (self._goes_back and self._pieces))
 
     def advance(self, blocks: int) -> int:
         """Run the next piece: up to so many blocks forward, or back through the last piece that was.
@@ -147,29 +196,30 @@ class WholePass:
         if self._goes_back:
             assert self._back is not None
             return self._back
-        return torch.stack(self._states) if self._inputs.states else self._hidden
+        return (torch.stack(self._states) if self._inputs.states else self._hidden).detach()
 
     def _forward(self, blocks: int) -> int:
         low, high = self._position, self._position + blocks
-        if self._goes_back:
+        if self._has_graph:
             self._hidden = self._hidden.detach().requires_grad_()
         given = self._hidden
         outputs: list[Tensor] = []
         tensors, values, place = self._tuned(low, high)
-        for start, stop in self._cuts(low, high):
-            self._hidden = self._stage.run_whole(
-                self._hidden,
-                start,
-                stop,
-                self._inputs.attention_mask,
-                self._inputs.position_ids,
-                tensors,
-            )
-            outputs.append(self._hidden)
-        if self._goes_back:
+        with nullcontext() if self._saved is None else self._saved.counted():
+            for start, stop in self._cuts(low, high):
+                self._hidden = self._stage.run_whole(
+                    self._hidden,
+                    start,
+                    stop,
+                    self._inputs.attention_mask,
+                    self._inputs.position_ids,
+                    tensors,
+                )
+                outputs.append(self._hidden)
+        if self._has_graph:
             self._pieces.append(_Piece(blocks, given, outputs, values, place))
-        elif self._inputs.states:
-            self._states += outputs
+        if self._inputs.states and not self._goes_back:
+            self._states += [output.detach() for output in outputs]
         self._position = high
         return blocks
 
@@ -211,7 +261,7 @@ class WholePass:
         return self._gradients[at:], self._gradients[:at]
 
     def _mode(self) -> AbstractContextManager[object]:
-        if not self._goes_back:
+        if not self._has_graph:
             return torch.inference_mode()
         modes = ExitStack()
         modes.enter_context(torch.inference_mode(False))

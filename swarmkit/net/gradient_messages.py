@@ -8,11 +8,12 @@ state          the client may send      the server answers with
 any            (end of stream)          what runs is given up
 =============  =======================  ===========================================
 
-On a stream of `GRADIENT_ENDPOINT`. There is no session: a request brings all that it needs, nothing is kept
-after the answer, and any server with the blocks may be sent the next one. A `Fault` with a code in
+On a stream of `GRADIENT_ENDPOINT`. There is no session: a request brings all that it needs, nothing depends
+on what came before, and any server with the blocks may be sent the next one. A `Fault` with a code in
 `messages.FATAL` also ends the stream.
 
-A backward request brings the same inputs as the forward request before, since the server computes them again.
+A backward request brings the same inputs as the forward request before, since the server computes them again,
+unless it has kept them (see `server/kept_passes.py`).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class _Request(_Message, frozen=True):
         positions: [batch, tokens], int64, the position ids; None = 0, 1, …
         states: the outputs of all the blocks are wanted, not only the last one's.
         adapter: what changes these blocks (`adapter_messages`), which the server was given before.
+        trains: on the way back, the gradient with respect to the adapter's values is wanted, too.
     """
 
     fingerprint: Fingerprint
@@ -56,10 +58,17 @@ class _Request(_Message, frozen=True):
     positions: TensorSpec | None = None
     states: bool = False
     adapter: AdapterName = ""
+    trains: bool = False
 
 
-class Forward(_Request, frozen=True):
-    """Run the blocks."""
+class Forward(_Request, frozen=True, kw_only=True):
+    """Run the blocks.
+
+    Attributes:
+        returns: the client means to go back through them; who keeps the pass spares itself half of that.
+    """
+
+    returns: bool = False
 
 
 class Backward(_Request, frozen=True, kw_only=True):
@@ -67,11 +76,9 @@ class Backward(_Request, frozen=True, kw_only=True):
 
     Attributes:
         gradient: with respect to the output of the `Forward` that is alike, and of its shape.
-        trains: the gradient with respect to the adapter's values is wanted, too.
     """
 
     gradient: TensorSpec
-    trains: bool = False
 
 
 class Working(_Message, frozen=True):

@@ -22,6 +22,7 @@ from swarmkit.net.codec import TensorSpec
 from swarmkit.net.conversation import Received
 from swarmkit.net.gradient_messages import Backward, GradientRequest
 from swarmkit.net.messages import HIDDEN_DTYPES
+from swarmkit.server.kept_passes import KeptPasses, PassKey
 from swarmkit.server.sessions import Refusal
 
 STATES_FACTOR = 4
@@ -83,7 +84,7 @@ def check_request(request: GradientRequest, stage: Stage, fingerprint: str, max_
             )
     _check_plain(request.mask, "mask", "uint8", (rows, tokens))
     _check_plain(request.positions, "positions", "int64", (rows, tokens))
-    if isinstance(request, Backward) and request.trains and not request.adapter:
+    if request.trains and not request.adapter:
         raise Refusal("bad_value", "the gradient of an adapter was asked for, but no adapter is named")
 
 
@@ -149,8 +150,17 @@ class GradientWork:
     group_tokens: int
     """Rows x tokens that go through together."""
     adapter: Adapter | None = None
+    peer_id: str = ""
+    """The client."""
+    kept: KeptPasses = field(default_factory=lambda: KeptPasses(0))
+    """Passes until their way back."""
     done: int = field(default=0, init=False)
     """Rows x blocks."""
+    _key: PassKey | None = field(default=None, init=False)
+    """Under which the pass is kept, or may be."""
+    _keeps: bool = field(default=False, init=False)
+    _passes: list[WholePass] = field(default_factory=list, init=False)
+    """Of the groups that have gone through, to be kept; or of all groups, if they were kept."""
     _pass: WholePass | None = field(default=None, init=False)
     _groups: list[tuple[int, int]] = field(default_factory=list, init=False)
     _results: list[Tensor] = field(default_factory=list, init=False)
@@ -196,6 +206,12 @@ class GradientWork:
         device = self.stage.device
         rows, tokens, _ = hidden.shape
         self._groups = row_groups(rows, tokens, self.group_tokens)
+        if self.kept.capacity_bytes and (isinstance(request, Backward) or request.returns):
+            self._key = PassKey.of(self.peer_id, request, received)
+            self._keeps = not self.goes_back
+            if self.goes_back and (passes := self.kept.take(self._key)) is not None:
+                self._passes = list(passes)
+                self.done = rows * (request.stop - request.start)
         return WholeSequences(
             hidden,
             request.start,
@@ -216,29 +232,47 @@ class GradientWork:
         inputs = self._inputs
         low, high = self._groups[0]
         if self._pass is None:
-            gradient = self._gradient
-            if gradient is not None:
-                gradient = gradient[:, low:high] if inputs.states else gradient[low:high]
-            trains = isinstance(self.request, Backward) and self.request.trains
-            self._pass = WholePass(self.stage, inputs.rows(low, high), gradient, self.adapter, trains)
+            self._pass = self._begin_group(inputs, low, high)
         one, tokens = self._pass, (high - low) * inputs.hidden.shape[1]
         kind: Kind = "forward" if one.blocks_left else "backward"
         began = time.perf_counter()
-        blocks = one.advance(self.times.blocks(tokens, self.goes_back))
+        # What is kept goes back in the same pieces.
+        blocks = one.advance(self.times.blocks(tokens, self.goes_back or self._keeps))
         if self.stage.device.type != "cpu":
             # Else slices would pile up at the device, and a step that comes now would wait for all of them.
-            torch.accelerator.synchronize(self.stage.device)
+            torch.accelerator.current_stream(self.stage.device).synchronize()
         self.times.learn(kind, blocks * tokens, time.perf_counter() - began)
         self.done += (high - low) * blocks
+        if self._keeps and sum(other.kept_bytes for other in (*self._passes, one)) > self.kept.capacity_bytes:
+            self._keeps = False
+            self._passes.clear()
+            one.forget()
         if not one.left:
             self._results.append(one.result())
-            if (more := one.adapter_gradient) is not None:
+            if self._keeps:
+                self._passes.append(one)
+            if self.goes_back and (more := one.adapter_gradient) is not None:
                 known = self._adapter_gradient
                 self._adapter_gradient = more if known is None else known + more
             self._pass = None
             self._groups.pop(0)
         if not self._groups:
             self._encoded = self._finish()
+            if self._keeps and self._key is not None:
+                self.kept.keep(self._key, self._passes)
+
+    def _begin_group(self, inputs: WholeSequences, low: int, high: int) -> WholePass:
+        """The pass of some rows; one that was kept, if there is."""
+        gradient = self._gradient
+        if gradient is not None:
+            gradient = gradient[:, low:high] if inputs.states else gradient[low:high]
+        if gradient is not None and self._passes:
+            one = self._passes.pop(0)
+            one.go_back(gradient)
+            return one
+        trains = self.request.trains and (self.goes_back or self._keeps)
+        rows = inputs.rows(low, high)
+        return WholePass(self.stage, rows, gradient, self.adapter, trains, self._keeps)
 
     def result(self) -> tuple[TensorSpec, memoryview]:
         """When nothing is left: the output or gradient, as it goes over the wire."""

@@ -1,4 +1,4 @@
-"""The training half of the protocol: requests that bring all they need, and leave nothing behind.
+"""The training half of the protocol: requests that bring all they need, and leave nothing to rely on.
 
 They are run as bulk jobs, a slice at a time, between which the engine runs whatever is more urgent. Requests
 of one client are run in the order in which they came, one after the other, those of different clients by
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from swarmkit.server.caller import Caller
 from swarmkit.server.engine import BULK, Engine, EngineClosedError
 from swarmkit.server.gradient_work import STATES_FACTOR, GradientWork, SliceTimes, check_request
 from swarmkit.server.intake import Incoming, Intake
+from swarmkit.server.kept_passes import KeptPasses
 from swarmkit.server.sessions import Refusal
 from swarmkit.settings import ServerSettings
 
@@ -82,6 +84,9 @@ class GradientService:
         self._adapters = AdapterStore(0, 0) if adapters is None else adapters
         self._times = SliceTimes(settings.gradient_slice)
         self._turns: dict[str, _Turn] = {}
+        self._streams_of: Counter[str] = Counter()
+        self.kept = KeptPasses(settings.gradient_memory_bytes)
+        """Of clients that are connected."""
         self.streams = 0
         self.requests = 0
         """That were answered with a result."""
@@ -98,6 +103,7 @@ class GradientService:
         timeout = self._settings.message_timeout
         caller = Caller(Conversation(stream, self.max_payload_bytes, timeout, decoder), self._settings)
         self.streams += 1
+        self._streams_of[caller.peer_id] += 1
         try:
             if self.streams > self._settings.max_gradient_streams:
                 await caller.refuse(Refusal("busy", "too many streams are open; try another server"))
@@ -108,6 +114,10 @@ class GradientService:
             logger.debug("stream of %s ended: %s", stream.peer_id[-6:], error)
         finally:
             self.streams -= 1
+            self._streams_of[caller.peer_id] -= 1
+            if not self._streams_of[caller.peer_id]:
+                del self._streams_of[caller.peer_id]
+                self.kept.drop(caller.peer_id)
             caller.close()
 
     async def _answer_next(self, caller: Caller) -> None:
@@ -140,7 +150,14 @@ class GradientService:
         request = cast(GradientRequest, received.message)
         settings = self._settings
         work = GradientWork(
-            self._stage, request, received, self._times, settings.prefill_chunk_tokens, adapter
+            self._stage,
+            request,
+            received,
+            self._times,
+            settings.prefill_chunk_tokens,
+            adapter,
+            caller.peer_id,
+            self.kept,
         )
         arrived = anyio.current_time()
         async with self._turn(caller.peer_id):

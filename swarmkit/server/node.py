@@ -246,6 +246,7 @@ class ServerNode:
             precision,
             cache_tokens=config.settings.cache_tokens,
             max_step_tokens=config.settings.max_step_tokens,
+            recorded_tokens=(config.settings.recorded_sessions + 1) * config.settings.recorded_tokens,
             device=config.device,
         )
         if not fitting.blocks_that_fit:
@@ -283,6 +284,8 @@ class ServerNode:
                 config.checkpoint, low, high, dtype=config.dtype, device=config.device, progress=progress
             )
         )
+        if config.settings.recorded_sessions and stage.device.type == "cuda":
+            stage.record_tokens(config.settings.recorded_sessions, config.settings.recorded_tokens)
         self._tell(ServerEvent("loaded", f"loaded blocks {low}:{high}", 1.0))
         return stage
 

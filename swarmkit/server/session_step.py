@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from swarmkit.models.stage import Stage, StepPart
+from swarmkit.models.transfer import to_device
 from swarmkit.net import codec
 from swarmkit.net.codec import TensorSpec
 from swarmkit.net.conversation import Received
@@ -60,10 +61,10 @@ class SessionStep:
         if self.of.trail is not None:
             self._find_known(self.of.trail, hidden)
         return StepPart(
-            hidden.to(stage.device),
+            to_device(hidden, stage.device),
             cache,
-            None if mask is None else mask.to(stage.device),
-            None if positions is None else positions.to(stage.device),
+            None if mask is None else to_device(mask, stage.device),
+            None if positions is None else to_device(positions, stage.device),
         )
 
     def finish(self, output: Tensor) -> tuple[TensorSpec, memoryview]:

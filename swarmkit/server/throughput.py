@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from swarmkit.models.stage import Stage
+from swarmkit.models.stage import Stage, StepPart
 
 _WARM_UP_STEPS = 3
 _STEPS = 12
@@ -26,6 +26,9 @@ def measure_decode_rate(stage: Stage, clock: Callable[[], float] = time.perf_cou
     seconds: list[float] = []
     for _ in range(_WARM_UP_STEPS + _STEPS):
         started = clock()
-        stage.forward(hidden, cache).to("cpu")  # a copy to the host waits for the device
+        (output,) = stage.forward_many([StepPart(hidden, cache)])  # as the engine does
+        if isinstance(output, Exception):
+            raise output
+        output.to("cpu")  # a copy to the host waits for the device
         seconds.append(clock() - started)
     return 1.0 / max(statistics.median(seconds[_WARM_UP_STEPS:]), 1e-9)

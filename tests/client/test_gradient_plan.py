@@ -100,12 +100,12 @@ def test_a_part_whose_server_is_gone_can_be_done_by_two_others() -> None:
     flow = Backward(0, 0, [Span(0, 2, tensor(0)), Span(2, 5, tensor(2))], tensor(9), Side(), False)
     first = flow.question(2, 4)
     assert (first.direction, first.span.start, first.span.stop) == ("forward", 2, 4)
-    flow.take(first, tensor(4), None)
+    flow.take(first, tensor(4), None, "peer")
     asked: list[Question] = []
     while flow.wanted is not None:
         question = flow.question(*flow.wanted)
         asked.append(question)
-        flow.take(question, tensor(question.span.start + 10), None)
+        flow.take(question, tensor(question.span.start + 10), None, "peer")
     assert [(q.direction, q.span.start, q.span.stop, q.span.given[0, 0, 0].item()) for q in asked] == [
         ("backward", 4, 5, 4),
         ("backward", 2, 4, 2),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from swarmkit.models.whole import WholePass
 from swarmkit.net import codec
 from swarmkit.net.codec import TensorSpec
 from swarmkit.net.conversation import Conversation
@@ -133,6 +134,137 @@ async def test_rows_in_groups_are_the_rows_together(world: World) -> None:
     wanted = world.stage.differentiate(hidden, gradient, START, STOP)
     torch.testing.assert_close(await line.ask(hidden, gradient), wanted, rtol=1e-5, atol=1e-5)
     await server.close()
+
+
+# what it keeps for the way back
+
+
+@pytest.fixture
+def forward_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many blocks each piece had that was run forward."""
+    pieces: list[int] = []
+    run = WholePass._forward
+
+    def counted(one: WholePass, blocks: int) -> int:
+        done = run(one, blocks)
+        pieces.append(done)
+        return done
+
+    monkeypatch.setattr(WholePass, "_forward", counted)
+    return pieces
+
+
+@pytest.mark.parametrize("states", [False, True], ids=["output", "states"])
+async def test_the_way_back_of_what_is_kept_is_the_same_and_half_as_long(
+    server: TrainingServer, line: Line, forward_blocks: list[int], states: bool
+) -> None:
+    hidden = hidden_states(2, 5)
+    gradient = hidden_states(2, 5, 1)
+    if states:
+        gradient = gradient.expand(STOP - START, -1, -1, -1).contiguous()
+    mask = torch.ones(2, 5, dtype=torch.uint8)
+    mask[0, :2] = 0
+    wanted = await line.ask(hidden, gradient, mask=mask, states=states)
+    forward_blocks.clear()
+    output = await line.ask(hidden, mask=mask, states=states, returns=True)
+    assert server.gradients.kept.nbytes
+    found = await line.ask(hidden, gradient, mask=mask, states=states)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)  # pieces may be larger by now
+    assert torch.equal(output, await line.ask(hidden, mask=mask, states=states))
+    assert sum(forward_blocks) == 2 * (STOP - START)  # there, and there again without a way back
+    assert not server.gradients.kept.nbytes
+
+
+async def test_rows_in_groups_are_kept_too(world: World, forward_blocks: list[int]) -> None:
+    server = await TrainingServer(world, prefill_chunk_tokens=5).start()
+    line = await server.line()
+    hidden, gradient = hidden_states(3, 4), hidden_states(3, 4, 1)
+    wanted = await line.ask(hidden, gradient)
+    forward_blocks.clear()
+    await line.ask(hidden, returns=True)
+    assert torch.equal(await line.ask(hidden, gradient), wanted)
+    assert sum(forward_blocks) == 3 * (STOP - START)
+    await server.close()
+
+
+async def test_the_way_back_is_gone_once(line: Line, forward_blocks: list[int]) -> None:
+    hidden, gradient = hidden_states(2, 5), hidden_states(2, 5, 1)
+    await line.ask(hidden, returns=True)
+    first = await line.ask(hidden, gradient)
+    assert torch.equal(await line.ask(hidden, gradient), first)
+    assert sum(forward_blocks) == 2 * (STOP - START)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"hidden": hidden_states(2, 5, 7)},
+        {"mask": torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.uint8)},
+        {"start": START + 1},
+    ],
+    ids=["hidden states", "mask", "blocks"],
+)
+async def test_another_request_does_not_get_it(
+    server: TrainingServer, line: Line, other: dict[str, Any], forward_blocks: list[int]
+) -> None:
+    hidden, gradient = hidden_states(2, 5), hidden_states(2, 5, 1)
+    await line.ask(hidden, returns=True)
+    forward_blocks.clear()
+    await line.ask(**{"hidden": hidden, **other}, gradient=gradient)
+    assert sum(forward_blocks) == STOP - other.get("start", START)
+    assert server.gradients.kept.nbytes
+
+
+async def test_another_client_does_not_get_it(
+    server: TrainingServer, line: Line, forward_blocks: list[int]
+) -> None:
+    hidden, gradient = hidden_states(2, 5), hidden_states(2, 5, 1)
+    await line.ask(hidden, returns=True)
+    await (await server.line()).ask(hidden, gradient)
+    assert sum(forward_blocks) == 2 * (STOP - START)
+
+
+async def test_a_forward_pass_without_a_way_back_keeps_nothing(server: TrainingServer, line: Line) -> None:
+    await line.ask(hidden_states(2, 5))
+    assert not server.gradients.kept.nbytes
+
+
+async def test_the_oldest_makes_room(world: World, forward_blocks: list[int]) -> None:
+    probe = await TrainingServer(world).start()
+    await (await probe.line()).ask(hidden_states(2, 5), returns=True)
+    one = probe.gradients.kept.nbytes
+    await probe.close()
+    server = await TrainingServer(world, gradient_memory_bytes=int(2.5 * one)).start()
+    line = await server.line()
+    for seed in range(3):
+        await line.ask(hidden_states(2, 5, seed), returns=True)
+    assert server.gradients.kept.nbytes == 2 * one
+    forward_blocks.clear()
+    for seed in (2, 1, 0):
+        await line.ask(hidden_states(2, 5, seed), hidden_states(2, 5))
+    assert sum(forward_blocks) == STOP - START
+    await server.close()
+
+
+async def test_what_does_not_fit_is_not_kept(world: World) -> None:
+    server = await TrainingServer(world, gradient_memory_bytes=100).start()
+    line = await server.line()
+    hidden, gradient = hidden_states(2, 5), hidden_states(2, 5, 1)
+    output = await line.ask(hidden, returns=True)
+    assert torch.equal(output, await line.ask(hidden))
+    assert not server.gradients.kept.nbytes
+    assert torch.equal(
+        await line.ask(hidden, gradient), world.stage.differentiate(hidden, gradient, START, STOP)
+    )
+    await server.close()
+
+
+async def test_a_client_that_has_gone_leaves_nothing_kept(server: TrainingServer, line: Line) -> None:
+    await line.ask(hidden_states(2, 5), returns=True)
+    line.conversation.close()
+    async with asyncio.timeout(10):
+        while server.gradients.kept.nbytes:
+            await asyncio.sleep(0.01)
 
 
 def test_row_groups_are_as_equal_as_can_be() -> None:

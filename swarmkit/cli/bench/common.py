@@ -30,11 +30,12 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="`M` or `S` (random Llamas of hidden size 1024 and 256), `tiny-chat`, a folder or a repo id.",
+        help="`S`, `M` or `L` (random Llamas of hidden size 256, 1024 and 4096; L is 16 GB), `tiny-chat`, "
+        "a folder or a repo id.",
     ),
 ]
 BenchThreads = Annotated[int, typer.Option("--threads", min=1, help="Torch threads of every process.")]
-BenchDType = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+BenchDType = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, int8 or nf4.")]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Rounds that count; one more comes before.")]
 Stages = Annotated[int, typer.Option("--stages", min=1, help="Servers in the chain.")]
 Tokens = Annotated[int, typer.Option("--tokens", min=4, help="Tokens per round.")]
@@ -43,12 +44,12 @@ OnProgress = Callable[[str, int, int], None]
 
 
 @contextmanager
-def measuring(model: str, threads: int) -> Iterator[tuple[Subject, OnProgress]]:
+def measuring(model: str, threads: int, device: str = "cpu") -> Iterator[tuple[Subject, OnProgress]]:
     """Prepare this process, open the model, and show a bar while the block runs."""
     with bar(threads) as progress:
         from swarmkit.bench.subject import open_subject
 
-        with open_subject(model, progress) as subject:
+        with open_subject(model, progress, device) as subject:
             yield subject, progress
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from swarmkit.cli.app import Json
+from swarmkit.cli.app import Device, Json
 from swarmkit.cli.bench.common import (
     BenchDType,
     BenchThreads,
@@ -34,6 +34,10 @@ def decode(
     rounds: Rounds = 5,
     threads: BenchThreads = 1,
     dtype: BenchDType = "float32",
+    device: Device = "cpu",
+    records: Annotated[
+        bool, typer.Option(help="On an accelerator, start a token's work as one recorded piece.")
+    ] = True,
     json: Json = False,
 ) -> None:
     """Tokens/s, the ratio to the local model in the same run, and what each hop adds.
@@ -43,13 +47,23 @@ def decode(
         swarmkit bench decode --stages 1,2,4 --json
 
         swarmkit bench decode --model M --tokens 32
+
+        swarmkit bench decode --model L --stages 1,2 --dtype bfloat16 --device cuda
     """
     numbers = counts(stages, "--stages")
-    with measuring("M" if random_llama else model, threads) as (subject, progress):
+    with measuring("M" if random_llama else model, threads, device) as (subject, progress):
         from swarmkit.bench.decode import bench_decode
 
         result = bench_decode(
-            subject, numbers, tokens=tokens, rounds=rounds, threads=threads, dtype=dtype, on_progress=progress
+            subject,
+            numbers,
+            tokens=tokens,
+            rounds=rounds,
+            threads=threads,
+            dtype=dtype,
+            device=device,
+            records=records,
+            on_progress=progress,
         )
     report("decode", result, json, _table)
 

@@ -174,6 +174,7 @@ class Call:
             round_trip_s=swarm.round_trip_s,
             penalty_s=swarm.bans.penalty_s,
             salt=swarm.salt,
+            kept_by=flow.kept_by,
         )
         hop = find_route(start, stop, servers, cost)[0]
         most = flow.most_blocks()
@@ -204,7 +205,7 @@ class Call:
                 await self._swarm.adapters.ensure(hop.server, question.adapter)
                 asked_at = anyio.current_time()
             answer, of_adapter = await self._ask_line(line, hop.server, question, deadline_s)
-            flow.take(question, answer, of_adapter)
+            flow.take(question, answer, of_adapter, peer_id)
             now = anyio.current_time()
             seconds = now - max(asked_at, place.answered_at)
             place.answered_at = now

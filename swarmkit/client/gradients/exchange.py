@@ -70,7 +70,8 @@ class Line:
         given = question.span.given
         message, payload = await off_loop(given.nbytes, lambda: _encoded(fingerprint, question))
         shape = question.answer_shape
-        numel = question.adapter.values.numel() if question.trains and question.adapter is not None else None
+        wants = question.trains and question.gradient is not None
+        numel = question.adapter.values.numel() if wants and question.adapter is not None else None
         self.conversation.max_payload_bytes = (math.prod(shape) + (numel or 0)) * 4
         self.traffic.requests += 1
         with self._patient(deadline_s):
@@ -162,8 +163,9 @@ def _encoded(fingerprint: str, question: Question) -> tuple[GradientRequest, lis
         positions,
         question.states,
         question.adapter_name,
+        question.trains,
     )
     if question.gradient is None:
-        return Forward(*common), payload
+        return Forward(*common, returns=question.returns), payload
     gradient, data = codec.encode(question.gradient)
-    return Backward(*common, gradient=gradient, trains=question.trains), [*payload, data]
+    return Backward(*common, gradient=gradient), [*payload, data]

@@ -11,7 +11,7 @@ left, say of [b, m) and [m, c), the first one runs its blocks forward over x1, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -47,6 +47,8 @@ class Span:
     stop: int
     given: Tensor
     """[rows, tokens, hidden]."""
+    by: str = ""
+    """Who ran it, and may have kept what the way back needs; a peer id."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ class Question:
     hosted: str = ""
     """Or the hash of one that the server has."""
     trains: bool = False
-    """The gradient with respect to the adapter is wanted."""
+    """The gradient with respect to the adapter is wanted, on the way back."""
+    returns: bool = False
+    """There will be a way back."""
 
     @property
     def adapter_name(self) -> str:
@@ -105,14 +109,18 @@ class Flow(Protocol):
     def direction(self) -> Direction:
         """Which way most of its work goes."""
 
+    @property
+    def kept_by(self) -> str:
+        """The peer that may have kept half of the work; empty: nobody has."""
+
     def most_blocks(self) -> int | None:
         """How many blocks a request may have; None = any number."""
 
     def question(self, start: int, stop: int) -> Question:
         """What the server is asked that takes blocks [start, stop), the beginning of `wanted`."""
 
-    def take(self, question: Question, answer: Tensor, of_adapter: Tensor | None) -> None:
-        """The answer came, and the gradient of the adapter's values [numel] for the blocks asked."""
+    def take(self, question: Question, answer: Tensor, of_adapter: Tensor | None, peer_id: str) -> None:
+        """A peer's answer came, and the gradient of the adapter's values [numel] for the blocks asked."""
 
 
 @dataclass(eq=False)
@@ -128,6 +136,8 @@ class Forward:
     most_state_tokens: int
     """Rows x tokens x blocks of one answer with the states of all blocks."""
     tuned: Tuned | Hosted | None = None
+    returns: bool = False
+    """There will be a way back, for the adapter too if it is trained."""
     spans: list[Span] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     """Of all blocks, [blocks, rows, tokens, hidden] for each span, if these are wanted."""
@@ -144,15 +154,21 @@ class Forward:
     def direction(self) -> Direction:
         return "forward"
 
+    @property
+    def kept_by(self) -> str:
+        return ""
+
     def most_blocks(self) -> int | None:
         return max(1, self.most_state_tokens // self.tokens) if self.states else None
 
     def question(self, start: int, stop: int) -> Question:
         span = Span(start, stop, self.hidden)
-        return Question(span, self.side, self.states, None, *_tuned(self.tuned, start, stop))
+        adapter, hosted = _tuned(self.tuned, start, stop)
+        trains = self.returns and adapter is not None and self.tuned is not None and self.tuned.trains
+        return Question(span, self.side, self.states, None, adapter, hosted, trains, self.returns)
 
-    def take(self, question: Question, answer: Tensor, of_adapter: Tensor | None) -> None:
-        self.spans.append(question.span)
+    def take(self, question: Question, answer: Tensor, of_adapter: Tensor | None, peer_id: str) -> None:
+        self.spans.append(replace(question.span, by=peer_id))
         self.position = question.span.stop
         if self.states:
             self.outputs.append(answer)
@@ -197,6 +213,10 @@ class Backward:
     def direction(self) -> Direction:
         return "backward"
 
+    @property
+    def kept_by(self) -> str:
+        return self.spans[-1].by
+
     def most_blocks(self) -> int | None:
         return None
 
@@ -208,7 +228,7 @@ class Backward:
         trains = self.of_adapter is not None and adapter is not None
         return Question(span, self.side, self.states, self._gradient_of(span), adapter, hosted, trains)
 
-    def take(self, question: Question, answer: Tensor, of_adapter: Tensor | None) -> None:
+    def take(self, question: Question, answer: Tensor, of_adapter: Tensor | None, peer_id: str) -> None:
         span = self.spans.pop()
         if of_adapter is not None:
             assert isinstance(self.tuned, Tuned)

@@ -38,7 +38,8 @@ class _Saved:
 
     low: int
     high: int
-    blocks: tuple[tuple[int, int], ...]
+    blocks: tuple[tuple[int, int, str], ...]
+    """And who ran them."""
 
 
 class RemotePass:
@@ -74,9 +75,12 @@ class RemotePass:
         return tuned is not None and tuned.trains
 
     def forward(
-        self, hidden: Tensor, whole: Whole, tuned: Tuned | Hosted | None
+        self, hidden: Tensor, whole: Whole, tuned: Tuned | Hosted | None, returns: bool = False
     ) -> tuple[Tensor, list[Forward]]:
-        """The output, and the micro-batches that it is made of."""
+        """The output, and the micro-batches that it is made of.
+
+        Args: returns: there will be a way back.
+        """
         given = hidden.to("cpu")
         rows, tokens, _ = given.shape
         flows = [
@@ -89,6 +93,7 @@ class RemotePass:
                 whole.states,
                 MOST_STATE_TOKENS,
                 tuned,
+                returns,
             )
             for index, (low, high) in enumerate(micro_batches(rows, tokens, self._servers(whole)))
         ]
@@ -117,7 +122,7 @@ class RemotePass:
         for index, part in enumerate(saved):
             rows = slice(part.low, part.high)
             inputs = [given[rows], *(next(rest) for _ in part.blocks[1:])]
-            spans = [Span(low, high, span) for (low, high), span in zip(part.blocks, inputs, strict=True)]
+            spans = [Span(a, b, span, by) for (a, b, by), span in zip(part.blocks, inputs, strict=True)]
             side = whole.side.rows(part.low, part.high)
             own = upstream[:, rows] if whole.states else upstream[rows]
             values = tuned.values if trains and isinstance(tuned, Tuned) else None
@@ -150,12 +155,14 @@ class _Through(torch.autograd.Function):
         tuned: Tuned | Hosted | None,
         remote: RemotePass,
     ) -> Tensor:
-        output, flows = remote.forward(hidden.detach(), whole, tuned)
+        output, flows = remote.forward(hidden.detach(), whole, tuned, returns=True)
         ctx.whole, ctx.tuned, ctx.remote = whole, tuned, remote
         ctx.parts, low = [], 0
         for flow in flows:
             high = low + flow.spans[0].given.shape[0]
-            ctx.parts.append(_Saved(low, high, tuple((span.start, span.stop) for span in flow.spans)))
+            ctx.parts.append(
+                _Saved(low, high, tuple((span.start, span.stop, span.by) for span in flow.spans))
+            )
             low = high
         # A span of the first block was given a part of `hidden`, whose later changes autograd notices.
         ctx.save_for_backward(hidden, *(span.given for flow in flows for span in flow.spans[1:]))

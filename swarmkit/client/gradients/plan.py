@@ -76,6 +76,7 @@ def finish_cost(
     round_trip_s: Callable[[str], float],
     penalty_s: Callable[[str], float],
     salt: str = "",
+    kept_by: str = "",
 ) -> Cost:
     """The cost for `routing.find_route` with which a micro-batch is done as early as can be.
 
@@ -88,11 +89,12 @@ def finish_cost(
         round_trip_s: seconds to a peer and back.
         penalty_s: seconds added for each block at a peer, such as one that failed lately.
         salt: this client's own; spreads clients over servers that are equally good.
+        kept_by: the peer that may have half of the work behind it; everybody else does all of it.
     """
 
     def cost(server: Announcement, start: int, stop: int) -> float:
         peer = server.peer_id
-        work = tokens * (stop - start) * pace_s(peer)
+        work = tokens * (stop - start) * pace_s(peer) * (2 if kept_by and peer != kept_by else 1)
         tie = work * 0.01 * _unit_hash(salt + peer) + 1e-9
         return round_trip_s(peer) + backlog_s(peer) + work + tie + penalty_s(peer) * (stop - start)
 

@@ -1,0 +1,235 @@
+"""Single tokens as recorded work are the tokens that each session would have got alone.
+
+A CPU records nothing, but all else is the same there: seats, masks, rows without a token. Where there is an
+accelerator, the work is recorded.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.recordings import Recordings, _Rows
+from swarmkit.models.stage import Stage, StepPart
+
+from .tiny import ARCHITECTURES, make_checkpoint, model_type_of
+from .together import ONE_BY_ONE, Session, assert_equal, some_slowly, together
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+SEATS, LENGTH = 3, 48
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def stage_of(checkpoints: Path, name: str, device: str) -> Stage:
+    stage = Stage.load(
+        Checkpoint.open(make_checkpoint(checkpoints, name)), 1, 4, dtype="float32", device=device
+    )
+    stage.record_tokens(SEATS, LENGTH)
+    return stage
+
+
+@pytest.fixture
+def llama(checkpoints: Path, device: str) -> Stage:
+    return stage_of(checkpoints, "llama", device)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many parts each recorded pass had."""
+    passes: list[int] = []
+    run = Recordings.run
+
+    def counted(recordings: Recordings, parts: list[StepPart]) -> list[Tensor] | None:
+        outputs = run(recordings, parts)
+        if outputs is not None:
+            passes.append(len(outputs))
+        return outputs
+
+    monkeypatch.setattr(Recordings, "run", counted)
+    return passes
+
+
+@pytest.mark.parametrize("name", [some_slowly(name) for name in ARCHITECTURES])
+def test_tokens_of_several_sessions(checkpoints: Path, device: str, name: str, recorded: list[int]) -> None:
+    stage = stage_of(checkpoints, name, device)
+    sessions = [Session(stage, seed=seed) for seed in (1, 20, 40)]
+    together(sessions, [3, 1, 2])
+    for _ in range(8):  # until some have left their windows behind, which takes masks
+        together(sessions, [1, 1, 1])
+    together(sessions[1:2], [1])  # while the others have no token
+    together(sessions, [1, 1, 1])
+    seen = stage._view(1, 4).needs_no_mask(torch.empty(1, 1, 32), 1)
+    possible = seen and model_type_of(name) not in ONE_BY_ONE
+    if device == "cpu":  # else it is the accelerator's libraries that decide
+        assert bool(recorded) == possible
+    elif not recorded:
+        print(f"{name} is not recorded on this accelerator")
+
+
+def test_a_token_beside_a_prompt_runs_as_usual(llama: Stage, recorded: list[int]) -> None:
+    sitting, coming = Session(llama, seed=1), Session(llama, seed=20)
+    together([sitting], [5])
+    together([sitting], [1])
+    together([sitting, coming], [1, 7])
+    together([sitting, coming], [1, 1])
+    assert recorded == [1, 2]
+
+
+def test_more_sessions_than_seats_run_as_usual(llama: Stage, recorded: list[int]) -> None:
+    sessions = [Session(llama, seed=seed) for seed in range(0, 100 * (SEATS + 1), 100)]
+    together(sessions, [3] * len(sessions))
+    together(sessions, [1] * len(sessions))
+    assert recorded == []
+    together(sessions[:SEATS], [1] * SEATS)
+    together(sessions, [1] * len(sessions))
+    assert recorded == [SEATS]
+
+
+def test_who_leaves_makes_room(llama: Stage, recorded: list[int]) -> None:
+    for seed in range(SEATS + 2):
+        session = Session(llama, seed=100 * seed)
+        together([session], [4])
+        together([session], [1])
+        del session
+    assert recorded == [1] * (SEATS + 2)
+
+
+def test_who_begins_anew_makes_room(llama: Stage) -> None:
+    sessions = [Session(llama, seed=100 * seed) for seed in range(SEATS)]
+    together(sessions, [4] * SEATS)
+    together(sessions, [1] * SEATS)
+    sessions[1].cache.clear()
+    newcomer = Session(llama, seed=500)
+    together([newcomer], [3])
+    together([newcomer], [1])
+    assert newcomer.cache.seat is not None
+
+
+def test_a_session_that_outgrows_its_seat_goes_on(llama: Stage, recorded: list[int]) -> None:
+    session = Session(llama)
+    together([session], [LENGTH - 3])
+    for _ in range(6):
+        together([session], [1])
+    assert session.cache.seat is None
+    assert recorded == [1] * 3
+
+
+def test_a_session_is_set_back_in_its_seat(llama: Stage, recorded: list[int]) -> None:
+    session = Session(llama)
+    together([session], [9])
+    together([session], [1])
+    session.edit(6)
+    together([session], [1])
+    together([session], [4])
+    together([session], [1])
+    assert recorded == [1, 1, 1]
+
+
+def test_a_row_that_becomes_several_stands_up(llama: Stage) -> None:
+    session = Session(llama)
+    together([session], [9])
+    together([session], [1])
+    session.edit(10, [0, 0, 0])
+    session.rows = 3
+    together([session], [1])
+    together([session], [2])
+    session.edit(12, [1])
+    session.rows = 1
+    together([session], [1])
+    together([session], [1])
+    assert session.cache.seat is not None
+
+
+def test_what_a_session_leaves_behind_harms_nobody(llama: Stage) -> None:
+    spoiled = Session(llama, seed=1)
+    together([spoiled], [9])
+    infinite = StepPart(torch.full((1, 1, 32), float("inf")), spoiled.cache)
+    llama.forward_many([infinite])
+    llama.forward_many([infinite])
+    del spoiled, infinite
+    gc.collect()
+    session = Session(llama, seed=20)
+    together([session], [3])
+    together([session], [1])
+    assert session.cache.seat is not None
+    assert session.cache.seat.row == 0
+
+
+def test_a_session_recovers_from_a_token_that_was_too_large(llama: Stage) -> None:
+    session = Session(llama)
+    together([session], [9])
+    together([session], [1])
+    llama.forward_many([StepPart(torch.full((1, 1, 32), float("inf")), session.cache)])
+    session.cache.edit(10)
+    together([session], [1])
+
+
+def test_a_seat_counts_as_what_it_holds(llama: Stage) -> None:
+    session = Session(llama)
+    together([session], [9])
+    together([session], [1])
+    assert session.cache.seat is not None
+    assert session.cache.nbytes() == session.twin.nbytes()
+    assert session.cache.pages_held() == session.twin.pages_held()
+    assert session.cache.has_pages
+
+
+def test_pages_are_taken_from_a_seat(llama: Stage) -> None:
+    session = Session(llama)
+    together([session], [32])
+    together([session], [1])
+    assert session.cache.seat is not None
+    for mine, others in zip(session.cache.page(0), session.twin.page(0), strict=True):
+        for one, other in zip(mine, others, strict=True):
+            assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_blocks_that_cannot_be_recorded_run_as_usual(
+    llama: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(record: object) -> Tensor:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("swarmkit.models.recordings._Record._pass", fail)
+    session = Session(llama)
+    together([session], [5])
+    together([session], [1])
+    together([session], [1])
+    assert sum("cannot be recorded" in line for line in caplog.messages) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+def test_a_record_that_fails_leaves_the_accelerator_as_it_was(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = stage_of(checkpoints, "llama", "cuda")
+    see = _Rows.see
+
+    def look(pack: _Rows) -> None:
+        see(pack)
+        pack.masks[0][0].sum().item()  # which waits, and so cannot be recorded
+
+    monkeypatch.setattr(_Rows, "see", look)
+    session = Session(stage)
+    together([session], [5])
+    together([session], [1])
+    assert torch.randn(3, device="cuda").isfinite().all()
+
+
+def test_some_blocks_of_a_stage(llama: Stage, recorded: list[int]) -> None:
+    given = [torch.randn(1, tokens, 32) for tokens in (4, 1, 1)]
+    mine, alone = llama.new_cache(2, 3), llama.new_cache(2, 3)
+    for hidden in given:
+        part = StepPart(hidden, mine)
+        assert_equal(llama.forward_many([part]), [part], [llama.forward(hidden, alone)])
+    assert recorded == [1, 1]
