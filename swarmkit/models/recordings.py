@@ -131,8 +131,12 @@ class _Record:
             everybodys = generator.graphsafe_get_state()
             generator.graphsafe_set_state(generator.clone_state())
             try:
-                # Other threads of the process may use the accelerator meanwhile.
-                with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+                # A recording that fails stays at its stream: hence the first of these. Other threads of the
+                # process may use the accelerator meanwhile.
+                with (
+                    torch.cuda.stream(torch.cuda.current_stream(device)),
+                    torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"),
+                ):
                     generator.graphsafe_set_state(everybodys)
                     output = self._pass()
             finally:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -84,9 +83,8 @@ class GradientService:
         self._adapters = AdapterStore(0, 0) if adapters is None else adapters
         self._times = SliceTimes(settings.gradient_slice)
         self._turns: dict[str, _Turn] = {}
-        self._streams_of: Counter[str] = Counter()
         self.kept = KeptPasses(settings.gradient_memory_bytes)
-        """Of clients that are connected."""
+        """Passes until their way back; somebody has to call its `drop_old` now and then."""
         self.streams = 0
         self.requests = 0
         """That were answered with a result."""
@@ -103,7 +101,6 @@ class GradientService:
         timeout = self._settings.message_timeout
         caller = Caller(Conversation(stream, self.max_payload_bytes, timeout, decoder), self._settings)
         self.streams += 1
-        self._streams_of[caller.peer_id] += 1
         try:
             if self.streams > self._settings.max_gradient_streams:
                 await caller.refuse(Refusal("busy", "too many streams are open; try another server"))
@@ -114,10 +111,6 @@ class GradientService:
             logger.debug("stream of %s ended: %s", stream.peer_id[-6:], error)
         finally:
             self.streams -= 1
-            self._streams_of[caller.peer_id] -= 1
-            if not self._streams_of[caller.peer_id]:
-                del self._streams_of[caller.peer_id]
-                self.kept.drop(caller.peer_id)
             caller.close()
 
     async def _answer_next(self, caller: Caller) -> None:

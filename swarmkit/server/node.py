@@ -336,6 +336,8 @@ class ServerNode:
             with anyio.move_on_after(settings.announce_period):
                 await self._stop.wait()
                 return
+            if self.gradients is not None:
+                self.gradients.kept.drop_old()
             try:
                 await self._announce(registry, fingerprint)
                 succeeded_at = anyio.current_time()

@@ -17,6 +17,7 @@ from swarmkit.client.trace import PeerLost
 from swarmkit.errors import NoRouteError, UsageError
 from swarmkit.models.checkpoint import Checkpoint
 from swarmkit.models.head import load_local
+from swarmkit.models.whole import WholePass
 from swarmkit.server.gradient_work import GradientWork
 from swarmkit.server.server import Server
 from swarmkit.settings import ClientSettings
@@ -229,6 +230,20 @@ def test_what_cannot_be_run_is_refused_here(
 ) -> None:
     with pytest.raises(UsageError, match=says):
         world.model.blocks(states, **options)
+
+
+def test_a_step_runs_each_block_forward_once(tiny_llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_and_blocks = [0]
+    run = WholePass._forward
+
+    def counted(one: WholePass, blocks: int) -> int:
+        rows_and_blocks[0] += blocks * one._inputs.hidden.shape[0]
+        return run(one, blocks)
+
+    monkeypatch.setattr(WholePass, "_forward", counted)
+    with a_world(tiny_llama, replicas=1) as world:
+        loss_and_gradient(world.model, *batch())
+    assert rows_and_blocks[0] == ROWS * tiny_llama.num_blocks
 
 
 # servers that fail

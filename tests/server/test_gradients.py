@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from swarmkit.models.whole import WholePass
+from swarmkit.models.whole import WholePass, WholeSequences
 from swarmkit.net import codec
 from swarmkit.net.codec import TensorSpec
 from swarmkit.net.conversation import Conversation
@@ -28,6 +28,7 @@ from swarmkit.net.messages import Fault, Open, Step
 from swarmkit.server.engine import BULK, Engine
 from swarmkit.server.gradient_work import GradientWork, SliceTimes, row_groups
 from swarmkit.server.gradients import GradientService
+from swarmkit.server.kept_passes import KeptPasses, PassKey
 from swarmkit.server.scheduler import Expected, Limits, StepTimes, WaitingJob, WaitingStep, next_turn
 from swarmkit.server.session_step import SessionStep
 
@@ -229,7 +230,9 @@ async def test_a_forward_pass_without_a_way_back_keeps_nothing(server: TrainingS
     assert not server.gradients.kept.nbytes
 
 
-async def test_the_oldest_makes_room(world: World, forward_blocks: list[int]) -> None:
+async def test_where_there_is_no_room_the_newcomer_is_not_kept(
+    world: World, forward_blocks: list[int]
+) -> None:
     probe = await TrainingServer(world).start()
     await (await probe.line()).ask(hidden_states(2, 5), returns=True)
     one = probe.gradients.kept.nbytes
@@ -240,7 +243,7 @@ async def test_the_oldest_makes_room(world: World, forward_blocks: list[int]) ->
         await line.ask(hidden_states(2, 5, seed), returns=True)
     assert server.gradients.kept.nbytes == 2 * one
     forward_blocks.clear()
-    for seed in (2, 1, 0):
+    for seed in range(3):
         await line.ask(hidden_states(2, 5, seed), hidden_states(2, 5))
     assert sum(forward_blocks) == STOP - START
     await server.close()
@@ -259,12 +262,20 @@ async def test_what_does_not_fit_is_not_kept(world: World) -> None:
     await server.close()
 
 
-async def test_a_client_that_has_gone_leaves_nothing_kept(server: TrainingServer, line: Line) -> None:
-    await line.ask(hidden_states(2, 5), returns=True)
-    line.conversation.close()
-    async with asyncio.timeout(10):
-        while server.gradients.kept.nbytes:
-            await asyncio.sleep(0.01)
+def test_what_waits_for_too_long_is_forgotten(world: World) -> None:
+    now = [0.0]
+    kept = KeptPasses(2**30, seconds=60.0, clock=lambda: now[0])
+    one = WholePass(world.stage, WholeSequences(hidden_states(2, 5), START, STOP), keeps=True)
+    while one.left:
+        one.advance(1)
+    old, new = PassKey("client", b"old"), PassKey("client", b"new")
+    kept.keep(old, [one])
+    now[0] = 59.0
+    kept.keep(new, [one])
+    now[0] = 60.0
+    kept.drop_old()
+    assert kept.take(old) is None
+    assert kept.take(new) == [one]
 
 
 def test_row_groups_are_as_equal_as_can_be() -> None:
