@@ -47,7 +47,7 @@ class ServerSettings(BaseSettings):
         default=512, ge=1, description="batch x tokens of long steps in one forward pass, at most"
     )
     decode_slowdown: float = Field(
-        default=1.9,
+        default=1.6,
         ge=1,
         description="how many times its usual time a decode step may take beside others' prompts",
     )

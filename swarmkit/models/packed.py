@@ -34,6 +34,8 @@ from swarmkit.models.quirks import FAMILIES
 from swarmkit.models.tuner import Segment, Tuner
 from swarmkit.models.view import with_blocks
 
+_FEW_TOKENS = 16
+"""For more than so many tokens, keys that are shared are read often enough as it is."""
 _PACKED = "swarmkit-packed"
 """Our attention implementation. transformers knows no mask function of that name, so it makes no mask."""
 
@@ -181,13 +183,15 @@ def _attend(
     pack = key.pack
     index: Any = module.layer_idx
     attend = _own_attention(module, pack.attention)
-    on_cpu, sdpa = query.device.type == "cpu", pack.attention == "sdpa"
+    sdpa, on_cpu = pack.attention == "sdpa", query.device.type == "cpu"
     outputs = []
     for queries, keys, values, masks in zip(pack.split(query), key, value, pack.masks, strict=True):
         mask = None if masks is None else masks[index]
         shares = mask is not None and sdpa and _shares_keys(queries, keys, values, kwargs)
-        if (pack.side_by_side and shares) or (on_cpu and sdpa and mask is None and queries.shape[2] == 1):
-            out = _attend_with_one_token(queries, keys, values, mask, kwargs.get("scaling"))
+        few = shares and mask is not None and mask.shape[1] == 1 and queries.shape[2] <= _FEW_TOKENS
+        one = sdpa and queries.shape[2] == 1 and mask is None
+        if (few or one) and (on_cpu or pack.side_by_side):
+            out = _attend_with_few_tokens(queries, keys, values, mask, kwargs.get("scaling"))
         elif on_cpu and shares:
             # The module's own function would copy a whole session's keys for each head that shares them.
             out = nn.functional.scaled_dot_product_attention(
@@ -199,17 +203,23 @@ def _attend(
     return torch.cat(outputs)[None], None
 
 
-def _attend_with_one_token(
+def _attend_with_few_tokens(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor:
-    """Query heads that share their keys are asked as if they were several tokens of one head.
+    """Query heads that share their keys are asked as if they were more tokens of one head.
 
-    It is the same sum, but reads each key once; on a CPU in bfloat16 it takes a sixth of the time.
+    It is the same sum, but reads each key once; on a CPU one token in bfloat16 takes a sixth of the time, and
+    two in float32 half of it.
+
+    Args: mask: [rows, 1, tokens, past + tokens], or None.
     """
-    rows, heads, _, _ = query.shape
-    grouped = query.reshape(rows, keys.shape[1], -1, query.shape[3])
+    rows, heads, tokens, _ = query.shape
+    sharing = heads // keys.shape[1]
+    if mask is not None and tokens > 1:
+        mask = mask.repeat(1, 1, sharing, 1)
+    grouped = query.reshape(rows, keys.shape[1], sharing * tokens, query.shape[3])
     out = nn.functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-    return out.reshape(rows, 1, heads, -1)
+    return out.reshape(rows, heads, tokens, -1).transpose(1, 2)
 
 
 def _shares_keys(query: Tensor, keys: Tensor, values: Tensor, options: Mapping[str, Any]) -> bool:

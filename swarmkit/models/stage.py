@@ -248,12 +248,23 @@ class Stage:
     def _run_pack(self, parts: list[StepPart]) -> list[Tensor] | list[Tensor | Exception]:
         if (recorded := self._run_record(parts)) is not None:
             return recorded
-        if len(parts) > 1:
+        if len(parts) > 1 or self._is_quicker_packed(parts[0]):
             try:
                 return self._forward_packed(parts)
             except Exception:
                 logger.warning("%d steps failed together, and are run one by one", len(parts), exc_info=True)
         return [self._forward_alone(part) for part in parts]
+
+    def _is_quicker_packed(self, part: StepPart) -> bool:
+        """Whether it is several tokens behind others, on a CPU, and heads share keys.
+
+        Alone, all keys would be copied for each head; a pack's attention reads them where they are.
+        """
+        heads, keys = (
+            getattr(self._base.config, name, None) for name in ("num_attention_heads", "num_key_value_heads")
+        )
+        shares = self.device.type == "cpu" and self._can_pack and keys is not None and keys != heads
+        return shares and not part.cache.recurrent and part.cache.tokens > 0 and part.hidden.shape[1] > 1
 
     def _forward_alone(self, part: StepPart) -> Tensor | Exception:
         try:

@@ -228,7 +228,7 @@ class Engine:
     """
 
     def __init__(
-        self, name: str = "cpu", *, prefill_chunk_tokens: int = 512, decode_slowdown: float = 1.9
+        self, name: str = "cpu", *, prefill_chunk_tokens: int = 512, decode_slowdown: float = 1.6
     ) -> None:
         """Args: prefill_chunk_tokens, decode_slowdown: the scheduler's `Limits`."""
         self._limits = Limits(prefill_chunk_tokens, decode_slowdown)
