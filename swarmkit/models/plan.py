@@ -36,7 +36,7 @@ class Plan:
     kv_bytes_per_block: int
     """Cache of `cache_tokens` tokens in one block, in sessions of `SESSION_TOKENS`, and of recorded work."""
     workspace_bytes: int
-    """The runtime, and the activations of the largest step."""
+    """The runtime, the activations of the largest step, and what training keeps."""
     cache_tokens: int
 
     @property
@@ -61,6 +61,7 @@ def plan(
     cache_tokens: int = 16_384,
     max_step_tokens: int = 4096,
     recorded_tokens: int = 10_240,
+    training_bytes: int = 512 * 2**20,
     device: str = "cpu",
     row_tokens: int = 0,
     block_bytes: int | None = None,
@@ -73,6 +74,7 @@ def plan(
         kv_bytes_per_token_per_block: in the precision's dtype, from `Checkpoint`.
         max_step_tokens: batch x tokens of the largest step a server takes.
         recorded_tokens: for which an accelerator with recorded work has room besides; none on others.
+        training_bytes: that training may keep for its way back.
         row_tokens: what a session's row takes besides its tokens, in tokens; from `Checkpoint`.
         block_bytes: of the largest block's weights, where they are stored quantised; from `Checkpoint`.
     """
@@ -91,7 +93,7 @@ def plan(
         block_bytes=block_bytes,
         kv_bytes_per_block=kv_bytes_per_token_per_block
         * (room_tokens + row_tokens * -(-cache_tokens // SESSION_TOKENS)),
-        workspace_bytes=activations + runtime,
+        workspace_bytes=activations + runtime + training_bytes,
         cache_tokens=cache_tokens,
     )
 
@@ -104,6 +106,7 @@ def plan_checkpoint(
     cache_tokens: int = 16_384,
     max_step_tokens: int = 4096,
     recorded_tokens: int = 10_240,
+    training_bytes: int = 512 * 2**20,
     device: str = "cpu",
 ) -> Plan:
     """`plan`, with what only the checkpoint can tell. If its weights are stored quantised, the headers of its
@@ -117,6 +120,7 @@ def plan_checkpoint(
         cache_tokens=cache_tokens,
         max_step_tokens=max_step_tokens,
         recorded_tokens=recorded_tokens,
+        training_bytes=training_bytes,
         device=device,
         row_tokens=checkpoint.row_tokens(precision.dtype),
         block_bytes=checkpoint.weight_bytes(precision) if precision.keeps_stored else None,

@@ -247,6 +247,7 @@ class ServerNode:
             cache_tokens=config.settings.cache_tokens,
             max_step_tokens=config.settings.max_step_tokens,
             recorded_tokens=(config.settings.recorded_sessions + 1) * config.settings.recorded_tokens,
+            training_bytes=config.settings.gradient_memory_bytes,
             device=config.device,
         )
         if not fitting.blocks_that_fit:

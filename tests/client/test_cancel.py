@@ -185,8 +185,8 @@ def test_a_session_whose_step_was_cancelled_goes_on(world: World, monkeypatch: p
 def test_a_step_ends_at_the_deadline_that_its_user_set(
     tiny_llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    brake = Brake(monkeypatch, 1, 1)
     with a_world(tiny_llama, replicas=1, step_deadline=0.3) as world:
+        brake = Brake(monkeypatch, 1, 1)  # now that servers have measured themselves
         with world.model.session() as session, pytest.raises(DeadlineError, match=r"step_deadline of 0.3 s"):
             session.step(PROMPT[:, :40])
         brake.release()

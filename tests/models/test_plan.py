@@ -83,6 +83,18 @@ def test_fewer_bits_take_less_room() -> None:
     assert len(set(sizes)) == 4
 
 
+def test_what_training_keeps_and_recorded_work_holds_is_planned_for() -> None:
+    config = Checkpoint.open("tiny-chat").config
+
+    def planned(device: str, **parts: int) -> Plan:
+        precision = Precision.parse("float32", config)
+        return plan(config, 1000, 2**32, precision, device=device, cache_tokens=100, **parts)
+
+    assert planned("cpu").workspace_bytes - planned("cpu", training_bytes=0).workspace_bytes == 512 * 2**20
+    assert planned("cuda", recorded_tokens=50).kv_bytes_per_block == 150 * 1000
+    assert planned("cpu", recorded_tokens=50).kv_bytes_per_block == 100 * 1000
+
+
 @pytest.mark.parametrize(
     ("text", "count"), [("24GiB", 24 * 2**30), ("24 GB", 24 * 10**9), ("1.5mib", 3 * 2**19), ("7", 7)]
 )
