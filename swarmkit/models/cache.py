@@ -410,11 +410,7 @@ class _GrowingLayer(DynamicLayer):
         length = held + key_states.shape[-2]
         capacity = -(-length // PAGE_TOKENS) * PAGE_TOKENS
         if not self._has_room(keys, capacity):
-            self._rooms = tuple(
-                part.new_empty(*part.shape[:-2], capacity, part.shape[-1]) for part in (keys, values)
-            )
-            for room, part in zip(self._rooms, (keys, values), strict=True):
-                room[..., :held, :] = part
+            self._rooms = tuple(_room(part, capacity) for part in (keys, values))
         for room, new in zip(self._rooms, (key_states, value_states), strict=True):
             room[..., held:length, :] = new
         self.keys, self.values = (room[..., :length, :] for room in self._rooms)

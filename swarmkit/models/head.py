@@ -193,13 +193,13 @@ def load_local(
     where, options = checkpoint.files.pretrained()
     precision = Precision.parse(dtype, checkpoint.config, device)
     if checkpoint.is_part:
-        return _load_part(checkpoint, precision.dtype, device)
+        return _load_part(checkpoint, precision, device)
     config = copy.deepcopy(checkpoint.config)
     if stored := StoredQuantisation.of(config):
         config.quantization_config = stored.loading()
-        options["device_map"] = {"": torch.device(device)}
     if precision.quantized:
         options["quantization_config"] = precision.quantization_config()
+    if stored or precision.quantized:
         options["device_map"] = {"": torch.device(device)}
     options |= {"config": config, "dtype": precision.dtype, "trust_remote_code": False}
     try:
@@ -215,7 +215,7 @@ def load_local(
     return whole
 
 
-def _load_part(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
+def _load_part(checkpoint: Checkpoint, precision: Precision, device: str | torch.device) -> PreTrainedModel:
     """A language model that is a part of what the checkpoint holds."""
     anatomy = anatomy_of(checkpoint.config)
     names = checkpoint.head_keys()
@@ -225,8 +225,16 @@ def _load_part(checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.d
     config = copy.deepcopy(checkpoint.config)
     if stored := StoredQuantisation.of(config):
         config.quantization_config = stored.loading()
-        tensors = stored.prepare(tensors, dtype)
-    return load_model(anatomy.causal_class, config, tensors, dtype=dtype, device=device, name=checkpoint.name)
+        tensors = stored.prepare(tensors, precision.dtype)
+    return load_model(
+        anatomy.causal_class,
+        config,
+        tensors,
+        dtype=precision.dtype,
+        device=device,
+        quantization=precision.quantization_config(),
+        name=checkpoint.name,
+    )
 
 
 def _set_generation_config(model: PreTrainedModel, checkpoint: Checkpoint) -> None:

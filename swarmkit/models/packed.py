@@ -89,7 +89,7 @@ class PackedView:
         """
         asked = zip(parts, need_masks, strict=True)
         masks = [self._masks(part) if needed else None for part, needed in asked]
-        pack = Pack(parts, masks, self.attention)
+        pack = _Parts(parts, masks, self.attention)
         positions = torch.cat([_positions(part) for part in parts])
         segments = [Segment.of(part.cache.adapter, part.hidden, part.cache.tokens) for part in parts]
         first = parts[0].cache
@@ -120,23 +120,34 @@ def _positions(part: StepPart) -> Tensor:
 
 
 class Pack:
-    """What the blocks take for one cache: it hands each session's keys and values to its own."""
+    """What the blocks take for one cache: it hands each session's keys and values to its own.
 
-    def __init__(self, parts: Sequence[StepPart], masks: Sequence[list[Any] | None], attention: str) -> None:
-        self.shapes = [tuple(part.hidden.shape[:2]) for part in parts]
-        self.sizes = [rows * tokens for rows, tokens in self.shapes]
-        self.masks = masks
+    Attributes:
+        sizes: how many tokens each session has in it, rows x tokens.
+        attention: which function attends to them.
+        side_by_side: it is one token each of several sessions, as rows of one batch (see `recordings`).
+    """
+
+    side_by_side = False
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], attention: str) -> None:
+        """Args: shapes: rows and tokens of each session."""
+        self.sizes = [rows * tokens for rows, tokens in shapes]
         self.attention = attention
-        self._parts = parts
-        self._several_rows = any(rows > 1 for rows, _ in self.shapes)
-        self.side_by_side = False
-        """Whether it is one token each of several sessions as rows of one batch (see `recordings`)."""
+        self._shapes = shapes
+        self._several_rows = any(rows > 1 for rows, _ in shapes)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Append [1, heads, total, dim]; returns what the attention function below is to be given."""
-        added = zip(self._parts, self.split(keys), self.split(values), strict=True)
-        held = [part.cache.layers[layer_idx].update(new, more) for part, new, more in added]
-        return Held(self, [one for one, _ in held]), Held(self, [other for _, other in held])
+        raise NotImplementedError
+
+    def mask(self, number: int, block: int) -> Tensor | None:
+        """What session `number` is given in a block, by its index in the stage."""
+        raise NotImplementedError
+
+    def places(self) -> Tensor:
+        """[total]; the how-manieth of its session each token is."""
+        raise NotImplementedError
 
     def split(self, packed: Tensor) -> Sequence[Tensor]:
         """[1, heads, total, dim] as [rows, heads, tokens, dim] for each session."""
@@ -145,7 +156,7 @@ class Pack:
             return pieces
         return [
             piece if shape[0] == 1 else piece[0].unflatten(1, shape).transpose(0, 1)
-            for piece, shape in zip(pieces, self.shapes, strict=True)
+            for piece, shape in zip(pieces, self._shapes, strict=True)
         ]
 
     def get_seq_length(self, layer_idx: int | None = None) -> Any:
@@ -156,12 +167,34 @@ class Pack:
         """
         if layer_idx is None:
             return 0
+        places = self.places()
+        return places - torch.arange(len(places), device=places.device)
+
+
+class _Parts(Pack):
+    """Steps of several sessions, each with a cache of its own."""
+
+    def __init__(self, parts: Sequence[StepPart], masks: Sequence[list[Any] | None], attention: str) -> None:
+        super().__init__([(part.hidden.shape[0], part.hidden.shape[1]) for part in parts], attention)
+        self._parts = parts
+        self._masks = masks
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        added = zip(self._parts, self.split(keys), self.split(values), strict=True)
+        held = [part.cache.layers[layer_idx].update(new, more) for part, new, more in added]
+        return Held(self, [one for one, _ in held]), Held(self, [other for _, other in held])
+
+    def mask(self, number: int, block: int) -> Tensor | None:
+        masks = self._masks[number]
+        return None if masks is None else masks[block]
+
+    def places(self) -> Tensor:
         device = self._parts[0].hidden.device
         places = [
             torch.arange(part.cache.tokens, part.cache.tokens + tokens, device=device).repeat(rows)
-            for part, (rows, tokens) in zip(self._parts, self.shapes, strict=True)
+            for part, (rows, tokens) in zip(self._parts, self._shapes, strict=True)
         ]
-        return torch.cat(places) - torch.arange(sum(self.sizes), device=device)
+        return torch.cat(places)
 
 
 class Held(list[Tensor]):
@@ -183,16 +216,18 @@ def _attend(
     pack = key.pack
     index: Any = module.layer_idx
     attend = _own_attention(module, pack.attention)
-    sdpa, on_cpu = pack.attention == "sdpa", query.device.type == "cpu"
+    quick = pack.attention == "sdpa" and (query.device.type == "cpu" or pack.side_by_side)
     outputs = []
-    for queries, keys, values, masks in zip(pack.split(query), key, value, pack.masks, strict=True):
-        mask = None if masks is None else masks[index]
-        shares = mask is not None and sdpa and _shares_keys(queries, keys, values, kwargs)
-        few = shares and mask is not None and mask.shape[1] == 1 and queries.shape[2] <= _FEW_TOKENS
-        one = sdpa and queries.shape[2] == 1 and mask is None
-        if (few or one) and (on_cpu or pack.side_by_side):
+    for number, (queries, keys, values) in enumerate(zip(pack.split(query), key, value, strict=True)):
+        mask = pack.mask(number, index)
+        if mask is None:
+            shares, few = False, queries.shape[2] == 1
+        else:
+            shares = quick and _shares_keys(queries, keys, values, kwargs)
+            few = shares and mask.shape[1] == 1 and queries.shape[2] <= _FEW_TOKENS
+        if quick and few:
             out = _attend_with_few_tokens(queries, keys, values, mask, kwargs.get("scaling"))
-        elif on_cpu and shares:
+        elif shares:
             # The module's own function would copy a whole session's keys for each head that shares them.
             out = nn.functional.scaled_dot_product_attention(
                 queries, keys, values, attn_mask=mask, scale=kwargs.get("scaling"), enable_gqa=True

@@ -31,11 +31,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
+from swarmkit.models.held_layer import HeldLayer, KeysAndValues
 from swarmkit.models.page_table import PAGE_TOKENS, PageTable, pages_for
-
-KeysAndValues = tuple[Tensor, Tensor]
 
 
 @dataclass(eq=False)
@@ -79,13 +77,12 @@ class _Shared:
     """Of the step that is under way."""
 
 
-class PagedLayer(CacheLayerMixin):
+class PagedLayer(HeldLayer):
     """Keys and values of one block in pages [slots, heads, PAGE_TOKENS, dim]."""
 
     def __init__(self, pools: tuple[Tensor, ...], shared: _Shared) -> None:
+        super().__init__(pools[0])
         self.pools = pools
-        self.device = pools[0].device
-        self.is_initialized = True
         self._shared = shared
 
     @property
@@ -138,14 +135,8 @@ class PagedLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         return self._shared.table.tokens
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
     def get_max_length(self) -> int:
         return -1
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """There is nothing to do."""
 
 
 class PagedRows:

@@ -38,13 +38,15 @@ _LEAST_TOKENS = 256
 class _Rows(Pack):
     """The first rows of the seats, each with one token."""
 
+    side_by_side = True
+
     def __init__(self, seats: Seats, rows: int, tokens: int, inputs: _Inputs, attention: str) -> None:
-        super().__init__((), (), attention)
-        self.shapes, self.sizes = [(rows, 1)], [rows]
-        self.side_by_side = self._several_rows = True
+        super().__init__([(rows, 1)], attention)
         self._seats = seats
+        self._rows = rows
         self._tokens = tokens
         self._inputs = inputs
+        self._mask: Tensor | None = None
 
     def see(self) -> None:
         """At the beginning of a pass: let each row see its own tokens only."""
@@ -52,31 +54,21 @@ class _Rows(Pack):
         unseen = torch.arange(self._tokens, device=hidden.device) > self._inputs.places[:, None]
         least = torch.finfo(hidden.dtype).min
         mask = torch.zeros(unseen.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(unseen, least)
-        self.masks = [_Every(mask[:, None, None])]
+        self._mask = mask[:, None, None]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Write [1, heads, rows, dim] to the rows' places; returns all that the rows hold."""
         held = []
         for pool, new in zip(self._seats.pool(layer_idx), (keys, values), strict=True):
             pool[self._inputs.targets, :, self._inputs.places] = new[0].transpose(0, 1)
-            held.append(pool[: self.sizes[0], :, : self._tokens])
+            held.append(pool[: self._rows, :, : self._tokens])
         return Held(self, held[:1]), Held(self, held[1:])
 
-    def get_seq_length(self, layer_idx: int | None = None) -> Any:
-        if layer_idx is None:
-            return 0
-        return self._inputs.places - torch.arange(self.sizes[0], device=self._inputs.places.device)
-
-
-class _Every(list[Tensor]):
-    """One mask for all blocks, whatever their index."""
-
-    def __init__(self, mask: Tensor) -> None:
-        super().__init__()
-        self._mask = mask
-
-    def __getitem__(self, index: Any) -> Any:
+    def mask(self, number: int, block: int) -> Tensor | None:
         return self._mask
+
+    def places(self) -> Tensor:
+        return self._inputs.places
 
 
 class _Inputs:

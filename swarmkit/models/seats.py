@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
-KeysAndValues = tuple[Tensor, Tensor]
+from swarmkit.models.held_layer import HeldLayer, KeysAndValues
 
 
 @dataclass(eq=False)
@@ -36,13 +35,12 @@ class Seat:
     """Tokens that it holds."""
 
 
-class SeatedLayer(CacheLayerMixin):
+class SeatedLayer(HeldLayer):
     """Keys and values of one block in a seat [1, heads, length, dim]."""
 
     def __init__(self, rooms: KeysAndValues, seat: Seat) -> None:
+        super().__init__(rooms[0])
         self.rooms = rooms
-        self.device = rooms[0].device
-        self.is_initialized = True
         self._seat = seat
 
     @property
@@ -75,14 +73,8 @@ class SeatedLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         return self._seat.tokens
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
     def get_max_length(self) -> int:
         return self._seat.length
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """There is nothing to do."""
 
 
 class Seats:

@@ -66,6 +66,9 @@ class Stage:
         self._anatomy = anatomy
         self._views: dict[tuple[int, int], View] = {}
         self._can_pack = can_be_packed(base.config, anatomy)
+        keys = getattr(base.config, "num_key_value_heads", None)
+        shares = keys is not None and keys != getattr(base.config, "num_attention_heads", None)
+        self._packs_lone_steps = shares and self._can_pack and self.device.type == "cpu"
         self.keys_are_final = not {"dynamic", "longrope"} & rope_types(
             getattr(base.config, "rope_parameters", None)
         )
@@ -260,11 +263,8 @@ class Stage:
 
         Alone, all keys would be copied for each head; a pack's attention reads them where they are.
         """
-        heads, keys = (
-            getattr(self._base.config, name, None) for name in ("num_attention_heads", "num_key_value_heads")
-        )
-        shares = self.device.type == "cpu" and self._can_pack and keys is not None and keys != heads
-        return shares and not part.cache.recurrent and part.cache.tokens > 0 and part.hidden.shape[1] > 1
+        several = part.hidden.shape[1] > 1 and part.cache.tokens > 0
+        return several and self._packs_lone_steps and not part.cache.recurrent
 
     def _forward_alone(self, part: StepPart) -> Tensor | Exception:
         try:

@@ -156,11 +156,12 @@ class GradientWork:
     """Passes until their way back."""
     done: int = field(default=0, init=False)
     """Rows x blocks."""
-    _key: PassKey | None = field(default=None, init=False)
-    """Under which the pass is kept, or may be."""
-    _keeps: bool = field(default=False, init=False)
-    _passes: list[WholePass] = field(default_factory=list, init=False)
-    """Of the groups that have gone through, to be kept; or of all groups, if they were kept."""
+    _keep_as: PassKey | None = field(default=None, init=False)
+    """None: what goes through is not kept for a way back."""
+    _to_keep: list[WholePass] = field(default_factory=list, init=False)
+    """Of the groups that have gone through."""
+    _were_kept: list[WholePass] = field(default_factory=list, init=False)
+    """Of the groups that are still to go back."""
     _pass: WholePass | None = field(default=None, init=False)
     _groups: list[tuple[int, int]] = field(default_factory=list, init=False)
     _results: list[Tensor] = field(default_factory=list, init=False)
@@ -207,10 +208,11 @@ class GradientWork:
         rows, tokens, _ = hidden.shape
         self._groups = row_groups(rows, tokens, self.group_tokens)
         if self.kept.capacity_bytes and (isinstance(request, Backward) or request.returns):
-            self._key = PassKey.of(self.peer_id, request, received)
-            self._keeps = not self.goes_back
-            if self.goes_back and (passes := self.kept.take(self._key)) is not None:
-                self._passes = list(passes)
+            key = PassKey.of(self.peer_id, request, received)
+            if not self.goes_back:
+                self._keep_as = key
+            elif (passes := self.kept.take(key)) is not None:
+                self._were_kept = list(passes)
                 self.done = rows * (request.stop - request.start)
         return WholeSequences(
             hidden,
@@ -237,20 +239,21 @@ class GradientWork:
         kind: Kind = "forward" if one.blocks_left else "backward"
         began = time.perf_counter()
         # What is kept goes back in the same pieces.
-        blocks = one.advance(self.times.blocks(tokens, self.goes_back or self._keeps))
+        blocks = one.advance(self.times.blocks(tokens, self.goes_back or self._keep_as is not None))
         if self.stage.device.type != "cpu":
             # Else slices would pile up at the device, and a step that comes now would wait for all of them.
             torch.accelerator.current_stream(self.stage.device).synchronize()
         self.times.learn(kind, blocks * tokens, time.perf_counter() - began)
         self.done += (high - low) * blocks
-        if self._keeps and sum(other.kept_bytes for other in (*self._passes, one)) > self.kept.capacity_bytes:
-            self._keeps = False
-            self._passes.clear()
+        new_bytes = sum(other.kept_bytes for other in (*self._to_keep, one))
+        if self._keep_as is not None and new_bytes > self.kept.capacity_bytes:
+            self._keep_as = None
+            self._to_keep.clear()
             one.forget()
         if not one.left:
             self._results.append(one.result())
-            if self._keeps:
-                self._passes.append(one)
+            if self._keep_as is not None:
+                self._to_keep.append(one)
             if self.goes_back and (more := one.adapter_gradient) is not None:
                 known = self._adapter_gradient
                 self._adapter_gradient = more if known is None else known + more
@@ -258,21 +261,21 @@ class GradientWork:
             self._groups.pop(0)
         if not self._groups:
             self._encoded = self._finish()
-            if self._keeps and self._key is not None:
-                self.kept.keep(self._key, self._passes)
+            if self._keep_as is not None:
+                self.kept.keep(self._keep_as, self._to_keep)
 
     def _begin_group(self, inputs: WholeSequences, low: int, high: int) -> WholePass:
         """The pass of some rows; one that was kept, if there is."""
         gradient = self._gradient
         if gradient is not None:
             gradient = gradient[:, low:high] if inputs.states else gradient[low:high]
-        if gradient is not None and self._passes:
-            one = self._passes.pop(0)
+        if gradient is not None and self._were_kept:
+            one = self._were_kept.pop(0)
             one.go_back(gradient)
             return one
-        trains = self.request.trains and (self.goes_back or self._keeps)
-        rows = inputs.rows(low, high)
-        return WholePass(self.stage, rows, gradient, self.adapter, trains, self._keeps)
+        keeps = self._keep_as is not None
+        trains = self.request.trains and (self.goes_back or keeps)
+        return WholePass(self.stage, inputs.rows(low, high), gradient, self.adapter, trains, keeps)
 
     def result(self) -> tuple[TensorSpec, memoryview]:
         """When nothing is left: the output or gradient, as it goes over the wire."""

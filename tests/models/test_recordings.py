@@ -7,7 +7,6 @@ accelerator, the work is recorded.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,7 +43,7 @@ def llama(checkpoints: Path, device: str) -> Stage:
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many parts each recorded pass had."""
     passes: list[int] = []
     run = Recordings.run
@@ -217,7 +216,7 @@ def test_a_record_that_fails_leaves_the_accelerator_as_it_was(
 
     def look(pack: _Rows) -> None:
         see(pack)
-        pack.masks[0][0].sum().item()  # which waits, and so cannot be recorded
+        pack.places().sum().item()  # which waits, and so cannot be recorded
 
     monkeypatch.setattr(_Rows, "see", look)
     session = Session(stage)
