@@ -22,8 +22,8 @@ from rich.table import Table
 
 from swarmkit.bench.environment import environment
 from swarmkit.cli.console import quiet_transformers
-from swarmkit.local import LocalSwarm
-from swarmkit.models.head import load_local
+from swarmkit.local.swarm import LocalSwarm
+from swarmkit.models.head.head import load_local
 from swarmkit.tinychat import Question, held_out
 
 CHAINS = (

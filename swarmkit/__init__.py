@@ -11,26 +11,26 @@ from typing import TYPE_CHECKING, Any
 from swarmkit._version import __version__
 
 if TYPE_CHECKING:
-    from swarmkit.client.adapters import DeepPrompts, get_peft_model, load_adapter
+    from swarmkit.client.adapters.peft import DeepPrompts, get_peft_model, load_adapter
     from swarmkit.client.model import SwarmModelForCausalLM, SwarmModelForSequenceClassification
-    from swarmkit.client.session import Session
+    from swarmkit.client.session.session import Session
     from swarmkit.errors import NoRouteError, PeerError, SwarmkitError, UsageError
-    from swarmkit.local import LocalSwarm
+    from swarmkit.local.swarm import LocalSwarm
     from swarmkit.server.server import Server
 
 _HOMES = {
-    "DeepPrompts": "swarmkit.client.adapters",
-    "LocalSwarm": "swarmkit.local",
+    "DeepPrompts": "swarmkit.client.adapters.peft",
+    "LocalSwarm": "swarmkit.local.swarm",
     "NoRouteError": "swarmkit.errors",
     "PeerError": "swarmkit.errors",
     "Server": "swarmkit.server.server",
-    "Session": "swarmkit.client.session",
+    "Session": "swarmkit.client.session.session",
     "SwarmModelForCausalLM": "swarmkit.client.model",
     "SwarmModelForSequenceClassification": "swarmkit.client.model",
     "SwarmkitError": "swarmkit.errors",
     "UsageError": "swarmkit.errors",
-    "get_peft_model": "swarmkit.client.adapters",
-    "load_adapter": "swarmkit.client.adapters",
+    "get_peft_model": "swarmkit.client.adapters.peft",
+    "load_adapter": "swarmkit.client.adapters.peft",
 }
 
 __all__ = [

@@ -103,7 +103,7 @@ class RemoteError(PeerError):
     """The peer answered with a fault.
 
     Attributes:
-        code: one of `swarmkit.net.messages.FaultCode`.
+        code: one of `swarmkit.net.protocol.messages.FaultCode`.
         retry_after_s: of a busy peer, in how many seconds it says it has room; else 0.
     """
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from swarmkit import LocalSwarm
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
-from swarmkit.models.stage import Stage, StepPart
-from swarmkit.models.transfer import to_device
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.stage import Stage, StepPart
+from swarmkit.models.execution.transfer import to_device
+from swarmkit.models.head.head import load_local
 
 from .client.answers import answer, at, prompt
 from .models.tiny import make_checkpoint

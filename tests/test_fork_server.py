@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 import swarmkit
-from swarmkit import fork_server
-from swarmkit.fork_server import ForkedProcess, ForkServer
-from swarmkit.server_process import ServerProcess, ServerStartError
+from swarmkit.local import fork_server
+from swarmkit.local.fork_server import ForkedProcess, ForkServer
+from swarmkit.local.server_process import ServerProcess, ServerStartError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there are no fork servers")
 
@@ -138,7 +138,7 @@ def test_the_last_words_of_a_copy_are_kept(server: ForkServer) -> None:
 
 OWNER = """
 import os, sys, time
-from swarmkit.fork_server import ForkServer
+from swarmkit.local.fork_server import ForkServer
 server = ForkServer()
 process = server.spawn(["serve", "tiny-chat", "--blocks", "0:1", "--json", "--until-stdin-closes"],
                        os.environ, open(os.devnull, "wb"))

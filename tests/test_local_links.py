@@ -13,9 +13,9 @@ import torch
 from swarmkit import LocalSwarm
 from swarmkit.client.trace import PeerLost
 from swarmkit.errors import UsageError
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
-from swarmkit.net.link_schedule import Link
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import load_local
+from swarmkit.net.emulation.link_schedule import Link
 
 from .client.answers import answer, at, prompt
 from .models.tiny import make_checkpoint

@@ -15,9 +15,9 @@ import torch
 from swarmkit import LocalSwarm, SwarmModelForCausalLM
 from swarmkit.client.trace import PeerLost
 from swarmkit.errors import UsageError
-from swarmkit.local import even_split
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
+from swarmkit.local.swarm import even_split
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import load_local
 
 from .client.answers import answer, at, prompt
 from .models.tiny import make_checkpoint

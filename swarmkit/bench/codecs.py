@@ -30,9 +30,9 @@ from swarmkit.bench.measure import (
 )
 from swarmkit.bench.subject import Subject
 from swarmkit.client.trace import StepTrace
-from swarmkit.local import LocalSwarm
-from swarmkit.models.head import load_local
-from swarmkit.net.link_schedule import Link
+from swarmkit.local.swarm import LocalSwarm
+from swarmkit.models.head.head import load_local
+from swarmkit.net.emulation.link_schedule import Link
 from swarmkit.settings import ClientSettings, LossyCodec, ServerSettings
 from swarmkit.tinychat import held_out
 

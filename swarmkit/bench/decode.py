@@ -20,9 +20,9 @@ from swarmkit.bench.measure import (
     timed_generate,
 )
 from swarmkit.bench.subject import Subject
-from swarmkit.local import LocalSwarm
-from swarmkit.models.head import load_local
-from swarmkit.models.precision import Precision
+from swarmkit.local.swarm import LocalSwarm
+from swarmkit.models.head.head import load_local
+from swarmkit.models.quantization.precision import Precision
 from swarmkit.settings import ServerSettings
 
 _PROMPT_TOKENS = 16

@@ -48,13 +48,13 @@ from swarmkit.bench.measure import (
     timed_generate,
 )
 from swarmkit.bench.subject import Subject
-from swarmkit.client.guessing import GuessCount
-from swarmkit.client.speculation import MOST_GUESSES
-from swarmkit.local import LocalSwarm
-from swarmkit.models.head import load_local
+from swarmkit.client.speculation.assistants import GuessCount
+from swarmkit.client.speculation.window import MOST_GUESSES
+from swarmkit.local.swarm import LocalSwarm
+from swarmkit.models.head.head import load_local
 from swarmkit.net import portal
-from swarmkit.net.link_emulator import LinkEmulator
-from swarmkit.net.link_schedule import Link
+from swarmkit.net.emulation.link_emulator import LinkEmulator
+from swarmkit.net.emulation.link_schedule import Link
 
 _PROMPT_TOKENS = 16
 _PINGS = 200

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from swarmkit.errors import UsageError
-from swarmkit.models.anatomy import anatomy_of, replace
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
+from swarmkit.models.architecture.anatomy import anatomy_of, replace
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import load_local
 
 
 def load_first_blocks(

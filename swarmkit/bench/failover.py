@@ -15,8 +15,8 @@ import torch
 from swarmkit.bench.measure import Progress, quiet, random_prompt
 from swarmkit.bench.subject import Subject
 from swarmkit.client.trace import PeerReplaced
-from swarmkit.local import LocalSwarm
-from swarmkit.server_process import ServerProcess
+from swarmkit.local.server_process import ServerProcess
+from swarmkit.local.swarm import LocalSwarm
 
 _PROMPT_TOKENS = 16
 

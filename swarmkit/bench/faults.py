@@ -19,7 +19,7 @@ from swarmkit.bench.measure import (
 )
 from swarmkit.bench.subject import Subject
 from swarmkit.client.trace import PeerLost
-from swarmkit.local import LocalSwarm
+from swarmkit.local.swarm import LocalSwarm
 from swarmkit.net.connect import over_hivemind
 
 _PROMPT_TOKENS = 16

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from swarmkit.errors import PeerUnreachableError
 from swarmkit.net.connect import TransportFactory
-from swarmkit.net.identity import Identity
-from swarmkit.net.transport import Buffer, Handler, RecordCheck, Stream, Transport
+from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.seam import Buffer, Handler, RecordCheck, Stream, Transport
 
 
 class Faults:

@@ -13,7 +13,7 @@ import torch
 
 from swarmkit.bench.measure import Progress, quiet
 from swarmkit.bench.subject import Subject
-from swarmkit.server_process import ServerProcess
+from swarmkit.local.server_process import ServerProcess
 
 
 @dataclass(frozen=True)

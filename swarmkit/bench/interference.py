@@ -10,7 +10,7 @@ import torch
 from swarmkit.bench.load import Load, Steps, start_loads
 from swarmkit.bench.measure import PATIENT, Progress, median_ratio, percentile, quiet
 from swarmkit.bench.subject import Subject
-from swarmkit.local import LocalSwarm
+from swarmkit.local.swarm import LocalSwarm
 
 _PROMPT_TOKENS = 16
 _ROOM = 65_536

@@ -17,7 +17,7 @@ from typing import Any
 
 from swarmkit.bench.subject import Subject
 from swarmkit.errors import SwarmkitError
-from swarmkit.local import LocalSwarm
+from swarmkit.local.swarm import LocalSwarm
 
 _STOP_GRACE_S = 20.0
 

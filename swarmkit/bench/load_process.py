@@ -25,8 +25,8 @@ import psutil
 import torch
 
 from swarmkit.bench.measure import PATIENT
-from swarmkit.client.chain import ChainSession
-from swarmkit.client.swarm import ModelRef, SwarmClient
+from swarmkit.client.session.chain import ChainSession
+from swarmkit.client.swarm.client import ModelRef, SwarmClient
 from swarmkit.net.connect import over_hivemind
 
 Lines: TypeAlias = "asyncio.Queue[dict[str, Any] | None]"

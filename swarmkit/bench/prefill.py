@@ -18,8 +18,8 @@ from swarmkit.bench.measure import (
     timed_generate,
 )
 from swarmkit.bench.subject import Subject
-from swarmkit.local import LocalSwarm
-from swarmkit.models.head import load_local
+from swarmkit.local.swarm import LocalSwarm
+from swarmkit.models.head.head import load_local
 
 
 def bench_prefill(

@@ -17,7 +17,7 @@ from swarmkit.bench.measure import (
     timed_generate,
 )
 from swarmkit.bench.subject import Subject
-from swarmkit.local import LocalSwarm
+from swarmkit.local.swarm import LocalSwarm
 
 _PROMPT_TOKENS = 16
 

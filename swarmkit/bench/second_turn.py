@@ -21,7 +21,7 @@ from swarmkit.bench.measure import (
     timed_generate,
 )
 from swarmkit.bench.subject import Subject
-from swarmkit.local import LocalSwarm
+from swarmkit.local.swarm import LocalSwarm
 
 _ANSWER_TOKENS = 8
 

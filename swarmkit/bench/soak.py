@@ -25,16 +25,16 @@ import torch
 from swarmkit.bench.measure import Progress, quiet, random_prompt
 from swarmkit.bench.subject import Subject
 from swarmkit.errors import SwarmkitError
-from swarmkit.local import LocalSwarm
-from swarmkit.models.head import load_local
+from swarmkit.local.server_process import ServerProcess
+from swarmkit.local.swarm import LocalSwarm
+from swarmkit.models.head.head import load_local
 from swarmkit.net import portal
-from swarmkit.net.asking import ask
 from swarmkit.net.connect import over_hivemind
-from swarmkit.net.identity import Identity
-from swarmkit.net.messages import AskCensus, Census
-from swarmkit.net.records import acceptable_now
-from swarmkit.net.transport import Transport
-from swarmkit.server_process import ServerProcess
+from swarmkit.net.protocol.messages import AskCensus, Census
+from swarmkit.net.registry.records import acceptable_now
+from swarmkit.net.rpc.server_info import ask
+from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.seam import Transport
 from swarmkit.settings import ServerSettings
 
 _STAGES, _REPLICAS = 2, 2

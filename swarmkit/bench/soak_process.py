@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from swarmkit.client.model import SwarmModelForCausalLM
-from swarmkit.client.session import Session
+from swarmkit.client.session.session import Session
 from swarmkit.client.trace import SessionEvent
 from swarmkit.errors import SessionError
 from swarmkit.net import portal

@@ -13,7 +13,7 @@ import torch
 
 from swarmkit.bench.measure import Progress, quiet
 from swarmkit.bench.random_llama import make_random_llama
-from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
 
 SIZES: dict[str, dict[str, Any]] = {
     "M": {},  # what `make_random_llama` makes

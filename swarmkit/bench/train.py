@@ -13,8 +13,8 @@ import torch
 
 from swarmkit.bench.measure import PATIENT, Progress, median_ratio, quiet
 from swarmkit.bench.subject import Subject
-from swarmkit.local import LocalSwarm
-from swarmkit.models.head import load_local
+from swarmkit.local.swarm import LocalSwarm
+from swarmkit.models.head.head import load_local
 
 _TOLERANCE = 1e-5
 

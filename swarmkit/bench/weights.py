@@ -206,14 +206,14 @@ async def _serve(options: dict[str, Any]) -> None:
     import anyio.to_thread
     import torch
 
-    from swarmkit.models.checkpoint import Checkpoint
-    from swarmkit.models.stage import Stage
+    from swarmkit.models.checkpoint.checkpoint import Checkpoint
+    from swarmkit.models.execution.stage import Stage
     from swarmkit.net.connect import over_hivemind
-    from swarmkit.net.identity import Identity
-    from swarmkit.net.records import acceptable_now
-    from swarmkit.server.weights import WeightsSettings
-    from swarmkit.server.weights_manifest import open_with_fingerprint
-    from swarmkit.server.weights_share import SharedWeights
+    from swarmkit.net.registry.records import acceptable_now
+    from swarmkit.net.transport.identity import Identity
+    from swarmkit.server.weights.manifest import open_with_fingerprint
+    from swarmkit.server.weights.service import WeightsSettings
+    from swarmkit.server.weights.share import SharedWeights
 
     torch.set_num_threads(options["threads"])
     settings = WeightsSettings(source=options["source"], upload_bytes_per_s=1e12)

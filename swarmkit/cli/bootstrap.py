@@ -28,8 +28,8 @@ def bootstrap(
 
     from swarmkit.net import portal
     from swarmkit.net.connect import over_hivemind
-    from swarmkit.net.identity import Identity
-    from swarmkit.net.records import acceptable_now
+    from swarmkit.net.registry.records import acceptable_now
+    from swarmkit.net.transport.identity import Identity
 
     key = Identity.load_or_create(Path(identity).expanduser()) if identity else Identity()
     factory = over_hivemind(join or (), host=host, port=port, announce=announce or ())

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from swarmkit.cli.talk import Answer
     from swarmkit.client.model import SwarmModelForCausalLM
     from swarmkit.client.trace import PeerReplaced
-    from swarmkit.local import LocalSwarm
-    from swarmkit.server_process import ServerProcess
+    from swarmkit.local.server_process import ServerProcess
+    from swarmkit.local.swarm import LocalSwarm
 
 _STAGES = 2
 _REPLICAS = 2
@@ -98,7 +98,7 @@ def demo(
 
 
 def _start(model: str) -> LocalSwarm:
-    from swarmkit.local import LocalSwarm
+    from swarmkit.local.swarm import LocalSwarm
 
     total = _STAGES * _REPLICAS
     columns = (

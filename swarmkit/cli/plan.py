@@ -37,9 +37,9 @@ def plan(
     """
     console.setup(False)
     console.quiet_transformers()
-    from swarmkit.models.checkpoint import Checkpoint
+    from swarmkit.models.checkpoint.checkpoint import Checkpoint
     from swarmkit.models.plan import device_memory_bytes, format_bytes, parse_bytes, plan_checkpoint
-    from swarmkit.models.precision import choices
+    from swarmkit.models.quantization.precision import choices
 
     checkpoint = Checkpoint.open(model)
     memory_bytes = parse_bytes(memory) if memory else device_memory_bytes(device)

@@ -97,13 +97,13 @@ def serve(
     console.quiet_transformers()
     console.set_threads(threads)
     with end_request(watch_stdin=until_stdin_closes) as end:
-        from swarmkit.models.checkpoint import Checkpoint
+        from swarmkit.models.checkpoint.checkpoint import Checkpoint
         from swarmkit.models.plan import parse_bytes
         from swarmkit.net.connect import over_hivemind
         from swarmkit.server.placement import parse_blocks
         from swarmkit.server.server import Server
-        from swarmkit.server.weights import WeightsSettings
-        from swarmkit.server.weights_manifest import open_with_fingerprint
+        from swarmkit.server.weights.manifest import open_with_fingerprint
+        from swarmkit.server.weights.service import WeightsSettings
 
         if weights_from not in ("any", "hub", "peers"):
             raise UsageError(f"--weights-from takes any, hub or peers; got {weights_from!r}")

@@ -14,8 +14,8 @@ from swarmkit.cli.app import Join, Json, Verbose, app
 from swarmkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from swarmkit.net.messages import Info
-    from swarmkit.net.records import Announcement
+    from swarmkit.net.protocol.messages import Info
+    from swarmkit.net.registry.records import Announcement
 
 
 _ANSWER_S = 3.0
@@ -60,11 +60,11 @@ def status(
 
 def _look_up(join: list[str]) -> list[dict]:  # type: ignore[type-arg]
     from swarmkit.net import portal
-    from swarmkit.net.asking import ask_all
     from swarmkit.net.connect import over_hivemind
-    from swarmkit.net.identity import Identity
-    from swarmkit.net.records import acceptable_now
-    from swarmkit.net.registry import Registry
+    from swarmkit.net.registry.records import acceptable_now
+    from swarmkit.net.registry.registry import Registry
+    from swarmkit.net.rpc.server_info import ask_all
+    from swarmkit.net.transport.identity import Identity
 
     with portal.lease() as lease:
         transport = lease.call(over_hivemind(join, client_mode=True), Identity(), acceptable_now)
@@ -93,7 +93,7 @@ def _describe(
     doing: dict[str, Info],
     now: float,
 ) -> dict:  # type: ignore[type-arg]
-    from swarmkit.net.swarm_map import uncovered
+    from swarmkit.net.registry.swarm_map import uncovered
 
     online = [(s.start, s.stop) for s in servers if s.state == "online"]
     return {

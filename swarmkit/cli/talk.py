@@ -16,16 +16,16 @@ from swarmkit.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from swarmkit.client.guessing import GuessCount, Speculation
     from swarmkit.client.model import SwarmModelForCausalLM
-    from swarmkit.client.session import Session
+    from swarmkit.client.session.session import Session
+    from swarmkit.client.speculation.assistants import GuessCount, Speculation
 
 
 @contextmanager
 def model_of(name: str, join: list[str] | None, on_event: Callable[[object], None]) -> Iterator[Any]:
     """The model over the swarm of `join`, or over one of its own in this process."""
     from swarmkit.client.model import SwarmModelForCausalLM
-    from swarmkit.local import LocalSwarm
+    from swarmkit.local.swarm import LocalSwarm
 
     if join:
         with busy("joining the swarm"):
@@ -177,8 +177,8 @@ def guesses_of(
     """
     if draft is None:
         return {"speculation": speculate}
-    from swarmkit.models.checkpoint import Checkpoint
-    from swarmkit.models.head import load_local
+    from swarmkit.models.checkpoint.checkpoint import Checkpoint
+    from swarmkit.models.head.head import load_local
 
     if speculate == "prompt-lookup":
         raise UsageError("give either --speculate prompt-lookup or --draft, not both")

@@ -11,23 +11,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from swarmkit.client.adapters.tunable import Tunable
+from swarmkit.client.adapters.tuning import Tuning
 from swarmkit.client.blocks import Blocks
-from swarmkit.client.connection import Connection
 from swarmkit.client.gradients.exchange import Traffic
 from swarmkit.client.gradients.function import RemotePass
-from swarmkit.client.guessing import GuessCount, Guesses, Speculation, choose_way, named_arguments
+from swarmkit.client.hidden_states import record_states
 from swarmkit.client.remote_blocks import RemoteBlocks
-from swarmkit.client.session import Session, SwarmCache, active_session, session_of
-from swarmkit.client.states import record_states
-from swarmkit.client.swarm import ModelRef, SwarmClient
+from swarmkit.client.session.session import Session, SwarmCache, active_session, session_of
+from swarmkit.client.speculation.assistants import (
+    GuessCount,
+    Guesses,
+    Speculation,
+    choose_way,
+    named_arguments,
+)
+from swarmkit.client.swarm.client import ModelRef, SwarmClient
+from swarmkit.client.swarm.connection import Connection
 from swarmkit.client.trace import SessionEvent, StepTrace
-from swarmkit.client.tunable import Tunable
-from swarmkit.client.tuning import Tuning
 from swarmkit.errors import UsageError
-from swarmkit.models.anatomy import cache_argument
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import build_head
-from swarmkit.models.head_kind import HeadKind
+from swarmkit.models.architecture.anatomy import cache_argument
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import build_head
+from swarmkit.models.head.head_kind import HeadKind
 from swarmkit.net.connect import TransportFactory, over_hivemind
 from swarmkit.settings import ClientSettings
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Cache
 
 from swarmkit.client.gradients.function import RemotePass, Whole, side_of
-from swarmkit.client.session import Session, SwarmCacheLayer, session_of
+from swarmkit.client.session.session import Session, SwarmCacheLayer, session_of
 from swarmkit.errors import UsageError
 
 MOST_ROW_TOKENS = 2048

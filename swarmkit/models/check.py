@@ -28,16 +28,20 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Dynam
 
 from swarmkit._version import __version__
 from swarmkit.errors import ModelError
-from swarmkit.models import anatomy, cache, head, loading, quirks, stage
-from swarmkit.models.anatomy import anatomy_of, cache_argument, skeleton_of, slice_config
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.files import open_files
-from swarmkit.models.fingerprint import recall, remember
-from swarmkit.models.head import build_head, load_local
+from swarmkit.models import loading
+from swarmkit.models.architecture import anatomy, quirks
+from swarmkit.models.architecture.anatomy import anatomy_of, cache_argument, skeleton_of, slice_config
+from swarmkit.models.architecture.quirks import family_of
+from swarmkit.models.architecture.wrapper import text_part
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.checkpoint.files import open_files
+from swarmkit.models.checkpoint.fingerprint import recall, remember
+from swarmkit.models.execution import stage
+from swarmkit.models.execution.stage import Stage, StageCache
+from swarmkit.models.head import head
+from swarmkit.models.head.head import build_head, load_local
+from swarmkit.models.kv import cache
 from swarmkit.models.loading import loader
-from swarmkit.models.quirks import family_of
-from swarmkit.models.stage import Stage, StageCache
-from swarmkit.models.wrapper import text_part
 
 TOLERANCE = 1e-4
 """The largest difference that counts as equal, relative to the largest value. A right cut differs by the

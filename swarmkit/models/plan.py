@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from swarmkit.errors import UsageError
-from swarmkit.models.anatomy import block_skeletons
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.precision import Precision
+from swarmkit.models.architecture.anatomy import block_skeletons
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.quantization.precision import Precision
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

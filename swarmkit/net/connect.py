@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeAlias
 
-from swarmkit.net.identity import Identity
-from swarmkit.net.transport import RecordCheck, Transport
+from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.seam import RecordCheck, Transport
 from swarmkit.settings import NetSettings
 
 TransportFactory: TypeAlias = Callable[[Identity, RecordCheck], Awaitable[Transport]]
@@ -34,7 +34,7 @@ def over_hivemind(
     limits = settings or NetSettings()
 
     async def create(identity: Identity, record_check: RecordCheck) -> Transport:
-        from swarmkit.net.hivemind_transport import HivemindTransport
+        from swarmkit.net.hivemind.transport import HivemindTransport
 
         return await HivemindTransport.create(
             initial_peers=initial_peers,

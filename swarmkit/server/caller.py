@@ -10,11 +10,11 @@ from typing import Any
 import anyio
 
 from swarmkit.errors import ProtocolError
-from swarmkit.net.conversation import Conversation, Received
-from swarmkit.net.messages import Fault, FaultCode, printable
-from swarmkit.net.patience import Patience
-from swarmkit.net.transport import Buffer
-from swarmkit.server.sessions import Refusal, refusal_of
+from swarmkit.net.protocol.messages import Fault, FaultCode, printable
+from swarmkit.net.rpc.conversation import Conversation, Received
+from swarmkit.net.rpc.idle_timer import Patience
+from swarmkit.net.transport.seam import Buffer
+from swarmkit.server.sessions.session import Refusal, refusal_of
 from swarmkit.settings import ServerSettings
 
 logger = logging.getLogger(__name__)

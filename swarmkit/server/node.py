@@ -19,34 +19,34 @@ from anyio.abc import TaskStatus
 from swarmkit._version import __version__
 from swarmkit.errors import TransportError, UsageError
 from swarmkit.models.check import ensure_servable
-from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.stage import Stage
 from swarmkit.models.plan import device_memory_bytes, format_bytes, plan_checkpoint
-from swarmkit.models.precision import Precision
-from swarmkit.models.stage import Stage
-from swarmkit.net.adapter_messages import ADAPTER_ENDPOINT
+from swarmkit.models.quantization.precision import Precision
 from swarmkit.net.connect import TransportFactory
-from swarmkit.net.gradient_messages import GRADIENT_ENDPOINT
-from swarmkit.net.identity import Identity
-from swarmkit.net.messages import MAX_ADDRESSES, PUSH_ENDPOINT, SESSION_ENDPOINT, printable
-from swarmkit.net.records import (
+from swarmkit.net.protocol.adapter_messages import ADAPTER_ENDPOINT
+from swarmkit.net.protocol.gradient_messages import GRADIENT_ENDPOINT
+from swarmkit.net.protocol.messages import MAX_ADDRESSES, PUSH_ENDPOINT, SESSION_ENDPOINT, printable
+from swarmkit.net.registry.records import (
     MAX_HOSTED_ADAPTERS,
     Announcement,
     HostedAdapter,
     ServerState,
     acceptable_now,
 )
-from swarmkit.net.registry import Registry
-from swarmkit.net.transport import Stream, Transport
-from swarmkit.server.adapters import AdapterService, load_hosted
-from swarmkit.server.engine import BULK, Engine
-from swarmkit.server.gradients import GradientService
+from swarmkit.net.registry.registry import Registry
+from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.seam import Stream, Transport
+from swarmkit.server.adapters.service import AdapterService, load_hosted
+from swarmkit.server.engine.engine import BULK, Engine
+from swarmkit.server.engine.throughput import measure_decode_rate
+from swarmkit.server.engine.trim_malloc import give_back
 from swarmkit.server.placement import Served, choose_blocks
-from swarmkit.server.push import Links
-from swarmkit.server.service import BlockService
-from swarmkit.server.spare_memory import give_back
-from swarmkit.server.throughput import measure_decode_rate
-from swarmkit.server.weights import WeightsSettings
-from swarmkit.server.weights_share import SharedWeights
+from swarmkit.server.sessions.push import Links
+from swarmkit.server.sessions.service import BlockService
+from swarmkit.server.training.service import GradientService
+from swarmkit.server.weights.service import WeightsSettings
+from swarmkit.server.weights.share import SharedWeights
 from swarmkit.settings import ServerSettings
 
 logger = logging.getLogger(__name__)

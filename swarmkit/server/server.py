@@ -12,13 +12,13 @@ from typing import Literal
 import torch
 
 from swarmkit.errors import UsageError
-from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.net import portal
 from swarmkit.net.connect import TransportFactory, over_hivemind
-from swarmkit.net.identity import Identity
+from swarmkit.net.transport.identity import Identity
 from swarmkit.server.node import ServerConfig, ServerEvent, ServerNode
-from swarmkit.server.weights import WeightsSettings
-from swarmkit.server.weights_manifest import open_with_fingerprint
+from swarmkit.server.weights.manifest import open_with_fingerprint
+from swarmkit.server.weights.service import WeightsSettings
 from swarmkit.settings import ServerSettings
 
 

@@ -8,10 +8,10 @@ import pytest
 
 from swarmkit.bench.faulty_transport import Faults, with_faults
 from swarmkit.errors import PeerUnreachableError
-from swarmkit.local import over_memory
-from swarmkit.net.identity import Identity
-from swarmkit.net.memory import MemoryNetwork
-from swarmkit.net.transport import Stream, Transport
+from swarmkit.local.swarm import over_memory
+from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.memory import MemoryNetwork
+from swarmkit.net.transport.seam import Stream, Transport
 
 from ..net.worlds import collector, echo
 

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from swarmkit.bench.soak import most, what_is_left
-from swarmkit.net.messages import Census
+from swarmkit.net.protocol.messages import Census
 
 QUIET = Census(
     sessions=0,

@@ -12,9 +12,9 @@ import pytest
 
 from swarmkit.net import portal
 from swarmkit.net.connect import over_hivemind
-from swarmkit.net.identity import Identity
-from swarmkit.net.records import acceptable_now
-from swarmkit.server.weights_transfer import look_up
+from swarmkit.net.registry.records import acceptable_now
+from swarmkit.net.transport.identity import Identity
+from swarmkit.server.weights.transfer import look_up
 from tests.models.hub import LocalHub, local_hub
 from tests.models.tiny import make_checkpoint
 

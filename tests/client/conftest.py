@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
 
 from ..models.tiny import make_checkpoint
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import swarmkit
 from swarmkit import LocalSwarm
 from swarmkit.errors import AdapterError, UsageError
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import load_local
 
 from ..models.quantise import with_bitsandbytes
 from ..models.tiny import make_checkpoint

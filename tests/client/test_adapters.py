@@ -14,8 +14,8 @@ from torch import Tensor
 import swarmkit
 from swarmkit import LocalSwarm
 from swarmkit.errors import AdapterError, RemoteError, SessionError, UsageError
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import load_local
 from swarmkit.server.server import Server
 from swarmkit.settings import ClientSettings, ServerSettings
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swarmkit.client.alike import AlikeRows, alike_rows
+from swarmkit.client.session.duplicate_rows import AlikeRows, alike_rows
 
 
 def rows(*kinds: int) -> torch.Tensor:

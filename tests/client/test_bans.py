@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swarmkit.client.bans import PENALTY_S, Bans
+from swarmkit.client.routing.bans import PENALTY_S, Bans
 
 
 class Clock:

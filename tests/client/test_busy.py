@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from swarmkit.client.busy import BusyPeers
-from swarmkit.client.routing import find_route, route_cost
+from swarmkit.client.routing.busy import BusyPeers
+from swarmkit.client.routing.route import find_route, route_cost
 from swarmkit.client.trace import Busy, Waiting
 from swarmkit.errors import NoRouteError
-from swarmkit.models.cache import PAGE_TOKENS
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import load_local
+from swarmkit.models.kv.cache import PAGE_TOKENS
 from swarmkit.settings import ServerSettings
 
 from ..net.announcements import announcement

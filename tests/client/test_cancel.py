@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from swarmkit.client import chain
-from swarmkit.client.session import Session
+from swarmkit.client.session import chain
+from swarmkit.client.session.session import Session
 from swarmkit.errors import DeadlineError, SessionError
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
-from swarmkit.models.stage import Stage
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.stage import Stage
+from swarmkit.models.head.head import load_local
 from swarmkit.net import portal
 from swarmkit.server.server import Server
-from swarmkit.server.service import BlockService
+from swarmkit.server.sessions.service import BlockService
 from swarmkit.settings import ServerSettings
 
 from .answers import answer, eventually, prompt

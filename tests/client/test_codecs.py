@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from swarmkit.client.history import History
+from swarmkit.client.session.history import History
 from swarmkit.client.trace import HopTrace
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
-from swarmkit.net.codec import decode, passed
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import load_local
+from swarmkit.net.protocol.codec import decode, passed
 from swarmkit.settings import ServerSettings
 
 from .answers import answer, at, prompt

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmkit.client.deadline import DeadlinePolicy, StepTimes
+from swarmkit.client.routing.deadline import DeadlinePolicy, StepTimes
 
 POLICY = DeadlinePolicy(first_s=30.0, min_s=1.0, factor=8.0)
 

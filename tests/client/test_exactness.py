@@ -19,11 +19,11 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast,
 
 from swarmkit import LocalSwarm
 from swarmkit.client.model import SwarmModelForCausalLM
-from swarmkit.client.session import Session, SwarmCache
+from swarmkit.client.session.session import Session, SwarmCache
 from swarmkit.errors import SessionError, UsageError
-from swarmkit.models.anatomy import cache_argument
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
+from swarmkit.models.architecture.anatomy import cache_argument
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import load_local
 from swarmkit.net import portal
 from swarmkit.server.server import Server
 from swarmkit.settings import ClientSettings

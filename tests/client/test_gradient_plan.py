@@ -10,7 +10,7 @@ import torch
 
 from swarmkit.client.gradients.flows import Backward, Question, Side, Span
 from swarmkit.client.gradients.plan import LEAST_TOKENS, MOST_TOKENS, Paces, finish_cost, micro_batches
-from swarmkit.client.routing import Cost, find_route
+from swarmkit.client.routing.route import Cost, find_route
 
 from ..net.announcements import announcement
 

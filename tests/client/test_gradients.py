@@ -15,11 +15,11 @@ from swarmkit.client.blocks import Blocks
 from swarmkit.client.model import SwarmModelForCausalLM
 from swarmkit.client.trace import PeerLost
 from swarmkit.errors import NoRouteError, UsageError
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
-from swarmkit.models.whole import WholePass
-from swarmkit.server.gradient_work import GradientWork
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.full_sequences import WholePass
+from swarmkit.models.head.head import load_local
 from swarmkit.server.server import Server
+from swarmkit.server.training.work import GradientWork
 from swarmkit.settings import ClientSettings
 
 from ..models.tiny import VOCABULARY, make_checkpoint

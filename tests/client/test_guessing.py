@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
 from swarmkit.bench.draft import load_first_blocks
-from swarmkit.client.guessing import GuessCount, Guesses, choose_way, match_length
+from swarmkit.client.speculation.assistants import GuessCount, Guesses, choose_way, match_length
 from swarmkit.errors import UsageError
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import load_local
 
 from ..models.tiny import make_checkpoint
 from .answers import prompt

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmkit.client.history import History
+from swarmkit.client.session.history import History
 
 WIDTH = 2
 

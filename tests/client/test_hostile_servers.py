@@ -16,13 +16,13 @@ import torch
 
 from swarmkit import LocalSwarm
 from swarmkit.client.trace import Busy, PeerLost
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
-from swarmkit.models.stage import Stage
-from swarmkit.net import codec, portal
-from swarmkit.net.codec import TensorSpec
-from swarmkit.net.conversation import CHUNK_BYTES, Conversation
-from swarmkit.net.messages import (
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.stage import Stage
+from swarmkit.models.head.head import load_local
+from swarmkit.net import portal
+from swarmkit.net.protocol import codec
+from swarmkit.net.protocol.codec import TensorSpec
+from swarmkit.net.protocol.messages import (
     SESSION_ENDPOINT,
     AskInfo,
     Fault,
@@ -33,9 +33,10 @@ from swarmkit.net.messages import (
     Step,
     StepDone,
 )
-from swarmkit.net.records import ServerState
-from swarmkit.net.registry import Registry
-from swarmkit.net.transport import Stream
+from swarmkit.net.registry.records import ServerState
+from swarmkit.net.registry.registry import Registry
+from swarmkit.net.rpc.conversation import CHUNK_BYTES, Conversation
+from swarmkit.net.transport.seam import Stream
 from swarmkit.settings import ClientSettings
 
 from ..net.announcements import announcement

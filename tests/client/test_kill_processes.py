@@ -23,11 +23,11 @@ import pytest
 from torch import Tensor
 
 from swarmkit import LocalSwarm
-from swarmkit.client.remote_stage import RemoteStage
+from swarmkit.client.session.remote_stage import RemoteStage
 from swarmkit.client.trace import PeerLost, PeerReplaced, Waiting
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
-from swarmkit.server_process import ServerProcess
+from swarmkit.local.server_process import ServerProcess
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import load_local
 from swarmkit.settings import ClientSettings, ServerSettings
 
 from .answers import answer, at, eventually, prompt

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from swarmkit import LocalSwarm
 from swarmkit.client.model import SwarmModelForCausalLM
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import load_local
 from swarmkit.server.server import Server
 from swarmkit.settings import ClientSettings, ServerSettings
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from swarmkit.client.pipeline import pieces
-from swarmkit.client.remote_stage import RemoteStage
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
-from swarmkit.net.messages import Step
-from swarmkit.server.push import Downstream
-from swarmkit.server.service import BlockService
+from swarmkit.client.session.pipeline import pieces
+from swarmkit.client.session.remote_stage import RemoteStage
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import load_local
+from swarmkit.net.protocol.messages import Step
+from swarmkit.server.sessions.push import Downstream
+from swarmkit.server.sessions.service import BlockService
 
 from .answers import answer, prompt
 from .recovery import World, a_world

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from swarmkit.client.prefix_memory import PrefixMemory, begin_at
-from swarmkit.models.cache import PAGE_TOKENS
+from swarmkit.client.swarm.prefix_cache import PrefixMemory, begin_at
+from swarmkit.models.kv.cache import PAGE_TOKENS
 
 BOUNDARIES = [0, 2, 4]
 WIDTH = 4

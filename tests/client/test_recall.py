@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import load_local
 from swarmkit.settings import ServerSettings
 
 from .answers import answer, at, prompt
@@ -115,7 +115,7 @@ def test_all_servers_but_new_ones_are_gone(tiny_llama: Checkpoint, wanted: Tenso
 
 
 def test_what_servers_said_they_kept_is_bounded_by_what_was_asked(world: World, wanted: Tensor) -> None:
-    from swarmkit.server.prefix_trail import PrefixTrail
+    from swarmkit.server.cache.prefix_tracker import PrefixTrail
 
     recall = PrefixTrail.recall
     with pytest.MonkeyPatch.context() as patch:

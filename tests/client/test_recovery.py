@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from swarmkit.client.chain import ChainSession
-from swarmkit.client.session import Session
+from swarmkit.client.session.chain import ChainSession
+from swarmkit.client.session.session import Session
 from swarmkit.client.trace import (
     Busy,
     PeerLost,
@@ -29,8 +29,8 @@ from swarmkit.client.trace import (
     Waiting,
 )
 from swarmkit.errors import NoRouteError
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import load_local
 from swarmkit.server.server import Server
 from swarmkit.settings import ServerSettings
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmkit.client.bans import PENALTY_S, Bans
-from swarmkit.client.routing import Cost, Hop, find_route, route_cost
+from swarmkit.client.routing.bans import PENALTY_S, Bans
+from swarmkit.client.routing.route import Cost, Hop, find_route, route_cost
 from swarmkit.errors import NoRouteError
-from swarmkit.net.records import Announcement
+from swarmkit.net.registry.records import Announcement
 
 from ..net.announcements import announcement
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
-from swarmkit.models.page_table import PAGE_TOKENS, pages_for
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import load_local
+from swarmkit.models.kv.page_table import PAGE_TOKENS, pages_for
 from swarmkit.server.server import Server
-from swarmkit.server.service import BlockService
+from swarmkit.server.sessions.service import BlockService
 
 from .answers import answer, at, prompt
 from .recovery import a_world, assert_same

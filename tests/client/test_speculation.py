@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarmkit.client.speculation import (
+from swarmkit.client.speculation.window import (
     ALLOWANCE,
     DRAFTED,
     LONGEST_MATCH,

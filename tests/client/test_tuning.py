@@ -15,10 +15,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Tr
 
 from swarmkit import LocalSwarm, SwarmModelForSequenceClassification
 from swarmkit.errors import ModelError
-from swarmkit.local import over_memory
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
-from swarmkit.net.memory import MemoryNetwork
+from swarmkit.local.swarm import over_memory
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import load_local
+from swarmkit.net.transport.memory import MemoryNetwork
 
 from ..models.tiny import VOCABULARY, make_checkpoint
 from .test_gradients import assert_close

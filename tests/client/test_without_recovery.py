@@ -8,8 +8,8 @@ import pytest
 from torch import Tensor
 
 from swarmkit.errors import PeerError
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import load_local
 
 from .answers import answer, prompt
 from .recovery import NEW_TOKENS, World, a_world, assert_same

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from swarmkit.errors import AdapterError
-from swarmkit.models.adapter_files import CONFIG, WEIGHTS, SavedAdapter
-from swarmkit.models.adapters import Adapter, AdapterSpec, Fittings, Lora
-from swarmkit.models.anatomy import anatomy_of
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import build_head, load_local
-from swarmkit.models.stage import Stage, StageCache, StepPart
+from swarmkit.models.adapters.adapter import Adapter, AdapterSpec, Fittings, Lora
+from swarmkit.models.adapters.files import CONFIG, WEIGHTS, SavedAdapter
+from swarmkit.models.architecture.anatomy import anatomy_of
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.stage import Stage, StageCache, StepPart
+from swarmkit.models.head.head import build_head, load_local
 
 from .tiny import StageChain, make_checkpoint
 from .tuned import peft_model, random_adapter, saved_adapter

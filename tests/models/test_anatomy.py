@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor, nn
 
 from swarmkit.errors import ModelError
-from swarmkit.models.anatomy import cache_argument
+from swarmkit.models.architecture.anatomy import cache_argument
 
 
 def renaming(old: str, new: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

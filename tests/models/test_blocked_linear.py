@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from swarmkit.models import blocked_linear
-from swarmkit.models.blocked_linear import BlockedLinear, use_blocked
+from swarmkit.models.kernels import blocked_linear
+from swarmkit.models.kernels.blocked_linear import BlockedLinear, use_blocked
 
 IN, OUT = 512, 768
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from swarmkit.models.cache import PAGE_TOKENS
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.stage import Stage, StageCache
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.stage import Stage, StageCache
+from swarmkit.models.kv.cache import PAGE_TOKENS
 
 from .tiny import make_checkpoint
 

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 from swarmkit.cli.app import app
 from swarmkit.errors import ModelError
-from swarmkit.models import anatomy, check, quirks
-from swarmkit.models.anatomy import Anatomy
+from swarmkit.models import check
+from swarmkit.models.architecture import anatomy, quirks
+from swarmkit.models.architecture.anatomy import Anatomy
+from swarmkit.models.architecture.quirks import FAMILIES, REFUSED, Family
 from swarmkit.models.check import TOLERANCE, check_architecture, config_of, ensure_servable, shrink
-from swarmkit.models.quirks import FAMILIES, REFUSED, Family
 
 from .tiny import ARCHITECTURES, PROMISED, tiny_config
 

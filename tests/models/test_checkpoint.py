@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from swarmkit.errors import ModelError, UsageError
-from swarmkit.models import fingerprint as fingerprints
-from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.checkpoint import fingerprint as fingerprints
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
 
 from .tiny import make_checkpoint
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from swarmkit.models import cut_linear
-from swarmkit.models.cut_linear import CUTS, CutLinear, cut_product, use_cuts
+from swarmkit.models.kernels import cut_linear
+from swarmkit.models.kernels.cut_linear import CUTS, CutLinear, cut_product, use_cuts
 
 IN, OUT = 512, 768
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from swarmkit.models.anatomy import cache_argument
-from swarmkit.models.cache import kv_numel_per_token
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import build_head, load_local
-from swarmkit.models.quirks import FAMILIES
-from swarmkit.models.stage import Stage
+from swarmkit.models.architecture.anatomy import cache_argument
+from swarmkit.models.architecture.quirks import FAMILIES
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.stage import Stage
+from swarmkit.models.head.head import build_head, load_local
+from swarmkit.models.kv.cache import kv_numel_per_token
 
 from .tiny import (
     ARCHITECTURES,

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache, GenerationConfig, LlamaForCausalLM
 
 from swarmkit.errors import ModelError, UsageError
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import build_head, load_local
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import build_head, load_local
 
 from .tiny import ARCHITECTURES, make_checkpoint
 

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from swarmkit.errors import ModelError
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import build_head
-from swarmkit.models.ranges import Patience
-from swarmkit.models.stage import Stage
-from swarmkit.models.store_fetch import ATTEMPTS
-from swarmkit.models.store_hub import HubFiles
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.checkpoint.ranges import Patience
+from swarmkit.models.checkpoint.store_fetch import ATTEMPTS
+from swarmkit.models.checkpoint.store_hub import HubFiles
+from swarmkit.models.execution.stage import Stage
+from swarmkit.models.head.head import build_head
 
 from .hub import COMMIT, TOKEN, LocalHub, local_hub, unplug, use_hub
 from .tiny import make_checkpoint
@@ -361,7 +361,7 @@ def test_pickled_weights_become_the_same_parts(
 
 STEPS = """
 import sys
-from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
 checkpoint = Checkpoint.open(sys.argv[1], progress=False)
 checkpoint.fetch(2, 3)
 print(checkpoint.fingerprint, checkpoint.files.store.root)

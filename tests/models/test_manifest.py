@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from swarmkit.errors import ModelError, UsageError
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.manifest import MAX_MANIFEST_BYTES, Manifest, ManifestError, portable_config
-from swarmkit.models.stage import Stage
-from swarmkit.models.store import BlockStore
-from swarmkit.models.store_pinned import PinnedFiles, find_manifest, keep_manifest
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, ManifestError, portable_config
+from swarmkit.models.checkpoint.store import BlockStore
+from swarmkit.models.checkpoint.store_pinned import PinnedFiles, find_manifest, keep_manifest
+from swarmkit.models.execution.stage import Stage
 
 from .hub import COMMIT, LocalHub, local_hub, unplug, use_hub
 from .tiny import make_checkpoint

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from swarmkit.errors import UsageError
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.packed import PackedView
-from swarmkit.models.stage import Stage, StageCache, StepPart
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.packed import PackedView
+from swarmkit.models.execution.stage import Stage, StageCache, StepPart
 
 from .tiny import ARCHITECTURES, make_checkpoint, model_type_of
 from .together import ONE_BY_ONE, Session, assert_equal, hidden, some_slowly, together

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swarmkit.models.cache import StageCache
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.page_table import PAGE_TOKENS, PageTable
-from swarmkit.models.paged_rows import PagedLayer
-from swarmkit.models.stage import Stage, StepPart
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.stage import Stage, StepPart
+from swarmkit.models.kv.cache import StageCache
+from swarmkit.models.kv.page_table import PAGE_TOKENS, PageTable
+from swarmkit.models.kv.paged_rows import PagedLayer
 
 from .tiny import make_checkpoint, tiny_config
 

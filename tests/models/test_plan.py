@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from swarmkit.errors import ModelError, UsageError
-from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.stage import Stage
 from swarmkit.models.plan import Plan, format_bytes, parse_bytes, plan, plan_checkpoint
-from swarmkit.models.precision import PRECISIONS, Precision, choices
-from swarmkit.models.stage import Stage
+from swarmkit.models.quantization.precision import PRECISIONS, Precision, choices
 
 from .quantise import with_bitsandbytes
 from .tiny import make_checkpoint

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from swarmkit.errors import ModelError
-from swarmkit.models import quantised
-from swarmkit.models.anatomy import anatomy_of
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import build_head, load_local
-from swarmkit.models.precision import Precision
-from swarmkit.models.quantised import StoredQuantisation
-from swarmkit.models.stage import Stage
+from swarmkit.models.architecture.anatomy import anatomy_of
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.stage import Stage
+from swarmkit.models.head.head import build_head, load_local
+from swarmkit.models.quantization import stored as quantised
+from swarmkit.models.quantization.precision import Precision
+from swarmkit.models.quantization.stored import StoredQuantisation
 
 from .quantise import to_awq, to_compressed_tensors, to_fp8, to_gptq, with_bitsandbytes
 from .test_equality import CUTS, assert_same, prompts

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.recordings import Recordings, _Rows
-from swarmkit.models.stage import Stage, StepPart
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.cuda_graphs import Recordings, _Rows
+from swarmkit.models.execution.stage import Stage, StepPart
 
 from .tiny import ARCHITECTURES, make_checkpoint, model_type_of
 from .together import ONE_BY_ONE, Session, assert_equal, some_slowly, together
@@ -199,7 +199,7 @@ def test_blocks_that_cannot_be_recorded_run_as_usual(
     def fail(record: object) -> Tensor:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr("swarmkit.models.recordings._Record._pass", fail)
+    monkeypatch.setattr("swarmkit.models.execution.cuda_graphs._Record._pass", fail)
     session = Session(llama)
     together([session], [5])
     together([session], [1])

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from swarmkit.errors import ModelError, UsageError
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.stage import Stage, StageCache
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.stage import Stage, StageCache
 
 from .tiny import make_checkpoint
 
@@ -333,7 +333,7 @@ def test_speculative_steps_go_back_one_step_and_no_further(
 def test_without_a_state_before_the_cut_all_is_run_again(
     recurrent: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swarmkit.models.stage._CATCH_UP_TOKENS", 4)
+    monkeypatch.setattr("swarmkit.models.execution.stage._CATCH_UP_TOKENS", 4)
     session = Steps(recurrent, monkeypatch)
     session.step(12)
     session.step(1)

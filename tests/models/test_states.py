@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from swarmkit.models.cache import MARKS
-from swarmkit.models.checkpoint import Checkpoint
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.stage import Stage
+from swarmkit.models.kv.cache import MARKS
+from swarmkit.models.kv.recurrent_state import state_bytes_per_row
 from swarmkit.models.plan import plan_checkpoint
-from swarmkit.models.precision import Precision
-from swarmkit.models.stage import Stage
-from swarmkit.models.states import state_bytes_per_row
-from swarmkit.server.kv_budget import KVBudget
+from swarmkit.models.quantization.precision import Precision
+from swarmkit.server.cache.kv_budget import KVBudget
 
 from .tiny import make_checkpoint, tiny_config
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from swarmkit.errors import ModelError
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.ranges import Span, coalesce, merge, subtract
-from swarmkit.models.store import SPARE_BYTES, BlockStore
-from swarmkit.models.store_format import (
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.checkpoint.ranges import Span, coalesce, merge, subtract
+from swarmkit.models.checkpoint.store import SPARE_BYTES, BlockStore
+from swarmkit.models.checkpoint.store_format import (
     FormatError,
     Place,
     header_length,
@@ -29,7 +29,7 @@ from swarmkit.models.store_format import (
     read_header,
     sha256_of,
 )
-from swarmkit.models.store_pickles import keep_tensors, open_pickle
+from swarmkit.models.checkpoint.store_pickles import keep_tensors, open_pickle
 
 from .hub import LocalHub, local_hub, use_hub
 from .tiny import make_checkpoint
@@ -218,7 +218,7 @@ def test_a_file_is_in_use_no_longer_when_its_process_was_killed(store: BlockStor
     content = put(store, "block 0")
     store.release(content)
     code = (
-        "import sys, pathlib; from swarmkit.models.store import BlockStore\n"
+        "import sys, pathlib; from swarmkit.models.checkpoint.store import BlockStore\n"
         "store = BlockStore(pathlib.Path(sys.argv[1]))\n"
         "print(store.find('m@1', 'block 0'), flush=True); sys.stdin.read()"
     )

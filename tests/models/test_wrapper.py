@@ -14,9 +14,9 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from swarmkit.errors import ModelError
 from swarmkit.models.check import config_of
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import build_head, load_local
-from swarmkit.models.stage import Stage
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.stage import Stage
+from swarmkit.models.head.head import build_head, load_local
 
 from .test_equality import assert_same, prompts
 from .tiny import StageChain, tiny_config

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
-from swarmkit.models.stage import Stage, StageCache
+from swarmkit.models.execution.stage import Stage, StageCache
 
 VOCABULARY = 61
 WINDOW = 6

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from swarmkit.models.stage import Stage, StepPart
+from swarmkit.models.execution.stage import Stage, StepPart
 
 from .tiny import PROMISED, RECURRENT
 

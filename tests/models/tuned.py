@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swarmkit.models.adapters import Adapter, AdapterSpec, Fittings, Lora
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.head import load_local
+from swarmkit.models.adapters.adapter import Adapter, AdapterSpec, Fittings, Lora
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import load_local
 
 
 def peft_model(checkpoint: Checkpoint, targets: list[str] | str, seed: int = 0, **changes: Any) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from swarmkit.net.identity import Identity
-from swarmkit.net.records import Announcement
+from swarmkit.net.registry.records import Announcement
+from swarmkit.net.transport.identity import Identity
 
 FINGERPRINT = "0123456789abcdef" * 2
 NOW = 1_000_000.0

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from swarmkit.net.transport import Transport
+from swarmkit.net.transport.seam import Transport
 
 from .worlds import WORLDS, Lent
 

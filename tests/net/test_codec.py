@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarmkit.net.codec import BLOCK, TensorSpec, decode, dtype_name, encode
+from swarmkit.net.protocol.codec import BLOCK, TensorSpec, decode, dtype_name, encode
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8]
 SHAPES = [(), (1,), (2, 3), (1, 1, 4), (2, 1, 3, 2)]

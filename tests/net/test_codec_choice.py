@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from swarmkit.net.codec import CodecName
-from swarmkit.net.codec_choice import Transfer, choose, smallest
+from swarmkit.net.protocol.codec import CodecName
+from swarmkit.net.protocol.codec_choice import Transfer, choose, smallest
 
 ALL: tuple[CodecName, ...] = ("bfloat16", "float16", "int8")
 LAN, DSL = 1e9 / 8, 1e6 / 8

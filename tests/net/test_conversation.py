@@ -16,12 +16,12 @@ from swarmkit.errors import (
     SwarmkitError,
     UsageError,
 )
-from swarmkit.net import codec
-from swarmkit.net.codec import TensorSpec
-from swarmkit.net.conversation import CHUNK_BYTES, Conversation
-from swarmkit.net.memory import MemoryNetwork, MemoryStream
-from swarmkit.net.messages import AskInfo, Message, Opened, Step, StepDone
-from swarmkit.net.transport import MAX_FRAME_BYTES, Buffer
+from swarmkit.net.protocol import codec
+from swarmkit.net.protocol.codec import TensorSpec
+from swarmkit.net.protocol.messages import AskInfo, Message, Opened, Step, StepDone
+from swarmkit.net.rpc.conversation import CHUNK_BYTES, Conversation
+from swarmkit.net.transport.memory import MemoryNetwork, MemoryStream
+from swarmkit.net.transport.seam import MAX_FRAME_BYTES, Buffer
 
 LIMIT = 8 * 1024 * 1024
 MiB = 1024 * 1024

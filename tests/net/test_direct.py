@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from swarmkit.errors import PeerUnreachableError, ProtocolError
-from swarmkit.net.direct import DirectListener, Offer, SealedStream, connect_directly
-from swarmkit.net.framing import FrameStream
+from swarmkit.net.hivemind.direct import DirectListener, Offer, SealedStream, connect_directly
+from swarmkit.net.hivemind.framing import FrameStream
 
 from .worlds import HivemindWorld, collector, echo
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmkit.errors import PeerUnreachableError, ProtocolError
-from swarmkit.net.framing import FrameStream
-from swarmkit.net.transport import MAX_FRAME_BYTES
+from swarmkit.net.hivemind.framing import FrameStream
+from swarmkit.net.transport.seam import MAX_FRAME_BYTES
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(30)]
 

@@ -20,12 +20,12 @@ from typing import Any
 import pytest
 
 from swarmkit.errors import PeerError, PeerUnreachableError, ProtocolError, TransportError, UsageError
-from swarmkit.net import p2p_daemon
-from swarmkit.net.hivemind_table import RecordGuard, _sealed
-from swarmkit.net.hivemind_transport import HivemindTransport
-from swarmkit.net.identity import Identity
-from swarmkit.net.p2p_daemon import DaemonOptions, P2PDaemon
-from swarmkit.net.transport import MAX_FRAME_BYTES
+from swarmkit.net.hivemind import daemon as p2p_daemon
+from swarmkit.net.hivemind.daemon import DaemonOptions, P2PDaemon
+from swarmkit.net.hivemind.table import RecordGuard, _sealed
+from swarmkit.net.hivemind.transport import HivemindTransport
+from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.seam import MAX_FRAME_BYTES
 
 from .worlds import HivemindWorld, collector, echo, own_tasks
 
@@ -130,8 +130,8 @@ async def test_cancelling_a_start_leaves_nothing(temp_dir: Path) -> None:
 
 OWNER = """
 import asyncio, sys
-from swarmkit.net.identity import Identity
-from swarmkit.net.p2p_daemon import P2PDaemon
+from swarmkit.net.transport.identity import Identity
+from swarmkit.net.hivemind.daemon import P2PDaemon
 
 async def main():
     daemon = await P2PDaemon.start(Identity())
@@ -241,7 +241,7 @@ async def test_a_daemon_that_died_is_noticed(world: HivemindWorld) -> None:
 SIDE_EFFECTS = """
 import logging, torch.multiprocessing as mp
 before = mp.get_sharing_strategy(), logging.getLevelName(logging.WARNING), list(logging.getLogger().handlers)
-from swarmkit.net.hivemind_table import load_hivemind
+from swarmkit.net.hivemind.table import load_hivemind
 load_hivemind()
 after = mp.get_sharing_strategy(), logging.getLevelName(logging.WARNING), list(logging.getLogger().handlers)
 assert before == after, (before, after)
@@ -257,7 +257,7 @@ async def test_importing_hivemind_leaves_torch_and_logging_alone() -> None:
 
 
 async def test_importing_the_transport_does_not_import_hivemind() -> None:
-    code = "import sys, swarmkit.net.hivemind_transport as _; assert 'hivemind' not in sys.modules"
+    code = "import sys, swarmkit.net.hivemind.transport as _; assert 'hivemind' not in sys.modules"
     done = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", code], check=False)
     assert done.returncode == 0
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmkit.errors import UsageError
-from swarmkit.net.identity import Identity, verify
+from swarmkit.net.transport.identity import Identity, verify
 
 SEED = bytes(range(32))
 

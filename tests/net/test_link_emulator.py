@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from swarmkit.errors import TransportError, UsageError
-from swarmkit.net.link_emulator import LinkEmulator
-from swarmkit.net.link_schedule import Link
+from swarmkit.net.emulation.link_emulator import LinkEmulator
+from swarmkit.net.emulation.link_schedule import Link
 
 from .worlds import own_tasks
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from swarmkit.errors import UsageError
-from swarmkit.net.link_schedule import Link, LinkSchedule
+from swarmkit.net.emulation.link_schedule import Link, LinkSchedule
 
 KILOBIT_PER_S = 1e3  # at this rate 125 bytes take a second
 

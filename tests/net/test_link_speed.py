@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swarmkit.net.link_speed import LARGE_BYTES, SMALL_BYTES, LinkSpeed
+from swarmkit.net.protocol.link_speed import LARGE_BYTES, SMALL_BYTES, LinkSpeed
 
 SPEED, DELAY, OFFSET = 1e6, 0.05, -1234.5
 """Bytes/s; seconds; the sender's clock to ours."""

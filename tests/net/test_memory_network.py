@@ -9,9 +9,9 @@ import time
 import pytest
 
 from swarmkit.errors import PeerTimeoutError, PeerUnreachableError, TransportError, UsageError
-from swarmkit.net.identity import Identity
-from swarmkit.net.memory import MemoryNetwork, MemoryTransport
-from swarmkit.net.transport import Stream
+from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.memory import MemoryNetwork, MemoryTransport
+from swarmkit.net.transport.seam import Stream
 
 from .worlds import collector, echo
 

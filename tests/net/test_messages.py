@@ -9,9 +9,9 @@ import msgspec
 import pytest
 
 from swarmkit.errors import IllegalMessageError, ProtocolError
-from swarmkit.net import messages
-from swarmkit.net.codec import TensorSpec
-from swarmkit.net.messages import (
+from swarmkit.net.protocol import messages
+from swarmkit.net.protocol.codec import TensorSpec
+from swarmkit.net.protocol.messages import (
     FATAL,
     LEGAL,
     SENDERS_FAULT,

@@ -6,9 +6,9 @@ import msgspec
 import pytest
 
 from swarmkit.errors import ProtocolError
-from swarmkit.net import offers, records
-from swarmkit.net.identity import Identity
-from swarmkit.net.offers import WeightsOffer, claim_key, content_key, most_claimed
+from swarmkit.net.registry import offers, records
+from swarmkit.net.registry.offers import WeightsOffer, claim_key, content_key, most_claimed
+from swarmkit.net.transport.identity import Identity
 
 ME = Identity(b"m" * 32)
 OTHER = Identity(b"o" * 32)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarmkit.errors import ProtocolError
-from swarmkit.net.envelope import MAX_RECORD_BYTES
-from swarmkit.net.records import (
+from swarmkit.net.registry.envelope import MAX_RECORD_BYTES
+from swarmkit.net.registry.records import (
     MAX_LIFETIME_S,
     MODELS_KEY,
     Announcement,

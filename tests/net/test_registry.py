@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from swarmkit.net import registry as registry_module
-from swarmkit.net.memory import MemoryNetwork
-from swarmkit.net.records import MODELS_KEY, acceptable_now, block_key, is_acceptable, sign
-from swarmkit.net.registry import Registry
+from swarmkit.net.registry import registry as registry_module
+from swarmkit.net.registry.records import MODELS_KEY, acceptable_now, block_key, is_acceptable, sign
+from swarmkit.net.registry.registry import Registry
+from swarmkit.net.transport.memory import MemoryNetwork
 
 from .announcements import FINGERPRINT, NOW, announcement, identity
 

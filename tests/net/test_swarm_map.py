@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmkit.net.records import Announcement
-from swarmkit.net.swarm_map import SwarmMap, uncovered
+from swarmkit.net.registry.records import Announcement
+from swarmkit.net.registry.swarm_map import SwarmMap, uncovered
 
 from .announcements import NOW, announcement
 

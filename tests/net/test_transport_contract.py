@@ -1,4 +1,4 @@
-"""What every body of the transport must do; see the docstring of `swarmkit.net.transport`."""
+"""What every body of the transport must do; see the docstring of `swarmkit.net.transport.seam`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from swarmkit.errors import PeerError, PeerUnreachableError, TransportError, UsageError
-from swarmkit.net.identity import Identity
-from swarmkit.net.transport import MAX_FRAME_BYTES, Stream, Transport
+from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.seam import MAX_FRAME_BYTES, Stream, Transport
 
 from .worlds import collector, echo, own_tasks
 

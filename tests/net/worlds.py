@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from swarmkit.errors import PeerUnreachableError
-from swarmkit.net.memory import MemoryNetwork
-from swarmkit.net.transport import Handler, Stream, Transport
+from swarmkit.net.transport.memory import MemoryNetwork
+from swarmkit.net.transport.seam import Handler, Stream, Transport
 
 PeerMaker = Callable[..., Awaitable[Transport]]
 
@@ -40,7 +40,7 @@ class HivemindWorld:
         self.peers: list[Any] = []
 
     async def peer(self, **options: Any) -> Transport:
-        from swarmkit.net.hivemind_transport import HivemindTransport
+        from swarmkit.net.hivemind.transport import HivemindTransport
 
         initial_peers = self.peers[0].addresses if self.peers else ()
         peer = await HivemindTransport.create(initial_peers=initial_peers, **options)

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from swarmkit.net.codec import TensorSpec
-from swarmkit.net.conversation import CHUNK_BYTES, MAX_HEADER_BYTES
-from swarmkit.net.messages import (
+from swarmkit.net.protocol.codec import TensorSpec
+from swarmkit.net.protocol.messages import (
     AskCensus,
     AskInfo,
     Census,
@@ -23,6 +22,7 @@ from swarmkit.net.messages import (
     Step,
     StepDone,
 )
+from swarmkit.net.rpc.conversation import CHUNK_BYTES, MAX_HEADER_BYTES
 
 from .worlds import (
     HIDDEN,

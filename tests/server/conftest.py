@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 import torch
 
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.stage import Stage
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.stage import Stage
 
 from ..models.tiny import make_checkpoint
 from .worlds import START, STOP, TinyServer, World

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from swarmkit.models.adapters import Adapter
-from swarmkit.net import codec
-from swarmkit.net.adapter_messages import ADAPTER_ENDPOINT, AdapterKept, PutAdapter, decoder
-from swarmkit.net.conversation import Conversation
-from swarmkit.net.gradient_messages import Backward
-from swarmkit.net.messages import Fault, Open, Opened
-from swarmkit.server.adapter_store import AdapterStore, NoRoomError
-from swarmkit.server.adapters import AdapterService
-from swarmkit.server.gradient_work import check_request
-from swarmkit.server.sessions import Refusal
+from swarmkit.models.adapters.adapter import Adapter
+from swarmkit.net.protocol import codec
+from swarmkit.net.protocol.adapter_messages import ADAPTER_ENDPOINT, AdapterKept, PutAdapter, decoder
+from swarmkit.net.protocol.gradient_messages import Backward
+from swarmkit.net.protocol.messages import Fault, Open, Opened
+from swarmkit.net.rpc.conversation import Conversation
+from swarmkit.server.adapters.service import AdapterService
+from swarmkit.server.adapters.store import AdapterStore, NoRoomError
+from swarmkit.server.sessions.session import Refusal
+from swarmkit.server.training.work import check_request
 
 from ..models.tuned import random_adapter
 from .worlds import (

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from swarmkit.errors import PeerUnreachableError
-from swarmkit.models.cache import PAGE_TOKENS
-from swarmkit.net.messages import AskCensus, AskInfo, Census, Info, StepDone
-from swarmkit.server.admission import (
+from swarmkit.models.kv.cache import PAGE_TOKENS
+from swarmkit.net.protocol.messages import AskCensus, AskInfo, Census, Info, StepDone
+from swarmkit.server.engine.admission_policy import (
     LEAST_RETRY_S,
     MOST_RETRY_S,
     Holding,
@@ -21,7 +21,7 @@ from swarmkit.server.admission import (
     retry_after_s,
     to_evict,
 )
-from swarmkit.server.scheduler import StepTimes
+from swarmkit.server.engine.scheduler import StepTimes
 
 from .test_service import Gate
 from .worlds import START, STOP, TinyServer, World, alone, fault_of, hidden_states, small_settings

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 import pytest
 import torch
 
-from swarmkit.models.cache import PAGE_TOKENS
-from swarmkit.models.stage import Stage, StepPart
-from swarmkit.server.engine import Engine
+from swarmkit.models.execution.stage import Stage, StepPart
+from swarmkit.models.kv.cache import PAGE_TOKENS
+from swarmkit.server.engine.engine import Engine
 
 from .worlds import START, STOP, TinyClient, TinyServer, World, alone, hidden_states, same, small_settings
 

@@ -11,8 +11,8 @@ from functools import partial
 
 import pytest
 
-from swarmkit.server import scheduler
-from swarmkit.server.scheduler import Decoders, Limits, StepTimes, Turn, WaitingStep, next_turn
+from swarmkit.server.engine import scheduler
+from swarmkit.server.engine.scheduler import Decoders, Limits, StepTimes, Turn, WaitingStep, next_turn
 from swarmkit.settings import ServerSettings
 
 LIMITS = Limits(chunk_tokens=512, decode_slowdown=ServerSettings().decode_slowdown)

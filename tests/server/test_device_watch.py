@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from swarmkit.server.device_watch import DeviceWatch, marks_of
+from swarmkit.server.engine.device_watch import DeviceWatch, marks_of
 
 
 class Device:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from swarmkit.server.engine import BULK, INTERACTIVE, Engine, EngineClosedError
+from swarmkit.server.engine.engine import BULK, INTERACTIVE, Engine, EngineClosedError
 
 
 @pytest.fixture

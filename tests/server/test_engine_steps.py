@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from swarmkit.models.stage import StepPart
-from swarmkit.server.engine import Engine, EngineClosedError, ExpiredError
+from swarmkit.models.execution.stage import StepPart
+from swarmkit.server.engine.engine import Engine, EngineClosedError, ExpiredError
 
 CHUNK = 32
 LONG = 5 * CHUNK

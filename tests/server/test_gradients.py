@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from swarmkit.models.whole import WholePass, WholeSequences
-from swarmkit.net import codec
-from swarmkit.net.codec import TensorSpec
-from swarmkit.net.conversation import Conversation
-from swarmkit.net.gradient_messages import (
+from swarmkit.models.execution.full_sequences import WholePass, WholeSequences
+from swarmkit.net.protocol import codec
+from swarmkit.net.protocol.codec import TensorSpec
+from swarmkit.net.protocol.gradient_messages import (
     GRADIENT_ENDPOINT,
     Backward,
     BackwardDone,
@@ -24,13 +23,14 @@ from swarmkit.net.gradient_messages import (
     Working,
     decoder,
 )
-from swarmkit.net.messages import Fault, Open, Step
-from swarmkit.server.engine import BULK, Engine
-from swarmkit.server.gradient_work import GradientWork, SliceTimes, row_groups
-from swarmkit.server.gradients import GradientService
-from swarmkit.server.kept_passes import KeptPasses, PassKey
-from swarmkit.server.scheduler import Expected, Limits, StepTimes, WaitingJob, WaitingStep, next_turn
-from swarmkit.server.session_step import SessionStep
+from swarmkit.net.protocol.messages import Fault, Open, Step
+from swarmkit.net.rpc.conversation import Conversation
+from swarmkit.server.engine.engine import BULK, Engine
+from swarmkit.server.engine.scheduler import Expected, Limits, StepTimes, WaitingJob, WaitingStep, next_turn
+from swarmkit.server.sessions.session_step import SessionStep
+from swarmkit.server.training.activation_cache import KeptPasses, PassKey
+from swarmkit.server.training.service import GradientService
+from swarmkit.server.training.work import GradientWork, SliceTimes, row_groups
 
 from .worlds import HIDDEN, START, STOP, TinyServer, World, frame, hidden_states, small_settings
 

@@ -16,8 +16,8 @@ import pytest_asyncio
 import torch
 
 from swarmkit.errors import PeerUnreachableError
-from swarmkit.net.conversation import CHUNK_BYTES
-from swarmkit.net.messages import FATAL, Fault
+from swarmkit.net.protocol.messages import FATAL, Fault
+from swarmkit.net.rpc.conversation import CHUNK_BYTES
 from swarmkit.server import caller as caller_module
 
 from ..net.worlds import HivemindWorld

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from swarmkit.server.intake import Intake
+from swarmkit.server.receive_budget import Intake
 
 
 async def asking(intake: Intake, *sizes: int) -> list[asyncio.Task[None]]:

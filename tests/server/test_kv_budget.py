@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmkit.models.cache import PAGE_TOKENS
-from swarmkit.server.kv_budget import CacheFullError, KVBudget
+from swarmkit.models.kv.cache import PAGE_TOKENS
+from swarmkit.server.cache.kv_budget import CacheFullError, KVBudget
 
 PAGE = PAGE_TOKENS  # bytes, at one byte for a token
 

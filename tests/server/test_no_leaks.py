@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from swarmkit.local import LocalSwarm
+from swarmkit.local.swarm import LocalSwarm
 from swarmkit.net import portal
 from swarmkit.settings import ClientSettings, ServerSettings
 

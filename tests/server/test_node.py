@@ -13,14 +13,14 @@ import pytest
 from anyio.abc import TaskStatus
 
 from swarmkit.errors import TransportError, UsageError
-from swarmkit.models.stage import Stage
-from swarmkit.net.conversation import Conversation
-from swarmkit.net.identity import Identity
-from swarmkit.net.memory import MemoryNetwork, MemoryTransport
-from swarmkit.net.messages import SESSION_ENDPOINT, Open, Opened
-from swarmkit.net.records import Announcement, ServerState
-from swarmkit.net.registry import Registry
-from swarmkit.net.transport import RecordCheck, Transport
+from swarmkit.models.execution.stage import Stage
+from swarmkit.net.protocol.messages import SESSION_ENDPOINT, Open, Opened
+from swarmkit.net.registry.records import Announcement, ServerState
+from swarmkit.net.registry.registry import Registry
+from swarmkit.net.rpc.conversation import Conversation
+from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.memory import MemoryNetwork, MemoryTransport
+from swarmkit.net.transport.seam import RecordCheck, Transport
 from swarmkit.server import node as node_module
 from swarmkit.server.node import ServerConfig, ServerEvent, ServerNode
 from swarmkit.settings import ServerSettings

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from swarmkit.models.cache import PAGE_TOKENS
-from swarmkit.models.pages import names_of
-from swarmkit.models.stage import Stage, StepPart
-from swarmkit.net.conversation import Conversation
-from swarmkit.net.messages import SESSION_ENDPOINT, Fault, Opened, Recall, Recalled
-from swarmkit.server.engine import Engine
-from swarmkit.server.prefix_pages import root_of
-from swarmkit.server.prefix_trail import tail_bytes
+from swarmkit.models.execution.stage import Stage, StepPart
+from swarmkit.models.kv.cache import PAGE_TOKENS
+from swarmkit.models.kv.pages import names_of
+from swarmkit.net.protocol.messages import SESSION_ENDPOINT, Fault, Opened, Recall, Recalled
+from swarmkit.net.rpc.conversation import Conversation
+from swarmkit.server.cache.prefix_cache import root_of
+from swarmkit.server.cache.prefix_tracker import tail_bytes
+from swarmkit.server.engine.engine import Engine
 
 from .worlds import (
     HIDDEN,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swarmkit.models.cache import PAGE_TOKENS
-from swarmkit.models.pages import names_of
-from swarmkit.server.kv_budget import KVBudget
-from swarmkit.server.prefix_pages import Page, PrefixPages, root_of
+from swarmkit.models.kv.cache import PAGE_TOKENS
+from swarmkit.models.kv.pages import names_of
+from swarmkit.server.cache.kv_budget import KVBudget
+from swarmkit.server.cache.prefix_cache import Page, PrefixPages, root_of
 
 ROOT = root_of("somebody", 0, 2)
 PAGE_BYTES = 3 * PAGE_TOKENS * 4

@@ -12,10 +12,8 @@ import pytest
 import torch
 
 from swarmkit.errors import PeerUnreachableError
-from swarmkit.net.codec import passed
-from swarmkit.net.conversation import Conversation
-from swarmkit.net.memory import MemoryNetwork
-from swarmkit.net.messages import (
+from swarmkit.net.protocol.codec import passed
+from swarmkit.net.protocol.messages import (
     PUSH_ENDPOINT,
     Attach,
     Attached,
@@ -26,6 +24,8 @@ from swarmkit.net.messages import (
     StepDone,
     Unlinked,
 )
+from swarmkit.net.rpc.conversation import Conversation
+from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.server.caller import Caller
 
 from .attacks import BYTES, HELD, LENGTH, ROWS, STEP, STEPPING, Attack, step_of

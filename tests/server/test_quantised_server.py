@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from swarmkit.errors import ModelError
-from swarmkit.models import quantised
+from swarmkit.models.quantization import stored as quantised
 from swarmkit.net import portal
-from swarmkit.net.identity import Identity
-from swarmkit.net.memory import MemoryNetwork
-from swarmkit.net.records import acceptable_now
-from swarmkit.net.registry import Registry
-from swarmkit.net.transport import RecordCheck, Transport
+from swarmkit.net.registry.records import acceptable_now
+from swarmkit.net.registry.registry import Registry
+from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.memory import MemoryNetwork
+from swarmkit.net.transport.seam import RecordCheck, Transport
 from swarmkit.server.server import Server
 from tests.models.hub import LocalHub, local_hub, use_hub
 from tests.models.quantise import to_fp8, to_gptq, with_bitsandbytes

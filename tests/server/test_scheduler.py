@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from swarmkit.server.scheduler import (
+from swarmkit.ewma import Smoothed
+from swarmkit.server.engine.scheduler import (
     MOST_DECODE_TOKENS,
     Decoders,
     Expected,
@@ -22,7 +23,6 @@ from swarmkit.server.scheduler import (
     WaitingStep,
     next_turn,
 )
-from swarmkit.smoothed import Smoothed
 
 NOBODY = Expected()
 LIMITS = Limits(chunk_tokens=512, decode_slowdown=2.0)

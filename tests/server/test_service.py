@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from swarmkit.errors import PeerUnreachableError
-from swarmkit.models.cache import PAGE_TOKENS
-from swarmkit.net.codec import CodecName, passed
-from swarmkit.net.messages import AskInfo, Info, Open, Opened, StepDone
+from swarmkit.models.kv.cache import PAGE_TOKENS
+from swarmkit.net.protocol.codec import CodecName, passed
+from swarmkit.net.protocol.messages import AskInfo, Info, Open, Opened, StepDone
 
 from .worlds import (
     HIDDEN,

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from swarmkit.models.cache import PAGE_TOKENS
-from swarmkit.models.page_table import pages_for
+from swarmkit.models.kv.cache import PAGE_TOKENS
+from swarmkit.models.kv.page_table import pages_for
 
 from .worlds import (
     MAX_STEP_TOKENS,

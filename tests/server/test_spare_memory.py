@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from swarmkit.server.spare_memory import give_back
+from swarmkit.server.engine.trim_malloc import give_back
 
 MIB = 2**20
 

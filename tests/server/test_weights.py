@@ -14,9 +14,9 @@ import pytest
 import pytest_asyncio
 
 from swarmkit.errors import PeerUnreachableError
-from swarmkit.net.memory import MemoryNetwork
-from swarmkit.net.transport import Stream
-from swarmkit.server.weights import (
+from swarmkit.net.transport.memory import MemoryNetwork
+from swarmkit.net.transport.seam import Stream
+from swarmkit.server.weights.service import (
     CHUNK_BYTES,
     MAX_PAUSE_S,
     WEIGHTS_ENDPOINT,

@@ -14,23 +14,23 @@ import torch
 from safetensors.torch import load_file
 
 from swarmkit.errors import ModelError
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.store import BlockStore
-from swarmkit.models.store_hub import HubFiles
-from swarmkit.models.store_pickles import keep_tensors
-from swarmkit.net import offers
-from swarmkit.net.memory import MemoryNetwork
-from swarmkit.net.offers import WeightsOffer
-from swarmkit.net.records import acceptable_now
-from swarmkit.net.transport import Stream, Transport
-from swarmkit.server.weights import (
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.checkpoint.store import BlockStore
+from swarmkit.models.checkpoint.store_hub import HubFiles
+from swarmkit.models.checkpoint.store_pickles import keep_tensors
+from swarmkit.net.registry import offers
+from swarmkit.net.registry.offers import WeightsOffer
+from swarmkit.net.registry.records import acceptable_now
+from swarmkit.net.transport.memory import MemoryNetwork
+from swarmkit.net.transport.seam import Stream, Transport
+from swarmkit.server.weights.fetch import FetchReport, PeerWeights
+from swarmkit.server.weights.service import (
     WEIGHTS_ENDPOINT,
     Sending,
     WeightsSettings,
     encode,
 )
-from swarmkit.server.weights_fetch import FetchReport, PeerWeights
-from swarmkit.server.weights_share import SharedWeights
+from swarmkit.server.weights.share import SharedWeights
 from tests.models.hub import TOKEN, LocalHub, local_hub, unplug, use_hub
 from tests.models.tiny import make_checkpoint
 
@@ -324,7 +324,7 @@ async def test_a_broken_transfer_is_taken_up_with_another_holder(town: Town, fol
 async def test_a_holder_that_trickles_is_left(
     town: Town, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swarmkit.server.weights_transfer._SLOWEST_BYTES_PER_S", 1e9)
+    monkeypatch.setattr("swarmkit.server.weights.transfer._SLOWEST_BYTES_PER_S", 1e9)
 
     async def trickle(stream: Stream, truth: bytes) -> None:
         await stream.receive()

@@ -9,21 +9,22 @@ from pathlib import Path
 import pytest
 
 from swarmkit.errors import ModelError, PeerUnreachableError
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.manifest import MAX_MANIFEST_BYTES, Manifest
-from swarmkit.models.store import BlockStore
-from swarmkit.models.store_pinned import PinnedFiles, find_manifest
-from swarmkit.net import offers, portal
-from swarmkit.net.identity import Identity
-from swarmkit.net.memory import MemoryNetwork
-from swarmkit.net.offers import WeightsOffer
-from swarmkit.net.records import acceptable_now
-from swarmkit.net.transport import RecordCheck, Transport
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest
+from swarmkit.models.checkpoint.store import BlockStore
+from swarmkit.models.checkpoint.store_pinned import PinnedFiles, find_manifest
+from swarmkit.net import portal
+from swarmkit.net.registry import offers
+from swarmkit.net.registry.offers import WeightsOffer
+from swarmkit.net.registry.records import acceptable_now
+from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.memory import MemoryNetwork
+from swarmkit.net.transport.seam import RecordCheck, Transport
 from swarmkit.server.server import Server
-from swarmkit.server.weights import WEIGHTS_ENDPOINT, WeightsService, WeightsSettings
-from swarmkit.server.weights_manifest import fetch_manifest, open_with_fingerprint
-from swarmkit.server.weights_share import SharedWeights
-from swarmkit.server.weights_transfer import look_up
+from swarmkit.server.weights.manifest import fetch_manifest, open_with_fingerprint
+from swarmkit.server.weights.service import WEIGHTS_ENDPOINT, WeightsService, WeightsSettings
+from swarmkit.server.weights.share import SharedWeights
+from swarmkit.server.weights.transfer import look_up
 from tests.models.hub import LocalHub
 
 from .test_weights_fetch import Town, folder, hub, is_right, town

@@ -13,12 +13,10 @@ import msgspec
 import torch
 
 from swarmkit.errors import PeerUnreachableError
-from swarmkit.models.checkpoint import Checkpoint
-from swarmkit.models.stage import Stage
-from swarmkit.net import codec
-from swarmkit.net.conversation import Conversation
-from swarmkit.net.memory import MemoryNetwork
-from swarmkit.net.messages import (
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.stage import Stage
+from swarmkit.net.protocol import codec
+from swarmkit.net.protocol.messages import (
     PUSH_ENDPOINT,
     SESSION_ENDPOINT,
     Fault,
@@ -28,10 +26,12 @@ from swarmkit.net.messages import (
     Step,
     StepDone,
 )
-from swarmkit.net.transport import Stream, Transport
-from swarmkit.server.engine import Engine
-from swarmkit.server.push import Links
-from swarmkit.server.service import BlockService
+from swarmkit.net.rpc.conversation import Conversation
+from swarmkit.net.transport.memory import MemoryNetwork
+from swarmkit.net.transport.seam import Stream, Transport
+from swarmkit.server.engine.engine import Engine
+from swarmkit.server.sessions.push import Links
+from swarmkit.server.sessions.service import BlockService
 from swarmkit.settings import ServerSettings
 
 START, STOP = 1, 4

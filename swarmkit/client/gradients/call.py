@@ -20,12 +20,12 @@ import anyio
 import anyio.abc
 import torch
 
-from swarmkit.client.deadline import StepTimes
 from swarmkit.client.gradients.exchange import Line, Traffic
 from swarmkit.client.gradients.flows import Direction, Flow, Question
 from swarmkit.client.gradients.plan import IN_FLIGHT, Paces, claimed_pace, finish_cost
-from swarmkit.client.routing import Hop, find_route
-from swarmkit.client.swarm import SwarmClient
+from swarmkit.client.routing.deadline import StepTimes
+from swarmkit.client.routing.route import Hop, find_route
+from swarmkit.client.swarm.client import SwarmClient
 from swarmkit.client.trace import PeerLost, Waiting
 from swarmkit.errors import (
     NoRouteError,
@@ -35,9 +35,9 @@ from swarmkit.errors import (
     RemoteError,
     SwarmkitError,
 )
-from swarmkit.net.gradient_messages import GRADIENT_ENDPOINT
-from swarmkit.net.messages import SENDERS_FAULT
-from swarmkit.net.records import Announcement
+from swarmkit.net.protocol.gradient_messages import GRADIENT_ENDPOINT
+from swarmkit.net.protocol.messages import SENDERS_FAULT
+from swarmkit.net.registry.records import Announcement
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,11 @@ from typing import cast
 import torch
 
 from swarmkit.client.gradients.flows import Question
-from swarmkit.client.remote_stage import off_loop
+from swarmkit.client.session.remote_stage import off_loop
 from swarmkit.errors import PeerTimeoutError, PeerUnreachableError, ProtocolError, RemoteError
-from swarmkit.net import codec
-from swarmkit.net.codec import TensorSpec
-from swarmkit.net.conversation import Conversation, Received
-from swarmkit.net.gradient_messages import (
+from swarmkit.net.protocol import codec
+from swarmkit.net.protocol.codec import TensorSpec
+from swarmkit.net.protocol.gradient_messages import (
     Backward,
     BackwardDone,
     Forward,
@@ -26,9 +25,10 @@ from swarmkit.net.gradient_messages import (
     Working,
     decoder,
 )
-from swarmkit.net.messages import HIDDEN_DTYPES, Fault
-from swarmkit.net.patience import Patience
-from swarmkit.net.transport import Stream
+from swarmkit.net.protocol.messages import HIDDEN_DTYPES, Fault
+from swarmkit.net.rpc.conversation import Conversation, Received
+from swarmkit.net.rpc.idle_timer import Patience
+from swarmkit.net.transport.seam import Stream
 
 
 @dataclass

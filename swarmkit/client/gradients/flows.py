@@ -17,8 +17,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from swarmkit.client.tuning import Hosted, Tuned
-from swarmkit.models.adapters import Adapter
+from swarmkit.client.adapters.tuning import Hosted, Tuned
+from swarmkit.models.adapters.adapter import Adapter
 
 Direction = Literal["forward", "backward"]
 

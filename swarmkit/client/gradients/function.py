@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swarmkit.client.connection import Connection
+from swarmkit.client.adapters.tuning import Hosted, Tuned, Tuning
 from swarmkit.client.gradients.call import Call, Training
 from swarmkit.client.gradients.flows import Backward, Forward, Side, Span
 from swarmkit.client.gradients.plan import micro_batches
-from swarmkit.client.swarm import SwarmClient
-from swarmkit.client.tuning import Hosted, Tuned, Tuning
+from swarmkit.client.swarm.client import SwarmClient
+from swarmkit.client.swarm.connection import Connection
 from swarmkit.errors import UsageError
-from swarmkit.net import codec
+from swarmkit.net.protocol import codec
 
 MOST_STATE_TOKENS = 4096
 """Rows x tokens x blocks of one answer with the states of all blocks."""

@@ -9,8 +9,8 @@ import hashlib
 import statistics
 from collections.abc import Callable, Mapping
 
-from swarmkit.client.routing import Cost
-from swarmkit.net.records import Announcement
+from swarmkit.client.routing.route import Cost
+from swarmkit.net.registry.records import Announcement
 
 PER_SERVER = 4
 """Micro-batches for each server that can work: in a chain of n servers, m micro-batches take

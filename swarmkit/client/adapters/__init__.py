@@ -1,0 +1,1 @@
+"""Adapters inside remote blocks, and PEFT's entry points to them."""

@@ -1,0 +1,91 @@
+"""What a model with remote blocks can do about adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from swarmkit.client.adapters.meta_blocks import HeadBlocks, make_shadows
+from swarmkit.client.adapters.tuning import Hosted, Tuning
+from swarmkit.client.routing.hosted_adapters import hosted_everywhere, one_of
+from swarmkit.client.swarm.connection import Connection
+from swarmkit.errors import UsageError
+from swarmkit.models.architecture.anatomy import anatomy_of, replace
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head_kind import base_path
+
+if TYPE_CHECKING:
+    from swarmkit.client.adapters.peft import DeepPrompts
+
+
+class Tunable:
+    """The part of a model with remote blocks that lets them be tuned."""
+
+    _swarm: Connection
+    _checkpoint: Checkpoint
+    _tuning: Tuning
+
+    @property
+    def tuning(self) -> Tuning:
+        """What changes the remote blocks, for those who look inside."""
+        return self._tuning
+
+    def prepare_adapters(self) -> None:
+        """Let PEFT find the remote blocks' linear layers, so that `peft.get_peft_model(model, …)` works.
+
+        `swarmkit.get_peft_model` does this by itself. The model gets modules for all its blocks, which take
+        no memory and no place in its state dict. May be called twice.
+        """
+        if self._tuning.is_prepared:
+            return
+        config = self._checkpoint.config
+        model: Any = self
+        shadows, fittings = make_shadows(config, model.dtype)
+        anatomy = anatomy_of(config)
+        base: Any = model.get_submodule(base_path(model, anatomy))
+        blocks: Any = base.get_submodule(anatomy.layers)
+        replace(base, anatomy.layers, HeadBlocks(blocks[0], shadows))
+        self._tuning.prepare(shadows, fittings)
+
+    def use_deep_prompts(self, prompts: DeepPrompts | None) -> None:
+        """Have a prompt for each block, or none any more; done by `swarmkit.DeepPrompts(model, …)`."""
+        self.prepare_adapters()
+        model: Any = self
+        model._modules.pop("deep_prompts", None)
+        if prompts is not None:
+            assert isinstance(prompts, nn.Module)
+            model.add_module("deep_prompts", prompts)
+        self._tuning.prompts = None if prompts is None else prompts.values
+
+    def hosted_adapters(self) -> dict[str, str]:
+        """Adapters that servers host for everybody: by their hashes, what they are called.
+
+        Those are listed that are hosted for every block.
+        """
+        client = self._swarm.client
+        servers = self._swarm.call(client.look)
+        return hosted_everywhere(servers, client.model.num_blocks)
+
+    @contextmanager
+    def hosted_adapter(self, name: str) -> Iterator[None]:
+        """Within this context the model has an adapter that servers host: only those servers are used.
+
+        Args:
+            name: what it is called, or (the beginning of) its hash where several are called so.
+
+        Raises:
+            UsageError: nobody hosts it, or not for all blocks.
+        """
+        if self._tuning.hosted is not None:
+            raise UsageError(f"the hosted adapter {self._tuning.hosted.label} is in use already")
+        client = self._swarm.client
+        servers = self._swarm.call(client.look)
+        digest, label = one_of(servers, client.model.num_blocks, name)
+        self._tuning.hosted = Hosted(label, digest)
+        try:
+            yield
+        finally:
+            self._tuning.hosted = None

@@ -1,0 +1,236 @@
+"""What changes the remote blocks for one model: adapters on its shadows, deep prompts, or a hosted adapter.
+
+A session, and a pass over whole sequences, asks at its beginning what there is now (`Tuning.current`). The
+values go to servers as one vector (`models.adapters`); gradients come back as one, and reach PEFT's
+parameters through autograd, as that vector is made of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swarmkit.errors import AdapterError
+from swarmkit.models.adapters.adapter import Adapter, AdapterSpec, Fittings, Lora, extent
+from swarmkit.models.adapters.files import check_config
+
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
+"""Values of PEFT's `init_lora_weights` for which no weights of the blocks are needed."""
+
+
+@dataclass(eq=False)
+class Tuned:
+    """An adapter of this client's own, as it is now.
+
+    Attributes:
+        values: [numel], on the CPU; part of an autograd graph where parameters are trained.
+    """
+
+    spec: AdapterSpec
+    values: Tensor
+    fittings: Fittings
+    _sources: tuple[tuple[Tensor, int], ...] = ()
+    """Parameters, and their versions."""
+    _layers: tuple[tuple[Any, tuple[str, ...]], ...] = ()
+    """LoRA layers, and which adapters were active there."""
+    _parts: dict[tuple[int, int], Adapter] = field(default_factory=dict)
+    hosting = ""
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether its parameters still have the values that they had, and are in use. Is quick."""
+        return all(parameter._version == version for parameter, version in self._sources) and not any(
+            layer.disable_adapters or tuple(layer.active_adapters) != active for layer, active in self._layers
+        )
+
+    @property
+    def trains(self) -> bool:
+        """Whether gradients are wanted."""
+        return self.values.requires_grad
+
+    def extent(self, start: int, stop: int) -> tuple[int, int]:
+        """Where the values of blocks [start, stop) begin and end among all."""
+        return extent(self._whole.slots, start, stop)
+
+    @cached_property
+    def _whole(self) -> Adapter:
+        return Adapter(self.spec, self.values.detach(), self.fittings)
+
+    def part(self, start: int, stop: int) -> Adapter | None:
+        """What blocks [start, stop) get; None if that is nothing. Is quick; its name takes a hash."""
+        known = self._parts.get((start, stop))
+        if known is None:
+            known = self._parts[start, stop] = self._whole.within(start, stop)
+        return None if known.spec.is_empty else known
+
+    def is_like(self, other: object) -> bool:
+        """Whether it changes blocks in the same way."""
+        if not isinstance(other, Tuned) or self.spec != other.spec:
+            return False
+        return torch.equal(self.values.detach(), other.values.detach())
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """An adapter that servers have. `hosting` is its name there; only servers that have it can be used."""
+
+    label: str
+    hosting: str
+    unchanged = True
+    trains = False
+
+    def part(self, start: int, stop: int) -> None:
+        """Nothing has to be sent."""
+
+    def is_like(self, other: object) -> bool:
+        return isinstance(other, Hosted) and other.hosting == self.hosting
+
+
+class Tuning:
+    """Where a model looks for what changes its blocks."""
+
+    def __init__(self) -> None:
+        self._shadows: Mapping[int, nn.Module] = {}
+        self._fittings: Fittings | None = None
+        self._own: set[int] = set()
+        """Identities of the shadows' parameters."""
+        self.prompts: nn.Parameter | None = None
+        """[blocks, P, hidden]."""
+        self.hosted: Hosted | None = None
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether there are shadows."""
+        return self._fittings is not None
+
+    def prepare(self, shadows: Mapping[int, nn.Module], fittings: Fittings) -> None:
+        """Look at these shadows from now on."""
+        self._shadows, self._fittings = shadows, fittings
+        self._own = {id(parameter) for block in shadows.values() for parameter in block.parameters()}
+
+    def same(self, last: Tuned | Hosted | None) -> bool:
+        """Whether `current()` would certainly give what it gave before; quick, for every token."""
+        if self.hosted is not None or last is None:
+            return last == self.hosted and self._fittings is None
+        return isinstance(last, Tuned) and last.unchanged
+
+    def current(self) -> Tuned | Hosted | None:
+        """What there is now; None if nothing changes the blocks.
+
+        Raises:
+            AdapterError: something is on the shadows that cannot work in remote blocks.
+        """
+        own = self._collect()
+        if self.hosted is None:
+            return own
+        if own is not None:
+            raise AdapterError(
+                f"the hosted adapter {self.hosted.label} and an adapter of your own cannot be used together; "
+                "use `with model.disable_adapter():` around it, or take yours away"
+            )
+        return self.hosted
+
+    def _collect(self) -> Tuned | None:
+        if self._fittings is None:
+            return None
+        layers: list[tuple[Any, tuple[str, ...]]] = []
+        lora: list[Lora] = []
+        parameters: list[Tensor] = []
+        for block, shadow in self._shadows.items():
+            here = sorted(self._lora_of(block, shadow, layers), key=lambda found: found[0].module)
+            for one, a, b in here:
+                lora.append(one)
+                parameters += [a, b]
+            if self.prompts is not None:
+                parameters.append(self.prompts[block])
+        if not parameters:
+            return None
+        tokens = 0 if self.prompts is None else self.prompts.shape[1]
+        spec = AdapterSpec(0, len(self._shadows), tuple(lora), tokens)
+        self._fittings.check(spec)
+        values = _flat(parameters)
+        if not bool(torch.isfinite(values.detach()).all()):
+            raise AdapterError(
+                "the adapter contains NaN or infinity, so nothing was sent to the swarm; load the last good "
+                "one, and lower the learning rate"
+            )
+        sources = [p for p in parameters if p._base is None]
+        if self.prompts is not None:
+            sources.append(self.prompts)
+        versions = tuple((parameter, parameter._version) for parameter in sources)
+        return Tuned(spec, values, self._fittings, versions, tuple(layers))
+
+    def _lora_of(
+        self, block: int, shadow: nn.Module, layers: list[tuple[Any, tuple[str, ...]]]
+    ) -> list[tuple[Lora, Tensor, Tensor]]:
+        """LoRA layers of one block that are in use; everything else that was put there is refused."""
+        found: list[tuple[Lora, Tensor, Tensor]] = []
+        known: set[int] = set()
+        for name, layer in shadow.named_modules():
+            if not (hasattr(layer, "lora_A") and hasattr(layer, "scaling")):
+                continue
+            for parts in (layer.lora_A, layer.lora_B):
+                known |= {id(part.weight) for part in parts.values()}
+            active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+            if layer.disable_adapters or not active:
+                continue
+            layers.append((layer, tuple(layer.active_adapters)))
+            if len(active) > 1:
+                raise AdapterError(
+                    f"{len(active)} adapters are active at once ({', '.join(active)}); remote blocks take "
+                    "one: choose it with model.set_adapter(…)"
+                )
+            one = active[0]
+            if layer.merged_adapters:
+                raise AdapterError("an adapter cannot be merged into remote blocks; unmerge it")
+            if getattr(layer, "lora_variant", {}).get(one) is not None:
+                raise AdapterError(
+                    f"{name} of block {block} is no plain LoRA (DoRA, perhaps); use plain LoRA"
+                )
+            dropout: Any = layer.lora_dropout[one]
+            if layer.training and getattr(dropout, "p", 0) > 0 and torch.is_grad_enabled():
+                raise AdapterError(
+                    f"lora_dropout={dropout.p} cannot act inside remote blocks while training; "
+                    "make the adapter with lora_dropout=0"
+                )
+            a, b = layer.lora_A[one].weight, layer.lora_B[one].weight
+            found.append((Lora(block, name, a.shape[0], float(layer.scaling[one])), a, b))
+        for name, parameter in shadow.named_parameters():
+            if id(parameter) in self._own:
+                if parameter.requires_grad:
+                    raise AdapterError(
+                        f"{name} of block {block} is to be trained, but its weights are the servers'; train "
+                        "an adapter instead (bias='none', no full fine-tuning of blocks)"
+                    )
+            elif id(parameter) not in known:
+                raise AdapterError(
+                    f"{name} in block {block} is not plain LoRA of a linear layer, and cannot work in remote "
+                    "blocks"
+                )
+        return found
+
+
+def _flat(parameters: Sequence[Tensor]) -> Tensor:
+    """All values one after the other, on the CPU, differentiable."""
+    dtype = parameters[0].dtype
+    for parameter in parameters:
+        dtype = torch.promote_types(dtype, parameter.dtype)
+    return torch.cat([parameter.reshape(-1).to("cpu", dtype) for parameter in parameters])
+
+
+def ensure_plain(config: Any) -> None:
+    """Raise AdapterError unless a PEFT config is one that remote blocks can take.
+
+    Modules that are trained as a whole and tokens may be outside the blocks; inside they are found later.
+    """
+    check_config({**config.to_dict(), "modules_to_save": None, "trainable_token_indices": None})
+    start = getattr(config, "init_lora_weights", True)
+    if start not in PLAIN_STARTS:
+        raise AdapterError(
+            f"init_lora_weights={start!r} begins with the blocks' weights, which are not here; use True"
+        )

@@ -1,0 +1,111 @@
+"""Which servers, in which order, run which blocks? Pure: announcements in, a route out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from swarmkit.errors import NoRouteError
+from swarmkit.net.registry.records import Announcement
+from swarmkit.net.registry.swarm_map import uncovered
+
+Cost = Callable[[Announcement, int, int], float]
+"""`cost(server, start, stop)`: seconds that a token spends at a server for blocks [start, stop), and getting
+there."""
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One server's part of a route: blocks [start, stop) at `server`."""
+
+    server: Announcement
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.server.label} [{self.start}:{self.stop}]"
+
+
+def find_route(start: int, stop: int, servers: Sequence[Announcement], cost: Cost) -> list[Hop]:
+    """The cheapest chain of servers that runs blocks [start, stop) in order.
+
+    A server may be used for any part of what it holds. Blocks only go forward, so the shortest path over
+    block boundaries is found in one sweep: best(b) = min over servers that hold [a, b) of best(a) + cost.
+
+    Raises:
+        NoRouteError: nobody serves some of the blocks; the error names them.
+    """
+    cuts = {start, stop}
+    for server in servers:
+        cuts.update(edge for edge in (server.start, server.stop) if start < edge < stop)
+    boundaries = sorted(cuts)
+    best: dict[int, tuple[float, Hop | None]] = {start: (0.0, None)}
+    for index, low in enumerate(boundaries):
+        if low not in best:
+            continue
+        for server in servers:
+            if not server.start <= low < server.stop:
+                continue
+            for high in boundaries[index + 1 :]:
+                if high > server.stop:
+                    break
+                total = best[low][0] + cost(server, low, high)
+                if high not in best or total < best[high][0]:
+                    best[high] = (total, Hop(server, low, high))
+    if stop not in best:
+        raise no_route(start, stop, servers)
+    route: list[Hop] = []
+    position = stop
+    while position > start:
+        hop = best[position][1]
+        assert hop is not None
+        route.append(hop)
+        position = hop.start
+    return route[::-1]
+
+
+def no_route(start: int, stop: int, servers: Sequence[Announcement]) -> NoRouteError:
+    """The error that names the blocks of [start, stop) which none of `servers` holds."""
+    missing = uncovered(start, stop, [(server.start, server.stop) for server in servers])
+    named = ", ".join(f"{low}:{high}" for low, high in missing) or f"{start}:{stop}"
+    return NoRouteError(
+        f"nobody serves blocks {named}; start a server for them (`swarmkit serve MODEL --blocks "
+        f"{named.split(',')[0]} --join ADDRESS`), or wait for one with a larger route_timeout",
+        missing,
+    )
+
+
+def route_cost(
+    *,
+    round_trip_s: Callable[[str], float],
+    penalty_s: Callable[[str], float],
+    wait_s: Callable[[str], float] = lambda peer_id: 0.0,
+    tokens: int = 0,
+    salt: str = "",
+) -> Cost:
+    """The cost that clients use: the way there, the work, and what speaks against a peer.
+
+    Args:
+        round_trip_s: measured or assumed seconds to a peer and back, by peer id.
+        penalty_s: seconds added for each block at a peer, such as one that failed lately; far above all else,
+            so that it is used only where nobody else holds the block.
+        wait_s: seconds until a peer has room, by peer id; 0 for one that is not busy.
+        tokens: rows x tokens that caches must hold soon; who said lately to have less room is a little worse.
+        salt: this client's own; spreads clients over servers that are equally good.
+    """
+
+    def cost(server: Announcement, start: int, stop: int) -> float:
+        share = (stop - start) / (server.stop - server.start)
+        work = share / max(server.throughput, 1e-3)
+        crowded = 0.5 if server.free_cache_tokens < max(tokens, 1) else 0.0
+        # Equal servers differ by their hash with this client: at most 10 % of the work, never zero.
+        tie = work * 0.1 * _unit_hash(salt + server.peer_id) + 1e-9
+        avoided = penalty_s(server.peer_id) * (stop - start)  # so that every block that can is spared
+        return round_trip_s(server.peer_id) + work + tie + crowded + wait_s(server.peer_id) + avoided
+
+    return cost
+
+
+def _unit_hash(text: str) -> float:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") / 2**32

@@ -1,0 +1,272 @@
+"""The synchronous session that users hold, and the `Cache` that hands it to `generate()`."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from contextvars import ContextVar, Token
+from types import TracebackType
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from swarmkit.client.adapters.tuning import Tuning
+from swarmkit.client.session.chain import ChainSession
+from swarmkit.client.session.duplicate_rows import alike_rows
+from swarmkit.client.swarm.connection import Connection
+from swarmkit.errors import SessionError, UsageError
+
+_active: ContextVar[tuple[Session, ...]] = ContextVar("swarmkit_sessions", default=())
+
+
+class Session:
+    """Keys and values of a conversation, kept by the servers of a swarm over several calls.
+
+    Made by `model.session(max_length=…)`. Inside its `with` block `model.generate()` uses it: what the
+    session has seen already is not computed again, as long as the new input begins with it; where it departs
+    from it, the session is rolled back to that point.
+
+    Example::
+
+        with model.session(max_length=2048) as session:
+            first = model.generate(**tokenizer("One plus one is", return_tensors="pt"), max_new_tokens=8)
+            more = torch.cat([first, tokenizer(" And", return_tensors="pt").input_ids], dim=1)
+            second = model.generate(more, max_new_tokens=8)      # computes the new tokens only
+    """
+
+    def __init__(self, connection: Connection, max_length: int, tuning: Tuning | None = None) -> None:
+        """Args: tuning: what changes the blocks in this session's steps, from the first one on."""
+        if max_length < 1:
+            raise UsageError(f"a session needs room for at least one token; max_length is {max_length}")
+        self._connection = connection
+        self._tuning = tuning
+        self.chain = ChainSession(connection.client, max_length)
+        self._tokens: torch.Tensor | None = None
+        self._mask: torch.Tensor | None = None
+        self._entered: Token[tuple[Session, ...]] | None = None
+        self._end = weakref.finalize(self, connection.call_soon, self.chain.close)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens per row that this session may hold."""
+        return self.chain.max_length
+
+    @property
+    def position(self) -> int:
+        """Tokens per row that it holds."""
+        return self.chain.position
+
+    @property
+    def connection(self) -> Connection:
+        """The connection that the session runs over."""
+        return self._connection
+
+    @property
+    def closed(self) -> bool:
+        return not self._end.alive
+
+    @property
+    def route(self) -> list[str]:
+        """The servers in use, as people see them; empty before the first step."""
+        return [str(hop) for hop in self.chain.route]
+
+    def step(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run all remote blocks over `hidden` [batch, tokens, hidden], appending to the session.
+
+        Args:
+            attention_mask: [batch, position + tokens], nonzero = attend.
+            position_ids: [batch or 1, tokens]; position, position + 1, … if not given.
+
+        Raises: see `ChainSession.step`.
+        """
+        if self.closed:
+            raise SessionError("the session is closed; open a new one with model.session()")
+        if self._tuning is not None:
+            self._tune(self._tuning)
+        rows, tokens, _ = hidden.shape
+        end = self.position + tokens
+        mask = None
+        if attention_mask is not None:
+            if attention_mask.shape != (rows, end):
+                raise UsageError(
+                    f"the attention mask must be [{rows}, {end}] = [batch, past + new tokens], "
+                    f"got {list(attention_mask.shape)}"
+                )
+            if not bool(attention_mask.all()):
+                mask = attention_mask.to("cpu").ne(0).to(torch.uint8)
+        positions = None
+        if position_ids is not None:
+            given = position_ids.to("cpu", torch.int64).expand(rows, tokens)
+            if not torch.equal(given, torch.arange(self.position, end).expand(rows, -1)):
+                positions = given
+        output = self._run(hidden.detach().to("cpu"), mask, positions)
+        self._mask = mask
+        return output.to(hidden.device)
+
+    def _tune(self, tuning: Tuning) -> None:
+        """Have what changes the model's blocks now, unless keys and values were computed with another."""
+        chain = self.chain
+        if tuning.same(chain.tuning):
+            return
+        now = tuning.current()
+        if now is None and chain.tuning is None:
+            return
+        if now is not None and now.is_like(chain.tuning):
+            chain.tuning = now
+            return
+        if self.position:
+            raise SessionError(
+                "the adapter is another one than when this session began (trained, chosen or disabled), "
+                "and its keys and values are of no use any more; open a new session"
+            )
+        self._connection.call(chain.retune, now)
+
+    def _run(
+        self, hidden: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> torch.Tensor:
+        alike = None if self.position else alike_rows(hidden, mask, positions)
+        if alike is None:
+            return self._connection.call(self.chain.step, hidden, mask, positions)
+        parts = (None if part is None else part[alike.first] for part in (hidden, mask, positions))
+        output = self._connection.call(self.chain.step, *parts)
+        self.chain.reorder(alike.order)
+        return output[alike.order]
+
+    def crop(self, tokens: int) -> None:
+        """Forget every position from `tokens` on; reaches the servers with the next step."""
+        self.chain.crop(tokens)
+        if self._tokens is not None:
+            self._tokens = self._tokens[:, :tokens]
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Row i becomes what row order[i] was; reaches the servers with the next step."""
+        self.chain.reorder(order)
+        self._tokens = None
+        if self._mask is not None:
+            self._mask = self._mask[list(order)]
+
+    def repeat(self, times: int) -> None:
+        """Row i becomes rows i * times to (i + 1) * times - 1."""
+        if times > 1:
+            self.reorder([row for row in range(self.chain.rows) for _ in range(times)])
+
+    def align(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> int:
+        """Roll back to where `tokens` [batch, length] departs from what the session has seen.
+
+        At least one token of `tokens` stays to be computed, because its output is needed.
+
+        Returns: how many positions are kept.
+        """
+        kept = 0
+        if self._tokens is not None and self._tokens.shape[0] == tokens.shape[0]:
+            limit = min(self.position, self._tokens.shape[1], tokens.shape[1] - 1)
+            same = (self._tokens[:, :limit] == tokens[:, :limit].cpu()).all(dim=0)
+            if self._mask is not None or mask is not None:
+                same &= (_columns(self._mask, tokens, limit) == _columns(mask, tokens, limit)).all(dim=0)
+            kept = int(same.int().cumprod(dim=0).sum())
+        self.crop(kept)
+        return kept
+
+    def remember(self, tokens: torch.Tensor | None) -> None:
+        """Note which token ids [batch, length] the session's positions hold; None = not known."""
+        self._tokens = None if tokens is None else tokens.detach().to("cpu").clone()
+
+    def close(self) -> None:
+        """End the session; the servers free their caches. May be called twice."""
+        self._end()
+
+    def __enter__(self) -> Session:
+        if self.closed:
+            raise SessionError("the session is closed; open a new one with model.session()")
+        self._entered = _active.set((*_active.get(), self))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._entered is not None:
+            _active.reset(self._entered)
+            self._entered = None
+        self.close()
+
+
+def active_session(connection: Connection) -> Session | None:
+    """The innermost session of this connection whose `with` block encloses the call."""
+    for session in reversed(_active.get()):
+        if session.connection is connection:
+            return session
+    return None
+
+
+class SwarmCacheLayer(CacheLayerMixin):
+    """One cache layer for all remote blocks: its length is the session's, its edits go there."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self.session = session
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        raise UsageError("keys and values live on the servers; nothing is cached here")
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        raise UsageError("keys and values live on the servers; nothing is cached here")
+
+    def get_seq_length(self) -> int:
+        return self.session.position
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.session.position + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.session.max_length
+
+    def reset(self) -> None:
+        self.session.crop(0)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -`tokens_to_remove` positions (transformers counts downwards)."""
+        if tokens_to_remove > 0:
+            raise UsageError("crop takes how many tokens to remove as a negative number")
+        self.session.crop(max(0, self.session.position + tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        if self.session.position:
+            self.session.reorder(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.session.position:
+            self.session.repeat(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.session.position:
+            self.session.reorder(indices.tolist())
+
+
+class SwarmCache(Cache):
+    """A Hugging Face cache whose keys and values are kept by the servers of a session."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(layers=[SwarmCacheLayer(session)])
+
+
+def session_of(cache: Cache | None) -> Session | None:
+    """The session behind a cache, or None if it is not ours."""
+    layers = getattr(cache, "layers", None)
+    return layers[0].session if layers and isinstance(layers[0], SwarmCacheLayer) else None
+
+
+def _columns(mask: torch.Tensor | None, tokens: torch.Tensor, limit: int) -> torch.Tensor:
+    if mask is None:
+        return torch.ones(tokens.shape[0], limit, dtype=torch.bool)
+    return mask[:, :limit].to("cpu").ne(0)

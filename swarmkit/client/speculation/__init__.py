@@ -1,0 +1,1 @@
+"""Draft tokens: how many to guess ahead, and which assistant guesses them."""

@@ -1,0 +1,266 @@
+"""What all sessions of one model share: the connection, the view of the swarm, what was learned of peers."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import anyio
+from anyio.abc import TaskStatus
+
+from swarmkit.client.routing.bans import Bans
+from swarmkit.client.routing.busy import BusyPeers
+from swarmkit.client.routing.deadline import DeadlinePolicy, StepTimes
+from swarmkit.client.routing.route import Hop, find_route, no_route, route_cost
+from swarmkit.client.swarm.adapter_sender import AdapterSender
+from swarmkit.client.swarm.prefix_cache import PrefixMemory
+from swarmkit.client.trace import Busy, SessionEvent, StepTrace
+from swarmkit.errors import RemoteError, SwarmkitError
+from swarmkit.net.connect import TransportFactory
+from swarmkit.net.protocol.messages import SESSION_ENDPOINT
+from swarmkit.net.registry.records import Announcement
+from swarmkit.net.registry.registry import Registry, records
+from swarmkit.net.registry.swarm_map import SwarmMap, uncovered
+from swarmkit.net.rpc.conversation import Conversation
+from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.seam import Stream, Transport
+from swarmkit.settings import ClientSettings, NetSettings
+
+logger = logging.getLogger(__name__)
+
+_ASSUMED_ROUND_TRIP_S = 0.02
+_LOOK_PAUSE_S = 0.5
+_EVENTS = 256
+_UNLINKED_S = 600.0
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """Which model the servers must serve."""
+
+    name: str
+    fingerprint: str
+    num_blocks: int
+    hidden_size: int
+
+
+class SwarmClient:
+    """This program's membership in a model's swarm. Everything here runs on the event loop's thread."""
+
+    def __init__(
+        self,
+        model: ModelRef,
+        transport_factory: TransportFactory,
+        settings: ClientSettings | None = None,
+        net_settings: NetSettings | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.model = model
+        self.settings = settings or ClientSettings()
+        self.view = SwarmMap()
+        self.trace: deque[StepTrace] = deque(maxlen=self.settings.trace_steps)
+        self.events: deque[SessionEvent] = deque(maxlen=_EVENTS)
+        self.listeners: list[Callable[[SessionEvent], None]] = []
+        self.bans = Bans(self.settings.ban_seconds, self.settings.max_ban_seconds, clock)
+        self.busy = BusyPeers(clock)
+        self.policy = DeadlinePolicy(
+            self.settings.first_step_timeout, self.settings.min_step_timeout, self.settings.deadline_factor
+        )
+        self.adapters = AdapterSender(self)
+        self.memory = PrefixMemory(self.settings.prefix_memory_bytes)
+        self._clock = clock
+        self._factory = transport_factory
+        self._net = net_settings or NetSettings()
+        self.rates: dict[tuple[str, str], float] = {}
+        """Bytes per second from one peer to another, as far as measured; "" is this client."""
+        self._times: dict[str, StepTimes] = {}
+        self._unlinked: dict[tuple[str, str], float] = {}
+        self._transport: Transport | None = None
+        self._registry: Registry | None = None
+        self._stop = anyio.Event()
+        self._look_now = anyio.Event()
+        self._looking = anyio.Lock()
+        self._looks = 0
+        self.salt = secrets.token_hex(4)
+        """Spreads clients over servers that are equally good."""
+
+    # ------------------------------------------------------------------ life
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Be a member of the swarm until `request_stop`."""
+        self._transport = await self._factory(
+            Identity(), lambda key, subkey, value: records.is_acceptable(key, subkey, value, self._clock())
+        )
+        try:
+            self._registry = Registry(self._transport, self._clock)
+            await self.refresh()
+            task_status.started()
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._refresh_forever)
+                await self._stop.wait()
+                tasks.cancel_scope.cancel()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._transport.close()
+
+    def request_stop(self) -> None:
+        """Leave the swarm; open sessions end."""
+        self._stop.set()
+
+    async def refresh(self) -> SwarmMap:
+        """Look up who serves the model now."""
+        assert self._registry is not None
+        looks = self._looks
+        async with self._looking:
+            if self._looks == looks:  # else somebody began to look after we asked, and has the answer
+                self._looks += 1
+                found = await self._registry.look_up(self.model.fingerprint, self.model.num_blocks)
+                self.view = self.view.without_expired(self._clock()).apply(*found.announcements.values())
+        return self.view
+
+    async def look(self) -> list[Announcement]:
+        """All servers of the model, as they are now."""
+        return list((await self.refresh()).servers(self._clock()))
+
+    def look_soon(self) -> None:
+        """Have the swarm looked up before the usual time; does not wait for it."""
+        self._look_now.set()
+
+    async def _refresh_forever(self) -> None:
+        while True:
+            with anyio.move_on_after(self.settings.refresh_period):
+                await self._look_now.wait()
+            try:
+                await self.refresh()
+            except SwarmkitError as error:
+                logger.warning("could not look up the swarm, will try again: %s", error)
+            self._look_now = anyio.Event()
+            await anyio.sleep(min(_LOOK_PAUSE_S, self.settings.refresh_period))
+
+    # ------------------------------------------------------------------ routes and peers
+
+    @property
+    def connect_timeout(self) -> float:
+        """Seconds to reach a peer."""
+        return self._net.connect_timeout
+
+    def plan(
+        self,
+        start: int,
+        stop: int,
+        without: frozenset[str] = frozenset(),
+        tokens: int = 0,
+        hosting: str = "",
+    ) -> list[Hop]:
+        """The best route for blocks [start, stop) in the view as it is; peers in `without` are not used.
+
+        Args:
+            tokens: rows x tokens that are to be held there.
+            hosting: use only servers that host the adapter of this hash.
+
+        Raises:
+            NoRouteError: nobody serves some of them.
+        """
+        servers = [server for server in self.servers(hosting) if server.peer_id not in without]
+        cost = route_cost(
+            round_trip_s=self.round_trip_s,
+            penalty_s=self.bans.penalty_s,
+            wait_s=self.busy.wait_s,
+            tokens=tokens,
+            salt=self.salt,
+        )
+        return find_route(start, stop, servers, cost)
+
+    def may_use(self, hop: Hop) -> bool:
+        """Whether nothing is known that speaks against a server: it has not failed lately, nor is it busy."""
+        peer_id = hop.server.peer_id
+        return not self.bans.is_banned(peer_id) and not self.busy.wait_s(peer_id)
+
+    def is_busy(self, hop: Hop, error: RemoteError) -> None:
+        """A server said that it has no room."""
+        server = hop.server
+        seconds = self.busy.note(server.peer_id, error.retry_after_s)
+        self.emit(Busy(server.peer_id, server.label, hop.start, hop.stop, str(error), seconds))
+
+    def servers(self, hosting: str = "") -> list[Announcement]:
+        """Those in the view as it is that may be used.
+
+        Args: hosting: for sessions and passes with the hosted adapter of this hash.
+        """
+        wanted = self.settings.precisions
+        servers = [s for s in self.view.servers(self._clock()) if not wanted or s.dtype in wanted]
+        if hosting:
+            servers = [s for s in servers if any(one.name == hosting for one in s.adapters)]
+        return servers
+
+    def unserved(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
+        """The blocks that nobody serves, but for peers that are left aside because they failed."""
+        servers = [s for s in self.view.servers(self._clock()) if not self.bans.is_banned(s.peer_id)]
+        return tuple(uncovered(start, stop, [(server.start, server.stop) for server in servers]))
+
+    def no_route(self, start: int, stop: int) -> Exception:
+        """The error that says which of these blocks nobody serves now."""
+        return no_route(start, stop, self.view.servers(self._clock()))
+
+    def times_of(self, server: Announcement) -> StepTimes:
+        """How long this server's steps take, as seen by all sessions here."""
+        if server.peer_id not in self._times:
+            self._times[server.peer_id] = StepTimes(server.throughput)
+        return self._times[server.peer_id]
+
+    def may_link(self, server: Announcement, following: Announcement) -> bool:
+        """Whether one server may hand its outputs on to the other, as far as is known."""
+        pair = (server.peer_id, following.peer_id)
+        return self.settings.push and self._unlinked.get(pair, 0.0) <= self._clock()
+
+    def cannot_link(self, server: Announcement, following: Announcement) -> None:
+        """Note that it cannot, or did it badly; it is asked again after a while."""
+        now = self._clock()
+        self._unlinked = {pair: until for pair, until in self._unlinked.items() if until > now}
+        self._unlinked[server.peer_id, following.peer_id] = now + _UNLINKED_S
+
+    def emit(self, event: SessionEvent) -> None:
+        """Keep an event, log it in one line, and tell whoever listens."""
+        self.events.append(event)
+        logger.info("%s", event)
+        for listener in list(self.listeners):
+            with _logged(event):
+                listener(event)
+
+    async def converse(self, server: Announcement, max_payload_bytes: int = 0) -> Conversation:
+        """Open a stream to a server.
+
+        Raises:
+            PeerError: it cannot be reached in time.
+        """
+        return Conversation(await self.dial(server, SESSION_ENDPOINT), max_payload_bytes)
+
+    async def dial(self, server: Announcement, endpoint: str) -> Stream:
+        """Open a stream to one of a server's endpoints.
+
+        Raises:
+            PeerError: it cannot be reached in time.
+        """
+        assert self._transport is not None
+        return await self._transport.open(
+            server.peer_id, endpoint, server.addresses, self._net.connect_timeout
+        )
+
+    def round_trip_s(self, peer_id: str) -> float:
+        """Measured or assumed seconds to a peer and back."""
+        times = self._times.get(peer_id)
+        return (times.round_trip_s if times else None) or _ASSUMED_ROUND_TRIP_S
+
+
+@contextmanager
+def _logged(event: SessionEvent) -> Iterator[None]:
+    """A listener that fails is its owner's trouble, not the session's."""
+    try:
+        yield
+    except Exception:
+        logger.exception("a listener failed at: %s", event)

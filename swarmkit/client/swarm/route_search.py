@@ -1,0 +1,111 @@
+"""A step's search for servers of some blocks, which waits where there is none, or none that can."""
+
+from __future__ import annotations
+
+import logging
+
+import anyio
+
+from swarmkit.client.routing.route import Hop
+from swarmkit.client.swarm.client import SwarmClient
+from swarmkit.client.trace import Waiting
+from swarmkit.errors import NoRouteError, PeerError, SwarmkitError
+
+logger = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 1.0
+
+
+class RouteSearch:
+    """One step's patience: `route_timeout` seconds from when nobody was found, anew after any progress."""
+
+    def __init__(self, swarm: SwarmClient, hosting: str = "") -> None:
+        """Args: hosting: use only servers that host the adapter of this hash."""
+        self._swarm = swarm
+        self._hosting = hosting
+        self._give_up_at: float | None = None
+        """On the event loop's clock; None while all goes well."""
+        self._pause_s = _FIRST_PAUSE_S
+        self._told_waiting = False
+
+    def progress(self) -> None:
+        """A stage did its part."""
+        self._give_up_at = None
+        self._pause_s = _FIRST_PAUSE_S
+
+    async def find(self, start: int, stop: int, tokens: int, error: PeerError | None) -> list[Hop]:
+        """A route for some blocks.
+
+        Where nobody has them, it waits for a newcomer. Servers that are left aside are used only if nobody
+        else has the blocks, and after a pause; busy ones when they said they have room, if that is soonest.
+
+        Args:
+            tokens: rows x tokens that the servers' caches will have to hold.
+            error: why others are needed.
+
+        Raises:
+            NoRouteError: nobody was found in time.
+        """
+        swarm = self._swarm
+        while True:
+            try:
+                route = swarm.plan(start, stop, tokens=tokens, hosting=self._hosting)
+            except NoRouteError:
+                route = []
+            banned = any(swarm.bans.is_banned(hop.server.peer_id) for hop in route)
+            busy_s = max((swarm.busy.wait_s(hop.server.peer_id) for hop in route), default=0.0)
+            if route and not banned and not busy_s:
+                return route
+            left_s = self._left_s()
+            if left_s <= 0:
+                raise self._gave_up(start, stop, route, error, busy=not banned) from error
+            only_busy = bool(route) and not banned
+            self._tell(((start, stop),) if only_busy else swarm.unserved(start, stop), left_s, only_busy)
+            if only_busy:
+                await anyio.sleep(min(busy_s, _LONGEST_PAUSE_S, left_s))
+                continue
+            await anyio.sleep(min(self._pause_s, left_s))
+            self._pause_s = min(self._pause_s * 2, _LONGEST_PAUSE_S)
+            assert self._give_up_at is not None
+            await self._look_up(self._give_up_at)
+            if route:
+                return self._route_or(route, start, stop, tokens)
+
+    def _left_s(self) -> float:
+        if self._give_up_at is None:
+            self._give_up_at = anyio.current_time() + self._swarm.settings.route_timeout
+        return self._give_up_at - anyio.current_time()
+
+    def _tell(self, missing: tuple[tuple[int, int], ...], left_s: float, busy: bool) -> None:
+        if not self._told_waiting:
+            self._told_waiting = True
+            self._swarm.look_soon()  # somebody else may have come
+            self._swarm.emit(Waiting(missing, left_s, busy))
+
+    async def _look_up(self, give_up_at: float) -> None:
+        """See who serves now, if that can be seen in time."""
+        try:
+            with anyio.move_on_after(give_up_at - anyio.current_time()):
+                await self._swarm.refresh()
+        except SwarmkitError as error:
+            logger.warning("could not look up the swarm, will try again: %s", error)
+
+    def _route_or(self, known: list[Hop], start: int, stop: int, tokens: int) -> list[Hop]:
+        try:
+            return self._swarm.plan(start, stop, tokens=tokens, hosting=self._hosting)
+        except NoRouteError:
+            return known
+
+    def _gave_up(
+        self, start: int, stop: int, route: list[Hop], error: PeerError | None, *, busy: bool
+    ) -> Exception:
+        seconds = self._swarm.settings.route_timeout
+        if not route:
+            return self._swarm.no_route(start, stop)
+        what = "had no room" if busy else "kept failing"
+        return NoRouteError(
+            f"the only servers of blocks {start}:{stop} {what} for {seconds:.0f} s ({error}); "
+            "start another server for them, or try again later",
+            [(start, stop)],
+        )

@@ -1,0 +1,313 @@
+"""`LocalSwarm`: a whole swarm on this machine, for tests, notebooks, the demo and benchmarks."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from swarmkit.errors import UsageError
+from swarmkit.local import fork_server
+from swarmkit.local.server_process import ServerProcess
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.net import portal
+from swarmkit.net.connect import TransportFactory, over_hivemind
+from swarmkit.net.emulation.link_emulator import LinkEmulator
+from swarmkit.net.emulation.link_schedule import Link
+from swarmkit.net.registry.records import acceptable_now
+from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.memory import MemoryNetwork
+from swarmkit.net.transport.seam import RecordCheck, Transport
+from swarmkit.server.server import Server
+from swarmkit.settings import ClientSettings, ServerSettings
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from swarmkit.client.model import SwarmModelForCausalLM
+    from swarmkit.client.swarm.connection import Connection
+
+
+_HOST = "127.0.0.1"
+
+
+class LocalServer(Protocol):
+    """What a server of a local swarm can do, whether it is in this process or in one of its own."""
+
+    peer_id: str
+
+    @property
+    def blocks(self) -> tuple[int, int]: ...
+
+    def stop(self, drain_timeout: float | None = None) -> None:
+        """Leave cleanly."""
+
+    def kill(self) -> None:
+        """End as a crashed machine would."""
+
+
+class LocalSwarm:
+    """A swarm on this machine; use it in a `with` block.
+
+    Example::
+
+        with LocalSwarm("tiny-chat", num_stages=4, replicas=2) as swarm:
+            model, tokenizer = swarm.model(), swarm.tokenizer()
+            out = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=20)
+            swarm.servers[1].kill()                      # the next generate() gives the same tokens
+
+    Args:
+        model: `"tiny-chat"`, a local folder, or a Hub repo id.
+        num_stages: the model's blocks are cut into this many runs of nearly equal length.
+        replicas: servers of each stage. `servers[r * num_stages + s]` is replica r of stage s.
+        processes: give each server an operating-system process of its own, which can be killed for real.
+        transport: `"hivemind"`, as in the world, or `"memory"`, for tests within one process.
+        threads: torch threads of each server process.
+        device: where the servers compute; several may share an accelerator.
+        link: what lies between each server and everybody else, in each direction, so that a client's round
+            trip to a server, or one server's to another, takes `2 * link.delay_s` longer; nothing if not
+            given. `link_of(server)` changes or cuts one of them while the swarm runs.
+        on_progress: called with (servers ready, servers in all) while the swarm starts.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Checkpoint = "tiny-chat",
+        num_stages: int = 2,
+        replicas: int = 1,
+        processes: bool = False,
+        transport: Literal["hivemind", "memory"] = "hivemind",
+        *,
+        dtype: str | torch.dtype = "auto",
+        threads: int = 1,
+        device: str = "cpu",
+        link: Link | None = None,
+        server_settings: ServerSettings | None = None,
+        client_settings: ClientSettings | None = None,
+        on_progress: Callable[[int, int], None] = lambda ready, total: None,
+    ) -> None:
+        self.checkpoint = Checkpoint.open(model)
+        if not 1 <= num_stages <= self.checkpoint.num_blocks or replicas < 1:
+            raise UsageError(
+                f"a model of {self.checkpoint.num_blocks} blocks can be cut into 1 to "
+                f"{self.checkpoint.num_blocks} stages with at least one replica each; "
+                f"got {num_stages} stages, {replicas} replicas"
+            )
+        if processes and transport == "memory":
+            raise UsageError("the memory transport lives in one process; use transport='hivemind'")
+        if link is not None and transport == "memory":
+            raise UsageError(
+                "an emulated link stands between sockets; use transport='hivemind', or the memory network's "
+                "own set_link()"
+            )
+        self.servers: list[LocalServer] = []
+        self.network = MemoryNetwork() if transport == "memory" else None
+        self._stages = even_split(self.checkpoint.num_blocks, num_stages)
+        self._replicas = replicas
+        self._processes = processes
+        self._dtype = dtype
+        self._threads = threads
+        self._device = device
+        self._link = link
+        self._links: dict[LocalServer, LinkEmulator] = {}
+        self._server_settings = server_settings or ServerSettings()
+        self._client_settings = client_settings
+        self._on_progress = on_progress
+        self._owned = ExitStack()
+        self._under_links = ExitStack()
+        """What links need; ends after the servers, which leave over their links."""
+        self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._bootstrap: Transport | None = None
+        self._fork_server: fork_server.ForkServer | None = None
+        self._started = False
+
+    # ------------------------------------------------------------------ life
+
+    def start(self) -> LocalSwarm:
+        """Start every server; returns when all of them serve."""
+        if self._started:
+            raise UsageError("this swarm was started before; make a new one")
+        self._started = True
+        try:
+            if self.network is None:
+                self._start_bootstrap()
+            if self._processes:
+                self._fork_server = self._owned.enter_context(fork_server.shared())
+            self._owned.enter_context(self._under_links)
+            self._owned.callback(self._stop_servers)
+            self._owned.callback(self._close_models)
+            wanted = [blocks for _ in range(self._replicas) for blocks in self._stages]
+            self._on_progress(0, len(wanted))
+            launched = [self._launch(blocks) for blocks in wanted]
+            for ready, server in enumerate(launched, start=1):
+                self._wait_until_ready(server)
+                self._on_progress(ready, len(wanted))
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def close(self) -> None:
+        """End every model, server and process of this swarm. May be called twice."""
+        self._owned.close()
+
+    def __enter__(self) -> LocalSwarm:
+        return self if self._started else self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ use
+
+    @property
+    def initial_peers(self) -> list[str]:
+        """Addresses with which other programs on this machine can join."""
+        return list(self._bootstrap.addresses) if self._bootstrap is not None else []
+
+    def model(self, **kwargs: Any) -> SwarmModelForCausalLM:
+        """A client of this swarm; ends with the swarm at the latest."""
+        from swarmkit.client.model import SwarmModelForCausalLM
+
+        kwargs.setdefault("settings", self._client_settings)
+        kwargs.setdefault("transport", self._client_transport())
+        model = SwarmModelForCausalLM.from_pretrained(self.checkpoint, **kwargs)
+        self._connections.add(model.connection)
+        return model
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return self.checkpoint.tokenizer()
+
+    def add_server(self, blocks: tuple[int, int] | None = None, **kwargs: Any) -> LocalServer:
+        """Start one more server and wait until it serves.
+
+        Args:
+            blocks: which blocks [a, b); all of them if not given.
+            kwargs: for `Server`, such as `dtype`.
+        """
+        if not self._started:
+            raise UsageError("start the swarm first, with start() or a `with` block")
+        server = self._launch(blocks or (0, self.checkpoint.num_blocks), **kwargs)
+        self._wait_until_ready(server)
+        return server
+
+    def link_of(self, server: LocalServer) -> LinkEmulator:
+        """The emulated link in front of a server, to be changed or cut.
+
+        Raises:
+            UsageError: this swarm has no links.
+        """
+        try:
+            return self._links[server]
+        except KeyError:
+            raise UsageError("this swarm has no links; make it with LocalSwarm(…, link=Link(…))") from None
+
+    # ------------------------------------------------------------------ doing
+
+    def _start_bootstrap(self) -> None:
+        lease = portal.lease()
+        self._owned.callback(lease.close)
+        self._bootstrap = lease.call(over_hivemind(), Identity(), acceptable_now)
+        self._owned.callback(lease.call, self._bootstrap.close)
+
+    def _client_transport(self) -> TransportFactory:
+        if self.network is None:
+            return over_hivemind(self.initial_peers, client_mode=True)
+        return over_memory(self.network)
+
+    def _launch(self, blocks: tuple[int, int], **kwargs: Any) -> LocalServer:
+        kwargs.setdefault("dtype", self._dtype)
+        kwargs.setdefault("device", self._device)
+        name = f"server-{len(self.servers)}"
+        port, link = 0, None
+        if self._link is not None:
+            port = _reserve_port(self._under_links)
+            link = self._lay_link(port, self._link)
+        announce = () if link is None else (link.address,)
+        server: LocalServer
+        if self._processes:
+            server = ServerProcess(
+                self.checkpoint.name,
+                self.initial_peers,
+                blocks,
+                public_name=name,
+                threads=self._threads,
+                port=port,
+                announce=announce,
+                settings=self._server_settings,
+                fork_server=self._fork_server,
+                **kwargs,
+            )
+        else:
+            kwargs.setdefault("settings", self._server_settings)
+            transport = (
+                over_memory(self.network)
+                if self.network
+                else over_hivemind(self.initial_peers, port=port, announce=announce)
+            )
+            server = Server(self.checkpoint, blocks=blocks, transport=transport, public_name=name, **kwargs)
+        if link is not None:
+            self._links[server] = link
+        self.servers.append(server)
+        return server
+
+    def _lay_link(self, port: int, link: Link) -> LinkEmulator:
+        """A link in front of a port, on the event loop until the swarm ends."""
+        lease = portal.lease()
+        self._under_links.callback(lease.close)
+        emulator = lease.call(lambda: LinkEmulator.open((_HOST, port), link, seed=len(self.servers)))
+        self._under_links.callback(lease.call, emulator.close)
+        return emulator
+
+    def _close_models(self) -> None:
+        for connection in list(self._connections):
+            connection.close()
+
+    def _stop_servers(self) -> None:
+        with ThreadPoolExecutor(max(1, len(self.servers)), "swarmkit-stop") as pool:
+            stopping = [pool.submit(server.stop, 0.0) for server in self.servers]
+        for stopped in stopping:
+            stopped.result()
+
+    def _wait_until_ready(self, server: LocalServer) -> None:
+        if isinstance(server, ServerProcess):
+            server.wait_until_ready()
+        elif isinstance(server, Server):
+            server.start()
+
+
+def _reserve_port(owned: ExitStack) -> int:
+    """A port for a server to listen at, where it must be known before the server is there."""
+    held = socket.socket()
+    owned.callback(held.close)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind((_HOST, 0))
+    port = int(held.getsockname()[1])
+    if sys.platform != "linux":  # where a port that is bound, but not listened at, can be listened at by name
+        held.close()
+    return port
+
+
+def over_memory(network: MemoryNetwork) -> TransportFactory:
+    """Transports of an in-memory network."""
+
+    async def create(identity: Identity, record_check: RecordCheck) -> Transport:
+        return network.transport(identity, record_check)
+
+    return create
+
+
+def even_split(num_blocks: int, num_stages: int) -> Sequence[tuple[int, int]]:
+    """Cut blocks 0..num_blocks into runs whose lengths differ by one at most."""
+    cuts = [num_blocks * stage // num_stages for stage in range(num_stages + 1)]
+    return list(itertools.pairwise(cuts))

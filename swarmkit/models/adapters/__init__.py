@@ -1,0 +1,3 @@
+"""LoRA adapters and deep prompts: their values, their files, and the hooks that apply them in a forward
+pass.
+"""

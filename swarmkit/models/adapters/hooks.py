@@ -1,0 +1,156 @@
+"""Adapters in a forward pass: for as long as it runs, hooks on the blocks' linear layers add what they add.
+
+Weights are not touched, so that one pass serves sessions with different adapters and with none. Where the
+tokens of many sessions lie behind one another (`packed`), each adapter is given just its sessions' rows:
+
+    row     |a a a a|b|c c|d|     a and d have the same adapter, b has another, c none:
+    W x     one product for all;  + B1 A1 x over the rows of a and d;  + B2 A2 x over those of b
+
+What has no adapter passes through the same operations as without any, and is equal to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from swarmkit.errors import UsageError
+from swarmkit.models.adapters.adapter import Adapter, Tensors
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One session's tokens in a pass: `rows` x `tokens`, behind `past` that it holds already."""
+
+    tensors: Tensors | None
+    rows: int
+    tokens: int
+    past: int
+
+    @classmethod
+    def of(cls, adapter: Adapter | None, hidden: Tensor, past: int) -> Segment:
+        """Hidden states [rows, tokens, hidden] of a session, and the adapter that it has."""
+        return cls(None if adapter is None else adapter.tensors, hidden.shape[0], hidden.shape[1], past)
+
+
+class Tuner:
+    """Applies adapters to some blocks."""
+
+    def __init__(self, blocks: Mapping[int, nn.Module], first_argument: str) -> None:
+        """Args:
+        blocks: by number.
+        first_argument: what a block calls its hidden states.
+        """
+        self._blocks = blocks
+        self._first = first_argument
+
+    @contextmanager
+    def applied(self, start: int, stop: int, segments: Sequence[Segment]) -> Iterator[None]:
+        """Within this context, a pass through blocks [start, stop) over these segments has their adapters.
+
+        Args: segments: one, with hidden states as they are; or several, packed into a batch of one.
+        """
+        if all(segment.tensors is None for segment in segments):
+            yield
+            return
+        pack = _Pack(segments)
+        handles = []
+        try:
+            for block, module in {
+                place
+                for segment in segments
+                if segment.tensors is not None
+                for place in segment.tensors.lora
+                if start <= place[0] < stop
+            }:
+                layer = self._blocks[block].get_submodule(module)
+                handles.append(layer.register_forward_hook(pack.lora(block, module)))
+            for block in range(start, stop):
+                hook = pack.prompts(block, self._first)
+                if hook is not None:
+                    # A copy of a block, as views have them, shares its hooks.
+                    handles.append(self._blocks[block].register_forward_pre_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Pack:
+    """Where the rows of each session lie in one pass."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self._segments = segments
+        self._alone = len(segments) == 1
+        self._spans: list[tuple[int, int]] = []
+        begin = 0
+        for segment in segments:
+            self._spans.append((begin, begin + segment.rows * segment.tokens))
+            begin = self._spans[-1][1]
+        self._total = begin
+
+    def lora(self, block: int, module: str) -> Callable[..., Tensor]:
+        """A forward hook for a linear layer."""
+        work: list[tuple[tuple[Tensor, Tensor, float], list[tuple[int, int]]]] = []
+        known: dict[int, int] = {}
+        for segment, span in zip(self._segments, self._spans, strict=True):
+            part = None if segment.tensors is None else segment.tensors.lora.get((block, module))
+            if part is None:
+                continue
+            place = known.setdefault(id(segment.tensors), len(work))
+            if place == len(work):
+                work.append((part, []))
+            work[place][1].append(span)
+
+        def alone(layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+            (part, _) = work[0]
+            return (out + _delta(args[0], *part)).to(out.dtype)
+
+        def packed(layer: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+            given: Tensor = args[0]
+            rows = given.reshape(-1, given.shape[-1])
+            if len(rows) != self._total:
+                raise UsageError(f"{module} is not run over each token once, so sessions cannot share a pass")
+            flat = out.reshape(-1, out.shape[-1])
+            for part, spans in work:
+                chosen = [rows[low:high] for low, high in spans]
+                delta = _delta(chosen[0] if len(chosen) == 1 else torch.cat(chosen), *part)
+                for (low, high), piece in zip(
+                    spans, delta.split([high - low for low, high in spans]), strict=True
+                ):
+                    flat[low:high] = flat[low:high] + piece
+            return flat.view(out.shape)
+
+        return alone if self._alone else packed
+
+    def prompts(self, block: int, first: str) -> Callable[..., Any] | None:
+        """A forward pre-hook for a block; None if no token of the pass has a prompt there."""
+        work = []
+        for segment, (low, high) in zip(self._segments, self._spans, strict=True):
+            prompt = None if segment.tensors is None else segment.tensors.prompts.get(block)
+            if prompt is not None and segment.past < len(prompt):
+                shape = segment.rows, segment.tokens
+                work.append((prompt[segment.past : segment.past + segment.tokens], low, high, shape))
+        if not work:
+            return None
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given: Tensor = args[0] if args else kwargs[first]
+            hidden = given.clone(memory_format=torch.contiguous_format)
+            for prompt, low, high, shape in work:
+                rows = hidden if self._alone else hidden[0, low:high].view(*shape, hidden.shape[-1])
+                rows[:, : len(prompt)] += prompt.to(hidden.dtype)
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, first: hidden})
+
+        return hook
+
+
+def _delta(given: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """s B A x, computed in the adapter's dtype, as PEFT does."""
+    return functional.linear(functional.linear(given.to(a.dtype), a), b) * scale

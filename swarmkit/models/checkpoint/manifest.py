@@ -1,0 +1,132 @@
+"""What a server has to know of a model before it has any weights: one small file that peers hand on.
+
+A manifest is what a fingerprint is a hash of (config, the hashes of the files of weights, and which tensor
+lies in which file). So one from anybody can be checked against a fingerprint from somebody who is trusted,
+and a server that was given a fingerprint need not ask the Hub for anything. What a fingerprint does not
+cover is taken for a hint, and only in a form that can do no harm: the dtype that the weights were published
+in, and the commit at which the Hub has them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from swarmkit.errors import ModelError
+from swarmkit.models.checkpoint.fingerprint import fingerprint, without_volatile
+
+MAX_MANIFEST_BYTES = 32 * 1024 * 1024
+"""Enough for two hundred thousand tensors; more is not taken into memory on a stranger's word."""
+
+_FIELDS = {"commit", "config", "files", "weights"}
+_DTYPES = ("float32", "bfloat16", "float16")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_FILE = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*\.safetensors", re.ASCII)
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}")
+
+
+class ManifestError(ModelError):
+    """The bytes are not a manifest."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A model, before any weights.
+
+    Attributes:
+        config: the content of its config.json.
+        files: every file of weights, to its SHA-256 in hex.
+        weights: every tensor, to the file that it lies in.
+        commit: of the Hub, where these files can be had; 40 hex characters.
+    """
+
+    config: Mapping[str, Any] = field(repr=False)
+    files: Mapping[str, str] = field(repr=False)
+    weights: Mapping[str, str] = field(repr=False)
+    commit: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What this is the manifest of."""
+        return fingerprint(self.config, self.files, self.weights)
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """As it is stored and sent: the same bytes for everybody who has the same manifest."""
+        content = {
+            "commit": self.commit,
+            "config": portable_config(self.config),
+            "files": dict(self.files),
+            "weights": dict(self.weights),
+        }
+        return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+    @cached_property
+    def content(self) -> str:
+        """The SHA-256 of `encoded`, in hex."""
+        return hashlib.sha256(self.encoded).hexdigest()
+
+    @classmethod
+    def decode(cls, encoded: bytes, expected: str) -> Manifest:
+        """Read one that may come from anybody.
+
+        Args:
+            expected: the fingerprint that it must have.
+
+        Raises:
+            ManifestError: it is too large, malformed, or that of another model.
+        """
+        if len(encoded) > MAX_MANIFEST_BYTES:
+            raise ManifestError(f"a manifest of {len(encoded)} bytes is too large")
+        try:
+            content = json.loads(encoded)
+        except (ValueError, RecursionError) as error:
+            raise ManifestError(f"a manifest is not JSON: {error}") from None
+        if not isinstance(content, dict) or set(content) != _FIELDS:
+            raise ManifestError(f"a manifest consists of {', '.join(sorted(_FIELDS))}")
+        commit, config, files, weights = (content[name] for name in sorted(_FIELDS))
+        if not isinstance(commit, str) or not _COMMIT.fullmatch(commit) or not isinstance(config, dict):
+            raise ManifestError("a manifest lacks a commit or a config")
+        if not _maps(files, _FILE, _SHA256) or not _maps(weights, None, None) or not weights:
+            raise ManifestError("a manifest lists no weights, or files by names that are not allowed")
+        if set(weights.values()) != set(files):
+            raise ManifestError("a manifest's tensors do not lie in its files")
+        manifest = cls(portable_config(config), files, weights, commit)
+        if manifest.fingerprint != expected:
+            raise ManifestError(f"a manifest is that of {manifest.fingerprint}, not of {expected}")
+        return manifest
+
+    @property
+    def can_be_shared(self) -> bool:
+        """Whether `decode` would take it: of safetensors files at a commit, and not too large."""
+        return (
+            bool(_COMMIT.fullmatch(self.commit))
+            and _maps(self.files, _FILE, _SHA256)
+            and len(self.encoded) <= MAX_MANIFEST_BYTES
+        )
+
+
+def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config a stranger's word is good enough for: what the fingerprint covers, and a dtype."""
+    content: dict[str, Any] = without_volatile(config)
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    return {**content, "dtype": dtype} if dtype in _DTYPES else content
+
+
+def is_fingerprint(text: str) -> bool:
+    """Whether this is the form of a fingerprint."""
+    return _FINGERPRINT.fullmatch(text) is not None
+
+
+def _maps(value: Any, key: re.Pattern[str] | None, item: re.Pattern[str] | None) -> bool:
+    """Whether a JSON value is an object of strings, with keys and values of these forms."""
+    return isinstance(value, Mapping) and all(
+        isinstance(v, str) and (key is None or key.fullmatch(k)) and (item is None or item.fullmatch(v))
+        for k, v in value.items()
+    )

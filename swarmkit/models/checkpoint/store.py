@@ -1,0 +1,401 @@
+"""Parts of models on this machine's disk: one safetensors file per block, named by the SHA-256 of its
+content.
+
+::
+
+    <store>/blobs/<sha256>.safetensors     a part: one block, or what is in no block
+    <store>/index/<key>.json               which part of which repository at which commit has which content
+    <store>/partial/<key>.part, .json      a part that is being fetched, and which of its bytes are there
+    <store>/about/<key>                    headers and hashes of files on the Hub
+    <store>/about/<fingerprint>/…          a model's manifest (see `manifest.py`), and what is in it
+    <store>/locks, users, quarantine       one fetcher per part; who uses what; what turned out to be wrong
+
+Any number of processes share a store. Files appear in `blobs` by renaming, complete. A file is hashed when a
+process first opens it, and put aside if it is not what its name says. Above the limit, the parts that were
+not read for longest go, except for those that a living process uses: each process keeps a list of these
+beside a file that it holds locked, and a lock ends with its process. An evicted part's index entry stays, so
+that what is fetched next time can be compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+from filelock import FileLock, Timeout
+from pydantic import ByteSize, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from swarmkit.errors import ModelError
+from swarmkit.models.checkpoint.store_format import sha256_of
+
+logger = logging.getLogger(__name__)
+
+SPARE_BYTES = 1024**3
+"""Without a limit of its own, the store leaves this much of the disk free."""
+
+_SUFFIX = ".safetensors"
+Origin = Literal["hub", "peers"]
+
+
+class StoreSettings(BaseSettings):
+    """Where parts of models are kept."""
+
+    model_config = SettingsConfigDict(env_prefix="SWARMKIT_STORE_", frozen=True, extra="forbid")
+
+    dir: Path | None = Field(default=None, description="folder; the default is in the user's cache folder")
+    max_bytes: ByteSize | None = Field(
+        default=None, gt=0, description="limit, as in 50GB; the default leaves 1 GB of the disk free"
+    )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of one part of one source, whether or not its file is here now.
+
+    Attributes:
+        source: repository and commit, `name@commit`.
+        part: e.g. "block 3".
+        content: SHA-256 of its file, in hex.
+        size: of its file.
+        origin: who said that this is the part's content.
+        read_at: when it was last opened, Unix time.
+    """
+
+    source: str
+    part: str
+    content: str
+    size: int
+    origin: Origin
+    read_at: float
+
+
+def key_of(*names: str) -> str:
+    """A file name for something that is identified by `names`."""
+    return hashlib.sha256("\0".join(names).encode()).hexdigest()[:40]
+
+
+class BlockStore:
+    """The store in one folder. Instances may be used by several threads; a process may have several."""
+
+    def __init__(
+        self,
+        root: Path | None = None,
+        max_bytes: int | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
+        free_bytes: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free,
+    ) -> None:
+        """Args: root, max_bytes: the settings' (`SWARMKIT_STORE_DIR`, `SWARMKIT_STORE_MAX_BYTES`) if not
+        given.
+        """
+        settings = StoreSettings()
+        default = Path(platformdirs.user_cache_dir("swarmkit")) / "store"
+        self.root = (root or settings.dir or default).expanduser()
+        self.max_bytes = max_bytes if max_bytes is not None else settings.max_bytes
+        self._clock = clock
+        self._free_bytes = free_bytes
+        self._verified: dict[str, tuple[int, ...]] = {}
+        self._used: set[str] = set()
+        self._user: Path | None = None
+        self._user_lock: FileLock | None = None
+
+    # ------------------------------------------------------------------ reading
+
+    def entry(self, source: str, part: str) -> Entry | None:
+        """What is known of a part."""
+        return _read_entry(self._index(source, part))
+
+    def find(self, source: str, part: str) -> Path | None:
+        """A part's file, verified and protected from eviction until `release`; None if it is not here."""
+        entry = self.entry(source, part)
+        if entry is None:
+            return None
+        path = self.open(entry.content)
+        if path is not None:
+            with self._alone():
+                self._write_entry(Entry(**{**asdict(entry), "read_at": self._clock()}))
+        return path
+
+    def open(self, content: str) -> Path | None:
+        """The file with this content, verified and protected from eviction until `release`; None if it is not
+        here.
+
+        One that is not what its name says is put aside.
+        """
+        path = self.blob(content)
+        with self._alone():
+            if not path.is_file():
+                return None
+            self._use(content)
+        state = _state(path)
+        if self._verified.get(content) != state:
+            with path.open("rb") as file:
+                actual = sha256_of(file)
+            if actual != content:
+                self._put_aside(path)
+                self.release(content)
+                return None
+            self._verified[content] = state
+        return path
+
+    def release(self, content: str) -> None:
+        """This process needs the file no longer; it may be evicted."""
+        with self._alone():
+            self._used.discard(content)
+            self._write_used()
+
+    def blob(self, content: str) -> Path:
+        """Where the file with this content is, if it is here."""
+        return self.root / "blobs" / f"{content}{_SUFFIX}"
+
+    def entries(self) -> list[Entry]:
+        """Everything that is known, also of files that are not here now."""
+        found = [_read_entry(path) for path in sorted((self.root / "index").glob("*.json"))]
+        return [entry for entry in found if entry is not None]
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all files, those under way at their full size."""
+        folders = ("blobs", "partial", "quarantine")
+        return sum(size for folder in folders for _, size, _ in _files(self.root / folder))
+
+    # ------------------------------------------------------------------ writing
+
+    @contextmanager
+    def fetching(self, *names: str) -> Iterator[None]:
+        """The right to fetch one part; another process or thread that wants it waits."""
+        lock = self.fetch_lock(*names)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            logger.info("waiting for another server on this machine, which fetches %s", names[-1])
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def fetch_lock(self, *names: str) -> FileLock:
+        """What `fetching` holds, for those who must not wait on their thread."""
+        return self._lock(key_of(*names))
+
+    def partial(self, *names: str) -> Path:
+        """Where the part is built; its journal lies beside it as `.json`."""
+        return self.root / "partial" / f"{key_of(*names)}.part"
+
+    def reserve(self, partial: Path, size: int) -> None:
+        """Make `partial` a file of `size` bytes, keeping those it has, and room for it by evicting others.
+
+        Raises:
+            ModelError: the limit does not allow it, whatever is evicted.
+        """
+        with self._alone():
+            have = partial.stat().st_size if partial.is_file() else 0
+            if have != size:
+                self._make_room(size - have, keep=partial)
+                partial.parent.mkdir(parents=True, exist_ok=True)
+                with partial.open("ab") as file:
+                    file.truncate(size)
+
+    def keep(self, partial: Path, source: str, part: str, content: str, origin: Origin) -> Path:
+        """Take over a finished part, whose SHA-256 the caller knows; it is protected until `release`."""
+        blob = self.blob(content)
+        with self._alone():
+            blob.parent.mkdir(parents=True, exist_ok=True)
+            size = partial.stat().st_size
+            partial.replace(blob)
+            partial.with_suffix(".json").unlink(missing_ok=True)
+            self._use(content)
+            self._write_entry(Entry(source, part, content, size, origin, self._clock()))
+        self._verified[content] = _state(blob)
+        return blob
+
+    def link(self, source: str, part: str, content: str, origin: Origin) -> Path | None:
+        """Note that a part has this content, if a file with it is here."""
+        path = self.open(content)
+        if path is not None:
+            with self._alone():
+                size = path.stat().st_size
+                self._write_entry(Entry(source, part, content, size, origin, self._clock()))
+        return path
+
+    def discard(self, partial: Path) -> None:
+        """Forget a part that was being fetched."""
+        partial.unlink(missing_ok=True)
+        partial.with_suffix(".json").unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------ notes about files on the Hub
+
+    def note(self, name: str, content: bytes) -> Path:
+        """Keep something small that never changes; returns the file that it is in."""
+        path = self.root / "about" / name
+        if self.noted(name) != content:
+            _replace(path, content)
+        return path
+
+    def noted(self, name: str) -> bytes | None:
+        """What was kept under `name`."""
+        try:
+            return (self.root / "about" / name).read_bytes()
+        except OSError:
+            return None
+
+    # ------------------------------------------------------------------ room
+
+    def _make_room(self, nbytes: int, keep: Path) -> None:
+        def missing() -> int:
+            if self.max_bytes is not None:
+                return self.used_bytes + nbytes - self.max_bytes
+            self.root.mkdir(parents=True, exist_ok=True)
+            return nbytes + SPARE_BYTES - self._free_bytes(self.root)
+
+        if nbytes <= 0 or missing() <= 0:
+            return
+        used = self._used_by_anybody()
+        read_at: dict[str, float] = {}
+        for entry in self.entries():
+            read_at[entry.content] = max(entry.read_at, read_at.get(entry.content, 0.0))
+        candidates = [(-1.0, path) for path, _, _ in _files(self.root / "quarantine")]
+        candidates += [
+            (at, path)
+            for path, _, at in _files(self.root / "partial")
+            if path.suffix == ".part" and path != keep
+        ]
+        for path, _, _ in _files(self.root / "blobs"):
+            content = path.name.removesuffix(_SUFFIX)
+            if content not in used:
+                candidates.append((read_at.get(content, 0.0), path))
+        for _, path in sorted(candidates):
+            if missing() <= 0:
+                return
+            self._evict(path)
+        if missing() > 0:
+            limit = "the disk is full" if self.max_bytes is None else f"its limit is {self.max_bytes} bytes"
+            raise ModelError(
+                f"{nbytes} more bytes do not fit into the store at {self.root}: {limit}, and what is left is "
+                "in use. Serve fewer blocks, raise SWARMKIT_STORE_MAX_BYTES, or move SWARMKIT_STORE_DIR to a "
+                "larger disk."
+            )
+
+    def _evict(self, path: Path) -> None:
+        if path.suffix != ".part":
+            path.unlink(missing_ok=True)
+            return
+        lock = self._lock(path.stem)
+        with contextlib.suppress(Timeout), lock.acquire(blocking=False):  # otherwise it is being fetched
+            self.discard(path)
+
+    # ------------------------------------------------------------------ who uses what
+
+    def _use(self, content: str) -> None:
+        if content not in self._used:
+            self._used.add(content)
+            self._write_used()
+
+    def _write_used(self) -> None:
+        if self._user is None:
+            if not self._used:
+                return
+            self._user = self.root / "users" / f"{os.getpid()}-{uuid.uuid4().hex}.json"
+            self._user.parent.mkdir(parents=True, exist_ok=True)
+            self._user_lock = FileLock(self._user.with_suffix(".lock"), thread_local=False)
+            self._user_lock.acquire()
+            weakref.finalize(self, _end_own_use, self._user, self._user_lock, os.getpid())
+        _replace(self._user, json.dumps(sorted(self._used)).encode())
+
+    def _used_by_anybody(self) -> set[str]:
+        used = set(self._used)
+        for path in (self.root / "users").glob("*.json"):
+            if path == self._user:
+                continue
+            lock = FileLock(path.with_suffix(".lock"))
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                with contextlib.suppress(OSError, ValueError):
+                    used |= set(json.loads(path.read_text()))
+            else:
+                _end_use(path, lock)  # its process has ended
+        return used
+
+    # ------------------------------------------------------------------ files
+
+    def _index(self, source: str, part: str) -> Path:
+        return self.root / "index" / f"{key_of(source, part)}.json"
+
+    def _write_entry(self, entry: Entry) -> None:
+        _replace(self._index(entry.source, entry.part), json.dumps(asdict(entry)).encode())
+
+    def _put_aside(self, path: Path) -> None:
+        logger.warning("%s is damaged; it is put aside and fetched again", path)
+        with self._alone():
+            target = self.root / "quarantine" / f"{path.name}.{uuid.uuid4().hex[:8]}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError):  # somebody else was quicker
+                path.replace(target)
+
+    def _lock(self, name: str) -> FileLock:
+        path = self.root / "locks" / f"{name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path, thread_local=False)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else changes what the store consists of. Held for moments only, never while bytes move."""
+        with self._lock("store"):
+            yield
+
+
+def _end_own_use(path: Path, lock: FileLock, pid: int) -> None:
+    if os.getpid() == pid:  # and not a fork, which inherits this duty but not the use
+        _end_use(path, lock)
+
+
+def _end_use(path: Path, lock: FileLock) -> None:
+    path.unlink(missing_ok=True)
+    lock.release()
+    path.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def _read_entry(path: Path) -> Entry | None:
+    try:
+        return Entry(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _replace(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    scratch.write_bytes(content)
+    scratch.replace(path)
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _files(folder: Path) -> list[tuple[Path, int, float]]:
+    """(path, size, changed at) of a folder's files; those that vanish meanwhile are left out."""
+    found: list[tuple[Path, int, float]] = []
+    if folder.is_dir():
+        for path in sorted(folder.iterdir()):
+            with contextlib.suppress(OSError):
+                status: Any = path.stat()
+                found.append((path, status.st_size, status.st_mtime))
+    return found

@@ -1,0 +1,347 @@
+"""Steps of several sessions in one forward pass.
+
+A linear layer reads all its weights however few tokens it is given, so that eight sessions cost little more
+than one if their tokens go through it together. Only attention cannot be shared: every session looks at its
+own past. So the tokens of all sessions lie behind one another in a batch of one,
+
+    hidden  [1, total, hidden]    total = sum of rows x tokens over the parts
+    row     |a a a a|b|c c|       a: prefill, b: decode, c: two rows that decode
+
+the cache that the blocks are handed appends to each session's own, and the attention function that they find
+in place of theirs (transformers' `AttentionInterface`) calls theirs for each session, with just the queries,
+keys, values and mask that it would have been called with for that session alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from swarmkit.models.adapters.hooks import Segment, Tuner
+from swarmkit.models.architecture.anatomy import Anatomy, rope_types
+from swarmkit.models.architecture.quirks import FAMILIES
+from swarmkit.models.execution.view import with_blocks
+from swarmkit.models.kv.cache import StageCache
+
+_FEW_TOKENS = 16
+"""For more than so many tokens, keys that are shared are read often enough as it is."""
+_PACKED = "swarmkit-packed"
+"""Our attention implementation. transformers knows no mask function of that name, so it makes no mask."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepPart:
+    """One session's step, or a chunk of it; the arguments of `Stage.forward`."""
+
+    hidden: Tensor
+    """[rows, tokens, hidden]"""
+    cache: StageCache
+    attention_mask: Tensor | None = None
+    """[rows, past + tokens], false or 0 at padding; None: no padding."""
+    position_ids: Tensor | None = None
+    """[rows, tokens] or [1, tokens]; None: counted from the past."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> StepPart:
+        """The same with hidden states of this device and dtype."""
+        return dataclasses.replace(self, hidden=self.hidden.to(device, dtype))
+
+
+def can_be_packed(config: PreTrainedConfig, anatomy: Anatomy) -> bool:
+    """Whether sessions may be run together in blocks without a recurrent state; not where it was never tried.
+
+    "longrope" turns all tokens of a batch by how far the furthest of them is: one session's length would
+    change another's keys.
+    """
+    listed = config.model_type in FAMILIES and anatomy.uses_attention_interface
+    return listed and "longrope" not in rope_types(getattr(config, "rope_parameters", None))
+
+
+class PackedView:
+    """Some blocks of a model, to be run over steps of several sessions at once."""
+
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, tuner: Tuner) -> None:
+        self._forward = inspect.unwrap(type(model).forward)
+        self._cache_argument = anatomy.cache_argument
+        self._tuner = tuner
+        self._model = _with_attention(model, _PACKED, {})
+        self._masks = _MaskMaker(model, anatomy)
+        self.attention: str = model.config._attn_implementation
+
+    def __call__(self, parts: Sequence[StepPart], need_masks: Sequence[bool]) -> list[Tensor]:
+        """Run checked parts, all of the device and dtype of the blocks, and append to their caches.
+
+        Args:
+            need_masks: which parts do not see all of their past.
+
+        Returns:
+            [rows, tokens, hidden] for each part.
+        """
+        asked = zip(parts, need_masks, strict=True)
+        masks = [self._masks(part) if needed else None for part, needed in asked]
+        pack = _Parts(parts, masks, self.attention)
+        positions = torch.cat([_positions(part) for part in parts])
+        segments = [Segment.of(part.cache.adapter, part.hidden, part.cache.tokens) for part in parts]
+        first = parts[0].cache
+        with self._tuner.applied(first.start, first.stop, segments):
+            out = self.run(torch.cat([part.hidden.flatten(0, 1) for part in parts]), positions, pack)
+        pieces = out.split(pack.sizes)
+        return [piece.view(part.hidden.shape) for piece, part in zip(pieces, parts, strict=True)]
+
+    def run(self, hidden: Tensor, positions: Tensor, pack: Pack) -> Tensor:
+        """The blocks over tokens [total, hidden] at these positions [total]; returns [total, hidden]."""
+        out: Tensor = self._forward(
+            self._model,
+            inputs_embeds=hidden[None],
+            position_ids=positions[None],
+            use_cache=True,
+            **{self._cache_argument: pack},
+        ).last_hidden_state
+        return out[0]
+
+
+def _positions(part: StepPart) -> Tensor:
+    """The position of each token, row after row."""
+    rows, tokens, _ = part.hidden.shape
+    device, past = part.hidden.device, part.cache.tokens
+    if part.position_ids is None:
+        return torch.arange(past, past + tokens, device=device).repeat(rows)
+    return part.position_ids.to(device).expand(rows, tokens).flatten()
+
+
+class Pack:
+    """What the blocks take for one cache: it hands each session's keys and values to its own.
+
+    Attributes:
+        sizes: how many tokens each session has in it, rows x tokens.
+        attention: which function attends to them.
+        side_by_side: it is one token each of several sessions, as rows of one batch (see `recordings`).
+    """
+
+    side_by_side = False
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], attention: str) -> None:
+        """Args: shapes: rows and tokens of each session."""
+        self.sizes = [rows * tokens for rows, tokens in shapes]
+        self.attention = attention
+        self._shapes = shapes
+        self._several_rows = any(rows > 1 for rows, _ in shapes)
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Append [1, heads, total, dim]; returns what the attention function below is to be given."""
+        raise NotImplementedError
+
+    def mask(self, number: int, block: int) -> Tensor | None:
+        """What session `number` is given in a block, by its index in the stage."""
+        raise NotImplementedError
+
+    def places(self) -> Tensor:
+        """[total]; the how-manieth of its session each token is."""
+        raise NotImplementedError
+
+    def split(self, packed: Tensor) -> Sequence[Tensor]:
+        """[1, heads, total, dim] as [rows, heads, tokens, dim] for each session."""
+        pieces = packed.split(self.sizes, dim=2)
+        if not self._several_rows:
+            return pieces
+        return [
+            piece if shape[0] == 1 else piece[0].unflatten(1, shape).transpose(0, 1)
+            for piece, shape in zip(pieces, self._shapes, strict=True)
+        ]
+
+    def get_seq_length(self, layer_idx: int | None = None) -> Any:
+        """0 to a model, which is told all positions.
+
+        Attention modules ask by their index, and add the answer to 0, 1, 2, ... to get each token's place in
+        its session; so that is what they get: for each token, its place less its place in the pack.
+        """
+        if layer_idx is None:
+            return 0
+        places = self.places()
+        return places - torch.arange(len(places), device=places.device)
+
+
+class _Parts(Pack):
+    """Steps of several sessions, each with a cache of its own."""
+
+    def __init__(self, parts: Sequence[StepPart], masks: Sequence[list[Any] | None], attention: str) -> None:
+        super().__init__([(part.hidden.shape[0], part.hidden.shape[1]) for part in parts], attention)
+        self._parts = parts
+        self._masks = masks
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        added = zip(self._parts, self.split(keys), self.split(values), strict=True)
+        held = [part.cache.layers[layer_idx].update(new, more) for part, new, more in added]
+        return Held(self, [one for one, _ in held]), Held(self, [other for _, other in held])
+
+    def mask(self, number: int, block: int) -> Tensor | None:
+        masks = self._masks[number]
+        return None if masks is None else masks[block]
+
+    def places(self) -> Tensor:
+        device = self._parts[0].hidden.device
+        places = [
+            torch.arange(part.cache.tokens, part.cache.tokens + tokens, device=device).repeat(rows)
+            for part, (rows, tokens) in zip(self._parts, self._shapes, strict=True)
+        ]
+        return torch.cat(places)
+
+
+class Held(list[Tensor]):
+    """Each session's keys or values [rows, heads, past + tokens, dim], and the pack that they are of."""
+
+    def __init__(self, pack: Pack, tensors: Sequence[Tensor]) -> None:
+        super().__init__(tensors)
+        self.pack = pack
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Held, value: Held, attention_mask: None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The attention function of a pack: the module's own, session by session.
+
+    Returns:
+        [1, total, heads, dim], and no weights.
+    """
+    pack = key.pack
+    index: Any = module.layer_idx
+    attend = _own_attention(module, pack.attention)
+    quick = pack.attention == "sdpa" and (query.device.type == "cpu" or pack.side_by_side)
+    outputs = []
+    for number, (queries, keys, values) in enumerate(zip(pack.split(query), key, value, strict=True)):
+        mask = pack.mask(number, index)
+        if mask is None:
+            shares, few = False, queries.shape[2] == 1
+        else:
+            shares = quick and _shares_keys(queries, keys, values, kwargs)
+            few = shares and mask.shape[1] == 1 and queries.shape[2] <= _FEW_TOKENS
+        if quick and few:
+            out = _attend_with_few_tokens(queries, keys, values, mask, kwargs.get("scaling"))
+        elif shares:
+            # The module's own function would copy a whole session's keys for each head that shares them.
+            out = nn.functional.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=mask, scale=kwargs.get("scaling"), enable_gqa=True
+            ).transpose(1, 2)
+        else:
+            out = attend(module, queries, keys, values, mask, **kwargs)[0]
+        outputs.append(out.flatten(0, 1))
+    return torch.cat(outputs)[None], None
+
+
+def _attend_with_few_tokens(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """Query heads that share their keys are asked as if they were more tokens of one head.
+
+    It is the same sum, but reads each key once; on a CPU one token in bfloat16 takes a sixth of the time, and
+    two in float32 half of it.
+
+    Args: mask: [rows, 1, tokens, past + tokens], or None.
+    """
+    rows, heads, tokens, _ = query.shape
+    sharing = heads // keys.shape[1]
+    if mask is not None and tokens > 1:
+        mask = mask.repeat(1, 1, sharing, 1)
+    grouped = query.reshape(rows, keys.shape[1], sharing * tokens, query.shape[3])
+    out = nn.functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+    return out.reshape(rows, heads, tokens, -1).transpose(1, 2)
+
+
+def _shares_keys(query: Tensor, keys: Tensor, values: Tensor, options: Mapping[str, Any]) -> bool:
+    """Whether query heads share keys, and nothing else is asked for than what torch does by itself."""
+    return (
+        query.shape[1] > keys.shape[1]
+        and keys.shape[3] == values.shape[3]
+        and all(options.get(name) is None for name in ("position_bias", "softcap", "s_aux"))
+    )
+
+
+AttentionInterface.register(_PACKED, _attend)
+
+
+def _own_attention(module: nn.Module, name: str) -> Callable[..., Any]:
+    """The function that the module would have called; "eager" is each architecture's own."""
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    return found
+
+
+def _expand_each(expand: Callable[..., tuple[Tensor, Tensor]], latent: Held, rotary: Held) -> Any:
+    """Latent attention makes keys and values of what it has cached, after the cache: for each session."""
+    made = [expand(one, other) for one, other in zip(latent, rotary, strict=True)]
+    return Held(latent.pack, [keys for keys, _ in made]), Held(latent.pack, [values for _, values in made])
+
+
+def _with_attention(module: Any, name: str, configs: dict[int, Any]) -> Any:
+    """A copy of a module that shares all weights and attends by another implementation.
+
+    What knows no config is not copied, unless something in it does.
+    """
+    children = {
+        path: None if child is None else _with_attention(child, name, configs)
+        for path, child in module._modules.items()
+    }
+    config = getattr(module, "config", None)
+    if config is None and all(module._modules[path] is child for path, child in children.items()):
+        return module
+    same = copy.copy(module)
+    same._modules = children
+    if config is not None:
+        if id(config) not in configs:
+            configs[id(config)] = copy.copy(config)
+            configs[id(config)]._attn_implementation = name
+        same.config = configs[id(config)]
+    if hasattr(module, "expand_kv"):
+        same.expand_kv = partial(_expand_each, module.expand_kv)
+    return same
+
+
+class _MaskMaker:
+    """Finds the mask that each block would be given for one session's step, whatever the architecture.
+
+    It asks the model itself: its own function runs, with blocks that only take down the mask they are given.
+    """
+
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
+        self._forward = inspect.unwrap(type(model).forward)
+        self._cache_argument = anatomy.cache_argument
+        self._arguments = anatomy.arguments
+        self._returns_tuple = anatomy.returns_tuple
+        self._taken: list[Any] = []
+        blocks: Any = model.get_submodule(anatomy.layers)
+        self._model = with_blocks(model, anatomy.layers, model.config, [self._instead_of(b) for b in blocks])
+
+    def __call__(self, part: StepPart) -> list[Any]:
+        """A mask (or None) for each block, by its index in the stage."""
+        mask = part.attention_mask
+        self._taken = [None] * part.cache.offset
+        self._forward(
+            self._model,
+            inputs_embeds=part.hidden,
+            attention_mask=None if mask is None else mask.to(part.hidden.device),
+            position_ids=_positions(part).view(part.hidden.shape[:2]),
+            use_cache=True,
+            **{self._cache_argument: part.cache},
+        )
+        return self._taken
+
+    def _instead_of(self, block: nn.Module) -> nn.Module:
+        same = copy.copy(block)  # base models may look at a block's attributes
+        same.forward = self._take
+        return same
+
+    def _take(self, *args: Any, **kwargs: Any) -> Any:
+        named = dict(zip(self._arguments, args, strict=False)) | kwargs
+        self._taken.append(named["attention_mask"])
+        hidden = named[self._arguments[0]]
+        return (hidden,) if self._returns_tuple else hidden

@@ -1,0 +1,486 @@
+"""A stage: some consecutive blocks of a model, as transformers' own base model, truncated."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from swarmkit.errors import AdapterError, UsageError
+from swarmkit.models.adapters.adapter import Adapter, Fittings, Tensors
+from swarmkit.models.adapters.hooks import Segment, Tuner
+from swarmkit.models.architecture.anatomy import (
+    Anatomy,
+    anatomy_of,
+    rope_types,
+    skeleton_of,
+    slice_config,
+    stage_config,
+)
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.cuda_graphs import Recordings
+from swarmkit.models.execution.packed import PackedView, StepPart, can_be_packed
+from swarmkit.models.execution.view import View, with_blocks
+from swarmkit.models.kernels.blocked_linear import use_blocked
+from swarmkit.models.kernels.cut_linear import use_cuts
+from swarmkit.models.kv.cache import StageCache
+from swarmkit.models.kv.static_slots import Seats
+from swarmkit.models.loading import load_model
+from swarmkit.models.quantization.precision import Precision
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Stage", "StageCache", "StepPart"]
+
+DtypeLike: TypeAlias = torch.dtype | str | Literal["auto"]
+
+_CATCH_UP_TOKENS = 512
+
+
+class Stage:
+    """Blocks `[start, stop)` of a model.
+
+    Not safe for use by several threads at once. Any number of sessions may share it, each with its own
+    `StageCache`, also over different sub-ranges of its blocks.
+
+    Attributes:
+        start, stop: the half-open range of blocks.
+        hidden_size: width of the hidden states.
+        precision: how the weights are kept.
+        dtype: of computations, caches and results.
+        device: where it computes.
+        keys_are_final: whether a token's keys are the same however long its session becomes.
+        fittings: what adapters may attach to.
+    """
+
+    def __init__(
+        self, base: PreTrainedModel, anatomy: Anatomy, start: int, stop: int, precision: Precision
+    ) -> None:
+        self.start = start
+        self.stop = stop
+        self.hidden_size: int = base.config.hidden_size
+        parameter = next(base.get_submodule(anatomy.layers).parameters())
+        self.precision = precision
+        self.dtype: torch.dtype = precision.dtype
+        self.device: torch.device = parameter.device
+        self._base = base
+        self._anatomy = anatomy
+        self._views: dict[tuple[int, int], View] = {}
+        self._can_pack = can_be_packed(base.config, anatomy)
+        keys = getattr(base.config, "num_key_value_heads", None)
+        shares = keys is not None and keys != getattr(base.config, "num_attention_heads", None)
+        self._packs_lone_steps = shares and self._can_pack and self.device.type == "cpu"
+        self.keys_are_final = not {"dynamic", "longrope"} & rope_types(
+            getattr(base.config, "rope_parameters", None)
+        )
+        self._packed_views: dict[tuple[int, int], PackedView] = {}
+        self._seats: Seats | None = None
+        self._recordings: dict[tuple[int, int], Recordings] = {}
+        layers: Any = base.get_submodule(anatomy.layers)
+        blocks: dict[int, nn.Module] = dict(enumerate(layers, start))
+        self.fittings = Fittings.of(blocks, self.hidden_size)
+        self._tuner = Tuner(blocks, anatomy.arguments[0])
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        start: int,
+        stop: int,
+        *,
+        dtype: DtypeLike = "auto",
+        device: str | torch.device = "cpu",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Stage:
+        """Load blocks `[start, stop)`, reading only their tensors (and fetching only the files they lie in).
+
+        Args:
+            dtype: a precision: float32, bfloat16, float16, int8 or nf4; "auto" is float32 on a CPU and the
+                checkpoint's own dtype on an accelerator.
+            progress: called with (blocks read so far, blocks in total), from this thread.
+
+        Raises:
+            UsageError: the range is empty or outside the model.
+            ModelError: weights are missing, unknown or misshapen, or the architecture is not supported.
+        """
+        if not 0 <= start < stop <= checkpoint.num_blocks:
+            raise UsageError(
+                f"There are no blocks [{start}, {stop}): {checkpoint.name} has {checkpoint.num_blocks}, "
+                f"so 0 <= start < stop <= {checkpoint.num_blocks}."
+            )
+        anatomy = anatomy_of(checkpoint.config)
+        precision = Precision.parse(dtype, checkpoint.config, device)
+        precision.ensure_available(checkpoint.name, device)
+        config = stage_config(checkpoint.config, start, stop)
+        # What lies outside the blocks is never read: it is taken away below.
+        tensors = {
+            key: torch.zeros(value.shape)
+            for key, value in skeleton_of(anatomy.base_class, config).state_dict().items()
+            if anatomy.block_of(key) is None
+        }
+        for done, block in enumerate(range(start, stop)):
+            if progress is not None:
+                progress(done, stop - start)
+            names = checkpoint.block_keys(block, block + 1)
+            # Within the stage the block is number `done`, not 0.
+            one, here = f"{anatomy.layers}.0.", f"{anatomy.layers}.{done}."
+            for key, tensor in checkpoint.read(names).items():
+                tensors[here + names[key].removeprefix(one)] = tensor
+        if precision.stored is not None:
+            config.quantization_config = precision.stored.of_blocks(start, stop, anatomy)
+            tensors = precision.stored.prepare(tensors, precision.dtype)
+        base = load_model(
+            anatomy.base_class,
+            config,
+            tensors,
+            dtype=precision.dtype,
+            device=device,
+            quantization=precision.quantization_config(),
+            name=f"{checkpoint.name}, blocks [{start}, {stop}),",
+        )
+        anatomy.neutralise(base)
+        use_blocked(base)
+        use_cuts(base)
+        if progress is not None:
+            progress(stop - start, stop - start)
+        return cls(base, anatomy, start, stop, precision)
+
+    def record_tokens(self, sessions: int, tokens: int) -> None:
+        """From now on, run single tokens as recorded work where that can be (see `recordings`).
+
+        On a CPU nothing is recorded, but otherwise it is the same. In int8 it is as without: its kernels look
+        at values while they run.
+
+        Args:
+            sessions: for how many at once; more than that run as without.
+            tokens: how long they may be; the keys and values of `sessions + 1` of that length are held.
+        """
+        self._seats = Seats(sessions, tokens) if self.precision.name != "int8" else None
+        self._recordings = {}
+
+    def new_cache(self, start: int, stop: int, adapter: Adapter | None = None) -> StageCache:
+        """An empty cache for one session that uses blocks `[start, stop)` of this stage.
+
+        Args:
+            adapter: what the session's steps have in these blocks, all its life; its values are here
+                (`adapter.to(stage.device)`).
+
+        Raises:
+            UsageError: the range is empty or not within this stage, or the adapter does not fit it.
+        """
+        if not self.start <= start < stop <= self.stop:
+            raise UsageError(
+                f"Blocks [{start}, {stop}) are not all in this stage, which has [{self.start}, {self.stop})."
+            )
+        cache = StageCache(start, stop, offset=start - self.start, config=self._view(start, stop).config)
+        cache.adapter = self._fitting(adapter, start, stop)
+        return cache
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        hidden: Tensor,
+        cache: StageCache,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Run the cache's blocks over some new tokens, and append these to the cache.
+
+        Args:
+            hidden: `[batch, tokens, hidden]`, of any floating dtype.
+            cache: from `new_cache`; it holds `past` tokens before this call and `past + tokens` after it.
+                A call that raises leaves it as it was.
+            attention_mask: `[batch, past + tokens]`, false or 0 at padding; None: no padding.
+            position_ids: `[batch, tokens]` (or `[1, tokens]`); None: counted from `past`.
+
+        Returns:
+            `[batch, tokens, hidden]`, contiguous, of the stage's dtype and on its device.
+
+        Raises:
+            UsageError: shapes do not fit each other, the cache or the model.
+        """
+        past = cache.tokens
+        self._check(hidden, cache, past, attention_mask, position_ids)
+        view = self._view(cache.start, cache.stop)
+        hidden = hidden.to(self.device, self.dtype)
+        try:
+            self._catch_up(view, cache, attention_mask)
+            cache.before_step(hidden.shape[1])
+            with self._tuned(cache, hidden, past):
+                out = view(hidden, cache, past, attention_mask, position_ids)
+        except BaseException:
+            cache.rewind(past)
+            raise
+        cache.after_step(hidden, position_ids)
+        return out
+
+    def forward_many(self, parts: Sequence[StepPart]) -> list[Tensor | Exception]:
+        """Run steps of several sessions, in one pass over the weights where the architecture can do that.
+
+        Sessions over the same blocks go together, others one after the other. What comes out is what
+        `forward` gives for each alone, but for rounding: a matrix product may add up in another order when
+        it has more rows.
+
+        Args:
+            parts: each of another session.
+
+        Returns:
+            For each part what `forward` returns, or what it raises; then its cache is as it was. A part that
+            fails does not disturb the others.
+        """
+        results: dict[int, Tensor | Exception] = {}
+        packs: dict[tuple[int, int], list[int]] = {}
+        seen: set[StageCache] = set()
+        for index, part in enumerate(parts):
+            try:
+                if part.cache in seen:
+                    raise UsageError("A session has one step at a time; run its next one after this.")
+                self._check(
+                    part.hidden, part.cache, part.cache.tokens, part.attention_mask, part.position_ids
+                )
+            except UsageError as error:
+                results[index] = error
+                continue
+            seen.add(part.cache)
+            can = self._can_pack and not part.cache.recurrent
+            packs.setdefault((part.cache.start, part.cache.stop) if can else (-1, index), []).append(index)
+        for indices in packs.values():
+            results |= zip(indices, self._run_pack([parts[index] for index in indices]), strict=True)
+        return [results[index] for index in range(len(parts))]
+
+    def _run_pack(self, parts: list[StepPart]) -> list[Tensor] | list[Tensor | Exception]:
+        if (recorded := self._run_record(parts)) is not None:
+            return recorded
+        if len(parts) > 1 or self._is_quicker_packed(parts[0]):
+            try:
+                return self._forward_packed(parts)
+            except Exception:
+                logger.warning("%d steps failed together, and are run one by one", len(parts), exc_info=True)
+        return [self._forward_alone(part) for part in parts]
+
+    def _is_quicker_packed(self, part: StepPart) -> bool:
+        """Whether it is several tokens behind others, on a CPU, and heads share keys.
+
+        Alone, all keys would be copied for each head; a pack's attention reads them where they are.
+        """
+        several = part.hidden.shape[1] > 1 and part.cache.tokens > 0
+        return several and self._packs_lone_steps and not part.cache.recurrent
+
+    def _forward_alone(self, part: StepPart) -> Tensor | Exception:
+        try:
+            return self.forward(
+                part.hidden,
+                part.cache,
+                attention_mask=part.attention_mask,
+                position_ids=part.position_ids,
+            )
+        except Exception as error:  # noqa: BLE001 - it is the answer to this part
+            return error
+
+    @torch.inference_mode()
+    def _run_record(self, parts: Sequence[StepPart]) -> list[Tensor] | None:
+        """Checked parts over the same blocks as recorded work; None if that is not for them."""
+        seats = self._seats
+        if seats is None or not self._can_pack:
+            return None
+        blocks = parts[0].cache.start, parts[0].cache.stop
+        view = self._view(*blocks)
+        if not all(_is_next_token(part, view) for part in parts):
+            return None
+        parts = [part.to(self.device, self.dtype) for part in parts]
+        recordings = self._recordings.get(blocks)
+        if recordings is None:
+            recordings = self._recordings[blocks] = Recordings(self._packed(blocks), seats)
+        outputs = recordings.run(parts)
+        if outputs is not None:
+            for part in parts:
+                part.cache.before_step(1)
+                part.cache.after_step(part.hidden, None)
+        return outputs
+
+    def _packed(self, blocks: tuple[int, int]) -> PackedView:
+        packed = self._packed_views.get(blocks)
+        if packed is None:
+            model = self._view(*blocks).model
+            packed = self._packed_views[blocks] = PackedView(model, self._anatomy, self._tuner)
+        return packed
+
+    @torch.inference_mode()
+    def _forward_packed(self, parts: Sequence[StepPart]) -> list[Tensor]:
+        """Checked parts at once, over the same blocks; if it raises, all caches are as they were."""
+        pasts = [part.cache.tokens for part in parts]
+        blocks = parts[0].cache.start, parts[0].cache.stop
+        view = self._view(*blocks)
+        packed = self._packed(blocks)
+        parts = [part.to(self.device, self.dtype) for part in parts]
+        try:
+            needed = [
+                part.attention_mask is not None or not view.needs_no_mask(part.hidden, past)
+                for part, past in zip(parts, pasts, strict=True)
+            ]
+            for part in parts:
+                part.cache.before_step(part.hidden.shape[1])
+            outputs = packed(parts, needed)
+        except BaseException:
+            for part, past in zip(parts, pasts, strict=True):
+                part.cache.rewind(past)
+            raise
+        for part in parts:
+            part.cache.after_step(part.hidden, part.position_ids)
+        return outputs
+
+    def differentiate(
+        self,
+        hidden: Tensor,
+        grad_output: Tensor,
+        start: int,
+        stop: int,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The gradient with respect to `hidden` of blocks `[start, stop)` over whole sequences.
+
+        Computes the forward pass again: nothing is kept between a forward pass and its backward pass.
+
+        Args:
+            hidden: `[batch, tokens, hidden]`, what the blocks were given, from the first token on.
+            grad_output: of the same shape, the gradient with respect to the blocks' output.
+            attention_mask: `[batch, tokens]`, false or 0 at padding; None: no padding.
+            position_ids: `[batch, tokens]` (or `[1, tokens]`); None: counted from 0.
+
+        Raises:
+            UsageError: shapes do not fit each other or the model, or the blocks are not in this stage.
+        """
+        cache = self.new_cache(start, stop)
+        self._check(hidden, cache, 0, attention_mask, position_ids)
+        if grad_output.shape != hidden.shape:
+            raise UsageError(
+                f"The gradient is {list(hidden.shape)} as the output, not {list(grad_output.shape)}."
+            )
+        with torch.inference_mode(False), torch.enable_grad():
+            given = hidden.to(self.device, self.dtype).clone().detach().requires_grad_()
+            out = self._view(start, stop)(given, None, 0, attention_mask, position_ids)
+            (gradient,) = torch.autograd.grad(out, given, grad_output.to(self.device, self.dtype).clone())
+        return gradient
+
+    @cached_property
+    def weights(self) -> frozenset[int]:
+        """The addresses of the memory that weights are in."""
+        parts = (*self._base.parameters(), *self._base.buffers())
+        return frozenset(part.untyped_storage().data_ptr() for part in parts if part.layout == torch.strided)
+
+    def _fitting(self, adapter: Adapter | None, start: int, stop: int) -> Adapter | None:
+        if adapter is None or adapter.spec.is_empty:
+            return None
+        spec = adapter.spec
+        if not spec.start <= start < stop <= spec.stop:
+            raise AdapterError(f"the adapter is for blocks {spec.start}:{spec.stop}, not {start}:{stop}")
+        self.fittings.check(spec.within(start, stop))
+        return adapter
+
+    def _tuned(self, cache: StageCache, hidden: Tensor, past: int) -> AbstractContextManager[None]:
+        segment = Segment.of(cache.adapter, hidden, past)
+        return self._tuner.applied(cache.start, cache.stop, [segment])
+
+    def check_whole(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> None:
+        """Whether blocks `[start, stop)` can be run over whole sequences like these.
+
+        Raises:
+            UsageError: shapes do not fit each other or the model, or the blocks are not in this stage.
+        """
+        self._check(hidden, self.new_cache(start, stop), 0, attention_mask, position_ids)
+
+    def run_whole(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        adapter: Tensors | None = None,
+    ) -> Tensor:
+        """Blocks `[start, stop)` over whole sequences, without a cache, in the caller's gradient mode.
+
+        The arguments are those of `check_whole`, which they have passed, of this stage's dtype and device.
+
+        Args: adapter: what the blocks have besides, differentiable too.
+        """
+        segment = Segment(adapter, hidden.shape[0], hidden.shape[1], 0)
+        with self._tuner.applied(start, stop, [segment]):
+            return self._view(start, stop)(hidden, None, 0, attention_mask, position_ids)
+
+    def _catch_up(self, view: View, cache: StageCache, attention_mask: Tensor | None) -> None:
+        """Run again what a recurrent block had to be set back behind; in pieces, as one may be long."""
+        while (missing := cache.missing()) is not None:
+            inputs, positions = (part[:, :_CATCH_UP_TOKENS] for part in missing)
+            held = cache.get_seq_length()
+            end = held + inputs.shape[1]
+            mask = None if attention_mask is None else attention_mask[:, :end]
+            with self._tuned(cache, inputs, held):
+                view(inputs, cache, held, mask, positions)
+            cache.caught_up(inputs.shape[1])
+
+    def _check(
+        self,
+        hidden: Tensor,
+        cache: StageCache,
+        past: int,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> None:
+        shape = hidden.shape
+        if len(shape) != 3 or shape[2] != self.hidden_size or not shape[0] or not shape[1]:
+            raise UsageError(
+                f"Hidden states are [batch, tokens, {self.hidden_size}], none of them 0, not {list(shape)}."
+            )
+        batch, tokens = shape[0], shape[1]
+        if cache.start - cache.offset != self.start or cache.stop > self.stop:
+            raise UsageError("The cache belongs to another stage; take one from this stage's new_cache().")
+        if past and batch != cache.batch:
+            raise UsageError(f"The cache has a batch of {cache.batch}, the hidden states of {batch}.")
+        if attention_mask is not None and attention_mask.shape != (batch, past + tokens):
+            raise UsageError(
+                f"The attention mask is [batch, past + tokens] = [{batch}, {past + tokens}], "
+                f"not {list(attention_mask.shape)}."
+            )
+        if position_ids is not None and tuple(position_ids.shape) not in ((batch, tokens), (1, tokens)):
+            raise UsageError(
+                f"Position ids are [batch, tokens] = [{batch}, {tokens}], not {list(position_ids.shape)}."
+            )
+
+    def _view(self, start: int, stop: int) -> View:
+        view = self._views.get((start, stop))
+        if view is None:
+            first, last = start - self.start, stop - self.start
+            blocks: Any = self._base.get_submodule(self._anatomy.layers)
+            config = slice_config(self._base.config, first, last)
+            model = with_blocks(self._base, self._anatomy.layers, config, list(blocks)[first:last])
+            view = self._views[start, stop] = View(model, self._anatomy)
+        return view
+
+
+def _is_next_token(part: StepPart, view: View) -> bool:
+    """Whether it is one more token of one row that sees all there is, and nothing else is asked for."""
+    return (
+        part.hidden.shape[:2] == (1, 1)
+        and part.attention_mask is None
+        and part.position_ids is None
+        and part.cache.adapter is None
+        and part.cache.tokens > 0
+        and view.needs_no_mask(part.hidden, part.cache.tokens)
+    )

@@ -1,0 +1,1 @@
+"""Keys, values and recurrent states of sessions, in the three layouts that a stage can hold them in."""

@@ -1,0 +1,1 @@
+"""Links of a chosen quality, for tests and benchmarks."""

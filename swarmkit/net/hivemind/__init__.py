@@ -1,0 +1,1 @@
+"""The transport for the Internet: libp2p through hivemind's daemon, and direct streams beside it."""

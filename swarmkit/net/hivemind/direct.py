@@ -1,0 +1,278 @@
+"""Streams that leave the p2p daemons aside, where two peers can reach each other by plain TCP.
+
+A frame over libp2p passes through two daemons, one on each side: four more process switches, which on a fast
+link is most of what a token's step costs on its way. So whoever serves a stream offers, over it, another
+way: a port of its own, a ticket that admits one connection, and a key for each direction. libp2p has
+authenticated both ends of the stream and encrypts what passes there, so whoever shows the ticket, and knows
+the keys, is the peer that the daemon has named.
+
+::
+
+    opener                                          server
+      │ ── libp2p stream ─────────────────────────────▶ │
+      │ ◀──────────────────────────── port, ticket, keys │
+      │ ══ TCP ══ ticket ═════════════════════════════▶ │   in the clear: it is good for one connection
+      │ ◀════════════════════════════ sealed: "welcome" │
+      │ ── libp2p stream ── "direct" or "stay" ────────▶ │   and from here on one of the two is used
+
+Frames are sealed with AES-256-GCM (NIST SP 800-38D), numbered by their nonce, so that none can be read,
+changed, left out, repeated or moved. Where the port cannot be reached (a firewall, a relay), the libp2p
+stream itself is used, and that peer is not tried again for a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import anyio
+import msgspec
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from swarmkit.errors import PeerError, ProtocolError, SwarmkitError
+from swarmkit.net.hivemind.framing import FrameStream
+from swarmkit.net.transport.seam import MAX_FRAME_BYTES, Buffer
+
+logger = logging.getLogger(__name__)
+
+_SECRET_BYTES = 32
+_TAG_BYTES = 16
+_WELCOME = b""
+_TICKET_LIFETIME_S = 10.0
+_MOST_STRANGERS = 64
+"""Connections that have not shown a ticket yet."""
+_MOST_HOSTS = 4
+"""How many of the hosts that a peer says it has are tried."""
+
+Secret = Annotated[bytes, msgspec.Meta(min_length=_SECRET_BYTES, max_length=_SECRET_BYTES)]
+
+
+class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """The other way to the one who serves a stream."""
+
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    ticket: Secret
+    to_server: Secret
+    to_opener: Secret
+
+    def to_bytes(self) -> bytes:
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Offer | None:
+        """None where it is no offer."""
+        try:
+            return msgspec.msgpack.decode(data, type=cls)
+        except (msgspec.DecodeError, msgspec.ValidationError):
+            return None
+
+
+class SealedStream(FrameStream):
+    """A `Stream` over a TCP connection; plain until `seal`."""
+
+    def __init__(self, on_connected: Callable[[FrameStream], None] | None = None) -> None:
+        super().__init__(on_connected=on_connected)
+        self.frame_limit = _SECRET_BYTES  # until both ends know each other nothing longer is due
+        self._sealing: AESGCM | None = None
+        self._opening: AESGCM | None = None
+        self._sent = 0
+        self._received = 0
+
+    def seal(self, outgoing: bytes, incoming: bytes) -> None:
+        """From now on frames are encrypted: those that go with one key, those that come with the other.
+
+        Raises:
+            ProtocolError: something has come already that nobody has sealed.
+        """
+        if not self.nothing_waits:
+            raise ProtocolError("a peer sent more than its ticket before it was welcome", self.peer_id)
+        self._sealing, self._opening = AESGCM(outgoing), AESGCM(incoming)
+        self.frame_limit = MAX_FRAME_BYTES + _TAG_BYTES
+        self.overhead = _TAG_BYTES
+
+    def outgoing(self, parts: tuple[Buffer, ...]) -> tuple[Buffer, ...]:
+        if self._sealing is None:
+            return parts
+        plain = parts[0] if len(parts) == 1 else b"".join(parts)
+        nonce = self._sent.to_bytes(12, "big")
+        self._sent += 1
+        return (self._sealing.encrypt(nonce, plain, None),)
+
+    def incoming(self, frame: bytes) -> bytes:
+        if self._opening is None:
+            return frame
+        nonce = self._received.to_bytes(12, "big")
+        self._received += 1
+        try:
+            return self._opening.decrypt(nonce, frame, None)
+        except InvalidTag:
+            raise ProtocolError(
+                f"what came from peer {self.peer_id} was changed on its way, so the stream was ended",
+                self.peer_id,
+            ) from None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # A peer whose machine is gone says nothing; the kernel asks after it now and then.
+        if (sock := transport.get_extra_info("socket")) is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        super().connection_made(transport)
+
+
+@dataclass(eq=False)
+class Expected:
+    """A ticket that was given out, and the connection that came with it."""
+
+    offer: Offer
+    peer_id: str
+    stream: SealedStream | None = None
+    taken: bool = False
+
+    def take(self) -> SealedStream:
+        """The connection, which is the caller's to end from now on.
+
+        Raises:
+            ProtocolError: none has come.
+        """
+        if self.stream is None:
+            raise ProtocolError("the peer says that it came directly, and has not", self.peer_id)
+        self.taken = True
+        return self.stream
+
+
+class DirectListener:
+    """Takes the connections that were offered. Made by `open`, ended by `close`."""
+
+    def __init__(
+        self, own: Callable[[FrameStream], None], spawn: Callable[[Coroutine[Any, Any, None]], object]
+    ) -> None:
+        self._own = own
+        self._spawn = spawn
+        self._expected: dict[bytes, Expected] = {}
+        self._strangers = 0
+        self._server: asyncio.AbstractServer | None = None
+        self.port = 0
+
+    @classmethod
+    async def open(
+        cls,
+        hosts: Sequence[str],
+        own: Callable[[FrameStream], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+    ) -> DirectListener | None:
+        """Listen at a free port of these hosts.
+
+        Args:
+            own: called with every stream; whoever owns it ends it.
+            spawn: runs a coroutine as a task that ends with its owner.
+
+        Returns: None where that cannot be: then nothing is offered.
+        """
+        self = cls(own, spawn)
+        try:
+            self._server = await asyncio.get_running_loop().create_server(
+                lambda: SealedStream(on_connected=self._accept), list(hosts), 0
+            )
+        except OSError as error:
+            logger.info("no direct streams, as %s cannot be listened at: %s", ", ".join(hosts), error)
+            return None
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    def close(self) -> None:
+        """Take no more connections."""
+        if self._server is not None:
+            self._server.close()
+
+    @contextlib.contextmanager
+    def offer(self, peer_id: str) -> Iterator[Expected]:
+        """A ticket for a peer, good while the `with` block lasts."""
+        expected = Expected(
+            Offer(self.port, *(secrets.token_bytes(_SECRET_BYTES) for _ in range(3))), peer_id
+        )
+        self._expected[expected.offer.ticket] = expected
+        try:
+            yield expected
+        finally:
+            self._expected.pop(expected.offer.ticket, None)
+            if not expected.taken and expected.stream is not None:
+                expected.stream.close()
+
+    def _accept(self, stream: FrameStream) -> None:
+        assert isinstance(stream, SealedStream)
+        self._own(stream)
+        if self._strangers >= _MOST_STRANGERS:
+            stream.abort(ProtocolError("too many connections without a ticket"))
+            return
+        self._spawn(self._admit(stream))
+
+    async def _admit(self, stream: SealedStream) -> None:
+        self._strangers += 1
+        try:
+            with anyio.fail_after(_TICKET_LIFETIME_S):
+                expected = self._expected.pop(await stream.receive(), None)
+            if expected is None:
+                raise ProtocolError("the ticket is not known")
+            stream.peer_id = expected.peer_id
+            stream.seal(expected.offer.to_opener, expected.offer.to_server)
+            expected.stream = stream
+            await stream.send(_WELCOME)
+        except (TimeoutError, SwarmkitError) as error:
+            logger.debug("a direct connection was refused: %s", error)
+            stream.abort(ProtocolError(f"a direct connection was refused: {error}"))
+        finally:
+            self._strangers -= 1
+
+
+async def connect_directly(
+    peer_id: str, offer: Offer, hosts: Sequence[str], own: Callable[[FrameStream], None], timeout: float
+) -> SealedStream | None:
+    """Take up an offer at the first of these hosts that answers to it; None if none does in time.
+
+    Args:
+        own: called with every stream; whoever owns it ends it.
+    """
+    attempts = {
+        asyncio.ensure_future(_connect(peer_id, offer, host, own)) for host in list(hosts)[:_MOST_HOSTS]
+    }
+    found: SealedStream | None = None
+    waiting = attempts
+    try:
+        with anyio.move_on_after(timeout):
+            while waiting and found is None:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                found = next((stream for task in done if (stream := task.result()) is not None), None)
+        return found
+    finally:
+        for task in attempts:
+            task.cancel()
+        for end in await asyncio.gather(*attempts, return_exceptions=True):
+            if isinstance(end, SealedStream) and end is not found:
+                end.abort(ProtocolError("given up", peer_id))
+
+
+async def _connect(
+    peer_id: str, offer: Offer, host: str, own: Callable[[FrameStream], None]
+) -> SealedStream | None:
+    stream = SealedStream(on_connected=own)
+    stream.peer_id = peer_id
+    try:
+        await asyncio.get_running_loop().create_connection(lambda: stream, host, offer.port)
+        await stream.send(offer.ticket)
+        stream.seal(offer.to_server, offer.to_opener)
+        if await stream.receive() != _WELCOME:
+            raise ProtocolError("no welcome", peer_id)
+        return stream
+    except (OSError, PeerError) as error:
+        logger.debug("peer %s cannot be reached directly at %s: %s", peer_id[-6:], host, error)
+        stream.abort(ProtocolError(f"no direct connection: {error}", peer_id))
+        return None
+    except asyncio.CancelledError:
+        stream.abort(ProtocolError("given up", peer_id))
+        raise

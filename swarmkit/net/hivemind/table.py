@@ -1,0 +1,323 @@
+"""The table that all peers share, on hivemind's distributed hash table; and the late import of hivemind.
+
+hivemind's table trusts what it is sent: any peer may store any expiry under any name, and hide other
+peers' records behind a plain value or a cached copy. So a value travels in an envelope that is signed by
+the peer it stands under and that binds value and expiry; everything else is dropped wherever it shows up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import importlib
+import logging
+import math
+import os
+import struct
+import sys
+import threading
+import types
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import anyio
+
+from swarmkit.errors import TransportError
+from swarmkit.net.transport.identity import Identity, verify
+from swarmkit.net.transport.limits import MAX_VALUE_BYTES, checked_records
+from swarmkit.net.transport.seam import RecordCheck
+
+logger = logging.getLogger(__name__)
+
+_SPAWNING_MODULES = (
+    "hivemind.dht.node",
+    "hivemind.dht.protocol",
+    "hivemind.dht.traverse",
+    "hivemind.p2p.p2p_daemon",
+    "hivemind.p2p.p2p_daemon_bindings.control",
+)
+_import_lock = threading.Lock()
+_task_owner: ContextVar[set[asyncio.Task[Any]] | None] = ContextVar("swarmkit_task_owner", default=None)
+
+_ENVELOPE = struct.Struct(">B64sdH")  # version, signature, expires_at, bytes of the key; then key and value
+_ENVELOPE_VERSION = 1
+_CONTEXT = b"swarmkit table record 1\n"
+
+
+def load_hivemind() -> None:
+    """Import hivemind, and undo what that does to the rest of the program.
+
+    It changes how torch shares tensors between processes, renames a log level and installs a log handler;
+    and it starts tasks that nobody owns, which `owning` then collects. Takes seconds: call it in a thread.
+    """
+    with _import_lock:
+        if "hivemind" not in sys.modules:
+            import torch.multiprocessing
+
+            strategy = torch.multiprocessing.get_sharing_strategy()  # type: ignore[no-untyped-call]
+            level_name = logging.getLevelName(logging.WARNING)
+            try:
+                importlib.import_module("hivemind")
+            except ImportError as error:
+                raise TransportError(f"hivemind cannot be imported: {error}; pip install hivemind") from error
+            finally:
+                torch.multiprocessing.set_sharing_strategy(strategy)  # type: ignore[no-untyped-call]
+                logging.addLevelName(logging.WARNING, level_name)
+            importlib.import_module("hivemind.utils.logging").use_hivemind_log_handler("nowhere")
+            # it warns about every peer that went away, which in a swarm is no news
+            logging.getLogger("hivemind").setLevel(os.environ.get("HIVEMIND_LOGLEVEL", "ERROR"))
+        for name in _SPAWNING_MODULES:
+            module = importlib.import_module(name)
+            if not isinstance(module.asyncio, _TrackingAsyncio):
+                module.asyncio = _TrackingAsyncio("asyncio")  # type: ignore[attr-defined]
+
+
+class _TrackingAsyncio(types.ModuleType):
+    """What hivemind's modules see as `asyncio`: the same, but a task is entered with the current owner."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    @staticmethod
+    def create_task(coroutine: Coroutine[Any, Any, Any], **options: Any) -> asyncio.Task[Any]:
+        task = asyncio.create_task(coroutine, **options)
+        owner = _task_owner.get()
+        if owner is not None:
+            owner.add(task)
+            task.add_done_callback(functools.partial(_forget, owner))
+        return task
+
+
+def _forget(owner: set[asyncio.Task[Any]], task: asyncio.Task[Any]) -> None:
+    owner.discard(task)
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.debug("a task of hivemind's failed: %r", error)
+
+
+@contextlib.contextmanager
+def owning(tasks: set[asyncio.Task[Any]]) -> Iterator[None]:
+    """Enter every task that hivemind starts in this block, and those that these start, in `tasks`."""
+    token = _task_owner.set(tasks)
+    try:
+        yield
+    finally:
+        _task_owner.reset(token)
+
+
+def wake_sleepers(tasks: set[asyncio.Task[Any]]) -> None:
+    """Cancel the tasks that only let time pass: hivemind's bootstrap leaves one behind, for seconds."""
+    for task in tasks:
+        if getattr(task.get_coro(), "__qualname__", "") == "sleep":
+            task.cancel()
+
+
+async def end_tasks(tasks: set[asyncio.Task[Any]]) -> None:
+    """Cancel tasks, and what they start while they end, until none is left."""
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending)
+
+
+class RecordGuard:
+    """Decides which records this peer keeps and believes. It has the form of hivemind's record validators."""
+
+    priority = 0
+
+    def __init__(self, check: RecordCheck | None) -> None:
+        self._check = check
+        routing = importlib.import_module("hivemind.dht.routing")
+        serializer = importlib.import_module("hivemind.utils.serializer")
+        self._key_id = routing.DHTID.generate
+        self._loads = serializer.MSGPackSerializer.loads
+        self._authentic = functools.lru_cache(maxsize=4096)(verify)
+
+    def open(self, key_id: bytes, subkey: Any, envelope: Any, expires_at: float) -> tuple[str, bytes] | None:
+        """Key and value from an envelope, or None if anything about it is wrong."""
+        if not isinstance(subkey, str) or not isinstance(envelope, bytes) or len(envelope) < _ENVELOPE.size:
+            return None
+        version, signature, signed_expiry, key_bytes = _ENVELOPE.unpack_from(envelope)
+        end_of_key = _ENVELOPE.size + key_bytes
+        if version != _ENVELOPE_VERSION or signed_expiry != expires_at or not math.isfinite(expires_at):
+            return None
+        if len(envelope) < end_of_key or len(envelope) - end_of_key > MAX_VALUE_BYTES:
+            return None
+        try:
+            key = envelope[_ENVELOPE.size : end_of_key].decode()
+        except UnicodeDecodeError:
+            return None
+        value = envelope[end_of_key:]
+        if self._key_id(key).to_bytes() != key_id:
+            return None
+        if not self._authentic(subkey, _signed_part(expires_at, value), signature):
+            return None
+        if self._check is not None and not self._check(key, subkey, value):
+            return None
+        return key, value
+
+    def validate(self, record: Any) -> bool:
+        """Whether to keep or believe a record (hivemind calls this)."""
+        return self._is_good(
+            record.key, record.subkey, record.value, record.expiration_time, packed_subkey=True
+        )
+
+    def sign_value(self, record: Any) -> bytes:
+        """Our values are signed before hivemind sees them."""
+        return bytes(record.value)
+
+    def strip_value(self, record: Any) -> bytes:
+        """Our values are opened after hivemind has handed them out."""
+        return bytes(record.value)
+
+    def purge(self, key_id: bytes, dictionary: Any) -> bool:
+        """Drop the bad entries of what another peer holds under a key; the good ones must not suffer."""
+        with dictionary.freeze():
+            bad = [
+                subkey
+                for subkey, (value, expires_at) in dictionary.items()
+                if not self._is_good(key_id, subkey, value, expires_at, packed_subkey=False)
+            ]
+            for subkey in bad:
+                del dictionary[subkey]
+        return True
+
+    def _is_good(
+        self, key_id: bytes, subkey: Any, value: Any, expires_at: Any, *, packed_subkey: bool
+    ) -> bool:
+        try:
+            name = self._loads(subkey) if packed_subkey else subkey
+            return self.open(key_id, name, self._loads(value), expires_at) is not None
+        except Exception as error:  # noqa: BLE001 - foreign bytes may break a decoder in any way
+            logger.debug("refused a record: %r", error)
+            return False
+
+
+class HivemindTable:
+    """This peer's part of the shared table."""
+
+    def __init__(self, node: Any, guard: RecordGuard, identity: Identity, timeout: float) -> None:
+        self._node = node
+        self._guard = guard
+        self._identity = identity
+        self._timeout = timeout
+
+    @classmethod
+    async def join(
+        cls,
+        p2p: Any,
+        identity: Identity,
+        *,
+        initial_peers: Sequence[str],
+        client_mode: bool,
+        check: RecordCheck | None,
+        timeout: float,
+    ) -> HivemindTable:
+        """Take part in the table of `initial_peers`, or begin one.
+
+        Raises:
+            TransportError: none of the initial peers answered, or one refused.
+        """
+        guard = RecordGuard(check)
+        node_type = importlib.import_module("hivemind.dht.node").DHTNode
+        try:
+            # every cache is off: a fetch shall see what other peers hold now, not what they once held
+            node = await node_type.create(
+                p2p=p2p,
+                initial_peers=list(initial_peers),
+                client_mode=client_mode,
+                record_validator=guard,
+                cache_locally=False,
+                cache_nearest=0,
+                cache_on_store=False,
+                cache_refresh_before_expiry=0,
+                reuse_get_requests=False,
+            )
+        except Exception as error:
+            raise TransportError(
+                f"could not join the swarm at {', '.join(initial_peers)}: {error}. Check that these peers "
+                "are running and that this machine's clock is right (within 3 seconds)"
+            ) from error
+        node.protocol.cache = _no_cache()
+        node.protocol._validate_dictionary = guard.purge
+        return cls(node, guard, identity, timeout)
+
+    async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float) -> int:
+        """See `Transport.store`."""
+        pairs = checked_records(records, expires_at)
+        if not pairs:
+            return 0
+        try:
+            with anyio.fail_after(self._timeout):
+                stored = await self._node.store_many(
+                    keys=[key for key, _ in pairs],
+                    values=[_sealed(self._identity, key, value, expires_at) for key, value in pairs],
+                    expiration_time=float(expires_at),
+                    subkeys=[self._identity.peer_id] * len(pairs),
+                    exclude_self=self._node.protocol.client_mode,  # nobody could ask it for them
+                )
+        except TimeoutError:
+            return 0
+        return sum(map(bool, stored.values()))
+
+    async def fetch(self, keys: Iterable[str]) -> dict[str, Mapping[str, bytes]]:
+        """See `Transport.fetch`. What was not found within the deadline is left out."""
+        wanted = list(dict.fromkeys(keys))
+        if not wanted:
+            return {}
+        futures = await self._node.get_many(wanted, sufficient_expiration_time=math.inf, return_futures=True)
+        try:
+            await asyncio.wait(futures.values(), timeout=self._timeout)
+        finally:
+            for future in futures.values():
+                future.cancel()
+        found: dict[str, Mapping[str, bytes]] = {}
+        for key, future in futures.items():
+            if future.cancelled() or future.exception() is not None:
+                continue
+            if values := self._values(key, future.result()):
+                found[key] = values
+        return found
+
+    def close(self) -> None:
+        """Stop; the tasks are ended by whoever owns them (see `owning`)."""
+        self._node.is_alive = False
+
+    def _values(self, key: str, result: Any) -> dict[str, bytes]:
+        if result is None or not isinstance(result.value, dict):
+            return {}
+        key_id = self._guard._key_id(key).to_bytes()
+        values: dict[str, bytes] = {}
+        for subkey, (envelope, expires_at) in result.value.items():
+            if (opened := self._guard.open(key_id, subkey, envelope, expires_at)) is not None:
+                values[subkey] = opened[1]
+        return values
+
+
+def _sealed(identity: Identity, key: str, value: bytes, expires_at: float) -> bytes:
+    name = key.encode()
+    signature = identity.sign(_signed_part(expires_at, value))
+    return _ENVELOPE.pack(_ENVELOPE_VERSION, signature, expires_at, len(name)) + name + bytes(value)
+
+
+def _signed_part(expires_at: float, value: bytes) -> bytes:
+    # without the key, so that one record under many keys is verified once
+    return _CONTEXT + struct.pack(">d", expires_at) + value
+
+
+def _no_cache() -> Any:
+    """A cache that holds nothing: hivemind would hand out a cached copy in place of the stored records."""
+    storage_type = importlib.import_module("hivemind.dht.storage").DHTLocalStorage
+
+    class NoCache(storage_type):  # type: ignore[misc, valid-type]
+        def store(self, *_: Any, **__: Any) -> bool:
+            return False
+
+        def store_subkey(self, *_: Any, **__: Any) -> bool:
+            return False
+
+        def get(self, _: Any) -> None:
+            return None
+
+    return NoCache()

@@ -1,0 +1,532 @@
+"""The transport for the world: libp2p through hivemind's daemon, and hivemind's distributed hash table.
+
+Frames go over libp2p streams, which the daemon hands to us as local sockets (`framing`). The table is
+`hivemind_table`. The daemon is our child process (`p2p_daemon`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import ipaddress
+import logging
+import math
+import socket
+import time
+import weakref
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+import base58
+
+from swarmkit.errors import (
+    PeerTimeoutError,
+    PeerUnreachableError,
+    ProtocolError,
+    SwarmkitError,
+    TransportError,
+    UsageError,
+)
+from swarmkit.net.hivemind.daemon import DaemonOptions, P2PDaemon
+from swarmkit.net.hivemind.direct import DirectListener, Offer, SealedStream, connect_directly
+from swarmkit.net.hivemind.framing import FrameStream
+from swarmkit.net.hivemind.table import HivemindTable, end_tasks, load_hivemind, owning, wake_sleepers
+from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.seam import Handler, RecordCheck, Stream, Transport
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+_LOCAL_HOSTS = ("127.", "::1", "localhost")
+_ACCEPTED = b""
+"""The first frame of every stream, sent by the one who serves it. A daemon may open a stream towards a peer
+that has just died or that is no longer able to answer; only this tells that somebody is there. With an offer
+(`direct`) in its place, the opener's first frame is one of the next two."""
+_STAY = b"stay"
+_DIRECT = b"direct"
+_LONGEST_DIRECT_S = 1.0
+_NOT_DIRECT_S = 600.0
+"""For so long a peer is not tried again that could not be reached directly."""
+_GREETING_TIMEOUT_S = 10.0
+_REQUEST_TIMEOUT_S = 10.0
+
+
+class HivemindTransport(Transport):
+    """One peer's connection to the swarm. Made by `create`, ended by `close`."""
+
+    def __init__(self, identity: Identity, daemon: P2PDaemon) -> None:
+        self._identity = identity
+        self._daemon = daemon
+        self._addresses: tuple[str, ...] = ()
+        self._table: HivemindTable | None = None
+        self._p2p: Any = None
+        self._server: asyncio.AbstractServer | None = None
+        self._direct: DirectListener | None = None
+        self._not_direct: dict[str, float] = {}
+        self._handlers: dict[str, Handler] = {}
+        self._streams: weakref.WeakSet[FrameStream] = weakref.WeakSet()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._hivemind_tasks: set[asyncio.Task[Any]] = set()
+        self._end: TransportError | None = None
+        self._closing: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def create(
+        cls,
+        *,
+        initial_peers: Sequence[str] = (),
+        identity: Identity | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        host_maddrs: Sequence[str] | None = None,
+        announce_maddrs: Sequence[str] = (),
+        use_relay: bool = True,
+        use_auto_relay: bool = False,
+        client_mode: bool = False,
+        direct: bool = True,
+        record_check: RecordCheck | None = None,
+        startup_timeout: float = 30.0,
+        table_timeout: float = 10.0,
+    ) -> HivemindTransport:
+        """Start the daemon and join the swarm.
+
+        Args:
+            initial_peers: addresses (`/ip4/…/tcp/…/p2p/…`) of some peers of the swarm; none = a new swarm.
+            identity: who this peer is; a fresh random identity if not given.
+            host, port: where to listen; port 0 = any free one. Use "0.0.0.0" to be reachable from outside.
+            host_maddrs: where to listen, as multiaddresses, in place of `host` and `port`.
+            announce_maddrs: how others see this peer, if that differs from where it listens.
+            use_relay: reach peers that are behind a firewall through relays.
+            use_auto_relay: be reachable through a relay oneself.
+            client_mode: neither listen nor keep a part of the table; open streams and look things up only.
+            direct: let streams leave the daemons aside where peers can reach each other by plain TCP, at a
+                port of its own that the system chooses; not where others see this peer elsewhere than it
+                listens.
+            record_check: which records to keep and believe, beyond that each is signed by its peer.
+            startup_timeout: seconds for the daemon to become ready, and again to join the swarm.
+            table_timeout: seconds for one store or fetch.
+
+        Raises:
+            UsageError: an address is malformed.
+            TransportError: the daemon could not start, or none of the initial peers could be reached.
+        """
+        await asyncio.to_thread(load_hivemind)
+        if host_maddrs is None:
+            host_maddrs = (f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}",)
+        for address in initial_peers:
+            if _multiaddr(address) is None or "/p2p/" not in address:
+                raise UsageError(f"{address!r} is no peer's address; it should look like /ip4/…/tcp/…/p2p/…")
+        for address in (*host_maddrs, *announce_maddrs):
+            if _multiaddr(address) is None:
+                raise UsageError(f"{address!r} is not a multiaddress such as /ip4/0.0.0.0/tcp/31330")
+        options = DaemonOptions(
+            host_maddrs=host_maddrs,
+            announce_maddrs=announce_maddrs,
+            initial_peers=initial_peers,
+            listen=not client_mode,
+            serve_routing=not client_mode,
+            nat=not client_mode and not all(_is_local(address) for address in host_maddrs),
+            use_relay=use_relay,
+            use_auto_relay=use_auto_relay,
+        )
+        identity = identity or Identity()
+        self = cls(identity, await P2PDaemon.start(identity, options, startup_timeout=startup_timeout))
+        try:
+            with anyio.fail_after(startup_timeout):
+                if direct and not client_mode and not announce_maddrs:
+                    hosts = [ip for address in host_maddrs if (ip := _ip_of(address))]
+                    self._direct = await DirectListener.open(hosts, self._streams.add, self._spawn)
+                await self._attach(initial_peers, client_mode, record_check, table_timeout)
+        except TimeoutError:
+            await self.close()
+            raise TransportError(
+                f"could not join the swarm at {', '.join(initial_peers) or 'this machine'} within "
+                f"{startup_timeout:g} s; check the addresses, or allow a longer startup_timeout"
+            ) from None
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def _attach(
+        self, initial_peers: Sequence[str], client_mode: bool, check: RecordCheck | None, table_timeout: float
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(
+            lambda: FrameStream(greeting=True, on_connected=self._accept), path=self._stream_socket
+        )
+        await self._refresh_addresses()
+        with owning(self._hivemind_tasks):
+            self._p2p = await _p2p_type(self._daemon.folder).replicate(
+                _multiaddr(f"/unix{self._daemon.control_socket}")
+            )
+            self._table = await HivemindTable.join(
+                self._p2p,
+                self._identity,
+                initial_peers=initial_peers,
+                client_mode=client_mode,
+                check=check,
+                timeout=table_timeout,
+            )
+        wake_sleepers(self._hivemind_tasks)
+
+    @property
+    def identity(self) -> Identity:
+        return self._identity
+
+    @property
+    def peer_id(self) -> str:
+        return self._identity.peer_id
+
+    @property
+    def addresses(self) -> Sequence[str]:
+        """Where other peers can dial this one; looked at again with every `store`."""
+        return self._addresses
+
+    @property
+    def daemon_pid(self) -> int:
+        """The daemon's process id."""
+        return self._daemon.pid
+
+    async def listen(self, name: str, handler: Handler) -> None:
+        """See `Transport.listen`. A second handler of the same name replaces the first."""
+        self._check_running()
+        is_new = name not in self._handlers
+        self._handlers[name] = handler
+        if not is_new:
+            return
+        pb = _messages()
+        address = _multiaddr(f"/unix{self._stream_socket}").to_bytes()
+        request = pb.StreamHandlerRequest(addr=address, proto=[name], balanced=False)
+        try:
+            with anyio.fail_after(_REQUEST_TIMEOUT_S):
+                await self._ask(pb.Request(type=pb.Request.STREAM_HANDLER, streamHandler=request))
+        except (TimeoutError, _DaemonRefusal) as error:
+            del self._handlers[name]
+            raise TransportError(
+                f"the p2p daemon does not accept streams called {name!r}: {error}"
+            ) from error
+
+    async def open(
+        self, peer_id: str, name: str, addresses: Sequence[str] = (), timeout: float = 5.0
+    ) -> Stream:
+        """See `Transport.open`."""
+        self._check_running()
+        if peer_id == self.peer_id:
+            return await self._open_to_self(name)
+        try:
+            raw_id = base58.b58decode(peer_id)
+        except ValueError:
+            raise PeerUnreachableError(f"{peer_id!r} is not a peer id", peer_id) from None
+        pb = _messages()
+        seconds = max(1, math.ceil(timeout))
+        began = time.monotonic()
+        try:
+            with anyio.fail_after(timeout):
+                if dialable := _dialable(peer_id, addresses):
+                    connect = pb.ConnectRequest(peer=raw_id, addrs=dialable, timeout=seconds)
+                    await self._ask(pb.Request(type=pb.Request.CONNECT, connect=connect))
+                request = pb.StreamOpenRequest(peer=raw_id, proto=[name], timeout=seconds)
+                stream, offer = await self._ask_for_stream(
+                    pb.Request(type=pb.Request.STREAM_OPEN, streamOpen=request), peer_id
+                )
+                if offer is None:
+                    return stream
+                return await self._choose_way(stream, offer, addresses, time.monotonic() - began)
+        except TimeoutError:
+            raise PeerTimeoutError(f"peer {peer_id} did not answer within {timeout:g} s", peer_id) from None
+        except ProtocolError as error:
+            raise PeerUnreachableError(str(error), peer_id) from None
+        except _DaemonRefusal as refusal:
+            raise _unreachable(peer_id, name, str(refusal)) from None
+
+    async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float) -> int:
+        """See `Transport.store`."""
+        self._check_running()
+        assert self._table is not None
+        stored = await self._table_call(self._table.store(records, expires_at))
+        await self._refresh_addresses()
+        return stored
+
+    async def fetch(self, keys: Iterable[str]) -> Mapping[str, Mapping[str, bytes]]:
+        """See `Transport.fetch`."""
+        self._check_running()
+        assert self._table is not None
+        return await self._table_call(self._table.fetch(keys))
+
+    def kill(self) -> None:
+        """Vanish without a word, as a machine does that loses power. `close` is still due, to clean up."""
+        self._stop_serving(TransportError("this peer was killed; start a new one"))
+        self._daemon.kill()
+
+    async def close(self) -> None:
+        """See `Transport.close`."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(asyncio.current_task()))
+        await asyncio.shield(self._closing)
+
+    async def _close(self, caller: asyncio.Task[Any] | None) -> None:
+        self._stop_serving(TransportError("this transport was closed; create a new one"), spare=caller)
+        await end_tasks(self._tasks - {caller} if caller is not None else self._tasks)
+        if self._table is not None:
+            self._table.close()
+        await end_tasks(self._hivemind_tasks)
+        if self._p2p is not None:
+            await self._p2p.shutdown()
+        await self._daemon.stop()
+
+    def _stop_serving(self, why: TransportError, spare: asyncio.Task[Any] | None = None) -> None:
+        if self._end is None:
+            self._end = why
+        if self._server is not None:
+            self._server.close()
+        if self._direct is not None:
+            self._direct.close()
+        for stream in list(self._streams):
+            stream.abort(why)
+        for task in self._tasks:
+            if task is not spare:
+                task.cancel()
+
+    async def _table_call(self, call: Coroutine[Any, Any, _T]) -> _T:
+        """Run a call to the table so that `close` ends it, and hivemind's tasks below it are owned."""
+        with owning(self._hivemind_tasks):
+            task = self._spawn(call)
+        try:
+            await asyncio.wait([task])
+        finally:
+            task.cancel()
+        if task.cancelled():
+            raise TransportError(str(self._end))
+        error = task.exception()
+        if error is None or isinstance(error, SwarmkitError):
+            return task.result()
+        raise TransportError(f"the shared table failed: {error!r}; restart this peer") from error
+
+    @property
+    def _stream_socket(self) -> str:
+        return str(self._daemon.folder / "streams.sock")
+
+    def _check_running(self) -> None:
+        if self._end is not None:
+            raise TransportError(str(self._end))
+        if not self._daemon.is_running:
+            raise TransportError(
+                "the p2p daemon has ended; close this transport and create a new one. Its last words: "
+                + " | ".join(self._daemon.last_lines[-3:])
+            )
+
+    # incoming streams
+
+    def _accept(self, stream: FrameStream) -> None:
+        if self._end is not None:
+            stream.abort(self._end)
+            return
+        self._streams.add(stream)
+        self._spawn(self._serve(stream))
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _serve(self, stream: FrameStream, name: str | None = None) -> None:
+        try:
+            if name is None:
+                with anyio.fail_after(_GREETING_TIMEOUT_S):
+                    info = _messages().StreamInfo.FromString(await stream.greeting())
+                stream.peer_id = base58.b58encode(info.peer).decode()
+                name = info.proto
+            handler = self._handlers[name]
+            stream = await self._agree_on_way(stream)
+            await handler(stream)
+        except Exception:
+            logger.debug("a stream called %r from peer %s ended", name, stream.peer_id, exc_info=True)
+        finally:
+            stream.close()
+
+    async def _agree_on_way(self, stream: FrameStream) -> FrameStream:
+        """Say that somebody is here, and offer the direct way if there is one; the stream to go on with."""
+        if self._direct is None:
+            await stream.send(_ACCEPTED)
+            return stream
+        with self._direct.offer(stream.peer_id) as expected:
+            await stream.send(expected.offer.to_bytes())
+            with anyio.fail_after(_GREETING_TIMEOUT_S):
+                if await stream.receive() != _DIRECT:
+                    return stream
+            direct = expected.take()
+        stream.close()
+        return direct
+
+    # outgoing requests
+
+    async def _ask(self, request: Any) -> Any:
+        """Have the daemon do one thing; its answer."""
+        connection, response = await self._exchange(request)
+        connection.close()
+        return response
+
+    async def _ask_for_stream(self, request: Any, peer_id: str) -> tuple[FrameStream, Offer | None]:
+        stream, _ = await self._exchange(request)
+        stream.peer_id = peer_id
+        self._streams.add(stream)
+        return stream, await self._accepted(stream)
+
+    async def _accepted(self, stream: FrameStream) -> Offer | None:
+        """Wait for whoever serves the stream; what it offers."""
+        try:
+            answer = await stream.receive()
+            if answer == _ACCEPTED:
+                return None
+            if (offer := Offer.from_bytes(answer)) is None:
+                raise PeerUnreachableError(f"peer {stream.peer_id} speaks another protocol", stream.peer_id)
+            return offer
+        except BaseException:
+            stream.close()
+            raise
+
+    async def _choose_way(
+        self, stream: FrameStream, offer: Offer, addresses: Sequence[str], open_s: float
+    ) -> FrameStream:
+        """The direct stream if it comes about, else the one that is there.
+
+        Args: open_s: what it took to open that one, which is longer than a connection takes.
+        """
+        peer_id, now = stream.peer_id, time.monotonic()
+        direct: SealedStream | None = None
+        hosts = list(dict.fromkeys(ip for address in addresses if (ip := _ip_of(address))))
+        try:
+            if hosts and self._not_direct.get(peer_id, 0.0) <= now:
+                patience_s = min(max(open_s, 0.1), _LONGEST_DIRECT_S)
+                direct = await connect_directly(peer_id, offer, hosts, self._streams.add, patience_s)
+                if direct is None:
+                    self._not_direct = {
+                        peer: until for peer, until in self._not_direct.items() if until > now
+                    }
+                    self._not_direct[peer_id] = now + _NOT_DIRECT_S
+            await stream.send(_STAY if direct is None else _DIRECT)
+        except BaseException:
+            stream.close()
+            if direct is not None:
+                direct.close()
+            raise
+        return stream if direct is None else direct
+
+    async def _exchange(self, request: Any) -> tuple[FrameStream, Any]:
+        connection = FrameStream(greeting=True)
+        try:
+            await asyncio.get_running_loop().create_unix_connection(
+                lambda: connection, path=str(self._daemon.control_socket)
+            )
+            connection.write_greeting(request.SerializeToString())
+            response = _messages().Response.FromString(await connection.greeting())
+            if response.type == _messages().Response.ERROR:
+                raise _DaemonRefusal(response.error.msg)
+            self._check_running()
+        except BaseException as error:
+            connection.abort(PeerUnreachableError("the request was given up"))
+            if isinstance(error, OSError | PeerUnreachableError | ProtocolError) and not isinstance(
+                error, TimeoutError
+            ):
+                self._check_running()
+                raise TransportError(f"the p2p daemon does not answer: {error}; restart this peer") from error
+            raise
+        return connection, response
+
+    async def _open_to_self(self, name: str) -> FrameStream:
+        """A peer may be its own server; libp2p would refuse to dial it."""
+        if name not in self._handlers:
+            raise _unreachable(self.peer_id, name, "protocols not supported")
+        loop = asyncio.get_running_loop()
+        here, there = FrameStream(), FrameStream()
+        for stream, end in zip((here, there), socket.socketpair(), strict=True):
+            end.setblocking(False)
+            stream.peer_id = self.peer_id
+            await loop.create_unix_connection(lambda stream=stream: stream, sock=end)  # type: ignore[misc]
+            self._streams.add(stream)
+        self._spawn(self._serve(there, name))
+        if await self._accepted(here) is not None:
+            await here.send(_STAY)
+        return here
+
+    async def _refresh_addresses(self) -> None:
+        pb = _messages()
+        with anyio.fail_after(_REQUEST_TIMEOUT_S):
+            response = await self._ask(pb.Request(type=pb.Request.IDENTIFY))
+        multiaddr_type = _multiaddr_type()
+        found = [str(multiaddr_type(raw)) for raw in response.identify.addrs]
+        self._addresses = tuple(f"{address}/p2p/{self.peer_id}" for address in found)
+
+
+class _DaemonRefusal(Exception):
+    """The daemon says that what it was asked for cannot be done."""
+
+
+def _unreachable(peer_id: str, name: str, why: str) -> PeerUnreachableError | PeerTimeoutError:
+    why = " ".join(why.split())[:300]
+    if "protocols not supported" in why or "protocol not supported" in why:
+        return PeerUnreachableError(f"peer {peer_id} does not serve {name!r}", peer_id)
+    if "deadline exceeded" in why:
+        return PeerTimeoutError(f"peer {peer_id} did not answer in time: {why}", peer_id)
+    return PeerUnreachableError(f"peer {peer_id} cannot be reached: {why}", peer_id)
+
+
+def _dialable(peer_id: str, addresses: Sequence[str]) -> list[bytes]:
+    """The addresses that are well-formed and this peer's, as the daemon wants them."""
+    suffix = f"/p2p/{peer_id}"
+    found = []
+    for address in addresses:
+        head, _, tail = address.rpartition("/p2p/")
+        if head and "/" not in tail:
+            if not address.endswith(suffix):
+                continue  # another peer's
+            address = head
+        if address.strip("/") and (multiaddr := _multiaddr(address)) is not None:
+            found.append(bytes(multiaddr.to_bytes()))
+    return found
+
+
+def _ip_of(address: str) -> str | None:
+    """The IP address in a multiaddress that is dialled over TCP without a relay; None for other kinds."""
+    parts = address.split("/")
+    plain = (
+        len(parts) >= 5 and parts[1] in ("ip4", "ip6") and parts[3] == "tcp" and "p2p-circuit" not in parts
+    )
+    if not plain:
+        return None
+    try:
+        return str(ipaddress.ip_address(parts[2]))
+    except ValueError:
+        return None
+
+
+def _is_local(address: str) -> bool:
+    return any(address.split("/")[2:3] and address.split("/")[2].startswith(host) for host in _LOCAL_HOSTS)
+
+
+def _multiaddr(address: str) -> Any:
+    """The parsed address, or None: addresses come from foreign peers."""
+    try:
+        return _multiaddr_type()(address)
+    except Exception as error:  # noqa: BLE001 - its parser raises many kinds
+        logger.debug("not a multiaddress: %r (%r)", address, error)
+        return None
+
+
+def _multiaddr_type() -> Any:
+    return importlib.import_module("hivemind.utils.multiaddr").Multiaddr
+
+
+def _messages() -> Any:
+    return importlib.import_module("hivemind.proto.p2pd_pb2")
+
+
+def _p2p_type(folder: Path) -> Any:
+    """hivemind's `P2P`, with its socket in our folder rather than loose in the temp folder."""
+    base = importlib.import_module("hivemind.p2p").P2P
+    return type("P2P", (base,), {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"})

@@ -1,0 +1,1 @@
+"""What peers say to each other: messages, tensor codecs and the choice between codecs."""

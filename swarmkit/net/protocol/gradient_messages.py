@@ -1,0 +1,134 @@
+"""What a client says to a server for training: whole sequences forward, and gradients back.
+
+=============  =======================  ===========================================
+state          the client may send      the server answers with
+=============  =======================  ===========================================
+`idle`         `Forward`  -> `idle`     `Working` (any number), then `ForwardDone` or `Fault`
+`idle`         `Backward` -> `idle`     `Working` (any number), then `BackwardDone` or `Fault`
+any            (end of stream)          what runs is given up
+=============  =======================  ===========================================
+
+On a stream of `GRADIENT_ENDPOINT`. There is no session: a request brings all that it needs, nothing depends
+on what came before, and any server with the blocks may be sent the next one. A `Fault` with a code in
+`messages.FATAL` also ends the stream.
+
+A backward request brings the same inputs as the forward request before, since the server computes them again,
+unless it has kept them (see `server/kept_passes.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from swarmkit.errors import IllegalMessageError
+from swarmkit.net.protocol.codec import TensorSpec
+from swarmkit.net.protocol.messages import (
+    PROTOCOL_VERSION,
+    AdapterName,
+    BlockIndex,
+    Count,
+    Fault,
+    Fingerprint,
+    Millis,
+    _Message,
+)
+
+GRADIENT_ENDPOINT = f"swarmkit/{PROTOCOL_VERSION}/grad"
+
+
+class _Request(_Message, frozen=True):
+    """Whole sequences for blocks [start, stop) of a model.
+
+    Attributes:
+        hidden: [batch, tokens, hidden], the input of block `start`.
+        mask: [batch, tokens], uint8, 1 = attend; None = no padding.
+        positions: [batch, tokens], int64, the position ids; None = 0, 1, …
+        states: the outputs of all the blocks are wanted, not only the last one's.
+        adapter: what changes these blocks (`adapter_messages`), which the server was given before.
+        trains: on the way back, the gradient with respect to the adapter's values is wanted, too.
+    """
+
+    fingerprint: Fingerprint
+    start: BlockIndex
+    stop: BlockIndex
+    hidden: TensorSpec
+    mask: TensorSpec | None = None
+    positions: TensorSpec | None = None
+    states: bool = False
+    adapter: AdapterName = ""
+    trains: bool = False
+
+
+class Forward(_Request, frozen=True, kw_only=True):
+    """Run the blocks.
+
+    Attributes:
+        returns: the client means to go back through them; who keeps the pass spares itself half of that.
+    """
+
+    returns: bool = False
+
+
+class Backward(_Request, frozen=True, kw_only=True):
+    """Run the blocks again, and go back through them.
+
+    Attributes:
+        gradient: with respect to the output of the `Forward` that is alike, and of its shape.
+    """
+
+    gradient: TensorSpec
+
+
+class Working(_Message, frozen=True):
+    """The request is under way: so many of its parts are done. Sent now and then, lest the client give up."""
+
+    done: Count
+    total: Count
+
+
+class ForwardDone(_Message, frozen=True):
+    """The output [batch, tokens, hidden], or of all blocks [blocks, batch, tokens, hidden]; and its times."""
+
+    hidden: TensorSpec
+    queue_ms: Millis
+    compute_ms: Millis
+
+
+class BackwardDone(_Message, frozen=True):
+    """The gradients with respect to the request's inputs, each of the input's shape.
+
+    Attributes:
+        adapter: of the adapter's values, [numel], in their order; for these blocks only.
+    """
+
+    hidden: TensorSpec
+    queue_ms: Millis
+    compute_ms: Millis
+    adapter: TensorSpec | None = None
+
+
+GradientMessage = Forward | ForwardDone | Backward | BackwardDone | Working | Fault
+GradientRequest = Forward | Backward
+
+GradientState = Literal["idle"]
+LEGAL: dict[GradientState, dict[type, GradientState]] = {"idle": {Forward: "idle", Backward: "idle"}}
+
+decoder: msgspec.msgpack.Decoder[GradientMessage] = msgspec.msgpack.Decoder(GradientMessage)  # type: ignore[arg-type]
+"""For a `Conversation` on a stream of `GRADIENT_ENDPOINT`."""
+
+
+def next_state(state: GradientState, message: object) -> GradientState:
+    """The server's state after a message from a client.
+
+    Raises:
+        IllegalMessageError: the message is not legal in `state`.
+    """
+    try:
+        return LEGAL[state][type(message)]
+    except KeyError:
+        legal = ", ".join(kind.__name__ for kind in LEGAL[state])
+        raise IllegalMessageError(
+            f"a peer may not send {type(message).__name__} in state '{state}'; legal here: {legal}"
+        ) from None

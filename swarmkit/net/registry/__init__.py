@@ -1,0 +1,1 @@
+"""Who serves what: signed records in the shared table, and the view that is made of them."""

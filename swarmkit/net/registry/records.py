@@ -1,0 +1,159 @@
+"""What a server tells the swarm about itself: a signed, dated record under one key per block.
+
+A record is trusted no further than its signature: the signer is the peer that it names, so nobody can speak
+for another, but everything else in it (throughput, free cache) is a claim.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Annotated, Literal
+
+import msgspec
+
+from swarmkit.errors import ProtocolError
+from swarmkit.net.protocol.messages import PRINTABLE, Addresses, BlockIndex, Fingerprint, ShortText
+from swarmkit.net.registry.envelope import Envelope
+from swarmkit.net.transport.identity import Identity
+
+RECORD_VERSION = 1
+MAX_LIFETIME_S = 3600.0
+"""Records further in the future than this are refused: a mistaken or lying peer shall not be immortal."""
+MODELS_KEY = "swarmkit/1/models"
+
+_PREFIX = "swarmkit/1/blocks"
+
+ServerState = Literal["joining", "online", "leaving"]
+Rate = Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]
+
+
+class HostedAdapter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """An adapter that a server has for whoever asks: what people call it, and its hash."""
+
+    label: Annotated[str, msgspec.Meta(max_length=96, pattern=PRINTABLE)]
+    name: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+MAX_HOSTED_ADAPTERS = 8
+
+
+class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One server's word about itself.
+
+    Attributes:
+        fingerprint: of config and weights; servers of different models never meet in one route.
+        model: the model's name as its owner wrote it, for people.
+        num_blocks: blocks of the whole model.
+        start, stop: the blocks it serves, [start, stop).
+        throughput: measured decode steps (tokens) per second through all its blocks.
+        free_cache_tokens: tokens of one row that its cache can still take.
+        dtype: what it computes in.
+        adapters: those that it hosts.
+        sequence: grows with every announcement of a peer; the greatest one counts.
+        expires_at: Unix time, seconds.
+    """
+
+    peer_id: ShortText
+    fingerprint: Fingerprint
+    model: Annotated[str, msgspec.Meta(max_length=256, pattern=PRINTABLE)]
+    num_blocks: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+    start: BlockIndex
+    stop: BlockIndex
+    state: ServerState
+    throughput: Rate
+    free_cache_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+    dtype: Annotated[str, msgspec.Meta(max_length=16, pattern=PRINTABLE)]
+    addresses: Addresses
+    public_name: Annotated[str, msgspec.Meta(max_length=64, pattern=PRINTABLE)] = ""
+    software: ShortText = ""
+    adapters: Annotated[tuple[HostedAdapter, ...], msgspec.Meta(max_length=MAX_HOSTED_ADAPTERS)] = ()
+    sequence: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    expires_at: float
+
+    @property
+    def label(self) -> str:
+        """How people see this server: its public name, or the end of its peer id."""
+        return self.public_name or self.peer_id[-6:]
+
+
+_envelope = Envelope(Announcement, b"swarmkit announcement 1\n", "an announcement")
+
+
+def block_key(fingerprint: str, block: int) -> str:
+    """The shared table's key for the servers of one block."""
+    return f"{_PREFIX}/{fingerprint}/{block}"
+
+
+def keys_of(announcement: Announcement) -> list[str]:
+    """Every key under which an announcement belongs: one per block, and the index of models."""
+    blocks = range(announcement.start, announcement.stop)
+    return [*(block_key(announcement.fingerprint, block) for block in blocks), MODELS_KEY]
+
+
+def sign(announcement: Announcement, identity: Identity) -> bytes:
+    """The record that other peers will believe."""
+    return _envelope.sign(announcement, identity)
+
+
+def read(
+    key: str, subkey: str, value: bytes, now: float, known: dict[bytes, Announcement] | None = None
+) -> Announcement:
+    """The announcement in a record that was found at `key`, `subkey`.
+
+    Args:
+        now: Unix time, seconds.
+        known: records whose signature was checked before; read and added to.
+
+    Raises:
+        ProtocolError: too large, malformed, unsigned, signed by somebody else, stored where it does not
+            belong, expired, or dated too far ahead.
+    """
+    announcement = known.get(value) if known is not None else None
+    if announcement is None:
+        announcement = _verified(value, subkey)
+        if known is not None:
+            known[value] = announcement
+    if announcement.peer_id != subkey:
+        raise ProtocolError("a record stands under a peer that did not sign it", subkey)
+    if key != MODELS_KEY:
+        prefix, _, block = key.rpartition("/")
+        if prefix != f"{_PREFIX}/{announcement.fingerprint}":
+            raise ProtocolError("a record stands under a model that it does not serve", subkey)
+        if block not in map(str, range(announcement.start, announcement.stop)):
+            raise ProtocolError("a record stands under a block that it does not serve", subkey)
+    if announcement.expires_at <= now:
+        raise ProtocolError("the record has expired", subkey)
+    if announcement.expires_at > now + MAX_LIFETIME_S:
+        raise ProtocolError("the record is dated too far ahead; check both clocks", subkey)
+    return announcement
+
+
+def is_acceptable(key: str, subkey: str, value: bytes, now: float) -> bool:
+    """Whether a peer should keep and hand out a record: see `read`, and `offers.read` for those about
+    weights.
+    """
+    from swarmkit.net.registry import offers  # which builds on this module
+
+    try:
+        if key.startswith(offers.PREFIX):
+            offers.read(key, subkey, value, now)
+        else:
+            read(key, subkey, value, now)
+    except ProtocolError:
+        return False
+    return True
+
+
+def acceptable_now(key: str, subkey: str, value: bytes) -> bool:
+    """`is_acceptable` by this machine's clock."""
+    return is_acceptable(key, subkey, value, time.time())
+
+
+def _verified(value: bytes, subkey: str) -> Announcement:
+    announcement = _envelope.read(value, subkey)
+    if not announcement.start < announcement.stop <= announcement.num_blocks:
+        raise ProtocolError("the record's block range is not inside its model", announcement.peer_id)
+    if not (math.isfinite(announcement.throughput) and math.isfinite(announcement.expires_at)):
+        raise ProtocolError("the record's numbers are not finite", announcement.peer_id)
+    return announcement

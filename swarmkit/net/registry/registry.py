@@ -1,0 +1,93 @@
+"""Announce and look up servers in the table that all peers share."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+from swarmkit.errors import ProtocolError
+from swarmkit.net.registry import records
+from swarmkit.net.registry.records import MODELS_KEY, Announcement, block_key, keys_of
+from swarmkit.net.registry.swarm_map import SwarmMap
+from swarmkit.net.transport.seam import Transport
+
+logger = logging.getLogger(__name__)
+
+_KNOWN_RECORDS = 4096
+
+
+class Registry:
+    """This peer's hand in the shared table. Owns no task: whoever wants a period calls in a loop."""
+
+    def __init__(self, transport: Transport, clock: Callable[[], float] = time.time) -> None:
+        self._transport = transport
+        self._clock = clock
+        self._known: OrderedDict[bytes, Announcement] = OrderedDict()
+        self._rejected = 0
+
+    @property
+    def rejected(self) -> int:
+        """How many records were ignored because something about them was wrong."""
+        return self._rejected
+
+    async def announce(self, announcement: Announcement) -> int:
+        """Store an announcement under each of its keys. Returns how many keys took it."""
+        value = records.sign(announcement, self._transport.identity)
+        return await self._transport.store(
+            ((key, value) for key in keys_of(announcement)), announcement.expires_at
+        )
+
+    async def look_up(self, fingerprint: str, num_blocks: int) -> SwarmMap:
+        """Everybody who announces a block of the model."""
+        keys = [block_key(fingerprint, block) for block in range(num_blocks)]
+        found = [r for r in await self._read(keys) if r.num_blocks == num_blocks]
+        return SwarmMap().apply(*found)
+
+    async def look_up_all(self) -> SwarmMap:
+        """Everybody who announces anything."""
+        return SwarmMap().apply(*await self._read([MODELS_KEY]))
+
+    async def wait_for(
+        self,
+        fingerprint: str,
+        num_blocks: int,
+        enough: Callable[[SwarmMap], bool],
+        *,
+        timeout: float,
+        poll: float = 0.25,
+    ) -> SwarmMap:
+        """Look up until `enough(map)` or `timeout` seconds have passed; the last map either way."""
+        deadline = asyncio.get_running_loop().time() + timeout
+        while True:
+            found = await self.look_up(fingerprint, num_blocks)
+            if enough(found) or asyncio.get_running_loop().time() >= deadline:
+                return found
+            await asyncio.sleep(poll)
+
+    async def _read(self, keys: Iterable[str]) -> list[Announcement]:
+        now = self._clock()
+        good: list[Announcement] = []
+        for key, entries in (await self._transport.fetch(keys)).items():
+            for subkey, value in entries.items():
+                try:
+                    announcement = self._remember(key, subkey, value, now)
+                except ProtocolError as error:  # noqa: PERF203
+                    self._rejected += 1
+                    logger.debug("ignored a record at %s from %s: %s", key, subkey, error)
+                else:
+                    good.append(announcement)
+        return good
+
+    def _remember(self, key: str, subkey: str, value: bytes, now: float) -> Announcement:
+        """Read a record; a signature that was checked once is not checked again under the next key."""
+        try:
+            return records.read(key, subkey, value, now, self._known)
+        finally:
+            # Also for a record that is well signed and yet refused, of which a peer can make any number.
+            if value in self._known:
+                self._known.move_to_end(value)
+            while len(self._known) > _KNOWN_RECORDS:
+                self._known.popitem(last=False)

@@ -1,0 +1,68 @@
+"""The view of a swarm: an immutable value, the same whatever the order in which its records arrived.
+
+For every peer the announcement that counts is the greatest by (sequence, bytes). `max` is commutative,
+associative and idempotent, so merging is too; expiry is applied when the map is read, not when it is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import msgspec
+
+from swarmkit.net.registry.records import Announcement, ServerState
+
+
+@dataclass(frozen=True)
+class SwarmMap:
+    """Who serves what, as far as this peer knows."""
+
+    announcements: Mapping[str, Announcement] = field(default_factory=lambda: MappingProxyType({}))
+    """The announcement that counts, by peer id; expired ones included."""
+
+    def apply(self, *news: Announcement) -> SwarmMap:
+        """The map with announcements merged in; itself if nothing changes."""
+        merged = dict(self.announcements)
+        for announcement in news:
+            current = merged.get(announcement.peer_id)
+            if current is None or _rank(announcement) > _rank(current):
+                merged[announcement.peer_id] = announcement
+        if merged == self.announcements:
+            return self
+        return SwarmMap(MappingProxyType(merged))
+
+    def without_expired(self, now: float) -> SwarmMap:
+        """The map as it is at `now` (Unix time, seconds)."""
+        alive = {peer: record for peer, record in self.announcements.items() if record.expires_at > now}
+        return self if len(alive) == len(self.announcements) else SwarmMap(MappingProxyType(alive))
+
+    def servers(self, now: float, states: Iterable[ServerState] = ("online",)) -> list[Announcement]:
+        """Servers in one of `states` at `now`, by peer id."""
+        wanted = frozenset(states)
+        alive = (r for r in self.announcements.values() if r.expires_at > now and r.state in wanted)
+        return sorted(alive, key=lambda record: record.peer_id)
+
+    def missing_blocks(self, num_blocks: int, now: float) -> list[tuple[int, int]]:
+        """The ranges [start, stop) of a model of `num_blocks` that no online server holds."""
+        return uncovered(0, num_blocks, ((r.start, r.stop) for r in self.servers(now)))
+
+
+def uncovered(start: int, stop: int, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The parts of [start, stop) outside every range, as ranges."""
+    gaps: list[tuple[int, int]] = []
+    position = start
+    for low, high in sorted(ranges):
+        if low > position:
+            gaps.append((position, min(low, stop)))
+        position = max(position, high)
+        if position >= stop:
+            break
+    if position < stop:
+        gaps.append((position, stop))
+    return [(low, high) for low, high in gaps if low < high]
+
+
+def _rank(announcement: Announcement) -> tuple[int, bytes]:
+    return announcement.sequence, msgspec.msgpack.encode(announcement)

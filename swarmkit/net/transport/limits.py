@@ -1,0 +1,48 @@
+"""What every body of the transport checks alike before it does what its caller asks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from swarmkit.errors import UsageError
+from swarmkit.net.transport.seam import MAX_FRAME_BYTES, Buffer
+
+MAX_VALUE_BYTES = 64 * 1024
+"""A record's value is no larger: every peer keeps other peers' records in memory."""
+
+MAX_KEY_BYTES = 1024
+
+
+def frame_size(parts: Sequence[Buffer]) -> int:
+    """Bytes of the frame made of `parts`.
+
+    Raises:
+        UsageError: it is larger than a frame may be.
+    """
+    size = sum(part.nbytes if isinstance(part, memoryview) else len(part) for part in parts)
+    if size > MAX_FRAME_BYTES:
+        raise UsageError(
+            f"a frame of {size} bytes is larger than {MAX_FRAME_BYTES}; send it as several frames"
+        )
+    return size
+
+
+def checked_records(records: Iterable[tuple[str, bytes]], expires_at: float) -> list[tuple[str, bytes]]:
+    """`records` as a list, the last value of each key.
+
+    Raises:
+        UsageError: a value or key is too large, or the time is not a time.
+    """
+    if not math.isfinite(expires_at):
+        raise UsageError(f"records cannot expire at {expires_at}; give a Unix time in seconds")
+    unique = dict(records)
+    for key, value in unique.items():
+        if len(key.encode()) > MAX_KEY_BYTES:
+            raise UsageError(f"a key of {len(key.encode())} bytes is longer than {MAX_KEY_BYTES}")
+        if len(value) > MAX_VALUE_BYTES:
+            raise UsageError(
+                f"the value of {key!r} has {len(value)} bytes, more than {MAX_VALUE_BYTES}; "
+                "the table is for small records, send the rest over a stream"
+            )
+    return list(unique.items())

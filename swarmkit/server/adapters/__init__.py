@@ -1,0 +1,1 @@
+"""Adapters that clients send, and those that a server hosts."""

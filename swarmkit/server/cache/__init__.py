@@ -1,0 +1,1 @@
+"""The memory for keys and values: its budget, and the pages that are kept for sessions that begin alike."""

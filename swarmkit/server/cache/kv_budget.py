@@ -1,0 +1,125 @@
+"""Every byte of keys, values and states is leased by a session, kept for later ones, or free; nothing else.
+
+::
+
+    capacity = sum of leases + kept pages + free        (what `audit` checks)
+
+A lease grows as its session's cache does, a page at a time, rather than by what the session declared it might
+need. It counts the pages that the cache really has: rows that share some (beams) have these once. Pages are
+kept only where no lease needs the room, and count as free to those who ask.
+"""
+
+from __future__ import annotations
+
+from swarmkit.errors import SwarmkitError
+from swarmkit.models.kv.page_table import PAGE_TOKENS, pages_for
+from swarmkit.server.cache.prefix_cache import PrefixPages
+
+
+class CacheFullError(SwarmkitError):
+    """The budget has no room left for a session to grow: `lacking_bytes` more are needed."""
+
+    def __init__(self, message: str, lacking_bytes: int) -> None:
+        super().__init__(message)
+        self.lacking_bytes = lacking_bytes
+
+
+class Lease:
+    """One session's share of a budget."""
+
+    def __init__(self, budget: KVBudget, bytes_per_token: int, extra_bytes: int) -> None:
+        self._budget = budget
+        self._bytes_per_token = bytes_per_token
+        self._extra_bytes = extra_bytes
+        self.nbytes = 0
+        self.released = False
+
+    def resize(self, rows: int, tokens: int, pages: int | None = None) -> None:
+        """Hold what `rows` x `tokens` need.
+
+        Args: pages: of one row, where some rows share theirs; None: every row has its own.
+
+        Raises:
+            CacheFullError: the budget has not that much left; the lease stays as it was.
+        """
+        self._budget._set(self, self.needed(rows, tokens, pages))
+
+    def grow(self, rows: int, tokens: int, pages: int | None = None) -> None:
+        """Like `resize`, but never holds less than before."""
+        self._budget._set(self, max(self.nbytes, self.needed(rows, tokens, pages)))
+
+    def needed(self, rows: int, tokens: int, pages: int | None = None) -> int:
+        """Bytes of what `resize` is told."""
+        if not tokens:
+            return 0
+        if pages is None:
+            pages = rows * pages_for(tokens)
+        of_rows = (rows * self._budget.row_tokens + pages * PAGE_TOKENS) * self._bytes_per_token
+        return of_rows + self._extra_bytes
+
+    def release(self) -> None:
+        """Give everything back. May be called twice."""
+        self._budget._release(self)
+
+
+class KVBudget:
+    """A number of bytes that sessions share. Used by the event loop's thread only, but for its pages.
+
+    Attributes:
+        row_tokens: what a row takes besides its tokens, in tokens: the states of recurrent blocks.
+        pages: what is kept in the bytes that nobody has leased.
+    """
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.row_tokens = 0
+        self._leases: set[Lease] = set()
+        self._leased_bytes = 0
+        self.pages = PrefixPages(capacity_bytes)
+
+    @property
+    def leased_bytes(self) -> int:
+        return self._leased_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """What can be leased; kept pages make room."""
+        return self.capacity_bytes - self._leased_bytes
+
+    def lease(self, bytes_per_token: int, extra_bytes: int = 0) -> Lease:
+        """An empty lease for a session whose cache takes `bytes_per_token` for one token of one row.
+
+        Args: extra_bytes: what it takes besides, as soon as it holds anything.
+        """
+        lease = Lease(self, bytes_per_token, extra_bytes)
+        self._leases.add(lease)
+        return lease
+
+    def audit(self) -> None:
+        """Raise AssertionError unless every byte is accounted for."""
+        total = sum(lease.nbytes for lease in self._leases)
+        if total != self._leased_bytes or not 0 <= total <= self.capacity_bytes:
+            raise AssertionError(f"leases add up to {total}, the budget says {self._leased_bytes}")
+        self.pages.audit()
+        if total + self.pages.nbytes > self.capacity_bytes:
+            raise AssertionError(f"{total} leased and {self.pages.nbytes} kept are more than there is")
+
+    def _set(self, lease: Lease, nbytes: int) -> None:
+        if lease.released:
+            raise AssertionError("a released lease cannot grow")
+        growth = nbytes - lease.nbytes
+        if growth > self.free_bytes:
+            raise CacheFullError(
+                f"the cache has {self.free_bytes} of {self.capacity_bytes} bytes left, {growth} are needed",
+                growth - self.free_bytes,
+            )
+        if growth:
+            self.pages.set_limit(self.free_bytes - growth)
+        lease.nbytes = nbytes
+        self._leased_bytes += growth
+
+    def _release(self, lease: Lease) -> None:
+        if not lease.released:
+            self._set(lease, 0)
+            lease.released = True
+            self._leases.discard(lease)

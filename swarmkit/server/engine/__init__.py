@@ -1,0 +1,1 @@
+"""The device's thread, and the decisions about what it computes next."""

@@ -1,0 +1,101 @@
+"""When is a server full, for how long, and whose idle session makes room? Decisions only, over plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from swarmkit.server.engine.scheduler import StepTimes
+
+LEAST_RETRY_S = 0.1
+MOST_RETRY_S = 30.0
+"""Nobody is sent away for longer: who leaves a server is not known long before."""
+_UNMEASURED_TENURE_S = 1.0
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What a step finds when it comes."""
+
+    steps: int = 0
+    """Steps and jobs that run or wait."""
+    wait_s: float = 0.0
+    """How long it is expected to wait for them."""
+
+
+NOTHING_AHEAD = Ahead()
+
+
+def expected_wait_s(
+    tokens: int, decode: bool, ahead: Sequence[int], times: StepTimes, chunk_tokens: int
+) -> float:
+    """How long a step waits for others, before its own work or in between.
+
+    A decode step waits for the forward pass that runs, and is in the next one. A longer one shares the device
+    with all others, in equal parts: each of them has as many tokens run as it has itself before it is done,
+    or as many as are left (processor sharing).
+
+    Args:
+        tokens: rows x tokens of the step.
+        decode: whether it is a decode step.
+        ahead: rows x tokens that are left of each step that is here.
+        times: how long forward passes take.
+        chunk_tokens: at most so many run in one of them.
+    """
+    if decode:
+        return times.of(min(sum(ahead), chunk_tokens))
+    passes, rest = divmod(sum(min(tokens, left) for left in ahead), chunk_tokens)
+    return passes * times.of(chunk_tokens) + times.of(rest)
+
+
+def retry_after_s(seconds: float) -> float:
+    """What a client is told that had better be back in `seconds`."""
+    return min(max(seconds, LEAST_RETRY_S), MOST_RETRY_S)
+
+
+class Tenures:
+    """How long sessions hold what they hold, learnt from those that have ended.
+
+    Sessions that come and go independently of each other end at random times: of n that usually last t
+    seconds the next one ends in t / n, however long each has been here.
+    """
+
+    _WEIGHT = 0.1  # of the latest one
+
+    def __init__(self) -> None:
+        self._usual_s: float | None = None
+
+    def ended(self, seconds: float) -> None:
+        """A session that held something ended after so long."""
+        usual = self._usual_s
+        self._usual_s = seconds if usual is None else usual + self._WEIGHT * (seconds - usual)
+
+    def next_end_s(self, sessions: int) -> float:
+        """In how many seconds one of so many is expected to end, as clients are told."""
+        usual = _UNMEASURED_TENURE_S if self._usual_s is None else self._usual_s
+        return retry_after_s(usual / max(sessions, 1))
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a session holds, and for how long it has done nothing."""
+
+    key: str
+    nbytes: int
+    idle_s: float
+
+
+def to_evict(holdings: Sequence[Holding], needed_bytes: int, least_idle_s: float) -> list[str]:
+    """Which sessions end so that another one has `needed_bytes` more: those that have been idle longest.
+
+    None where all that may go would not be enough: then nobody should lose anything. Never one that did a
+    step in the last `least_idle_s`: somebody is about to need it.
+    """
+    chosen: list[str] = []
+    for holding in sorted(holdings, key=lambda holding: holding.idle_s, reverse=True):
+        if needed_bytes <= 0 or holding.idle_s < least_idle_s:
+            break
+        if holding.nbytes:
+            chosen.append(holding.key)
+            needed_bytes -= holding.nbytes
+    return chosen if needed_bytes <= 0 else []

@@ -1,0 +1,1 @@
+"""Sessions of clients: admission, steps, and pushes to the next server."""

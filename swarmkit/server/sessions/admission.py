@@ -1,0 +1,99 @@
+"""Who is let in, and who is told at once to come back later."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+
+import psutil
+
+from swarmkit.errors import SwarmkitError
+from swarmkit.net.protocol.messages import Step, tensor_specs
+from swarmkit.server.cache.kv_budget import CacheFullError
+from swarmkit.server.engine.admission_policy import Holding, Tenures, retry_after_s, to_evict
+from swarmkit.server.engine.engine import Engine
+from swarmkit.server.receive_budget import Incoming
+from swarmkit.server.sessions.session import Refusal, Session
+from swarmkit.settings import ServerSettings
+
+
+class Door:
+    """Refuses what a server has no room for, and says when it expects to have some."""
+
+    def __init__(self, settings: ServerSettings, engine: Engine) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._tenures = Tenures()
+
+    def left(self, session: Session) -> None:
+        """A session ends."""
+        if session.lease.nbytes:
+            self._tenures.ended(time.monotonic() - session.opened_at)
+
+    def too_many(self, what: str, sessions: int) -> Refusal:
+        """There is no place for one more stream or session."""
+        return Refusal("busy", f"{what}; try another server", self._tenures.next_end_s(sessions))
+
+    def cache_full(self, error: CacheFullError, sessions: int) -> Refusal:
+        """A session cannot grow."""
+        return Refusal("busy", f"{error}; try another server", self._tenures.next_end_s(sessions))
+
+    def check_queue(self, step: Step) -> None:
+        """Refuse a step that would wait for longer than its client, or this server, wants it to."""
+        rows, tokens, _ = step.hidden.shape
+        wait_s = self._engine.ahead(rows, tokens).wait_s
+        allowed_s = min(self._settings.max_queue_s, step.patience_s or math.inf)
+        if wait_s > allowed_s:
+            raise Refusal(
+                "busy",
+                f"the step would wait {wait_s:.1f} s for others, and may wait {allowed_s:.1f} s; "
+                "try another server",
+                retry_after_s(wait_s - allowed_s),
+            )
+
+    async def take(self, step: Step, incoming: Incoming) -> None:
+        """Have memory for a large step to arrive in.
+
+        It waits a little for those that are arriving: most are through in no time. Whoever would wait longer
+        had better know, and go elsewhere.
+        """
+        try:
+            await incoming.take(
+                sum(spec.nbytes for spec in tensor_specs(step)),
+                min(self._settings.max_door_s, step.patience_s or math.inf),
+            )
+        except TimeoutError:
+            rows, tokens, _ = step.hidden.shape
+            wait_s = self._engine.ahead(rows, tokens).wait_s
+            raise Refusal(
+                "busy", "too many large steps are under way; try another server", retry_after_s(wait_s)
+            ) from None
+
+    def expired(self, step: Step, why: SwarmkitError) -> Refusal:
+        """A step was not begun in time."""
+        rows, tokens, _ = step.hidden.shape
+        return Refusal("busy", str(why), retry_after_s(self._engine.ahead(rows, tokens).wait_s))
+
+    def to_evict(self, sessions: dict[str, Session], needed: int, *, of_bytes: bool) -> list[str]:
+        """Whose sessions end to make room for `needed` bytes, or sessions; those that run a step do not."""
+        now = time.monotonic()
+        holdings = [
+            Holding(key, session.lease.nbytes if of_bytes else 1, now - session.used_at)
+            for key, session in sessions.items()
+            if not session.turn.locked()
+        ]
+        return to_evict(holdings, needed, self._settings.evict_after)
+
+
+def evicted(session: Session) -> Refusal:
+    """What the client of a session is told that had to go."""
+    idle_s = time.monotonic() - session.used_at
+    text = f"the session did nothing for {idle_s:.0f} s, and its room was needed; open it anew"
+    return Refusal("busy", text, retry_after_s(0))
+
+
+def of_this_process() -> tuple[int, int, int]:
+    """Tasks of the running event loop, threads and descriptors."""
+    return len(asyncio.all_tasks()), threading.active_count(), psutil.Process().num_fds()

@@ -1,0 +1,522 @@
+"""The protocol's server half: one client per stream, one session per stream.
+
+Everything in a message is checked before it touches a cache; what is refused is refused with a `Fault` that
+names what was wrong, and changes nothing. Whatever ends a stream ends its session and returns its lease.
+
+A session's steps may also come from the server with the blocks before (`serve_pushes`); whatever becomes of
+those is told to the session's client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import anyio
+import msgspec
+
+from swarmkit.errors import (
+    PeerError,
+    PeerUnreachableError,
+    ProtocolError,
+)
+from swarmkit.models.execution.stage import Stage
+from swarmkit.models.kv.cache import PAGE_TOKENS
+from swarmkit.net.protocol.codec import TensorSpec
+from swarmkit.net.protocol.messages import (
+    SENDERS_FAULT,
+    AskCensus,
+    AskInfo,
+    Attach,
+    Attached,
+    Census,
+    Fault,
+    Info,
+    Link,
+    Linked,
+    Message,
+    Open,
+    Opened,
+    Recall,
+    Recalled,
+    State,
+    Step,
+    StepDone,
+    Unlinked,
+    next_state,
+    printable,
+)
+from swarmkit.net.rpc.conversation import Conversation, Received
+from swarmkit.net.transport.seam import Stream
+from swarmkit.server.adapters.service import held
+from swarmkit.server.adapters.store import AdapterStore
+from swarmkit.server.cache.kv_budget import CacheFullError, KVBudget
+from swarmkit.server.cache.prefix_cache import root_of
+from swarmkit.server.cache.prefix_tracker import PrefixTrail, tail_bytes
+from swarmkit.server.caller import Caller
+from swarmkit.server.engine.admission_policy import Ahead
+from swarmkit.server.engine.engine import Engine, EngineClosedError, ExpiredError, Timed
+from swarmkit.server.receive_budget import Incoming, Intake
+from swarmkit.server.sessions.admission import Door, evicted, of_this_process
+from swarmkit.server.sessions.push import Links, NotLinkedError
+from swarmkit.server.sessions.session import LateStepError, Refusal, Session, check_step
+from swarmkit.server.sessions.session_step import SessionStep
+from swarmkit.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+# A step may also bring a mask over all its past, and positions: small beside hidden states, but bounded too.
+_SIDE_BYTES = 16 * 1024 * 1024
+# Streams beyond the number of sessions, for those who only ask, or must be told that the server is full.
+_SPARE_STREAMS = 64
+
+
+class _Client(Caller):
+    """A caller that may have a session."""
+
+    def __init__(self, conversation: Conversation, settings: ServerSettings) -> None:
+        super().__init__(conversation, settings)
+        self.state: State = "new"
+        self.session: Session | None = None
+        self.life = anyio.CancelScope()
+        """Around all that is done for it: over when it is gone, whatever runs then."""
+        self.last_words: Refusal | None = None
+        """What it is told when this server ends its session."""
+
+
+class BlockService:
+    """Serves a stage's blocks to any number of clients."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        fingerprint: str,
+        kv_bytes_per_token_per_block: int,
+        engine: Engine,
+        settings: ServerSettings,
+        links: Links | None = None,
+    ) -> None:
+        """Args: links: how to reach the servers with the next blocks; none = outputs go to clients only."""
+        self._stage = stage
+        self._fingerprint = fingerprint
+        self._kv_bytes = kv_bytes_per_token_per_block
+        self._engine = engine
+        self._settings = settings
+        self._links = links
+        self._clients: dict[str, _Client] = {}
+        """Those with a session, by its inlet."""
+        self._streams = 0
+        self._sources = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.budget = KVBudget(settings.cache_bytes)
+        self.intake = Intake(settings.incoming_bytes)
+        self._door = Door(settings, engine)
+        self.adapters = AdapterStore(settings.adapter_bytes, settings.client_adapter_bytes)
+        self.leaving = False
+        self.steps = 0
+        self.max_payload_bytes = settings.max_step_tokens * stage.hidden_size * 4 + _SIDE_BYTES
+
+    @property
+    def sessions(self) -> list[Session]:
+        """Those that are open."""
+        return [client.session for client in self._clients.values() if client.session is not None]
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._clients)
+
+    @property
+    def free_cache_tokens(self) -> int:
+        """Tokens of one row that still fit, if a session uses all blocks of the stage."""
+        return self.budget.free_bytes // self._bytes_per_token(self._stage.start, self._stage.stop)
+
+    @property
+    def total_cache_tokens(self) -> int:
+        return self.budget.capacity_bytes // self._bytes_per_token(self._stage.start, self._stage.stop)
+
+    def audit(self) -> None:
+        """Raise AssertionError unless every byte of the cache is accounted for, of sessions between steps."""
+        self.budget.audit()
+        for session in self.sessions:
+            if not session.turn.locked():
+                session.audit()
+
+    async def drain(self, timeout: float) -> bool:
+        """Take no new sessions, tell the others to move, wait until they have. Returns whether all did."""
+        self.leaving = True
+        with anyio.move_on_after(timeout):
+            await self._idle.wait()
+        return not self._clients
+
+    def stop_waiting(self) -> None:
+        """End a `drain` that is under way."""
+        self._idle.set()
+
+    # ------------------------------------------------------------------ one stream
+
+    async def serve(self, stream: Stream) -> None:
+        """One stream's life. Never raises on account of the peer."""
+        settings = self._settings
+        conversation = Conversation(stream, self.max_payload_bytes, settings.message_timeout)
+        client = _Client(conversation, settings)
+        self._streams += 1
+        stream.on_end(client.life.cancel)
+        try:
+            with client.life:
+                if self._streams > settings.max_sessions + _SPARE_STREAMS:
+                    await client.refuse(self._door.too_many("too many streams are open", self._streams))
+                else:
+                    await client.answer_all(lambda: self._answer_next(client))
+            self._end(client)
+            if client.last_words is not None:
+                await client.refuse(client.last_words)
+            await client.linger()
+        except (PeerError, TimeoutError) as error:
+            logger.debug("stream of %s ended: %s", stream.peer_id[-6:], error)
+        finally:
+            self._streams -= 1
+            self._end(client)
+            client.close()
+
+    async def _answer_next(self, client: _Client) -> None:
+        # Whoever opens a stream has something to say; only a session may be silent for long.
+        seconds = None if client.session is None else self._settings.idle_timeout
+        with Incoming(self.intake) as incoming:
+            received = await client.receive(lambda message: self._admit(client, message, incoming), seconds)
+            await self._answer(client, received)
+
+    async def _admit(self, client: _Client, message: Message, incoming: Incoming) -> None:
+        """All that the header alone can tell, before memory is spent on the payload."""
+        next_state(client.state, message)
+        if isinstance(message, Step):
+            assert client.session is not None  # the conversation's table lets no step through without one
+            client.number = message.number
+            await self._admit_step(client.session, message, incoming)
+
+    async def _admit_step(self, session: Session, step: Step, incoming: Incoming) -> None:
+        """Check a step, and have room for it."""
+        self._check_step(session, step)
+        self._door.check_queue(step)
+        await self._door.take(step, incoming)
+
+    def _check_step(self, session: Session, step: Step) -> None:
+        settings = self._settings
+        check_step(session, step, self._stage.hidden_size, settings.max_step_tokens, settings.codecs)
+
+    async def _answer(self, client: _Client, received: Received) -> None:
+        message = received.message
+        match message:
+            case Open():
+                client.session = session = self._open(client, message)
+                self._clients[session.inlet] = client
+                self._idle.clear()
+                root = b"" if session.trail is None else session.trail.root
+                dtype = str(self._stage.dtype).removeprefix("torch.")
+                settings, sent_at = self._settings, client.conversation.clock()
+                opened = Opened(
+                    settings.max_step_tokens, session.inlet, root, dtype, settings.codecs, sent_at
+                )
+                await client.send(opened)
+            case Recall():
+                assert client.session is not None
+                await client.send(Recalled(await self._recall(client.session, message)))
+            case Link():
+                assert client.session is not None
+                await self._link(client.session, message)
+                await client.send(Linked())
+            case AskInfo():
+                await client.send(self._info())
+            case AskCensus():
+                await client.send(self._census())
+            case Step():
+                assert client.session is not None
+                await self._run_step(client, client.session, message, received)
+        client.state = next_state(client.state, message)
+
+    def _info(self) -> Info:
+        return Info(
+            start=self._stage.start,
+            stop=self._stage.stop,
+            sessions=len(self._clients),
+            cache_tokens_free=self.free_cache_tokens,
+            cache_tokens_total=self.total_cache_tokens,
+            steps=self.steps,
+            leaving=self.leaving,
+            waiting=self._engine.holds,
+            expected_wait_ms=self._engine.ahead(1, self._settings.max_step_tokens).wait_s * 1e3,
+        )
+
+    def _census(self) -> Census:
+        if not self._settings.report_census:
+            raise Refusal("illegal_message", "this server's owner wants nobody to count what it holds")
+        try:
+            self.budget.audit()
+            accounted = True
+        except AssertionError:
+            logger.exception("the cache does not add up")
+            accounted = False
+        tasks, threads, descriptors = of_this_process()
+        return Census(
+            sessions=len(self._clients),
+            streams=self._streams,
+            pushers=self._sources,
+            leased_bytes=self.budget.leased_bytes,
+            kept_bytes=self.budget.pages.nbytes,
+            capacity_bytes=self.budget.capacity_bytes,
+            incoming_bytes=self.intake.held_bytes,
+            works=self._engine.holds,
+            accounted=accounted,
+            tasks=tasks,
+            threads=threads,
+            descriptors=descriptors,
+        )
+
+    # ------------------------------------------------------------------ sessions
+
+    def _open(self, client: _Client, message: Open) -> Session:
+        if self.leaving:
+            raise Refusal("leaving", "this server is about to stop; use another one")
+        if message.fingerprint != self._fingerprint:
+            raise Refusal(
+                "wrong_model",
+                f"this server serves the model {self._fingerprint}, not {message.fingerprint}; "
+                "load the same checkpoint, or ask servers of yours",
+            )
+        stage = self._stage
+        if not stage.start <= message.start < message.stop <= stage.stop:
+            raise Refusal(
+                "blocks_not_held",
+                f"blocks {message.start}:{message.stop} are not inside the served {stage.start}:{stage.stop}",
+            )
+        if not 1 <= message.max_length <= self._settings.max_session_length:
+            raise Refusal(
+                "too_long", f"a session may hold 1 to {self._settings.max_session_length} tokens a row"
+            )
+        if len(self._clients) >= self._settings.max_sessions and not self._make_room(1, of_bytes=False):
+            raise self._door.too_many(f"{len(self._clients)} sessions are open already", len(self._clients))
+        hold = held(self.adapters, message.adapter, message.start, message.stop)
+        cache = stage.new_cache(message.start, message.stop, None if hold is None else hold.adapter)
+        bytes_per_token = self._bytes_per_token(message.start, message.stop)
+        scope = self._settings.prefix_cache
+        if scope == "off" or not (cache.has_pages and stage.keys_are_final):
+            lease, trail = self.budget.lease(bytes_per_token), None
+        else:
+            owner = client.peer_id if scope == "client" else ""
+            if message.adapter:  # other keys and values come of the same inputs
+                owner = f"{owner}\n{message.adapter}"
+            trail = PrefixTrail(self.budget.pages, root_of(owner, message.start, message.stop))
+            lease = self.budget.lease(bytes_per_token, tail_bytes(stage.hidden_size, stage.dtype.itemsize))
+        return Session(message.start, message.stop, message.max_length, cache, lease, trail, hold)
+
+    async def _recall(self, session: Session, message: Recall) -> int:
+        """Let a session that is at its beginning hold what is kept of these pages; returns its tokens."""
+        async with session.taking_turn():
+            if session.cache.tokens:
+                raise Refusal("out_of_order", "pages are recalled before the first step of a session")
+            names = message.names[: session.max_length // PAGE_TOKENS]
+            trail = session.trail
+            if trail is None or not names:
+                return 0
+            try:
+                session.lease.grow(1, len(names) * PAGE_TOKENS)
+                return (await self._engine.run(lambda: trail.recall(names, session.cache))).value
+            except CacheFullError:
+                return 0
+            except EngineClosedError:
+                raise Refusal("leaving", "this server has stopped computing; use another one") from None
+            finally:
+                session.after_step()
+
+    def _make_room(self, needed: int, *, of_bytes: bool = True) -> bool:
+        """End idle sessions so that there are `needed` bytes, or places, more. Returns whether there are."""
+        sessions = {key: each.session for key, each in self._clients.items() if each.session is not None}
+        chosen = self._door.to_evict(sessions, needed, of_bytes=of_bytes)
+        for key in chosen:
+            client = self._clients[key]
+            client.last_words = evicted(sessions[key])
+            self._end(client)
+            client.life.cancel()
+        return bool(chosen)
+
+    def _grow(self, session: Session, step: Step) -> None:
+        """Have a session's lease cover a step, at the cost of idle ones if need be."""
+        try:
+            session.lease_for(step)
+        except CacheFullError as error:
+            if not self._make_room(error.lacking_bytes):
+                raise self._door.cache_full(error, len(self._clients)) from None
+            session.lease_for(step)
+
+    def _end(self, client: _Client) -> None:
+        if client.session is not None:
+            self._door.left(client.session)
+            self._clients.pop(client.session.inlet, None)
+            client.session.end()
+            client.session = None
+        if not self._clients:
+            self._idle.set()
+
+    async def _link(self, session: Session, message: Link) -> None:
+        session.link(None)
+        if self._links is None:
+            raise Refusal("not_linked", "this server hands outputs to clients only")
+        try:
+            session.link(await self._links.make(message))
+        except NotLinkedError as error:
+            raise Refusal("not_linked", str(error)) from None
+
+    # ------------------------------------------------------------------ steps from other servers
+
+    async def serve_pushes(self, stream: Stream) -> None:
+        """The life of a stream that brings one session's steps. Never raises on account of the peer."""
+        conversation = Conversation(stream, self.max_payload_bytes, self._settings.message_timeout)
+        self._sources += 1
+        try:
+            client = await self._attach(conversation)
+            if client is None or client.session is None:  # it may have ended meanwhile
+                return
+            session = client.session
+            with anyio.CancelScope() as until_it_ends:
+                session.sources.add(until_it_ends)
+                try:
+                    while await self._serve_push(client, session, conversation):
+                        pass
+                except PeerUnreachableError:
+                    pass
+                finally:
+                    session.sources.discard(until_it_ends)
+                await client.send(Unlinked(session.number))
+        except (PeerError, TimeoutError) as error:
+            logger.debug("pushes from %s ended: %s", stream.peer_id[-6:], error)
+        finally:
+            self._sources -= 1
+            conversation.close()
+
+    async def _attach(self, conversation: Conversation) -> _Client | None:
+        """Whose session the steps on this stream are for."""
+        with anyio.fail_after(self._settings.message_timeout):
+            message = (await conversation.receive()).message
+            next_state("loose", message)
+            assert isinstance(message, Attach)  # the conversation's table lets nothing else through
+            client = self._clients.get(message.inlet)
+            if client is None or self._sources > self._settings.max_sessions + _SPARE_STREAMS:
+                await conversation.send(Fault("not_linked", "there is no session of that name"))
+                return None
+            await conversation.send(Attached())
+            return client
+
+    async def _serve_push(self, client: _Client, session: Session, source: Conversation) -> bool:
+        """One step from another server. Returns whether more may come."""
+        incoming = Incoming(self.intake)
+        number = 0
+
+        async def admit(message: Message) -> None:
+            nonlocal number
+            next_state("attached", message)
+            assert isinstance(message, Step)
+            if message.number <= session.number:
+                raise LateStepError("the session has gone on without this step")
+            number = message.number
+            await self._admit_step(session, message, incoming)
+
+        try:
+            with incoming:
+                received = await source.receive(admit)
+                assert isinstance(received.message, Step)
+                await self._run_step(client, session, received.message, received, source)
+            # While steps come this way, the client has nothing to say, and yet is there.
+            client.patience.start(self._settings.idle_timeout)
+            return True
+        except LateStepError:
+            return True
+        except ProtocolError as error:
+            logger.info("pushes from %s are not taken: %s", source.peer_id[-6:], printable(str(error)))
+            return False
+        except Refusal as error:
+            refusal = Refusal("upstream", str(error)) if error.code in SENDERS_FAULT else error
+        await client.refuse(refusal, number)
+        return True
+
+    def _bytes_per_token(self, start: int, stop: int) -> int:
+        return max(1, (stop - start) * self._kv_bytes)
+
+    # ------------------------------------------------------------------ steps
+
+    async def _run_step(
+        self,
+        client: _Client,
+        session: Session,
+        step: Step,
+        received: Received,
+        source: Conversation | None = None,
+    ) -> None:
+        """Take a turn: run a step, push its outputs on, and then tell the client.
+
+        Args: source: by which it was pushed here; None = it came from the client.
+        """
+        checked = session.steps
+        async with session.taking_turn():
+            if source is not None and step.number <= session.number:
+                raise LateStepError("the session has gone on without this step")
+            if session.steps != checked:
+                self._check_step(session, step)
+            session.number = max(session.number, step.number)
+            reply, payload = await self._step(client, session, step, received)
+            if step.forward and session.downstream is not None:
+                if await session.downstream.push(step, received, reply.hidden, payload):
+                    reply = msgspec.structs.replace(reply, forwarded=True)
+                    if step.lean:
+                        rows, _, width = reply.hidden.shape
+                        none = msgspec.structs.replace(reply.hidden, shape=(rows, 0, width))
+                        reply, payload = msgspec.structs.replace(reply, hidden=none), memoryview(b"")
+                else:
+                    session.link(None)
+            came_by = client.conversation if source is None else source
+            reply = msgspec.structs.replace(
+                reply,
+                bytes_per_s=came_by.incoming.bytes_per_s or 0.0,
+                sent_at=client.conversation.clock(),
+            )
+            await client.send(reply, payload)
+
+    async def _step(
+        self, client: _Client, session: Session, step: Step, received: Received
+    ) -> tuple[StepDone, memoryview]:
+        rows, tokens, _ = step.hidden.shape
+        self._grow(session, step)
+        try:
+            whose = client.peer_id
+            ahead = self._engine.ahead(rows, tokens)
+            work = SessionStep(self._stage, whose, session, step, received)
+            timed = await self._engine.step(work, step.patience_s)
+        except Refusal:
+            raise
+        except ExpiredError as error:
+            raise self._door.expired(step, error) from None
+        except EngineClosedError:
+            raise Refusal("leaving", "this server has stopped computing; use another one") from None
+        except Exception as error:
+            logger.exception("a step failed on this server")
+            raise Refusal(
+                "internal", f"the step failed on the server: {type(error).__name__}: {error}"
+            ) from error
+        finally:
+            session.after_step()
+        self.steps += 1
+        return self._done(step, timed, ahead)
+
+    def _done(
+        self, step: Step, timed: Timed[tuple[TensorSpec, memoryview]], ahead: Ahead
+    ) -> tuple[StepDone, memoryview]:
+        spec, payload = timed.value
+        done = StepDone(
+            spec,
+            timed.queue_s * 1e3,
+            timed.compute_s * 1e3,
+            self.leaving,
+            step.number,
+            ahead=ahead.steps,
+            expected_ms=ahead.wait_s * 1e3,
+        )
+        return done, payload

@@ -1,0 +1,204 @@
+"""One client's session on this server, and what a step must be like to be let into it."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import anyio
+
+from swarmkit.errors import IllegalMessageError, MessageTooLargeError, ProtocolError, SwarmkitError
+from swarmkit.models.execution.stage import StageCache
+from swarmkit.net.protocol.codec import TensorSpec
+from swarmkit.net.protocol.messages import FATAL, HIDDEN_DTYPES, FaultCode, Step
+from swarmkit.server.adapters.store import Hold
+from swarmkit.server.cache.kv_budget import Lease
+from swarmkit.server.cache.prefix_tracker import PrefixTrail
+from swarmkit.server.sessions.push import Downstream
+
+
+class Refusal(SwarmkitError):
+    """A request that is answered with a fault instead of a result."""
+
+    def __init__(self, code: FaultCode, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.code: FaultCode = code
+        self.retry_after_s = retry_after_s
+
+
+def refusal_of(error: ProtocolError | Refusal, too_large: FaultCode = "too_large") -> tuple[Refusal, bool]:
+    """What a peer is answered whose message was not taken, and whether the conversation can go on.
+
+    Args: too_large: the code for a message with more bytes than this endpoint takes.
+    """
+    if isinstance(error, Refusal):
+        return error, error.code not in FATAL
+    code: FaultCode = "bad_message"
+    if isinstance(error, IllegalMessageError):
+        code = "illegal_message"
+    elif isinstance(error, MessageTooLargeError):
+        code = too_large
+    return Refusal(code, str(error)), False
+
+
+class LateStepError(SwarmkitError):
+    """A step was pushed here after its client had gone on without it."""
+
+
+@dataclass(eq=False)
+class Session:
+    """A cache and the lease for it, used by one step at a time.
+
+    Steps come from the client's own stream and from that of the server with the blocks before, so each takes
+    its turn. What the session holds is given back when it has ended and no step uses it any more.
+    """
+
+    start: int
+    stop: int
+    max_length: int
+    cache: StageCache
+    lease: Lease
+    trail: PrefixTrail | None = None
+    """Where pages are kept and found; None where they cannot be."""
+    adapter: Hold | None = None
+    inlet: str = field(default_factory=lambda: secrets.token_hex(16))
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    number: int = 0
+    """Of the latest step."""
+    steps: int = 0
+    """How many were done or failed: a step that was checked before others ran must be checked again."""
+    downstream: Downstream | None = None
+    sources: set[anyio.CancelScope] = field(default_factory=set)
+    """Around whoever pushes steps into this session."""
+    ended: bool = False
+    opened_at: float = field(default_factory=time.monotonic)
+    used_at: float = field(default_factory=time.monotonic)
+    """When it last did something."""
+
+    def link(self, downstream: Downstream | None) -> None:
+        """Push outputs on to this server from now on, and to no other."""
+        if self.downstream is not None:
+            self.downstream.close()
+        self.downstream = downstream
+
+    @asynccontextmanager
+    async def taking_turn(self) -> AsyncIterator[None]:
+        """While this lasts nobody else uses the session; who has it when it ends lets go of what it held."""
+        async with self.turn:
+            try:
+                yield
+            finally:
+                if self.ended:
+                    self._release()
+
+    def end(self) -> None:
+        """Let go of everything; whoever has the turn lets go of the cache when it is over."""
+        self.ended = True
+        self.link(None)
+        for source in self.sources:
+            source.cancel()
+        if not self.turn.locked():
+            self._release()
+
+    def _release(self) -> None:
+        self.lease.release()
+        if self.adapter is not None:
+            self.adapter.release()
+
+    def after_step(self) -> None:
+        """A step was done, or failed: an edit may have shortened the cache, and a refused step has not
+        lengthened it.
+        """
+        self.steps += 1
+        self.used_at = time.monotonic()
+        if not self.ended:
+            self.lease.resize(self.cache.batch, self.cache.tokens, self.cache.pages_held())
+
+    def lease_for(self, step: Step) -> None:
+        """Before a checked step: lease all that the cache may take until the step has been done.
+
+        Raises:
+            CacheFullError: there is not that much left.
+        """
+        rows, tokens, _ = step.hidden.shape
+        pages = self.cache.pages_after(step.position, step.order, rows, tokens)
+        self.lease.grow(rows, step.position + tokens, pages)
+
+    def audit(self) -> None:
+        """Between two steps: raise AssertionError unless the lease is just what the cache takes."""
+        cache, lease = self.cache, self.lease
+        needed = 0 if lease.released else lease.needed(cache.batch, cache.tokens, cache.pages_held())
+        if lease.nbytes != needed:
+            raise AssertionError(f"{lease.nbytes} bytes are leased, the cache's pages are {needed}")
+        if not lease.released and cache.nbytes() > lease.nbytes:
+            raise AssertionError(f"a cache of {cache.nbytes()} bytes has leased {lease.nbytes}")
+
+
+def check_step(
+    session: Session, step: Step, hidden_size: int, max_step_tokens: int, codecs: Collection[str] = ()
+) -> None:
+    """Everything that the header alone can tell, against what the session holds.
+
+    Args: codecs: what hidden states may come and go in, besides `none`.
+
+    Raises:
+        Refusal: with the fault's code, and what was expected.
+    """
+    hidden, cache = step.hidden, session.cache
+    if len(hidden.shape) != 3 or hidden.shape[2] != hidden_size or 0 in hidden.shape:
+        raise Refusal(
+            "bad_shape", f"hidden states must be [batch, tokens, {hidden_size}], got {list(hidden.shape)}"
+        )
+    if hidden.dtype not in HIDDEN_DTYPES:
+        raise Refusal("bad_dtype", f"hidden states must be one of {HIDDEN_DTYPES}, not {hidden.dtype}")
+    for codec in (hidden.codec, *step.answers[:1]):
+        if codec != "none" and codec not in codecs:
+            known = ", ".join(["none", *codecs])
+            raise Refusal("bad_dtype", f"hidden states travel as {known} here, not as {codec}")
+    rows, tokens, _ = hidden.shape
+    if rows * tokens > max_step_tokens:
+        raise Refusal(
+            "too_large",
+            f"{rows} x {tokens} tokens are more than the {max_step_tokens} of one step; send them in pieces",
+        )
+    if step.position > cache.tokens:
+        raise Refusal(
+            "out_of_order", f"position {step.position} is beyond the {cache.tokens} tokens this session holds"
+        )
+    if step.position + tokens > session.max_length:
+        raise Refusal(
+            "too_long",
+            f"{step.position} + {tokens} tokens are more than the {session.max_length} "
+            "that this session declared",
+        )
+    if step.keep > tokens:
+        raise Refusal("bad_shape", f"{step.keep} outputs were asked for, but the step has {tokens} tokens")
+    if step.forward and step.keep != tokens:
+        raise Refusal(
+            "bad_shape", f"a step that is forwarded keeps all of its {tokens} outputs, not {step.keep}"
+        )
+    expected_rows = cache.batch
+    if step.order is not None:
+        if step.position and (not step.order or max(step.order) >= cache.batch):
+            raise Refusal(
+                "bad_value",
+                f"order must name some of the {cache.batch} rows that this session holds, and no others",
+            )
+        expected_rows = len(step.order)
+    if step.position and rows != expected_rows:
+        raise Refusal("bad_shape", f"the step has {rows} rows, the session {expected_rows}")
+    _check_side(step.mask, "mask", "uint8", (rows, step.position + tokens))
+    _check_side(step.positions, "positions", "int64", (rows, tokens))
+
+
+def _check_side(spec: TensorSpec | None, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+    if spec is None:
+        return
+    if spec.shape != shape:
+        raise Refusal("bad_shape", f"{name} must be {list(shape)}, got {list(spec.shape)}")
+    if spec.dtype != dtype or spec.codec != "none":
+        raise Refusal("bad_dtype", f"{name} must be plain {dtype}, not {spec.dtype} as {spec.codec}")

@@ -1,0 +1,1 @@
+"""Training requests: forward and backward passes over full sequences."""

@@ -1,0 +1,91 @@
+"""Forward passes of training whose graphs are kept until their way back, as long as there is room.
+
+Nobody depends on it: a request for the way back brings all that it needs, and where the pass is not kept
+(another server ran it, there was no room, it took too long) the blocks are run forward again. Where it is,
+that half of the work is saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from swarmkit.models.execution.full_sequences import WholePass
+from swarmkit.net.protocol.gradient_messages import GradientRequest
+from swarmkit.net.rpc.conversation import Received
+
+
+@dataclass(frozen=True)
+class PassKey:
+    """A client, and a hash of all that its pass depends on."""
+
+    peer_id: str
+    digest: bytes
+
+    @classmethod
+    def of(cls, peer_id: str, request: GradientRequest, received: Received) -> PassKey:
+        """The same for a forward request and for the backward request that belongs to it."""
+        specs = request.hidden, request.mask, request.positions
+        header = request.start, request.stop, request.states, request.adapter, request.trains, specs
+        digest = hashlib.blake2b(msgspec.msgpack.encode(header), digest_size=32)
+        for spec in specs:
+            if spec is not None:
+                digest.update(received.raw(spec))
+        return cls(peer_id, digest.digest())
+
+
+@dataclass(frozen=True)
+class _Kept:
+    passes: Sequence[WholePass]
+    nbytes: int
+    until: float
+
+
+class KeptPasses:
+    """Passes by key, within a number of bytes and of seconds. May be used by several threads.
+
+    Where there is no room, the newcomer is not kept: a batch goes back in the order in which it came, so that
+    each one that made room for the next would be wanted before it.
+    """
+
+    def __init__(
+        self, capacity_bytes: int, *, seconds: float = 120.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.capacity_bytes = capacity_bytes
+        self._seconds = seconds
+        self._clock = clock
+        self._kept: dict[PassKey, _Kept] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that is kept."""
+        with self._lock:
+            return sum(kept.nbytes for kept in self._kept.values())
+
+    def keep(self, key: PassKey, passes: Sequence[WholePass]) -> None:
+        """Keep the passes of a request, one for each group of its rows, if there is room."""
+        self.drop_old()
+        nbytes = sum(one.kept_bytes for one in passes)
+        with self._lock:
+            self._kept.pop(key, None)
+            if nbytes + sum(kept.nbytes for kept in self._kept.values()) <= self.capacity_bytes:
+                self._kept[key] = _Kept(passes, nbytes, self._clock() + self._seconds)
+
+    def take(self, key: PassKey) -> Sequence[WholePass] | None:
+        """The passes of a request, which are not kept any longer; None if they are not there."""
+        with self._lock:
+            kept = self._kept.pop(key, None)
+        return None if kept is None else kept.passes
+
+    def drop_old(self) -> None:
+        """Forget what has waited for its way back for too long. To be called now and then."""
+        now = self._clock()
+        with self._lock:
+            for key in [key for key, kept in self._kept.items() if kept.until <= now]:
+                del self._kept[key]

@@ -1,0 +1,203 @@
+"""The training half of the protocol: requests that bring all they need, and leave nothing to rely on.
+
+They are run as bulk jobs, a slice at a time, between which the engine runs whatever is more urgent. Requests
+of one client are run in the order in which they came, one after the other, those of different clients by
+turns: a client that sends its micro-batches ahead gets the first one back first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import cast
+
+import anyio
+
+from swarmkit.errors import PeerError
+from swarmkit.models.adapters.adapter import Adapter
+from swarmkit.models.execution.stage import Stage
+from swarmkit.net.protocol.gradient_messages import (
+    Backward,
+    BackwardDone,
+    ForwardDone,
+    GradientRequest,
+    Working,
+    decoder,
+    next_state,
+)
+from swarmkit.net.protocol.messages import tensor_specs
+from swarmkit.net.rpc.conversation import Conversation, Received
+from swarmkit.net.transport.seam import Stream
+from swarmkit.server.adapters.service import held
+from swarmkit.server.adapters.store import AdapterStore, Hold
+from swarmkit.server.caller import Caller
+from swarmkit.server.engine.engine import BULK, Engine, EngineClosedError
+from swarmkit.server.receive_budget import Incoming, Intake
+from swarmkit.server.sessions.session import Refusal
+from swarmkit.server.training.activation_cache import KeptPasses
+from swarmkit.server.training.work import STATES_FACTOR, GradientWork, SliceTimes, check_request
+from swarmkit.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+_SIDE_BYTES = 16 * 1024 * 1024
+"""For masks and positions: small beside hidden states, but bounded too."""
+_TELL_EVERY_S = 1.0
+
+
+@dataclass
+class _Turn:
+    """One client's requests: the lock that one of them holds, and how many there are."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    requests: int = 0
+
+
+class GradientService:
+    """Serves a stage's blocks for training to any number of clients."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        fingerprint: str,
+        engine: Engine,
+        settings: ServerSettings,
+        intake: Intake,
+        leaving: Callable[[], bool] = lambda: False,
+        adapters: AdapterStore | None = None,
+    ) -> None:
+        """Args:
+        intake: the door for large messages, which sessions use as well.
+        adapters: those that requests may name; none if not given.
+        leaving: whether the server is about to stop.
+        """
+        self._stage = stage
+        self._fingerprint = fingerprint
+        self._engine = engine
+        self._settings = settings
+        self._intake = intake
+        self._leaving = leaving
+        self._adapters = AdapterStore(0, 0) if adapters is None else adapters
+        self._times = SliceTimes(settings.gradient_slice)
+        self._turns: dict[str, _Turn] = {}
+        self.kept = KeptPasses(settings.gradient_memory_bytes)
+        """Passes until their way back; somebody has to call its `drop_old` now and then."""
+        self.streams = 0
+        self.requests = 0
+        """That were answered with a result."""
+        largest = settings.max_step_tokens * stage.hidden_size * 4
+        self.max_payload_bytes = (1 + STATES_FACTOR) * largest + _SIDE_BYTES
+
+    @property
+    def waiting(self) -> int:
+        """Requests that run or wait for their turn."""
+        return sum(turn.requests for turn in self._turns.values())
+
+    async def serve(self, stream: Stream) -> None:
+        """One stream's life. Never raises on account of the peer."""
+        timeout = self._settings.message_timeout
+        caller = Caller(Conversation(stream, self.max_payload_bytes, timeout, decoder), self._settings)
+        self.streams += 1
+        try:
+            if self.streams > self._settings.max_gradient_streams:
+                await caller.refuse(Refusal("busy", "too many streams are open; try another server"))
+            else:
+                await caller.answer_all(lambda: self._answer_next(caller))
+            await caller.linger()
+        except (PeerError, TimeoutError) as error:
+            logger.debug("stream of %s ended: %s", stream.peer_id[-6:], error)
+        finally:
+            self.streams -= 1
+            caller.close()
+
+    async def _answer_next(self, caller: Caller) -> None:
+        holds: list[Hold] = []
+        with Incoming(self._intake) as incoming:
+            try:
+                received = await caller.receive(lambda message: self._admit(message, incoming, holds))
+                await self._answer(caller, received, holds[0].adapter if holds else None)
+            finally:
+                for hold in holds:
+                    hold.release()
+
+    async def _admit(self, message: object, incoming: Incoming, holds: list[Hold]) -> None:
+        """All that the header alone can tell, before memory is spent on the payload."""
+        next_state("idle", message)
+        request = cast(GradientRequest, message)
+        if self._leaving():
+            raise Refusal("leaving", "this server is about to stop; use another one")
+        check_request(request, self._stage, self._fingerprint, self._settings.max_step_tokens)
+        hold = held(self._adapters, request.adapter, request.start, request.stop)
+        if hold is not None:
+            holds.append(hold)
+        nbytes = sum(spec.nbytes for spec in tensor_specs(request))
+        try:
+            await incoming.take(nbytes, self._settings.message_timeout)
+        except TimeoutError:
+            raise Refusal("busy", "too many large requests are under way; try another server") from None
+
+    async def _answer(self, caller: Caller, received: Received, adapter: Adapter | None) -> None:
+        request = cast(GradientRequest, received.message)
+        settings = self._settings
+        work = GradientWork(
+            self._stage,
+            request,
+            received,
+            self._times,
+            settings.prefill_chunk_tokens,
+            adapter,
+            caller.peer_id,
+            self.kept,
+        )
+        arrived = anyio.current_time()
+        async with self._turn(caller.peer_id):
+            compute_s = await self._run(caller, work)
+            spec, payload = work.result()
+            of_adapter = work.adapter_gradient()
+        spent_s = anyio.current_time() - arrived
+        self.requests += 1
+        times_ms = max(spent_s - compute_s, 0.0) * 1e3, compute_s * 1e3
+        if not isinstance(request, Backward):
+            await caller.send(ForwardDone(spec, *times_ms), payload)
+        elif of_adapter is None:
+            await caller.send(BackwardDone(spec, *times_ms), payload)
+        else:
+            await caller.send(BackwardDone(spec, *times_ms, of_adapter[0]), payload, of_adapter[1])
+
+    async def _run(self, caller: Caller, work: GradientWork) -> float:
+        """Slice after slice; returns the seconds that the device took for them."""
+        compute_s = 0.0
+        told_at = anyio.current_time()
+        try:
+            while work.left:
+                compute_s += (await self._engine.run(work.advance, BULK)).compute_s
+                if work.left and anyio.current_time() - told_at > _TELL_EVERY_S:
+                    # Which also shows whether the client is still there.
+                    await caller.send(Working(work.done, work.total))
+                    told_at = anyio.current_time()
+        except (Refusal, PeerError):
+            raise
+        except EngineClosedError:
+            raise Refusal("leaving", "this server has stopped computing; use another one") from None
+        except Exception as error:
+            logger.exception("a request for training failed on this server")
+            raise Refusal(
+                "internal", f"the request failed on the server: {type(error).__name__}: {error}"
+            ) from error
+        return compute_s
+
+    @asynccontextmanager
+    async def _turn(self, peer_id: str) -> AsyncIterator[None]:
+        """One client's requests one after the other."""
+        turn = self._turns.setdefault(peer_id, _Turn())
+        turn.requests += 1
+        try:
+            async with turn.lock:
+                yield
+        finally:
+            turn.requests -= 1
+            if not turn.requests:
+                del self._turns[peer_id]

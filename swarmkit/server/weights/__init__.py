@@ -1,0 +1,1 @@
+"""Block files for other servers, and from them."""

@@ -1,0 +1,144 @@
+"""A server's weights, from wherever they come, and its offers of them (and of the manifest) to others."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+
+from swarmkit.errors import TransportError
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.checkpoint.store_fetch import OnBytes
+from swarmkit.models.checkpoint.store_hub import HubFiles
+from swarmkit.models.checkpoint.store_pinned import keep_manifest
+from swarmkit.net.protocol.messages import MAX_ADDRESSES
+from swarmkit.net.registry import offers
+from swarmkit.net.registry.offers import WeightsOffer
+from swarmkit.net.transport.seam import Transport
+from swarmkit.server.weights.fetch import FetchReport, PeerWeights
+from swarmkit.server.weights.service import WEIGHTS_ENDPOINT, WeightsService, WeightsSettings
+
+logger = logging.getLogger(__name__)
+
+
+class SharedWeights:
+    """One server's part in passing a model's blocks around.
+
+    Only blocks in the store are offered: those that came from the Hub or from peers, of a repository that
+    anybody may read. Weights in a folder are somebody's own, and gated ones are their owner's to give.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        checkpoint: Checkpoint,
+        settings: WeightsSettings | None = None,
+        *,
+        busy: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Args: busy: whether a step of a session waits for the engine now."""
+        self.settings = settings or WeightsSettings()
+        self.service = WeightsService(self.settings, busy=busy)
+        self._transport = transport
+        self._checkpoint = checkpoint
+        self._files = checkpoint.files if isinstance(checkpoint.files, HubFiles) else None
+        self._clock = clock
+        self._peers: PeerWeights | None = None
+        if self._files is not None:
+            self._peers = PeerWeights(transport, checkpoint, self._files, self.settings, clock=clock)
+
+    async def fetch(self, start: int, stop: int, on_bytes: OnBytes | None = None) -> FetchReport:
+        """Have blocks `[start, stop)` on this machine, so that loading them needs no network.
+
+        Args:
+            on_bytes: of what comes from the Hub; called from another thread.
+
+        Raises:
+            ModelError: they cannot be had.
+        """
+        if self._peers is None:
+            return FetchReport()
+        return await self._peers.fetch(start, stop, on_bytes)
+
+    @asynccontextmanager
+    async def sharing(self, start: int, stop: int) -> AsyncIterator[None]:
+        """`run` beside what is done within; its failure is logged and ends nothing else."""
+        task = asyncio.create_task(self.run(start, stop))
+        try:
+            yield
+        finally:
+            task.cancel()
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([task])
+            if not task.cancelled() and (error := task.exception()) is not None:
+                logger.warning("handing out weights failed: %s", error, exc_info=error)
+
+    async def run(self, start: int, stop: int) -> None:
+        """Offer blocks `[start, stop)` and hand them out, until cancelled."""
+        if self._files is None or not self.settings.share:
+            return
+        files = self._files
+        if not await anyio.to_thread.run_sync(lambda: files.is_public, abandon_on_cancel=True):
+            logger.info("%s is not public: its blocks are not offered to other servers", files.repo)
+            return
+        await self._transport.listen(WEIGHTS_ENDPOINT, self.service.serve)
+        while True:
+            try:
+                await self.offer(start, stop)
+            except TransportError as error:
+                logger.warning("could not offer weights to other servers, will try again: %s", error)
+            await anyio.sleep(self.settings.offer_lifetime / 3)
+
+    async def offer(self, start: int, stop: int) -> int:
+        """Announce once which files are handed out; how many blocks these are."""
+        fingerprint = await anyio.to_thread.run_sync(lambda: self._checkpoint.fingerprint)
+        expires_at = self._clock() + self.settings.offer_lifetime
+        records: list[tuple[str, bytes]] = []
+        offered = 0
+        for block in (None, *range(start, stop)):
+            held = await anyio.to_thread.run_sync(self._held, block)
+            if held is None:
+                continue
+            content, size = held
+            offer = WeightsOffer(
+                peer_id=self._transport.peer_id,
+                fingerprint=fingerprint,
+                block=block,
+                content=content,
+                size=size,
+                addresses=tuple(self._transport.addresses)[:MAX_ADDRESSES],
+                expires_at=expires_at,
+            )
+            value = offers.sign(offer, self._transport.identity)
+            records += [(key, value) for key in offers.keys_of(offer)]
+            offered += block is not None
+        if records:
+            await self._transport.store(records, expires_at)
+        return offered
+
+    def _held(self, block: int | None) -> tuple[str, int] | None:
+        """Content and size of a block's file, if it is in the store, or of the manifest; from now on it is
+        handed out.
+        """
+        assert self._files is not None
+        manifest = self._checkpoint.manifest
+        path: Path | None
+        if block is None:
+            if not manifest.can_be_shared:
+                return None
+            content, path = manifest.content, keep_manifest(self._files.store, manifest)
+        else:
+            known = self._checkpoint.block_content(block)
+            path = self._files.store.open(known) if known is not None else None
+            if known is None or path is None:
+                return None
+            content = known
+        self.service.offer(content, path)
+        return content, path.stat().st_size

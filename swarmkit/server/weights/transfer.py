@@ -1,0 +1,131 @@
+"""Getting a file that a peer offers: who offers it, and its bytes, whose hash the caller checks."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import anyio
+import anyio.to_thread
+from filelock import FileLock, Timeout
+
+from swarmkit.errors import PeerError, PeerTimeoutError, ProtocolError
+from swarmkit.net.registry import offers
+from swarmkit.net.registry.offers import WeightsOffer
+from swarmkit.net.transport.seam import Stream, Transport
+from swarmkit.server.weights.service import CHUNK_BYTES, WEIGHTS_ENDPOINT, Ask, Refused, encode, read_answer
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.1
+_SLOWEST_BYTES_PER_S = 100_000
+"""A holder that sends less, on the whole, is left for another: a byte now and then shall not hold up a start.
+"""
+
+_What = TypeVar("_What", int, None)
+
+
+class WrongBytesError(ProtocolError):
+    """A peer sent other bytes than it offered."""
+
+
+async def look_up(
+    transport: Transport, fingerprint: str, wanted: Iterable[_What], now: float
+) -> dict[_What, list[WeightsOffer]]:
+    """What other peers offer of a model, by block (None: the manifest); what is badly signed is left out."""
+    keys = {offers.claim_key(fingerprint, block): block for block in wanted}
+    found: dict[_What, list[WeightsOffer]] = {}
+    for key, entries in (await transport.fetch(keys)).items():
+        for subkey, value in entries.items():
+            try:
+                offer = offers.read(key, subkey, value, now)
+            except ProtocolError as error:  # noqa: PERF203
+                logger.debug("ignored an offer at %s from %s: %s", key, subkey, error)
+            else:
+                if offer.peer_id != transport.peer_id:
+                    found.setdefault(keys[key], []).append(offer)
+    return found
+
+
+async def receive_file(
+    transport: Transport,
+    offer: WeightsOffer,
+    partial: Path,
+    idle_timeout: float,
+    count: Callable[[int], None],
+) -> bool:
+    """Fill `partial` from where an earlier transfer stopped; whether all of it is from this peer.
+
+    Args:
+        idle_timeout: seconds without a byte, until the peer is given up.
+        count: told of every chunk's length as it comes.
+
+    Raises:
+        PeerError: it did not come; what did is kept.
+        WrongBytesError: the peer says another size than it offered, or sends more.
+    """
+    marks = partial.with_suffix(".json")
+    begun, earlier = _progress(marks)
+    offset = begun if begun <= offer.size else 0
+    senders = {*earlier, offer.peer_id} if offset else {offer.peer_id}
+    stream = await transport.open(offer.peer_id, WEIGHTS_ENDPOINT, offer.addresses)
+    try:
+        await stream.send(encode(Ask(offer.content, offset)))
+        answer = read_answer(await _next(stream, offer.peer_id, idle_timeout), offer.peer_id)
+        if isinstance(answer, Refused):
+            raise PeerError(f"it refused: {answer.message}", offer.peer_id)
+        if answer.size != offer.size:
+            raise WrongBytesError(f"it offered {offer.size} bytes and has {answer.size}")
+        deadline = anyio.current_time() + idle_timeout + offer.size / _SLOWEST_BYTES_PER_S
+        with partial.open("r+b") as file:
+            file.seek(offset)
+            while offset < offer.size:
+                chunk = await _next(stream, offer.peer_id, idle_timeout)
+                if anyio.current_time() > deadline:
+                    raise PeerTimeoutError(f"peer {offer.peer_id} sends too slowly", offer.peer_id)
+                if not chunk or len(chunk) > min(CHUNK_BYTES, offer.size - offset):
+                    raise WrongBytesError(f"a chunk of {len(chunk)} bytes does not fit")
+                await anyio.to_thread.run_sync(file.write, chunk)
+                offset += len(chunk)
+                count(len(chunk))
+    finally:
+        stream.close()
+        marks.write_text(json.dumps({"offset": offset, "senders": sorted(senders)}))
+    return senders == {offer.peer_id}
+
+
+@asynccontextmanager
+async def locked(lock: FileLock) -> AsyncIterator[None]:
+    """Hold a lock that another process, or another task of this loop, may hold for long."""
+    while True:
+        try:
+            lock.acquire(blocking=False)
+            break
+        except Timeout:
+            await anyio.sleep(_POLL_S)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+async def _next(stream: Stream, peer_id: str, idle_timeout: float) -> bytes:
+    try:
+        with anyio.fail_after(idle_timeout):
+            return await stream.receive()
+    except TimeoutError:
+        raise PeerTimeoutError(f"peer {peer_id} sent nothing for a while", peer_id) from None
+
+
+def _progress(marks: Path) -> tuple[int, list[str]]:
+    """How far an earlier transfer came, and from whom its bytes are."""
+    try:
+        content = json.loads(marks.read_text())
+        offset, senders = int(content["offset"]), [str(sender) for sender in content["senders"]]
+        return (offset, senders) if offset >= 0 else (0, [])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0, []
