@@ -5,7 +5,7 @@ from __future__ import annotations
 _GAIN_DEVIATION = 0.25
 
 
-class Smoothed:
+class Ewma:
     """A mean and its mean deviation, both moving, as TCP learns its round trips (RFC 6298)."""
 
     def __init__(self, first: float, deviation: float, gain: float) -> None:

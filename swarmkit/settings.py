@@ -38,7 +38,7 @@ class ServerSettings(BaseSettings):
         description="keep full pages of keys and values for sessions that begin alike: those of one client, "
         "or of everyone, which lets strangers find out by timing what others have asked",
     )
-    incoming_bytes: int = Field(
+    receive_budget_bytes: int = Field(
         default=512 * 1024**2, gt=0, description="memory for large steps that arrive or wait for their turn"
     )
     cache_tokens: int = Field(default=16_384, ge=1, description="to plan for when blocks are counted")
@@ -51,13 +51,13 @@ class ServerSettings(BaseSettings):
         ge=1,
         description="how many times its usual time a decode step may take beside others' prompts",
     )
-    recorded_sessions: int = Field(
+    cuda_graph_slots: int = Field(
         default=4,
         ge=0,
         description="that decode by recorded work on an NVIDIA or AMD accelerator, which is quicker; where "
         "there are more at a time, they all decode without. 0 = never",
     )
-    recorded_tokens: int = Field(
+    cuda_graph_tokens: int = Field(
         default=2048,
         ge=16,
         description="of a session, until it decodes without records; memory for the keys and values of one "
@@ -87,7 +87,7 @@ class ServerSettings(BaseSettings):
         gt=0,
         description="longest expected wait of a step; one for which it is longer is refused",
     )
-    max_door_s: float = Field(
+    max_admission_wait_s: float = Field(
         default=2.0, gt=0, description="for a large step to wait for memory to arrive in before it is refused"
     )
     evict_after: float = Field(
@@ -95,7 +95,7 @@ class ServerSettings(BaseSettings):
         ge=0,
         description="without a step until a session may have to make room for others, the longest idle first",
     )
-    report_census: bool = Field(
+    report_resources: bool = Field(
         default=False, description="tell who asks how many streams, tasks and bytes there are, as soaks do"
     )
     idle_timeout: float = Field(default=1800.0, gt=0, description="without a step until a session is closed")
@@ -149,7 +149,7 @@ class ClientSettings(BaseSettings):
         default="where it pays",
         description="use these codecs on links that were measured to be slow, or the smallest one on all",
     )
-    prefix_memory_bytes: int = Field(
+    prefix_cache_bytes: int = Field(
         default=256 * 1024**2,
         ge=0,
         description="what ended sessions had sent and got, so that one that begins alike sends only the rest",

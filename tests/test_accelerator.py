@@ -149,7 +149,7 @@ def test_a_step_does_not_wait_for_the_device(
         device=DEVICE,
     )
     if records:
-        stage.record_tokens(3, 64)
+        stage.enable_cuda_graphs(3, 64)
     one, other = stage.new_cache(1, 4), stage.new_cache(1, 4)
 
     def steps() -> None:

@@ -15,7 +15,7 @@ from swarmkit.client.trace import PeerLost
 from swarmkit.errors import UsageError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
-from swarmkit.net.emulation.link_schedule import Link
+from swarmkit.net.emulation.link_schedule import EmulatedLink
 
 from .client.answers import answer, at, prompt
 from .models.tiny import make_checkpoint
@@ -38,7 +38,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     ],
 )
 def far_swarm(request: pytest.FixtureRequest, tiny: Checkpoint) -> Iterator[LocalSwarm]:
-    with LocalSwarm(tiny, num_stages=2, processes=request.param, link=Link(delay_s=DELAY_S)) as swarm:
+    with LocalSwarm(tiny, num_stages=2, processes=request.param, link=EmulatedLink(delay_s=DELAY_S)) as swarm:
         yield swarm
 
 
@@ -97,7 +97,7 @@ def test_only_the_links_addresses_are_announced(far_swarm: LocalSwarm) -> None:
 
 
 def test_a_cut_link_is_a_lost_server(tiny: Checkpoint) -> None:
-    with LocalSwarm(tiny, num_stages=1, replicas=2, link=Link()) as swarm:
+    with LocalSwarm(tiny, num_stages=1, replicas=2, link=EmulatedLink()) as swarm:
         model = swarm.model()
 
         def cut() -> None:
@@ -110,7 +110,7 @@ def test_a_cut_link_is_a_lost_server(tiny: Checkpoint) -> None:
 
 
 def test_a_server_that_is_added_gets_a_link_of_its_own(tiny: Checkpoint) -> None:
-    with LocalSwarm(tiny, num_stages=1, link=Link(delay_s=DELAY_S)) as swarm:
+    with LocalSwarm(tiny, num_stages=1, link=EmulatedLink(delay_s=DELAY_S)) as swarm:
         added = swarm.add_server()
         assert swarm.link_of(added) is not swarm.link_of(swarm.servers[0])
 
@@ -121,6 +121,6 @@ def test_a_swarm_without_links_says_so(tiny: Checkpoint) -> None:
 
 
 def test_the_memory_transport_has_links_of_its_own(tiny: Checkpoint) -> None:
-    options: dict[str, Any] = {"transport": "memory", "link": Link()}
+    options: dict[str, Any] = {"transport": "memory", "link": EmulatedLink()}
     with pytest.raises(UsageError, match="set_link"):
         LocalSwarm(tiny, **options)

@@ -32,7 +32,7 @@ from swarmkit.bench.subject import Subject
 from swarmkit.client.trace import StepTrace
 from swarmkit.local.swarm import LocalSwarm
 from swarmkit.models.head.head import load_local
-from swarmkit.net.emulation.link_schedule import Link
+from swarmkit.net.emulation.link_schedule import EmulatedLink
 from swarmkit.settings import ClientSettings, LossyCodec, ServerSettings
 from swarmkit.tinychat import held_out
 
@@ -70,8 +70,8 @@ def bench_codecs(
     torch.set_num_threads(threads)
     agreement = measure_agreement(subject, questions, stages, on_progress)
     speed = _measure_speed(
-        subject, stages, Link(delay_s=round_trip_s / 2, bandwidth=bandwidth), prompt_tokens, tokens, rounds,
-        threads, on_progress,
+        subject, stages, EmulatedLink(delay_s=round_trip_s / 2, bandwidth=bandwidth), prompt_tokens, tokens,
+        rounds, threads, on_progress,
     )  # fmt: skip
     return {
         "model": subject.label,
@@ -95,7 +95,7 @@ def settings_of(name: str) -> ClientSettings:
         changes: dict[str, Any] = {"codecs": ("bfloat16", "float16", "int8"), "compress": "where it pays"}
     else:
         changes = {"codecs": CODECS[name], "compress": "always"}
-    return PATIENT.model_copy(update={**changes, "prefix_memory_bytes": 0})
+    return PATIENT.model_copy(update={**changes, "prefix_cache_bytes": 0})
 
 
 def wire_bytes(step: StepTrace) -> int:
@@ -194,7 +194,7 @@ def _logits(model: Any, prompt: torch.Tensor, answer: torch.Tensor) -> torch.Ten
 def _measure_speed(
     subject: Subject,
     stages: int,
-    link: Link,
+    link: EmulatedLink,
     prompt_tokens: int,
     tokens: int,
     rounds: int,

@@ -54,7 +54,7 @@ from swarmkit.local.swarm import LocalSwarm
 from swarmkit.models.head.head import load_local
 from swarmkit.net import portal
 from swarmkit.net.emulation.link_emulator import LinkEmulator
-from swarmkit.net.emulation.link_schedule import Link
+from swarmkit.net.emulation.link_schedule import EmulatedLink
 
 _PROMPT_TOKENS = 16
 _PINGS = 200
@@ -130,7 +130,7 @@ def bench_distance(
         processes=True,
         threads=threads,
         dtype=dtype,
-        link=Link(delay_s=round_trip_s / 2, bandwidth=bandwidth),
+        link=EmulatedLink(delay_s=round_trip_s / 2, bandwidth=bandwidth),
     ) as swarm:
         pushing = swarm.model(dtype=dtype, settings=PATIENT)
         through_client = swarm.model(dtype=dtype, settings=PATIENT.model_copy(update={"push": False}))
@@ -262,7 +262,7 @@ def measure_emulator_ms() -> float:
     """What a link without delay adds to a round trip of one byte over loopback, in milliseconds."""
     with socket.create_server(("127.0.0.1", 0)) as server, portal.lease() as lease:
         target = server.getsockname()[:2]
-        link = lease.call(lambda: LinkEmulator.open(target, Link()))
+        link = lease.call(lambda: LinkEmulator.open(target, EmulatedLink()))
         try:
             straight = _ping_ms(server, target)
             over_link = _ping_ms(server, (link.host, link.port))

@@ -32,7 +32,7 @@ from swarmkit.net.connect import over_hivemind
 Lines: TypeAlias = "asyncio.Queue[dict[str, Any] | None]"
 
 
-class _Clients:
+class _LoadClients:
     """The sessions of this process, and what they are told to do."""
 
     def __init__(self, client: SwarmClient, lines: Lines, dtype: torch.dtype, seed: int) -> None:
@@ -120,7 +120,7 @@ async def _main(options: dict[str, Any]) -> None:
     model = ModelRef(options["name"], options["fingerprint"], options["num_blocks"], options["hidden_size"])
     client = SwarmClient(model, over_hivemind(options["peers"], client_mode=True), PATIENT)
     lines: Lines = asyncio.Queue()
-    clients = _Clients(client, lines, getattr(torch, options["dtype"]), options["seed"])
+    clients = _LoadClients(client, lines, getattr(torch, options["dtype"]), options["seed"])
     # ends with standard input, which the parent closes
     reader = threading.Thread(target=_read_lines, args=(asyncio.get_running_loop(), lines))
     async with anyio.create_task_group() as tasks:

@@ -30,7 +30,7 @@ from swarmkit.local.swarm import LocalSwarm
 from swarmkit.models.head.head import load_local
 from swarmkit.net import portal
 from swarmkit.net.connect import over_hivemind
-from swarmkit.net.protocol.messages import AskCensus, Census
+from swarmkit.net.protocol.messages import GetResources, Resources
 from swarmkit.net.registry.records import acceptable_now
 from swarmkit.net.rpc.server_info import ask
 from swarmkit.net.transport.identity import Identity
@@ -54,7 +54,7 @@ _LEAVE_S = 240.0
 _SETTLE_S = 90.0
 _BASELINE_LOOKS = 5
 _ASK_TIMEOUT_S = 10.0
-_LEFT = ("sessions", "pushers", "leased_bytes", "incoming_bytes", "works")
+_LEFT = ("sessions", "pushers", "leased_bytes", "receive_budget_bytes", "works")
 """What must be nothing when nobody is there."""
 _GROWN = ("streams", "tasks", "threads", "descriptors")
 """What must not be more than before."""
@@ -86,7 +86,7 @@ def bench_soak(
         cache_bytes=cache_tokens * bytes_per_token * subject.checkpoint.num_blocks // _STAGES,
         max_sessions=max(2, int(clients * _SESSIONS)),
         evict_after=1.0,
-        report_census=True,
+        report_resources=True,
     )
     on_progress("starting servers", 0, 1)
     with LocalSwarm(
@@ -162,7 +162,7 @@ def clear_answers(subject: Subject) -> list[list[int]]:
     return found
 
 
-def what_is_left(name: str, before: Census, after: Census | None) -> list[str]:
+def what_is_left(name: str, before: Resources, after: Resources | None) -> list[str]:
     """One line for each thing that a server still holds, or holds more of than before."""
     if after is None:
         return [f"{name} does not answer"]
@@ -177,7 +177,7 @@ def what_is_left(name: str, before: Census, after: Census | None) -> list[str]:
     return left
 
 
-def most(seen: Sequence[Census]) -> Census:
+def most(seen: Sequence[Resources]) -> Resources:
     """What a server had of all that comes and goes by itself, at its largest."""
     return msgspec.structs.replace(
         seen[-1], **{each: max(getattr(census, each) for census in seen) for each in _GROWN}
@@ -344,15 +344,15 @@ def _counting(swarm: LocalSwarm) -> Iterator[Any]:
             over_hivemind(swarm.initial_peers, client_mode=True), Identity(), acceptable_now
         )
 
-        def take_census() -> dict[str, Census]:
-            found: dict[str, Census] = {}
+        def take_census() -> dict[str, Resources]:
+            found: dict[str, Resources] = {}
             for server in swarm.servers:
                 assert isinstance(server, ServerProcess)
                 with suppress(SwarmkitError, TimeoutError):
                     reply = lease.call(
-                        ask, transport, server.peer_id, server.addresses, AskCensus(), _ASK_TIMEOUT_S
+                        ask, transport, server.peer_id, server.addresses, GetResources(), _ASK_TIMEOUT_S
                     )
-                    assert isinstance(reply, Census)
+                    assert isinstance(reply, Resources)
                     found[server.public_name] = reply
             return found
 
@@ -362,10 +362,10 @@ def _counting(swarm: LocalSwarm) -> Iterator[Any]:
             lease.call(transport.close)
 
 
-def _baseline(take_census: Any) -> dict[str, Census]:
+def _baseline(take_census: Any) -> dict[str, Resources]:
     """The most that servers have of everything in five seconds in which nobody is there."""
     give_up_at = time.monotonic() + _SETTLE_S
-    seen: list[dict[str, Census]] = []
+    seen: list[dict[str, Resources]] = []
     while len(seen) < _BASELINE_LOOKS:
         now = take_census()
         quiet_now = not any(what_is_left(name, census, census) for name, census in now.items())
@@ -374,11 +374,11 @@ def _baseline(take_census: Any) -> dict[str, Census]:
     return {name: most([census[name] for census in seen if name in census]) for name in seen[-1]}
 
 
-def _settled(take_census: Any, before: dict[str, Census]) -> dict[str, Census]:
+def _settled(take_census: Any, before: dict[str, Resources]) -> dict[str, Resources]:
     """The census once nothing is left, or as it is when that has not come about for long."""
     give_up_at = time.monotonic() + _SETTLE_S
     while True:
-        now: dict[str, Census] = take_census()
+        now: dict[str, Resources] = take_census()
         left = any(what_is_left(name, before[name], now.get(name)) for name in before)
         if not left or time.monotonic() > give_up_at:
             return now

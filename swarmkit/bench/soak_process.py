@@ -29,7 +29,7 @@ _LONGEST_STEP_S = 1.0
 _JOIN_S = 180.0
 
 
-class _Clients:
+class _SoakClients:
     """The clients of this process, and what they tell."""
 
     def __init__(self, model: SwarmModelForCausalLM, options: dict[str, Any]) -> None:
@@ -149,7 +149,7 @@ def _main(options: dict[str, Any]) -> None:
     with SwarmModelForCausalLM.from_pretrained(
         options["name"], initial_peers=options["peers"], settings=_PATIENT
     ) as model:
-        clients = _Clients(model, options)
+        clients = _SoakClients(model, options)
         model.connection.client.listeners.append(clients.event)
         clients.tell("ready")
         clients.run()

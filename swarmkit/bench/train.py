@@ -20,7 +20,7 @@ _TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
-class _Step:
+class _TrainingStep:
     """One forward and one backward pass: seconds of each, and the gradient of the embeddings."""
 
     forward_s: float
@@ -36,12 +36,12 @@ class _Compared:
     """Steps of the local model and of the swarm, which have the same gradients."""
 
     def __init__(self, dtype: str) -> None:
-        self.steps: list[tuple[_Step, _Step]] = []
+        self.steps: list[tuple[_TrainingStep, _TrainingStep]] = []
         self.difference = 0.0
         """The largest between their gradients."""
         self._dtype = dtype
 
-    def add(self, here: _Step, there: _Step, *, counts: bool) -> None:
+    def add(self, here: _TrainingStep, there: _TrainingStep, *, counts: bool) -> None:
         """Check one pair, and keep it if it counts."""
         self.difference = max(self.difference, _difference(here.gradient, there.gradient, self._dtype))
         if counts:
@@ -137,7 +137,7 @@ def _ids(vocab_size: int, batch: int, tokens: int, seed: int) -> torch.Tensor:
     return torch.randint(3, vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def _step(model: Any, ids: torch.Tensor, *, head: bool = True) -> _Step:
+def _step(model: Any, ids: torch.Tensor, *, head: bool = True) -> _TrainingStep:
     inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
     gc.collect()
     began = time.perf_counter()
@@ -148,7 +148,7 @@ def _step(model: Any, ids: torch.Tensor, *, head: bool = True) -> _Step:
     middle = time.perf_counter()
     loss.backward()
     ended = time.perf_counter()
-    return _Step(middle - began, ended - middle, inputs.grad)
+    return _TrainingStep(middle - began, ended - middle, inputs.grad)
 
 
 def _difference(wanted: torch.Tensor, found: torch.Tensor, dtype: str) -> float:

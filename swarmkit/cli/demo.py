@@ -18,7 +18,7 @@ from swarmkit.cli.app import Json, Verbose, app
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from swarmkit.cli.talk import Answer
+    from swarmkit.cli.talk import ChatAnswer
     from swarmkit.client.model import SwarmModelForCausalLM
     from swarmkit.client.trace import PeerReplaced
     from swarmkit.local.server_process import ServerProcess
@@ -35,8 +35,8 @@ _KILL_IN = 1
 class _Killed:
     """What happened when a server was killed in the middle of an answer."""
 
-    answer: Answer
-    undisturbed: Answer
+    answer: ChatAnswer
+    undisturbed: ChatAnswer
     server: ServerProcess
     replaced: PeerReplaced | None
     stall_ms: float
@@ -190,7 +190,7 @@ class _Demo:
         self._messages.append({"role": "assistant", "content": answer.text})
 
     def _ask_and_kill(self, question: str) -> _Killed:
-        """Answer twice: undisturbed and unseen, then before the user's eyes, with a kill half-way."""
+        """ChatAnswer twice: undisturbed and unseen, then before the user's eyes, with a kill half-way."""
         self._messages.append({"role": "user", "content": question})
         undisturbed = self._answer(lambda text: None)
         # The way this answer went is the way the next one will go, as nothing has changed since.
@@ -208,7 +208,7 @@ class _Demo:
         self._messages.append({"role": "assistant", "content": answer.text})
         return killed
 
-    def _answer(self, write, on_token=lambda count: None) -> Answer:  # type: ignore[no-untyped-def]
+    def _answer(self, write, on_token=lambda count: None) -> ChatAnswer:  # type: ignore[no-untyped-def]
         from swarmkit.cli import talk
 
         return talk.answer(
@@ -285,7 +285,7 @@ class _Killer:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def stall_ms(self, answer: Answer) -> float:
+    def stall_ms(self, answer: ChatAnswer) -> float:
         """The longest wait for a token since the kill."""
         stamps = [stamp for stamp in answer.stamps if stamp >= self._at]
         if not self._at or not stamps:

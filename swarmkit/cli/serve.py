@@ -170,8 +170,8 @@ def _serve_until(server: object, end: EndRequest) -> None:
     leaving = threading.Thread(target=server.stop, name="swarmkit-leave")
     leaving.start()
     while leaving.is_alive():
-        if end.hurry.is_set():
-            server.hurry()
+        if end.skip_drain.is_set():
+            server.skip_drain()
         leaving.join(0.1)
 
 

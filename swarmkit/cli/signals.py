@@ -18,12 +18,12 @@ class EndRequest:
 
     def __init__(self) -> None:
         self._event = threading.Event()
-        self.hurry = threading.Event()
+        self.skip_drain = threading.Event()
         self.reason: Reason = "signal"
 
     def request(self, reason: Reason = "signal") -> None:
         if self._event.is_set():
-            self.hurry.set()
+            self.skip_drain.set()
         self.reason = reason
         self._event.set()
 

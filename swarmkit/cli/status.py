@@ -14,7 +14,7 @@ from swarmkit.cli.app import Join, Json, Verbose, app
 from swarmkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from swarmkit.net.protocol.messages import Info
+    from swarmkit.net.protocol.messages import ServerInfo
     from swarmkit.net.registry.records import Announcement
 
 
@@ -90,7 +90,7 @@ def _describe(
     fingerprint: str,
     num_blocks: int,
     servers: list[Announcement],
-    doing: dict[str, Info],
+    doing: dict[str, ServerInfo],
     now: float,
 ) -> dict:  # type: ignore[type-arg]
     from swarmkit.net.registry.swarm_map import uncovered
@@ -120,7 +120,7 @@ def _describe(
     }
 
 
-def _load(info: Info | None) -> dict[str, float | None]:
+def _load(info: ServerInfo | None) -> dict[str, float | None]:
     """What a server has to do now; nothing is known of one that does not answer."""
     if info is None:
         return {"sessions": None, "queue": None, "expected_wait_s": None}

@@ -49,7 +49,7 @@ def busy(text: str) -> Iterator[None]:
 
 
 @dataclass
-class Answer:
+class ChatAnswer:
     """A finished answer and how fast it came."""
 
     text: str
@@ -124,7 +124,7 @@ def answer(
     top_p: float = 1.0,
     seed: int | None = None,
     guesses: dict[str, Any] | None = None,
-) -> Answer:
+) -> ChatAnswer:
     """Let the model answer.
 
     Args:
@@ -164,7 +164,7 @@ def answer(
     seconds = time.perf_counter() - started
     text = str(tokenizer.decode(stream.tokens, skip_special_tokens=True)).strip()
     guessed = model.speculation.since(before)
-    return Answer(text, stream.tokens, seconds, stream.stamps, guessed if guessed.guesses else None)
+    return ChatAnswer(text, stream.tokens, seconds, stream.stamps, guessed if guessed.guesses else None)
 
 
 def guesses_of(

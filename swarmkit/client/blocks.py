@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from swarmkit.client.gradients.function import RemotePass, Whole, side_of
+from swarmkit.client.gradients.function import FullPass, RemotePass, side_of
 from swarmkit.errors import UsageError
 
 
@@ -62,7 +62,7 @@ class Blocks(nn.Module):
             block, the last of which is the same.
         """
         side = side_of(hidden_states, attention_mask, position_ids)
-        output = self._remote(hidden_states, Whole(self.start, self.stop, side, output_hidden_states))
+        output = self._remote(hidden_states, FullPass(self.start, self.stop, side, output_hidden_states))
         if not output_hidden_states:
             return output
         states = output.unbind(0)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from swarmkit.client.adapters.tunable import Tunable
-from swarmkit.client.adapters.tuning import Tuning
+from swarmkit.client.adapters.tunable import AdapterMixin
+from swarmkit.client.adapters.tuning import ModelAdapters
 from swarmkit.client.blocks import Blocks
 from swarmkit.client.gradients.exchange import Traffic
 from swarmkit.client.gradients.function import RemotePass
@@ -52,7 +52,7 @@ _held: ContextVar[int] = ContextVar("swarmkit_held", default=0)
 """Tokens that a session held before an assisted call, of which the first step is still to come."""
 
 
-class SwarmModel(Tunable, _Base):
+class SwarmModel(AdapterMixin, _Base):
     """What all models have whose blocks are served by others."""
 
     _swarm: Connection
@@ -105,7 +105,7 @@ class SwarmModel(Tunable, _Base):
             if on_event is not None:
                 connection.client.listeners.append(on_event)
             length = _length_limit(checkpoint.config)
-            tuning = Tuning()
+            tuning = ModelAdapters()
             remote = RemotePass(connection, tuning)
             blocks = RemoteBlocks(
                 remote, lambda: Session(connection, length, tuning), _first_attention_type(checkpoint.config)

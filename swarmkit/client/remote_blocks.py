@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from swarmkit.client.gradients.function import RemotePass, Whole, side_of
+from swarmkit.client.gradients.function import FullPass, RemotePass, side_of
 from swarmkit.client.session.session import Session, SwarmCacheLayer, session_of
 from swarmkit.errors import UsageError
 
@@ -39,7 +39,7 @@ class RemoteBlocks(nn.Module):
     ) -> torch.Tensor:
         """Send hidden states [batch, tokens, hidden] through the swarm.
 
-        Whole sequences without a cache go through in micro-batches, and gradients come back; tokens that
+        FullPass sequences without a cache go through in micro-batches, and gradients come back; tokens that
         follow a cache are a step of a session.
 
         Args:
@@ -79,7 +79,7 @@ class RemoteBlocks(nn.Module):
         blocks = self._remote.connection.client.model.num_blocks
         record = self.recorder
         side = side_of(hidden, mask, positions)
-        output = self._remote(hidden, Whole(0, blocks, side, states=record is not None))
+        output = self._remote(hidden, FullPass(0, blocks, side, states=record is not None))
         if record is None:
             return output
         states = output.unbind(0)

@@ -20,7 +20,7 @@ from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.net import portal
 from swarmkit.net.connect import TransportFactory, over_hivemind
 from swarmkit.net.emulation.link_emulator import LinkEmulator
-from swarmkit.net.emulation.link_schedule import Link
+from swarmkit.net.emulation.link_schedule import EmulatedLink
 from swarmkit.net.registry.records import acceptable_now
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.memory import MemoryNetwork
@@ -89,7 +89,7 @@ class LocalSwarm:
         dtype: str | torch.dtype = "auto",
         threads: int = 1,
         device: str = "cpu",
-        link: Link | None = None,
+        link: EmulatedLink | None = None,
         server_settings: ServerSettings | None = None,
         client_settings: ClientSettings | None = None,
         on_progress: Callable[[int, int], None] = lambda ready, total: None,
@@ -210,7 +210,9 @@ class LocalSwarm:
         try:
             return self._links[server]
         except KeyError:
-            raise UsageError("this swarm has no links; make it with LocalSwarm(…, link=Link(…))") from None
+            raise UsageError(
+                "this swarm has no links; make it with LocalSwarm(…, link=EmulatedLink(…))"
+            ) from None
 
     # ------------------------------------------------------------------ doing
 
@@ -261,7 +263,7 @@ class LocalSwarm:
         self.servers.append(server)
         return server
 
-    def _lay_link(self, port: int, link: Link) -> LinkEmulator:
+    def _lay_link(self, port: int, link: EmulatedLink) -> LinkEmulator:
         """A link in front of a port, on the event loop until the swarm ends."""
         lease = portal.lease()
         self._under_links.callback(lease.close)

@@ -60,7 +60,7 @@ def plan(
     *,
     cache_tokens: int = 16_384,
     max_step_tokens: int = 4096,
-    recorded_tokens: int = 10_240,
+    cuda_graph_tokens: int = 10_240,
     training_bytes: int = 512 * 2**20,
     device: str = "cpu",
     row_tokens: int = 0,
@@ -73,7 +73,7 @@ def plan(
     Args:
         kv_bytes_per_token_per_block: in the precision's dtype, from `Checkpoint`.
         max_step_tokens: batch x tokens of the largest step a server takes.
-        recorded_tokens: for which an accelerator with recorded work has room besides; none on others.
+        cuda_graph_tokens: for which an accelerator with recorded work has room besides; none on others.
         training_bytes: that training may keep for its way back.
         row_tokens: what a session's row takes besides its tokens, in tokens; from `Checkpoint`.
         block_bytes: of the largest block's weights, where they are stored quantised; from `Checkpoint`.
@@ -85,7 +85,7 @@ def plan(
     activations = max_step_tokens * (4 * config.hidden_size + 2 * width) * precision.dtype.itemsize
     kind = torch.device(device).type
     runtime = _RUNTIME_BYTES.get(kind, _RUNTIME_BYTES["cuda"])
-    room_tokens = cache_tokens + (recorded_tokens if kind == "cuda" else 0)
+    room_tokens = cache_tokens + (cuda_graph_tokens if kind == "cuda" else 0)
     return Plan(
         memory_bytes=memory_bytes,
         precision=precision.name,
@@ -105,7 +105,7 @@ def plan_checkpoint(
     *,
     cache_tokens: int = 16_384,
     max_step_tokens: int = 4096,
-    recorded_tokens: int = 10_240,
+    cuda_graph_tokens: int = 10_240,
     training_bytes: int = 512 * 2**20,
     device: str = "cpu",
 ) -> Plan:
@@ -119,7 +119,7 @@ def plan_checkpoint(
         precision,
         cache_tokens=cache_tokens,
         max_step_tokens=max_step_tokens,
-        recorded_tokens=recorded_tokens,
+        cuda_graph_tokens=cuda_graph_tokens,
         training_bytes=training_bytes,
         device=device,
         row_tokens=checkpoint.row_tokens(precision.dtype),

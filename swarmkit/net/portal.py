@@ -28,12 +28,12 @@ _CLEANUP_TIMEOUT_S = 10.0  # for what was cancelled; a coroutine that will not e
 _provider = BlockingPortalProvider(backend="asyncio")
 
 
-def lease() -> Lease:
+def lease() -> PortalLease:
     """Hold the background loop, which is started if nobody holds it yet. Close the lease when done."""
-    return Lease()
+    return PortalLease()
 
 
-class Lease:
+class PortalLease:
     """A share in the background loop; a context manager."""
 
     def __init__(self) -> None:
@@ -136,7 +136,7 @@ class Lease:
         finally:
             self._provider.__exit__(None, None, None)
 
-    def __enter__(self) -> Lease:
+    def __enter__(self) -> PortalLease:
         return self
 
     def __exit__(

@@ -12,7 +12,7 @@ import anyio
 from swarmkit.errors import ProtocolError
 from swarmkit.net.protocol.messages import Fault, FaultCode, printable
 from swarmkit.net.rpc.conversation import Conversation, Received
-from swarmkit.net.rpc.idle_timer import Patience
+from swarmkit.net.rpc.idle_timer import IdleTimer
 from swarmkit.net.transport.seam import Buffer
 from swarmkit.server.sessions.session import Refusal, refusal_of
 from swarmkit.settings import ServerSettings
@@ -35,9 +35,9 @@ class Caller:
         self.conversation = conversation
         self.number = 0
         """Of the step that its latest message is; 0 if it is none."""
-        self.patience = Patience(conversation)
+        self.patience = IdleTimer(conversation)
         """With what it says."""
-        self._taking = Patience(conversation)
+        self._taking = IdleTimer(conversation)
         """With how it takes what it is told."""
         self._too_large = too_large
         self._timeout = settings.message_timeout

@@ -40,7 +40,7 @@ from swarmkit.net.transport.seam import Stream, Transport
 from swarmkit.server.adapters.service import AdapterService, load_hosted
 from swarmkit.server.engine.engine import BULK, Engine
 from swarmkit.server.engine.throughput import measure_decode_rate
-from swarmkit.server.engine.trim_malloc import give_back
+from swarmkit.server.engine.trim_malloc import trim_malloc
 from swarmkit.server.placement import Served, choose_blocks
 from swarmkit.server.sessions.push import Links
 from swarmkit.server.sessions.service import BlockService
@@ -127,7 +127,7 @@ class ServerNode:
             self._drain_timeout = drain_timeout
         self._stop.set()
 
-    def hurry(self) -> None:
+    def skip_drain(self) -> None:
         """While leaving: wait for sessions no longer."""
         if self.service is not None:
             self.service.stop_waiting()
@@ -170,7 +170,7 @@ class ServerNode:
             weights.service.busy = lambda: engine.waiting > 0  # their copy waits while somebody's token does
             owned.push_async_callback(_shielded, lambda: anyio.to_thread.run_sync(engine.close))
             self._rate = (await engine.run(lambda: measure_decode_rate(stage), BULK)).value
-            await engine.run(give_back, BULK)
+            await engine.run(trim_malloc, BULK)
             self.service = service = BlockService(
                 stage,
                 fingerprint,
@@ -246,7 +246,7 @@ class ServerNode:
             precision,
             cache_tokens=config.settings.cache_tokens,
             max_step_tokens=config.settings.max_step_tokens,
-            recorded_tokens=(config.settings.recorded_sessions + 1) * config.settings.recorded_tokens,
+            cuda_graph_tokens=(config.settings.cuda_graph_slots + 1) * config.settings.cuda_graph_tokens,
             training_bytes=config.settings.gradient_memory_bytes,
             device=config.device,
         )
@@ -285,8 +285,8 @@ class ServerNode:
                 config.checkpoint, low, high, dtype=config.dtype, device=config.device, progress=progress
             )
         )
-        if config.settings.recorded_sessions and stage.device.type == "cuda":
-            stage.record_tokens(config.settings.recorded_sessions, config.settings.recorded_tokens)
+        if config.settings.cuda_graph_slots and stage.device.type == "cuda":
+            stage.enable_cuda_graphs(config.settings.cuda_graph_slots, config.settings.cuda_graph_tokens)
         self._tell(ServerEvent("loaded", f"loaded blocks {low}:{high}", 1.0))
         return stage
 

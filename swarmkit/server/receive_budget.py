@@ -19,7 +19,7 @@ import anyio
 from swarmkit.net.rpc.conversation import CHUNK_BYTES
 
 
-class Intake:
+class ReceiveBudget:
     """A number of bytes that clients share for a while. Used by the event loop's thread only."""
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -61,10 +61,10 @@ class Intake:
             turn.set_result(None)
 
 
-class Incoming:
+class ReceiveReservation:
     """What one message holds of an intake, from its header until it is done with; `with` gives it back."""
 
-    def __init__(self, intake: Intake) -> None:
+    def __init__(self, intake: ReceiveBudget) -> None:
         self._intake = intake
         self._nbytes = 0
 
@@ -80,7 +80,7 @@ class Incoming:
             await self._intake.take(nbytes)
         self._nbytes += nbytes
 
-    def __enter__(self) -> Incoming:
+    def __enter__(self) -> ReceiveReservation:
         return self
 
     def __exit__(

@@ -90,7 +90,7 @@ class Server:
         )
         identity = Identity.load_or_create(Path(identity_path)) if identity_path else Identity()
         self._node = ServerNode(config, transport or over_hivemind(initial_peers), identity, on_event)
-        self._lease: portal.Lease | None = None
+        self._lease: portal.PortalLease | None = None
         self._running: Future[None] | None = None
         self.peer_id = identity.peer_id
 
@@ -133,10 +133,10 @@ class Server:
         self._lease.call_soon(lambda: self._node.request_stop(drain_timeout))
         self._finish()
 
-    def hurry(self) -> None:
+    def skip_drain(self) -> None:
         """While `stop` waits in another thread: wait for sessions no longer."""
         if self._lease is not None:
-            self._lease.call_soon(self._node.hurry)
+            self._lease.call_soon(self._node.skip_drain)
 
     def kill(self) -> None:
         """End at once, as a crash would: nothing is announced, streams just end."""

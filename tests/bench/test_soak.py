@@ -6,16 +6,16 @@ import msgspec
 import pytest
 
 from swarmkit.bench.soak import most, what_is_left
-from swarmkit.net.protocol.messages import Census
+from swarmkit.net.protocol.messages import Resources
 
-QUIET = Census(
+QUIET = Resources(
     sessions=0,
     streams=1,
     pushers=0,
     leased_bytes=0,
     kept_bytes=64,
     capacity_bytes=128,
-    incoming_bytes=0,
+    receive_budget_bytes=0,
     works=0,
     accounted=True,
     tasks=9,
@@ -24,7 +24,7 @@ QUIET = Census(
 )
 
 
-def changed(**fields: object) -> Census:
+def changed(**fields: object) -> Resources:
     return msgspec.structs.replace(QUIET, **fields)
 
 

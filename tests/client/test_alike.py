@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swarmkit.client.session.duplicate_rows import AlikeRows, alike_rows
+from swarmkit.client.session.duplicate_rows import DuplicateRows, alike_rows
 
 
 def rows(*kinds: int) -> torch.Tensor:
@@ -24,7 +24,7 @@ def rows(*kinds: int) -> torch.Tensor:
 def test_a_row_that_equals_the_one_before_it_is_a_repetition(
     kinds: tuple[int, ...], first: list[int], order: list[int]
 ) -> None:
-    assert alike_rows(rows(*kinds)) == AlikeRows(first, order)
+    assert alike_rows(rows(*kinds)) == DuplicateRows(first, order)
 
 
 @pytest.mark.parametrize("kinds", [(1,), (1, 2), (1, 2, 1)])

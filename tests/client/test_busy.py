@@ -129,7 +129,7 @@ def test_a_session_that_waited_for_room_goes_on_where_it_was(
     tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor]
 ) -> None:
     """What it holds at the busy server is not computed again."""
-    with a_world(tiny_llama, replicas=1, prefix_memory_bytes=0) as world:
+    with a_world(tiny_llama, replicas=1, prefix_cache_bytes=0) as world:
         with_tight_middle(world, room(tiny_llama, 2))
         other = world.model.session()
         steps = 30

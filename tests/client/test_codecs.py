@@ -96,7 +96,7 @@ def test_what_a_replacement_is_sent_again_is_what_the_lost_one_computed_on(
 
 def test_a_stage_that_is_cut_in_two_is_rebuilt_from_whole_values(tiny_llama: Checkpoint) -> None:
     """Nothing was rounded where it is cut, before it was."""
-    with a_world(tiny_llama, replicas=1, **always("int8", prefix_memory_bytes=0)) as world:
+    with a_world(tiny_llama, replicas=1, **always("int8", prefix_cache_bytes=0)) as world:
 
         def cut() -> None:
             world.in_use(2).kill()
@@ -164,7 +164,7 @@ def test_each_link_and_direction_has_its_own_codec(
 
 
 def test_a_slow_link_is_found_out_and_then_used_in_int8(tiny_llama: Checkpoint) -> None:
-    with a_world(tiny_llama, replicas=1, stages=2, codecs=("int8",), prefix_memory_bytes=0) as world:
+    with a_world(tiny_llama, replicas=1, stages=2, codecs=("int8",), prefix_cache_bytes=0) as world:
         first, second = (server.peer_id for server in world.swarm.servers)
         world.network.set_link(first, second, bandwidth=SLOW)
         ids, mask = prompt(64, 64, 64, 64)  # in two pieces of 16 KiB; the second one may have to wait

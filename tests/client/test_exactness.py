@@ -516,7 +516,7 @@ def test_a_model_that_is_closed_while_it_is_used_says_so(world: World) -> None:
         answer(model, prompt(4)[0])
 
 
-def _on_loop(lease: portal.Lease, function: Any) -> None:
+def _on_loop(lease: portal.PortalLease, function: Any) -> None:
     async def call() -> None:
         function()
 

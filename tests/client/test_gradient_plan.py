@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from swarmkit.client.gradients.flows import Backward, Question, Side, Span
+from swarmkit.client.gradients.flows import BackwardFlow, PassRequest, Side, Span
 from swarmkit.client.gradients.plan import LEAST_TOKENS, MOST_TOKENS, Paces, finish_cost, micro_batches
 from swarmkit.client.routing.route import Cost, find_route
 
@@ -97,11 +97,11 @@ def tensor(value: float) -> torch.Tensor:
 
 
 def test_a_part_whose_server_is_gone_can_be_done_by_two_others() -> None:
-    flow = Backward(0, 0, [Span(0, 2, tensor(0)), Span(2, 5, tensor(2))], tensor(9), Side(), False)
+    flow = BackwardFlow(0, 0, [Span(0, 2, tensor(0)), Span(2, 5, tensor(2))], tensor(9), Side(), False)
     first = flow.question(2, 4)
     assert (first.direction, first.span.start, first.span.stop) == ("forward", 2, 4)
     flow.take(first, tensor(4), None, "peer")
-    asked: list[Question] = []
+    asked: list[PassRequest] = []
     while flow.wanted is not None:
         question = flow.question(*flow.wanted)
         asked.append(question)

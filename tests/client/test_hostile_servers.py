@@ -24,12 +24,12 @@ from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.messages import (
     SESSION_ENDPOINT,
-    AskInfo,
     Fault,
-    Info,
+    GetInfo,
     Message,
     Open,
     Opened,
+    ServerInfo,
     Step,
     StepDone,
 )
@@ -118,7 +118,7 @@ ANYWHERE: dict[str, Lie] = {
     "garbage": sending(random.Random(0).randbytes(500)),
     "an empty frame": sending(b""),
     "deep nesting": sending(head(b"\x91" * 60_000, 0)),
-    "another version": sending(frame(AskInfo(), version=9)),
+    "another version": sending(frame(GetInfo(), version=9)),
     "an unknown message": sending(frame({"type": "Surprise"})),
     "an enormous announcement": sending(frame(StepDone(ENORMOUS, 0.0, 0.0), payload_bytes=2**42)),
     "much data": sending(frame(StepDone(LARGE, 0.0, 0.0), payload_bytes=LARGE.nbytes), bytes(CHUNK_BYTES)),
@@ -128,8 +128,8 @@ ANYWHERE: dict[str, Lie] = {
     "a false accusation": saying(Fault("bad_value", "it was you")),
     BUSY: saying(Fault("busy", "no room")),
     "leaving": saying(Fault("leaving", "goodbye")),
-    "news": saying(Info(0, 5, 0, 0, 0, 0, False)),
-    "a question": saying(AskInfo()),
+    "news": saying(ServerInfo(0, 5, 0, 0, 0, 0, False)),
+    "a question": saying(GetInfo()),
     "an order": saying(Step(0, TensorSpec((0,), "float32"), 0)),
     "the end": farewell,
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from swarmkit.client.swarm.prefix_cache import PrefixMemory, begin_at
+from swarmkit.client.swarm.prefix_cache import ClientPrefixCache, begin_at
 from swarmkit.models.kv.cache import PAGE_TOKENS
 
 BOUNDARIES = [0, 2, 4]
@@ -24,32 +24,32 @@ def nbytes(pages: float) -> int:
     return 3 * int(pages * PAGE_TOKENS) * WIDTH * 4
 
 
-def found(memory: PrefixMemory, pages: float, seed: int = 0, boundaries: list[int] = BOUNDARIES) -> int:
+def found(memory: ClientPrefixCache, pages: float, seed: int = 0, boundaries: list[int] = BOUNDARIES) -> int:
     """How many tokens are remembered of a session that begins so."""
     entry = memory.find(states(pages, seed)[0], boundaries)
     return 0 if entry is None else entry[1]
 
 
 def test_what_was_kept_is_found() -> None:
-    memory = PrefixMemory(nbytes(9))
+    memory = ClientPrefixCache(nbytes(9))
     memory.keep(states(2))
     assert found(memory, 2) == 2 * PAGE_TOKENS
 
 
 def test_only_full_pages_count() -> None:
-    memory = PrefixMemory(nbytes(9))
+    memory = ClientPrefixCache(nbytes(9))
     memory.keep(states(2.5))
     assert found(memory, 3) == 2 * PAGE_TOKENS
 
 
 def test_what_begins_in_another_way_is_not_found() -> None:
-    memory = PrefixMemory(nbytes(9))
+    memory = ClientPrefixCache(nbytes(9))
     memory.keep(states(2))
     assert found(memory, 2, seed=1) == 0
 
 
 def test_the_states_found_are_those_that_were_kept() -> None:
-    memory = PrefixMemory(nbytes(9))
+    memory = ClientPrefixCache(nbytes(9))
     memory.keep(states(2))
     entry = memory.find(states(3)[0], BOUNDARIES)
     assert entry is not None
@@ -57,19 +57,19 @@ def test_the_states_found_are_those_that_were_kept() -> None:
 
 
 def test_a_session_over_other_boundaries_is_of_no_use() -> None:
-    memory = PrefixMemory(nbytes(9))
+    memory = ClientPrefixCache(nbytes(9))
     memory.keep(states(2))
     assert found(memory, 2, boundaries=[0, 3, 4]) == 0
 
 
 def test_a_session_over_fewer_boundaries_is_served() -> None:
-    memory = PrefixMemory(nbytes(9))
+    memory = ClientPrefixCache(nbytes(9))
     memory.keep(states(2))
     assert found(memory, 2, boundaries=[0, 4]) == 2 * PAGE_TOKENS
 
 
 def test_a_session_that_went_on_takes_the_place_of_its_beginning() -> None:
-    memory = PrefixMemory(nbytes(9))
+    memory = ClientPrefixCache(nbytes(9))
     memory.keep(states(2))
     memory.keep(states(3))
     assert found(memory, 9) == 3 * PAGE_TOKENS
@@ -78,7 +78,7 @@ def test_a_session_that_went_on_takes_the_place_of_its_beginning() -> None:
 
 @pytest.mark.parametrize("look_between", [False, True])
 def test_it_never_takes_more_than_its_limit(look_between: bool) -> None:
-    memory = PrefixMemory(nbytes(3))
+    memory = ClientPrefixCache(nbytes(3))
     for seed in range(4):
         memory.keep(states(1.5, seed))
         if look_between:
@@ -87,7 +87,7 @@ def test_it_never_takes_more_than_its_limit(look_between: bool) -> None:
 
 
 def test_the_least_recently_used_goes_first() -> None:
-    memory = PrefixMemory(nbytes(2))
+    memory = ClientPrefixCache(nbytes(2))
     memory.keep(states(1, 0))
     memory.keep(states(1, 1))
     found(memory, 1, 0)
@@ -96,7 +96,7 @@ def test_the_least_recently_used_goes_first() -> None:
 
 
 def test_what_is_larger_than_the_limit_is_not_kept() -> None:
-    memory = PrefixMemory(nbytes(2) - 1)
+    memory = ClientPrefixCache(nbytes(2) - 1)
     memory.keep(states(2))
     assert len(memory) == 0
 

@@ -77,7 +77,7 @@ def test_nothing_is_recalled_where_servers_keep_nothing(tiny_llama: Checkpoint, 
 
 
 def test_nothing_is_remembered_if_so_wished(tiny_llama: Checkpoint, wanted: Tensor) -> None:
-    with a_world(tiny_llama, prefix_memory_bytes=0) as world:
+    with a_world(tiny_llama, prefix_cache_bytes=0) as world:
         assert_same(two_turns(world), wanted)
         assert first_step(world)[0] == 0
 
@@ -115,10 +115,10 @@ def test_all_servers_but_new_ones_are_gone(tiny_llama: Checkpoint, wanted: Tenso
 
 
 def test_what_servers_said_they_kept_is_bounded_by_what_was_asked(world: World, wanted: Tensor) -> None:
-    from swarmkit.server.cache.prefix_tracker import PrefixTrail
+    from swarmkit.server.cache.prefix_tracker import PrefixTracker
 
-    recall = PrefixTrail.recall
+    recall = PrefixTracker.recall
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PrefixTrail, "recall", lambda *given: recall(*given) + 32)
+        patch.setattr(PrefixTracker, "recall", lambda *given: recall(*given) + 32)
         assert_same(two_turns(world), wanted)
     assert first_step(world)[0] == 0

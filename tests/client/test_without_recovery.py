@@ -17,7 +17,7 @@ from .recovery import NEW_TOKENS, World, a_world, assert_same
 
 @pytest.fixture
 def world(tiny_llama: Checkpoint) -> Iterator[World]:
-    with a_world(tiny_llama, recovery=False, prefix_memory_bytes=0) as world:
+    with a_world(tiny_llama, recovery=False, prefix_cache_bytes=0) as world:
         yield world
 
 

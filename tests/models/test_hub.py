@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from swarmkit.errors import ModelError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
-from swarmkit.models.checkpoint.ranges import Patience
+from swarmkit.models.checkpoint.ranges import RetryPolicy
 from swarmkit.models.checkpoint.store_fetch import ATTEMPTS
 from swarmkit.models.checkpoint.store_hub import HubFiles
 from swarmkit.models.execution.stage import Stage
@@ -27,7 +27,7 @@ from .tiny import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
 WAITS: list[float] = []
-PATIENCE = Patience(attempts=3, sleep=WAITS.append)
+PATIENCE = RetryPolicy(attempts=3, sleep=WAITS.append)
 
 
 @pytest.fixture(scope="module")

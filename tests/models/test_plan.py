@@ -91,8 +91,8 @@ def test_what_training_keeps_and_recorded_work_holds_is_planned_for() -> None:
         return plan(config, 1000, 2**32, precision, device=device, cache_tokens=100, **parts)
 
     assert planned("cpu").workspace_bytes - planned("cpu", training_bytes=0).workspace_bytes == 512 * 2**20
-    assert planned("cuda", recorded_tokens=50).kv_bytes_per_block == 150 * 1000
-    assert planned("cpu", recorded_tokens=50).kv_bytes_per_block == 100 * 1000
+    assert planned("cuda", cuda_graph_tokens=50).kv_bytes_per_block == 150 * 1000
+    assert planned("cpu", cuda_graph_tokens=50).kv_bytes_per_block == 100 * 1000
 
 
 @pytest.mark.parametrize(

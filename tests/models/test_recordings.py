@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
-from swarmkit.models.execution.cuda_graphs import Recordings, _Rows
+from swarmkit.models.execution.cuda_graphs import CudaGraphs, _Rows
 from swarmkit.models.execution.stage import Stage, StepPart
 
 from .tiny import ARCHITECTURES, make_checkpoint, model_type_of
@@ -33,7 +33,7 @@ def stage_of(checkpoints: Path, name: str, device: str) -> Stage:
     stage = Stage.load(
         Checkpoint.open(make_checkpoint(checkpoints, name)), 1, 4, dtype="float32", device=device
     )
-    stage.record_tokens(SEATS, LENGTH)
+    stage.enable_cuda_graphs(SEATS, LENGTH)
     return stage
 
 
@@ -46,15 +46,15 @@ def llama(checkpoints: Path, device: str) -> Stage:
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many parts each recorded pass had."""
     passes: list[int] = []
-    run = Recordings.run
+    run = CudaGraphs.run
 
-    def counted(recordings: Recordings, parts: list[StepPart]) -> list[Tensor] | None:
+    def counted(recordings: CudaGraphs, parts: list[StepPart]) -> list[Tensor] | None:
         outputs = run(recordings, parts)
         if outputs is not None:
             passes.append(len(outputs))
         return outputs
 
-    monkeypatch.setattr(Recordings, "run", counted)
+    monkeypatch.setattr(CudaGraphs, "run", counted)
     return passes
 
 

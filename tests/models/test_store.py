@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from swarmkit.errors import ModelError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
-from swarmkit.models.checkpoint.ranges import Span, coalesce, merge, subtract
+from swarmkit.models.checkpoint.ranges import ByteRange, coalesce, merge, subtract
 from swarmkit.models.checkpoint.store import SPARE_BYTES, BlockStore
 from swarmkit.models.checkpoint.store_format import (
     FormatError,
@@ -38,22 +38,24 @@ ROOT = Path(__file__).parents[2]
 
 # ---------------------------------------------------------------------- ranges
 
-spans = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)).map(lambda s: Span(s[0], s[0] + s[1])))
+spans = st.lists(
+    st.tuples(st.integers(0, 60), st.integers(0, 12)).map(lambda s: ByteRange(s[0], s[0] + s[1]))
+)
 
 
-def covered(some: list[Span]) -> set[int]:
+def covered(some: list[ByteRange]) -> set[int]:
     return {byte for span in some for byte in range(span.start, span.stop)}
 
 
 @given(spans, spans)
-def test_what_is_missing_is_what_is_wanted_and_not_had(wanted: list[Span], had: list[Span]) -> None:
+def test_what_is_missing_is_what_is_wanted_and_not_had(wanted: list[ByteRange], had: list[ByteRange]) -> None:
     missing = subtract(wanted, had)
     assert covered(missing) == covered(wanted) - covered(had)
     assert missing == merge(missing)
 
 
 @given(spans, st.integers(0, 30))
-def test_requests_hold_what_is_wanted_and_little_else(wanted: list[Span], spare: int) -> None:
+def test_requests_hold_what_is_wanted_and_little_else(wanted: list[ByteRange], spare: int) -> None:
     requests = coalesce(wanted, spare)
     assert covered(wanted) <= covered(requests)
     assert len(covered(requests)) - len(covered(wanted)) <= spare
@@ -61,7 +63,10 @@ def test_requests_hold_what_is_wanted_and_little_else(wanted: list[Span], spare:
 
 
 def test_the_smallest_gaps_are_bridged_first() -> None:
-    assert coalesce([Span(0, 10), Span(15, 20), Span(22, 30)], 3) == [Span(0, 10), Span(15, 30)]
+    assert coalesce([ByteRange(0, 10), ByteRange(15, 20), ByteRange(22, 30)], 3) == [
+        ByteRange(0, 10),
+        ByteRange(15, 30),
+    ]
 
 
 # ---------------------------------------------------------------------- the format

@@ -18,7 +18,7 @@ from swarmkit.errors import (
 )
 from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.codec import TensorSpec
-from swarmkit.net.protocol.messages import AskInfo, Message, Opened, Step, StepDone
+from swarmkit.net.protocol.messages import GetInfo, Message, Opened, Step, StepDone
 from swarmkit.net.rpc.conversation import CHUNK_BYTES, Conversation
 from swarmkit.net.transport.memory import MemoryNetwork, MemoryStream
 from swarmkit.net.transport.seam import MAX_FRAME_BYTES, Buffer
@@ -72,12 +72,12 @@ async def passed(ends: Sequence[Conversation], *tensors: torch.Tensor) -> list[t
 
 
 async def test_a_message_without_tensors_is_one_frame(ends: tuple[Conversation, Conversation]) -> None:
-    await ends[0].send(AskInfo())
-    assert (await ends[1].receive()).message == AskInfo()
+    await ends[0].send(GetInfo())
+    assert (await ends[1].receive()).message == GetInfo()
 
 
 async def test_both_ends_may_speak(ends: tuple[Conversation, Conversation]) -> None:
-    await ends[0].send(AskInfo())
+    await ends[0].send(GetInfo())
     await ends[1].send(Opened(1))
     assert (await ends[0].receive()).message == Opened(1)
 
@@ -223,12 +223,12 @@ async def test_after_a_refused_message_the_next_one_is_read(
 
     async def send() -> None:
         await ends[0].send(message, payload)
-        await ends[0].send(AskInfo())
+        await ends[0].send(GetInfo())
 
     sending = asyncio.create_task(send())
     with pytest.raises(TooMuchAsked):
         await ends[1].receive(refuse)
-    assert (await ends[1].receive()).message == AskInfo()
+    assert (await ends[1].receive()).message == GetInfo()
     await sending
 
 

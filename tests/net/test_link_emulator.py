@@ -13,13 +13,13 @@ import pytest
 
 from swarmkit.errors import TransportError, UsageError
 from swarmkit.net.emulation.link_emulator import LinkEmulator
-from swarmkit.net.emulation.link_schedule import Link
+from swarmkit.net.emulation.link_schedule import EmulatedLink
 
 from .worlds import own_tasks
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]
 
-DELAY = Link(delay_s=0.05)
+DELAY = EmulatedLink(delay_s=0.05)
 PATIENCE_S = 30
 
 
@@ -69,7 +69,9 @@ class World:
     links: list[LinkEmulator] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
 
-    async def link(self, inbound: Link, outbound: Link | None = None, **options: int) -> LinkEmulator:
+    async def link(
+        self, inbound: EmulatedLink, outbound: EmulatedLink | None = None, **options: int
+    ) -> LinkEmulator:
         self.links.append(await LinkEmulator.open(("127.0.0.1", self.port), inbound, outbound, **options))
         return self.links[-1]
 
@@ -114,10 +116,15 @@ async def seconds_to_arrive(sender: Line, receiver: Line, data: bytes = b"x") ->
 
 @pytest.mark.parametrize(
     "link",
-    [Link(), DELAY, Link(jitter_s=0.01), Link(bandwidth=200e6, delay_s=0.01, jitter_s=0.005)],
+    [
+        EmulatedLink(),
+        DELAY,
+        EmulatedLink(jitter_s=0.01),
+        EmulatedLink(bandwidth=200e6, delay_s=0.01, jitter_s=0.005),
+    ],
     ids=["plain", "delay", "jitter", "everything"],
 )
-async def test_bytes_arrive_whole_and_in_order(world: World, link: Link) -> None:
+async def test_bytes_arrive_whole_and_in_order(world: World, link: EmulatedLink) -> None:
     near, far = await world.connect(await world.link(link))
     data = bytes(range(256)) * 2000
     for start in range(0, len(data), 10_000):
@@ -134,7 +141,7 @@ async def test_what_is_sent_before_the_other_side_is_there_arrives(world: World)
 
 
 async def test_each_direction_counts_its_bytes(world: World) -> None:
-    link = await world.link(Link())
+    link = await world.link(EmulatedLink())
     near, far = await world.connect(link)
     near.writer.write(b"12345")
     await far.read(5)
@@ -147,18 +154,18 @@ async def test_each_direction_counts_its_bytes(world: World) -> None:
 
 
 async def test_a_delay_is_kept_in_each_direction(world: World) -> None:
-    near, far = await world.connect(await world.link(Link(delay_s=0.05), Link(delay_s=0.1)))
+    near, far = await world.connect(await world.link(EmulatedLink(delay_s=0.05), EmulatedLink(delay_s=0.1)))
     assert await seconds_to_arrive(near, far) >= 0.05
     assert await seconds_to_arrive(far, near) >= 0.1
 
 
 async def test_a_narrow_link_takes_its_time(world: World) -> None:
-    near, far = await world.connect(await world.link(Link(bandwidth=8e5)))
+    near, far = await world.connect(await world.link(EmulatedLink(bandwidth=8e5)))
     assert await seconds_to_arrive(near, far, bytes(20_000)) >= 0.2
 
 
 async def test_connections_share_the_bandwidth(world: World) -> None:
-    link = await world.link(Link(bandwidth=8e5))
+    link = await world.link(EmulatedLink(bandwidth=8e5))
     (one, other_one), (two, other_two) = [await world.connect(link) for _ in range(2)]
     began = time.perf_counter()
     one.writer.write(bytes(10_000))
@@ -168,24 +175,24 @@ async def test_connections_share_the_bandwidth(world: World) -> None:
 
 
 async def test_a_link_can_be_changed_while_it_is_used(world: World) -> None:
-    link = await world.link(Link())
+    link = await world.link(EmulatedLink())
     near, far = await world.connect(link)
     link.change(inbound=DELAY)
     assert await seconds_to_arrive(near, far) >= 0.05
 
 
 async def test_a_faster_link_does_not_overtake_what_is_under_way(world: World) -> None:
-    link = await world.link(Link(delay_s=0.2))
+    link = await world.link(EmulatedLink(delay_s=0.2))
     near, far = await world.connect(link)
     near.writer.write(b"first")
     await asyncio.sleep(0.05)  # until the link has it
-    link.change(inbound=Link())
+    link.change(inbound=EmulatedLink())
     near.writer.write(b"second")
     assert await far.read(11) == b"firstsecond"
 
 
 async def test_a_new_connection_waits_for_a_round_trip(world: World) -> None:
-    link = await world.link(Link(delay_s=0.05), Link(delay_s=0.1))
+    link = await world.link(EmulatedLink(delay_s=0.05), EmulatedLink(delay_s=0.1))
     began = time.perf_counter()
     await world.connect(link)
     assert time.perf_counter() - began >= 0.15
@@ -195,19 +202,19 @@ async def test_a_new_connection_waits_for_a_round_trip(world: World) -> None:
 
 
 async def test_a_full_link_holds_up_the_sender(world: World) -> None:
-    near, _ = await world.connect(await world.link(Link(bandwidth=1e4, queue_bytes=1000)))
+    near, _ = await world.connect(await world.link(EmulatedLink(bandwidth=1e4, queue_bytes=1000)))
     near.writer.write(bytes(64 * 1024 * 1024))
     assert await near.is_held_up()
 
 
 async def test_a_receiver_that_does_not_read_holds_up_the_sender(world: World) -> None:
-    near, _ = await world.connect(await world.link(Link()))
+    near, _ = await world.connect(await world.link(EmulatedLink()))
     near.writer.write(bytes(64 * 1024 * 1024))
     assert await near.is_held_up()
 
 
 async def test_a_sender_that_was_held_up_goes_on_when_it_is_read(world: World) -> None:
-    near, far = await world.connect(await world.link(Link(delay_s=0.01, queue_bytes=1000)))
+    near, far = await world.connect(await world.link(EmulatedLink(delay_s=0.01, queue_bytes=1000)))
     data = bytes(8 * 1024 * 1024)
     near.writer.write(data)
     assert await far.read(len(data)) == data
@@ -247,21 +254,21 @@ async def test_an_ended_connection_is_forgotten(world: World) -> None:
 async def test_nobody_behind_the_link_is_the_end_of_the_connection(world: World) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        async with await LinkEmulator.open(unused.getsockname(), Link()) as link:
+        async with await LinkEmulator.open(unused.getsockname(), EmulatedLink()) as link:
             assert await (await world.dial(link)).rest() == b""
 
 
 async def test_a_drop_ends_both_sides_and_loses_what_is_under_way(world: World) -> None:
-    link = await world.link(Link())
+    link = await world.link(EmulatedLink())
     near, far = await world.connect(link)
-    link.change(inbound=Link(delay_s=10))
+    link.change(inbound=EmulatedLink(delay_s=10))
     near.writer.write(b"lost")
     link.drop()
     assert (await near.rest(), await far.rest()) == (b"", b"")
 
 
 async def test_after_a_drop_new_connections_are_welcome(world: World) -> None:
-    link = await world.link(Link())
+    link = await world.link(EmulatedLink())
     await world.connect(link)
     link.drop()
     near, far = await world.connect(link)
@@ -270,7 +277,7 @@ async def test_after_a_drop_new_connections_are_welcome(world: World) -> None:
 
 
 async def test_a_refusing_link_ends_connections_old_and_new(world: World) -> None:
-    link = await world.link(Link())
+    link = await world.link(EmulatedLink())
     old, _ = await world.connect(link)
     link.refuse()
     assert (await old.rest(), await (await world.dial(link)).rest()) == (b"", b"")
@@ -279,7 +286,7 @@ async def test_a_refusing_link_ends_connections_old_and_new(world: World) -> Non
 
 @pytest.mark.parametrize("how", ["time", "heal"])
 async def test_a_refusal_ends(world: World, how: str) -> None:
-    link = await world.link(Link())
+    link = await world.link(EmulatedLink())
     link.refuse(0.05 if how == "time" else 1000)
     if how == "heal":
         link.heal()
@@ -291,7 +298,7 @@ async def test_a_refusal_ends(world: World, how: str) -> None:
 
 
 async def test_a_silent_link_delivers_nothing_and_ends_nothing(world: World) -> None:
-    link = await world.link(Link())
+    link = await world.link(EmulatedLink())
     near, far = await world.connect(link)
     link.silence()
     near.writer.write(b"x")
@@ -300,7 +307,7 @@ async def test_a_silent_link_delivers_nothing_and_ends_nothing(world: World) -> 
 
 
 async def test_a_silent_link_does_not_even_tell_of_the_end(world: World) -> None:
-    link = await world.link(Link())
+    link = await world.link(EmulatedLink())
     near, far = await world.connect(link)
     link.silence()
     near.writer.close()
@@ -308,7 +315,7 @@ async def test_a_silent_link_does_not_even_tell_of_the_end(world: World) -> None
 
 
 async def test_a_link_may_be_silent_in_one_direction(world: World) -> None:
-    link = await world.link(Link())
+    link = await world.link(EmulatedLink())
     near, far = await world.connect(link)
     link.silence(outbound=False)
     near.writer.write(b"x")
@@ -327,7 +334,7 @@ async def test_what_a_silent_link_held_arrives_when_it_heals(world: World) -> No
 
 
 async def test_a_silent_link_holds_up_the_sender(world: World) -> None:
-    link = await world.link(Link())
+    link = await world.link(EmulatedLink())
     near, _ = await world.connect(link)
     link.silence()
     near.writer.write(bytes(64 * 1024 * 1024))
@@ -338,7 +345,7 @@ async def test_a_silent_link_holds_up_the_sender(world: World) -> None:
 
 
 async def test_a_link_is_programmed_from_another_thread(world: World) -> None:
-    link = await world.link(Link())
+    link = await world.link(EmulatedLink())
     near, _ = await world.connect(link)
     thread = threading.Thread(target=link.drop)
     thread.start()
@@ -357,7 +364,7 @@ async def test_closing_ends_all_connections_and_tasks(world: World) -> None:
 
 
 async def test_a_closed_link_says_so(world: World) -> None:
-    link = await world.link(Link())
+    link = await world.link(EmulatedLink())
     await link.close()
     await link.close()
     with pytest.raises(UsageError, match="closed"):
@@ -366,9 +373,9 @@ async def test_a_closed_link_says_so(world: World) -> None:
 
 async def test_a_port_in_use_is_named(world: World) -> None:
     with pytest.raises(TransportError, match=str(world.port)):
-        await world.link(Link(), port=world.port)
+        await world.link(EmulatedLink(), port=world.port)
 
 
 async def test_the_address_is_what_peers_dial(world: World) -> None:
-    link = await world.link(Link())
+    link = await world.link(EmulatedLink())
     assert link.address == f"/ip4/127.0.0.1/tcp/{link.port}"

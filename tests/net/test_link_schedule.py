@@ -7,75 +7,79 @@ import math
 import pytest
 
 from swarmkit.errors import UsageError
-from swarmkit.net.emulation.link_schedule import Link, LinkSchedule
+from swarmkit.net.emulation.link_schedule import EmulatedLink, LinkSchedule
 
 KILOBIT_PER_S = 1e3  # at this rate 125 bytes take a second
 
 
-def arrivals(link: Link, *pieces: tuple[int, float], seed: int = 0) -> list[float]:
+def arrivals(link: EmulatedLink, *pieces: tuple[int, float], seed: int = 0) -> list[float]:
     """When pieces (bytes, time) arrive."""
     schedule = LinkSchedule(link, seed)
     return [schedule.admit(nbytes, now) for nbytes, now in pieces]
 
 
 def test_a_plain_link_passes_everything_on_at_once() -> None:
-    assert arrivals(Link(), (10**9, 1.0), (1, 1.0), (1, 2.5)) == [1.0, 1.0, 2.5]
+    assert arrivals(EmulatedLink(), (10**9, 1.0), (1, 1.0), (1, 2.5)) == [1.0, 1.0, 2.5]
 
 
 def test_a_delay_is_added_to_each_piece() -> None:
-    assert arrivals(Link(delay_s=0.25), (100, 1.0), (100, 2.0)) == [1.25, 2.25]
+    assert arrivals(EmulatedLink(delay_s=0.25), (100, 1.0), (100, 2.0)) == [1.25, 2.25]
 
 
 def test_a_piece_arrives_when_its_last_byte_is_through() -> None:
-    assert arrivals(Link(bandwidth=KILOBIT_PER_S), (125, 1.0)) == [2.0]
+    assert arrivals(EmulatedLink(bandwidth=KILOBIT_PER_S), (125, 1.0)) == [2.0]
 
 
 def test_delay_comes_after_the_transfer() -> None:
-    assert arrivals(Link(bandwidth=KILOBIT_PER_S, delay_s=0.5), (250, 1.0)) == [3.5]
+    assert arrivals(EmulatedLink(bandwidth=KILOBIT_PER_S, delay_s=0.5), (250, 1.0)) == [3.5]
 
 
 def test_pieces_wait_for_those_before_them() -> None:
-    assert arrivals(Link(bandwidth=KILOBIT_PER_S), (125, 1.0), (125, 1.0), (250, 1.5)) == [2.0, 3.0, 5.0]
+    assert arrivals(EmulatedLink(bandwidth=KILOBIT_PER_S), (125, 1.0), (125, 1.0), (250, 1.5)) == [
+        2.0,
+        3.0,
+        5.0,
+    ]
 
 
 def test_an_idle_link_saves_nothing_up() -> None:
-    assert arrivals(Link(bandwidth=KILOBIT_PER_S), (125, 1.0), (125, 100.0)) == [2.0, 101.0]
+    assert arrivals(EmulatedLink(bandwidth=KILOBIT_PER_S), (125, 1.0), (125, 100.0)) == [2.0, 101.0]
 
 
 def test_delays_overlap_but_transfers_do_not() -> None:
-    assert arrivals(Link(bandwidth=KILOBIT_PER_S, delay_s=10), (125, 0.0), (125, 0.0)) == [11.0, 12.0]
+    assert arrivals(EmulatedLink(bandwidth=KILOBIT_PER_S, delay_s=10), (125, 0.0), (125, 0.0)) == [11.0, 12.0]
 
 
 def test_cutting_a_message_into_pieces_does_not_change_when_its_end_arrives() -> None:
-    link = Link(bandwidth=KILOBIT_PER_S, delay_s=0.5)
+    link = EmulatedLink(bandwidth=KILOBIT_PER_S, delay_s=0.5)
     assert arrivals(link, *[(25, 0.0)] * 5)[-1] == pytest.approx(arrivals(link, (125, 0.0))[0])
 
 
 def test_jitter_lies_between_nothing_and_its_bound() -> None:
-    found = arrivals(Link(delay_s=1, jitter_s=0.5), *[(1, 0.0)] * 200)
+    found = arrivals(EmulatedLink(delay_s=1, jitter_s=0.5), *[(1, 0.0)] * 200)
     assert 1 <= min(found) < 1.05
     assert 1.45 < max(found) <= 1.5
 
 
 def test_jitter_comes_again_with_the_same_seed_only() -> None:
-    link, pieces = Link(jitter_s=1), [(1, 0.0)] * 3
+    link, pieces = EmulatedLink(jitter_s=1), [(1, 0.0)] * 3
     assert arrivals(link, *pieces, seed=7) == arrivals(link, *pieces, seed=7)
     assert arrivals(link, *pieces, seed=7) != arrivals(link, *pieces, seed=8)
 
 
 def test_another_link_takes_over_where_the_first_is_busy() -> None:
-    schedule = LinkSchedule(Link(bandwidth=KILOBIT_PER_S))
+    schedule = LinkSchedule(EmulatedLink(bandwidth=KILOBIT_PER_S))
     schedule.admit(250, 0.0)
-    schedule.link = Link(bandwidth=2 * KILOBIT_PER_S)
+    schedule.link = EmulatedLink(bandwidth=2 * KILOBIT_PER_S)
     assert schedule.admit(250, 0.0) == 3.0
 
 
 def test_the_window_holds_the_queue_and_what_fits_on_the_wire() -> None:
-    assert Link(delay_s=2, jitter_s=1, bandwidth=8000, queue_bytes=500).window_bytes == 3500
+    assert EmulatedLink(delay_s=2, jitter_s=1, bandwidth=8000, queue_bytes=500).window_bytes == 3500
 
 
 def test_the_window_of_an_unlimited_link_is_limited_all_the_same() -> None:
-    assert Link(delay_s=1, queue_bytes=500).window_bytes == 16 * 1024 * 1024 + 500
+    assert EmulatedLink(delay_s=1, queue_bytes=500).window_bytes == 16 * 1024 * 1024 + 500
 
 
 @pytest.mark.parametrize(
@@ -83,8 +87,8 @@ def test_the_window_of_an_unlimited_link_is_limited_all_the_same() -> None:
 )
 def test_what_no_link_can_be_is_refused(impossible: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="a link needs"):
-        Link(**impossible)  # type: ignore[arg-type]
+        EmulatedLink(**impossible)  # type: ignore[arg-type]
 
 
 def test_an_unlimited_link_is_never_busy() -> None:
-    assert Link(bandwidth=math.inf).transfer_s(10**12) == 0
+    assert EmulatedLink(bandwidth=math.inf).transfer_s(10**12) == 0

@@ -15,21 +15,21 @@ from swarmkit.net.protocol.messages import (
     FATAL,
     LEGAL,
     SENDERS_FAULT,
-    AskCensus,
-    AskInfo,
     Attach,
     Attached,
-    Census,
     Fault,
     FaultCode,
-    Info,
+    GetInfo,
+    GetResources,
     Link,
     Linked,
     Message,
     Open,
     Opened,
-    Recall,
-    Recalled,
+    PrefixRestored,
+    Resources,
+    RestorePrefix,
+    ServerInfo,
     Step,
     StepDone,
     Unlinked,
@@ -43,8 +43,8 @@ EXAMPLES: list[Message] = [
     Open("0" * 32, 0, 2, 10),
     Opened(16),
     Opened(16, "ab" * 16, bytes(32), "bfloat16", ("int8",), 0.5),
-    Recall((bytes(32), bytes(range(32)))),
-    Recalled(64),
+    RestorePrefix((bytes(32), bytes(range(32)))),
+    PrefixRestored(64),
     Link("peer", ("/ip4/127.0.0.1/tcp/1",), "0" * 32),
     Linked(),
     Attach("0" * 32),
@@ -55,11 +55,11 @@ EXAMPLES: list[Message] = [
     Step(3, SPEC, 1, patience_s=2.5),
     StepDone(SPEC, 0.5, 1.5, True),
     StepDone(SPEC, 0.5, 1.5, ahead=3, expected_ms=70.5),
-    AskInfo(),
-    Info(0, 2, 1, 100, 200, 7, False),
-    Info(0, 2, 1, 100, 200, 7, False, 3, 70.5),
-    AskCensus(),
-    Census(1, 2, 0, 100, 50, 200, 0, 0, True, 9, 3, 20),
+    GetInfo(),
+    ServerInfo(0, 2, 1, 100, 200, 7, False),
+    ServerInfo(0, 2, 1, 100, 200, 7, False, 3, 70.5),
+    GetResources(),
+    Resources(1, 2, 0, 100, 50, 200, 0, 0, True, 9, 3, 20),
     Fault("busy", "no room"),
     Fault("busy", "no room", 3, 2.5),
 ]
@@ -86,8 +86,8 @@ def test_every_kind_of_message_has_an_example() -> None:
     ("state", "message", "following"),
     [
         ("new", Open("0" * 32, 0, 2, 10), "open"),
-        ("new", AskInfo(), "new"),
-        ("new", AskCensus(), "new"),
+        ("new", GetInfo(), "new"),
+        ("new", GetResources(), "new"),
         ("open", Step(0, SPEC, 1), "open"),
         ("open", Link("peer", (), "0" * 32), "open"),
         ("loose", Attach("0" * 32), "attached"),
@@ -133,7 +133,7 @@ def test_tensors_are_in_the_order_of_the_fields() -> None:
 
 
 def test_a_message_without_tensors_has_none() -> None:
-    assert tensor_specs(AskInfo()) == []
+    assert tensor_specs(GetInfo()) == []
 
 
 WRONG: list[dict[str, Any]] = [
@@ -152,7 +152,7 @@ WRONG: list[dict[str, Any]] = [
     {"type": "Fault", "code": "busy", "message": "", "retry_after_s": float("inf")},
     {"type": "Fault", "code": "busy", "message": "", "retry_after_s": -1.0},
     {"type": "Fault", "code": "busy", "message": "", "retry_after_s": 3601.0},
-    {"type": "Info", "start": 0, "stop": 1, "sessions": 0, "waiting": -1},
+    {"type": "ServerInfo", "start": 0, "stop": 1, "sessions": 0, "waiting": -1},
     {"type": "Opened", "max_step_tokens": -1},
     {"type": "Opened", "max_step_tokens": 2**64 - 1},
     {"type": "Opened", "max_step_tokens": "many"},
@@ -165,7 +165,7 @@ WRONG: list[dict[str, Any]] = [
     {"type": "Link", "peer_id": "p" * 129, "addresses": [], "inlet": "0" * 32},
     {"type": "Step", "position": 0, "hidden": SPEC, "keep": 1, "forward": -1},
     {"type": "Step", "position": 0, "hidden": SPEC, "keep": 1, "forward": 4097},
-    {"type": "Info", "start": 0, "stop": 1, "sessions": -1},
+    {"type": "ServerInfo", "start": 0, "stop": 1, "sessions": -1},
 ]
 
 
@@ -186,5 +186,5 @@ def test_printable_words_stay_as_they_are() -> None:
 
 
 def test_a_server_with_an_enormous_cache_can_say_so() -> None:
-    info = Info(0, 2, 1, 2**40, 2**41, 2**40, False)
+    info = ServerInfo(0, 2, 1, 2**40, 2**41, 2**40, False)
     assert read(info) == info

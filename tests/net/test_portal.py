@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(30)
 
 
 @pytest.fixture
-def lease() -> Iterator[portal.Lease]:
+def lease() -> Iterator[portal.PortalLease]:
     with portal.lease() as lease:
         yield lease
 
@@ -58,20 +58,20 @@ def loop_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == portal.THREAD_NAME]
 
 
-def test_a_call_returns_what_the_coroutine_returns(lease: portal.Lease) -> None:
+def test_a_call_returns_what_the_coroutine_returns(lease: portal.PortalLease) -> None:
     assert lease.call(add, 2, 3) == 5
 
 
-def test_a_call_raises_what_the_coroutine_raises(lease: portal.Lease) -> None:
+def test_a_call_raises_what_the_coroutine_raises(lease: portal.PortalLease) -> None:
     with pytest.raises(LookupError, match="no"):
         lease.call(fail)
 
 
-def test_calls_run_on_the_loops_thread(lease: portal.Lease) -> None:
+def test_calls_run_on_the_loops_thread(lease: portal.PortalLease) -> None:
     assert lease.call(thread_name) == "swarmkit-loop"
 
 
-def test_leases_share_one_loop(lease: portal.Lease) -> None:
+def test_leases_share_one_loop(lease: portal.PortalLease) -> None:
     with portal.lease() as other:
         assert other.loop is lease.loop
 
@@ -93,7 +93,7 @@ def test_a_new_lease_starts_a_new_loop() -> None:
         assert lease.call(add, 1, 1) == 2
 
 
-def test_a_lease_may_be_closed_twice(lease: portal.Lease) -> None:
+def test_a_lease_may_be_closed_twice(lease: portal.PortalLease) -> None:
     other = portal.lease()
     other.close()
     other.close()
@@ -107,7 +107,7 @@ def test_a_closed_lease_says_so() -> None:
         lease.call(add, 1, 1)
 
 
-def test_a_call_from_the_loop_itself_is_refused(lease: portal.Lease) -> None:
+def test_a_call_from_the_loop_itself_is_refused(lease: portal.PortalLease) -> None:
     async def call_again() -> int:
         return lease.call(add, 1, 1)
 
@@ -115,7 +115,7 @@ def test_a_call_from_the_loop_itself_is_refused(lease: portal.Lease) -> None:
         lease.call(call_again)
 
 
-def test_a_close_from_the_loop_itself_is_refused(lease: portal.Lease) -> None:
+def test_a_close_from_the_loop_itself_is_refused(lease: portal.PortalLease) -> None:
     async def close() -> None:
         lease.close()
 
@@ -123,7 +123,7 @@ def test_a_close_from_the_loop_itself_is_refused(lease: portal.Lease) -> None:
         lease.call(close)
 
 
-def test_many_threads_may_call_at_once(lease: portal.Lease) -> None:
+def test_many_threads_may_call_at_once(lease: portal.PortalLease) -> None:
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         sums = list(pool.map(lambda number: lease.call(add, number, 1), range(500)))
     assert sums == [number + 1 for number in range(500)]
@@ -132,11 +132,11 @@ def test_many_threads_may_call_at_once(lease: portal.Lease) -> None:
 # tasks
 
 
-def test_a_task_runs_in_the_background(lease: portal.Lease) -> None:
+def test_a_task_runs_in_the_background(lease: portal.PortalLease) -> None:
     assert lease.start_task_soon(add, 2, 3).result(10) == 5
 
 
-def test_cancelling_a_tasks_future_cancels_the_task(lease: portal.Lease) -> None:
+def test_cancelling_a_tasks_future_cancels_the_task(lease: portal.PortalLease) -> None:
     sleeper = Sleeper()
     future = lease.start_task_soon(sleeper)
     sleeper.started.wait(10)
@@ -144,7 +144,7 @@ def test_cancelling_a_tasks_future_cancels_the_task(lease: portal.Lease) -> None
     assert sleeper.cancelled.wait(10)
 
 
-def test_closing_a_lease_cancels_its_tasks(lease: portal.Lease) -> None:
+def test_closing_a_lease_cancels_its_tasks(lease: portal.PortalLease) -> None:
     sleeper, other = Sleeper(), portal.lease()
     other.start_task_soon(sleeper)
     sleeper.started.wait(10)
@@ -152,7 +152,7 @@ def test_closing_a_lease_cancels_its_tasks(lease: portal.Lease) -> None:
     assert sleeper.cancelled.is_set()
 
 
-def test_closing_a_lease_spares_the_tasks_of_others(lease: portal.Lease) -> None:
+def test_closing_a_lease_spares_the_tasks_of_others(lease: portal.PortalLease) -> None:
     sleeper, other = Sleeper(), portal.lease()
     lease.start_task_soon(sleeper)
     other.close()
@@ -166,7 +166,7 @@ def test_a_task_cancelled_before_it_began_does_not_hold_up_a_close() -> None:
     assert loop_threads() == []
 
 
-def test_a_started_task_hands_over_a_value_and_goes_on(lease: portal.Lease) -> None:
+def test_a_started_task_hands_over_a_value_and_goes_on(lease: portal.PortalLease) -> None:
     async def run(word: str, *, task_status: Any) -> str:
         task_status.started(word)
         await asyncio.sleep(0)
@@ -176,7 +176,7 @@ def test_a_started_task_hands_over_a_value_and_goes_on(lease: portal.Lease) -> N
     assert (value, future.result(10)) == ("ready", "end")
 
 
-def test_a_task_that_fails_before_it_started_raises_at_its_starter(lease: portal.Lease) -> None:
+def test_a_task_that_fails_before_it_started_raises_at_its_starter(lease: portal.PortalLease) -> None:
     async def run(*, task_status: Any) -> None:
         raise LookupError("no")
 
@@ -184,7 +184,7 @@ def test_a_task_that_fails_before_it_started_raises_at_its_starter(lease: portal
         lease.start_task(run)
 
 
-def test_a_task_that_never_says_it_started_is_an_error(lease: portal.Lease) -> None:
+def test_a_task_that_never_says_it_started_is_an_error(lease: portal.PortalLease) -> None:
     async def run(*, task_status: Any) -> None:
         return
 
@@ -196,7 +196,7 @@ def test_a_task_that_never_says_it_started_is_an_error(lease: portal.Lease) -> N
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_an_interrupted_call_cancels_its_coroutine(lease: portal.Lease) -> None:
+def test_an_interrupted_call_cancels_its_coroutine(lease: portal.PortalLease) -> None:
     cancelled = threading.Event()
     main = threading.main_thread().ident
     assert main is not None
@@ -216,7 +216,7 @@ def test_an_interrupted_call_cancels_its_coroutine(lease: portal.Lease) -> None:
 # finalizers
 
 
-def test_call_soon_runs_on_the_loop(lease: portal.Lease) -> None:
+def test_call_soon_runs_on_the_loop(lease: portal.PortalLease) -> None:
     names: list[str] = []
     done = threading.Event()
     lease.call_soon(lambda: (names.append(threading.current_thread().name), done.set()))
@@ -230,7 +230,7 @@ def test_call_soon_is_quiet_once_the_loop_is_gone() -> None:
     lease.call_soon(lambda: None)
 
 
-def test_call_soon_may_be_used_by_a_finalizer_on_the_loop_itself(lease: portal.Lease) -> None:
+def test_call_soon_may_be_used_by_a_finalizer_on_the_loop_itself(lease: portal.PortalLease) -> None:
     done = threading.Event()
 
     class Garbage:
@@ -251,7 +251,7 @@ def test_call_soon_may_be_used_by_a_finalizer_on_the_loop_itself(lease: portal.L
 # forks
 
 
-def _in_child(lease: portal.Lease, what: str, answers: Any) -> None:
+def _in_child(lease: portal.PortalLease, what: str, answers: Any) -> None:
     try:
         if what == "old":
             lease.call(add, 1, 1)
@@ -268,7 +268,9 @@ def _in_child(lease: portal.Lease, what: str, answers: Any) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(("what", "answer"), [("old", "forked"), ("new", "2"), ("close", "quiet")])
-def test_a_forked_child_does_not_use_its_parents_loop(lease: portal.Lease, what: str, answer: str) -> None:
+def test_a_forked_child_does_not_use_its_parents_loop(
+    lease: portal.PortalLease, what: str, answer: str
+) -> None:
     context: Any = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
     child = context.Process(target=_in_child, args=(lease, what, answers))

@@ -11,14 +11,14 @@ import torch
 
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.messages import (
-    AskCensus,
-    AskInfo,
-    Census,
     Fault,
-    Info,
+    GetInfo,
+    GetResources,
     Open,
     Opened,
-    Recall,
+    Resources,
+    RestorePrefix,
+    ServerInfo,
     Step,
     StepDone,
 )
@@ -139,22 +139,28 @@ OPENING = [
     Attack("unknown field in Open", "bad_message", "unknown field.*admin", altered(OPEN, admin=True)),
     Attack("terminal codes", "bad_message", r"unknown field ` \[2J x`", altered(OPEN, **{"\x1b[2J\nx": 1})),
     Attack("Open with a payload", "bad_message", "0 bytes.*payload of 4", [frame(OPEN, b"1234")]),
-    Attack("unknown field in AskInfo", "bad_message", "unknown field.*x", altered(AskInfo(), x=1)),
-    Attack("a census nobody wants", "illegal_message", "owner", [frame(AskCensus())]),
-    Attack("unknown field in AskCensus", "bad_message", "unknown field.*x", altered(AskCensus(), x=1)),
-    Attack("AskInfo with a payload", "bad_message", "0 bytes.*payload of 1", [frame(AskInfo(), b"1")]),
+    Attack("unknown field in GetInfo", "bad_message", "unknown field.*x", altered(GetInfo(), x=1)),
+    Attack("a census nobody wants", "illegal_message", "owner", [frame(GetResources())]),
+    Attack("unknown field in GetResources", "bad_message", "unknown field.*x", altered(GetResources(), x=1)),
+    Attack("GetInfo with a payload", "bad_message", "0 bytes.*payload of 1", [frame(GetInfo(), b"1")]),
     Attack("unknown session", "illegal_message", "Step in state 'new'.*Open", [STEP]),
     Attack("unknown session, much data", "illegal_message", "Step in state 'new'", [LARGE_HEAD]),
 ]
 
 OUT_OF_TURN = [
     Attack("Open twice", "illegal_message", "Open in state 'open'.*Step", [frame(OPEN)]),
-    Attack("pages in the midst", "out_of_order", "before the first step", [frame(Recall((NAME,)))]),
-    Attack("a short page name", "bad_message", r"\$.names", altered(Recall((NAME,)), names=[NAME[1:]])),
-    Attack("a page name as text", "bad_message", r"\$.names", altered(Recall((NAME,)), names=["a" * 32])),
-    Attack("too many pages", "bad_message", r"\$.names", altered(Recall((NAME,)), names=[NAME] * 1025)),
-    Attack("AskCensus in a session", "illegal_message", "AskCensus in state", [frame(AskCensus())]),
-    Attack("AskInfo in a session", "illegal_message", "AskInfo in state 'open'", [frame(AskInfo())]),
+    Attack("pages in the midst", "out_of_order", "before the first step", [frame(RestorePrefix((NAME,)))]),
+    Attack(
+        "a short page name", "bad_message", r"\$.names", altered(RestorePrefix((NAME,)), names=[NAME[1:]])
+    ),
+    Attack(
+        "a page name as text", "bad_message", r"\$.names", altered(RestorePrefix((NAME,)), names=["a" * 32])
+    ),
+    Attack(
+        "too many pages", "bad_message", r"\$.names", altered(RestorePrefix((NAME,)), names=[NAME] * 1025)
+    ),
+    Attack("GetResources in a session", "illegal_message", "GetResources in state", [frame(GetResources())]),
+    Attack("GetInfo in a session", "illegal_message", "GetInfo in state 'open'", [frame(GetInfo())]),
     *(
         Attack(
             f"{type(message).__name__} from a client{' in a session' if in_session else ''}",
@@ -166,8 +172,8 @@ OUT_OF_TURN = [
         for message in (
             Opened(1),
             StepDone(spec(0), 0.0, 0.0),
-            Info(0, 1, 0, 0, 0, 0, False),
-            Census(0, 0, 0, 0, 0, 0, 0, 0, True, 0, 0, 0),
+            ServerInfo(0, 1, 0, 0, 0, 0, False),
+            Resources(0, 0, 0, 0, 0, 0, 0, 0, True, 0, 0, 0),
             Fault("internal", "you are broken"),
         )
         for in_session in (False, True)
@@ -315,17 +321,17 @@ BYTES = [
     Attack(
         "another protocol", "bad_message", "not a swarmkit message", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"]
     ),
-    Attack("wrong magic", "bad_message", "not a swarmkit message", [frame(AskInfo(), magic=b"XX")]),
-    Attack("a later version", "bad_message", "version 2 is not 1.*update", [frame(AskInfo(), version=2)]),
-    Attack("version 0", "bad_message", "version 0 is not 1", [frame(AskInfo(), version=0)]),
+    Attack("wrong magic", "bad_message", "not a swarmkit message", [frame(GetInfo(), magic=b"XX")]),
+    Attack("a later version", "bad_message", "version 2 is not 1.*update", [frame(GetInfo(), version=2)]),
+    Attack("version 0", "bad_message", "version 0 is not 1", [frame(GetInfo(), version=0)]),
     Attack(
         "a header cut off",
         "bad_message",
         "header of 999 bytes.*cut off",
-        [frame(AskInfo(), header_bytes=999)],
+        [frame(GetInfo(), header_bytes=999)],
     ),
     Attack(
-        "a header length of 4 GiB", "bad_message", "too large", [frame(AskInfo(), header_bytes=2**32 - 1)]
+        "a header length of 4 GiB", "bad_message", "too large", [frame(GetInfo(), header_bytes=2**32 - 1)]
     ),
     Attack(
         "a header too large",
@@ -333,7 +339,7 @@ BYTES = [
         "header of 65537 bytes is too large",
         [head(bytes(MAX_HEADER_BYTES + 1), 0)],
     ),
-    Attack("a header length too short", "bad_message", "not valid", [frame(AskInfo(), header_bytes=3)]),
+    Attack("a header length too short", "bad_message", "not valid", [frame(GetInfo(), header_bytes=3)]),
     Attack("no header", "bad_message", "not valid", raw(b"")),
     Attack("no msgpack", "bad_message", "not valid", raw(b"\xc1")),
     Attack("msgpack cut off", "bad_message", "not valid", raw(b"\x81\xa4type")),
@@ -349,9 +355,9 @@ BYTES = [
     Attack("nothing", "bad_message", "not valid", raw(b"\xc0")),
     Attack("a number", "bad_message", "not valid", raw(b"\x2a")),
     Attack("a map without a type", "bad_message", "type", raw(b"\x80")),
-    Attack("a list", "bad_message", "object", [frame(["AskInfo"])]),
+    Attack("a list", "bad_message", "object", [frame(["GetInfo"])]),
     Attack("an unknown type", "bad_message", "Shutdown", [frame({"type": "Shutdown"})]),
-    Attack("a type of type list", "bad_message", "not valid", [frame({"type": ["AskInfo"]})]),
+    Attack("a type of type list", "bad_message", "not valid", [frame({"type": ["GetInfo"]})]),
     Attack("fields without names", "bad_message", "not valid", [frame({1: 2})]),
     Attack(
         "less payload than specs",

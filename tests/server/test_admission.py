@@ -11,7 +11,7 @@ import torch
 
 from swarmkit.errors import PeerUnreachableError
 from swarmkit.models.kv.cache import PAGE_TOKENS
-from swarmkit.net.protocol.messages import AskCensus, AskInfo, Census, Info, StepDone
+from swarmkit.net.protocol.messages import GetInfo, GetResources, Resources, ServerInfo, StepDone
 from swarmkit.server.engine.admission_policy import (
     LEAST_RETRY_S,
     MOST_RETRY_S,
@@ -21,7 +21,7 @@ from swarmkit.server.engine.admission_policy import (
     retry_after_s,
     to_evict,
 )
-from swarmkit.server.engine.scheduler import StepTimes
+from swarmkit.server.engine.scheduler import PassTimes
 
 from .test_service import Gate
 from .worlds import START, STOP, TinyServer, World, alone, fault_of, hidden_states, small_settings
@@ -30,8 +30,8 @@ CHUNK = 512
 READING_S, TOKEN_S = 0.02, 0.001
 
 
-def times_learnt() -> StepTimes:
-    times = StepTimes()
+def times_learnt() -> PassTimes:
+    times = PassTimes()
     for tokens in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
         times.learn(tokens, READING_S + tokens * TOKEN_S)
     return times
@@ -52,7 +52,7 @@ def test_nobody_waits_for_nobody() -> None:
 
 
 def test_nothing_is_expected_before_anything_was_measured() -> None:
-    assert expected_wait_s(1000, False, [1000], StepTimes(), CHUNK) == 0
+    assert expected_wait_s(1000, False, [1000], PassTimes(), CHUNK) == 0
 
 
 @pytest.mark.parametrize("ahead", [CHUNK, 100 * CHUNK])
@@ -189,7 +189,7 @@ async def waiting_step(server: TinyServer, **options: Any) -> Any:
     asked = asyncio.create_task(second.try_step(PAGE, **options))
     done, _ = await asyncio.wait([asked], timeout=0.2)
     asking = await server.client()
-    info = await asking.ask(AskInfo())
+    info = await asking.ask(GetInfo())
     await gate.open()
     await ahead
     return bool(done), await asked, info
@@ -216,13 +216,13 @@ async def test_a_step_learns_how_many_were_ahead_and_the_wait_that_was_expected(
     _, done, info = await waiting_step(server)
     assert isinstance(done, StepDone)
     assert (done.ahead, done.expected_ms) == (2, pytest.approx(1000))  # the gate and a step
-    assert isinstance(info, Info)
+    assert isinstance(info, ServerInfo)
     assert (info.waiting, info.expected_wait_ms) == (3, pytest.approx(1000))
     await server.close()
 
 
 async def test_a_large_step_does_not_wait_long_at_the_door(world: World) -> None:
-    server = await started(world, max_door_s=0.01, max_step_tokens=2**14, max_session_length=2**15)
+    server = await started(world, max_admission_wait_s=0.01, max_step_tokens=2**14, max_session_length=2**15)
     await server.service.intake.take(server.service.intake.capacity_bytes)
     client = await server.session(max_length=2**15)
     fault = await fault_of(client.try_step(hidden_states(1, 2**14)))
@@ -232,12 +232,12 @@ async def test_a_large_step_does_not_wait_long_at_the_door(world: World) -> None
 
 
 async def test_a_census_is_taken_only_where_the_owner_wants_one(world: World, server: TinyServer) -> None:
-    assert (await fault_of((await server.client()).ask(AskCensus()))).code == "illegal_message"
-    counting = await started(world, report_census=True)
+    assert (await fault_of((await server.client()).ask(GetResources()))).code == "illegal_message"
+    counting = await started(world, report_resources=True)
     one = await counting.session()
     await one.step(TOKEN)
-    census = await (await counting.client()).ask(AskCensus())
-    assert isinstance(census, Census)
+    census = await (await counting.client()).ask(GetResources())
+    assert isinstance(census, Resources)
     assert (census.sessions, census.streams, census.accounted) == (1, 2, True)
     assert census.leased_bytes == one_page(world)
     await counting.close()

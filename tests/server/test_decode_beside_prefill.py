@@ -12,10 +12,17 @@ from functools import partial
 import pytest
 
 from swarmkit.server.engine import scheduler
-from swarmkit.server.engine.scheduler import Decoders, Limits, StepTimes, Turn, WaitingStep, next_turn
+from swarmkit.server.engine.scheduler import (
+    ArrivalPredictor,
+    PassLimits,
+    PassTimes,
+    Schedule,
+    WaitingStep,
+    next_schedule,
+)
 from swarmkit.settings import ServerSettings
 
-LIMITS = Limits(chunk_tokens=512, decode_slowdown=ServerSettings().decode_slowdown)
+LIMITS = PassLimits(chunk_tokens=512, decode_slowdown=ServerSettings().decode_slowdown)
 PREFILL = -1
 SECONDS = 20.0
 AWAY_S = 0.010
@@ -47,17 +54,17 @@ class Device:
 
     waiting: dict[int, float] = field(default_factory=dict)
     """Who has a decode step here, and since when."""
-    times: StepTimes = field(default_factory=StepTimes)
-    decoders: Decoders = field(default_factory=Decoders)
+    times: PassTimes = field(default_factory=PassTimes)
+    decoders: ArrivalPredictor = field(default_factory=ArrivalPredictor)
     busy: bool = False
     prefilled: int = 0
     passed_over: int = 0
 
-    def next_turn(self, now: float, prefill: bool) -> Turn | None:
+    def next_schedule(self, now: float, prefill: bool) -> Schedule | None:
         steps = [WaitingStep(who, 0.0, 1, 1, True, now - since, 0) for who, since in self.waiting.items()]
         if prefill:
             steps.append(WaitingStep(PREFILL, 0.0, 1, 10_000, False, 0.0, self.passed_over))
-        return next_turn(steps, [], self.decoders.expected(now, self.waiting), self.times, LIMITS)
+        return next_schedule(steps, [], self.decoders.expected(now, self.waiting), self.times, LIMITS)
 
 
 class Swarm:

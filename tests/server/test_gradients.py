@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from swarmkit.models.execution.full_sequences import WholePass, WholeSequences
+from swarmkit.models.execution.full_sequences import FullSequencePass, FullSequences
 from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.gradient_messages import (
@@ -26,9 +26,16 @@ from swarmkit.net.protocol.gradient_messages import (
 from swarmkit.net.protocol.messages import Fault, Open, Step
 from swarmkit.net.rpc.conversation import Conversation
 from swarmkit.server.engine.engine import BULK, Engine
-from swarmkit.server.engine.scheduler import Expected, Limits, StepTimes, WaitingJob, WaitingStep, next_turn
+from swarmkit.server.engine.scheduler import (
+    ExpectedArrivals,
+    PassLimits,
+    PassTimes,
+    WaitingJob,
+    WaitingStep,
+    next_schedule,
+)
 from swarmkit.server.sessions.session_step import SessionStep
-from swarmkit.server.training.activation_cache import KeptPasses, PassKey
+from swarmkit.server.training.activation_cache import ActivationCache, PassKey
 from swarmkit.server.training.service import GradientService
 from swarmkit.server.training.work import GradientWork, SliceTimes, row_groups
 
@@ -144,14 +151,14 @@ async def test_rows_in_groups_are_the_rows_together(world: World) -> None:
 def forward_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many blocks each piece had that was run forward."""
     pieces: list[int] = []
-    run = WholePass._forward
+    run = FullSequencePass._forward
 
-    def counted(one: WholePass, blocks: int) -> int:
+    def counted(one: FullSequencePass, blocks: int) -> int:
         done = run(one, blocks)
         pieces.append(done)
         return done
 
-    monkeypatch.setattr(WholePass, "_forward", counted)
+    monkeypatch.setattr(FullSequencePass, "_forward", counted)
     return pieces
 
 
@@ -264,8 +271,8 @@ async def test_what_does_not_fit_is_not_kept(world: World) -> None:
 
 def test_what_waits_for_too_long_is_forgotten(world: World) -> None:
     now = [0.0]
-    kept = KeptPasses(2**30, seconds=60.0, clock=lambda: now[0])
-    one = WholePass(world.stage, WholeSequences(hidden_states(2, 5), START, STOP), keeps=True)
+    kept = ActivationCache(2**30, seconds=60.0, clock=lambda: now[0])
+    one = FullSequencePass(world.stage, FullSequences(hidden_states(2, 5), START, STOP), keeps=True)
     while one.left:
         one.advance(1)
     old, new = PassKey("client", b"old"), PassKey("client", b"new")
@@ -299,10 +306,10 @@ def test_a_slice_has_as_many_blocks_as_its_time_allows() -> None:
 
 def test_a_slice_waits_for_decode_steps_but_not_for_ever() -> None:
     step = WaitingStep(0, 0.0, 1, 1, True, 0.0, 0)
-    limits, times = Limits(512, 1.9), StepTimes()
+    limits, times = PassLimits(512, 1.9), PassTimes()
 
     def turn(passed_over: int, steps: list[WaitingStep]) -> Any:
-        return next_turn(steps, [WaitingJob(0, True, passed_over)], Expected(), times, limits)
+        return next_schedule(steps, [WaitingJob(0, True, passed_over)], ExpectedArrivals(), times, limits)
 
     assert turn(0, []).job == 0
     assert turn(15, [step]).job is None

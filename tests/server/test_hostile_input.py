@@ -225,7 +225,7 @@ async def roomy(world: World) -> AsyncIterator[TinyServer]:
     settings = small_settings(
         max_step_tokens=LARGE.shape[1],
         max_session_length=2**20,
-        incoming_bytes=2 * LARGE.nbytes,
+        receive_budget_bytes=2 * LARGE.nbytes,
         message_timeout=0.5,
     )
     server = await TinyServer(world, settings).start()

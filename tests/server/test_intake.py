@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
-from swarmkit.server.receive_budget import Intake
+from swarmkit.server.receive_budget import ReceiveBudget
 
 
-async def asking(intake: Intake, *sizes: int) -> list[asyncio.Task[None]]:
+async def asking(intake: ReceiveBudget, *sizes: int) -> list[asyncio.Task[None]]:
     tasks = [asyncio.create_task(intake.take(size)) for size in sizes]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -21,15 +21,15 @@ def let_in(tasks: list[asyncio.Task[None]]) -> list[bool]:
 
 
 async def test_what_fits_goes_in_at_once() -> None:
-    assert let_in(await asking(Intake(10), 4, 6)) == [True, True]
+    assert let_in(await asking(ReceiveBudget(10), 4, 6)) == [True, True]
 
 
 async def test_what_does_not_fit_waits() -> None:
-    assert let_in(await asking(Intake(10), 4, 7)) == [True, False]
+    assert let_in(await asking(ReceiveBudget(10), 4, 7)) == [True, False]
 
 
 async def test_it_goes_in_when_there_is_room_again() -> None:
-    intake = Intake(10)
+    intake = ReceiveBudget(10)
     _, second = await asking(intake, 4, 7)
     intake.give_back(4)
     await second
@@ -37,15 +37,15 @@ async def test_it_goes_in_when_there_is_room_again() -> None:
 
 
 async def test_nobody_overtakes() -> None:
-    assert let_in(await asking(Intake(10), 4, 7, 1)) == [True, False, False]
+    assert let_in(await asking(ReceiveBudget(10), 4, 7, 1)) == [True, False, False]
 
 
 async def test_what_is_larger_than_all_of_it_goes_in_alone() -> None:
-    assert let_in(await asking(Intake(10), 99, 1)) == [True, False]
+    assert let_in(await asking(ReceiveBudget(10), 99, 1)) == [True, False]
 
 
 async def test_whoever_gives_up_lets_those_behind_it_in() -> None:
-    intake = Intake(10)
+    intake = ReceiveBudget(10)
     _, second, third = await asking(intake, 4, 7, 1)
     second.cancel()
     await third
@@ -53,7 +53,7 @@ async def test_whoever_gives_up_lets_those_behind_it_in() -> None:
 
 
 async def test_whoever_gives_up_when_its_turn_has_come_gives_its_room_back() -> None:
-    intake = Intake(10)
+    intake = ReceiveBudget(10)
     _, second = await asking(intake, 4, 7)
     intake.give_back(4)
     second.cancel()

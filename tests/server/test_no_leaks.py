@@ -39,7 +39,7 @@ def _quick_collection() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Census:
+class Resources:
     """What could leak, in one process."""
 
     threads: tuple[str, ...]
@@ -48,19 +48,19 @@ class Census:
     tasks: int = 0
     sessions: int = 0
     leased_bytes: int = 0
-    incoming_bytes: int = 0
+    receive_budget_bytes: int = 0
 
 
-def of_this_process() -> Census:
+def process_counts() -> Resources:
     gc.collect()
-    return Census(
+    return Resources(
         threads=tuple(sorted(thread.name for thread in threading.enumerate())),
         descriptors=len(list(Path("/proc/self/fd").iterdir())),
         children=len(psutil.Process().children(recursive=True)),
     )
 
 
-def of_a_swarm(swarm: LocalSwarm) -> Census:
+def of_a_swarm(swarm: LocalSwarm) -> Resources:
     async def tasks() -> int:
         return len(asyncio.all_tasks()) - 1
 
@@ -69,15 +69,15 @@ def of_a_swarm(swarm: LocalSwarm) -> Census:
         service.budget.audit()
     with portal.lease() as lease:
         return replace(
-            of_this_process(),
+            process_counts(),
             tasks=lease.call(tasks),
             sessions=sum(service.num_sessions for service in services),
             leased_bytes=sum(service.budget.leased_bytes for service in services),
-            incoming_bytes=sum(service.intake.held_bytes for service in services),
+            receive_budget_bytes=sum(service.intake.held_bytes for service in services),
         )
 
 
-def settled(census: Callable[[], Census]) -> Census:
+def settled(census: Callable[[], Resources]) -> Resources:
     """The census once nobody is there and it has stayed the same for a while."""
     seen = [census()]
     while len(seen) < 15 or len(set(seen[-15:])) > 1 or seen[-1].sessions:
@@ -86,7 +86,7 @@ def settled(census: Callable[[], Census]) -> Census:
     return seen[-1]
 
 
-def after_a_moment(census: Callable[[], Census], expected: Census) -> Census:
+def after_a_moment(census: Callable[[], Resources], expected: Resources) -> Resources:
     """The census once it is what is expected, or as it is when that has not come about for long."""
     for _ in range(400):
         if (now := census()) == expected:
@@ -152,9 +152,9 @@ def test_a_swarm_leaves_nothing(world: World, transport: Any) -> None:
             cycle(swarm.model(), 1)
 
     a_life()  # what is imported or made once in a process is there now
-    before = settled(of_this_process)
+    before = settled(process_counts)
     a_life()
-    assert after_a_moment(of_this_process, before) == before
+    assert after_a_moment(process_counts, before) == before
 
 
 @both_transports
@@ -166,6 +166,6 @@ def test_a_swarm_whose_servers_were_killed_leaves_nothing(world: World, transpor
                 server.kill()
 
     a_life()
-    before = settled(of_this_process)
+    before = settled(process_counts)
     a_life()
-    assert after_a_moment(of_this_process, before) == before
+    assert after_a_moment(process_counts, before) == before

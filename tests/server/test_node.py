@@ -276,15 +276,15 @@ async def test_a_server_that_stops_waits_for_its_sessions(here: Neighbourhood) -
     assert output.shape == (1, 1, HIDDEN)
 
 
-@pytest.mark.parametrize("why", ["no time", "hurry"])
+@pytest.mark.parametrize("why", ["no time", "skip_drain"])
 async def test_a_server_does_not_wait_for_ever(here: Neighbourhood, why: str) -> None:
     node = await here.start(num_blocks=1)
     await here.session_with(node)
     node.request_stop(drain_timeout=0.0 if why == "no time" else 600.0)
-    if why == "hurry":
+    if why == "skip_drain":
         while node.service is None or not node.service.leaving:
             await asyncio.sleep(0)
-        node.hurry()
+        node.skip_drain()
     await here.everybody_left()
 
 

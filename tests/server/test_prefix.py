@@ -12,7 +12,7 @@ import torch
 from swarmkit.models.execution.stage import Stage, StepPart
 from swarmkit.models.kv.cache import PAGE_TOKENS
 from swarmkit.models.kv.pages import names_of
-from swarmkit.net.protocol.messages import SESSION_ENDPOINT, Fault, Opened, Recall, Recalled
+from swarmkit.net.protocol.messages import SESSION_ENDPOINT, Fault, Opened, PrefixRestored, RestorePrefix
 from swarmkit.net.rpc.conversation import Conversation
 from swarmkit.server.cache.prefix_cache import root_of
 from swarmkit.server.cache.prefix_tracker import tail_bytes
@@ -285,8 +285,8 @@ def names(server: TinyServer, text: torch.Tensor, start: int = START, stop: int 
 
 
 async def recalled(client: TinyClient, *wanted: bytes) -> int:
-    reply = await client.ask(Recall(wanted))
-    assert isinstance(reply, Recalled), reply
+    reply = await client.ask(RestorePrefix(wanted))
+    assert isinstance(reply, PrefixRestored), reply
     client.position = reply.tokens
     return reply.tokens
 

@@ -8,7 +8,7 @@ import torch
 from swarmkit.models.kv.cache import PAGE_TOKENS
 from swarmkit.models.kv.pages import names_of
 from swarmkit.server.cache.kv_budget import KVBudget
-from swarmkit.server.cache.prefix_cache import Page, PrefixPages, root_of
+from swarmkit.server.cache.prefix_cache import Page, PrefixCache, root_of
 
 ROOT = root_of("somebody", 0, 2)
 PAGE_BYTES = 3 * PAGE_TOKENS * 4
@@ -24,7 +24,7 @@ def page() -> Page:
     return Page(((part, part.clone()),), torch.zeros(PAGE_TOKENS, 1))
 
 
-def kept(pages: PrefixPages, names: list[bytes]) -> list[bool]:
+def kept(pages: PrefixCache, names: list[bytes]) -> list[bool]:
     return [name in pages for name in names]
 
 
@@ -58,19 +58,19 @@ def test_others_and_other_blocks_have_other_names(other: bytes) -> None:
 
 
 def test_what_was_put_is_found() -> None:
-    pages, one = PrefixPages(PAGE_BYTES), page()
+    pages, one = PrefixCache(PAGE_BYTES), page()
     pages.put(b"one", one)
     assert pages.find([b"one"]) == [one]
 
 
 def test_nothing_is_found_behind_a_gap() -> None:
-    pages = PrefixPages(9 * PAGE_BYTES)
+    pages = PrefixCache(9 * PAGE_BYTES)
     pages.put(b"two", page())
     assert pages.find([b"one", b"two"]) == []
 
 
 def test_the_least_recently_used_goes_first() -> None:
-    pages = PrefixPages(2 * PAGE_BYTES)
+    pages = PrefixCache(2 * PAGE_BYTES)
     pages.put(b"one", page())
     pages.put(b"two", page())
     pages.find([b"one"])
@@ -79,7 +79,7 @@ def test_the_least_recently_used_goes_first() -> None:
 
 
 def test_of_a_text_the_end_goes_first() -> None:
-    pages = PrefixPages(3 * PAGE_BYTES)
+    pages = PrefixCache(3 * PAGE_BYTES)
     names = [b"one", b"two", b"three"]
     for name in names:
         pages.put(name, page())
@@ -89,7 +89,7 @@ def test_of_a_text_the_end_goes_first() -> None:
 
 
 def test_a_page_that_does_not_fit_is_not_kept() -> None:
-    pages = PrefixPages(PAGE_BYTES - 1)
+    pages = PrefixCache(PAGE_BYTES - 1)
     pages.put(b"one", page())
     assert len(pages) == 0
 

@@ -9,29 +9,29 @@ from typing import Any
 
 import pytest
 
-from swarmkit.ewma import Smoothed
+from swarmkit.ewma import Ewma
 from swarmkit.server.engine.scheduler import (
     MOST_DECODE_TOKENS,
-    Decoders,
-    Expected,
+    ArrivalPredictor,
+    ExpectedArrivals,
     FairShares,
-    Limits,
-    Share,
-    StepTimes,
-    Turn,
+    PassLimits,
+    PassTimes,
+    Schedule,
+    ScheduledTokens,
     WaitingJob,
     WaitingStep,
-    next_turn,
+    next_schedule,
 )
 
-NOBODY = Expected()
-LIMITS = Limits(chunk_tokens=512, decode_slowdown=2.0)
+NOBODY = ExpectedArrivals()
+LIMITS = PassLimits(chunk_tokens=512, decode_slowdown=2.0)
 READING_S, TOKEN_S = 0.020, 0.001
 """A forward pass over n tokens takes READING_S + n x TOKEN_S, unless a test says otherwise."""
 
 
-def times_learnt() -> StepTimes:
-    times = StepTimes()
+def times_learnt() -> PassTimes:
+    times = PassTimes()
     for tokens in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
         times.learn(tokens, READING_S + tokens * TOKEN_S)
     return times
@@ -51,12 +51,12 @@ def prefill(
 
 
 def turn_of(
-    *steps: WaitingStep, jobs: tuple[WaitingJob, ...] = (), expected: Expected = NOBODY
-) -> Turn | None:
-    return next_turn(steps, jobs, expected, TIMES, LIMITS)
+    *steps: WaitingStep, jobs: tuple[WaitingJob, ...] = (), expected: ExpectedArrivals = NOBODY
+) -> Schedule | None:
+    return next_schedule(steps, jobs, expected, TIMES, LIMITS)
 
 
-def tokens_for(key: int, turn: Turn | None) -> int:
+def tokens_for(key: int, turn: Schedule | None) -> int:
     assert turn is not None
     return sum(share.tokens for share in turn.shares if share.key == key)
 
@@ -70,7 +70,7 @@ def test_nothing_to_do() -> None:
 
 def test_all_decode_steps_go_together() -> None:
     turn = turn_of(decode(0), decode(1, rows=3), decode(2, tokens=5))
-    assert turn == Turn((Share(0, 1), Share(1, 1), Share(2, 5)))
+    assert turn == Schedule((ScheduledTokens(0, 1), ScheduledTokens(1, 1), ScheduledTokens(2, 5)))
 
 
 def test_decode_steps_go_together_up_to_a_cap() -> None:
@@ -80,7 +80,7 @@ def test_decode_steps_go_together_up_to_a_cap() -> None:
 
 
 def test_a_decode_step_beyond_the_cap_runs_all_the_same() -> None:
-    assert turn_of(decode(rows=10 * MOST_DECODE_TOKENS)) == Turn((Share(0, 1),))
+    assert turn_of(decode(rows=10 * MOST_DECODE_TOKENS)) == Schedule((ScheduledTokens(0, 1),))
 
 
 def test_those_served_least_come_first_when_not_all_fit() -> None:
@@ -94,60 +94,66 @@ def test_those_served_least_come_first_when_not_all_fit() -> None:
 
 
 def test_a_decode_step_waits_for_one_that_is_about_to_come() -> None:
-    assert turn_of(decode(), expected=Expected(((READING_S / 4, 1),))) == Turn()
+    assert turn_of(decode(), expected=ExpectedArrivals(((READING_S / 4, 1),))) == Schedule()
 
 
 def test_a_decode_step_waits_a_little_for_one_that_is_overdue() -> None:
-    assert turn_of(decode(), expected=Expected(((-READING_S / 4, 1),))) == Turn()
+    assert turn_of(decode(), expected=ExpectedArrivals(((-READING_S / 4, 1),))) == Schedule()
 
 
 @pytest.mark.parametrize("in_s", [0.6 * READING_S, -0.6 * READING_S, math.inf])
 def test_a_decode_step_does_not_wait_for_what_is_far(in_s: float) -> None:
-    assert turn_of(decode(), expected=Expected(((in_s, 1),))) == Turn((Share(0, 1),))
+    assert turn_of(decode(), expected=ExpectedArrivals(((in_s, 1),))) == Schedule((ScheduledTokens(0, 1),))
 
 
 def test_a_decode_step_does_not_wait_twice() -> None:
     waited = decode(waited_s=READING_S / 2)
-    assert turn_of(waited, expected=Expected(((READING_S / 4, 1),))) == Turn((Share(0, 1),))
+    assert turn_of(waited, expected=ExpectedArrivals(((READING_S / 4, 1),))) == Schedule(
+        (ScheduledTokens(0, 1),)
+    )
 
 
 def test_one_waits_for_many_that_come_while_it_would_run() -> None:
-    assert turn_of(decode(), expected=Expected(((0.8 * READING_S, 8),))) == Turn()
+    assert turn_of(decode(), expected=ExpectedArrivals(((0.8 * READING_S, 8),))) == Schedule()
 
 
 def test_many_do_not_wait_for_one_that_comes_while_they_would_run() -> None:
-    assert turn_of(decode(rows=8), expected=Expected(((0.8 * READING_S, 1),))) == Turn((Share(0, 1),))
+    assert turn_of(decode(rows=8), expected=ExpectedArrivals(((0.8 * READING_S, 1),))) == Schedule(
+        (ScheduledTokens(0, 1),)
+    )
 
 
 def test_nobody_waits_where_a_pass_of_two_takes_as_long_as_two_passes() -> None:
-    times = StepTimes()
+    times = PassTimes()
     for tokens in (1, 2, 4):
         times.learn(tokens, tokens * READING_S)
-    turn = next_turn([decode()], [], Expected(((0.001, 1),)), times, LIMITS)
-    assert turn == Turn((Share(0, 1),))
+    turn = next_schedule([decode()], [], ExpectedArrivals(((0.001, 1),)), times, LIMITS)
+    assert turn == Schedule((ScheduledTokens(0, 1),))
 
 
 # how much prefill
 
 
 def test_prefill_goes_in_whole_chunks_when_nobody_decodes() -> None:
-    assert turn_of(prefill(tokens=4096)) == Turn((Share(0, 512),))
+    assert turn_of(prefill(tokens=4096)) == Schedule((ScheduledTokens(0, 512),))
 
 
 def test_a_prefill_that_is_shorter_than_a_chunk_leaves_room_for_the_next() -> None:
-    assert turn_of(prefill(0, 400), prefill(1, 400)) == Turn((Share(0, 400), Share(1, 112)))
+    assert turn_of(prefill(0, 400), prefill(1, 400)) == Schedule(
+        (ScheduledTokens(0, 400), ScheduledTokens(1, 112))
+    )
 
 
 def test_a_chunk_counts_the_tokens_of_all_rows() -> None:
-    assert turn_of(prefill(rows=4)) == Turn((Share(0, 128),))
+    assert turn_of(prefill(rows=4)) == Schedule((ScheduledTokens(0, 128),))
 
 
 def test_more_rows_than_a_chunk_still_go_on() -> None:
-    assert turn_of(prefill(rows=1000)) == Turn((Share(0, 1),))
+    assert turn_of(prefill(rows=1000)) == Schedule((ScheduledTokens(0, 1),))
 
 
 def test_those_served_least_are_prefilled_first() -> None:
-    assert turn_of(prefill(0, served=9), prefill(1, served=4)) == Turn((Share(1, 512),))
+    assert turn_of(prefill(0, served=9), prefill(1, served=4)) == Schedule((ScheduledTokens(1, 512),))
 
 
 def test_beside_a_decode_step_prefill_takes_no_longer_than_the_step() -> None:
@@ -155,8 +161,8 @@ def test_beside_a_decode_step_prefill_takes_no_longer_than_the_step() -> None:
     assert tokens == pytest.approx((READING_S + TOKEN_S) / TOKEN_S, abs=2)
 
 
-def due_in(seconds: float, varies_s: float = 0.0) -> Expected:
-    return Expected(((seconds, 1),), seconds - varies_s)
+def due_in(seconds: float, varies_s: float = 0.0) -> ExpectedArrivals:
+    return ExpectedArrivals(((seconds, 1),), seconds - varies_s)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
@@ -176,7 +182,7 @@ def test_a_decoder_who_may_be_back_sooner_than_usual_waits_no_longer() -> None:
 
 
 def test_just_before_a_decoder_is_back_prefill_pauses() -> None:
-    assert turn_of(prefill(0), expected=due_in(2 * TOKEN_S)) == Turn()
+    assert turn_of(prefill(0), expected=due_in(2 * TOKEN_S)) == Schedule()
 
 
 def test_before_each_second_step_of_a_decoder_prefill_goes_on_though_it_does_not_fit() -> None:
@@ -184,11 +190,11 @@ def test_before_each_second_step_of_a_decoder_prefill_goes_on_though_it_does_not
 
 
 def test_prefill_goes_on_when_a_decoder_is_late() -> None:
-    assert tokens_for(0, turn_of(prefill(0), expected=Expected(((math.inf, 1),)))) > 0
+    assert tokens_for(0, turn_of(prefill(0), expected=ExpectedArrivals(((math.inf, 1),)))) > 0
 
 
 def test_a_decode_step_that_has_waited_is_not_held_up_further() -> None:
-    assert turn_of(decode(0, waited_s=2 * READING_S), prefill(1)) == Turn((Share(0, 1),))
+    assert turn_of(decode(0, waited_s=2 * READING_S), prefill(1)) == Schedule((ScheduledTokens(0, 1),))
 
 
 def test_a_prefill_is_not_left_out_for_long() -> None:
@@ -196,7 +202,7 @@ def test_a_prefill_is_not_left_out_for_long() -> None:
 
 
 def test_before_anything_was_measured_prefill_beside_decode_is_careful() -> None:
-    turn = next_turn([decode(0), prefill(1, passed_over=2)], [], NOBODY, StepTimes(), LIMITS)
+    turn = next_schedule([decode(0), prefill(1, passed_over=2)], [], NOBODY, PassTimes(), LIMITS)
     assert 0 < tokens_for(1, turn) <= 16
 
 
@@ -207,24 +213,24 @@ INTERACTIVE_JOB, BULK_JOB = WaitingJob(0, bulk=False, passed_over=0), WaitingJob
 
 
 def test_a_job_runs_when_there_is_no_step() -> None:
-    assert turn_of(jobs=(BULK_JOB,)) == Turn(job=1)
+    assert turn_of(jobs=(BULK_JOB,)) == Schedule(job=1)
 
 
 def test_an_interactive_job_runs_before_a_bulk_one() -> None:
-    assert turn_of(jobs=(BULK_JOB, INTERACTIVE_JOB)) == Turn(job=0)
+    assert turn_of(jobs=(BULK_JOB, INTERACTIVE_JOB)) == Schedule(job=0)
 
 
 def test_a_job_lets_a_step_go_first() -> None:
-    assert turn_of(decode(), jobs=(BULK_JOB, INTERACTIVE_JOB)) == Turn((Share(0, 1),))
+    assert turn_of(decode(), jobs=(BULK_JOB, INTERACTIVE_JOB)) == Schedule((ScheduledTokens(0, 1),))
 
 
 def test_an_interactive_job_runs_between_two_steps() -> None:
-    assert turn_of(decode(), jobs=(replace(INTERACTIVE_JOB, passed_over=1),)) == Turn(job=0)
+    assert turn_of(decode(), jobs=(replace(INTERACTIVE_JOB, passed_over=1),)) == Schedule(job=0)
 
 
 def test_a_bulk_job_does_not_wait_for_ever() -> None:
     jobs = (replace(BULK_JOB, passed_over=100), replace(INTERACTIVE_JOB, passed_over=1))
-    assert turn_of(decode(), jobs=jobs) == Turn(job=1)
+    assert turn_of(decode(), jobs=jobs) == Schedule(job=1)
 
 
 # nobody starves
@@ -254,7 +260,7 @@ class Simulation:
         self.waiting: list[Work] = []
         self.finished: list[Work] = []
         self.fair = FairShares()
-        self.times = StepTimes()
+        self.times = PassTimes()
         self.bulk_passed_over = 0
 
     def arrive(self) -> None:
@@ -267,11 +273,11 @@ class Simulation:
         rows = self.random.choice([1, 1, 1, 4, 60])
         self.waiting.append(Work(client, rows, tokens, kind == "decode", self.now, job=kind == "job"))
 
-    def turn(self) -> Turn | None:
+    def turn(self) -> Schedule | None:
         steps = [work for work in self.waiting if not work.job]
         jobs = [work for work in self.waiting if work.job]
         served = self.fair.of_present(work.client for work in steps)
-        turn = next_turn(
+        turn = next_schedule(
             [
                 WaitingStep(
                     key,
@@ -422,9 +428,9 @@ def test_clients_that_have_gone_are_forgotten() -> None:
 # who decodes
 
 
-def decoders(session: str = "session") -> Decoders:
+def decoders(session: str = "session") -> ArrivalPredictor:
     """A session that decodes three tokens in each step, from 10.0 to 10.1 and from 10.3 to 10.4."""
-    decoders = Decoders()
+    decoders = ArrivalPredictor()
     decoders.decoded(session, 3, came=10.0, done=10.1)
     decoders.decoded(session, 3, came=10.3, done=10.4)
     return decoders
@@ -440,14 +446,14 @@ def test_before_it_is_known_how_a_decoder_varies_it_may_be_back_any_moment() -> 
 
 
 def test_a_decoder_that_is_always_away_for_as_long_is_not_back_sooner() -> None:
-    regular = Decoders()
+    regular = ArrivalPredictor()
     for step in range(40):
         regular.decoded("session", 1, came=10.0 + step, done=10.1 + step)
     assert regular.expected(now=49.1).soonest_s == pytest.approx(0.9, abs=0.01)
 
 
 def test_a_decoder_that_comes_when_it_likes_may_be_back_sooner() -> None:
-    irregular = Decoders()
+    irregular = ArrivalPredictor()
     for step in range(40):
         irregular.decoded("session", 1, came=10.0 + step + 0.2 * (step % 2), done=10.3 + step)
     expected = irregular.expected(now=49.3)
@@ -463,7 +469,7 @@ def test_a_decoder_that_is_here_is_not_expected() -> None:
 
 
 def test_a_decoder_that_is_late_is_waited_for_no_longer() -> None:
-    assert decoders().expected(now=10.9) == Expected(((math.inf, 3),))
+    assert decoders().expected(now=10.9) == ExpectedArrivals(((math.inf, 3),))
 
 
 def test_a_decoder_that_stays_away_has_left() -> None:
@@ -480,7 +486,7 @@ def test_who_is_back_after_he_was_taken_to_have_left_is_given_more_time() -> Non
 def test_who_is_back_after_long_is_a_newcomer() -> None:
     back = decoders()
     back.decoded("session", 3, came=60.0, done=60.1)
-    assert back.expected(now=60.2) == Expected(((math.inf, 3),))
+    assert back.expected(now=60.2) == ExpectedArrivals(((math.inf, 3),))
     assert back.expected(now=62.2) == NOBODY
 
 
@@ -502,14 +508,14 @@ def test_a_session_that_begins_a_prefill_does_not_decode() -> None:
 
 
 def test_times_between_two_that_were_measured_lie_between_them() -> None:
-    times = StepTimes()
+    times = PassTimes()
     times.learn(1, 10.0)
     times.learn(9, 26.0)
     assert times.of(5) == pytest.approx(18.0)
 
 
 def test_one_token_is_not_taken_for_as_long_as_the_prompt_before_it() -> None:
-    times = StepTimes()
+    times = PassTimes()
     times.learn(512, 1.0)
     assert times.of(1) < 0.01
 
@@ -535,7 +541,7 @@ def test_the_tokens_within_a_time_take_just_that_time(seconds: float) -> None:
 
 def test_nothing_fits_into_no_time() -> None:
     assert TIMES.tokens_within(0.0) == 0
-    assert StepTimes().tokens_within(1.0) == 0
+    assert PassTimes().tokens_within(1.0) == 0
 
 
 def test_fewer_tokens_fit_where_passes_vary() -> None:
@@ -548,7 +554,7 @@ def test_fewer_tokens_fit_where_passes_vary() -> None:
 
 
 def test_beyond_what_was_measured_the_line_goes_on() -> None:
-    times = StepTimes()
+    times = PassTimes()
     times.learn(4, 0.024)
     times.learn(16, 0.036)
     assert times.tokens_within(0.048) == pytest.approx(26, abs=4)
@@ -559,7 +565,7 @@ def test_one_thread_may_ask_while_another_learns(monkeypatch: pytest.MonkeyPatch
     times = times_learnt()
     larger = 1024
 
-    class Learning(Smoothed):
+    class Learning(Ewma):
         """Asked for its mean, it has the other thread learn a pass of a new size just then."""
 
         @property  # type: ignore[override]

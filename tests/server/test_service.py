@@ -12,7 +12,7 @@ import torch
 from swarmkit.errors import PeerUnreachableError
 from swarmkit.models.kv.cache import PAGE_TOKENS
 from swarmkit.net.protocol.codec import CodecName, passed
-from swarmkit.net.protocol.messages import AskInfo, Info, Open, Opened, StepDone
+from swarmkit.net.protocol.messages import GetInfo, Open, Opened, ServerInfo, StepDone
 
 from .worlds import (
     HIDDEN,
@@ -282,8 +282,8 @@ async def test_free_and_total_tokens_are_told(server: TinyServer, world: World) 
     client = await server.client()
     per_token = world.kv_bytes * (STOP - START)
     tokens = 8 * 1024**2 // per_token
-    info = await client.ask(AskInfo())
-    assert info == Info(START, STOP, 0, tokens, tokens, 0, False)
+    info = await client.ask(GetInfo())
+    assert info == ServerInfo(START, STOP, 0, tokens, tokens, 0, False)
 
 
 # how many

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from swarmkit.server.engine.trim_malloc import give_back
+from swarmkit.server.engine.trim_malloc import trim_malloc
 
 MIB = 2**20
 
@@ -21,6 +21,6 @@ def test_freed_memory_is_given_back() -> None:
     last = pieces[-1]  # behind all others, so that the heap does not end before them
     assert process.memory_info().rss - before > 200 * MIB
     del pieces
-    give_back()
+    trim_malloc()
     assert process.memory_info().rss - before < 50 * MIB
     assert last.sum() == 16_000

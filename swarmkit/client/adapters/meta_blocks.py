@@ -7,7 +7,7 @@ Nobody calls them; the numbers that PEFT puts beside them are ordinary parameter
 ::
 
     model.layers      what the base model runs: [RemoteBlocks], one module for all blocks
-        .0 .1 .2 …    what PEFT (and anybody who looks for modules) finds: shadows
+        .0 .1 .2 …    what PEFT (and anybody who looks for modules) finds: meta_blocks
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from swarmkit.models.architecture.anatomy import anatomy_of, skeleton_of, stage_
 
 
 class HeadBlocks(nn.ModuleList):
-    """A list that holds the shadows as modules, and yields the one that does their work."""
+    """A list that holds the meta_blocks as modules, and yields the one that does their work."""
 
-    def __init__(self, remote: nn.Module, shadows: dict[int, nn.Module]) -> None:
+    def __init__(self, remote: nn.Module, meta_blocks: dict[int, nn.Module]) -> None:
         super().__init__()
         self._remote = (remote,)  # in a tuple, lest it be a module of the list
-        for number, shadow in shadows.items():
+        for number, shadow in meta_blocks.items():
             self.add_module(str(number), shadow)
 
     def __len__(self) -> int:
@@ -42,22 +42,22 @@ class HeadBlocks(nn.ModuleList):
         return self._remote[index]
 
     @property
-    def shadows(self) -> dict[int, nn.Module]:
+    def meta_blocks(self) -> dict[int, nn.Module]:
         return {int(name): module for name, module in self._modules.items() if module is not None}
 
 
-def make_shadows(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[dict[int, nn.Module], Fittings]:
+def make_meta_blocks(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[dict[int, nn.Module], Fittings]:
     """Shadows of all blocks of a model, by number, and what adapters may attach to."""
     anatomy = anatomy_of(config)
     skeleton = skeleton_of(anatomy.base_class, stage_config(config, 0, config.num_hidden_layers))
     blocks: Any = skeleton.get_submodule(anatomy.layers)
-    shadows: dict[int, nn.Module] = dict(enumerate(blocks))
-    fittings = Fittings.of(shadows, config.hidden_size)
-    for block in shadows.values():
+    meta_blocks: dict[int, nn.Module] = dict(enumerate(blocks))
+    fittings = Fittings.of(meta_blocks, config.hidden_size)
+    for block in meta_blocks.values():
         for module in block.modules():
             _empty(module, dtype)
         block.eval()
-    return shadows, fittings
+    return meta_blocks, fittings
 
 
 def _empty(module: Any, dtype: torch.dtype) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from swarmkit.client.adapters.meta_blocks import HeadBlocks, make_shadows
-from swarmkit.client.adapters.tuning import Hosted, Tuning
+from swarmkit.client.adapters.meta_blocks import HeadBlocks, make_meta_blocks
+from swarmkit.client.adapters.tuning import ModelAdapters, ServerAdapter
 from swarmkit.client.routing.hosted_adapters import hosted_everywhere, one_of
 from swarmkit.client.swarm.connection import Connection
 from swarmkit.errors import UsageError
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from swarmkit.client.adapters.peft import DeepPrompts
 
 
-class Tunable:
+class AdapterMixin:
     """The part of a model with remote blocks that lets them be tuned."""
 
     _swarm: Connection
     _checkpoint: Checkpoint
-    _tuning: Tuning
+    _tuning: ModelAdapters
 
     @property
-    def tuning(self) -> Tuning:
+    def tuning(self) -> ModelAdapters:
         """What changes the remote blocks, for those who look inside."""
         return self._tuning
 
@@ -43,12 +43,12 @@ class Tunable:
             return
         config = self._checkpoint.config
         model: Any = self
-        shadows, fittings = make_shadows(config, model.dtype)
+        meta_blocks, fittings = make_meta_blocks(config, model.dtype)
         anatomy = anatomy_of(config)
         base: Any = model.get_submodule(base_path(model, anatomy))
         blocks: Any = base.get_submodule(anatomy.layers)
-        replace(base, anatomy.layers, HeadBlocks(blocks[0], shadows))
-        self._tuning.prepare(shadows, fittings)
+        replace(base, anatomy.layers, HeadBlocks(blocks[0], meta_blocks))
+        self._tuning.prepare(meta_blocks, fittings)
 
     def use_deep_prompts(self, prompts: DeepPrompts | None) -> None:
         """Have a prompt for each block, or none any more; done by `swarmkit.DeepPrompts(model, …)`."""
@@ -84,7 +84,7 @@ class Tunable:
         client = self._swarm.client
         servers = self._swarm.call(client.look)
         digest, label = one_of(servers, client.model.num_blocks, name)
-        self._tuning.hosted = Hosted(label, digest)
+        self._tuning.hosted = ServerAdapter(label, digest)
         try:
             yield
         finally:

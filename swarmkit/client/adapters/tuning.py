@@ -1,8 +1,8 @@
-"""What changes the remote blocks for one model: adapters on its shadows, deep prompts, or a hosted adapter.
+"""The adapters that change the remote blocks of one model: PEFT's, deep prompts, or one that servers host.
 
-A session, and a pass over whole sequences, asks at its beginning what there is now (`Tuning.current`). The
-values go to servers as one vector (`models.adapters`); gradients come back as one, and reach PEFT's
-parameters through autograd, as that vector is made of them.
+A session, and a pass over full sequences, asks at its beginning which adapter there is (`ModelAdapters.current`).
+The values of a client's adapter go to servers as one vector (`swarmkit/models/adapters/adapter.py`). Their
+gradients come back as one vector, and reach PEFT's parameters through autograd, since that vector is made of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 
 
 @dataclass(eq=False)
-class Tuned:
+class ClientAdapter:
     """An adapter of this client's own, as it is now.
 
     Attributes:
@@ -70,13 +70,13 @@ class Tuned:
 
     def is_like(self, other: object) -> bool:
         """Whether it changes blocks in the same way."""
-        if not isinstance(other, Tuned) or self.spec != other.spec:
+        if not isinstance(other, ClientAdapter) or self.spec != other.spec:
             return False
         return torch.equal(self.values.detach(), other.values.detach())
 
 
 @dataclass(frozen=True)
-class Hosted:
+class ServerAdapter:
     """An adapter that servers have. `hosting` is its name there; only servers that have it can be used."""
 
     label: str
@@ -88,42 +88,42 @@ class Hosted:
         """Nothing has to be sent."""
 
     def is_like(self, other: object) -> bool:
-        return isinstance(other, Hosted) and other.hosting == self.hosting
+        return isinstance(other, ServerAdapter) and other.hosting == self.hosting
 
 
-class Tuning:
+class ModelAdapters:
     """Where a model looks for what changes its blocks."""
 
     def __init__(self) -> None:
         self._shadows: Mapping[int, nn.Module] = {}
         self._fittings: Fittings | None = None
         self._own: set[int] = set()
-        """Identities of the shadows' parameters."""
+        """Identities of the meta_blocks' parameters."""
         self.prompts: nn.Parameter | None = None
         """[blocks, P, hidden]."""
-        self.hosted: Hosted | None = None
+        self.hosted: ServerAdapter | None = None
 
     @property
     def is_prepared(self) -> bool:
-        """Whether there are shadows."""
+        """Whether there are meta_blocks."""
         return self._fittings is not None
 
-    def prepare(self, shadows: Mapping[int, nn.Module], fittings: Fittings) -> None:
-        """Look at these shadows from now on."""
-        self._shadows, self._fittings = shadows, fittings
-        self._own = {id(parameter) for block in shadows.values() for parameter in block.parameters()}
+    def prepare(self, meta_blocks: Mapping[int, nn.Module], fittings: Fittings) -> None:
+        """Look at these meta_blocks from now on."""
+        self._shadows, self._fittings = meta_blocks, fittings
+        self._own = {id(parameter) for block in meta_blocks.values() for parameter in block.parameters()}
 
-    def same(self, last: Tuned | Hosted | None) -> bool:
+    def same(self, last: ClientAdapter | ServerAdapter | None) -> bool:
         """Whether `current()` would certainly give what it gave before; quick, for every token."""
         if self.hosted is not None or last is None:
             return last == self.hosted and self._fittings is None
-        return isinstance(last, Tuned) and last.unchanged
+        return isinstance(last, ClientAdapter) and last.unchanged
 
-    def current(self) -> Tuned | Hosted | None:
+    def current(self) -> ClientAdapter | ServerAdapter | None:
         """What there is now; None if nothing changes the blocks.
 
         Raises:
-            AdapterError: something is on the shadows that cannot work in remote blocks.
+            AdapterError: something is on the meta_blocks that cannot work in remote blocks.
         """
         own = self._collect()
         if self.hosted is None:
@@ -135,7 +135,7 @@ class Tuning:
             )
         return self.hosted
 
-    def _collect(self) -> Tuned | None:
+    def _collect(self) -> ClientAdapter | None:
         if self._fittings is None:
             return None
         layers: list[tuple[Any, tuple[str, ...]]] = []
@@ -163,7 +163,7 @@ class Tuning:
         if self.prompts is not None:
             sources.append(self.prompts)
         versions = tuple((parameter, parameter._version) for parameter in sources)
-        return Tuned(spec, values, self._fittings, versions, tuple(layers))
+        return ClientAdapter(spec, values, self._fittings, versions, tuple(layers))
 
     def _lora_of(
         self, block: int, shadow: nn.Module, layers: list[tuple[Any, tuple[str, ...]]]

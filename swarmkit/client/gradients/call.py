@@ -21,7 +21,7 @@ import anyio.abc
 import torch
 
 from swarmkit.client.gradients.exchange import Line, Traffic
-from swarmkit.client.gradients.flows import Direction, Flow, Question
+from swarmkit.client.gradients.flows import Direction, Flow, PassRequest
 from swarmkit.client.gradients.plan import IN_FLIGHT, Paces, claimed_pace, finish_cost
 from swarmkit.client.routing.deadline import StepTimes
 from swarmkit.client.routing.route import Hop, find_route
@@ -229,7 +229,7 @@ class Call:
             self._changed.set()
 
     async def _ask_line(
-        self, line: Line, server: Announcement, question: Question, deadline_s: float
+        self, line: Line, server: Announcement, question: PassRequest, deadline_s: float
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Ask; once more where the server has not kept the adapter."""
         fingerprint, adapters = self._swarm.model.fingerprint, self._swarm.adapters

@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 
-from swarmkit.client.gradients.flows import Question
+from swarmkit.client.gradients.flows import PassRequest
 from swarmkit.client.session.remote_stage import off_loop
 from swarmkit.errors import PeerTimeoutError, PeerUnreachableError, ProtocolError, RemoteError
 from swarmkit.net.protocol import codec
@@ -27,7 +27,7 @@ from swarmkit.net.protocol.gradient_messages import (
 )
 from swarmkit.net.protocol.messages import HIDDEN_DTYPES, Fault
 from swarmkit.net.rpc.conversation import Conversation, Received
-from swarmkit.net.rpc.idle_timer import Patience
+from swarmkit.net.rpc.idle_timer import IdleTimer
 from swarmkit.net.transport.seam import Stream
 
 
@@ -50,14 +50,14 @@ class Line:
 
     def __post_init__(self) -> None:
         self.conversation = Conversation(self.stream, 0, decoder=decoder)
-        self._patience = Patience(self.conversation)
+        self._patience = IdleTimer(self.conversation)
 
     def close(self) -> None:
         self._patience.close()
         self.conversation.close()
 
     async def ask(
-        self, fingerprint: str, question: Question, deadline_s: float
+        self, fingerprint: str, question: PassRequest, deadline_s: float
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Send a request and take the answer to it, and the gradient of the adapter's values, if wanted.
 
@@ -143,7 +143,7 @@ def _parts(message: GradientRequest) -> int:
     return 2 * there if isinstance(message, Backward) else there
 
 
-def _encoded(fingerprint: str, question: Question) -> tuple[GradientRequest, list[memoryview]]:
+def _encoded(fingerprint: str, question: PassRequest) -> tuple[GradientRequest, list[memoryview]]:
     span, side = question.span, question.side
     hidden, data = codec.encode(span.given)
     payload = [data]

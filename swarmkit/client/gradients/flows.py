@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from swarmkit.client.adapters.tuning import Hosted, Tuned
+from swarmkit.client.adapters.tuning import ClientAdapter, ServerAdapter
 from swarmkit.models.adapters.adapter import Adapter
 
 Direction = Literal["forward", "backward"]
@@ -52,7 +52,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Question:
+class PassRequest:
     """What a server is asked: to run `span`, and with a gradient to go back through it."""
 
     span: Span
@@ -116,15 +116,15 @@ class Flow(Protocol):
     def most_blocks(self) -> int | None:
         """How many blocks a request may have; None = any number."""
 
-    def question(self, start: int, stop: int) -> Question:
+    def question(self, start: int, stop: int) -> PassRequest:
         """What the server is asked that takes blocks [start, stop), the beginning of `wanted`."""
 
-    def take(self, question: Question, answer: Tensor, of_adapter: Tensor | None, peer_id: str) -> None:
+    def take(self, question: PassRequest, answer: Tensor, of_adapter: Tensor | None, peer_id: str) -> None:
         """A peer's answer came, and the gradient of the adapter's values [numel] for the blocks asked."""
 
 
 @dataclass(eq=False)
-class Forward:
+class ForwardFlow:
     """The way there."""
 
     index: int
@@ -135,7 +135,7 @@ class Forward:
     states: bool
     most_state_tokens: int
     """Rows x tokens x blocks of one answer with the states of all blocks."""
-    tuned: Tuned | Hosted | None = None
+    tuned: ClientAdapter | ServerAdapter | None = None
     returns: bool = False
     """There will be a way back, for the adapter too if it is trained."""
     spans: list[Span] = field(default_factory=list)
@@ -161,13 +161,13 @@ class Forward:
     def most_blocks(self) -> int | None:
         return max(1, self.most_state_tokens // self.tokens) if self.states else None
 
-    def question(self, start: int, stop: int) -> Question:
+    def question(self, start: int, stop: int) -> PassRequest:
         span = Span(start, stop, self.hidden)
         adapter, hosted = _tuned(self.tuned, start, stop)
         trains = self.returns and adapter is not None and self.tuned is not None and self.tuned.trains
-        return Question(span, self.side, self.states, None, adapter, hosted, trains, self.returns)
+        return PassRequest(span, self.side, self.states, None, adapter, hosted, trains, self.returns)
 
-    def take(self, question: Question, answer: Tensor, of_adapter: Tensor | None, peer_id: str) -> None:
+    def take(self, question: PassRequest, answer: Tensor, of_adapter: Tensor | None, peer_id: str) -> None:
         self.spans.append(replace(question.span, by=peer_id))
         self.position = question.span.stop
         if self.states:
@@ -183,7 +183,7 @@ class Forward:
 
 
 @dataclass(eq=False)
-class Backward:
+class BackwardFlow:
     """The way back."""
 
     index: int
@@ -195,7 +195,7 @@ class Backward:
     of the last span through what is behind it in `behind`."""
     side: Side
     states: bool
-    tuned: Tuned | Hosted | None = None
+    tuned: ClientAdapter | ServerAdapter | None = None
     of_adapter: Tensor | None = None
     """The gradient with respect to all values of the adapter, as far as it is known; None if not wanted."""
     behind: Tensor | None = None
@@ -220,18 +220,18 @@ class Backward:
     def most_blocks(self) -> int | None:
         return None
 
-    def question(self, start: int, stop: int) -> Question:
+    def question(self, start: int, stop: int) -> PassRequest:
         span = self.spans[-1]
         adapter, hosted = _tuned(self.tuned, start, stop)
         if stop < span.stop:
-            return Question(Span(start, stop, span.given), self.side, False, None, adapter, hosted)
+            return PassRequest(Span(start, stop, span.given), self.side, False, None, adapter, hosted)
         trains = self.of_adapter is not None and adapter is not None
-        return Question(span, self.side, self.states, self._gradient_of(span), adapter, hosted, trains)
+        return PassRequest(span, self.side, self.states, self._gradient_of(span), adapter, hosted, trains)
 
-    def take(self, question: Question, answer: Tensor, of_adapter: Tensor | None, peer_id: str) -> None:
+    def take(self, question: PassRequest, answer: Tensor, of_adapter: Tensor | None, peer_id: str) -> None:
         span = self.spans.pop()
         if of_adapter is not None:
-            assert isinstance(self.tuned, Tuned)
+            assert isinstance(self.tuned, ClientAdapter)
             assert self.of_adapter is not None
             low, high = self.tuned.extent(question.span.start, question.span.stop)
             self.of_adapter[low:high] += of_adapter
@@ -262,5 +262,5 @@ class Backward:
         return part
 
 
-def _tuned(tuned: Tuned | Hosted | None, start: int, stop: int) -> tuple[Adapter | None, str]:
+def _tuned(tuned: ClientAdapter | ServerAdapter | None, start: int, stop: int) -> tuple[Adapter | None, str]:
     return (None, "") if tuned is None else (tuned.part(start, stop), tuned.hosting)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swarmkit.client.adapters.tuning import Hosted, Tuned, Tuning
+from swarmkit.client.adapters.tuning import ClientAdapter, ModelAdapters, ServerAdapter
 from swarmkit.client.gradients.call import Call, Training
-from swarmkit.client.gradients.flows import Backward, Forward, Side, Span
+from swarmkit.client.gradients.flows import BackwardFlow, ForwardFlow, Side, Span
 from swarmkit.client.gradients.plan import micro_batches
 from swarmkit.client.swarm.client import SwarmClient
 from swarmkit.client.swarm.connection import Connection
@@ -23,7 +23,7 @@ MOST_STATE_TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class Whole:
+class FullPass:
     """One call over whole sequences: which blocks, what goes beside the hidden states, what is wanted."""
 
     start: int
@@ -33,7 +33,7 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class _Saved:
+class _SavedPass:
     """What the way back needs of one micro-batch, but for tensors: its rows, and its spans' blocks."""
 
     low: int
@@ -43,14 +43,14 @@ class _Saved:
 
 
 class RemotePass:
-    """Runs blocks over whole sequences through the swarm; see `Whole`."""
+    """Runs blocks over whole sequences through the swarm; see `FullPass`."""
 
-    def __init__(self, connection: Connection, tuning: Tuning) -> None:
+    def __init__(self, connection: Connection, tuning: ModelAdapters) -> None:
         self.connection = connection
         self.tuning = tuning
         self.training = Training()
 
-    def __call__(self, hidden: Tensor, whole: Whole) -> Tensor:
+    def __call__(self, hidden: Tensor, whole: FullPass) -> Tensor:
         """Run the blocks over `hidden` [batch, tokens, hidden].
 
         Returns: their output, or with `states` that of every block [blocks, batch, tokens, hidden]; in the
@@ -62,7 +62,7 @@ class RemotePass:
         """
         _check(hidden, whole, self.connection.client)
         tuned = self.tuning.current()
-        values = tuned.values if isinstance(tuned, Tuned) and tuned.trains else None
+        values = tuned.values if isinstance(tuned, ClientAdapter) and tuned.trains else None
         if torch.is_grad_enabled() and (hidden.requires_grad or values is not None):
             output: Tensor = _Through.apply(hidden, values, whole, tuned, self)  # type: ignore[no-untyped-call]
             return output
@@ -75,8 +75,12 @@ class RemotePass:
         return tuned is not None and tuned.trains
 
     def forward(
-        self, hidden: Tensor, whole: Whole, tuned: Tuned | Hosted | None, returns: bool = False
-    ) -> tuple[Tensor, list[Forward]]:
+        self,
+        hidden: Tensor,
+        whole: FullPass,
+        tuned: ClientAdapter | ServerAdapter | None,
+        returns: bool = False,
+    ) -> tuple[Tensor, list[ForwardFlow]]:
         """The output, and the micro-batches that it is made of.
 
         Args: returns: there will be a way back.
@@ -84,7 +88,7 @@ class RemotePass:
         given = hidden.to("cpu")
         rows, tokens, _ = given.shape
         flows = [
-            Forward(
+            ForwardFlow(
                 index,
                 whole.start,
                 whole.stop,
@@ -104,11 +108,11 @@ class RemotePass:
     def backward(
         self,
         hidden: Tensor,
-        whole: Whole,
+        whole: FullPass,
         gradient: Tensor,
-        saved: Sequence[_Saved],
+        saved: Sequence[_SavedPass],
         inner: Sequence[Tensor],
-        tuned: Tuned | Hosted | None,
+        tuned: ClientAdapter | ServerAdapter | None,
         trains: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients with respect to `hidden`, and to the adapter's values if it is trained.
@@ -125,19 +129,23 @@ class RemotePass:
             spans = [Span(a, b, span, by) for (a, b, by), span in zip(part.blocks, inputs, strict=True)]
             side = whole.side.rows(part.low, part.high)
             own = upstream[:, rows] if whole.states else upstream[rows]
-            values = tuned.values if trains and isinstance(tuned, Tuned) else None
+            values = tuned.values if trains and isinstance(tuned, ClientAdapter) else None
             of_adapter = None if values is None else torch.zeros(values.shape)
-            flows.append(Backward(index, whole.start, spans, own, side, whole.states, tuned, of_adapter))
+            flows.append(BackwardFlow(index, whole.start, spans, own, side, whole.states, tuned, of_adapter))
         self.connection.call(self._run, flows, tuned)
         result = torch.cat([flow.result for flow in flows]).to(hidden.device, hidden.dtype)
         parts = [flow.of_adapter for flow in flows if flow.of_adapter is not None]
         return result, torch.stack(parts).sum(0) if parts else None
 
-    async def _run(self, flows: Sequence[Forward] | Sequence[Backward], tuned: Tuned | Hosted | None) -> None:
+    async def _run(
+        self,
+        flows: Sequence[ForwardFlow] | Sequence[BackwardFlow],
+        tuned: ClientAdapter | ServerAdapter | None,
+    ) -> None:
         hosting = "" if tuned is None else tuned.hosting
         await Call(self.connection.client, self.training, flows, hosting).run()
 
-    def _servers(self, whole: Whole) -> int:
+    def _servers(self, whole: FullPass) -> int:
         """How many servers hold some of the blocks, as far as is known."""
         servers = self.connection.client.servers()
         return sum(server.start < whole.stop and whole.start < server.stop for server in servers)
@@ -151,8 +159,8 @@ class _Through(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         values: Tensor | None,
-        whole: Whole,
-        tuned: Tuned | Hosted | None,
+        whole: FullPass,
+        tuned: ClientAdapter | ServerAdapter | None,
         remote: RemotePass,
     ) -> Tensor:
         output, flows = remote.forward(hidden.detach(), whole, tuned, returns=True)
@@ -161,7 +169,7 @@ class _Through(torch.autograd.Function):
         for flow in flows:
             high = low + flow.spans[0].given.shape[0]
             ctx.parts.append(
-                _Saved(low, high, tuple((span.start, span.stop, span.by) for span in flow.spans))
+                _SavedPass(low, high, tuple((span.start, span.stop, span.by) for span in flow.spans))
             )
             low = high
         # A span of the first block was given a part of `hidden`, whose later changes autograd notices.
@@ -226,7 +234,7 @@ def side_of(hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor 
     return Side(mask, positions)
 
 
-def _check(hidden: Tensor, whole: Whole, client: SwarmClient) -> None:
+def _check(hidden: Tensor, whole: FullPass, client: SwarmClient) -> None:
     width, blocks = client.model.hidden_size, client.model.num_blocks
     if hidden.ndim != 3 or hidden.shape[2] != width or 0 in hidden.shape:
         raise UsageError(f"hidden states are [batch, tokens, {width}], not {list(hidden.shape)}")

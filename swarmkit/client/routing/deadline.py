@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from swarmkit.ewma import Smoothed
+from swarmkit.ewma import Ewma
 
 _GAIN = 0.125
 _VARIATIONS = 4.0
@@ -40,8 +40,8 @@ class StepTimes:
     def __init__(self, claimed_rate: float = 0.0) -> None:
         """Args: claimed_rate: tokens per second that the peer announces; 0 = unknown."""
         self._claimed_rate = claimed_rate
-        self._single: Smoothed | None = None
-        self._per_token: Smoothed | None = None
+        self._single: Ewma | None = None
+        self._per_token: Ewma | None = None
         self._patience = 1.0
 
     @property
@@ -60,11 +60,11 @@ class StepTimes:
         self._patience = 1.0
         if tokens <= 1:
             if self._single is None:
-                self._single = _smoothed(seconds)
+                self._single = _ewma(seconds)
             self._single.observe(seconds)
         else:
             if self._per_token is None:
-                self._per_token = _smoothed(seconds / tokens)
+                self._per_token = _ewma(seconds / tokens)
             self._per_token.observe(seconds / tokens)
 
     def timed_out(self) -> None:
@@ -87,9 +87,9 @@ class StepTimes:
         return max(policy.min_s, self._patience * policy.factor * usual)
 
 
-def _smoothed(first: float) -> Smoothed:
-    return Smoothed(first, first / 2, _GAIN)
+def _ewma(first: float) -> Ewma:
+    return Ewma(first, first / 2, _GAIN)
 
 
-def _upper(times: Smoothed | None) -> float:
+def _upper(times: Ewma | None) -> float:
     return times.mean + _VARIATIONS * times.deviation if times else 0.0

@@ -29,22 +29,22 @@ from itertools import pairwise
 import anyio
 import torch
 
-from swarmkit.client.adapters.tuning import Hosted, Tuned
+from swarmkit.client.adapters.tuning import ClientAdapter, ServerAdapter
 from swarmkit.client.routing.route import Hop
 from swarmkit.client.session.codecs import agree, answer_codecs
 from swarmkit.client.session.history import History
 from swarmkit.client.session.interrupt import interruptible
 from swarmkit.client.session.pipeline import pieces, run_pipeline
 from swarmkit.client.session.remote_stage import (
-    Answer,
     NotPushedError,
     RemoteStage,
     Request,
     StepInputs,
+    StepResult,
     at_once,
     off_loop,
 )
-from swarmkit.client.session.restore_prefix import recall
+from swarmkit.client.session.restore_prefix import restore_prefix
 from swarmkit.client.swarm.client import SwarmClient
 from swarmkit.client.swarm.route_search import RouteSearch
 from swarmkit.client.trace import HopTrace, PeerLost, PeerReplaced, Rerouted, RoutePlanned, StepTrace
@@ -70,7 +70,7 @@ class _Loss:
     busy: bool = False
 
 
-class _Step:
+class _StepExecution:
     """The work of one `ChainSession.step`."""
 
     def __init__(self, inputs: StepInputs, search: RouteSearch) -> None:
@@ -119,7 +119,7 @@ class ChainSession:
         self.start = start
         self.stop = swarm.model.num_blocks if stop is None else stop
         self.max_length = max_length
-        self.tuning: Tuned | Hosted | None = None
+        self.tuning: ClientAdapter | ServerAdapter | None = None
         """What changes the blocks in all its steps."""
         self.position = 0
         self.rows = 0
@@ -159,7 +159,7 @@ class ChainSession:
         for stage in self._stages:
             stage.reorder(order)
 
-    async def retune(self, tuning: Tuned | Hosted | None) -> None:
+    async def retune(self, tuning: ClientAdapter | ServerAdapter | None) -> None:
         """Let something else change the blocks, from the beginning on: nothing is held now."""
         for stage in self._stages:
             stage.drop()
@@ -220,7 +220,7 @@ class ChainSession:
         all_positions = self._merged_positions(rows, end, positions)
         self._plain = self._plain and rows == 1 and mask is None and all_positions is None
         inputs = StepInputs(self.position, end, rows, mask, all_positions)
-        work = _Step(inputs, RouteSearch(self._swarm, self._hosting))
+        work = _StepExecution(inputs, RouteSearch(self._swarm, self._hosting))
         await self._prepare(work)
         agree(self._swarm, self._stages, self._outputs, hidden)
         if self._plain and self._inputs is not None:
@@ -260,7 +260,7 @@ class ChainSession:
         if self._closed:
             raise SessionError("the session is closed; open a new one with model.session()")
 
-    def _wanted_from(self, index: int, work: _Step) -> int:
+    def _wanted_from(self, index: int, work: _StepExecution) -> int:
         """From which position on the next stage needs this stage's outputs."""
         if index + 1 == len(self._stages):
             return work.position
@@ -279,12 +279,12 @@ class ChainSession:
 
     # ------------------------------------------------------------------ what is known already
 
-    async def _recall(self, hidden: torch.Tensor, work: _Step) -> torch.Tensor | None:
+    async def _recall(self, hidden: torch.Tensor, work: _StepExecution) -> torch.Tensor | None:
         """Begin where an earlier session was, as far as servers have kept its pages.
 
         Returns: the outputs [1, tokens, hidden] of all that need not be sent; None if there is nothing such.
         """
-        found = await recall(self._swarm.memory, hidden[0], self._stages, self.stop, self.max_length)
+        found = await restore_prefix(self._swarm.memory, hidden[0], self._stages, self.stop, self.max_length)
         self._check_open()
         if found is None:
             return None
@@ -308,7 +308,7 @@ class ChainSession:
 
     # ------------------------------------------------------------------ one stage
 
-    async def _run(self, index: int, want: int, work: _Step) -> torch.Tensor:
+    async def _run(self, index: int, want: int, work: _StepExecution) -> torch.Tensor:
         """Bring a stage to `work.end`; returns its outputs of positions [want, end)."""
         stage = self._stages[index]
         try:
@@ -337,7 +337,7 @@ class ChainSession:
         outputs = [answer.output for answer in answers]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
-    async def _run_alone(self, stage: RemoteStage, want: int, work: _Step) -> list[Answer]:
+    async def _run_alone(self, stage: RemoteStage, want: int, work: _StepExecution) -> list[StepResult]:
         """Exchange messages with one server until it stands at `work.end`."""
         low = min(stage.held, want)
         work.arrived_at = time.perf_counter()
@@ -349,7 +349,9 @@ class ChainSession:
             answers.append(await self._exchange(stage, request, work))
         return answers
 
-    async def _exchange(self, stage: RemoteStage, request: Request, work: _Step, forward: int = 0) -> Answer:
+    async def _exchange(
+        self, stage: RemoteStage, request: Request, work: _StepExecution, forward: int = 0
+    ) -> StepResult:
         """Send a request and take the answer to it."""
         await stage.send(request, work.inputs, forward)
         self._check_open()
@@ -357,7 +359,7 @@ class ChainSession:
         self._account(stage, [answer], request.size, work)
         return answer
 
-    async def _run_linked(self, run: list[RemoteStage], work: _Step) -> list[Answer]:
+    async def _run_linked(self, run: list[RemoteStage], work: _StepExecution) -> list[StepResult]:
         """Send the first of some linked servers its inputs; returns its answers.
 
         A short step is then taken from each of the others in its turn, a long one has come from all of them.
@@ -380,7 +382,7 @@ class ChainSession:
         self._see_whether_forwarded(first, followers[0], answer)
         return [answer]
 
-    async def _take_pushed(self, index: int, work: _Step) -> list[Answer]:
+    async def _take_pushed(self, index: int, work: _StepExecution) -> list[StepResult]:
         """The answers to what was pushed to a stage; those of a long step are here already."""
         stage = self._stages[index]
         size = work.rows * (work.end - work.position)
@@ -398,7 +400,7 @@ class ChainSession:
         self._account(stage, answers, size, work)
         return answers
 
-    def _see_whether_forwarded(self, stage: RemoteStage, following: RemoteStage, answer: Answer) -> None:
+    def _see_whether_forwarded(self, stage: RemoteStage, following: RemoteStage, answer: StepResult) -> None:
         if not answer.done.forwarded:
             stage.unlink()
             self._give_up_pushes(self._stages.index(following))
@@ -408,7 +410,7 @@ class ChainSession:
         for stage in self._stages[index:]:
             stage.give_up_pending()
 
-    def _followers(self, index: int, want: int, work: _Step) -> list[RemoteStage]:
+    def _followers(self, index: int, want: int, work: _StepExecution) -> list[RemoteStage]:
         """The stages behind one that will be pushed what they need if that one is sent its inputs."""
         stage, found = self._stages[index], list[RemoteStage]()
         if not stage.held == want == work.position:
@@ -424,11 +426,13 @@ class ChainSession:
             found.pop()
         return found
 
-    def _request(self, low: int, high: int, want: int, work: _Step) -> Request:
+    def _request(self, low: int, high: int, want: int, work: _StepExecution) -> Request:
         self._numbers += 1
         return Request(self._numbers, low, high, high - min(max(low, want), high), work.rows)
 
-    def _account(self, stage: RemoteStage, answers: list[Answer], size: int, work: _Step) -> None:
+    def _account(
+        self, stage: RemoteStage, answers: list[StepResult], size: int, work: _StepExecution
+    ) -> None:
         """Note how long a stage took: since the outputs of the one before were here."""
         last = max(answer.arrived_at for answer in answers)
         seconds = max(last - work.arrived_at, 0.0)
@@ -441,7 +445,7 @@ class ChainSession:
 
     # ------------------------------------------------------------------ routes
 
-    async def _prepare(self, work: _Step) -> None:
+    async def _prepare(self, work: _StepExecution) -> None:
         """Have a route; move away from servers that said they leave."""
         if not self._stages:
             route = await work.search.find(self.start, self.stop, work.size, None)
@@ -460,7 +464,7 @@ class ChainSession:
             for before, following in pairwise(self._stages)
         )
 
-    async def _link(self, work: _Step) -> None:
+    async def _link(self, work: _StepExecution) -> None:
         """Open all sessions, and have each server hand its outputs on to the next, as far as it can."""
         while errors := await at_once(
             {
@@ -497,7 +501,7 @@ class ChainSession:
         self._swarm.cannot_link(before.hop.server, stage.hop.server)
         before.unlink()
 
-    def _move_away(self, stage: RemoteStage, work: _Step) -> None:
+    def _move_away(self, stage: RemoteStage, work: _StepExecution) -> None:
         """Route a stage's blocks anew if others hold them; else stay, and look around meanwhile."""
         hop, swarm = stage.hop, self._swarm
         leaving = frozenset(other.hop.server.peer_id for other in self._stages if other.leaving)
@@ -512,7 +516,7 @@ class ChainSession:
         self._lose(stage, work, "is leaving")
         self._splice(self._stages.index(stage), route)
 
-    async def _replace(self, index: int, error: PeerError, work: _Step) -> None:
+    async def _replace(self, index: int, error: PeerError, work: _StepExecution) -> None:
         """Put others in the place of a stage that failed."""
         stage = self._stages[index]
         peer_id = stage.hop.server.peer_id
@@ -532,7 +536,7 @@ class ChainSession:
         route = await work.search.find(stage.hop.start, stage.hop.stop, work.size, error)
         self._splice(index, route)
 
-    async def _go_round(self, index: int, error: RemoteError, work: _Step) -> None:
+    async def _go_round(self, index: int, error: RemoteError, work: _StepExecution) -> None:
         """Use others in the place of a busy server, or wait for it where it is the first to have room."""
         stage, hop, since = self._stages[index], self._stages[index].hop, time.perf_counter()
         self._swarm.is_busy(hop, error)
@@ -544,7 +548,7 @@ class ChainSession:
         work.losses.append(_Loss(hop, since, busy=True))
         self._splice(index, route)
 
-    def _lose(self, stage: RemoteStage, work: _Step, reason: str) -> None:
+    def _lose(self, stage: RemoteStage, work: _StepExecution, reason: str) -> None:
         hop = stage.hop
         stage.drop()
         work.losses.append(_Loss(hop, time.perf_counter()))
@@ -561,7 +565,7 @@ class ChainSession:
 
     # ------------------------------------------------------------------ account
 
-    def _note(self, work: _Step, tokens: int, started: float) -> None:
+    def _note(self, work: _StepExecution, tokens: int, started: float) -> None:
         now = time.perf_counter()
         for loss in work.losses:
             covering = [

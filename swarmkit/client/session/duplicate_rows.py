@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class AlikeRows:
+class DuplicateRows:
     """Which rows of a batch are repetitions of others."""
 
     first: Sequence[int]
@@ -23,7 +23,7 @@ class AlikeRows:
     """For each row of the batch its place among `first`."""
 
 
-def alike_rows(hidden: Tensor, *others: Tensor | None) -> AlikeRows | None:
+def alike_rows(hidden: Tensor, *others: Tensor | None) -> DuplicateRows | None:
     """Find the rows that equal the one before them, to the last bit; None if there are none.
 
     Args:
@@ -39,4 +39,4 @@ def alike_rows(hidden: Tensor, *others: Tensor | None) -> AlikeRows | None:
             differs[1:] |= (part[1:] != part[:-1]).flatten(1).any(dim=1)
     if bool(differs.all()):
         return None
-    return AlikeRows(differs.nonzero().flatten().tolist(), (differs.cumsum(0) - 1).tolist())
+    return DuplicateRows(differs.nonzero().flatten().tolist(), (differs.cumsum(0) - 1).tolist())

@@ -14,7 +14,7 @@ import anyio.to_thread
 import msgspec
 import torch
 
-from swarmkit.client.adapters.tuning import Hosted, Tuned
+from swarmkit.client.adapters.tuning import ClientAdapter, ServerAdapter
 from swarmkit.client.routing.route import Hop
 from swarmkit.client.session.history import History, NoHistory
 from swarmkit.client.swarm.client import SwarmClient
@@ -35,21 +35,21 @@ from swarmkit.net.protocol.codec import CodecName, TensorSpec
 from swarmkit.net.protocol.messages import (
     HIDDEN_DTYPES,
     MAX_ADDRESSES,
-    MAX_RECALLED_PAGES,
+    MAX_RESTORED_PAGES,
     Fault,
     Link,
     Linked,
     Message,
     Open,
     Opened,
-    Recall,
-    Recalled,
+    PrefixRestored,
+    RestorePrefix,
     Step,
     StepDone,
     Unlinked,
 )
 from swarmkit.net.rpc.conversation import Conversation, Received
-from swarmkit.net.rpc.idle_timer import Patience
+from swarmkit.net.rpc.idle_timer import IdleTimer
 
 T = TypeVar("T")
 
@@ -98,7 +98,7 @@ class Request:
 
 
 @dataclass
-class Answer:
+class StepResult:
     """The output [rows, keep, hidden] of a request, and what the server said with it."""
 
     output: torch.Tensor
@@ -115,7 +115,7 @@ class RemoteStage:
         swarm: SwarmClient,
         hop: Hop,
         history: History | None = None,
-        tuning: Tuned | Hosted | None = None,
+        tuning: ClientAdapter | ServerAdapter | None = None,
     ) -> None:
         self._swarm = swarm
         self._tuning = tuning
@@ -130,7 +130,7 @@ class RemoteStage:
         self.leaving = False
         self.pending: deque[Request] = deque()
         """What the server before was asked to push here, in order, and was not answered yet."""
-        self.answers: list[Answer] = []
+        self.answers: list[StepResult] = []
         """Answers to such requests that were taken already."""
         self.failure: BaseException | None = None
         """Why no more of them can be taken."""
@@ -145,7 +145,7 @@ class RemoteStage:
         """Whether a question without a number was not answered yet."""
         self._dismissed = False
         """Whether the server has ended the session, and said why."""
-        self._patience: Patience
+        self._patience: IdleTimer
         self._pages: Opened
 
     # ------------------------------------------------------------------ the session there
@@ -165,7 +165,7 @@ class RemoteStage:
     async def _open(self, max_length: int) -> None:
         hop, swarm = self.hop, self._swarm
         self.conversation = await swarm.converse(hop.server)
-        self._patience = Patience(self.conversation)
+        self._patience = IdleTimer(self.conversation)
         name, adapter = ("", None) if self._tuning is None else await self._part(self._tuning)
         message = Open(swarm.model.fingerprint, hop.start, hop.stop, max_length, name)
         message = msgspec.structs.replace(message, sent_at=self.conversation.clock())
@@ -184,7 +184,7 @@ class RemoteStage:
         self._inlet = reply.inlet
         self._pages = reply
 
-    async def _part(self, tuning: Tuned | Hosted) -> tuple[str, Adapter | None]:
+    async def _part(self, tuning: ClientAdapter | ServerAdapter) -> tuple[str, Adapter | None]:
         """What this server's blocks get, and its name there; a hash is taken over it at first."""
         adapter = tuning.part(self.hop.start, self.hop.stop)
         if adapter is None:
@@ -203,10 +203,10 @@ class RemoteStage:
         if not opened.pages or opened.dtype not in HIDDEN_DTYPES:
             return 0
         names = await off_loop(states.nbytes, lambda: names_for(opened.pages, states, opened.dtype))
-        names = names[:MAX_RECALLED_PAGES]
-        reply = await self._ask(Recall(tuple(names)), self._swarm.policy.first_s)
+        names = names[:MAX_RESTORED_PAGES]
+        reply = await self._ask(RestorePrefix(tuple(names)), self._swarm.policy.first_s)
         most = len(names) * PAGE_TOKENS
-        if not isinstance(reply, Recalled) or reply.tokens > most or reply.tokens % PAGE_TOKENS:
+        if not isinstance(reply, PrefixRestored) or reply.tokens > most or reply.tokens % PAGE_TOKENS:
             raise ProtocolError("what was recalled is not what was asked for", self.hop.server.peer_id)
         return reply.tokens
 
@@ -354,7 +354,7 @@ class RemoteStage:
         except PeerUnreachableError as error:
             raise await self._last_words(conversation) or error from None
 
-    async def take(self, request: Request, deadline_s: float, pushed: bool = False) -> Answer:
+    async def take(self, request: Request, deadline_s: float, pushed: bool = False) -> StepResult:
         """The server's answer to a request, which is believed no further than can be seen.
 
         Args: pushed: the request came to it from the server before, if it did.
@@ -386,7 +386,7 @@ class RemoteStage:
         self._note_rates(reply, self._fed_by if pushed else "")
         self.order = None
         self.leaving = reply.leaving
-        return Answer(output, reply, request.made_at)
+        return StepResult(output, reply, request.made_at)
 
     def _note_rates(self, reply: StepDone, sender: str) -> None:
         """Note what the ways to the server and from it carry."""
@@ -400,7 +400,7 @@ class RemoteStage:
         """Seconds after which the server is given up if it does not answer."""
         return self._swarm.times_of(self.hop.server).deadline_s(request.size, self._swarm.policy)
 
-    def trace(self, answers: Sequence[Answer], seconds: float) -> HopTrace:
+    def trace(self, answers: Sequence[StepResult], seconds: float) -> HopTrace:
         """Where the time went that was waited for these answers."""
         # A server's own times are claims: they cannot be more than what passed here.
         hop, total_ms = self.hop, seconds * 1e3

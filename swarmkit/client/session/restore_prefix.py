@@ -9,11 +9,11 @@ import anyio.to_thread
 import torch
 
 from swarmkit.client.session.remote_stage import RemoteStage, at_once
-from swarmkit.client.swarm.prefix_cache import PrefixMemory, Remembered, begin_at
+from swarmkit.client.swarm.prefix_cache import ClientPrefixCache, Remembered, begin_at
 
 
-async def recall(
-    memory: PrefixMemory, hidden: torch.Tensor, stages: Sequence[RemoteStage], stop: int, max_length: int
+async def restore_prefix(
+    memory: ClientPrefixCache, hidden: torch.Tensor, stages: Sequence[RemoteStage], stop: int, max_length: int
 ) -> tuple[Remembered, int, Mapping[RemoteStage, int]] | None:
     """Have each server begin with what it has kept of an earlier session that had the same first tokens.
 

@@ -11,7 +11,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from swarmkit.client.adapters.tuning import Tuning
+from swarmkit.client.adapters.tuning import ModelAdapters
 from swarmkit.client.session.chain import ChainSession
 from swarmkit.client.session.duplicate_rows import alike_rows
 from swarmkit.client.swarm.connection import Connection
@@ -35,7 +35,7 @@ class Session:
             second = model.generate(more, max_new_tokens=8)      # computes the new tokens only
     """
 
-    def __init__(self, connection: Connection, max_length: int, tuning: Tuning | None = None) -> None:
+    def __init__(self, connection: Connection, max_length: int, tuning: ModelAdapters | None = None) -> None:
         """Args: tuning: what changes the blocks in this session's steps, from the first one on."""
         if max_length < 1:
             raise UsageError(f"a session needs room for at least one token; max_length is {max_length}")
@@ -109,7 +109,7 @@ class Session:
         self._mask = mask
         return output.to(hidden.device)
 
-    def _tune(self, tuning: Tuning) -> None:
+    def _tune(self, tuning: ModelAdapters) -> None:
         """Have what changes the model's blocks now, unless keys and values were computed with another."""
         chain = self.chain
         if tuning.same(chain.tuning):

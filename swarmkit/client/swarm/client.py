@@ -18,7 +18,7 @@ from swarmkit.client.routing.busy import BusyPeers
 from swarmkit.client.routing.deadline import DeadlinePolicy, StepTimes
 from swarmkit.client.routing.route import Hop, find_route, no_route, route_cost
 from swarmkit.client.swarm.adapter_sender import AdapterSender
-from swarmkit.client.swarm.prefix_cache import PrefixMemory
+from swarmkit.client.swarm.prefix_cache import ClientPrefixCache
 from swarmkit.client.trace import Busy, SessionEvent, StepTrace
 from swarmkit.errors import RemoteError, SwarmkitError
 from swarmkit.net.connect import TransportFactory
@@ -72,7 +72,7 @@ class SwarmClient:
             self.settings.first_step_timeout, self.settings.min_step_timeout, self.settings.deadline_factor
         )
         self.adapters = AdapterSender(self)
-        self.memory = PrefixMemory(self.settings.prefix_memory_bytes)
+        self.memory = ClientPrefixCache(self.settings.prefix_cache_bytes)
         self._clock = clock
         self._factory = transport_factory
         self._net = net_settings or NetSettings()

@@ -78,7 +78,7 @@ def _called(function: Callable[[], T]) -> Callable[[], Awaitable[T]]:
     return call
 
 
-def _end(lease: portal.Lease, client: SwarmClient, running: Future[None]) -> None:
+def _end(lease: portal.PortalLease, client: SwarmClient, running: Future[None]) -> None:
     lease.call_soon(client.request_stop)
     concurrent.futures.wait([running], _END_TIMEOUT_S)
     if not running.done():
@@ -88,7 +88,7 @@ def _end(lease: portal.Lease, client: SwarmClient, running: Future[None]) -> Non
     lease.close()
 
 
-def _end_later(lease: portal.Lease, client: SwarmClient, running: Future[None]) -> None:
+def _end_later(lease: portal.PortalLease, client: SwarmClient, running: Future[None]) -> None:
     """End without waiting and without a lock.
 
     The garbage collector calls this in any thread at any point: on the loop's own thread, or in one that

@@ -32,7 +32,7 @@ class Remembered:
         return _nbytes(self.states)
 
 
-class PrefixMemory:
+class ClientPrefixCache:
     """Sessions of one model, within `limit` bytes; those that were used least recently go first."""
 
     def __init__(self, limit: int) -> None:

@@ -39,7 +39,7 @@ class Segment:
         return cls(None if adapter is None else adapter.tensors, hidden.shape[0], hidden.shape[1], past)
 
 
-class Tuner:
+class AdapterHooks:
     """Applies adapters to some blocks."""
 
     def __init__(self, blocks: Mapping[int, nn.Module], first_argument: str) -> None:
@@ -59,7 +59,7 @@ class Tuner:
         if all(segment.tensors is None for segment in segments):
             yield
             return
-        pack = _Pack(segments)
+        pack = _PackedAdapters(segments)
         handles = []
         try:
             for block, module in {
@@ -82,7 +82,7 @@ class Tuner:
                 handle.remove()
 
 
-class _Pack:
+class _PackedAdapters:
     """Where the rows of each session lie in one pass."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:

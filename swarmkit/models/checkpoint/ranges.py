@@ -40,27 +40,27 @@ Pieces = Generator[tuple[int, memoryview, bool], None, None]
 """(offset, data, whether the whole file has come and was verified)."""
 
 
-class Span(NamedTuple):
+class ByteRange(NamedTuple):
     """Bytes `[start, stop)` of a file."""
 
     start: int
     stop: int
 
 
-def merge(spans: Iterable[Span]) -> list[Span]:
+def merge(spans: Iterable[ByteRange]) -> list[ByteRange]:
     """The same bytes as few spans, in order."""
-    merged: list[Span] = []
+    merged: list[ByteRange] = []
     for span in sorted(span for span in spans if span.start < span.stop):
         if merged and span.start <= merged[-1].stop:
-            merged[-1] = Span(merged[-1].start, max(merged[-1].stop, span.stop))
+            merged[-1] = ByteRange(merged[-1].start, max(merged[-1].stop, span.stop))
         else:
             merged.append(span)
     return merged
 
 
-def subtract(wanted: Iterable[Span], had: Iterable[Span]) -> list[Span]:
+def subtract(wanted: Iterable[ByteRange], had: Iterable[ByteRange]) -> list[ByteRange]:
     """The bytes of `wanted` that are not in `had`, in order."""
-    rest: list[Span] = []
+    rest: list[ByteRange] = []
     holes = merge(had)
     for span in merge(wanted):
         start = span.start
@@ -68,14 +68,14 @@ def subtract(wanted: Iterable[Span], had: Iterable[Span]) -> list[Span]:
             if hole.stop <= start or hole.start >= span.stop:
                 continue
             if hole.start > start:
-                rest.append(Span(start, hole.start))
+                rest.append(ByteRange(start, hole.start))
             start = hole.stop
         if start < span.stop:
-            rest.append(Span(start, span.stop))
+            rest.append(ByteRange(start, span.stop))
     return rest
 
 
-def coalesce(spans: Iterable[Span], spare_bytes: int) -> list[Span]:
+def coalesce(spans: Iterable[ByteRange], spare_bytes: int) -> list[ByteRange]:
     """Fewer, longer requests that hold all of `spans` and at most `spare_bytes` besides.
 
     The smallest gaps are bridged first: each costs its bytes and saves one request.
@@ -84,7 +84,7 @@ def coalesce(spans: Iterable[Span], spare_bytes: int) -> list[Span]:
     gaps = sorted(range(1, len(apart)), key=lambda i: apart[i].start - apart[i - 1].stop)
     bridged = []
     for i in gaps:
-        gap = Span(apart[i - 1].stop, apart[i].start)
+        gap = ByteRange(apart[i - 1].stop, apart[i].start)
         spare_bytes -= gap.stop - gap.start
         if spare_bytes < 0:
             break
@@ -93,7 +93,7 @@ def coalesce(spans: Iterable[Span], spare_bytes: int) -> list[Span]:
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How often a request that gets nowhere is made again, and how long to wait before.
 
     `attempts` counts requests in a row that brought nothing new.
@@ -145,7 +145,7 @@ class RemoteFile:
         size: int,
         etag: str,
         headers: dict[str, str],
-        patience: Patience | None = None,
+        patience: RetryPolicy | None = None,
     ) -> None:
         self.label = label
         self.size = size
@@ -155,7 +155,7 @@ class RemoteFile:
         self._url = url
         # Compressed, a range would be one of other bytes.
         self._headers = {**headers, "Accept-Encoding": "identity"}
-        self._patience = patience or Patience()
+        self._patience = patience or RetryPolicy()
         self._validator: str | None = None  # the ETag of whoever sends the bytes, which may not be the Hub
 
     def header(self) -> Header:
@@ -176,11 +176,11 @@ class RemoteFile:
                 ) from error
 
     def _read_header(self) -> Header:
-        first = self.read(Span(0, min(LENGTH_BYTES, self.size)))
+        first = self.read(ByteRange(0, min(LENGTH_BYTES, self.size)))
         length = header_length(first, self.size)
-        return parse_header(first + self.read(Span(LENGTH_BYTES, LENGTH_BYTES + length)), self.size)
+        return parse_header(first + self.read(ByteRange(LENGTH_BYTES, LENGTH_BYTES + length)), self.size)
 
-    def read(self, span: Span) -> bytes:
+    def read(self, span: ByteRange) -> bytes:
         """These bytes.
 
         Raises:
@@ -195,7 +195,7 @@ class RemoteFile:
             self.stream([span], keep, to_the_end=False)
         return bytes(content)
 
-    def stream(self, requests: Sequence[Span], sink: Sink, *, to_the_end: bool = True) -> bool:
+    def stream(self, requests: Sequence[ByteRange], sink: Sink, *, to_the_end: bool = True) -> bool:
         """Hand the bytes of `requests` (sorted, apart) to `sink`, in order.
 
         Args:
@@ -205,12 +205,12 @@ class RemoteFile:
         Returns: whether the whole file was read and found to have the hash that the Hub publishes.
 
         Raises:
-            ModelError: the file changed, or the bytes did not come within the attempts that `Patience`
+            ModelError: the file changed, or the bytes did not come within the attempts that `RetryPolicy`
                 allows.
             HfHubHTTPError: the Hub refused (no such file, no access).
         """
         failures, reached = 0, 0  # everything wanted before `reached` is with the sink
-        while todo := [Span(max(s.start, reached), s.stop) for s in requests if s.stop > reached]:
+        while todo := [ByteRange(max(s.start, reached), s.stop) for s in requests if s.stop > reached]:
             began = reached
             try:
                 with closing(self._attempt(todo[0], todo, to_the_end)) as pieces:
@@ -235,7 +235,7 @@ class RemoteFile:
                 failures = 0
         return False
 
-    def _attempt(self, span: Span, todo: Sequence[Span], to_the_end: bool) -> Pieces:
+    def _attempt(self, span: ByteRange, todo: Sequence[ByteRange], to_the_end: bool) -> Pieces:
         """One request: pieces of `span`, or of all of `todo` where the server sends the whole file."""
         with self._response(span) as response:
             if response.status_code == 206:
@@ -249,7 +249,7 @@ class RemoteFile:
         self._validator = None
         yield from self._attempt(span, todo, to_the_end)
 
-    def _of_range(self, response: Any, span: Span) -> Pieces:
+    def _of_range(self, response: Any, span: ByteRange) -> Pieces:
         found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if found is None or int(found[1]) != span.start or int(found[2]) + 1 != span.stop:
             told = response.headers.get("Content-Range")
@@ -267,7 +267,7 @@ class RemoteFile:
         if offset < span.stop:
             raise _TryAgainError(f"the connection was cut at byte {offset}")
 
-    def _of_whole(self, response: Any, todo: Sequence[Span], to_the_end: bool) -> Pieces:
+    def _of_whole(self, response: Any, todo: Sequence[ByteRange], to_the_end: bool) -> Pieces:
         verifiable = to_the_end and SHA256.fullmatch(self.etag) is not None
         digest = hashlib.sha256()
         offset = 0
@@ -302,7 +302,7 @@ class RemoteFile:
             self.received += len(data)
             yield memoryview(data)
 
-    def _response(self, span: Span) -> _Opened:
+    def _response(self, span: ByteRange) -> _Opened:
         headers = dict(self._headers)
         if self.ranges:
             headers["Range"] = f"bytes={span.start}-{span.stop - 1}"

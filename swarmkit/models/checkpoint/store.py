@@ -63,7 +63,7 @@ class StoreSettings(BaseSettings):
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoreEntry:
     """What is known of one part of one source, whether or not its file is here now.
 
     Attributes:
@@ -115,7 +115,7 @@ class BlockStore:
 
     # ------------------------------------------------------------------ reading
 
-    def entry(self, source: str, part: str) -> Entry | None:
+    def entry(self, source: str, part: str) -> StoreEntry | None:
         """What is known of a part."""
         return _read_entry(self._index(source, part))
 
@@ -127,7 +127,7 @@ class BlockStore:
         path = self.open(entry.content)
         if path is not None:
             with self._alone():
-                self._write_entry(Entry(**{**asdict(entry), "read_at": self._clock()}))
+                self._write_entry(StoreEntry(**{**asdict(entry), "read_at": self._clock()}))
         return path
 
     def open(self, content: str) -> Path | None:
@@ -162,7 +162,7 @@ class BlockStore:
         """Where the file with this content is, if it is here."""
         return self.root / "blobs" / f"{content}{_SUFFIX}"
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[StoreEntry]:
         """Everything that is known, also of files that are not here now."""
         found = [_read_entry(path) for path in sorted((self.root / "index").glob("*.json"))]
         return [entry for entry in found if entry is not None]
@@ -220,7 +220,7 @@ class BlockStore:
             partial.replace(blob)
             partial.with_suffix(".json").unlink(missing_ok=True)
             self._use(content)
-            self._write_entry(Entry(source, part, content, size, origin, self._clock()))
+            self._write_entry(StoreEntry(source, part, content, size, origin, self._clock()))
         self._verified[content] = _state(blob)
         return blob
 
@@ -230,7 +230,7 @@ class BlockStore:
         if path is not None:
             with self._alone():
                 size = path.stat().st_size
-                self._write_entry(Entry(source, part, content, size, origin, self._clock()))
+                self._write_entry(StoreEntry(source, part, content, size, origin, self._clock()))
         return path
 
     def discard(self, partial: Path) -> None:
@@ -337,7 +337,7 @@ class BlockStore:
     def _index(self, source: str, part: str) -> Path:
         return self.root / "index" / f"{key_of(source, part)}.json"
 
-    def _write_entry(self, entry: Entry) -> None:
+    def _write_entry(self, entry: StoreEntry) -> None:
         _replace(self._index(entry.source, entry.part), json.dumps(asdict(entry)).encode())
 
     def _put_aside(self, path: Path) -> None:
@@ -371,9 +371,9 @@ def _end_use(path: Path, lock: FileLock) -> None:
     path.with_suffix(".lock").unlink(missing_ok=True)
 
 
-def _read_entry(path: Path) -> Entry | None:
+def _read_entry(path: Path) -> StoreEntry | None:
     try:
-        return Entry(**json.loads(path.read_text(encoding="utf-8")))
+        return StoreEntry(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from swarmkit.errors import ModelError
-from swarmkit.models.checkpoint.ranges import SHA256, RemoteFile, Span, coalesce, merge, subtract
+from swarmkit.models.checkpoint.ranges import SHA256, ByteRange, RemoteFile, coalesce, merge, subtract
 from swarmkit.models.checkpoint.store import BlockStore
 from swarmkit.models.checkpoint.store_format import Header, Place, lay_out, sha256_of
 
@@ -95,17 +95,17 @@ class _Building:
                 )
             self.origin[name] = places[name]
         self.layout = lay_out(self.origin.values())
-        self.done: dict[str, list[Span]] = {}
+        self.done: dict[str, list[ByteRange]] = {}
         self.etags = {shard: shards.remote(shard).etag for shard in sorted(set(part.shards.values()))}
         self._file: BinaryIO | None = None
         self._since_journal = 0
 
-    def wanted(self, shard: str) -> list[Span]:
+    def wanted(self, shard: str) -> list[ByteRange]:
         """The bytes of a shard that belong to this part."""
         places = (self.origin[name] for name, where in self.part.shards.items() if where == shard)
-        return merge(Span(place.start, place.stop) for place in places)
+        return merge(ByteRange(place.start, place.stop) for place in places)
 
-    def missing(self, shard: str) -> list[Span]:
+    def missing(self, shard: str) -> list[ByteRange]:
         return subtract(self.wanted(shard), self.done.get(shard, []))
 
     def __enter__(self) -> _Building:
@@ -130,7 +130,7 @@ class _Building:
         target = self.layout.places[place.name].start + offset - place.start
         self._file.seek(target)
         self._file.write(data)
-        self.done[shard] = merge([*self.done.get(shard, []), Span(offset, offset + len(data))])
+        self.done[shard] = merge([*self.done.get(shard, []), ByteRange(offset, offset + len(data))])
         self._since_journal += len(data)
         if self._since_journal >= JOURNAL_BYTES:
             self.save()
@@ -173,7 +173,7 @@ class _Building:
     def _read_journal(self) -> None:
         try:
             journal = json.loads(self.path.with_suffix(".json").read_text())
-            done = {shard: [Span(*span) for span in spans] for shard, spans in journal["done"].items()}
+            done = {shard: [ByteRange(*span) for span in spans] for shard, spans in journal["done"].items()}
             if journal["layout"] == self._layout_hash() and journal["etags"] == self.etags:
                 self.done = done
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -271,7 +271,7 @@ class _Fetch:
                 place, building = targets[at]
                 low, high = max(place.start, offset), min(place.stop, offset + len(data))
                 if low < high:
-                    fresh = _length(subtract([Span(low, high)], building.done.get(shard, [])))
+                    fresh = _length(subtract([ByteRange(low, high)], building.done.get(shard, [])))
                     building.write(shard, place, low, data[low - offset : high - offset])
                     self._have += fresh
                 at += 1
@@ -325,5 +325,5 @@ class _Fetch:
         self._store.keep(building.path, source, label, content, "hub")
 
 
-def _length(spans: Iterable[Span]) -> int:
+def _length(spans: Iterable[ByteRange]) -> int:
     return sum(span.stop - span.start for span in spans)

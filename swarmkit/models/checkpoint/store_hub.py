@@ -17,7 +17,7 @@ from tqdm import tqdm
 from swarmkit.errors import ModelError
 from swarmkit.models.checkpoint.files import by_shard, bytes_in, keys_in, read_from
 from swarmkit.models.checkpoint.fingerprint import file_sha256, recall, remember
-from swarmkit.models.checkpoint.ranges import SHA256, Patience, RemoteFile, Span
+from swarmkit.models.checkpoint.ranges import SHA256, ByteRange, RemoteFile, RetryPolicy
 from swarmkit.models.checkpoint.store import BlockStore, key_of
 from swarmkit.models.checkpoint.store_fetch import Claims, OnBytes, Part, fetch_parts
 from swarmkit.models.checkpoint.store_format import FormatError, Header, parse_header
@@ -45,7 +45,7 @@ class HubFiles:
         *,
         progress: bool = True,
         store: BlockStore | None = None,
-        patience: Patience | None = None,
+        patience: RetryPolicy | None = None,
     ) -> None:
         """Fetch config.json, which tells the commit.
 
@@ -270,7 +270,7 @@ class HubFiles:
             self._opened.append(mine[name])
         return mine[name]
 
-    def read_range(self, name: str, span: Span) -> bytes:
+    def read_range(self, name: str, span: ByteRange) -> bytes:
         """Some bytes of one of its files.
 
         Raises:

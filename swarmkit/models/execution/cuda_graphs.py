@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swarmkit.models.execution.packed import Held, Pack, PackedView, StepPart
+from swarmkit.models.execution.packed import BatchedKeys, PackedBatch, PackedView, StepPart
 from swarmkit.models.execution.transfer import to_device
-from swarmkit.models.kv.static_slots import Seats
+from swarmkit.models.kv.static_slots import StaticSlots
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +35,12 @@ _LEAST_TOKENS = 256
 """Of the attention of the smallest record; each further size is twice as long."""
 
 
-class _Rows(Pack):
+class _Rows(PackedBatch):
     """The first rows of the seats, each with one token."""
 
     side_by_side = True
 
-    def __init__(self, seats: Seats, rows: int, tokens: int, inputs: _Inputs, attention: str) -> None:
+    def __init__(self, seats: StaticSlots, rows: int, tokens: int, inputs: _Inputs, attention: str) -> None:
         super().__init__([(rows, 1)], attention)
         self._seats = seats
         self._rows = rows
@@ -62,7 +62,7 @@ class _Rows(Pack):
         for pool, new in zip(self._seats.pool(layer_idx), (keys, values), strict=True):
             pool[self._inputs.targets, :, self._inputs.places] = new[0].transpose(0, 1)
             held.append(pool[: self._rows, :, : self._tokens])
-        return Held(self, held[:1]), Held(self, held[1:])
+        return BatchedKeys(self, held[:1]), BatchedKeys(self, held[1:])
 
     def mask(self, number: int, block: int) -> Tensor | None:
         return self._mask
@@ -91,10 +91,10 @@ class _Inputs:
         self._numbers.copy_(to_device(torch.tensor([places, targets]), self._numbers.device))
 
 
-class _Record:
+class _CudaGraph:
     """A pass over so many rows and tokens, recorded when it is first run."""
 
-    def __init__(self, view: PackedView, seats: Seats, rows: int, tokens: int, like: Tensor) -> None:
+    def __init__(self, view: PackedView, seats: StaticSlots, rows: int, tokens: int, like: Tensor) -> None:
         self.inputs = _Inputs(rows, like, seats.rows)
         self._pack = _Rows(seats, rows, tokens, self.inputs, view.attention)
         self._view = view
@@ -141,13 +141,13 @@ class _Record:
         return run
 
 
-class Recordings:
+class CudaGraphs:
     """The records of some blocks of a stage."""
 
-    def __init__(self, view: PackedView, seats: Seats) -> None:
+    def __init__(self, view: PackedView, seats: StaticSlots) -> None:
         self._view = view
         self._seats = seats
-        self._records: dict[tuple[int, int], _Record] = {}
+        self._records: dict[tuple[int, int], _CudaGraph] = {}
         self._works = True
 
     def run(self, parts: Sequence[StepPart]) -> list[Tensor] | None:
@@ -163,7 +163,7 @@ class Recordings:
             return None
         rows = []
         for part in parts:
-            seat = part.cache.sit_down(self._seats)
+            seat = part.cache.acquire_slot(self._seats)
             if seat is None or part.cache.tokens >= seat.length:
                 return None
             rows.append(seat.row)
@@ -174,7 +174,7 @@ class Recordings:
         try:
             record = self._records.get(size)
             if record is None:
-                record = self._records[size] = _Record(self._view, self._seats, *size, parts[0].hidden)
+                record = self._records[size] = _CudaGraph(self._view, self._seats, *size, parts[0].hidden)
             record.inputs.set(parts, rows)
             out = record()
         except Exception:

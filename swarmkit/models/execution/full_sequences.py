@@ -24,7 +24,7 @@ from swarmkit.models.execution.stage import Stage
 
 
 @dataclass(frozen=True)
-class WholeSequences:
+class FullSequences:
     """What blocks [start, stop) are given, from the first token on.
 
     Attributes:
@@ -46,10 +46,10 @@ class WholeSequences:
         shape = tuple(self.hidden.shape)
         return (self.stop - self.start, *shape) if self.states else shape
 
-    def rows(self, low: int, high: int) -> WholeSequences:
+    def rows(self, low: int, high: int) -> FullSequences:
         """Some of the sequences."""
         mask, positions = self.attention_mask, self.position_ids
-        return WholeSequences(
+        return FullSequences(
             self.hidden[low:high],
             self.start,
             self.stop,
@@ -72,7 +72,7 @@ class _Piece:
     """Where they begin and end among those of the whole adapter."""
 
 
-class _Saved:
+class _SavedInputs:
     """Counts what a graph keeps: tensors that autograd saves, each memory once, and no weights."""
 
     def __init__(self, weights: frozenset[int]) -> None:
@@ -93,7 +93,7 @@ class _Saved:
         return tensor.detach()  # an output that its own graph held would never be freed
 
 
-class WholePass:
+class FullSequencePass:
     """One pass over the blocks: `advance` until nothing is left, then `result`.
 
     Belongs to one thread, like the stage.
@@ -102,7 +102,7 @@ class WholePass:
     def __init__(
         self,
         stage: Stage,
-        inputs: WholeSequences,
+        inputs: FullSequences,
         gradient: Tensor | None = None,
         adapter: Adapter | None = None,
         trains: bool = False,
@@ -127,7 +127,7 @@ class WholePass:
         self._pieces: list[_Piece] = []
         self._goes_back = False
         self._has_graph = keeps or gradient is not None
-        self._saved = _Saved(stage.weights) if keeps else None
+        self._saved = _SavedInputs(stage.weights) if keeps else None
         self._adapter = None if adapter is None else adapter.within(inputs.start, inputs.stop)
         self.adapter_gradient: Tensor | None = None
         """With respect to the adapter's values for these blocks, if wanted, when nothing is left."""

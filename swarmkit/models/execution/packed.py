@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from swarmkit.models.adapters.hooks import Segment, Tuner
+from swarmkit.models.adapters.hooks import AdapterHooks, Segment
 from swarmkit.models.architecture.anatomy import Anatomy, rope_types
 from swarmkit.models.architecture.quirks import FAMILIES
 from swarmkit.models.execution.view import with_blocks
@@ -70,7 +70,7 @@ def can_be_packed(config: PreTrainedConfig, anatomy: Anatomy) -> bool:
 class PackedView:
     """Some blocks of a model, to be run over steps of several sessions at once."""
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, tuner: Tuner) -> None:
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, tuner: AdapterHooks) -> None:
         self._forward = inspect.unwrap(type(model).forward)
         self._cache_argument = anatomy.cache_argument
         self._tuner = tuner
@@ -89,7 +89,7 @@ class PackedView:
         """
         asked = zip(parts, need_masks, strict=True)
         masks = [self._masks(part) if needed else None for part, needed in asked]
-        pack = _Parts(parts, masks, self.attention)
+        pack = _BatchParts(parts, masks, self.attention)
         positions = torch.cat([_positions(part) for part in parts])
         segments = [Segment.of(part.cache.adapter, part.hidden, part.cache.tokens) for part in parts]
         first = parts[0].cache
@@ -98,7 +98,7 @@ class PackedView:
         pieces = out.split(pack.sizes)
         return [piece.view(part.hidden.shape) for piece, part in zip(pieces, parts, strict=True)]
 
-    def run(self, hidden: Tensor, positions: Tensor, pack: Pack) -> Tensor:
+    def run(self, hidden: Tensor, positions: Tensor, pack: PackedBatch) -> Tensor:
         """The blocks over tokens [total, hidden] at these positions [total]; returns [total, hidden]."""
         out: Tensor = self._forward(
             self._model,
@@ -119,7 +119,7 @@ def _positions(part: StepPart) -> Tensor:
     return part.position_ids.to(device).expand(rows, tokens).flatten()
 
 
-class Pack:
+class PackedBatch:
     """What the blocks take for one cache: it hands each session's keys and values to its own.
 
     Attributes:
@@ -171,7 +171,7 @@ class Pack:
         return places - torch.arange(len(places), device=places.device)
 
 
-class _Parts(Pack):
+class _BatchParts(PackedBatch):
     """Steps of several sessions, each with a cache of its own."""
 
     def __init__(self, parts: Sequence[StepPart], masks: Sequence[list[Any] | None], attention: str) -> None:
@@ -182,7 +182,7 @@ class _Parts(Pack):
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         added = zip(self._parts, self.split(keys), self.split(values), strict=True)
         held = [part.cache.layers[layer_idx].update(new, more) for part, new, more in added]
-        return Held(self, [one for one, _ in held]), Held(self, [other for _, other in held])
+        return BatchedKeys(self, [one for one, _ in held]), BatchedKeys(self, [other for _, other in held])
 
     def mask(self, number: int, block: int) -> Tensor | None:
         masks = self._masks[number]
@@ -197,16 +197,21 @@ class _Parts(Pack):
         return torch.cat(places)
 
 
-class Held(list[Tensor]):
+class BatchedKeys(list[Tensor]):
     """Each session's keys or values [rows, heads, past + tokens, dim], and the pack that they are of."""
 
-    def __init__(self, pack: Pack, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, pack: PackedBatch, tensors: Sequence[Tensor]) -> None:
         super().__init__(tensors)
         self.pack = pack
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Held, value: Held, attention_mask: None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: BatchedKeys,
+    value: BatchedKeys,
+    attention_mask: None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of a pack: the module's own, session by session.
 
@@ -276,10 +281,14 @@ def _own_attention(module: nn.Module, name: str) -> Callable[..., Any]:
     return found
 
 
-def _expand_each(expand: Callable[..., tuple[Tensor, Tensor]], latent: Held, rotary: Held) -> Any:
+def _expand_each(
+    expand: Callable[..., tuple[Tensor, Tensor]], latent: BatchedKeys, rotary: BatchedKeys
+) -> Any:
     """Latent attention makes keys and values of what it has cached, after the cache: for each session."""
     made = [expand(one, other) for one, other in zip(latent, rotary, strict=True)]
-    return Held(latent.pack, [keys for keys, _ in made]), Held(latent.pack, [values for _, values in made])
+    return BatchedKeys(latent.pack, [keys for keys, _ in made]), BatchedKeys(
+        latent.pack, [values for _, values in made]
+    )
 
 
 def _with_attention(module: Any, name: str, configs: dict[int, Any]) -> Any:

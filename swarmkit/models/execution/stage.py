@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from swarmkit.errors import AdapterError, UsageError
 from swarmkit.models.adapters.adapter import Adapter, Fittings, Tensors
-from swarmkit.models.adapters.hooks import Segment, Tuner
+from swarmkit.models.adapters.hooks import AdapterHooks, Segment
 from swarmkit.models.architecture.anatomy import (
     Anatomy,
     anatomy_of,
@@ -24,13 +24,13 @@ from swarmkit.models.architecture.anatomy import (
     stage_config,
 )
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
-from swarmkit.models.execution.cuda_graphs import Recordings
+from swarmkit.models.execution.cuda_graphs import CudaGraphs
 from swarmkit.models.execution.packed import PackedView, StepPart, can_be_packed
 from swarmkit.models.execution.view import View, with_blocks
 from swarmkit.models.kernels.blocked_linear import use_blocked
 from swarmkit.models.kernels.cut_linear import use_cuts
 from swarmkit.models.kv.cache import StageCache
-from swarmkit.models.kv.static_slots import Seats
+from swarmkit.models.kv.static_slots import StaticSlots
 from swarmkit.models.loading import load_model
 from swarmkit.models.quantization.precision import Precision
 
@@ -80,12 +80,12 @@ class Stage:
             getattr(base.config, "rope_parameters", None)
         )
         self._packed_views: dict[tuple[int, int], PackedView] = {}
-        self._seats: Seats | None = None
-        self._recordings: dict[tuple[int, int], Recordings] = {}
+        self._seats: StaticSlots | None = None
+        self._recordings: dict[tuple[int, int], CudaGraphs] = {}
         layers: Any = base.get_submodule(anatomy.layers)
         blocks: dict[int, nn.Module] = dict(enumerate(layers, start))
         self.fittings = Fittings.of(blocks, self.hidden_size)
-        self._tuner = Tuner(blocks, anatomy.arguments[0])
+        self._tuner = AdapterHooks(blocks, anatomy.arguments[0])
 
     @classmethod
     def load(
@@ -151,7 +151,7 @@ class Stage:
             progress(stop - start, stop - start)
         return cls(base, anatomy, start, stop, precision)
 
-    def record_tokens(self, sessions: int, tokens: int) -> None:
+    def enable_cuda_graphs(self, sessions: int, tokens: int) -> None:
         """From now on, run single tokens as recorded work where that can be (see `recordings`).
 
         On a CPU nothing is recorded, but otherwise it is the same. In int8 it is as without: its kernels look
@@ -161,7 +161,7 @@ class Stage:
             sessions: for how many at once; more than that run as without.
             tokens: how long they may be; the keys and values of `sessions + 1` of that length are held.
         """
-        self._seats = Seats(sessions, tokens) if self.precision.name != "int8" else None
+        self._seats = StaticSlots(sessions, tokens) if self.precision.name != "int8" else None
         self._recordings = {}
 
     def new_cache(self, start: int, stop: int, adapter: Adapter | None = None) -> StageCache:
@@ -297,7 +297,7 @@ class Stage:
         parts = [part.to(self.device, self.dtype) for part in parts]
         recordings = self._recordings.get(blocks)
         if recordings is None:
-            recordings = self._recordings[blocks] = Recordings(self._packed(blocks), seats)
+            recordings = self._recordings[blocks] = CudaGraphs(self._packed(blocks), seats)
         outputs = recordings.run(parts)
         if outputs is not None:
             for part in parts:

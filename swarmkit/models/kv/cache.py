@@ -26,7 +26,7 @@ from swarmkit.models.architecture.anatomy import anatomy_of, block_configs
 from swarmkit.models.kv.page_table import PAGE_TOKENS as PAGE_TOKENS
 from swarmkit.models.kv.page_table import pages_for
 from swarmkit.models.kv.paged_rows import PagedRows
-from swarmkit.models.kv.static_slots import Seat, SeatedLayer, Seats
+from swarmkit.models.kv.static_slots import StaticSlot, StaticSlotLayer, StaticSlots
 
 _MARK_EVERY_TOKENS = 64
 MARKS = 2
@@ -86,8 +86,8 @@ class StageCache(DynamicCache):
         self._positions: Tensor | None = None
         self._mark_next = False
         self._paged: PagedRows | None = None
-        self.seat: Seat | None = None
-        """Where it sits, while it does; see `sit_down`."""
+        self.seat: StaticSlot | None = None
+        """Where it sits, while it does; see `acquire_slot`."""
         self._room_pages = 0
         """Pages that each row has room for, while it has a room of its own."""
         self.adapter: Adapter | None = None
@@ -174,7 +174,7 @@ class StageCache(DynamicCache):
     @property
     def has_pages(self) -> bool:
         """Whether all that it holds is keys and values of tokens."""
-        return all(isinstance(layer, _GrowingLayer | SeatedLayer) for layer in self.blocks)
+        return all(isinstance(layer, _GrowingLayer | StaticSlotLayer) for layer in self.blocks)
 
     @torch.inference_mode()
     def page(self, index: int) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -199,7 +199,7 @@ class StageCache(DynamicCache):
 
     # A seat: keys and values of one row where recorded work finds them (see `seats`).
 
-    def sit_down(self, seats: Seats) -> Seat | None:
+    def acquire_slot(self, seats: StaticSlots) -> StaticSlot | None:
         """Have a seat, if this session can and one is free. Nothing changes but where it keeps its tokens."""
         if self.seat is None and self.batch == 1 and 0 < self.tokens < seats.length:
             may = all(isinstance(layer, _GrowingLayer) for layer in self.blocks)
@@ -468,7 +468,7 @@ def _copy_of_states(layer: Any) -> Any:
 
 def _nbytes(layer: Any) -> int:
     """Bytes of every tensor in a cache layer, whatever its kind; of a seat what is held there."""
-    if isinstance(layer, SeatedLayer):
+    if isinstance(layer, StaticSlotLayer):
         return int(layer.keys.nbytes + layer.values.nbytes)
     inner = [value.values() if isinstance(value, dict) else [value] for value in vars(layer).values()]
     return sum(part.nbytes for parts in inner for part in parts if isinstance(part, Tensor))

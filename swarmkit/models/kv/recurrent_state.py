@@ -23,16 +23,16 @@ POSITION_BYTES = 8
 """Of one token, beside its inputs, which a stage with such blocks keeps too."""
 
 
-class _Enough(Exception):
+class _StateSeen(Exception):
     """The block has shown its states."""
 
 
-class _Probe(StageCache):
+class _StateProbe(StageCache):
     """Stops a block when it has shown its recurrent state, which follows that of its convolution."""
 
     def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Any:
         super().update_recurrent_state(*args, **kwargs)
-        raise _Enough
+        raise _StateSeen
 
 
 def state_bytes_per_row(config: PreTrainedConfig, dtype: torch.dtype) -> int:
@@ -45,7 +45,7 @@ def state_bytes_per_row(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     largest = 0
     for cut in block_configs(config):
         with torch.device("meta"):
-            probe = _Probe(0, 1, config=cut)
+            probe = _StateProbe(0, 1, config=cut)
             if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in probe.blocks):
                 continue
             base: Any = anatomy.base_class(cut)

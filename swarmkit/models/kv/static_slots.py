@@ -25,7 +25,7 @@ from swarmkit.models.kv.held_layer import HeldLayer, KeysAndValues
 
 
 @dataclass(eq=False)
-class Seat:
+class StaticSlot:
     """One session's row. It is free again when nobody holds this; the session's cache and layers do."""
 
     row: int
@@ -35,10 +35,10 @@ class Seat:
     """Tokens that it holds."""
 
 
-class SeatedLayer(HeldLayer):
+class StaticSlotLayer(HeldLayer):
     """Keys and values of one block in a seat [1, heads, length, dim]."""
 
-    def __init__(self, rooms: KeysAndValues, seat: Seat) -> None:
+    def __init__(self, rooms: KeysAndValues, seat: StaticSlot) -> None:
         super().__init__(rooms[0])
         self.rooms = rooms
         self._seat = seat
@@ -77,7 +77,7 @@ class SeatedLayer(HeldLayer):
         return self._seat.length
 
 
-class Seats:
+class StaticSlots:
     """A stage's rows.
 
     Attributes:
@@ -89,14 +89,16 @@ class Seats:
         self.rows = rows
         self.length = length
         self._pools: dict[int, KeysAndValues] = {}
-        self._taken: list[weakref.ref[Seat] | None] = [None] * rows
+        self._taken: list[weakref.ref[StaticSlot] | None] = [None] * rows
 
     def pool(self, block: int) -> KeysAndValues:
         """Keys and values [rows + 1, heads, length, dim] of all rows in a block where somebody has sat."""
         return self._pools[block]
 
     @torch.inference_mode()
-    def take(self, first: int, blocks: Sequence[Any], tokens: int) -> tuple[Seat, list[SeatedLayer]] | None:
+    def take(
+        self, first: int, blocks: Sequence[Any], tokens: int
+    ) -> tuple[StaticSlot, list[StaticSlotLayer]] | None:
         """A seat with what a session holds, and its cache layers from now on; None if none is free.
 
         Args:
@@ -107,7 +109,7 @@ class Seats:
         row = next((row for row, ref in enumerate(self._taken) if ref is None or ref() is None), None)
         if row is None:
             return None
-        seat, layers = Seat(row, self.length, tokens), []
+        seat, layers = StaticSlot(row, self.length, tokens), []
         for block, layer in enumerate(blocks, start=first):
             held = layer.keys, layer.values
             pool = self._pools.get(block)
@@ -116,12 +118,12 @@ class Seats:
             keys, values = (part[row : row + 1] for part in pool)
             for room, part in zip((keys, values), held, strict=True):
                 room[..., :tokens, :] = part
-            layers.append(SeatedLayer((keys, values), seat))
+            layers.append(StaticSlotLayer((keys, values), seat))
             layers[-1].forget(tokens)  # what others have left
         self._taken[row] = weakref.ref(seat)
         return seat, layers
 
 
-def _pool(seats: Seats, part: Tensor) -> Tensor:
+def _pool(seats: StaticSlots, part: Tensor) -> Tensor:
     _, heads, _, dim = part.shape
     return part.new_zeros(seats.rows + 1, heads, seats.length, dim)

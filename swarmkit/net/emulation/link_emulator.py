@@ -33,7 +33,7 @@ from types import TracebackType
 from typing import cast
 
 from swarmkit.errors import TransportError, UsageError
-from swarmkit.net.emulation.link_schedule import Link, LinkSchedule
+from swarmkit.net.emulation.link_schedule import EmulatedLink, LinkSchedule
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,12 @@ class LinkEmulator:
     """
 
     def __init__(
-        self, target: tuple[str, int], inbound: Link, outbound: Link | None = None, *, seed: int = 0
+        self,
+        target: tuple[str, int],
+        inbound: EmulatedLink,
+        outbound: EmulatedLink | None = None,
+        *,
+        seed: int = 0,
     ) -> None:
         """Not for use: see `open`."""
         self.target = target
@@ -69,8 +74,8 @@ class LinkEmulator:
     async def open(
         cls,
         target: tuple[str, int],
-        inbound: Link,
-        outbound: Link | None = None,
+        inbound: EmulatedLink,
+        outbound: EmulatedLink | None = None,
         *,
         host: str = "127.0.0.1",
         port: int = 0,
@@ -116,7 +121,7 @@ class LinkEmulator:
 
     # ------------------------------------------------------------------ programming it
 
-    def change(self, *, inbound: Link | None = None, outbound: Link | None = None) -> None:
+    def change(self, *, inbound: EmulatedLink | None = None, outbound: EmulatedLink | None = None) -> None:
         """Have another quality from now on; what is under way arrives as it would have, and first."""
         self._on_loop(lambda: self._change(inbound, outbound))
 
@@ -181,7 +186,7 @@ class LinkEmulator:
         self._loop.call_soon_threadsafe(run)
         done.result(_CALL_TIMEOUT_S)
 
-    def _change(self, inbound: Link | None, outbound: Link | None) -> None:
+    def _change(self, inbound: EmulatedLink | None, outbound: EmulatedLink | None) -> None:
         for lane, link in zip(self._lanes, (inbound, outbound), strict=True):
             if link is not None:
                 lane.schedule.link = link
@@ -235,7 +240,7 @@ class LinkEmulator:
 class _Lane:
     """What all connections share in one direction."""
 
-    def __init__(self, link: Link, seed: int) -> None:
+    def __init__(self, link: EmulatedLink, seed: int) -> None:
         self.schedule = LinkSchedule(link, seed)
         self.silent = False
         self.delivered_bytes = 0

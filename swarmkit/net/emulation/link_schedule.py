@@ -12,7 +12,7 @@ _UNLIMITED_WINDOW_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Link:
+class EmulatedLink:
     """How one direction of a connection fares."""
 
     delay_s: float = 0.0
@@ -55,7 +55,7 @@ class LinkSchedule:
                 └────────── the link is busy with one piece at a time ────────┘
     """
 
-    def __init__(self, link: Link, seed: int = 0) -> None:
+    def __init__(self, link: EmulatedLink, seed: int = 0) -> None:
         self.link = link
         """May be replaced at any time; what was admitted keeps its times."""
         self._random = random.Random(seed)

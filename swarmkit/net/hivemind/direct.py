@@ -126,7 +126,7 @@ class SealedStream(FrameStream):
 
 
 @dataclass(eq=False)
-class Expected:
+class ExpectedStream:
     """A ticket that was given out, and the connection that came with it."""
 
     offer: Offer
@@ -154,7 +154,7 @@ class DirectListener:
     ) -> None:
         self._own = own
         self._spawn = spawn
-        self._expected: dict[bytes, Expected] = {}
+        self._expected: dict[bytes, ExpectedStream] = {}
         self._strangers = 0
         self._server: asyncio.AbstractServer | None = None
         self.port = 0
@@ -191,9 +191,9 @@ class DirectListener:
             self._server.close()
 
     @contextlib.contextmanager
-    def offer(self, peer_id: str) -> Iterator[Expected]:
+    def offer(self, peer_id: str) -> Iterator[ExpectedStream]:
         """A ticket for a peer, good while the `with` block lasts."""
-        expected = Expected(
+        expected = ExpectedStream(
             Offer(self.port, *(secrets.token_bytes(_SECRET_BYTES) for _ in range(3))), peer_id
         )
         self._expected[expected.offer.ticket] = expected

@@ -4,10 +4,10 @@
 state          the client may send      the server answers with
 =============  =======================  ===========================================
 `new`          `Open`  -> `open`        `Opened`, or `Fault` (stays `new`)
-`new`          `AskInfo` -> `new`       `Info`
-`new`          `AskCensus` -> `new`     `Census`, or `Fault` where the owner wants none
+`new`          `GetInfo` -> `new`       `ServerInfo`
+`new`          `GetResources` -> `new`     `Resources`, or `Fault` where the owner wants none
 `open`         `Step`  -> `open`        `StepDone`, or `Fault`
-`open`         `Recall` -> `open`       `Recalled`, or `Fault`
+`open`         `RestorePrefix` -> `open`       `PrefixRestored`, or `Fault`
 `open`         `Link`  -> `open`        `Linked`, or `Fault`
 any            (end of stream)          the session ends, its cache is freed
 =============  =======================  ===========================================
@@ -96,7 +96,7 @@ Addresses = Annotated[
 """Where a peer says that it can be dialled."""
 PageName = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 """See `models.pages`."""
-MAX_RECALLED_PAGES = 1024
+MAX_RESTORED_PAGES = 1024
 HIDDEN_DTYPES = ("float32", "bfloat16", "float16")
 """What hidden states may travel as."""
 
@@ -137,13 +137,13 @@ class Opened(_Message, frozen=True):
     sent_at: Clock = 0.0
 
 
-class Recall(_Message, frozen=True):
+class RestorePrefix(_Message, frozen=True):
     """Let a session that has done nothing yet begin with the pages of these names, as many as are kept."""
 
-    names: Annotated[tuple[PageName, ...], msgspec.Meta(max_length=MAX_RECALLED_PAGES)]
+    names: Annotated[tuple[PageName, ...], msgspec.Meta(max_length=MAX_RESTORED_PAGES)]
 
 
-class Recalled(_Message, frozen=True):
+class PrefixRestored(_Message, frozen=True):
     """The session holds that many tokens."""
 
     tokens: Count
@@ -235,11 +235,11 @@ class StepDone(_Message, frozen=True):
     expected_ms: Millis = 0.0
 
 
-class AskInfo(_Message, frozen=True):
+class GetInfo(_Message, frozen=True):
     """Ask a server what it is doing."""
 
 
-class Info(_Message, frozen=True):
+class ServerInfo(_Message, frozen=True):
     """What a server is doing right now."""
 
     start: BlockIndex
@@ -255,17 +255,17 @@ class Info(_Message, frozen=True):
     """Of a long step that would come now."""
 
 
-class AskCensus(_Message, frozen=True):
+class GetResources(_Message, frozen=True):
     """Ask a server to count all that clients can make it hold."""
 
 
-class Census(_Message, frozen=True):
+class Resources(_Message, frozen=True):
     """What a server holds: for soaks, which compare it with what there was before.
 
     Attributes:
         streams, pushers: open streams from clients, and from servers with the blocks before.
         leased_bytes, kept_bytes: of `capacity_bytes`, what sessions have and what is kept for later ones.
-        incoming_bytes: of large messages.
+        receive_budget_bytes: of large messages.
         works: steps and jobs.
         accounted: whether all bytes of the cache add up.
         tasks, threads, descriptors: of the whole process.
@@ -277,7 +277,7 @@ class Census(_Message, frozen=True):
     leased_bytes: Total
     kept_bytes: Total
     capacity_bytes: Total
-    incoming_bytes: Total
+    receive_budget_bytes: Total
     works: Count
     accounted: bool
     tasks: Count
@@ -299,8 +299,8 @@ class Fault(_Message, frozen=True):
 Message = (
     Open
     | Opened
-    | Recall
-    | Recalled
+    | RestorePrefix
+    | PrefixRestored
     | Link
     | Linked
     | Attach
@@ -308,17 +308,17 @@ Message = (
     | Unlinked
     | Step
     | StepDone
-    | AskInfo
-    | Info
-    | AskCensus
-    | Census
+    | GetInfo
+    | ServerInfo
+    | GetResources
+    | Resources
     | Fault
 )
 
 State = Literal["new", "open", "loose", "attached"]
 LEGAL: dict[State, dict[type, State]] = {
-    "new": {Open: "open", AskInfo: "new", AskCensus: "new"},
-    "open": {Step: "open", Recall: "open", Link: "open"},
+    "new": {Open: "open", GetInfo: "new", GetResources: "new"},
+    "open": {Step: "open", RestorePrefix: "open", Link: "open"},
     "loose": {Attach: "attached"},
     "attached": {Step: "attached"},
 }

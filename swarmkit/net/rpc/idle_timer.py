@@ -10,7 +10,7 @@ from swarmkit.net.rpc.conversation import Conversation
 _LOOK_EVERY_S = 10.0
 
 
-class Patience:
+class IdleTimer:
     """How long one conversation may stay silent; when that is over, it is closed, and whoever waits wakes up.
 
     A cancel scope around every receive and send would do the same. This is one timer that looks now and then:

@@ -7,12 +7,19 @@ from collections.abc import Sequence
 import anyio
 
 from swarmkit.errors import PeerError, ProtocolError, RemoteError
-from swarmkit.net.protocol.messages import SESSION_ENDPOINT, AskCensus, AskInfo, Census, Fault, Info
+from swarmkit.net.protocol.messages import (
+    SESSION_ENDPOINT,
+    Fault,
+    GetInfo,
+    GetResources,
+    Resources,
+    ServerInfo,
+)
 from swarmkit.net.registry.records import Announcement
 from swarmkit.net.rpc.conversation import Conversation
 from swarmkit.net.transport.seam import Transport
 
-_ANSWER_TYPES: dict[type, type] = {AskInfo: Info, AskCensus: Census}
+_ANSWER_TYPES: dict[type, type] = {GetInfo: ServerInfo, GetResources: Resources}
 _ASKED_AT_A_TIME = 16
 
 
@@ -20,9 +27,9 @@ async def ask(
     transport: Transport,
     peer_id: str,
     addresses: Sequence[str],
-    question: AskInfo | AskCensus,
+    question: GetInfo | GetResources,
     timeout: float,
-) -> Info | Census:
+) -> ServerInfo | Resources:
     """One server's answer.
 
     Raises:
@@ -39,23 +46,25 @@ async def ask(
         stream.close()
     if isinstance(reply, Fault):
         raise RemoteError(reply.message, peer_id, reply.code, reply.retry_after_s)
-    if not isinstance(reply, Info | Census) or type(reply) is not _ANSWER_TYPES[type(question)]:
+    if not isinstance(reply, ServerInfo | Resources) or type(reply) is not _ANSWER_TYPES[type(question)]:
         raise ProtocolError(f"asked for {type(question).__name__}, got {type(reply).__name__}", peer_id)
     return reply
 
 
-async def ask_all(transport: Transport, servers: Sequence[Announcement], timeout: float) -> dict[str, Info]:
+async def ask_all(
+    transport: Transport, servers: Sequence[Announcement], timeout: float
+) -> dict[str, ServerInfo]:
     """What servers are doing, by peer id; those that do not answer in time are left out."""
-    found: dict[str, Info] = {}
+    found: dict[str, ServerInfo] = {}
     turns = anyio.Semaphore(_ASKED_AT_A_TIME)
 
     async def one(server: Announcement) -> None:
         async with turns:
             try:
-                reply = await ask(transport, server.peer_id, server.addresses, AskInfo(), timeout)
+                reply = await ask(transport, server.peer_id, server.addresses, GetInfo(), timeout)
             except (PeerError, TimeoutError):
                 return
-            assert isinstance(reply, Info)
+            assert isinstance(reply, ServerInfo)
             found[server.peer_id] = reply
 
     async with anyio.create_task_group() as tasks:

@@ -39,7 +39,7 @@ _FRAME_COST = 64  # what even an empty frame counts
 
 
 @dataclass
-class Link:
+class MemoryLink:
     """How frames fare between two peers.
 
     Attributes:
@@ -65,7 +65,7 @@ class MemoryNetwork:
         self._peers: dict[str, MemoryTransport] = {}
         self._hung: set[str] = set()
         self._resume_waiters: list[asyncio.Future[None]] = []
-        self._links: dict[frozenset[str], Link] = {}
+        self._links: dict[frozenset[str], MemoryLink] = {}
         self._free_at: dict[tuple[str, str], float] = {}
         """When all that was sent from one peer to another is on its way (loop time)."""
         self._table: dict[str, dict[str, tuple[float, bytes]]] = {}
@@ -112,25 +112,25 @@ class MemoryNetwork:
         fail_rate: float | None = None,
     ) -> None:
         """Set how frames fare between two peers, in both directions; what is not given stays."""
-        link = self._links.setdefault(frozenset((a, b)), Link())
+        link = self._links.setdefault(frozenset((a, b)), MemoryLink())
         link.delay = link.delay if delay is None else delay
         link.bandwidth = link.bandwidth if bandwidth is None else bandwidth
         link.fail_rate = link.fail_rate if fail_rate is None else fail_rate
 
     def cut(self, a: str, b: str) -> None:
         """Two peers lose each other: their streams end, new ones cannot be opened."""
-        self._links.setdefault(frozenset((a, b)), Link()).cut = True
+        self._links.setdefault(frozenset((a, b)), MemoryLink()).cut = True
         for one, other in ((a, b), (b, a)):
             if one in self._peers:
                 self._peers[one]._end_streams_with(other)
 
     def heal(self, a: str, b: str) -> None:
         """End a `cut`."""
-        self._links.setdefault(frozenset((a, b)), Link()).cut = False
+        self._links.setdefault(frozenset((a, b)), MemoryLink()).cut = False
 
-    def link(self, a: str, b: str) -> Link:
+    def link(self, a: str, b: str) -> MemoryLink:
         """How frames fare between two peers now."""
-        return self._links.get(frozenset((a, b)), Link())
+        return self._links.get(frozenset((a, b)), MemoryLink())
 
     def is_silent(self, a: str, b: str) -> bool:
         """Whether nothing passes between two peers because one of them hangs."""

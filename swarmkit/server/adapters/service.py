@@ -26,7 +26,7 @@ from swarmkit.net.transport.seam import Stream
 from swarmkit.server.adapters.store import AdapterStore, Hold, NoRoomError
 from swarmkit.server.caller import Caller
 from swarmkit.server.engine.engine import Engine, EngineClosedError
-from swarmkit.server.receive_budget import Incoming, Intake
+from swarmkit.server.receive_budget import ReceiveBudget, ReceiveReservation
 from swarmkit.server.sessions.session import Refusal
 from swarmkit.settings import ServerSettings
 
@@ -65,7 +65,7 @@ class AdapterService:
         fingerprint: str,
         engine: Engine,
         settings: ServerSettings,
-        intake: Intake,
+        intake: ReceiveBudget,
         store: AdapterStore,
     ) -> None:
         self._stage = stage
@@ -96,13 +96,13 @@ class AdapterService:
 
     async def _answer_next(self, caller: Caller) -> None:
         owner = caller.peer_id
-        with Incoming(self._intake) as incoming:
+        with ReceiveReservation(self._intake) as incoming:
             received = await caller.receive(
                 lambda message: self._admit(owner, message, incoming), self._settings.idle_timeout
             )
             await caller.send(AdapterKept(await self._keep(owner, received)))
 
-    async def _admit(self, owner: str, message: object, incoming: Incoming) -> None:
+    async def _admit(self, owner: str, message: object, incoming: ReceiveReservation) -> None:
         """All that the header alone can tell, before memory is spent on the payload."""
         next_state("idle", message)
         self._check(cast(PutAdapter, message))

@@ -30,7 +30,7 @@ class NoRoomError(SwarmkitError):
 
 
 @dataclass(eq=False)
-class _Kept:
+class _StoredAdapter:
     adapter: Adapter
     owner: str
     users: int = 0
@@ -39,8 +39,8 @@ class _Kept:
 class Hold:
     """An adapter in use, until `release`."""
 
-    def __init__(self, kept: _Kept) -> None:
-        self._kept: _Kept | None = kept
+    def __init__(self, kept: _StoredAdapter) -> None:
+        self._kept: _StoredAdapter | None = kept
         self.adapter = kept.adapter
         kept.users += 1
 
@@ -57,8 +57,8 @@ class AdapterStore:
     def __init__(self, capacity_bytes: int, client_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self.client_bytes = min(client_bytes, capacity_bytes)
-        self._kept: OrderedDict[str, _Kept] = OrderedDict()
-        self._hosted: dict[str, tuple[str, _Kept]] = {}
+        self._kept: OrderedDict[str, _StoredAdapter] = OrderedDict()
+        self._hosted: dict[str, tuple[str, _StoredAdapter]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -78,7 +78,7 @@ class AdapterStore:
 
     def host(self, name: str, label: str, adapter: Adapter) -> None:
         """Keep one of the server's own for as long as it runs."""
-        self._hosted[name] = label, _Kept(adapter, "")
+        self._hosted[name] = label, _StoredAdapter(adapter, "")
 
     def hold(self, name: str) -> Hold | None:
         """Use an adapter; None if it is not here."""
@@ -121,7 +121,7 @@ class AdapterStore:
         self.check_room(owner, adapter.nbytes)
         self._shrink(owner, self.client_bytes - adapter.nbytes)
         self._shrink(None, self.capacity_bytes - adapter.nbytes)
-        self._kept[name] = _Kept(adapter, owner)
+        self._kept[name] = _StoredAdapter(adapter, owner)
 
     def audit(self) -> None:
         """Raise AssertionError unless all quotas are kept."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from swarmkit.errors import SwarmkitError
 from swarmkit.models.kv.page_table import PAGE_TOKENS, pages_for
-from swarmkit.server.cache.prefix_cache import PrefixPages
+from swarmkit.server.cache.prefix_cache import PrefixCache
 
 
 class CacheFullError(SwarmkitError):
@@ -24,7 +24,7 @@ class CacheFullError(SwarmkitError):
         self.lacking_bytes = lacking_bytes
 
 
-class Lease:
+class CacheLease:
     """One session's share of a budget."""
 
     def __init__(self, budget: KVBudget, bytes_per_token: int, extra_bytes: int) -> None:
@@ -73,9 +73,9 @@ class KVBudget:
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self.row_tokens = 0
-        self._leases: set[Lease] = set()
+        self._leases: set[CacheLease] = set()
         self._leased_bytes = 0
-        self.pages = PrefixPages(capacity_bytes)
+        self.pages = PrefixCache(capacity_bytes)
 
     @property
     def leased_bytes(self) -> int:
@@ -86,12 +86,12 @@ class KVBudget:
         """What can be leased; kept pages make room."""
         return self.capacity_bytes - self._leased_bytes
 
-    def lease(self, bytes_per_token: int, extra_bytes: int = 0) -> Lease:
+    def lease(self, bytes_per_token: int, extra_bytes: int = 0) -> CacheLease:
         """An empty lease for a session whose cache takes `bytes_per_token` for one token of one row.
 
         Args: extra_bytes: what it takes besides, as soon as it holds anything.
         """
-        lease = Lease(self, bytes_per_token, extra_bytes)
+        lease = CacheLease(self, bytes_per_token, extra_bytes)
         self._leases.add(lease)
         return lease
 
@@ -104,7 +104,7 @@ class KVBudget:
         if total + self.pages.nbytes > self.capacity_bytes:
             raise AssertionError(f"{total} leased and {self.pages.nbytes} kept are more than there is")
 
-    def _set(self, lease: Lease, nbytes: int) -> None:
+    def _set(self, lease: CacheLease, nbytes: int) -> None:
         if lease.released:
             raise AssertionError("a released lease cannot grow")
         growth = nbytes - lease.nbytes
@@ -118,7 +118,7 @@ class KVBudget:
         lease.nbytes = nbytes
         self._leased_bytes += growth
 
-    def _release(self, lease: Lease) -> None:
+    def _release(self, lease: CacheLease) -> None:
         if not lease.released:
             self._set(lease, 0)
             lease.released = True

@@ -39,7 +39,7 @@ def root_of(owner: str, start: int, stop: int) -> Name:
     return hashlib.sha256(f"swarmkit pages 1\n{owner}\n{start}:{stop}".encode()).digest()
 
 
-class PrefixPages:
+class PrefixCache:
     """Pages by name, within `limit` bytes; the least recently used go first."""
 
     def __init__(self, limit: int = 0) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from swarmkit.models.kv.cache import PAGE_TOKENS, StageCache
 from swarmkit.models.kv.pages import Name, names_of
-from swarmkit.server.cache.prefix_cache import Page, PrefixPages
+from swarmkit.server.cache.prefix_cache import Page, PrefixCache
 
 _TAIL_PAGES = 2
 
@@ -30,10 +30,10 @@ def tail_bytes(hidden_size: int, itemsize: int) -> int:
     return 2 * _TAIL_PAGES * PAGE_TOKENS * hidden_size * itemsize
 
 
-class PrefixTrail:
+class PrefixTracker:
     """One session's trail through the pages of a server; all names begin with `root`."""
 
-    def __init__(self, pages: PrefixPages, root: Name) -> None:
+    def __init__(self, pages: PrefixCache, root: Name) -> None:
         self._pages = pages
         self.root = root
         self._names: list[Name] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from swarmkit.server.engine.scheduler import StepTimes
+from swarmkit.server.engine.scheduler import PassTimes
 
 LEAST_RETRY_S = 0.1
 MOST_RETRY_S = 30.0
@@ -27,7 +27,7 @@ NOTHING_AHEAD = Ahead()
 
 
 def expected_wait_s(
-    tokens: int, decode: bool, ahead: Sequence[int], times: StepTimes, chunk_tokens: int
+    tokens: int, decode: bool, ahead: Sequence[int], times: PassTimes, chunk_tokens: int
 ) -> float:
     """How long a step waits for others, before its own work or in between.
 

@@ -32,14 +32,14 @@ from swarmkit.server.engine.admission_policy import NOTHING_AHEAD, Ahead, expect
 from swarmkit.server.engine.device_watch import DeviceWatch, marks_of
 from swarmkit.server.engine.scheduler import (
     DECODE_TOKENS,
-    Decoders,
+    ArrivalPredictor,
     FairShares,
-    Limits,
-    StepTimes,
-    Turn,
+    PassLimits,
+    PassTimes,
+    Schedule,
     WaitingJob,
     WaitingStep,
-    next_turn,
+    next_schedule,
 )
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ class _Job(_Work):
         self.bulk = priority == BULK
 
 
-class _Step(_Work):
+class _QueuedStep(_Work):
     """A step and how far it has come. All but what a `_Work` has belongs to the engine's thread."""
 
     def __init__(self, task: StepTask[Any], patience_s: float) -> None:
@@ -230,12 +230,12 @@ class Engine:
     def __init__(
         self, name: str = "cpu", *, prefill_chunk_tokens: int = 512, decode_slowdown: float = 1.6
     ) -> None:
-        """Args: prefill_chunk_tokens, decode_slowdown: the scheduler's `Limits`."""
-        self._limits = Limits(prefill_chunk_tokens, decode_slowdown)
-        self._times = StepTimes()
+        """Args: prefill_chunk_tokens, decode_slowdown: the scheduler's `PassLimits`."""
+        self._limits = PassLimits(prefill_chunk_tokens, decode_slowdown)
+        self._times = PassTimes()
         self._watches: dict[torch.device, DeviceWatch[int]] = {}
         self._fair = FairShares()
-        self._decoders = Decoders()
+        self._decoders = ArrivalPredictor()
         self._passed_over = {False: 0, True: 0}  # turns that interactive and bulk jobs have waited for
         # In order of arrival. Both threads add and remove single entries, which a dict lets them.
         self._works: dict[_Work, None] = {}
@@ -260,7 +260,7 @@ class Engine:
         if not self._works:
             return NOTHING_AHEAD
         works = list(self._works)
-        left = [work.rows * work.tokens_left for work in works if isinstance(work, _Step)]
+        left = [work.rows * work.tokens_left for work in works if isinstance(work, _QueuedStep)]
         decode = tokens <= DECODE_TOKENS
         wait_s = expected_wait_s(rows * tokens, decode, left, self._times, self._limits.chunk_tokens)
         return Ahead(len(works), wait_s)
@@ -285,7 +285,7 @@ class Engine:
             EngineClosedError: the engine has been closed. Whatever the step raises is raised here too.
             ExpiredError: its time was over before its turn came.
         """
-        return await self._submit(_Step(task, patience_s))
+        return await self._submit(_QueuedStep(task, patience_s))
 
     async def _submit(self, work: _Work) -> Timed[Any]:
         with self._lock:
@@ -327,7 +327,7 @@ class Engine:
             while timeout == 0 and not self._closed:
                 timeout = self._run_turn()
         for work in list(self._works):
-            if isinstance(work, _Step) and work.whole is not None:
+            if isinstance(work, _QueuedStep) and work.whole is not None:
                 self._fail(work, _closed())
 
     def _hear(self, timeout: float | None) -> bool:
@@ -351,7 +351,7 @@ class Engine:
         turn = self._schedule(steps, jobs)
         if turn is None:
             return None
-        if turn == Turn():
+        if turn == Schedule():
             return _PAUSE_S
         for step in steps:
             step.passed_over += 1
@@ -363,25 +363,25 @@ class Engine:
             self._run_forward([(steps[share.key], share.tokens) for share in turn.shares])
         return 0.0
 
-    def _lone_decode_step(self) -> _Step | None:
+    def _lone_decode_step(self) -> _QueuedStep | None:
         """The only work there is, if it is a token for the only one who decodes: then there is nothing to
         schedule, and finding that out at length would be most of what the engine adds to the token's time.
         """
         works = list(self._works)
         work = works[0] if len(works) == 1 else None
-        if not isinstance(work, _Step) or not work.decode or work.given_up:
+        if not isinstance(work, _QueuedStep) or not work.decode or work.given_up:
             return None
         return work if self._decoders.nobody_but(work.task.session) else None
 
-    def _take_stock(self) -> tuple[list[_Step], list[_Job]]:
+    def _take_stock(self) -> tuple[list[_QueuedStep], list[_Job]]:
         steps, jobs = [], []
         now = time.perf_counter()
         for work in list(self._works):
             if work.given_up:
                 # What has not begun is withdrawn by its caller.
-                if isinstance(work, _Step) and work.whole is not None:
+                if isinstance(work, _QueuedStep) and work.whole is not None:
                     self._fail(work, asyncio.CancelledError())
-            elif isinstance(work, _Step):
+            elif isinstance(work, _QueuedStep):
                 if work.whole is None and now > work.expires_at:
                     self._expire(work)
                 else:
@@ -390,13 +390,13 @@ class Engine:
                 jobs.append(work)
         return steps, jobs
 
-    def _schedule(self, steps: list[_Step], jobs: list[_Job]) -> Turn | None:
+    def _schedule(self, steps: list[_QueuedStep], jobs: list[_Job]) -> Schedule | None:
         now = time.perf_counter()
         served = self._fair.of_present(step.task.client for step in steps)
         for step in steps:
             if not step.decode:
                 self._decoders.leave(step.task.session)
-        return next_turn(
+        return next_schedule(
             [
                 WaitingStep(
                     key,
@@ -428,9 +428,9 @@ class Engine:
             ended = time.perf_counter()
             self._settle(job, Timed(value, started - job.queued_at, ended - started), None)
 
-    def _run_forward(self, shares: Sequence[tuple[_Step, int]]) -> None:
+    def _run_forward(self, shares: Sequence[tuple[_QueuedStep, int]]) -> None:
         """One forward pass (for each stage, if there are several) over the next tokens of some steps."""
-        by_stage: dict[Stage, list[tuple[_Step, int]]] = {}
+        by_stage: dict[Stage, list[tuple[_QueuedStep, int]]] = {}
         for step, tokens in shares:
             if step.whole is None and not self._begin(step):
                 continue
@@ -462,7 +462,7 @@ class Engine:
             watch = self._watches[device] = DeviceWatch(marks_of(device), self._times.learn)
         return watch
 
-    def _begin(self, step: _Step) -> bool:
+    def _begin(self, step: _QueuedStep) -> bool:
         """Whether the step may run: it was not withdrawn, and nothing is wrong with it."""
         if not step.claim.acquire(blocking=False):
             return False
@@ -473,12 +473,12 @@ class Engine:
             return False
         return True
 
-    def _expire(self, step: _Step) -> None:
+    def _expire(self, step: _QueuedStep) -> None:
         """Drop what nobody waits for any more."""
         if step.claim.acquire(blocking=False):
             self._settle(step, None, ExpiredError("its client's patience was over before its turn came"))
 
-    def _advance(self, step: _Step, result: Tensor | Exception) -> None:
+    def _advance(self, step: _QueuedStep, result: Tensor | Exception) -> None:
         if isinstance(result, Exception):
             self._fail(step, result)
             return
@@ -486,7 +486,7 @@ class Engine:
         if not step.tokens_left:
             self._finish(step)
 
-    def _finish(self, step: _Step) -> None:
+    def _finish(self, step: _QueuedStep) -> None:
         try:
             output = step.output()
             timed = step.finish(output)
@@ -500,7 +500,7 @@ class Engine:
             self._decoders.decoded(step.task.session, tokens, step.queued_at, now)
         step.task.afterwards(output)
 
-    def _fail(self, step: _Step, error: BaseException) -> None:
+    def _fail(self, step: _QueuedStep, error: BaseException) -> None:
         step.undo()
         self._settle(step, None, error)
 

@@ -17,7 +17,7 @@ import math
 from collections.abc import Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from swarmkit.ewma import Smoothed
+from swarmkit.ewma import Ewma
 
 DECODE_TOKENS = 16
 """A step of at most so many tokens per row is a decode step, also with a draft's tokens; it is never cut."""
@@ -60,7 +60,7 @@ class WaitingJob:
 
 
 @dataclass(frozen=True)
-class Share:
+class ScheduledTokens:
     """So many tokens (per row) of a step."""
 
     key: int
@@ -68,18 +68,18 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Turn:
+class Schedule:
     """What the device does next: one job, or one forward pass over shares of some steps.
 
     Neither is a pause: there is something to do, but others' decode steps are expected too soon for that.
     """
 
-    shares: tuple[Share, ...] = ()
+    shares: tuple[ScheduledTokens, ...] = ()
     job: int | None = None
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedArrivals:
     """The next decode steps of those who decode at present, and are elsewhere just now."""
 
     arrivals: tuple[tuple[float, int], ...] = ()
@@ -96,7 +96,7 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class Limits:
+class PassLimits:
     """How far prefill may go."""
 
     chunk_tokens: int
@@ -105,13 +105,13 @@ class Limits:
     """While somebody decodes, a forward pass may take so many times as long as without prefill."""
 
 
-def next_turn(
+def next_schedule(
     steps: Sequence[WaitingStep],
     jobs: Sequence[WaitingJob],
-    expected: Expected,
-    times: StepTimes,
-    limits: Limits,
-) -> Turn | None:
+    expected: ExpectedArrivals,
+    times: PassTimes,
+    limits: PassLimits,
+) -> Schedule | None:
     """What to do next; None: there is nothing to do.
 
     Args:
@@ -121,18 +121,18 @@ def next_turn(
     """
     due = [job for job in jobs if not steps or job.passed_over >= (_PATIENCE if job.bulk else 1)]
     if due:
-        return Turn(job=min(due, key=lambda job: (job.passed_over < _PATIENCE, job.bulk)).key)
-    shares: list[Share] = []
+        return Schedule(job=min(due, key=lambda job: (job.passed_over < _PATIENCE, job.bulk)).key)
+    shares: list[ScheduledTokens] = []
     tokens, waited_s = 0, 0.0
     for step in sorted((step for step in steps if step.decode), key=_order):
         if shares and tokens + step.rows * step.tokens > MOST_DECODE_TOKENS:
             continue
-        shares.append(Share(step.key, step.tokens))
+        shares.append(ScheduledTokens(step.key, step.tokens))
         tokens += step.rows * step.tokens
         waited_s = max(waited_s, step.waited_s)
     prefills = sorted((step for step in steps if not step.decode), key=_order)
     if shares and not prefills and _worth_waiting(tokens, waited_s, expected, times):
-        return Turn()
+        return Schedule()
     if prefills:
         passed_over = max(step.passed_over for step in prefills)
         if shares:
@@ -143,12 +143,12 @@ def next_turn(
             # The first goes on by a token even if its rows are more than the budget.
             chunk = min(step.tokens, budget // step.rows or (budget > 0 and step is prefills[0]))
             if chunk:
-                shares.append(Share(step.key, chunk))
+                shares.append(ScheduledTokens(step.key, chunk))
                 budget -= chunk * step.rows
-    return Turn(tuple(shares)) if steps else None
+    return Schedule(tuple(shares)) if steps else None
 
 
-def _worth_waiting(tokens: int, waited_s: float, expected: Expected, times: StepTimes) -> bool:
+def _worth_waiting(tokens: int, waited_s: float, expected: ExpectedArrivals, times: PassTimes) -> bool:
     """Whether decode steps had better wait a little for others, and run together with them.
 
     The outputs of a pass leave one after the other, and come to the next server so. If the first one's step
@@ -172,7 +172,9 @@ def _worth_waiting(tokens: int, waited_s: float, expected: Expected, times: Step
     return False
 
 
-def _prefill_beside(tokens: int, waited_s: float, starving: bool, times: StepTimes, limits: Limits) -> int:
+def _prefill_beside(
+    tokens: int, waited_s: float, starving: bool, times: PassTimes, limits: PassLimits
+) -> int:
     """Tokens of prefill beside `tokens` of decode steps, which have waited for `waited_s`.
 
     So many that the decode steps are done within the slowdown's time, counted from when they came. Where they
@@ -182,7 +184,7 @@ def _prefill_beside(tokens: int, waited_s: float, starving: bool, times: StepTim
     return _chunk(times.tokens_within(allowed_s), tokens, starving, limits)
 
 
-def _prefill_before(expected: Expected, starving: bool, times: StepTimes, limits: Limits) -> int:
+def _prefill_before(expected: ExpectedArrivals, starving: bool, times: PassTimes, limits: PassLimits) -> int:
     """Tokens of prefill when no decode step is waiting.
 
     A whole chunk when nobody decodes. Else so many that the next decode step is done within the slowdown's
@@ -199,7 +201,7 @@ def _prefill_before(expected: Expected, starving: bool, times: StepTimes, limits
     return _chunk(fitting, 0, starving, limits)
 
 
-def _chunk(fitting: int, others: int, starving: bool, limits: Limits) -> int:
+def _chunk(fitting: int, others: int, starving: bool, limits: PassLimits) -> int:
     """Tokens of prefill in a pass with `others`, in which `fitting` in all are done in time.
 
     At least the pass's last rows are filled up, or there are none. Who starves gets those anyway.
@@ -249,16 +251,16 @@ class FairShares:
 
 
 @dataclass(frozen=True)
-class _Decoder:
+class _DecodingClient:
     """When a session ran its latest decode step, how long it stays away between two, and their size."""
 
     done: float
     tokens: int
-    away_s: Smoothed | None
+    away_s: Ewma | None
     """None: it was not away yet, or for too long to tell anything."""
 
 
-class Decoders:
+class ArrivalPredictor:
     """Who decodes at present, though he may be elsewhere: at other servers, or choosing his next token.
 
     A prefill chunk that begins meanwhile is what he would find himself waiting for when he is back. That is
@@ -273,8 +275,8 @@ class Decoders:
     _UNKNOWN_S = 2.0
 
     def __init__(self) -> None:
-        self._sessions: dict[Hashable, _Decoder] = {}
-        self._left: dict[Hashable, _Decoder] = {}
+        self._sessions: dict[Hashable, _DecodingClient] = {}
+        self._left: dict[Hashable, _DecodingClient] = {}
         """Until they have been away for so long that it tells nothing."""
 
     def decoded(self, session: Hashable, tokens: int, came: float, done: float) -> None:
@@ -284,10 +286,10 @@ class Decoders:
         if last is not None and (away_s := came - last.done) < self._MOST_S:
             usual_s = last.away_s
             if usual_s is None:
-                usual_s = Smoothed(away_s, away_s / 2, self._WEIGHT)
+                usual_s = Ewma(away_s, away_s / 2, self._WEIGHT)
             else:
                 usual_s.observe(away_s)
-        self._sessions[session] = _Decoder(done, tokens, usual_s)
+        self._sessions[session] = _DecodingClient(done, tokens, usual_s)
 
     def leave(self, session: Hashable) -> None:
         """A session does something else."""
@@ -298,7 +300,7 @@ class Decoders:
         """Whether no other session decodes, as far as is known without looking at the time."""
         return not self._sessions or (len(self._sessions) == 1 and session in self._sessions)
 
-    def expected(self, now: float, here: Container[Hashable] = ()) -> Expected:
+    def expected(self, now: float, here: Container[Hashable] = ()) -> ExpectedArrivals:
         """The steps of those who are not here."""
         known, self._sessions = self._left | self._sessions, {}
         self._left = {}
@@ -309,16 +311,16 @@ class Decoders:
                 self._left[key] = one
         away = [(self._back_in(one, now), one) for key, one in self._sessions.items() if key not in here]
         soonest_s = min((in_s - self._variation(one) for in_s, one in away), default=math.inf)
-        return Expected(tuple(sorted((in_s, one.tokens) for in_s, one in away)), soonest_s)
+        return ExpectedArrivals(tuple(sorted((in_s, one.tokens) for in_s, one in away)), soonest_s)
 
-    def _variation(self, one: _Decoder) -> float:
+    def _variation(self, one: _DecodingClient) -> float:
         return 0.0 if one.away_s is None else self._VARIATIONS * one.away_s.deviation
 
-    def _leaves(self, one: _Decoder) -> float:
+    def _leaves(self, one: _DecodingClient) -> float:
         usual = self._UNKNOWN_S if one.away_s is None else self._TIMES_AWAY * one.away_s.mean
         return one.done + min(max(usual, self._LEAST_S), self._MOST_S)
 
-    def _back_in(self, one: _Decoder, now: float) -> float:
+    def _back_in(self, one: _DecodingClient, now: float) -> float:
         away_s = 0.0 if one.away_s is None else one.away_s.mean
         in_s = one.done + away_s - now
         # Waiting for him is worth as long again; then the prefill goes on.
@@ -330,10 +332,10 @@ class _Passes:
     """Those over about as many tokens: how many, and how long they take."""
 
     tokens: float
-    seconds: Smoothed
+    seconds: Ewma
 
 
-class StepTimes:
+class PassTimes:
     """How long a forward pass over n tokens takes, learnt from those that have been.
 
     Near a + b x n: reading the weights takes a, whatever n is. But only near (few rows of a matrix may take
@@ -351,7 +353,7 @@ class StepTimes:
         power = tokens.bit_length()
         passes = self._seen.get(power)
         if passes is None:
-            self._seen[power] = _Passes(tokens, Smoothed(seconds, 0.0, self._WEIGHT))
+            self._seen[power] = _Passes(tokens, Ewma(seconds, 0.0, self._WEIGHT))
             return
         passes.tokens += self._WEIGHT * (tokens - passes.tokens)
         # One that was held up by something else is not to be believed at once.

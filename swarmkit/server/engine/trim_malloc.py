@@ -7,7 +7,7 @@ import ctypes
 import sys
 
 
-def give_back() -> None:
+def trim_malloc() -> None:
     """Return to the system what loading took for a while; where the C library cannot, do nothing.
 
     glibc keeps freed pieces for later ones of their size. After eight blocks of M had been loaded and tried

@@ -14,12 +14,12 @@ from swarmkit.net.protocol.messages import Step, tensor_specs
 from swarmkit.server.cache.kv_budget import CacheFullError
 from swarmkit.server.engine.admission_policy import Holding, Tenures, retry_after_s, to_evict
 from swarmkit.server.engine.engine import Engine
-from swarmkit.server.receive_budget import Incoming
-from swarmkit.server.sessions.session import Refusal, Session
+from swarmkit.server.receive_budget import ReceiveReservation
+from swarmkit.server.sessions.session import Refusal, ServedSession
 from swarmkit.settings import ServerSettings
 
 
-class Door:
+class AdmissionControl:
     """Refuses what a server has no room for, and says when it expects to have some."""
 
     def __init__(self, settings: ServerSettings, engine: Engine) -> None:
@@ -27,7 +27,7 @@ class Door:
         self._engine = engine
         self._tenures = Tenures()
 
-    def left(self, session: Session) -> None:
+    def left(self, session: ServedSession) -> None:
         """A session ends."""
         if session.lease.nbytes:
             self._tenures.ended(time.monotonic() - session.opened_at)
@@ -53,7 +53,7 @@ class Door:
                 retry_after_s(wait_s - allowed_s),
             )
 
-    async def take(self, step: Step, incoming: Incoming) -> None:
+    async def take(self, step: Step, incoming: ReceiveReservation) -> None:
         """Have memory for a large step to arrive in.
 
         It waits a little for those that are arriving: most are through in no time. Whoever would wait longer
@@ -62,7 +62,7 @@ class Door:
         try:
             await incoming.take(
                 sum(spec.nbytes for spec in tensor_specs(step)),
-                min(self._settings.max_door_s, step.patience_s or math.inf),
+                min(self._settings.max_admission_wait_s, step.patience_s or math.inf),
             )
         except TimeoutError:
             rows, tokens, _ = step.hidden.shape
@@ -76,7 +76,7 @@ class Door:
         rows, tokens, _ = step.hidden.shape
         return Refusal("busy", str(why), retry_after_s(self._engine.ahead(rows, tokens).wait_s))
 
-    def to_evict(self, sessions: dict[str, Session], needed: int, *, of_bytes: bool) -> list[str]:
+    def to_evict(self, sessions: dict[str, ServedSession], needed: int, *, of_bytes: bool) -> list[str]:
         """Whose sessions end to make room for `needed` bytes, or sessions; those that run a step do not."""
         now = time.monotonic()
         holdings = [
@@ -87,13 +87,13 @@ class Door:
         return to_evict(holdings, needed, self._settings.evict_after)
 
 
-def evicted(session: Session) -> Refusal:
+def evicted(session: ServedSession) -> Refusal:
     """What the client of a session is told that had to go."""
     idle_s = time.monotonic() - session.used_at
     text = f"the session did nothing for {idle_s:.0f} s, and its room was needed; open it anew"
     return Refusal("busy", text, retry_after_s(0))
 
 
-def of_this_process() -> tuple[int, int, int]:
+def process_counts() -> tuple[int, int, int]:
     """Tasks of the running event loop, threads and descriptors."""
     return len(asyncio.all_tasks()), threading.active_count(), psutil.Process().num_fds()

@@ -15,7 +15,7 @@ from swarmkit.errors import PeerError
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.messages import Attach, Attached, Fault, Link, Step
 from swarmkit.net.rpc.conversation import Conversation, Received
-from swarmkit.net.rpc.idle_timer import Patience
+from swarmkit.net.rpc.idle_timer import IdleTimer
 from swarmkit.net.transport.seam import Buffer, Stream
 
 Dial = Callable[[str, Sequence[str]], Awaitable[Stream]]
@@ -34,7 +34,7 @@ class Downstream:
 
     def __init__(self, conversation: Conversation, timeout: float) -> None:
         self._conversation = conversation
-        self._patience = Patience(conversation)
+        self._patience = IdleTimer(conversation)
         self._timeout = timeout
 
     async def push(self, step: Step, received: Received, spec: TensorSpec, output: Buffer) -> bool:

@@ -25,20 +25,20 @@ from swarmkit.models.kv.cache import PAGE_TOKENS
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.messages import (
     SENDERS_FAULT,
-    AskCensus,
-    AskInfo,
     Attach,
     Attached,
-    Census,
     Fault,
-    Info,
+    GetInfo,
+    GetResources,
     Link,
     Linked,
     Message,
     Open,
     Opened,
-    Recall,
-    Recalled,
+    PrefixRestored,
+    Resources,
+    RestorePrefix,
+    ServerInfo,
     State,
     Step,
     StepDone,
@@ -52,14 +52,14 @@ from swarmkit.server.adapters.service import held
 from swarmkit.server.adapters.store import AdapterStore
 from swarmkit.server.cache.kv_budget import CacheFullError, KVBudget
 from swarmkit.server.cache.prefix_cache import root_of
-from swarmkit.server.cache.prefix_tracker import PrefixTrail, tail_bytes
+from swarmkit.server.cache.prefix_tracker import PrefixTracker, tail_bytes
 from swarmkit.server.caller import Caller
 from swarmkit.server.engine.admission_policy import Ahead
 from swarmkit.server.engine.engine import Engine, EngineClosedError, ExpiredError, Timed
-from swarmkit.server.receive_budget import Incoming, Intake
-from swarmkit.server.sessions.admission import Door, evicted, of_this_process
+from swarmkit.server.receive_budget import ReceiveBudget, ReceiveReservation
+from swarmkit.server.sessions.admission import AdmissionControl, evicted, process_counts
 from swarmkit.server.sessions.push import Links, NotLinkedError
-from swarmkit.server.sessions.session import LateStepError, Refusal, Session, check_step
+from swarmkit.server.sessions.session import LateStepError, Refusal, ServedSession, check_step
 from swarmkit.server.sessions.session_step import SessionStep
 from swarmkit.settings import ServerSettings
 
@@ -77,7 +77,7 @@ class _Client(Caller):
     def __init__(self, conversation: Conversation, settings: ServerSettings) -> None:
         super().__init__(conversation, settings)
         self.state: State = "new"
-        self.session: Session | None = None
+        self.session: ServedSession | None = None
         self.life = anyio.CancelScope()
         """Around all that is done for it: over when it is gone, whatever runs then."""
         self.last_words: Refusal | None = None
@@ -110,15 +110,15 @@ class BlockService:
         self._idle = asyncio.Event()
         self._idle.set()
         self.budget = KVBudget(settings.cache_bytes)
-        self.intake = Intake(settings.incoming_bytes)
-        self._door = Door(settings, engine)
+        self.intake = ReceiveBudget(settings.receive_budget_bytes)
+        self._door = AdmissionControl(settings, engine)
         self.adapters = AdapterStore(settings.adapter_bytes, settings.client_adapter_bytes)
         self.leaving = False
         self.steps = 0
         self.max_payload_bytes = settings.max_step_tokens * stage.hidden_size * 4 + _SIDE_BYTES
 
     @property
-    def sessions(self) -> list[Session]:
+    def sessions(self) -> list[ServedSession]:
         """Those that are open."""
         return [client.session for client in self._clients.values() if client.session is not None]
 
@@ -182,11 +182,11 @@ class BlockService:
     async def _answer_next(self, client: _Client) -> None:
         # Whoever opens a stream has something to say; only a session may be silent for long.
         seconds = None if client.session is None else self._settings.idle_timeout
-        with Incoming(self.intake) as incoming:
+        with ReceiveReservation(self.intake) as incoming:
             received = await client.receive(lambda message: self._admit(client, message, incoming), seconds)
             await self._answer(client, received)
 
-    async def _admit(self, client: _Client, message: Message, incoming: Incoming) -> None:
+    async def _admit(self, client: _Client, message: Message, incoming: ReceiveReservation) -> None:
         """All that the header alone can tell, before memory is spent on the payload."""
         next_state(client.state, message)
         if isinstance(message, Step):
@@ -194,13 +194,13 @@ class BlockService:
             client.number = message.number
             await self._admit_step(client.session, message, incoming)
 
-    async def _admit_step(self, session: Session, step: Step, incoming: Incoming) -> None:
+    async def _admit_step(self, session: ServedSession, step: Step, incoming: ReceiveReservation) -> None:
         """Check a step, and have room for it."""
         self._check_step(session, step)
         self._door.check_queue(step)
         await self._door.take(step, incoming)
 
-    def _check_step(self, session: Session, step: Step) -> None:
+    def _check_step(self, session: ServedSession, step: Step) -> None:
         settings = self._settings
         check_step(session, step, self._stage.hidden_size, settings.max_step_tokens, settings.codecs)
 
@@ -218,24 +218,24 @@ class BlockService:
                     settings.max_step_tokens, session.inlet, root, dtype, settings.codecs, sent_at
                 )
                 await client.send(opened)
-            case Recall():
+            case RestorePrefix():
                 assert client.session is not None
-                await client.send(Recalled(await self._recall(client.session, message)))
+                await client.send(PrefixRestored(await self._recall(client.session, message)))
             case Link():
                 assert client.session is not None
                 await self._link(client.session, message)
                 await client.send(Linked())
-            case AskInfo():
+            case GetInfo():
                 await client.send(self._info())
-            case AskCensus():
+            case GetResources():
                 await client.send(self._census())
             case Step():
                 assert client.session is not None
                 await self._run_step(client, client.session, message, received)
         client.state = next_state(client.state, message)
 
-    def _info(self) -> Info:
-        return Info(
+    def _info(self) -> ServerInfo:
+        return ServerInfo(
             start=self._stage.start,
             stop=self._stage.stop,
             sessions=len(self._clients),
@@ -247,8 +247,8 @@ class BlockService:
             expected_wait_ms=self._engine.ahead(1, self._settings.max_step_tokens).wait_s * 1e3,
         )
 
-    def _census(self) -> Census:
-        if not self._settings.report_census:
+    def _census(self) -> Resources:
+        if not self._settings.report_resources:
             raise Refusal("illegal_message", "this server's owner wants nobody to count what it holds")
         try:
             self.budget.audit()
@@ -256,15 +256,15 @@ class BlockService:
         except AssertionError:
             logger.exception("the cache does not add up")
             accounted = False
-        tasks, threads, descriptors = of_this_process()
-        return Census(
+        tasks, threads, descriptors = process_counts()
+        return Resources(
             sessions=len(self._clients),
             streams=self._streams,
             pushers=self._sources,
             leased_bytes=self.budget.leased_bytes,
             kept_bytes=self.budget.pages.nbytes,
             capacity_bytes=self.budget.capacity_bytes,
-            incoming_bytes=self.intake.held_bytes,
+            receive_budget_bytes=self.intake.held_bytes,
             works=self._engine.holds,
             accounted=accounted,
             tasks=tasks,
@@ -274,7 +274,7 @@ class BlockService:
 
     # ------------------------------------------------------------------ sessions
 
-    def _open(self, client: _Client, message: Open) -> Session:
+    def _open(self, client: _Client, message: Open) -> ServedSession:
         if self.leaving:
             raise Refusal("leaving", "this server is about to stop; use another one")
         if message.fingerprint != self._fingerprint:
@@ -305,11 +305,11 @@ class BlockService:
             owner = client.peer_id if scope == "client" else ""
             if message.adapter:  # other keys and values come of the same inputs
                 owner = f"{owner}\n{message.adapter}"
-            trail = PrefixTrail(self.budget.pages, root_of(owner, message.start, message.stop))
+            trail = PrefixTracker(self.budget.pages, root_of(owner, message.start, message.stop))
             lease = self.budget.lease(bytes_per_token, tail_bytes(stage.hidden_size, stage.dtype.itemsize))
-        return Session(message.start, message.stop, message.max_length, cache, lease, trail, hold)
+        return ServedSession(message.start, message.stop, message.max_length, cache, lease, trail, hold)
 
-    async def _recall(self, session: Session, message: Recall) -> int:
+    async def _recall(self, session: ServedSession, message: RestorePrefix) -> int:
         """Let a session that is at its beginning hold what is kept of these pages; returns its tokens."""
         async with session.taking_turn():
             if session.cache.tokens:
@@ -339,7 +339,7 @@ class BlockService:
             client.life.cancel()
         return bool(chosen)
 
-    def _grow(self, session: Session, step: Step) -> None:
+    def _grow(self, session: ServedSession, step: Step) -> None:
         """Have a session's lease cover a step, at the cost of idle ones if need be."""
         try:
             session.lease_for(step)
@@ -357,7 +357,7 @@ class BlockService:
         if not self._clients:
             self._idle.set()
 
-    async def _link(self, session: Session, message: Link) -> None:
+    async def _link(self, session: ServedSession, message: Link) -> None:
         session.link(None)
         if self._links is None:
             raise Refusal("not_linked", "this server hands outputs to clients only")
@@ -406,9 +406,9 @@ class BlockService:
             await conversation.send(Attached())
             return client
 
-    async def _serve_push(self, client: _Client, session: Session, source: Conversation) -> bool:
+    async def _serve_push(self, client: _Client, session: ServedSession, source: Conversation) -> bool:
         """One step from another server. Returns whether more may come."""
-        incoming = Incoming(self.intake)
+        incoming = ReceiveReservation(self.intake)
         number = 0
 
         async def admit(message: Message) -> None:
@@ -446,7 +446,7 @@ class BlockService:
     async def _run_step(
         self,
         client: _Client,
-        session: Session,
+        session: ServedSession,
         step: Step,
         received: Received,
         source: Conversation | None = None,
@@ -481,7 +481,7 @@ class BlockService:
             await client.send(reply, payload)
 
     async def _step(
-        self, client: _Client, session: Session, step: Step, received: Received
+        self, client: _Client, session: ServedSession, step: Step, received: Received
     ) -> tuple[StepDone, memoryview]:
         rows, tokens, _ = step.hidden.shape
         self._grow(session, step)

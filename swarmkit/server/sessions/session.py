@@ -16,8 +16,8 @@ from swarmkit.models.execution.stage import StageCache
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.messages import FATAL, HIDDEN_DTYPES, FaultCode, Step
 from swarmkit.server.adapters.store import Hold
-from swarmkit.server.cache.kv_budget import Lease
-from swarmkit.server.cache.prefix_tracker import PrefixTrail
+from swarmkit.server.cache.kv_budget import CacheLease
+from swarmkit.server.cache.prefix_tracker import PrefixTracker
 from swarmkit.server.sessions.push import Downstream
 
 
@@ -50,7 +50,7 @@ class LateStepError(SwarmkitError):
 
 
 @dataclass(eq=False)
-class Session:
+class ServedSession:
     """A cache and the lease for it, used by one step at a time.
 
     Steps come from the client's own stream and from that of the server with the blocks before, so each takes
@@ -61,8 +61,8 @@ class Session:
     stop: int
     max_length: int
     cache: StageCache
-    lease: Lease
-    trail: PrefixTrail | None = None
+    lease: CacheLease
+    trail: PrefixTracker | None = None
     """Where pages are kept and found; None where they cannot be."""
     adapter: Hold | None = None
     inlet: str = field(default_factory=lambda: secrets.token_hex(16))
@@ -139,7 +139,7 @@ class Session:
 
 
 def check_step(
-    session: Session, step: Step, hidden_size: int, max_step_tokens: int, codecs: Collection[str] = ()
+    session: ServedSession, step: Step, hidden_size: int, max_step_tokens: int, codecs: Collection[str] = ()
 ) -> None:
     """Everything that the header alone can tell, against what the session holds.
 

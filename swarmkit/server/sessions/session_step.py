@@ -13,8 +13,8 @@ from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.messages import Step
 from swarmkit.net.rpc.conversation import Received
-from swarmkit.server.cache.prefix_tracker import PrefixTrail
-from swarmkit.server.sessions.session import Refusal, Session
+from swarmkit.server.cache.prefix_tracker import PrefixTracker
+from swarmkit.server.sessions.session import Refusal, ServedSession
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class SessionStep:
 
     stage: Stage
     client: str
-    of: Session
+    of: ServedSession
     step: Step
     received: Received
     known: Tensor | None = field(default=None, init=False)
@@ -83,7 +83,7 @@ class SessionStep:
             logger.exception("pages of a session could not be kept")
             trail.lose()
 
-    def _find_known(self, trail: PrefixTrail, hidden: Tensor) -> None:
+    def _find_known(self, trail: PrefixTracker, hidden: Tensor) -> None:
         """Look for pages that hold the beginning of the step."""
         step = self.step
         trail.cut(step.position)

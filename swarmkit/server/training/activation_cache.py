@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from swarmkit.models.execution.full_sequences import WholePass
+from swarmkit.models.execution.full_sequences import FullSequencePass
 from swarmkit.net.protocol.gradient_messages import GradientRequest
 from swarmkit.net.rpc.conversation import Received
 
@@ -40,13 +40,13 @@ class PassKey:
 
 
 @dataclass(frozen=True)
-class _Kept:
-    passes: Sequence[WholePass]
+class _CachedPass:
+    passes: Sequence[FullSequencePass]
     nbytes: int
     until: float
 
 
-class KeptPasses:
+class ActivationCache:
     """Passes by key, within a number of bytes and of seconds. May be used by several threads.
 
     Where there is no room, the newcomer is not kept: a batch goes back in the order in which it came, so that
@@ -59,7 +59,7 @@ class KeptPasses:
         self.capacity_bytes = capacity_bytes
         self._seconds = seconds
         self._clock = clock
-        self._kept: dict[PassKey, _Kept] = {}
+        self._kept: dict[PassKey, _CachedPass] = {}
         self._lock = threading.Lock()
 
     @property
@@ -68,16 +68,16 @@ class KeptPasses:
         with self._lock:
             return sum(kept.nbytes for kept in self._kept.values())
 
-    def keep(self, key: PassKey, passes: Sequence[WholePass]) -> None:
+    def keep(self, key: PassKey, passes: Sequence[FullSequencePass]) -> None:
         """Keep the passes of a request, one for each group of its rows, if there is room."""
         self.drop_old()
         nbytes = sum(one.kept_bytes for one in passes)
         with self._lock:
             self._kept.pop(key, None)
             if nbytes + sum(kept.nbytes for kept in self._kept.values()) <= self.capacity_bytes:
-                self._kept[key] = _Kept(passes, nbytes, self._clock() + self._seconds)
+                self._kept[key] = _CachedPass(passes, nbytes, self._clock() + self._seconds)
 
-    def take(self, key: PassKey) -> Sequence[WholePass] | None:
+    def take(self, key: PassKey) -> Sequence[FullSequencePass] | None:
         """The passes of a request, which are not kept any longer; None if they are not there."""
         with self._lock:
             kept = self._kept.pop(key, None)

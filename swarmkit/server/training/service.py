@@ -35,9 +35,9 @@ from swarmkit.server.adapters.service import held
 from swarmkit.server.adapters.store import AdapterStore, Hold
 from swarmkit.server.caller import Caller
 from swarmkit.server.engine.engine import BULK, Engine, EngineClosedError
-from swarmkit.server.receive_budget import Incoming, Intake
+from swarmkit.server.receive_budget import ReceiveBudget, ReceiveReservation
 from swarmkit.server.sessions.session import Refusal
-from swarmkit.server.training.activation_cache import KeptPasses
+from swarmkit.server.training.activation_cache import ActivationCache
 from swarmkit.server.training.work import STATES_FACTOR, GradientWork, SliceTimes, check_request
 from swarmkit.settings import ServerSettings
 
@@ -65,7 +65,7 @@ class GradientService:
         fingerprint: str,
         engine: Engine,
         settings: ServerSettings,
-        intake: Intake,
+        intake: ReceiveBudget,
         leaving: Callable[[], bool] = lambda: False,
         adapters: AdapterStore | None = None,
     ) -> None:
@@ -83,7 +83,7 @@ class GradientService:
         self._adapters = AdapterStore(0, 0) if adapters is None else adapters
         self._times = SliceTimes(settings.gradient_slice)
         self._turns: dict[str, _Turn] = {}
-        self.kept = KeptPasses(settings.gradient_memory_bytes)
+        self.kept = ActivationCache(settings.gradient_memory_bytes)
         """Passes until their way back; somebody has to call its `drop_old` now and then."""
         self.streams = 0
         self.requests = 0
@@ -115,7 +115,7 @@ class GradientService:
 
     async def _answer_next(self, caller: Caller) -> None:
         holds: list[Hold] = []
-        with Incoming(self._intake) as incoming:
+        with ReceiveReservation(self._intake) as incoming:
             try:
                 received = await caller.receive(lambda message: self._admit(message, incoming, holds))
                 await self._answer(caller, received, holds[0].adapter if holds else None)
@@ -123,7 +123,7 @@ class GradientService:
                 for hold in holds:
                     hold.release()
 
-    async def _admit(self, message: object, incoming: Incoming, holds: list[Hold]) -> None:
+    async def _admit(self, message: object, incoming: ReceiveReservation, holds: list[Hold]) -> None:
         """All that the header alone can tell, before memory is spent on the payload."""
         next_state("idle", message)
         request = cast(GradientRequest, message)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from swarmkit.models.adapters.adapter import Adapter
-from swarmkit.models.execution.full_sequences import WholePass, WholeSequences
+from swarmkit.models.execution.full_sequences import FullSequencePass, FullSequences
 from swarmkit.models.execution.stage import Stage
 from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.codec import TensorSpec
@@ -23,7 +23,7 @@ from swarmkit.net.protocol.gradient_messages import Backward, GradientRequest
 from swarmkit.net.protocol.messages import HIDDEN_DTYPES
 from swarmkit.net.rpc.conversation import Received
 from swarmkit.server.sessions.session import Refusal
-from swarmkit.server.training.activation_cache import KeptPasses, PassKey
+from swarmkit.server.training.activation_cache import ActivationCache, PassKey
 
 STATES_FACTOR = 4
 """All blocks' outputs together may be so many times as many tokens as one block's."""
@@ -152,20 +152,20 @@ class GradientWork:
     adapter: Adapter | None = None
     peer_id: str = ""
     """The client."""
-    kept: KeptPasses = field(default_factory=lambda: KeptPasses(0))
+    kept: ActivationCache = field(default_factory=lambda: ActivationCache(0))
     """Passes until their way back."""
     done: int = field(default=0, init=False)
     """Rows x blocks."""
     _keep_as: PassKey | None = field(default=None, init=False)
     """None: what goes through is not kept for a way back."""
-    _to_keep: list[WholePass] = field(default_factory=list, init=False)
+    _to_keep: list[FullSequencePass] = field(default_factory=list, init=False)
     """Of the groups that have gone through."""
-    _were_kept: list[WholePass] = field(default_factory=list, init=False)
+    _were_kept: list[FullSequencePass] = field(default_factory=list, init=False)
     """Of the groups that are still to go back."""
-    _pass: WholePass | None = field(default=None, init=False)
+    _pass: FullSequencePass | None = field(default=None, init=False)
     _groups: list[tuple[int, int]] = field(default_factory=list, init=False)
     _results: list[Tensor] = field(default_factory=list, init=False)
-    _inputs: WholeSequences | None = field(default=None, init=False)
+    _inputs: FullSequences | None = field(default=None, init=False)
     _gradient: Tensor | None = field(default=None, init=False)
     _encoded: tuple[TensorSpec, memoryview] | None = field(default=None, init=False)
     _adapter_gradient: Tensor | None = field(default=None, init=False)
@@ -184,7 +184,7 @@ class GradientWork:
     def left(self) -> bool:
         return self.done < self.total
 
-    def _begin(self) -> WholeSequences:
+    def _begin(self) -> FullSequences:
         """Decode and check values, before the device is touched.
 
         Raises:
@@ -214,7 +214,7 @@ class GradientWork:
             elif (passes := self.kept.take(key)) is not None:
                 self._were_kept = list(passes)
                 self.done = rows * (request.stop - request.start)
-        return WholeSequences(
+        return FullSequences(
             hidden,
             request.start,
             request.stop,
@@ -264,7 +264,7 @@ class GradientWork:
             if self._keep_as is not None:
                 self.kept.keep(self._keep_as, self._to_keep)
 
-    def _begin_group(self, inputs: WholeSequences, low: int, high: int) -> WholePass:
+    def _begin_group(self, inputs: FullSequences, low: int, high: int) -> FullSequencePass:
         """The pass of some rows; one that was kept, if there is."""
         gradient = self._gradient
         if gradient is not None:
@@ -275,7 +275,7 @@ class GradientWork:
             return one
         keeps = self._keep_as is not None
         trains = self.request.trains and (self.goes_back or keeps)
-        return WholePass(self.stage, inputs.rows(low, high), gradient, self.adapter, trains, keeps)
+        return FullSequencePass(self.stage, inputs.rows(low, high), gradient, self.adapter, trains, keeps)
 
     def result(self) -> tuple[TensorSpec, memoryview]:
         """When nothing is left: the output or gradient, as it goes over the wire."""

@@ -35,7 +35,7 @@ import anyio.to_thread
 
 from swarmkit.errors import ModelError, PeerError, ProtocolError, TransportError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
-from swarmkit.models.checkpoint.ranges import Span
+from swarmkit.models.checkpoint.ranges import ByteRange
 from swarmkit.models.checkpoint.store_fetch import OnBytes, Part
 from swarmkit.models.checkpoint.store_format import FormatError, Place, lay_out, read_header, sha256_of
 from swarmkit.models.checkpoint.store_hub import HubFiles
@@ -262,7 +262,7 @@ class PeerWeights:
             file.seek(here[name].start + at)
             mine = file.read(length)
             start = origin[name].start + at
-            if self._files.read_range(part.shards[name], Span(start, start + length)) != mine:
+            if self._files.read_range(part.shards[name], ByteRange(start, start + length)) != mine:
                 raise _OtherThanHubError(f"{name} differs from the Hub's")
 
 
