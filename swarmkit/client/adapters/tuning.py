@@ -1,8 +1,9 @@
 """The adapters that change the remote blocks of one model: PEFT's, deep prompts, or one that servers host.
 
-A session, and a pass over full sequences, asks at its beginning which adapter there is (`ModelAdapters.current`).
-The values of a client's adapter go to servers as one vector (`swarmkit/models/adapters/adapter.py`). Their
-gradients come back as one vector, and reach PEFT's parameters through autograd, since that vector is made of them.
+A session, and a pass over full sequences, asks at its beginning which adapter there is
+(`ModelAdapters.current`). The values of a client's adapter go to servers as one vector
+(`swarmkit/models/adapters/adapter.py`). Their gradients come back as one vector, and reach PEFT's parameters
+through autograd, since that vector is made of them.
 """
 
 from __future__ import annotations
