@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "swarmkit"
 
 FLOORS = [
-    {"errors", "settings", "ewma", "_version", "tinychat"},
+    {"errors", "settings", "ewma", "clock", "events", "_version", "tinychat"},
     {"net", "models"},
     {"client", "server"},
     {"local"},
