@@ -2,11 +2,11 @@
 
     python benchmarks/compare.py ../older-checkout --turns 3 -- decode --model S --stages 1,2,4
 
-Each turn runs `swarmkit bench …` once in the older checkout and once in this one, with the same interpreter.
-Speed drifts on every machine, so that only figures of neighbouring runs are compared: for every number that both
-outputs contain in the same place, the ratio new ÷ old is computed per turn, and the median of these ratios is
-printed. Figures that hold for the machine alone, such as the time of the local model, show how much the machine
-itself drifted.
+Each turn runs `swarmkit bench …` once in the older checkout and once in this one, with the same
+interpreter. Speed drifts on every machine, so that only figures of neighbouring runs are compared: for
+every number that both outputs contain in the same place, the ratio new ÷ old is computed per turn, and the
+median of these ratios is printed. Figures that hold for the machine alone, such as the time of the local
+model, show how much the machine itself drifted.
 """
 
 from __future__ import annotations
