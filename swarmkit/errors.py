@@ -12,6 +12,7 @@
     ├── DeadlineError         a step took longer than the user allows
     └── PeerError             another peer is at fault; the library goes on without it where it can
         ├── PeerUnreachableError  it cannot be dialled, or the connection ended
+        │   └── NotServedError        it was reached, and does not serve what was asked for
         ├── PeerTimeoutError      it did not answer in time
         ├── ProtocolError         it sent something that is not allowed
         │   ├── IllegalMessageError   a message that is not allowed at this point of the conversation
@@ -81,6 +82,10 @@ class PeerError(SwarmkitError):
 
 class PeerUnreachableError(PeerError):
     """The peer cannot be dialled, or the connection to it ended."""
+
+
+class NotServedError(PeerUnreachableError):
+    """The peer was reached, and does not serve streams of the name that was asked for."""
 
 
 class PeerTimeoutError(PeerError):

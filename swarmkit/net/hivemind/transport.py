@@ -22,6 +22,7 @@ import anyio
 import base58
 
 from swarmkit.errors import (
+    NotServedError,
     PeerTimeoutError,
     PeerUnreachableError,
     ProtocolError,
@@ -470,7 +471,7 @@ class _DaemonRefusal(Exception):
 def _unreachable(peer_id: str, name: str, why: str) -> PeerUnreachableError | PeerTimeoutError:
     why = " ".join(why.split())[:300]
     if "protocols not supported" in why or "protocol not supported" in why:
-        return PeerUnreachableError(f"peer {peer_id} does not serve {name!r}", peer_id)
+        return NotServedError(f"peer {peer_id} does not serve {name!r}", peer_id)
     if "deadline exceeded" in why:
         return PeerTimeoutError(f"peer {peer_id} did not answer in time: {why}", peer_id)
     return PeerUnreachableError(f"peer {peer_id} cannot be reached: {why}", peer_id)

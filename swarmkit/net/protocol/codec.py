@@ -107,16 +107,24 @@ def encode(tensor: torch.Tensor, codec: CodecName = "none") -> tuple[TensorSpec,
     return spec, memoryview(wire.numpy()).cast("B")  # type: ignore[arg-type]
 
 
-def decode(spec: TensorSpec, payload: memoryview) -> torch.Tensor:
-    """The tensor that `spec` describes; `payload` holds exactly `spec.nbytes` bytes, which are copied."""
+def decode(spec: TensorSpec, payload: memoryview, *, owned: bool = False) -> torch.Tensor:
+    """The tensor that `spec` describes.
+
+    Args:
+        payload: exactly `spec.nbytes` bytes.
+        owned: the payload is writable and nothing else uses it, so that the tensor may be a view of it. It is
+            copied otherwise, and where a value would not be aligned in memory.
+    """
     dtype = spec.torch_dtype
     if spec.nbytes == 0:
         return torch.empty(spec.shape, dtype=dtype)
+    wire = torch.int8 if spec.codec == "int8" else dtype if spec.codec == "none" else _DTYPES[spec.codec]
+    values = torch.frombuffer(payload if owned else bytearray(payload), dtype=wire)
+    if values.data_ptr() % wire.itemsize:
+        values = torch.frombuffer(bytearray(payload), dtype=wire)
     if spec.codec == "int8":
-        return _from_int8(torch.frombuffer(bytearray(payload), dtype=torch.int8), spec.shape).to(dtype)
-    wire = dtype if spec.codec == "none" else _DTYPES[spec.codec]
-    tensor = torch.frombuffer(bytearray(payload), dtype=wire).reshape(spec.shape)
-    return tensor if wire is dtype else tensor.to(dtype)
+        return _from_int8(values, spec.shape).to(dtype)
+    return values.reshape(spec.shape).to(dtype)
 
 
 def passed(tensor: torch.Tensor, codec: CodecName) -> torch.Tensor:

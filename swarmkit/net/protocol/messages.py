@@ -36,6 +36,7 @@ import msgspec
 
 from swarmkit.errors import IllegalMessageError
 from swarmkit.net.protocol.codec import CodecName, LossyCodecName, TensorSpec
+from swarmkit.net.protocol.protocol import Protocol
 
 PROTOCOL_VERSION = 1
 SESSION_ENDPOINT = f"swarmkit/{PROTOCOL_VERSION}/session"
@@ -322,6 +323,26 @@ LEGAL: dict[State, dict[type, State]] = {
     "loose": {Attach: "attached"},
     "attached": {Step: "attached"},
 }
+
+
+SESSION = Protocol(
+    "session",
+    Message,
+    legal={
+        "new": {Open: "open", GetInfo: "new", GetResources: "new"},
+        "open": {Step: "open", RestorePrefix: "open", Link: "open"},
+    },
+    first="new",
+)
+PUSH = Protocol(
+    "push",
+    Message,
+    legal={
+        "loose": {Attach: "attached"},
+        "attached": {Step: "attached"},
+    },
+    first="loose",
+)
 
 
 def printable(text: str) -> str:

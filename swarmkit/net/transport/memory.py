@@ -22,6 +22,7 @@ from typing import Any
 import anyio
 
 from swarmkit.errors import (
+    NotServedError,
     PeerTimeoutError,
     PeerUnreachableError,
     SwarmkitError,
@@ -380,7 +381,7 @@ class MemoryTransport(Transport):
             raise PeerUnreachableError(f"peer {peer_id} cannot be reached", peer_id)
         handler = peer._handlers.get(name)
         if handler is None:
-            raise PeerUnreachableError(f"peer {peer_id} does not serve {name!r}", peer_id)
+            raise NotServedError(f"peer {peer_id} does not serve {name!r}", peer_id)
         here, there = MemoryStream.pair(network, own_id, peer_id)
         self._streams.add(here)
         peer._streams.add(there)

@@ -97,7 +97,8 @@ class Transport(Protocol):
             timeout: seconds.
 
         Raises:
-            PeerUnreachableError: the peer cannot be reached or does not serve `name`.
+            NotServedError: the peer does not serve `name`.
+            PeerUnreachableError: the peer cannot be reached.
             PeerTimeoutError: nothing answered within `timeout`.
         """
 

@@ -1,0 +1,78 @@
+"""Opening and serving streams of a protocol, with a clear word for peers of another protocol version.
+
+From version 2 on, endpoints have the same names in every version, and the head of each message tells the
+version. Version 1 had it in the endpoints' names, so that a peer of version 1 and one of a later version
+would only learn that the other "does not serve" what is asked for. Here both are told what is wrong.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import anyio
+import msgspec
+
+from swarmkit.errors import NotServedError, PeerError, ProtocolError
+from swarmkit.net.protocol.protocol import Protocol
+from swarmkit.net.rpc.client_stream import ClientStream
+from swarmkit.net.rpc.message_stream import MAGIC, version_mismatch
+from swarmkit.net.transport.seam import Handler, Stream, Transport
+
+_OLD_VERSION = 1
+_OLD_HEAD = struct.Struct(">2sBIQ")
+_OLD_LINGER_S = 1.0
+
+
+async def listen(transport: Transport, protocol: Protocol, handler: Handler) -> None:
+    """Serve streams of a protocol, and tell peers of version 1 that they need an update."""
+    await transport.listen(protocol.endpoint, handler)
+    await transport.listen(_old_endpoint(protocol), _refuse_old)
+
+
+async def connect(
+    transport: Transport,
+    protocol: Protocol,
+    peer_id: str,
+    addresses: Sequence[str] = (),
+    timeout: float = 5.0,
+    *,
+    max_payload_bytes: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> ClientStream:
+    """Open a stream of a protocol to a peer.
+
+    Args:
+        addresses: where the peer said that it can be dialled; may be empty.
+        timeout: seconds.
+
+    Raises:
+        ProtocolError: the peer speaks version 1.
+        PeerUnreachableError: the peer cannot be reached or does not serve this protocol.
+        PeerTimeoutError: the peer does not answer within `timeout`.
+    """
+    try:
+        stream = await transport.open(peer_id, protocol.endpoint, addresses, timeout)
+    except NotServedError as error:
+        try:
+            (await transport.open(peer_id, _old_endpoint(protocol), addresses, timeout)).close()
+        except PeerError:
+            raise error from None
+        raise ProtocolError(version_mismatch(_OLD_VERSION), peer_id) from None
+    return ClientStream(stream, protocol, max_payload_bytes, clock=clock)
+
+
+def _old_endpoint(protocol: Protocol) -> str:
+    return f"swarmkit/{_OLD_VERSION}/{protocol.name}"
+
+
+async def _refuse_old(stream: Stream) -> None:
+    """Answer a peer of version 1, in the messages of that version."""
+    text = version_mismatch(_OLD_VERSION)
+    header = msgspec.msgpack.encode({"type": "Fault", "code": "bad_message", "message": text})
+    await stream.send(_OLD_HEAD.pack(MAGIC, _OLD_VERSION, len(header), 0) + header)
+    with anyio.move_on_after(_OLD_LINGER_S), suppress(PeerError):
+        while True:
+            await stream.receive()
