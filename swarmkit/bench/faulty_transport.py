@@ -88,9 +88,13 @@ class FaultyTransport:
         """See `Transport.open`."""
         return FaultyStream(await self._inner.open(peer_id, name, addresses, timeout), self._faults)
 
-    async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float) -> int:
+    async def unlisten(self, name: str) -> None:
+        """See `Transport.unlisten`."""
+        await self._inner.unlisten(name)
+
+    async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float, service: int = 0) -> int:
         """See `Transport.store`."""
-        return await self._inner.store(records, expires_at)
+        return await self._inner.store(records, expires_at, service)
 
     async def fetch(self, keys: Iterable[str]) -> Mapping[str, Mapping[str, bytes]]:
         """See `Transport.fetch`."""

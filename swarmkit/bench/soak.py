@@ -31,7 +31,7 @@ from swarmkit.models.head.head import load_local
 from swarmkit.net import portal
 from swarmkit.net.connect import over_hivemind
 from swarmkit.net.protocol.messages import GetResources, Resources
-from swarmkit.net.registry.records import acceptable_now
+from swarmkit.net.registry.acceptance import acceptable_now
 from swarmkit.net.rpc.server_info import ask
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.seam import Transport

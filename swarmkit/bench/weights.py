@@ -209,7 +209,7 @@ async def _serve(options: dict[str, Any]) -> None:
     from swarmkit.models.checkpoint.checkpoint import Checkpoint
     from swarmkit.models.execution.stage import Stage
     from swarmkit.net.connect import over_hivemind
-    from swarmkit.net.registry.records import acceptable_now
+    from swarmkit.net.registry.acceptance import acceptable_now
     from swarmkit.net.transport.identity import Identity
     from swarmkit.server.weights.manifest import open_with_fingerprint
     from swarmkit.server.weights.service import WeightsSettings

@@ -28,7 +28,7 @@ def bootstrap(
 
     from swarmkit.net import portal
     from swarmkit.net.connect import over_hivemind
-    from swarmkit.net.registry.records import acceptable_now
+    from swarmkit.net.registry.acceptance import acceptable_now
     from swarmkit.net.transport.identity import Identity
 
     key = Identity.load_or_create(Path(identity).expanduser()) if identity else Identity()

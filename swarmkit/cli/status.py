@@ -61,7 +61,7 @@ def status(
 def _look_up(join: list[str]) -> list[dict]:  # type: ignore[type-arg]
     from swarmkit.net import portal
     from swarmkit.net.connect import over_hivemind
-    from swarmkit.net.registry.records import acceptable_now
+    from swarmkit.net.registry.acceptance import acceptable_now
     from swarmkit.net.registry.registry import Registry
     from swarmkit.net.rpc.server_info import ask_all
     from swarmkit.net.transport.identity import Identity
@@ -113,7 +113,7 @@ def _describe(
                 "software": s.software,
                 "addresses": list(s.addresses),
                 "expires_in_s": round(s.expires_at - now, 1),
-                **_load(doing.get(s.peer_id)),
+                **_load(doing.get(s.service_id)),
             }
             for s in sorted(servers, key=lambda s: (s.start, s.stop, s.peer_id))
         ],

@@ -21,7 +21,7 @@ from swarmkit.net import portal
 from swarmkit.net.connect import TransportFactory, over_hivemind
 from swarmkit.net.emulation.link_emulator import LinkEmulator
 from swarmkit.net.emulation.link_schedule import EmulatedLink
-from swarmkit.net.registry.records import acceptable_now
+from swarmkit.net.registry.acceptance import acceptable_now
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.net.transport.seam import RecordCheck, Transport

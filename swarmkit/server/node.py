@@ -6,7 +6,7 @@ import asyncio
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Literal
@@ -26,17 +26,17 @@ from swarmkit.models.quantization.precision import Precision
 from swarmkit.net.connect import TransportFactory
 from swarmkit.net.protocol.adapter_messages import ADAPTER_ENDPOINT
 from swarmkit.net.protocol.gradient_messages import GRADIENT_ENDPOINT
-from swarmkit.net.protocol.messages import MAX_ADDRESSES, PUSH_ENDPOINT, SESSION_ENDPOINT, printable
+from swarmkit.net.protocol.messages import MAX_ADDRESSES, PUSH_ENDPOINT, SESSION_ENDPOINT, Link, printable
+from swarmkit.net.registry.acceptance import acceptable_now
 from swarmkit.net.registry.records import (
     MAX_HOSTED_ADAPTERS,
     Announcement,
     HostedAdapter,
     ServerState,
-    acceptable_now,
 )
 from swarmkit.net.registry.registry import Registry
 from swarmkit.net.transport.identity import Identity
-from swarmkit.net.transport.seam import Stream, Transport
+from swarmkit.net.transport.seam import Stream, Transport, endpoint_of
 from swarmkit.server.adapters.service import AdapterService, load_hosted
 from swarmkit.server.engine.engine import BULK, Engine
 from swarmkit.server.engine.throughput import measure_decode_rate
@@ -213,8 +213,9 @@ class ServerNode:
         if not settings.push:
             return None
 
-        async def dial(peer_id: str, addresses: Sequence[str]) -> Stream:
-            return await transport.open(peer_id, PUSH_ENDPOINT, addresses, settings.link_timeout)
+        async def dial(link: Link) -> Stream:
+            name = endpoint_of(PUSH_ENDPOINT, link.service)
+            return await transport.open(link.peer_id, name, link.addresses, settings.link_timeout)
 
         return Links(dial, settings.link_timeout, settings.message_timeout)
 

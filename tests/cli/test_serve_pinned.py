@@ -12,7 +12,7 @@ import pytest
 
 from swarmkit.net import portal
 from swarmkit.net.connect import over_hivemind
-from swarmkit.net.registry.records import acceptable_now
+from swarmkit.net.registry.acceptance import acceptable_now
 from swarmkit.net.transport.identity import Identity
 from swarmkit.server.weights.transfer import look_up
 from tests.models.hub import LocalHub, local_hub

@@ -10,13 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarmkit.errors import ProtocolError
-from swarmkit.net.registry.envelope import MAX_RECORD_BYTES
+from swarmkit.net.registry.acceptance import is_acceptable
+from swarmkit.net.registry.envelope import MAX_LIFETIME_S, MAX_RECORD_BYTES
 from swarmkit.net.registry.records import (
-    MAX_LIFETIME_S,
     MODELS_KEY,
     Announcement,
     block_key,
-    is_acceptable,
     keys_of,
     read,
     sign,
@@ -51,7 +50,18 @@ def test_a_peer_keeps_what_it_would_believe(key: str) -> None:
     assert is_acceptable(key, MINE.peer_id, RECORD, NOW)
 
 
+def test_a_services_record_is_believed_under_its_own_name() -> None:
+    value = signed(service=3)
+    assert reading(value, subkey=f"{MINE.peer_id}/3").service == 3
+
+
 # not its own
+
+
+@pytest.mark.parametrize("subkey", [MINE.peer_id, f"{MINE.peer_id}/2", f"{MINE.peer_id}/03"])
+def test_a_services_record_is_not_believed_under_another_name(subkey: str) -> None:
+    with pytest.raises(ProtocolError, match="service"):
+        reading(signed(service=3), subkey=subkey)
 
 
 def test_a_record_that_another_key_signed_is_not_believed() -> None:

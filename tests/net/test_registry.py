@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from swarmkit.net.registry import registry as registry_module
-from swarmkit.net.registry.records import MODELS_KEY, acceptable_now, block_key, is_acceptable, sign
+from swarmkit.net.registry.acceptance import acceptable_now, is_acceptable
+from swarmkit.net.registry.records import MODELS_KEY, block_key, sign
 from swarmkit.net.registry.registry import Registry
 from swarmkit.net.transport.memory import MemoryNetwork
 
@@ -75,6 +76,21 @@ async def test_servers_of_every_model_can_be_listed(place: Place) -> None:
     await one.announce(announcement(0))
     await two.announce(announcement(1, fingerprint="f" * 32))
     assert len((await client.look_up_all()).servers(NOW)) == 2
+
+
+async def test_one_peer_may_serve_two_models(place: Place) -> None:
+    server, client = place.registry(0), place.registry(1)
+    await server.announce(announcement(0))
+    await server.announce(announcement(0, fingerprint="f" * 32, service=1))
+    found = (await client.look_up_all()).servers(NOW)
+    assert {(one.fingerprint, one.service) for one in found} == {(FINGERPRINT, 0), ("f" * 32, 1)}
+
+
+async def test_one_peer_may_serve_the_same_blocks_twice(place: Place) -> None:
+    server, client = place.registry(0), place.registry(1)
+    await server.announce(announcement(0))
+    await server.announce(announcement(0, service=1))
+    assert await found(client) == [identity(0).peer_id] * 2
 
 
 async def test_the_latest_word_is_found(place: Place) -> None:

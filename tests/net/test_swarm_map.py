@@ -21,6 +21,7 @@ def news(draw: st.DrawFn) -> Announcement:
     start = draw(st.integers(0, 5))
     return announcement(
         draw(st.integers(0, 3)),
+        service=draw(st.integers(0, 1)),
         start=start,
         stop=draw(st.integers(start + 1, 6)),
         state=draw(STATES),
@@ -52,6 +53,11 @@ def test_maps_merge_as_if_all_had_been_told_to_one(
 def test_the_later_word_of_a_peer_counts(order: int) -> None:
     words = [announcement(state="online", sequence=1), announcement(state="leaving", sequence=2)]
     assert [r.state for r in SwarmMap().apply(*words[::order]).announcements.values()] == ["leaving"]
+
+
+def test_each_service_of_a_peer_has_a_word_of_its_own() -> None:
+    words = [announcement(service=0, start=0, stop=2), announcement(service=1, start=4, stop=6)]
+    assert [(r.start, r.stop) for r in SwarmMap().apply(*words).servers(NOW)] == [(0, 2), (4, 6)]
 
 
 def test_a_peer_can_come_back() -> None:

@@ -51,6 +51,13 @@ async def test_peers_share_a_key(shared: Any, key: str) -> None:
     assert await three.fetch([key]) == {key: {one.peer_id: b"1", two.peer_id: b"2"}}
 
 
+async def test_the_services_of_one_peer_share_a_key(shared: Any, key: str) -> None:
+    one, two = await shared.peer(), await shared.peer()
+    await one.store([(key, b"first")], time.time() + 60)
+    await one.store([(key, b"second")], time.time() + 60, 2)
+    assert await two.fetch([key]) == {key: {one.peer_id: b"first", f"{one.peer_id}/2": b"second"}}
+
+
 async def test_a_later_expiry_replaces_an_earlier_one(shared: Any, key: str) -> None:
     one, two = await shared.peer(), await shared.peer()
     now = time.time()

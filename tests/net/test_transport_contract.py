@@ -303,6 +303,54 @@ async def test_a_closed_transport_cancels_its_handlers(world: Any) -> None:
     assert ended.is_set()
 
 
+async def test_a_name_that_is_served_no_longer_is_unreachable(shared: Any) -> None:
+    server, client = await shared.peer(), await shared.peer()
+    await server.listen("for a while", echo)
+    await (await client.open(server.peer_id, "for a while", server.addresses)).send(b"x")
+    await server.unlisten("for a while")
+    with pytest.raises(PeerUnreachableError):
+        await (await client.open(server.peer_id, "for a while", server.addresses)).receive()
+
+
+async def test_the_streams_of_a_name_that_is_served_no_longer_end(shared: Any) -> None:
+    server, client = await shared.peer(), await shared.peer()
+    entered, ended = asyncio.Event(), asyncio.Event()
+
+    async def wait_for_ever(stream: Stream) -> None:
+        entered.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    await server.listen("for a while", wait_for_ever)
+    here = await client.open(server.peer_id, "for a while", server.addresses)
+    await entered.wait()
+    await server.unlisten("for a while")
+    assert ended.is_set()
+    await nothing_more(here)
+
+
+async def test_the_streams_of_other_names_go_on(shared: Any) -> None:
+    server, client = await shared.peer(), await shared.peer()
+    for name in ("one", "other"):
+        await server.listen(name, echo)
+    here = await client.open(server.peer_id, "other", server.addresses)
+    await server.unlisten("one")
+    await here.send(b"still here")
+    assert await here.receive() == b"still here"
+
+
+async def test_a_name_may_be_served_again(shared: Any) -> None:
+    server, client = await shared.peer(), await shared.peer()
+    await server.listen("again", echo)
+    await server.unlisten("again")
+    await server.listen("again", echo)
+    here = await client.open(server.peer_id, "again", server.addresses)
+    await here.send(b"hello")
+    assert await here.receive() == b"hello"
+
+
 async def test_a_transport_may_be_closed_twice(world: Any) -> None:
     peer = await world.peer()
     await peer.close()

@@ -61,8 +61,8 @@ class Neighbourhood:
         transport = self.network.transport(identity, check)
         told = transport.store
 
-        async def store(records: Any, expires_at: float) -> int:
-            stored = await told(records, expires_at)
+        async def store(records: Any, expires_at: float, service: int = 0) -> int:
+            stored = await told(records, expires_at, service)
             self.announced += await self.seen()
             return stored
 
@@ -357,10 +357,10 @@ def with_failing_store(here: Neighbourhood, failures: list[bool]) -> Any:
         transport = here.network.transport(identity, check)
         works = transport.store
 
-        async def store(records: Any, expires_at: float) -> int:
+        async def store(records: Any, expires_at: float, service: int = 0) -> int:
             if (await here.states()) == ["online"] and failures and failures.pop():
                 raise TransportError("the table is away")
-            return await works(records, expires_at)
+            return await works(records, expires_at, service)
 
         transport.store = store  # type: ignore[method-assign]
         return transport

@@ -10,7 +10,7 @@ import pytest
 from swarmkit.errors import ModelError
 from swarmkit.models.quantization import stored as quantised
 from swarmkit.net import portal
-from swarmkit.net.registry.records import acceptable_now
+from swarmkit.net.registry.acceptance import acceptable_now
 from swarmkit.net.registry.registry import Registry
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.memory import MemoryNetwork

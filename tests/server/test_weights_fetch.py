@@ -19,8 +19,8 @@ from swarmkit.models.checkpoint.store import BlockStore
 from swarmkit.models.checkpoint.store_hub import HubFiles
 from swarmkit.models.checkpoint.store_pickles import keep_tensors
 from swarmkit.net.registry import offers
+from swarmkit.net.registry.acceptance import acceptable_now
 from swarmkit.net.registry.offers import WeightsOffer
-from swarmkit.net.registry.records import acceptable_now
 from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.net.transport.seam import Stream, Transport
 from swarmkit.server.weights.fetch import FetchReport, PeerWeights

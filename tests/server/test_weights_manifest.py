@@ -15,8 +15,8 @@ from swarmkit.models.checkpoint.store import BlockStore
 from swarmkit.models.checkpoint.store_pinned import PinnedFiles, find_manifest
 from swarmkit.net import portal
 from swarmkit.net.registry import offers
+from swarmkit.net.registry.acceptance import acceptable_now
 from swarmkit.net.registry.offers import WeightsOffer
-from swarmkit.net.registry.records import acceptable_now
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.net.transport.seam import RecordCheck, Transport

@@ -20,6 +20,7 @@ from swarmkit.net.protocol.messages import (
     PUSH_ENDPOINT,
     SESSION_ENDPOINT,
     Fault,
+    Link,
     Message,
     Open,
     Opened,
@@ -101,8 +102,8 @@ class TinyServer:
         await self.transport.listen(PUSH_ENDPOINT, self.service.serve_pushes)
         return self
 
-    async def _dial(self, peer_id: str, addresses: Sequence[str]) -> Stream:
-        return await self.transport.open(peer_id, PUSH_ENDPOINT, addresses)
+    async def _dial(self, link: Link) -> Stream:
+        return await self.transport.open(link.peer_id, PUSH_ENDPOINT, link.addresses)
 
     async def _join(self) -> Transport:
         transport = self.network.transport()

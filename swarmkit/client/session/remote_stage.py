@@ -219,7 +219,7 @@ class RemoteStage:
         server = following.hop.server
         if not following._inlet:
             return False
-        message = Link(server.peer_id, server.addresses[:MAX_ADDRESSES], following._inlet)
+        message = Link(server.peer_id, server.addresses[:MAX_ADDRESSES], following._inlet, server.service)
         try:
             reply = await self._ask(message, _LINK_PATIENCE_S)
         except RemoteError as error:

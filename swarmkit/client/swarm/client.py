@@ -23,12 +23,13 @@ from swarmkit.client.trace import Busy, SessionEvent, StepTrace
 from swarmkit.errors import RemoteError, SwarmkitError
 from swarmkit.net.connect import TransportFactory
 from swarmkit.net.protocol.messages import SESSION_ENDPOINT
+from swarmkit.net.registry.acceptance import is_acceptable
 from swarmkit.net.registry.records import Announcement
-from swarmkit.net.registry.registry import Registry, records
+from swarmkit.net.registry.registry import Registry
 from swarmkit.net.registry.swarm_map import SwarmMap, uncovered
 from swarmkit.net.rpc.conversation import Conversation
 from swarmkit.net.transport.identity import Identity
-from swarmkit.net.transport.seam import Stream, Transport
+from swarmkit.net.transport.seam import Stream, Transport, endpoint_of
 from swarmkit.settings import ClientSettings, NetSettings
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class SwarmClient:
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Be a member of the swarm until `request_stop`."""
         self._transport = await self._factory(
-            Identity(), lambda key, subkey, value: records.is_acceptable(key, subkey, value, self._clock())
+            Identity(), lambda key, subkey, value: is_acceptable(key, subkey, value, self._clock())
         )
         try:
             self._registry = Registry(self._transport, self._clock)
@@ -247,9 +248,8 @@ class SwarmClient:
             PeerError: it cannot be reached in time.
         """
         assert self._transport is not None
-        return await self._transport.open(
-            server.peer_id, endpoint, server.addresses, self._net.connect_timeout
-        )
+        name = endpoint_of(endpoint, server.service)
+        return await self._transport.open(server.peer_id, name, server.addresses, self._net.connect_timeout)
 
     def round_trip_s(self, peer_id: str) -> float:
         """Measured or assumed seconds to a peer and back."""

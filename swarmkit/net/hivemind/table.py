@@ -27,7 +27,7 @@ import anyio
 from swarmkit.errors import TransportError
 from swarmkit.net.transport.identity import Identity, verify
 from swarmkit.net.transport.limits import MAX_VALUE_BYTES, checked_records
-from swarmkit.net.transport.seam import RecordCheck
+from swarmkit.net.transport.seam import RecordCheck, peer_of, service_id
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class RecordGuard:
         value = envelope[end_of_key:]
         if self._key_id(key).to_bytes() != key_id:
             return None
-        if not self._authentic(subkey, _signed_part(expires_at, value), signature):
+        if not self._authentic(peer_of(subkey), _signed_part(expires_at, value), signature):
             return None
         if self._check is not None and not self._check(key, subkey, value):
             return None
@@ -243,7 +243,7 @@ class HivemindTable:
         node.protocol._validate_dictionary = guard.purge
         return cls(node, guard, identity, timeout)
 
-    async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float) -> int:
+    async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float, service: int = 0) -> int:
         """See `Transport.store`."""
         pairs = checked_records(records, expires_at)
         if not pairs:
@@ -254,7 +254,7 @@ class HivemindTable:
                     keys=[key for key, _ in pairs],
                     values=[_sealed(self._identity, key, value, expires_at) for key, value in pairs],
                     expiration_time=float(expires_at),
-                    subkeys=[self._identity.peer_id] * len(pairs),
+                    subkeys=[service_id(self._identity.peer_id, service)] * len(pairs),
                     exclude_self=self._node.protocol.client_mode,  # nobody could ask it for them
                 )
         except TimeoutError:

@@ -70,6 +70,8 @@ class HivemindTransport(Transport):
         self._handlers: dict[str, Handler] = {}
         self._streams: weakref.WeakSet[FrameStream] = weakref.WeakSet()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._serving: dict[str, set[asyncio.Task[Any]]] = {}
+        """The tasks of incoming streams, by the streams' name."""
         self._hivemind_tasks: set[asyncio.Task[Any]] = set()
         self._end: TransportError | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -211,6 +213,22 @@ class HivemindTransport(Transport):
                 f"the p2p daemon does not accept streams called {name!r}: {error}"
             ) from error
 
+    async def unlisten(self, name: str) -> None:
+        """See `Transport.unlisten`."""
+        if self._handlers.pop(name, None) is None:
+            return
+        pb = _messages()
+        address = _multiaddr(f"/unix{self._stream_socket}").to_bytes()
+        request = pb.RemoveStreamHandlerRequest(addr=address, proto=[name])
+        try:
+            with anyio.fail_after(_REQUEST_TIMEOUT_S):
+                await self._ask(
+                    pb.Request(type=pb.Request.REMOVE_STREAM_HANDLER, removeStreamHandler=request)
+                )
+        except (TimeoutError, TransportError, _DaemonRefusal) as error:
+            logger.debug("the p2p daemon goes on accepting streams called %r: %r", name, error)
+        await end_tasks(self._serving.pop(name, set()))
+
     async def open(
         self, peer_id: str, name: str, addresses: Sequence[str] = (), timeout: float = 5.0
     ) -> Stream:
@@ -244,11 +262,11 @@ class HivemindTransport(Transport):
         except _DaemonRefusal as refusal:
             raise _unreachable(peer_id, name, str(refusal)) from None
 
-    async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float) -> int:
+    async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float, service: int = 0) -> int:
         """See `Transport.store`."""
         self._check_running()
         assert self._table is not None
-        stored = await self._table_call(self._table.store(records, expires_at))
+        stored = await self._table_call(self._table.store(records, expires_at, service))
         await self._refresh_addresses()
         return stored
 
@@ -343,6 +361,11 @@ class HivemindTransport(Transport):
                 stream.peer_id = base58.b58encode(info.peer).decode()
                 name = info.proto
             handler = self._handlers[name]
+            task = asyncio.current_task()
+            assert task is not None
+            of_name = self._serving.setdefault(name, set())
+            of_name.add(task)
+            task.add_done_callback(of_name.discard)
             stream = await self._agree_on_way(stream)
             await handler(stream)
         except Exception:

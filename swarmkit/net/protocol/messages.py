@@ -73,6 +73,8 @@ SENDERS_FAULT: frozenset[str] = frozenset(
 )
 """Faults that another server would most likely find too: trying a third one is no use."""
 
+ServiceNumber = Annotated[int, msgspec.Meta(ge=0, le=255)]
+"""Which of the services at a peer is meant."""
 BlockIndex = Annotated[int, msgspec.Meta(ge=0, le=100_000)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 Total = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
@@ -151,11 +153,12 @@ class PrefixRestored(_Message, frozen=True):
 
 
 class Link(_Message, frozen=True):
-    """From now on, the outputs of steps with `forward` go on to the session `inlet` at this peer."""
+    """From now on, the outputs of steps with `forward` go on to the session `inlet` at a peer's service."""
 
     peer_id: ShortText
     addresses: Addresses
     inlet: Inlet
+    service: ServiceNumber = 0
 
 
 class Linked(_Message, frozen=True):

@@ -1,7 +1,8 @@
-"""What makes a record somebody's word: its body, and a signature over it by the peer that it names."""
+"""What makes a record a peer's word: its body, and a signature over it by the peer that it names."""
 
 from __future__ import annotations
 
+import math
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
@@ -10,6 +11,8 @@ from swarmkit.errors import ProtocolError
 from swarmkit.net.transport.identity import Identity, verify
 
 MAX_RECORD_BYTES = 4096
+MAX_LIFETIME_S = 3600.0
+"""Records further in the future than this are refused: a mistaken or lying peer shall not be immortal."""
 
 
 class Statement(Protocol):
@@ -29,6 +32,18 @@ class _Signed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 _encoder = msgspec.msgpack.Encoder()
 _signed_decoder = msgspec.msgpack.Decoder(_Signed)
+
+
+def check_expiry(expires_at: float, now: float, sender: str) -> None:
+    """Refuse a record that is of no use any more, or claims to be for too long.
+
+    Raises:
+        ProtocolError: it has expired at `now` (Unix time, seconds), or expires too far ahead.
+    """
+    if not (math.isfinite(expires_at) and now < expires_at):
+        raise ProtocolError("the record has expired", sender)
+    if expires_at > now + MAX_LIFETIME_S:
+        raise ProtocolError("the record is dated too far ahead; check both clocks", sender)
 
 
 class Envelope(Generic[Body]):

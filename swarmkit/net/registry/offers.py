@@ -13,7 +13,6 @@ hash of). What a block is, is a claim and treated as one: see `swarmkit/server/w
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Annotated
@@ -22,8 +21,7 @@ import msgspec
 
 from swarmkit.errors import ProtocolError
 from swarmkit.net.protocol.messages import Addresses, BlockIndex, Fingerprint, ShortText, Total
-from swarmkit.net.registry.envelope import Envelope
-from swarmkit.net.registry.records import MAX_LIFETIME_S
+from swarmkit.net.registry.envelope import Envelope, check_expiry
 from swarmkit.net.transport.identity import Identity
 
 PREFIX = "swarmkit/1/weights/"
@@ -86,8 +84,7 @@ def read(key: str, subkey: str, value: bytes, now: float) -> WeightsOffer:
         raise ProtocolError("an offer stands under a peer that did not sign it", subkey)
     if key not in keys_of(offer):
         raise ProtocolError("an offer stands under a key that is not its own", subkey)
-    if not (math.isfinite(offer.expires_at) and now < offer.expires_at <= now + MAX_LIFETIME_S):
-        raise ProtocolError("the offer has expired or is dated too far ahead; check both clocks", subkey)
+    check_expiry(offer.expires_at, now, subkey)
     return offer
 
 

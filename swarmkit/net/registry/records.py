@@ -1,28 +1,35 @@
 """What a server tells the swarm about itself: a signed, dated record under one key per block.
 
-A record is trusted no further than its signature: the signer is the peer that it names, so nobody can speak
-for another, but everything else in it (throughput, free cache) is a claim.
+A record is trusted no further than its signature: the signer is the peer that it names, so no peer can speak
+for another one, but everything else in it (throughput, free cache) is a claim. A peer has one announcement
+for each service that it runs: it may serve two models, or two runs of one model's blocks.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from typing import Annotated, Literal
 
 import msgspec
 
 from swarmkit.errors import ProtocolError
-from swarmkit.net.protocol.messages import PRINTABLE, Addresses, BlockIndex, Fingerprint, ShortText
-from swarmkit.net.registry.envelope import Envelope
+from swarmkit.net.protocol.messages import (
+    PRINTABLE,
+    Addresses,
+    BlockIndex,
+    Fingerprint,
+    ServiceNumber,
+    ShortText,
+)
+from swarmkit.net.registry.envelope import Envelope, check_expiry
 from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.seam import service_id
 
 RECORD_VERSION = 1
-MAX_LIFETIME_S = 3600.0
-"""Records further in the future than this are refused: a mistaken or lying peer shall not be immortal."""
 MODELS_KEY = "swarmkit/1/models"
 
-_PREFIX = "swarmkit/1/blocks"
+PREFIX = "swarmkit/1/blocks/"
+"""What the keys of announcements begin with, but for `MODELS_KEY`."""
 
 ServerState = Literal["joining", "online", "leaving"]
 Rate = Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]
@@ -42,6 +49,7 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """One server's word about itself.
 
     Attributes:
+        service: tells this server from others of the same peer; its endpoints have the number in their names.
         fingerprint: of config and weights; servers of different models never meet in one route.
         model: the model's name as its owner wrote it, for people.
         num_blocks: blocks of the whole model.
@@ -50,7 +58,7 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         free_cache_tokens: tokens of one row that its cache can still take.
         dtype: what it computes in.
         adapters: those that it hosts.
-        sequence: grows with every announcement of a peer; the greatest one counts.
+        sequence: grows with every announcement of a service; the greatest one counts.
         expires_at: Unix time, seconds.
     """
 
@@ -67,9 +75,15 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     addresses: Addresses
     public_name: Annotated[str, msgspec.Meta(max_length=64, pattern=PRINTABLE)] = ""
     software: ShortText = ""
+    service: ServiceNumber = 0
     adapters: Annotated[tuple[HostedAdapter, ...], msgspec.Meta(max_length=MAX_HOSTED_ADAPTERS)] = ()
     sequence: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     expires_at: float
+
+    @property
+    def service_id(self) -> str:
+        """The name of the server in the whole swarm: its peer and its number there."""
+        return service_id(self.peer_id, self.service)
 
     @property
     def label(self) -> str:
@@ -82,7 +96,7 @@ _envelope = Envelope(Announcement, b"swarmkit announcement 1\n", "an announcemen
 
 def block_key(fingerprint: str, block: int) -> str:
     """The shared table's key for the servers of one block."""
-    return f"{_PREFIX}/{fingerprint}/{block}"
+    return f"{PREFIX}{fingerprint}/{block}"
 
 
 def keys_of(announcement: Announcement) -> list[str]:
@@ -114,40 +128,16 @@ def read(
         announcement = _verified(value, subkey)
         if known is not None:
             known[value] = announcement
-    if announcement.peer_id != subkey:
-        raise ProtocolError("a record stands under a peer that did not sign it", subkey)
+    if announcement.service_id != subkey:
+        raise ProtocolError("a record stands under a service that did not sign it", subkey)
     if key != MODELS_KEY:
         prefix, _, block = key.rpartition("/")
-        if prefix != f"{_PREFIX}/{announcement.fingerprint}":
+        if prefix != f"{PREFIX}{announcement.fingerprint}":
             raise ProtocolError("a record stands under a model that it does not serve", subkey)
         if block not in map(str, range(announcement.start, announcement.stop)):
             raise ProtocolError("a record stands under a block that it does not serve", subkey)
-    if announcement.expires_at <= now:
-        raise ProtocolError("the record has expired", subkey)
-    if announcement.expires_at > now + MAX_LIFETIME_S:
-        raise ProtocolError("the record is dated too far ahead; check both clocks", subkey)
+    check_expiry(announcement.expires_at, now, subkey)
     return announcement
-
-
-def is_acceptable(key: str, subkey: str, value: bytes, now: float) -> bool:
-    """Whether a peer should keep and hand out a record: see `read`, and `offers.read` for those about
-    weights.
-    """
-    from swarmkit.net.registry import offers  # which builds on this module
-
-    try:
-        if key.startswith(offers.PREFIX):
-            offers.read(key, subkey, value, now)
-        else:
-            read(key, subkey, value, now)
-    except ProtocolError:
-        return False
-    return True
-
-
-def acceptable_now(key: str, subkey: str, value: bytes) -> bool:
-    """`is_acceptable` by this machine's clock."""
-    return is_acceptable(key, subkey, value, time.time())
 
 
 def _verified(value: bytes, subkey: str) -> Announcement:

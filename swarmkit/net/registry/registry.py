@@ -20,7 +20,7 @@ _KNOWN_RECORDS = 4096
 
 
 class Registry:
-    """This peer's hand in the shared table. Owns no task: whoever wants a period calls in a loop."""
+    """This peer's access to the shared table. It owns no task: its users call it in loops of their own."""
 
     def __init__(self, transport: Transport, clock: Callable[[], float] = time.time) -> None:
         self._transport = transport
@@ -37,17 +37,17 @@ class Registry:
         """Store an announcement under each of its keys. Returns how many keys took it."""
         value = records.sign(announcement, self._transport.identity)
         return await self._transport.store(
-            ((key, value) for key in keys_of(announcement)), announcement.expires_at
+            [(key, value) for key in keys_of(announcement)], announcement.expires_at, announcement.service
         )
 
     async def look_up(self, fingerprint: str, num_blocks: int) -> SwarmMap:
-        """Everybody who announces a block of the model."""
+        """The servers that announce a block of the model."""
         keys = [block_key(fingerprint, block) for block in range(num_blocks)]
         found = [r for r in await self._read(keys) if r.num_blocks == num_blocks]
         return SwarmMap().apply(*found)
 
     async def look_up_all(self) -> SwarmMap:
-        """Everybody who announces anything."""
+        """All servers that announce anything."""
         return SwarmMap().apply(*await self._read([MODELS_KEY]))
 
     async def wait_for(

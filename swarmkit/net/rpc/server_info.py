@@ -17,7 +17,7 @@ from swarmkit.net.protocol.messages import (
 )
 from swarmkit.net.registry.records import Announcement
 from swarmkit.net.rpc.conversation import Conversation
-from swarmkit.net.transport.seam import Transport
+from swarmkit.net.transport.seam import Transport, endpoint_of
 
 _ANSWER_TYPES: dict[type, type] = {GetInfo: ServerInfo, GetResources: Resources}
 _ASKED_AT_A_TIME = 16
@@ -29,14 +29,17 @@ async def ask(
     addresses: Sequence[str],
     question: GetInfo | GetResources,
     timeout: float,
+    service: int = 0,
 ) -> ServerInfo | Resources:
     """One server's answer.
+
+    Args: service: the number of the server at its peer.
 
     Raises:
         PeerError: it cannot be reached in time, or does not answer as it should.
         TimeoutError: it was reached, and said nothing.
     """
-    stream = await transport.open(peer_id, SESSION_ENDPOINT, addresses, timeout)
+    stream = await transport.open(peer_id, endpoint_of(SESSION_ENDPOINT, service), addresses, timeout)
     try:
         conversation = Conversation(stream, 0, timeout)
         with anyio.fail_after(timeout):
@@ -54,18 +57,20 @@ async def ask(
 async def ask_all(
     transport: Transport, servers: Sequence[Announcement], timeout: float
 ) -> dict[str, ServerInfo]:
-    """What servers are doing, by peer id; those that do not answer in time are left out."""
+    """What servers are doing, by service id; those that do not answer in time are left out."""
     found: dict[str, ServerInfo] = {}
     turns = anyio.Semaphore(_ASKED_AT_A_TIME)
 
     async def one(server: Announcement) -> None:
         async with turns:
             try:
-                reply = await ask(transport, server.peer_id, server.addresses, GetInfo(), timeout)
+                reply = await ask(
+                    transport, server.peer_id, server.addresses, GetInfo(), timeout, server.service
+                )
             except (PeerError, TimeoutError):
                 return
             assert isinstance(reply, ServerInfo)
-            found[server.peer_id] = reply
+            found[server.service_id] = reply
 
     async with anyio.create_task_group() as tasks:
         for server in servers:

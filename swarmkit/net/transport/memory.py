@@ -31,7 +31,7 @@ from swarmkit.errors import (
 )
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.limits import checked_records, frame_size
-from swarmkit.net.transport.seam import Buffer, Handler, RecordCheck, Stream, Transport
+from swarmkit.net.transport.seam import Buffer, Handler, RecordCheck, Stream, Transport, service_id
 
 logger = logging.getLogger(__name__)
 
@@ -343,6 +343,8 @@ class MemoryTransport(Transport):
         self._handlers: dict[str, Handler] = {}
         self._streams: weakref.WeakSet[MemoryStream] = weakref.WeakSet()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._serving: dict[str, set[asyncio.Task[None]]] = {}
+        """The tasks of incoming streams, by the streams' name."""
         self._end: TransportError | None = None
 
     @property
@@ -361,6 +363,11 @@ class MemoryTransport(Transport):
         """See `Transport.listen`. A second handler of the same name replaces the first."""
         self._check_running()
         self._handlers[name] = handler
+
+    async def unlisten(self, name: str) -> None:
+        """See `Transport.unlisten`."""
+        self._handlers.pop(name, None)
+        await _ended(self._serving.pop(name, set()))
 
     async def open(
         self, peer_id: str, name: str, addresses: Sequence[str] = (), timeout: float = 5.0
@@ -385,15 +392,15 @@ class MemoryTransport(Transport):
         here, there = MemoryStream.pair(network, own_id, peer_id)
         self._streams.add(here)
         peer._streams.add(there)
-        peer._spawn(peer._serve(handler, there))
+        peer._spawn(peer._serve(handler, there), name)
         return here
 
-    async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float) -> int:
+    async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float, service: int = 0) -> int:
         """See `Transport.store`."""
         self._check_running()
         await asyncio.sleep(0)
-        pairs = checked_records(records, expires_at)
-        return sum(self.network._keep(key, self.peer_id, bytes(value), expires_at) for key, value in pairs)
+        pairs, subkey = checked_records(records, expires_at), service_id(self.peer_id, service)
+        return sum(self.network._keep(key, subkey, bytes(value), expires_at) for key, value in pairs)
 
     async def fetch(self, keys: Iterable[str]) -> Mapping[str, Mapping[str, bytes]]:
         """See `Transport.fetch`."""
@@ -414,10 +421,7 @@ class MemoryTransport(Transport):
         """See `Transport.close`."""
         caller = asyncio.current_task()
         self._leave(TransportError("this transport was closed; create a new one"), spare=caller)
-        while pending := [task for task in self._tasks if task is not caller and not task.done()]:
-            for task in pending:
-                task.cancel()
-            await asyncio.wait(pending)
+        await _ended(self._tasks, spare=caller)
 
     def _leave(self, why: TransportError, spare: asyncio.Task[Any] | None = None) -> None:
         if self._end is None:
@@ -436,10 +440,11 @@ class MemoryTransport(Transport):
     def _accepts(self, key: str, subkey: str, value: bytes) -> bool:
         return self._check is None or self._check(key, subkey, value)
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        for tasks in (self._tasks, self._serving.setdefault(name, set())):
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
 
     async def _serve(self, handler: Handler, stream: MemoryStream) -> None:
         try:
@@ -458,6 +463,14 @@ class MemoryTransport(Transport):
         for stream in list(self._streams):
             if stream.peer_id == peer_id:
                 stream.abort(PeerUnreachableError(f"the connection to peer {peer_id} was lost", peer_id))
+
+
+async def _ended(tasks: set[asyncio.Task[None]], spare: asyncio.Task[Any] | None = None) -> None:
+    """Cancel tasks, and wait until all but `spare` have ended."""
+    while pending := [task for task in tasks if task is not spare and not task.done()]:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending)
 
 
 def _again(error: SwarmkitError) -> SwarmkitError:

@@ -68,6 +68,21 @@ RecordCheck: TypeAlias = Callable[[str, str, bytes], bool]
 """`check(key, subkey, value)`: whether this peer is willing to keep and hand out the record."""
 
 
+def service_id(peer_id: str, service: int) -> str:
+    """The name of one of a peer's services: the subkey of its records. Service 0 has the peer's own name."""
+    return f"{peer_id}/{service}" if service else peer_id
+
+
+def peer_of(subkey: str) -> str:
+    """The peer that a record's subkey belongs to, whichever of its services that is."""
+    return subkey.partition("/")[0]
+
+
+def endpoint_of(name: str, service: int) -> str:
+    """The endpoint called `name` of one of a peer's services. Service 0 has the plain name."""
+    return f"{name}/{service}" if service else name
+
+
 @runtime_checkable
 class Transport(Protocol):
     """One peer's connection to the swarm."""
@@ -87,6 +102,9 @@ class Transport(Protocol):
     async def listen(self, name: str, handler: Handler) -> None:
         """Serve every incoming stream called `name` in a task of its own."""
 
+    async def unlisten(self, name: str) -> None:
+        """Serve no stream called `name` any more. Those that are open end, and so do their tasks."""
+
     async def open(
         self, peer_id: str, name: str, addresses: Sequence[str] = (), timeout: float = 5.0
     ) -> Stream:
@@ -102,9 +120,13 @@ class Transport(Protocol):
             PeerTimeoutError: nothing answered within `timeout`.
         """
 
-    async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float) -> int:
-        """Put `(key, value)` pairs into the shared table under this peer's id as subkey, each until
-        `expires_at` (Unix time, seconds). A later `expires_at` replaces an earlier one.
+    async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float, service: int = 0) -> int:
+        """Put `(key, value)` pairs into the shared table, each until `expires_at` (Unix time, seconds). A
+        later `expires_at` replaces an earlier one.
+
+        Args:
+            service: the number of the service at this peer that the records are of; their subkey is
+                `service_id(peer_id, service)`.
 
         Returns: how many of them at least one peer accepted.
         """

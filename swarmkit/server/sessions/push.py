@@ -6,7 +6,7 @@ client, who gets every output as well, can send it itself at any time.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 
 import anyio
 import msgspec
@@ -18,8 +18,8 @@ from swarmkit.net.rpc.conversation import Conversation, Received
 from swarmkit.net.rpc.idle_timer import IdleTimer
 from swarmkit.net.transport.seam import Buffer, Stream
 
-Dial = Callable[[str, Sequence[str]], Awaitable[Stream]]
-"""`dial(peer_id, addresses)`: a stream to that peer's push endpoint."""
+Dial = Callable[[Link], Awaitable[Stream]]
+"""`dial(link)`: a stream to the push endpoint of the service that a client has named."""
 
 _DIALS_AT_A_TIME = 8
 """A client says whom to dial; nobody shall have this machine dial the world."""
@@ -81,7 +81,7 @@ class Links:
         try:
             with anyio.fail_after(self._link_timeout):
                 async with self._dials:
-                    conversation = Conversation(await self._dial(link.peer_id, link.addresses), 0)
+                    conversation = Conversation(await self._dial(link), 0)
                     await conversation.send(Attach(link.inlet, conversation.clock()))
                     reply = (await conversation.receive()).message
             if not isinstance(reply, Attached):

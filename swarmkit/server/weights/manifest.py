@@ -21,8 +21,8 @@ from swarmkit.models.checkpoint.store import BlockStore
 from swarmkit.models.checkpoint.store_pinned import find_manifest, keep_manifest
 from swarmkit.net import portal
 from swarmkit.net.connect import TransportFactory
+from swarmkit.net.registry.acceptance import acceptable_now
 from swarmkit.net.registry.offers import WeightsOffer
-from swarmkit.net.registry.records import acceptable_now
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.seam import Transport
 from swarmkit.server.weights.service import WeightsSettings
