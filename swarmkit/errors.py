@@ -65,7 +65,7 @@ class NoRouteError(SwarmkitError):
 
 
 class DeadlineError(SwarmkitError, TimeoutError):
-    """A step took longer than `ClientSettings.step_deadline`; its session can go on with another one."""
+    """A step took longer than `DeadlineSettings.step_deadline_s`; its session can go on with another one."""
 
 
 class PeerError(SwarmkitError):

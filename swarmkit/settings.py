@@ -1,169 +1,393 @@
-"""Settings: defaults < `SWARMKIT_*` environment variables < arguments.
+"""Settings of servers, clients and the network, grouped by the part that reads them.
 
-Each group belongs to the room that reads it. Times are in seconds unless a name says otherwise.
+A field gets its value from the argument, else from its environment variable, else from its default. The
+variable is the prefix of the settings and the field's own name, whichever group holds the field: that of
+`ServerSettings.limits.cache_bytes` is `SWARMKIT_SERVER_CACHE_BYTES`. So a name occurs once under a prefix.
+
+Units: names of durations end in `_s` (seconds), of amounts of memory in `_bytes`, of rates in `_per_s`.
+`docs/settings.md` is written from the descriptions here by `make settings`.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from typing_extensions import Self
 
 LossyCodec = Literal["bfloat16", "float16", "int8"]
-"""What hidden states may travel in, besides as they are; see `net.codec`."""
+"""An encoding that hidden states may travel in, besides the exact one; see `net.protocol.codec`."""
+
+Rate = Annotated[float, Field(gt=0)]
+"""Bytes per second."""
 
 
-class NetSettings(BaseSettings):
-    """How this peer talks to others."""
+class SettingsGroup(BaseSettings):
+    """Fields that one part of the program reads. Each field has an environment variable of its own."""
 
-    model_config = SettingsConfigDict(env_prefix="SWARMKIT_NET_", frozen=True, extra="forbid")
+    def replace(self, **changes: Any) -> Self:
+        """Return a checked copy in which the named fields have other values.
 
-    startup_timeout: float = Field(default=30.0, gt=0, description="for the p2p daemon to start")
-    connect_timeout: float = Field(default=5.0, gt=0, description="to reach a peer and open a stream")
+        Raises:
+            ValidationError: a field does not exist, or its value is not allowed.
+        """
+        return type(self)(**{**dict(self), **changes})
 
 
-class ServerSettings(BaseSettings):
-    """How a server serves."""
+class Settings(BaseModel):
+    """Groups of settings, each an attribute."""
 
-    model_config = SettingsConfigDict(env_prefix="SWARMKIT_SERVER_", frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    announce_period: float = Field(default=10.0, gt=0, description="between two announcements")
-    record_lifetime: float = Field(default=30.0, gt=0, le=3600, description="until an announcement expires")
+    def replace(self, **changes: Any) -> Self:
+        """Return a checked copy in which the named fields, of any groups, have other values.
+
+        Raises:
+            TypeError: no group has such a field.
+            ValidationError: a value is not allowed.
+        """
+        groups = {}
+        for name, group in self:
+            own = {field: changes.pop(field) for field in type(group).model_fields if field in changes}
+            groups[name] = group.replace(**own) if own else group
+        if changes:
+            raise TypeError(f"{type(self).__name__} has no field named {', '.join(sorted(changes))}")
+        return type(self)(**groups)
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment variables from which another process reads these same settings."""
+        variables = {}
+        for _, group in self:
+            prefix = type(group).model_config["env_prefix"]
+            for name, value in group.model_dump(mode="json").items():
+                if value is not None:
+                    text = value if isinstance(value, str) else json.dumps(value)
+                    variables[f"{prefix}{name}".upper()] = text
+        return variables
+
+
+def read_from(prefix: str) -> SettingsConfigDict:
+    """Return the configuration of a group whose environment variables begin with a prefix."""
+    return SettingsConfigDict(env_prefix=prefix, frozen=True, extra="forbid")
+
+
+class NetSettings(SettingsGroup):
+    """Connections to other peers."""
+
+    model_config = read_from("SWARMKIT_NET_")
+
+    startup_timeout_s: float = Field(
+        default=30.0, gt=0, description="How long the p2p daemon may take to start."
+    )
+    connect_timeout_s: float = Field(
+        default=5.0, gt=0, description="How long it may take to reach a peer and open a stream."
+    )
+
+
+class Limits(SettingsGroup):
+    """What a server may use of its machine. These can be replaced while it runs (`Server.set_limits`)."""
+
+    model_config = read_from("SWARMKIT_SERVER_")
+
+    max_sessions: int = Field(default=1024, ge=1, description="How many sessions may be open at a time.")
     cache_bytes: int = Field(
-        default=2 * 1024**3, gt=0, description="memory for keys and values of all sessions"
+        default=2 * 1024**3, gt=0, description="Memory for the keys and values of all sessions together."
     )
-    prefix_cache: Literal["off", "client", "everyone"] = Field(
-        default="client",
-        description="keep full pages of keys and values for sessions that begin alike: those of one client, "
-        "or of everyone, which lets strangers find out by timing what others have asked",
+    activation_cache_bytes: int = Field(
+        default=512 * 1024**2,
+        ge=0,
+        description="Memory for activations that training computes in its forward pass and needs again in "
+        "its backward pass. With 0, every backward pass computes them again.",
     )
-    receive_budget_bytes: int = Field(
-        default=512 * 1024**2, gt=0, description="memory for large steps that arrive or wait for their turn"
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="How many processor threads a step may use. Without a value, PyTorch decides.",
     )
-    cache_tokens: int = Field(default=16_384, ge=1, description="to plan for when blocks are counted")
-    max_step_tokens: int = Field(default=4096, ge=1, description="batch x tokens of one step")
+    upload_bytes_per_s: Rate | None = Field(
+        default=None,
+        description="How fast all services of the server together send. Without a value, no limit.",
+    )
+    download_bytes_per_s: Rate | None = Field(
+        default=None,
+        description="How fast all services of the server together receive. Without a value, no limit.",
+    )
+
+
+class NodeSettings(SettingsGroup):
+    """Announcements, planning and shutdown of a server."""
+
+    model_config = read_from("SWARMKIT_SERVER_")
+
+    announce_period_s: float = Field(default=10.0, gt=0, description="Time between two announcements.")
+    record_lifetime_s: float = Field(
+        default=30.0,
+        gt=0,
+        le=3600,
+        description="How long clients believe an announcement that is not renewed.",
+    )
+    cache_tokens: int = Field(
+        default=16_384,
+        ge=1,
+        description="How many tokens of keys and values a server leaves room for when it counts the blocks "
+        "that fit into its memory.",
+    )
+    drain_timeout_s: float = Field(
+        default=30.0, ge=0, description="How long a server that leaves waits for its sessions to move away."
+    )
+    report_resources: bool = Field(
+        default=False,
+        description="Whether the server tells any peer that asks how many streams, tasks and bytes it "
+        "holds. Tests of long runs need this.",
+    )
+
+
+class EngineSettings(SettingsGroup):
+    """The order and size of forward passes on a server's device."""
+
+    model_config = read_from("SWARMKIT_SERVER_")
+
     prefill_chunk_tokens: int = Field(
-        default=512, ge=1, description="batch x tokens of long steps in one forward pass, at most"
+        default=512,
+        ge=1,
+        description="The largest batch x tokens of a prompt that one forward pass computes. Longer prompts "
+        "are cut.",
     )
     decode_slowdown: float = Field(
         default=1.6,
         ge=1,
-        description="how many times its usual time a decode step may take beside others' prompts",
+        description="How many times its usual time a decode step may take while prompts of other sessions "
+        "are computed in the same forward passes.",
     )
     cuda_graph_slots: int = Field(
         default=4,
         ge=0,
-        description="that decode by recorded work on an NVIDIA or AMD accelerator, which is quicker; where "
-        "there are more at a time, they all decode without. 0 = never",
+        description="How many sessions may decode through CUDA graphs at a time, which is faster. When "
+        "more sessions decode at once, all of them decode without graphs. 0 turns CUDA graphs off.",
     )
     cuda_graph_tokens: int = Field(
         default=2048,
         ge=16,
-        description="of a session, until it decodes without records; memory for the keys and values of one "
-        "session more than there are with records is held",
+        description="The longest session that decodes through CUDA graphs. The server holds memory for "
+        "this many tokens of keys and values for each slot, and for one slot more.",
     )
-    adapter_bytes: int = Field(default=512 * 1024**2, ge=0, description="memory for adapters of all clients")
-    client_adapter_bytes: int = Field(
-        default=128 * 1024**2, ge=0, description="memory for adapters of one client"
-    )
-    adapter_max_rank: int = Field(default=256, ge=1, description="rank of a client's LoRA adapters")
-    gradient_slice: float = Field(
-        default=0.05, gt=0, description="for which training may keep the device before others have their turn"
-    )
-    gradient_memory_bytes: int = Field(
+
+
+class RequestSettings(SettingsGroup):
+    """Requests of any kind that a server answers."""
+
+    model_config = read_from("SWARMKIT_SERVER_")
+
+    max_step_tokens: int = Field(default=4096, ge=1, description="The largest batch x tokens of one step.")
+    receive_budget_bytes: int = Field(
         default=512 * 1024**2,
-        ge=0,
-        description="memory for what training computed on its way there, so that it is not computed again on "
-        "the way back; 0: it always is",
+        ge=1,
+        description="Memory for large steps that are being received or wait for their turn.",
     )
-    max_gradient_streams: int = Field(default=256, ge=1, description="streams for training at a time")
-    max_session_length: int = Field(
-        default=2**20, ge=1, description="tokens per row that a session may declare"
-    )
-    max_sessions: int = Field(default=1024, ge=1, description="sessions at a time")
     max_queue_s: float = Field(
         default=30.0,
         gt=0,
-        description="longest expected wait of a step; one for which it is longer is refused",
+        description="The longest expected wait with which a step is still accepted. The server refuses "
+        "others as busy, and their clients try other servers.",
     )
     max_admission_wait_s: float = Field(
-        default=2.0, gt=0, description="for a large step to wait for memory to arrive in before it is refused"
+        default=2.0,
+        gt=0,
+        description="How long a large step waits for receive memory before the server refuses it as busy.",
     )
-    evict_after: float = Field(
+    message_timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="How long the rest of a message may take once it has begun to arrive, and how long it "
+        "may take to send a reply.",
+    )
+    idle_timeout_s: float = Field(
+        default=1800.0, gt=0, description="How long a session may send no step before the server closes it."
+    )
+
+
+class SessionSettings(SettingsGroup):
+    """Sessions of clients on a server."""
+
+    model_config = read_from("SWARMKIT_SERVER_")
+
+    max_session_length: int = Field(
+        default=2**20, ge=1, description="The largest number of tokens per row that a session may declare."
+    )
+    evict_after_s: float = Field(
         default=15.0,
         ge=0,
-        description="without a step until a session may have to make room for others, the longest idle first",
+        description="How long a session must be idle before the server may close it to make room for "
+        "another. It closes the session that is idle longest first.",
     )
-    report_resources: bool = Field(
-        default=False, description="tell who asks how many streams, tasks and bytes there are, as soaks do"
+    prefix_cache: Literal["off", "client", "everyone"] = Field(
+        default="client",
+        description="For which sessions the server keeps full pages of keys and values after they end, so "
+        "that later sessions with the same beginning need not compute it: none, later sessions of the same "
+        "client, or those of everyone. With `everyone`, strangers can measure what others have asked.",
     )
-    idle_timeout: float = Field(default=1800.0, gt=0, description="without a step until a session is closed")
-    message_timeout: float = Field(
-        default=60.0, gt=0, description="for the rest of a message that has begun, and to send a reply"
-    )
-    push: bool = Field(default=True, description="outputs may go straight to the server with the next blocks")
     codecs: tuple[LossyCodec, ...] = Field(
         default=("bfloat16", "float16", "int8"),
-        description="in which hidden states may come and go if a client wishes it, besides as they are",
+        description="The encodings, besides the exact one, in which clients may ask for hidden states to "
+        "travel.",
     )
-    link_timeout: float = Field(default=3.0, gt=0, description="to reach the server with the next blocks")
-    drain_timeout: float = Field(default=30.0, ge=0, description="for sessions to move away when leaving")
+    push: bool = Field(
+        default=True,
+        description="Whether the server sends its outputs directly to the server with the next blocks when "
+        "the client asks for it.",
+    )
+    link_timeout_s: float = Field(
+        default=3.0, gt=0, description="How long it may take to reach the server with the next blocks."
+    )
 
 
-class ClientSettings(BaseSettings):
-    """How a client finds, uses and replaces servers."""
+class AdapterSettings(SettingsGroup):
+    """LoRA adapters and prompts that clients send to a server."""
 
-    model_config = SettingsConfigDict(env_prefix="SWARMKIT_CLIENT_", frozen=True, extra="forbid")
+    model_config = read_from("SWARMKIT_SERVER_")
 
-    route_timeout: float = Field(
-        default=60.0, ge=0, description="to wait for somebody to serve a missing block"
+    adapter_bytes: int = Field(
+        default=512 * 1024**2, ge=0, description="Memory for the adapters of all clients together."
     )
-    refresh_period: float = Field(default=10.0, gt=0, description="between two looks at who serves what")
-    first_step_timeout: float = Field(
-        default=30.0, gt=0, description="for a step, before any step was measured"
+    client_adapter_bytes: int = Field(
+        default=128 * 1024**2, ge=0, description="Memory for the adapters of one client."
     )
-    min_step_timeout: float = Field(
-        default=1.0, gt=0, description="the deadline of a step is never below this"
+    adapter_max_rank: int = Field(
+        default=256, ge=1, description="The largest rank of a client's LoRA adapter."
     )
-    step_deadline: float | None = Field(
+
+
+class TrainingSettings(SettingsGroup):
+    """Forward and backward passes that a server computes for clients that train."""
+
+    model_config = read_from("SWARMKIT_SERVER_")
+
+    gradient_slice_s: float = Field(
+        default=0.05,
+        gt=0,
+        description="How long training may keep the device before waiting decode steps have their turn.",
+    )
+    max_gradient_streams: int = Field(
+        default=256, ge=1, description="How many streams for training may be open at a time."
+    )
+
+
+class ServerSettings(Settings):
+    """How a server serves its blocks."""
+
+    limits: Limits = Field(default_factory=Limits)
+    node: NodeSettings = Field(default_factory=NodeSettings)
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    requests: RequestSettings = Field(default_factory=RequestSettings)
+    sessions: SessionSettings = Field(default_factory=SessionSettings)
+    adapters: AdapterSettings = Field(default_factory=AdapterSettings)
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+
+
+class RoutingSettings(SettingsGroup):
+    """The choice and replacement of servers by a client."""
+
+    model_config = read_from("SWARMKIT_CLIENT_")
+
+    route_timeout_s: float = Field(
+        default=60.0,
+        ge=0,
+        description="How long a client waits for a server with a block that no server has.",
+    )
+    refresh_period_s: float = Field(
+        default=10.0, gt=0, description="Time between two reads of which servers have which blocks."
+    )
+    ban_s: float = Field(
+        default=2.0,
+        gt=0,
+        description="How long a client avoids a peer after its first failure. Each further failure doubles "
+        "it.",
+    )
+    max_ban_s: float = Field(default=60.0, gt=0, description="The longest time that a client avoids a peer.")
+    precisions: tuple[str, ...] = Field(
+        default=(),
+        description="The precisions, such as `float32`, of which the client accepts servers. An empty list "
+        "accepts all.",
+    )
+
+
+class DeadlineSettings(SettingsGroup):
+    """Deadlines of a client's steps."""
+
+    model_config = read_from("SWARMKIT_CLIENT_")
+
+    first_step_timeout_s: float = Field(
+        default=30.0, gt=0, description="The deadline of a step while no step has been measured yet."
+    )
+    min_step_timeout_s: float = Field(default=1.0, gt=0, description="The shortest deadline of a step.")
+    deadline_factor: float = Field(
+        default=8.0,
+        ge=4,
+        description="The deadline of a step, as a multiple of its usual time. Below 4, busy servers would "
+        "be taken for lost.",
+    )
+    step_deadline_s: float | None = Field(
         default=None,
         gt=0,
-        description="no step takes longer, whatever recovery would still do: generate(max_time=…) looks at "
-        "the time between steps only. None = as long as route_timeout and the servers' deadlines allow",
+        description="The longest time that a step may take with all its retries, after which it raises "
+        "`DeadlineError`. Without a value, a step goes on while `route_timeout_s` and the servers' "
+        "deadlines allow. (`generate(max_time=...)` looks at the clock only between steps.)",
     )
-    deadline_factor: float = Field(
-        default=8.0, ge=4, description="deadline = factor x usual time; below 4 a swarm bans itself"
+
+
+class TransferSettings(SettingsGroup):
+    """The way of hidden states between a client and its servers."""
+
+    model_config = read_from("SWARMKIT_CLIENT_")
+
+    push: bool = Field(
+        default=True,
+        description="Whether servers send their outputs directly to the server with the next blocks, where "
+        "they can.",
     )
-    ban_seconds: float = Field(
-        default=2.0, gt=0, description="a failed peer is left aside; doubles with each failure"
-    )
-    max_ban_seconds: float = Field(default=60.0, gt=0, description="the longest that a peer is left aside")
-    push: bool = Field(default=True, description="have servers hand outputs on to each other where they can")
     codecs: tuple[LossyCodec, ...] = Field(
         default=(),
-        description="in which hidden states may travel, besides as they are; each of these changes values, "
-        "and so perhaps tokens",
+        description="The encodings, besides the exact one, in which hidden states may travel. Each of them "
+        "changes values, and so may change tokens.",
     )
     compress: Literal["where it pays", "always"] = Field(
         default="where it pays",
-        description="use these codecs on links that were measured to be slow, or the smallest one on all",
+        description="Whether `codecs` are used only on links that are measured to be slow, or whether the "
+        "smallest one is used on every link.",
+    )
+
+
+class ClientSessionSettings(SettingsGroup):
+    """What a client's sessions keep and try."""
+
+    model_config = read_from("SWARMKIT_CLIENT_")
+
+    recovery: bool = Field(
+        default=True,
+        description="Whether sessions keep the inputs from which a lost server can be replaced. Without "
+        "them, a lost server ends the session.",
     )
     prefix_cache_bytes: int = Field(
         default=256 * 1024**2,
         ge=0,
-        description="what ended sessions had sent and got, so that one that begins alike sends only the rest",
+        description="Memory for what ended sessions sent and received, so that a later session with the "
+        "same beginning sends only the rest.",
     )
     speculation: Literal["off", "auto", "prompt-lookup"] = Field(
         default="auto",
-        description="guess tokens by looking them up in the text, as many as pay: never; where the answer is "
-        "the same without; or wherever it can be done, sampling too (another answer, by the same chances)",
+        description="Whether drafts of the next tokens are looked up in the text and checked in one step: "
+        "never, where this does not change the answer, or wherever it is possible, when sampling too (the "
+        "answer then differs, with the same probabilities).",
     )
-    recovery: bool = Field(
-        default=True,
-        description="keep what sessions need to survive a lost server; without, one that is lost ends them",
-    )
-    precisions: tuple[str, ...] = Field(
-        default=(), description="use only servers of these precisions, such as float32; none = any"
-    )
-    trace_steps: int = Field(default=256, ge=1, description="steps kept in `model.trace`")
+    trace_steps: int = Field(default=256, ge=1, description="How many steps `model.trace` keeps.")
+
+
+class ClientSettings(Settings):
+    """How a client finds, uses and replaces servers."""
+
+    routing: RoutingSettings = Field(default_factory=RoutingSettings)
+    deadlines: DeadlineSettings = Field(default_factory=DeadlineSettings)
+    transfer: TransferSettings = Field(default_factory=TransferSettings)
+    sessions: ClientSessionSettings = Field(default_factory=ClientSessionSettings)

@@ -95,7 +95,7 @@ def settings_of(name: str) -> ClientSettings:
         changes: dict[str, Any] = {"codecs": ("bfloat16", "float16", "int8"), "compress": "where it pays"}
     else:
         changes = {"codecs": CODECS[name], "compress": "always"}
-    return PATIENT.model_copy(update={**changes, "prefix_cache_bytes": 0})
+    return PATIENT.replace(**changes, prefix_cache_bytes=0)
 
 
 def wire_bytes(step: StepTrace) -> int:
@@ -131,7 +131,7 @@ def measure_agreement(
         num_stages=stages,
         transport="memory",
         dtype="float32",
-        server_settings=ServerSettings(prefix_cache="off"),
+        server_settings=ServerSettings().replace(prefix_cache="off"),
     ) as swarm:
         for number, name in enumerate(CODECS):
             on_progress(f"answering in {name}", number, len(CODECS))
@@ -214,7 +214,7 @@ def _measure_speed(
         threads=threads,
         dtype="float32",
         link=link,
-        server_settings=ServerSettings(prefix_cache="off"),
+        server_settings=ServerSettings().replace(prefix_cache="off"),
     ) as swarm:
         models = {name: swarm.model(dtype="float32", settings=settings_of(name)) for name in names}
         for number in range(rounds + 1):

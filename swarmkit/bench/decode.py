@@ -85,7 +85,7 @@ def bench_decode(
             threads=threads,
             dtype=dtype,
             device=device,
-            server_settings=ServerSettings() if records else ServerSettings(cuda_graph_slots=0),
+            server_settings=ServerSettings() if records else ServerSettings().replace(cuda_graph_slots=0),
         ) as swarm:
             remote = swarm.model(dtype=computed, device=device, settings=PATIENT)
             times_local, times_swarm, hops = [], [], []

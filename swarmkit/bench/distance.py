@@ -133,7 +133,7 @@ def bench_distance(
         link=EmulatedLink(delay_s=round_trip_s / 2, bandwidth=bandwidth),
     ) as swarm:
         pushing = swarm.model(dtype=dtype, settings=PATIENT)
-        through_client = swarm.model(dtype=dtype, settings=PATIENT.model_copy(update={"push": False}))
+        through_client = swarm.model(dtype=dtype, settings=PATIENT.replace(push=False))
         for number in range(rounds + 1):
             one = timed_generate(local, prompt, tokens)
             two = timed_generate(pushing, prompt, tokens)

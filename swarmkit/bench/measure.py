@@ -18,8 +18,8 @@ from swarmkit.settings import ClientSettings
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
-PATIENT = ClientSettings(
-    first_step_timeout=600.0, min_step_timeout=120.0, trace_steps=4096, speculation="off"
+PATIENT = ClientSettings().replace(
+    first_step_timeout_s=600.0, min_step_timeout_s=120.0, trace_steps=4096, speculation="off"
 )
 """A machine that is measured is busy: its servers must not be taken for lost. Nothing is guessed."""
 

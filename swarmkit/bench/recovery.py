@@ -45,7 +45,7 @@ def bench_recovery(
         subject.checkpoint, num_stages=stages, processes=True, threads=threads, dtype=dtype
     ) as swarm:
         ready = swarm.model(dtype=dtype, settings=PATIENT)
-        without = swarm.model(dtype=dtype, settings=PATIENT.model_copy(update={"recovery": False}))
+        without = swarm.model(dtype=dtype, settings=PATIENT.replace(recovery=False))
         for number in range(rounds + 1):
             one = timed_generate(ready, prompt, tokens)
             other = timed_generate(without, prompt, tokens)

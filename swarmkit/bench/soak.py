@@ -82,10 +82,10 @@ def bench_soak(
     answers = clear_answers(subject)
     bytes_per_token = subject.checkpoint.kv_bytes_per_token_per_block(torch.float32)
     cache_tokens = max(_LEAST_CACHE_TOKENS, clients * _CACHE_TOKENS)
-    settings = ServerSettings(
+    settings = ServerSettings().replace(
         cache_bytes=cache_tokens * bytes_per_token * subject.checkpoint.num_blocks // _STAGES,
         max_sessions=max(2, int(clients * _SESSIONS)),
-        evict_after=1.0,
+        evict_after_s=1.0,
         report_resources=True,
     )
     on_progress("starting servers", 0, 1)

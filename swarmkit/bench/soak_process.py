@@ -23,7 +23,9 @@ from swarmkit.errors import SessionError
 from swarmkit.net import portal
 from swarmkit.settings import ClientSettings
 
-_PATIENT = ClientSettings(first_step_timeout=120.0, min_step_timeout=60.0, route_timeout=120.0)
+_PATIENT = ClientSettings().replace(
+    first_step_timeout_s=120.0, min_step_timeout_s=60.0, route_timeout_s=120.0
+)
 _LONGEST_IDLE_S = 4.0
 _LONGEST_STEP_S = 1.0
 _JOIN_S = 180.0

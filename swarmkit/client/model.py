@@ -216,7 +216,7 @@ class SwarmModelForCausalLM(SwarmModel):
         Raises:
             UsageError: guesses are wished for where they cannot be had.
         """
-        usual = self._swarm.client.settings.speculation
+        usual = self._swarm.client.settings.sessions.speculation
         session = kwargs.pop("session", None) or active_session(self._swarm)
         kwargs = named_arguments(args, kwargs)
         name = self._name_cache(kwargs)

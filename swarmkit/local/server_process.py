@@ -71,10 +71,7 @@ class ServerProcess:
         for adapter in adapters:
             command += ["--adapter", os.fspath(adapter)]
         environment = dict(os.environ, OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false")
-        for name, value in (settings or ServerSettings()).model_dump().items():
-            environment[f"SWARMKIT_SERVER_{name.upper()}"] = (
-                value if isinstance(value, str) else json.dumps(value)
-            )
+        environment |= (settings or ServerSettings()).environment()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._process = _started(command, environment, self._log, fork_server)
         self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()

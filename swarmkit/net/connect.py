@@ -44,7 +44,7 @@ def over_hivemind(
             announce_maddrs=announce,
             client_mode=client_mode,
             use_auto_relay=use_relay,
-            startup_timeout=limits.startup_timeout,
+            startup_timeout=limits.startup_timeout_s,
             record_check=record_check,
         )
 

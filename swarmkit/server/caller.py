@@ -40,7 +40,7 @@ class Caller:
         self._taking = IdleTimer(conversation)
         """With how it takes what it is told."""
         self._too_large = too_large
-        self._timeout = settings.message_timeout
+        self._timeout = settings.requests.message_timeout_s
         self._sending = asyncio.Lock()
 
     @property

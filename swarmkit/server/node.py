@@ -112,7 +112,7 @@ class ServerNode:
         self._tell = on_event
         self._stop = anyio.Event()
         self._life: anyio.CancelScope | None = None
-        self._drain_timeout = config.settings.drain_timeout
+        self._drain_timeout = config.settings.node.drain_timeout_s
         self._state: ServerState = "joining"
         self._rate = 0.0
         self._sequence = 0
@@ -164,8 +164,8 @@ class ServerNode:
             stage = await self._load()
             engine = Engine(
                 config.device,
-                prefill_chunk_tokens=config.settings.prefill_chunk_tokens,
-                decode_slowdown=config.settings.decode_slowdown,
+                prefill_chunk_tokens=config.settings.engine.prefill_chunk_tokens,
+                decode_slowdown=config.settings.engine.decode_slowdown,
             )
             weights.service.busy = lambda: engine.waiting > 0  # their copy waits while somebody's token does
             owned.push_async_callback(_shielded, lambda: anyio.to_thread.run_sync(engine.close))
@@ -210,14 +210,14 @@ class ServerNode:
     def _links(self, transport: Transport) -> Links | None:
         """The ways to servers with the next blocks, if outputs may go straight there."""
         settings = self._config.settings
-        if not settings.push:
+        if not settings.sessions.push:
             return None
 
         async def dial(link: Link) -> Stream:
             name = endpoint_of(PUSH_ENDPOINT, link.service)
-            return await transport.open(link.peer_id, name, link.addresses, settings.link_timeout)
+            return await transport.open(link.peer_id, name, link.addresses, settings.sessions.link_timeout_s)
 
-        return Links(dial, settings.link_timeout, settings.message_timeout)
+        return Links(dial, settings.sessions.link_timeout_s, settings.requests.message_timeout_s)
 
     async def _choose(self, registry: Registry, fingerprint: str) -> tuple[int, int]:
         config = self._config
@@ -245,10 +245,11 @@ class ServerNode:
             config.checkpoint,
             memory,
             precision,
-            cache_tokens=config.settings.cache_tokens,
-            max_step_tokens=config.settings.max_step_tokens,
-            cuda_graph_tokens=(config.settings.cuda_graph_slots + 1) * config.settings.cuda_graph_tokens,
-            training_bytes=config.settings.gradient_memory_bytes,
+            cache_tokens=config.settings.node.cache_tokens,
+            max_step_tokens=config.settings.requests.max_step_tokens,
+            cuda_graph_tokens=(config.settings.engine.cuda_graph_slots + 1)
+            * config.settings.engine.cuda_graph_tokens,
+            training_bytes=config.settings.limits.activation_cache_bytes,
             device=config.device,
         )
         if not fitting.blocks_that_fit:
@@ -286,8 +287,10 @@ class ServerNode:
                 config.checkpoint, low, high, dtype=config.dtype, device=config.device, progress=progress
             )
         )
-        if config.settings.cuda_graph_slots and stage.device.type == "cuda":
-            stage.enable_cuda_graphs(config.settings.cuda_graph_slots, config.settings.cuda_graph_tokens)
+        if config.settings.engine.cuda_graph_slots and stage.device.type == "cuda":
+            stage.enable_cuda_graphs(
+                config.settings.engine.cuda_graph_slots, config.settings.engine.cuda_graph_tokens
+            )
         self._tell(ServerEvent("loaded", f"loaded blocks {low}:{high}", 1.0))
         return stage
 
@@ -321,7 +324,7 @@ class ServerNode:
             software=f"swarmkit {__version__}",
             adapters=_hosted(service),
             sequence=self._sequence,
-            expires_at=time.time() + config.settings.record_lifetime,
+            expires_at=time.time() + config.settings.node.record_lifetime_s,
         )
         if await registry.announce(announcement) == 0:
             logger.warning("no peer accepted our announcement; will try again")
@@ -335,7 +338,7 @@ class ServerNode:
         settings = self._config.settings
         succeeded_at = anyio.current_time()
         while not self._stop.is_set():
-            with anyio.move_on_after(settings.announce_period):
+            with anyio.move_on_after(settings.node.announce_period_s):
                 await self._stop.wait()
                 return
             if self.gradients is not None:
@@ -344,7 +347,7 @@ class ServerNode:
                 await self._announce(registry, fingerprint)
                 succeeded_at = anyio.current_time()
             except TransportError as error:
-                if anyio.current_time() - succeeded_at > settings.record_lifetime:
+                if anyio.current_time() - succeeded_at > settings.node.record_lifetime_s:
                     raise
                 logger.warning("could not announce this server, will try again: %s", error)
 

@@ -126,7 +126,7 @@ class Server:
         """Leave cleanly: announce it, finish running steps, give sessions time to move away.
 
         Args:
-            drain_timeout: seconds for sessions to move; the settings' `drain_timeout` if not given.
+            drain_timeout: seconds for sessions to move; the settings' `drain_timeout_s` if not given.
         """
         if self._lease is None or self._running is None:
             return

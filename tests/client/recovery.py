@@ -87,12 +87,12 @@ class World:
 @contextmanager
 def a_world(checkpoint: Checkpoint, replicas: int = 2, stages: int = 3, **options: Any) -> Iterator[World]:
     servers = options.pop("server_settings", None)
-    settings = ClientSettings(
+    settings = ClientSettings().replace(
         **{
-            "ban_seconds": 60,  # longer than the records of the dead are believed
-            "max_ban_seconds": 60,
-            "min_step_timeout": 60,
-            "refresh_period": 3600,
+            "ban_s": 60,  # longer than the records of the dead are believed
+            "max_ban_s": 60,
+            "min_step_timeout_s": 60,
+            "refresh_period_s": 3600,
             **options,
         }
     )

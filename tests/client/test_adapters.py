@@ -246,8 +246,8 @@ def test_values_that_are_no_numbers_are_not_sent(
 def test_an_adapter_over_the_servers_quota_is_refused_and_others_go_on(
     tmp_path: Path, checkpoint: Checkpoint
 ) -> None:
-    tight = ServerSettings(client_adapter_bytes=4000)
-    quick = ClientSettings(route_timeout=5.0, ban_seconds=0.1)
+    tight = ServerSettings().replace(client_adapter_bytes=4000)
+    quick = ClientSettings().replace(route_timeout_s=5.0, ban_s=0.1)
     with LocalSwarm(
         checkpoint, num_stages=1, transport="memory", server_settings=tight, client_settings=quick
     ) as swarm:

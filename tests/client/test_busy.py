@@ -103,7 +103,7 @@ def undisturbed(tiny_llama: Checkpoint) -> Callable[..., Tensor]:
 def room(checkpoint: Checkpoint, pages: int, **more: object) -> ServerSettings:
     """For one row in the two blocks of the middle stage."""
     of_page = PAGE_TOKENS * 2 * checkpoint.kv_bytes_per_token_per_block(torch.float32)
-    return ServerSettings(cache_bytes=pages * of_page, prefix_cache="off", **more)  # type: ignore[arg-type]
+    return ServerSettings().replace(cache_bytes=pages * of_page, prefix_cache="off", **more)  # type: ignore[arg-type]
 
 
 def with_tight_middle(world: World, settings: ServerSettings) -> None:
@@ -143,7 +143,7 @@ def test_a_session_that_waited_for_room_goes_on_where_it_was(
 
 
 def test_nobody_has_room_for_as_long_as_the_client_waits(tiny_llama: Checkpoint) -> None:
-    with a_world(tiny_llama, replicas=1, route_timeout=0.3) as world:
+    with a_world(tiny_llama, replicas=1, route_timeout_s=0.3) as world:
         with_tight_middle(world, room(tiny_llama, 1))
         other = world.model.session()
         other.step(torch.zeros(1, 1, 32))
@@ -157,7 +157,7 @@ def test_a_session_whose_idle_cache_made_room_for_others_goes_on_with_the_same_t
     tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], push: bool
 ) -> None:
     with a_world(tiny_llama, replicas=1, push=push) as world:
-        with_tight_middle(world, room(tiny_llama, 1, evict_after=0))
+        with_tight_middle(world, room(tiny_llama, 1, evict_after_s=0))
         with world.model.session() as session:
             world.answer(new_tokens=2)
             assert_same(answer(world.swarm.model(), *prompt(7), new_tokens=NEW_TOKENS), undisturbed())

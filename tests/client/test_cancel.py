@@ -65,7 +65,7 @@ BOTH_WAYS = [
 
 @pytest.fixture(params=BOTH_WAYS)
 def world(tiny_llama: Checkpoint, request: pytest.FixtureRequest) -> Iterator[World]:
-    settings = ServerSettings(prefill_chunk_tokens=CHUNK, prefix_cache="off")
+    settings = ServerSettings().replace(prefill_chunk_tokens=CHUNK, prefix_cache="off")
     with a_world(tiny_llama, replicas=1, push=request.param, server_settings=settings) as world:
         yield world
 
@@ -99,7 +99,7 @@ def stands_still(world: World, brake: Brake) -> bool:
         start = service._stage.start
         if start in brake.stopped:
             continue
-        if service._engine.holds or (world.client.settings.push and not has_caught_up(start, brake)):
+        if service._engine.holds or (world.client.settings.transfer.push and not has_caught_up(start, brake)):
             return False
     return True
 
@@ -185,9 +185,12 @@ def test_a_session_whose_step_was_cancelled_goes_on(world: World, monkeypatch: p
 def test_a_step_ends_at_the_deadline_that_its_user_set(
     tiny_llama: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with a_world(tiny_llama, replicas=1, step_deadline=0.3) as world:
+    with a_world(tiny_llama, replicas=1, step_deadline_s=0.3) as world:
         brake = Brake(monkeypatch, 1, 1)  # now that servers have measured themselves
-        with world.model.session() as session, pytest.raises(DeadlineError, match=r"step_deadline of 0.3 s"):
+        with (
+            world.model.session() as session,
+            pytest.raises(DeadlineError, match=r"step_deadline_s of 0.3 s"),
+        ):
             session.step(PROMPT[:, :40])
         brake.release()
         eventually(lambda: idle(world), "servers are idle")
@@ -195,7 +198,7 @@ def test_a_step_ends_at_the_deadline_that_its_user_set(
 
 def test_a_client_that_falls_silent_is_forgotten_after_a_while(tiny_llama: Checkpoint) -> None:
     """Its host is gone, and no connection ends by itself."""
-    settings = ServerSettings(idle_timeout=0.3, message_timeout=0.3)
+    settings = ServerSettings().replace(idle_timeout_s=0.3, message_timeout_s=0.3)
     with a_world(tiny_llama, replicas=1, server_settings=settings) as world:
         session = world.model.session()
         session.step(PROMPT[:, :40])
@@ -207,7 +210,7 @@ def test_a_client_that_falls_silent_is_forgotten_after_a_while(tiny_llama: Check
 
 def test_a_server_that_falls_silent_leaves_nothing_with_those_it_hands_on_to(tiny_llama: Checkpoint) -> None:
     """The stream between the two servers stays half open; the session it belongs to ends."""
-    settings = ServerSettings(idle_timeout=0.3, message_timeout=0.3)
+    settings = ServerSettings().replace(idle_timeout_s=0.3, message_timeout_s=0.3)
     with a_world(tiny_llama, replicas=1, server_settings=settings) as world:
         session = world.model.session()
         session.step(PROMPT[:, :40])

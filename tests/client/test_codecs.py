@@ -118,7 +118,7 @@ def test_nothing_is_lossy_unless_somebody_allows_it(tiny_llama: Checkpoint) -> N
 
 
 def test_a_server_that_takes_no_int8_is_sent_none(tiny_llama: Checkpoint) -> None:
-    unwilling = ServerSettings(codecs=())
+    unwilling = ServerSettings().replace(codecs=())
     with a_world(tiny_llama, replicas=1, **always("int8")) as world:
         world.swarm.servers[1].kill()
         world.add(STAGES[1], settings=unwilling)

@@ -80,7 +80,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(architecture)
     checkpoint = Checkpoint.open(make_checkpoint(folder, architecture))
     draft = Checkpoint.open(make_checkpoint(folder, "llama", num_blocks=1, seed=1))
-    patient = ClientSettings(min_step_timeout=60)
+    patient = ClientSettings().replace(min_step_timeout_s=60)
     swarm = LocalSwarm(checkpoint, num_stages=3, transport=transport, client_settings=patient)
     with swarm:
         yield World(swarm, swarm.model(), load_local(checkpoint), load_local(draft))

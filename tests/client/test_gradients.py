@@ -70,7 +70,7 @@ Both = tuple[SwarmModelForCausalLM, PreTrainedModel]
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path_factory.mktemp(request.param), request.param))
     with LocalSwarm(checkpoint, num_stages=2, transport="memory") as swarm:
-        yield swarm.model(settings=ClientSettings(min_step_timeout=60)), load_local(checkpoint)
+        yield swarm.model(settings=ClientSettings().replace(min_step_timeout_s=60)), load_local(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +346,7 @@ def test_other_boundaries_do_for_the_way_back(tiny_llama: Checkpoint, watch: Wat
 
 
 def test_a_server_that_hangs_is_replaced(tiny_llama: Checkpoint) -> None:
-    with a_world(tiny_llama, min_step_timeout=0.5) as world:
+    with a_world(tiny_llama, min_step_timeout_s=0.5) as world:
         wanted = loss_and_gradient(world.model, *batch())
         hung = world.swarm.servers[1]
         world.hang(hung)  # type: ignore[arg-type]
@@ -356,7 +356,7 @@ def test_a_server_that_hangs_is_replaced(tiny_llama: Checkpoint) -> None:
 
 
 def test_blocks_that_nobody_serves_are_named_and_a_newcomer_is_used(tiny_llama: Checkpoint) -> None:
-    with a_world(tiny_llama, replicas=1, route_timeout=0.2) as world:
+    with a_world(tiny_llama, replicas=1, route_timeout_s=0.2) as world:
         wanted = loss_and_gradient(world.model, *batch())
         world.swarm.servers[1].kill()
         with pytest.raises(NoRouteError, match="1:3"):

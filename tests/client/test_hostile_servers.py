@@ -46,7 +46,7 @@ from .answers import eventually
 PROMPT = torch.tensor([[1, 5, 9, 4]])
 NEW_TOKENS = 5
 # Who is silent is soon given up, and who was given up once is not asked again.
-HASTY = ClientSettings(first_step_timeout=0.5, min_step_timeout=0.5, ban_seconds=60.0)
+HASTY = ClientSettings().replace(first_step_timeout_s=0.5, min_step_timeout_s=0.5, ban_s=60.0)
 
 Lie = Callable[[Conversation, torch.Tensor, int], Awaitable[None]]
 """Answers the request of a number in place of the output that would be right."""
@@ -314,7 +314,7 @@ def test_a_server_that_lies_when_a_session_is_opened_is_left_aside(
 def test_a_server_that_never_opens_a_session_is_left_aside(
     swarm: LocalSwarm, stage: Stage, undisturbed: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SWARMKIT_NET_CONNECT_TIMEOUT", "0.3")
+    monkeypatch.setenv("SWARMKIT_NET_CONNECT_TIMEOUT_S", "0.3")
     check(meet(swarm, stage, silence, -1), undisturbed)
 
 

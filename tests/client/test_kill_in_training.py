@@ -54,7 +54,7 @@ def curve(swarm: LocalSwarm, model: SwarmModelForCausalLM, kill: bool) -> list[f
 
 
 def test_the_loss_curve_is_the_same_when_servers_are_killed(tiny_llama: Checkpoint) -> None:
-    settings = ClientSettings(min_step_timeout=60)
+    settings = ClientSettings().replace(min_step_timeout_s=60)
     with LocalSwarm(tiny_llama, 2, 2, processes=True, client_settings=settings) as swarm:
         model = swarm.model()
         undisturbed = curve(swarm, model, kill=False)

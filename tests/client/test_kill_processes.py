@@ -124,9 +124,9 @@ def world(tiny_llama: Checkpoint, request: pytest.FixtureRequest) -> Iterator[Wo
         num_stages=2,
         replicas=3,
         processes=True,
-        server_settings=ServerSettings(max_step_tokens=CHUNK_TOKENS),
+        server_settings=ServerSettings().replace(max_step_tokens=CHUNK_TOKENS),
         # longer than the records of the dead are believed
-        client_settings=ClientSettings(ban_seconds=60, push=request.param),
+        client_settings=ClientSettings().replace(ban_s=60, push=request.param),
     )
     with swarm:
         assert sorted({server.blocks for server in swarm.servers}) == STAGES

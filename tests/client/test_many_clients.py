@@ -56,8 +56,8 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         checkpoint,
         num_stages=2,
         transport="memory",
-        server_settings=ServerSettings(prefill_chunk_tokens=16),  # so that prompts are cut
-        client_settings=ClientSettings(min_step_timeout=60),
+        server_settings=ServerSettings().replace(prefill_chunk_tokens=16),  # so that prompts are cut
+        client_settings=ClientSettings().replace(min_step_timeout_s=60),
     )
     with swarm:
         yield World(swarm, load_local(checkpoint), [swarm.model() for _ in range(CLIENTS)])

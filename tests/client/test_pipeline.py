@@ -177,7 +177,7 @@ def test_a_piece_that_was_not_pushed_is_missed_at_the_next(
 def test_a_server_that_keeps_what_it_says_it_pushed_is_not_relied_on_again(
     tiny_llama: Checkpoint, wanted: Tensor, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    with a_world(tiny_llama, min_step_timeout=0.5, first_step_timeout=0.5, stages=2) as world:
+    with a_world(tiny_llama, min_step_timeout_s=0.5, first_step_timeout_s=0.5, stages=2) as world:
         pushing(monkeypatch, at, keeps_it)
         assert torch.equal(generated(world), wanted)
         first, second = (world.server(hop.peer_id) for hop in world.model.trace[-1].hops)

@@ -71,7 +71,7 @@ def test_another_prompt_sends_everything(world: World) -> None:
 
 
 def test_nothing_is_recalled_where_servers_keep_nothing(tiny_llama: Checkpoint, wanted: Tensor) -> None:
-    with a_world(tiny_llama, server_settings=ServerSettings(prefix_cache="off")) as world:
+    with a_world(tiny_llama, server_settings=ServerSettings().replace(prefix_cache="off")) as world:
         assert_same(two_turns(world), wanted)
         assert first_step(world)[0] == 0
 

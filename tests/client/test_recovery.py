@@ -183,7 +183,7 @@ def test_a_replacement_may_have_other_boundaries(
     tokens: int,
 ) -> None:
     with a_world(
-        tiny_llama, replicas=1, stages=1, server_settings=ServerSettings(max_step_tokens=6)
+        tiny_llama, replicas=1, stages=1, server_settings=ServerSettings().replace(max_step_tokens=6)
     ) as world:
         world.swarm.servers[0].stop()
         world.add((0, 1), (1, 4), (4, 5))
@@ -247,7 +247,7 @@ def test_all_replicas_are_gone_and_one_comes_back(
 def test_nobody_comes_back_and_the_error_names_the_blocks(
     tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor]
 ) -> None:
-    with a_world(tiny_llama, replicas=1, route_timeout=0.2) as world, world.model.session():
+    with a_world(tiny_llama, replicas=1, route_timeout_s=0.2) as world, world.model.session():
         with pytest.raises(NoRouteError, match="blocks 1:3") as caught:
             world.answer(actions={2: lambda: world.in_use(1).kill()})
         assert caught.value.missing == ((1, 3),)
@@ -256,7 +256,7 @@ def test_nobody_comes_back_and_the_error_names_the_blocks(
 
 
 def test_a_swarm_that_was_never_whole(tiny_llama: Checkpoint) -> None:
-    with a_world(tiny_llama, replicas=1, route_timeout=0.1) as world:
+    with a_world(tiny_llama, replicas=1, route_timeout_s=0.1) as world:
         for server in world.swarm.servers[1:]:
             server.stop()
         world.look()
@@ -265,7 +265,7 @@ def test_a_swarm_that_was_never_whole(tiny_llama: Checkpoint) -> None:
 
 
 def test_servers_that_always_fail_are_given_up(tiny_llama: Checkpoint) -> None:
-    with a_world(tiny_llama, replicas=1, route_timeout=0.3) as world:
+    with a_world(tiny_llama, replicas=1, route_timeout_s=0.3) as world:
         assert world.client._transport is not None
         own = world.client._transport.peer_id
         for server in world.swarm.servers:
@@ -277,8 +277,8 @@ def test_servers_that_always_fail_are_given_up(tiny_llama: Checkpoint) -> None:
 def test_patience_is_counted_from_the_loss_and_not_from_the_beginning_of_the_step(
     tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step may take longer than `route_timeout`: the clock of the search starts with the loss."""
-    with a_world(tiny_llama, replicas=1, route_timeout=3.0) as world, ThreadPoolExecutor() as pool:
+    """A step may take longer than `route_timeout_s`: the clock of the search starts with the loss."""
+    with a_world(tiny_llama, replicas=1, route_timeout_s=3.0) as world, ThreadPoolExecutor() as pool:
         run = ChainSession._run
 
         async def slow_first_stage(self: ChainSession, index: int, *rest: Any) -> Tensor:
@@ -301,7 +301,7 @@ def test_patience_is_counted_from_the_loss_and_not_from_the_beginning_of_the_ste
 
 @pytest.fixture(scope="module", params=BOTH_WAYS)
 def lossy(tiny_llama: Checkpoint, request: pytest.FixtureRequest) -> Iterator[World]:
-    with a_world(tiny_llama, ban_seconds=0.001, max_ban_seconds=0.01, push=request.param) as world:
+    with a_world(tiny_llama, ban_s=0.001, max_ban_s=0.01, push=request.param) as world:
         yield world
 
 
@@ -326,7 +326,7 @@ def test_every_send_may_fail(
 def test_a_server_that_hangs_is_left_after_the_deadline(
     tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], stage: int
 ) -> None:
-    with a_world(tiny_llama, min_step_timeout=0.3) as world:
+    with a_world(tiny_llama, min_step_timeout_s=0.3) as world:
         hung: list[str] = []
 
         def hang() -> None:
@@ -343,10 +343,8 @@ def test_a_server_that_hangs_is_left_after_the_deadline(
 def test_a_replacement_that_hangs_while_it_is_opened_is_left_too(
     tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with a_world(tiny_llama, replicas=3, min_step_timeout=0.3) as world:
-        monkeypatch.setattr(
-            world.client, "_net", world.client._net.model_copy(update={"connect_timeout": 0.3})
-        )
+    with a_world(tiny_llama, replicas=3, min_step_timeout_s=0.3) as world:
+        monkeypatch.setattr(world.client, "_net", world.client._net.replace(connect_timeout_s=0.3))
 
         def break_two() -> None:
             world.in_use(1).kill()
@@ -430,7 +428,7 @@ def test_a_newcomer_is_found_while_a_server_leaves(
 def test_a_server_without_room_for_a_session_is_passed_by(
     tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor]
 ) -> None:
-    with a_world(tiny_llama, server_settings=ServerSettings(max_sessions=1)) as world:
+    with a_world(tiny_llama, server_settings=ServerSettings().replace(max_sessions=1)) as world:
         first = world.model.session()
         first.step(torch.zeros(1, 1, 32))
         world.client._times.clear()  # so that the next session would choose the same servers
@@ -449,7 +447,7 @@ def test_a_session_that_outgrows_a_server_moves_on(
     room = 32 * 2 * tiny_llama.kv_bytes_per_token_per_block(torch.float32)
     with a_world(tiny_llama, replicas=1) as world:
         world.swarm.servers[1].stop()
-        world.add((1, 3), settings=ServerSettings(cache_bytes=room, prefix_cache="off"))
+        world.add((1, 3), settings=ServerSettings().replace(cache_bytes=room, prefix_cache="off"))
 
         def more_room() -> None:
             world.add((1, 3))
@@ -467,7 +465,9 @@ def test_a_session_that_outgrows_a_server_moves_on(
 def test_a_replacement_that_dies_during_the_replay(
     tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], way: str
 ) -> None:
-    with a_world(tiny_llama, replicas=3, server_settings=ServerSettings(max_step_tokens=6)) as world:
+    with a_world(
+        tiny_llama, replicas=3, server_settings=ServerSettings().replace(max_step_tokens=6)
+    ) as world:
         victims: list[str] = []
 
         def die_in_a_replay(server: Server) -> None:
@@ -530,7 +530,7 @@ def test_sessions_that_search_at_the_same_time_share_one_look(shared: World) -> 
 def test_one_crash_bans_a_peer_once_however_many_sessions_met_it(
     tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor]
 ) -> None:
-    with a_world(tiny_llama, ban_seconds=2, max_ban_seconds=1000) as world:
+    with a_world(tiny_llama, ban_s=2, max_ban_s=1000) as world:
         sessions: list[Session] = [world.model.session() for _ in range(8)]
         for session in sessions:
             session.step(torch.zeros(1, 2, 32))

@@ -130,7 +130,7 @@ def one_page(world: World) -> int:
 @pytest.fixture
 async def tight(world: World) -> AsyncIterator[TinyServer]:
     """A server with room for one page, which whoever is idle loses at once."""
-    server = await started(world, cache_bytes=one_page(world), evict_after=0)
+    server = await started(world, cache_bytes=one_page(world), evict_after_s=0)
     yield server
     await server.close()
 
@@ -168,7 +168,7 @@ async def test_a_session_whose_step_runs_makes_no_room(tight: TinyServer) -> Non
 
 
 async def test_an_idle_session_gives_its_place_to_another(world: World) -> None:
-    server = await started(world, max_sessions=1, evict_after=0)
+    server = await started(world, max_sessions=1, evict_after_s=0)
     one = await server.session()
     await server.session()
     assert (await fault_of(one.answer())).code == "busy"

@@ -244,7 +244,7 @@ async def test_where_there_is_no_room_the_newcomer_is_not_kept(
     await (await probe.line()).ask(hidden_states(2, 5), returns=True)
     one = probe.gradients.kept.nbytes
     await probe.close()
-    server = await TrainingServer(world, gradient_memory_bytes=int(2.5 * one)).start()
+    server = await TrainingServer(world, activation_cache_bytes=int(2.5 * one)).start()
     line = await server.line()
     for seed in range(3):
         await line.ask(hidden_states(2, 5, seed), returns=True)
@@ -257,7 +257,7 @@ async def test_where_there_is_no_room_the_newcomer_is_not_kept(
 
 
 async def test_what_does_not_fit_is_not_kept(world: World) -> None:
-    server = await TrainingServer(world, gradient_memory_bytes=100).start()
+    server = await TrainingServer(world, activation_cache_bytes=100).start()
     line = await server.line()
     hidden, gradient = hidden_states(2, 5), hidden_states(2, 5, 1)
     output = await line.ask(hidden, returns=True)

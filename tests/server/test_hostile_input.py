@@ -108,7 +108,7 @@ async def test_a_session_length_out_of_range_is_named(server: TinyServer, length
 
 
 async def test_half_a_message_is_waited_for_no_longer_than_allowed(world: World) -> None:
-    server = await TinyServer(world, small_settings(message_timeout=0.3)).start()
+    server = await TinyServer(world, small_settings(message_timeout_s=0.3)).start()
     attacker = await server.session()
     await attacker.send_frames(STEP.replace(b"\x04", b"\x00", 1)[:-1])
     fault = await fault_of(attacker.answer())
@@ -226,7 +226,7 @@ async def roomy(world: World) -> AsyncIterator[TinyServer]:
         max_step_tokens=LARGE.shape[1],
         max_session_length=2**20,
         receive_budget_bytes=2 * LARGE.nbytes,
-        message_timeout=0.5,
+        message_timeout_s=0.5,
     )
     server = await TinyServer(world, settings).start()
     yield server

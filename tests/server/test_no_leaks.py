@@ -23,8 +23,8 @@ from .worlds import World, hidden_states
 
 CYCLES = 200
 # Nothing but the sessions shall happen while they are counted.
-SERVER = ServerSettings(announce_period=3000, record_lifetime=3600)
-CLIENT = ClientSettings(refresh_period=3000)
+SERVER = ServerSettings().replace(announce_period_s=3000, record_lifetime_s=3600)
+CLIENT = ClientSettings().replace(refresh_period_s=3000)
 
 both_transports = pytest.mark.parametrize("transport", ["memory", "hivemind"])
 

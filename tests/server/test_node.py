@@ -73,7 +73,7 @@ class Neighbourhood:
         return ServerNode(
             ServerConfig(
                 checkpoint=self.world.checkpoint,
-                settings=settings or ServerSettings(announce_period=3000, record_lifetime=3600),
+                settings=settings or ServerSettings().replace(announce_period_s=3000, record_lifetime_s=3600),
                 **config,
             ),
             factory or self.transport,
@@ -196,7 +196,7 @@ async def test_progress_is_told_on_the_event_loop(here: Neighbourhood) -> None:
 
 
 async def test_it_announces_itself_again_and_again(here: Neighbourhood) -> None:
-    await here.start(num_blocks=1, settings=ServerSettings(announce_period=0.01))
+    await here.start(num_blocks=1, settings=ServerSettings().replace(announce_period_s=0.01))
     first = here.announced[-1].sequence
     while here.announced[-1].sequence == first:
         await asyncio.sleep(0.001)
@@ -375,7 +375,7 @@ async def test_a_server_survives_a_table_that_is_away_for_a_while(
     with caplog.at_level(logging.WARNING):
         await here.start(
             factory=with_failing_store(here, failures),
-            settings=ServerSettings(announce_period=0.01, record_lifetime=60),
+            settings=ServerSettings().replace(announce_period_s=0.01, record_lifetime_s=60),
             num_blocks=1,
         )
         while failures:
@@ -386,7 +386,7 @@ async def test_a_server_survives_a_table_that_is_away_for_a_while(
 async def test_a_server_that_nobody_can_know_of_any_more_ends_with_the_reason(here: Neighbourhood) -> None:
     node = here.node(
         factory=with_failing_store(here, [True] * 10_000),
-        settings=ServerSettings(announce_period=0.01, record_lifetime=0.2),
+        settings=ServerSettings().replace(announce_period_s=0.01, record_lifetime_s=0.2),
         num_blocks=1,
     )
     here.skew_s = -1.0  # the observer still sees the record that has expired for the server

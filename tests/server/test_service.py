@@ -46,7 +46,7 @@ async def tight(world: World) -> AsyncIterator[TinyServer]:
 @pytest.fixture
 async def hasty(world: World) -> AsyncIterator[TinyServer]:
     """A server that waits a tenth of a second at most."""
-    server = await started(world, message_timeout=0.1)
+    server = await started(world, message_timeout_s=0.1)
     yield server
     await server.close()
 
@@ -326,7 +326,7 @@ async def test_a_session_may_be_silent_for_longer_than_a_message(hasty: TinyServ
 
 
 async def test_a_session_that_is_silent_for_too_long_is_ended(world: World) -> None:
-    server = await started(world, idle_timeout=0.05)
+    server = await started(world, idle_timeout_s=0.05)
     client = await server.session()
     with pytest.raises(PeerUnreachableError):
         await client.answer()

@@ -334,7 +334,7 @@ async def test_a_holder_that_trickles_is_left(
             await asyncio.sleep(0.001)
 
     await town.liar("slow", trickle)
-    checkpoint, second = town.server("second", idle_timeout=0.1)
+    checkpoint, second = town.server("second", idle_timeout_s=0.1)
     assert (await second.fetch(0, 1)).from_hub == [0]
     assert is_right(checkpoint, folder, 0, 1)
 

@@ -73,7 +73,7 @@ def small_settings(**changes: Any) -> ServerSettings:
         "max_sessions": 8,
         "prefix_cache": "off",
     }
-    return ServerSettings(**{**limits, **changes})
+    return ServerSettings().replace(**{**limits, **changes})
 
 
 class TinyServer:

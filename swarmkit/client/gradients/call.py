@@ -107,7 +107,7 @@ class Call:
         """Bring all micro-batches to their end.
 
         Raises:
-            NoRouteError: nobody served some blocks for `route_timeout` seconds.
+            NoRouteError: nobody served some blocks for `route_timeout_s` seconds.
             RemoteError: two servers refused a micro-batch as malformed.
         """
         try:
@@ -145,7 +145,7 @@ class Call:
         if hop is None or self._swarm.bans.is_banned(hop.server.peer_id):
             stuck = self._stuck.get(flow.index)
             if stuck is None:
-                timeout = self._swarm.settings.route_timeout
+                timeout = self._swarm.settings.routing.route_timeout_s
                 self._stuck[flow.index] = _Stuck(anyio.current_time() + timeout)
                 self._swarm.emit(Waiting(self._swarm.unserved(start, stop), timeout))
                 return None
@@ -276,7 +276,7 @@ class Call:
         swarm = self._swarm
         try:
             await anyio.sleep(min(stuck.pause_s for stuck in self._stuck.values()))
-            with anyio.move_on_after(swarm.settings.route_timeout):
+            with anyio.move_on_after(swarm.settings.routing.route_timeout_s):
                 await swarm.refresh()
         except SwarmkitError as error:
             logger.warning("could not look up the swarm, will try again: %s", error)
@@ -288,7 +288,7 @@ class Call:
 
     def _gave_up(self) -> Exception:
         swarm = self._swarm
-        seconds = swarm.settings.route_timeout
+        seconds = swarm.settings.routing.route_timeout_s
         wanted = [flow.wanted for flow in self._flows if flow.index in self._stuck and flow.wanted]
         start, stop = min(wanted)
         error = swarm.no_route(start, stop)

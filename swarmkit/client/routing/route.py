@@ -71,7 +71,7 @@ def no_route(start: int, stop: int, servers: Sequence[Announcement]) -> NoRouteE
     named = ", ".join(f"{low}:{high}" for low, high in missing) or f"{start}:{stop}"
     return NoRouteError(
         f"nobody serves blocks {named}; start a server for them (`swarmkit serve MODEL --blocks "
-        f"{named.split(',')[0]} --join ADDRESS`), or wait for one with a larger route_timeout",
+        f"{named.split(',')[0]} --join ADDRESS`), or wait for one with a larger route_timeout_s",
         missing,
     )
 

@@ -114,7 +114,7 @@ class ChainSession:
         """Whether this session can be remembered: one row all the time, no padding, the usual positions."""
         self._outputs = History()
         """Of the last stage, as long as the session can be remembered."""
-        self._inputs = History() if swarm.settings.codecs else None
+        self._inputs = History() if swarm.settings.transfer.codecs else None
         """What came from the user, where codecs may have made others of it; as long, too."""
         self.start = start
         self.stop = swarm.model.num_blocks if stop is None else stop
@@ -190,13 +190,13 @@ class ChainSession:
 
         Raises:
             SessionError: the session is closed, or would become longer than `max_length`.
-            NoRouteError: nobody served some blocks for `route_timeout` seconds.
+            NoRouteError: nobody served some blocks for `route_timeout_s` seconds.
             RemoteError: two servers refused the step as malformed.
-            DeadlineError: it took longer than the client's `step_deadline`.
+            DeadlineError: it took longer than the client's `step_deadline_s`.
         """
         async with self._lock:
             try:
-                with interruptible(lambda: self._stages, self._swarm.settings.step_deadline):
+                with interruptible(lambda: self._stages, self._swarm.settings.deadlines.step_deadline_s):
                     return await self._step(hidden, mask, positions)
             finally:
                 self._give_up_pushes(0)
@@ -453,7 +453,7 @@ class ChainSession:
             self._swarm.emit(RoutePlanned(tuple(str(hop) for hop in route)))
         for stage in [stage for stage in self._stages if stage.leaving]:
             self._move_away(stage, work)
-        if self._swarm.settings.push and len(self._stages) > 1 and not self._is_linked():
+        if self._swarm.settings.transfer.push and len(self._stages) > 1 and not self._is_linked():
             await self._link(work)
 
     def _is_linked(self) -> bool:
@@ -520,7 +520,7 @@ class ChainSession:
         """Put others in the place of a stage that failed."""
         stage = self._stages[index]
         peer_id = stage.hop.server.peer_id
-        if not self._swarm.settings.recovery and self.position:
+        if not self._swarm.settings.sessions.recovery and self.position:
             raise error
         if isinstance(error, RemoteError) and error.is_busy:
             return await self._go_round(index, error, work)

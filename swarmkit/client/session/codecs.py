@@ -34,7 +34,7 @@ def agree(swarm: SwarmClient, stages: Sequence[RemoteStage], outputs: History, h
 
     Args: outputs: the history behind the last stage.
     """
-    if not swarm.settings.codecs:
+    if not swarm.settings.transfer.codecs:
         return
     first = dtype_name(hidden.dtype)
     for number, boundary in enumerate([*(stage.history for stage in stages), outputs]):
@@ -43,7 +43,7 @@ def agree(swarm: SwarmClient, stages: Sequence[RemoteStage], outputs: History, h
         dtype = first if before is None else before.dtype
         allowed = [
             codec
-            for codec in swarm.settings.codecs
+            for codec in swarm.settings.transfer.codecs
             if (before is None or before.permits(codec)) and (after is None or after.permits(codec))
         ]
         boundary.codec = _of_boundary(swarm, before, after, boundary.codec, allowed, dtype, hidden)
@@ -66,7 +66,7 @@ def _of_boundary(
         step_s = next((seconds for seconds in usual_s if seconds), _ASSUMED_STEP_S + as_it_is_s)
         return Transfer(hidden.numel(), width, dtype, step_s, bytes_per_s)
 
-    if swarm.settings.compress == "always":
+    if swarm.settings.transfer.compress == "always":
         return smallest(allowed, transfer(None))
     chosen = {choose(allowed, current, transfer(swarm.rates.get(way))) for way in _ways(before, after)}
     return min(chosen, key=transfer(None).nbytes)

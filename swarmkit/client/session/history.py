@@ -111,7 +111,7 @@ class NoHistory(History):
     def read(self, start: int, stop: int) -> torch.Tensor:
         if self._buffer is None or start < self._from or stop > self.tokens:
             raise SessionError(
-                "this session keeps nothing to survive a lost server with (ClientSettings.recovery); "
+                "this session keeps nothing to survive a lost server with (ClientSessionSettings.recovery); "
                 "open a new one"
             )
         return self._buffer[:, start - self._from : stop - self._from].contiguous()

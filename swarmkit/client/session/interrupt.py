@@ -33,7 +33,7 @@ def interruptible(stages: Callable[[], Sequence[RemoteStage]], seconds: float | 
         raise
     except TimeoutError:
         raise DeadlineError(
-            f"a step was not done within the step_deadline of {seconds:g} s; try again, or allow more"
+            f"a step was not done within the step_deadline_s of {seconds:g} s; try again, or allow more"
         ) from None
 
 

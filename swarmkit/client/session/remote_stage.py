@@ -120,7 +120,7 @@ class RemoteStage:
         self._swarm = swarm
         self._tuning = tuning
         self.hop = hop
-        self.history = history or (History() if swarm.settings.recovery else NoHistory())
+        self.history = history or (History() if swarm.settings.sessions.recovery else NoHistory())
         self.held = 0
         """Tokens that the server's cache holds, as far as they are still wanted."""
         self.order: tuple[int, ...] | None = None
@@ -343,7 +343,7 @@ class RemoteStage:
             request.answers,
             conversation.clock(),
             min(deadline_s, _MOST_PATIENCE_S),
-            not self._swarm.settings.recovery,
+            not self._swarm.settings.sessions.recovery,
         )
         self._sent_bytes += spec.nbytes
         self._sent_codec = spec.codec
@@ -378,9 +378,9 @@ class RemoteStage:
         reply = received.message
         if not isinstance(reply, StepDone):
             raise ProtocolError(f"expected StepDone, got {type(reply).__name__}", peer_id)
-        if reply.hidden.codec not in ("none", *self._swarm.settings.codecs):
+        if reply.hidden.codec not in ("none", *self._swarm.settings.transfer.codecs):
             raise ProtocolError(f"outputs came as {reply.hidden.codec}, which is not allowed here", peer_id)
-        if reply.forwarded and not self._swarm.settings.recovery:
+        if reply.forwarded and not self._swarm.settings.sessions.recovery:
             shape = (request.rows, 0, width)
         output = await off_loop(largest, lambda: _checked(reply, received, shape, peer_id))
         self._note_rates(reply, self._fed_by if pushed else "")

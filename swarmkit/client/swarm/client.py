@@ -64,16 +64,18 @@ class SwarmClient:
         self.model = model
         self.settings = settings or ClientSettings()
         self.view = SwarmMap()
-        self.trace: deque[StepTrace] = deque(maxlen=self.settings.trace_steps)
+        self.trace: deque[StepTrace] = deque(maxlen=self.settings.sessions.trace_steps)
         self.events: deque[SessionEvent] = deque(maxlen=_EVENTS)
         self.listeners: list[Callable[[SessionEvent], None]] = []
-        self.bans = Bans(self.settings.ban_seconds, self.settings.max_ban_seconds, clock)
+        self.bans = Bans(self.settings.routing.ban_s, self.settings.routing.max_ban_s, clock)
         self.busy = BusyPeers(clock)
         self.policy = DeadlinePolicy(
-            self.settings.first_step_timeout, self.settings.min_step_timeout, self.settings.deadline_factor
+            self.settings.deadlines.first_step_timeout_s,
+            self.settings.deadlines.min_step_timeout_s,
+            self.settings.deadlines.deadline_factor,
         )
         self.adapters = AdapterSender(self)
-        self.memory = ClientPrefixCache(self.settings.prefix_cache_bytes)
+        self.memory = ClientPrefixCache(self.settings.sessions.prefix_cache_bytes)
         self._clock = clock
         self._factory = transport_factory
         self._net = net_settings or NetSettings()
@@ -134,21 +136,21 @@ class SwarmClient:
 
     async def _refresh_forever(self) -> None:
         while True:
-            with anyio.move_on_after(self.settings.refresh_period):
+            with anyio.move_on_after(self.settings.routing.refresh_period_s):
                 await self._look_now.wait()
             try:
                 await self.refresh()
             except SwarmkitError as error:
                 logger.warning("could not look up the swarm, will try again: %s", error)
             self._look_now = anyio.Event()
-            await anyio.sleep(min(_LOOK_PAUSE_S, self.settings.refresh_period))
+            await anyio.sleep(min(_LOOK_PAUSE_S, self.settings.routing.refresh_period_s))
 
     # ------------------------------------------------------------------ routes and peers
 
     @property
     def connect_timeout(self) -> float:
         """Seconds to reach a peer."""
-        return self._net.connect_timeout
+        return self._net.connect_timeout_s
 
     def plan(
         self,
@@ -193,7 +195,7 @@ class SwarmClient:
 
         Args: hosting: for sessions and passes with the hosted adapter of this hash.
         """
-        wanted = self.settings.precisions
+        wanted = self.settings.routing.precisions
         servers = [s for s in self.view.servers(self._clock()) if not wanted or s.dtype in wanted]
         if hosting:
             servers = [s for s in servers if any(one.name == hosting for one in s.adapters)]
@@ -217,7 +219,7 @@ class SwarmClient:
     def may_link(self, server: Announcement, following: Announcement) -> bool:
         """Whether one server may hand its outputs on to the other, as far as is known."""
         pair = (server.peer_id, following.peer_id)
-        return self.settings.push and self._unlinked.get(pair, 0.0) <= self._clock()
+        return self.settings.transfer.push and self._unlinked.get(pair, 0.0) <= self._clock()
 
     def cannot_link(self, server: Announcement, following: Announcement) -> None:
         """Note that it cannot, or did it badly; it is asked again after a while."""
@@ -249,7 +251,7 @@ class SwarmClient:
         """
         assert self._transport is not None
         name = endpoint_of(endpoint, server.service)
-        return await self._transport.open(server.peer_id, name, server.addresses, self._net.connect_timeout)
+        return await self._transport.open(server.peer_id, name, server.addresses, self._net.connect_timeout_s)
 
     def round_trip_s(self, peer_id: str) -> float:
         """Measured or assumed seconds to a peer and back."""

@@ -18,7 +18,7 @@ _LONGEST_PAUSE_S = 1.0
 
 
 class RouteSearch:
-    """One step's patience: `route_timeout` seconds from when nobody was found, anew after any progress."""
+    """One step's patience: `route_timeout_s` seconds from when nobody was found, anew after any progress."""
 
     def __init__(self, swarm: SwarmClient, hosting: str = "") -> None:
         """Args: hosting: use only servers that host the adapter of this hash."""
@@ -74,7 +74,7 @@ class RouteSearch:
 
     def _left_s(self) -> float:
         if self._give_up_at is None:
-            self._give_up_at = anyio.current_time() + self._swarm.settings.route_timeout
+            self._give_up_at = anyio.current_time() + self._swarm.settings.routing.route_timeout_s
         return self._give_up_at - anyio.current_time()
 
     def _tell(self, missing: tuple[tuple[int, int], ...], left_s: float, busy: bool) -> None:
@@ -100,7 +100,7 @@ class RouteSearch:
     def _gave_up(
         self, start: int, stop: int, route: list[Hop], error: PeerError | None, *, busy: bool
     ) -> Exception:
-        seconds = self._swarm.settings.route_timeout
+        seconds = self._swarm.settings.routing.route_timeout_s
         if not route:
             return self._swarm.no_route(start, stop)
         what = "had no room" if busy else "kept failing"

@@ -37,10 +37,10 @@ from typing import Any, Literal
 import platformdirs
 from filelock import FileLock, Timeout
 from pydantic import ByteSize, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from swarmkit.errors import ModelError
 from swarmkit.models.checkpoint.store_format import sha256_of
+from swarmkit.settings import SettingsGroup, read_from
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +51,19 @@ _SUFFIX = ".safetensors"
 Origin = Literal["hub", "peers"]
 
 
-class StoreSettings(BaseSettings):
-    """Where parts of models are kept."""
+class StoreSettings(SettingsGroup):
+    """The folder in which parts of models are kept."""
 
-    model_config = SettingsConfigDict(env_prefix="SWARMKIT_STORE_", frozen=True, extra="forbid")
+    model_config = read_from("SWARMKIT_STORE_")
 
-    dir: Path | None = Field(default=None, description="folder; the default is in the user's cache folder")
+    dir: Path | None = Field(
+        default=None, description="The folder. Without a value, one in the user's cache folder."
+    )
     max_bytes: ByteSize | None = Field(
-        default=None, gt=0, description="limit, as in 50GB; the default leaves 1 GB of the disk free"
+        default=None,
+        gt=0,
+        description="The largest size of the folder, such as `50GB`. Without a value, 1 GB of the disk "
+        "stays free.",
     )
 
 

@@ -78,7 +78,7 @@ class AdapterService:
 
     async def serve(self, stream: Stream) -> None:
         """One stream's life. Never raises on account of the peer."""
-        timeout = self._settings.message_timeout
+        timeout = self._settings.requests.message_timeout_s
         conversation = Conversation(stream, self._store.capacity_bytes, timeout, decoder)
         caller = Caller(conversation, self._settings, too_large="over_quota")
         self.streams += 1
@@ -98,7 +98,7 @@ class AdapterService:
         owner = caller.peer_id
         with ReceiveReservation(self._intake) as incoming:
             received = await caller.receive(
-                lambda message: self._admit(owner, message, incoming), self._settings.idle_timeout
+                lambda message: self._admit(owner, message, incoming), self._settings.requests.idle_timeout_s
             )
             await caller.send(AdapterKept(await self._keep(owner, received)))
 
@@ -112,7 +112,7 @@ class AdapterService:
         except NoRoomError as error:
             raise Refusal("over_quota" if error.quota else "busy", str(error)) from None
         try:
-            await incoming.take(nbytes, self._settings.message_timeout)
+            await incoming.take(nbytes, self._settings.requests.message_timeout_s)
         except TimeoutError:
             raise Refusal("busy", "too many large messages are under way; try another server") from None
 
@@ -130,7 +130,7 @@ class AdapterService:
             )
         try:
             spec = _spec_of(message)
-            stage.fittings.check(spec, self._settings.adapter_max_rank)
+            stage.fittings.check(spec, self._settings.adapters.adapter_max_rank)
             expected = stage.fittings.numel(spec)
         except AdapterError as error:
             raise Refusal("bad_adapter", str(error)) from None

@@ -44,7 +44,7 @@ class AdmissionControl:
         """Refuse a step that would wait for longer than its client, or this server, wants it to."""
         rows, tokens, _ = step.hidden.shape
         wait_s = self._engine.ahead(rows, tokens).wait_s
-        allowed_s = min(self._settings.max_queue_s, step.patience_s or math.inf)
+        allowed_s = min(self._settings.requests.max_queue_s, step.patience_s or math.inf)
         if wait_s > allowed_s:
             raise Refusal(
                 "busy",
@@ -62,7 +62,7 @@ class AdmissionControl:
         try:
             await incoming.take(
                 sum(spec.nbytes for spec in tensor_specs(step)),
-                min(self._settings.max_admission_wait_s, step.patience_s or math.inf),
+                min(self._settings.requests.max_admission_wait_s, step.patience_s or math.inf),
             )
         except TimeoutError:
             rows, tokens, _ = step.hidden.shape
@@ -84,7 +84,7 @@ class AdmissionControl:
             for key, session in sessions.items()
             if not session.turn.locked()
         ]
-        return to_evict(holdings, needed, self._settings.evict_after)
+        return to_evict(holdings, needed, self._settings.sessions.evict_after_s)
 
 
 def evicted(session: ServedSession) -> Refusal:

@@ -109,13 +109,13 @@ class BlockService:
         self._sources = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self.budget = KVBudget(settings.cache_bytes)
-        self.intake = ReceiveBudget(settings.receive_budget_bytes)
+        self.budget = KVBudget(settings.limits.cache_bytes)
+        self.intake = ReceiveBudget(settings.requests.receive_budget_bytes)
         self._door = AdmissionControl(settings, engine)
-        self.adapters = AdapterStore(settings.adapter_bytes, settings.client_adapter_bytes)
+        self.adapters = AdapterStore(settings.adapters.adapter_bytes, settings.adapters.client_adapter_bytes)
         self.leaving = False
         self.steps = 0
-        self.max_payload_bytes = settings.max_step_tokens * stage.hidden_size * 4 + _SIDE_BYTES
+        self.max_payload_bytes = settings.requests.max_step_tokens * stage.hidden_size * 4 + _SIDE_BYTES
 
     @property
     def sessions(self) -> list[ServedSession]:
@@ -158,13 +158,13 @@ class BlockService:
     async def serve(self, stream: Stream) -> None:
         """One stream's life. Never raises on account of the peer."""
         settings = self._settings
-        conversation = Conversation(stream, self.max_payload_bytes, settings.message_timeout)
+        conversation = Conversation(stream, self.max_payload_bytes, settings.requests.message_timeout_s)
         client = _Client(conversation, settings)
         self._streams += 1
         stream.on_end(client.life.cancel)
         try:
             with client.life:
-                if self._streams > settings.max_sessions + _SPARE_STREAMS:
+                if self._streams > settings.limits.max_sessions + _SPARE_STREAMS:
                     await client.refuse(self._door.too_many("too many streams are open", self._streams))
                 else:
                     await client.answer_all(lambda: self._answer_next(client))
@@ -181,7 +181,7 @@ class BlockService:
 
     async def _answer_next(self, client: _Client) -> None:
         # Whoever opens a stream has something to say; only a session may be silent for long.
-        seconds = None if client.session is None else self._settings.idle_timeout
+        seconds = None if client.session is None else self._settings.requests.idle_timeout_s
         with ReceiveReservation(self.intake) as incoming:
             received = await client.receive(lambda message: self._admit(client, message, incoming), seconds)
             await self._answer(client, received)
@@ -202,7 +202,13 @@ class BlockService:
 
     def _check_step(self, session: ServedSession, step: Step) -> None:
         settings = self._settings
-        check_step(session, step, self._stage.hidden_size, settings.max_step_tokens, settings.codecs)
+        check_step(
+            session,
+            step,
+            self._stage.hidden_size,
+            settings.requests.max_step_tokens,
+            settings.sessions.codecs,
+        )
 
     async def _answer(self, client: _Client, received: Received) -> None:
         message = received.message
@@ -215,7 +221,12 @@ class BlockService:
                 dtype = str(self._stage.dtype).removeprefix("torch.")
                 settings, sent_at = self._settings, client.conversation.clock()
                 opened = Opened(
-                    settings.max_step_tokens, session.inlet, root, dtype, settings.codecs, sent_at
+                    settings.requests.max_step_tokens,
+                    session.inlet,
+                    root,
+                    dtype,
+                    settings.sessions.codecs,
+                    sent_at,
                 )
                 await client.send(opened)
             case RestorePrefix():
@@ -244,11 +255,11 @@ class BlockService:
             steps=self.steps,
             leaving=self.leaving,
             waiting=self._engine.holds,
-            expected_wait_ms=self._engine.ahead(1, self._settings.max_step_tokens).wait_s * 1e3,
+            expected_wait_ms=self._engine.ahead(1, self._settings.requests.max_step_tokens).wait_s * 1e3,
         )
 
     def _census(self) -> Resources:
-        if not self._settings.report_resources:
+        if not self._settings.node.report_resources:
             raise Refusal("illegal_message", "this server's owner wants nobody to count what it holds")
         try:
             self.budget.audit()
@@ -289,16 +300,19 @@ class BlockService:
                 "blocks_not_held",
                 f"blocks {message.start}:{message.stop} are not inside the served {stage.start}:{stage.stop}",
             )
-        if not 1 <= message.max_length <= self._settings.max_session_length:
+        if not 1 <= message.max_length <= self._settings.sessions.max_session_length:
             raise Refusal(
-                "too_long", f"a session may hold 1 to {self._settings.max_session_length} tokens a row"
+                "too_long",
+                f"a session may hold 1 to {self._settings.sessions.max_session_length} tokens a row",
             )
-        if len(self._clients) >= self._settings.max_sessions and not self._make_room(1, of_bytes=False):
+        if len(self._clients) >= self._settings.limits.max_sessions and not self._make_room(
+            1, of_bytes=False
+        ):
             raise self._door.too_many(f"{len(self._clients)} sessions are open already", len(self._clients))
         hold = held(self.adapters, message.adapter, message.start, message.stop)
         cache = stage.new_cache(message.start, message.stop, None if hold is None else hold.adapter)
         bytes_per_token = self._bytes_per_token(message.start, message.stop)
-        scope = self._settings.prefix_cache
+        scope = self._settings.sessions.prefix_cache
         if scope == "off" or not (cache.has_pages and stage.keys_are_final):
             lease, trail = self.budget.lease(bytes_per_token), None
         else:
@@ -370,7 +384,7 @@ class BlockService:
 
     async def serve_pushes(self, stream: Stream) -> None:
         """The life of a stream that brings one session's steps. Never raises on account of the peer."""
-        conversation = Conversation(stream, self.max_payload_bytes, self._settings.message_timeout)
+        conversation = Conversation(stream, self.max_payload_bytes, self._settings.requests.message_timeout_s)
         self._sources += 1
         try:
             client = await self._attach(conversation)
@@ -395,12 +409,12 @@ class BlockService:
 
     async def _attach(self, conversation: Conversation) -> _Client | None:
         """Whose session the steps on this stream are for."""
-        with anyio.fail_after(self._settings.message_timeout):
+        with anyio.fail_after(self._settings.requests.message_timeout_s):
             message = (await conversation.receive()).message
             next_state("loose", message)
             assert isinstance(message, Attach)  # the conversation's table lets nothing else through
             client = self._clients.get(message.inlet)
-            if client is None or self._sources > self._settings.max_sessions + _SPARE_STREAMS:
+            if client is None or self._sources > self._settings.limits.max_sessions + _SPARE_STREAMS:
                 await conversation.send(Fault("not_linked", "there is no session of that name"))
                 return None
             await conversation.send(Attached())
@@ -426,7 +440,7 @@ class BlockService:
                 assert isinstance(received.message, Step)
                 await self._run_step(client, session, received.message, received, source)
             # While steps come this way, the client has nothing to say, and yet is there.
-            client.patience.start(self._settings.idle_timeout)
+            client.patience.start(self._settings.requests.idle_timeout_s)
             return True
         except LateStepError:
             return True

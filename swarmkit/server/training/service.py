@@ -81,14 +81,14 @@ class GradientService:
         self._intake = intake
         self._leaving = leaving
         self._adapters = AdapterStore(0, 0) if adapters is None else adapters
-        self._times = SliceTimes(settings.gradient_slice)
+        self._times = SliceTimes(settings.training.gradient_slice_s)
         self._turns: dict[str, _Turn] = {}
-        self.kept = ActivationCache(settings.gradient_memory_bytes)
+        self.kept = ActivationCache(settings.limits.activation_cache_bytes)
         """Passes until their way back; somebody has to call its `drop_old` now and then."""
         self.streams = 0
         self.requests = 0
         """That were answered with a result."""
-        largest = settings.max_step_tokens * stage.hidden_size * 4
+        largest = settings.requests.max_step_tokens * stage.hidden_size * 4
         self.max_payload_bytes = (1 + STATES_FACTOR) * largest + _SIDE_BYTES
 
     @property
@@ -98,11 +98,11 @@ class GradientService:
 
     async def serve(self, stream: Stream) -> None:
         """One stream's life. Never raises on account of the peer."""
-        timeout = self._settings.message_timeout
+        timeout = self._settings.requests.message_timeout_s
         caller = Caller(Conversation(stream, self.max_payload_bytes, timeout, decoder), self._settings)
         self.streams += 1
         try:
-            if self.streams > self._settings.max_gradient_streams:
+            if self.streams > self._settings.training.max_gradient_streams:
                 await caller.refuse(Refusal("busy", "too many streams are open; try another server"))
             else:
                 await caller.answer_all(lambda: self._answer_next(caller))
@@ -129,13 +129,13 @@ class GradientService:
         request = cast(GradientRequest, message)
         if self._leaving():
             raise Refusal("leaving", "this server is about to stop; use another one")
-        check_request(request, self._stage, self._fingerprint, self._settings.max_step_tokens)
+        check_request(request, self._stage, self._fingerprint, self._settings.requests.max_step_tokens)
         hold = held(self._adapters, request.adapter, request.start, request.stop)
         if hold is not None:
             holds.append(hold)
         nbytes = sum(spec.nbytes for spec in tensor_specs(request))
         try:
-            await incoming.take(nbytes, self._settings.message_timeout)
+            await incoming.take(nbytes, self._settings.requests.message_timeout_s)
         except TimeoutError:
             raise Refusal("busy", "too many large requests are under way; try another server") from None
 
@@ -147,7 +147,7 @@ class GradientService:
             request,
             received,
             self._times,
-            settings.prefill_chunk_tokens,
+            settings.engine.prefill_chunk_tokens,
             adapter,
             caller.peer_id,
             self.kept,

@@ -199,7 +199,7 @@ class PeerWeights:
                 await anyio.to_thread.run_sync(store.reserve, partial, offer.size)
                 try:
                     alone = await receive_file(
-                        self._transport, offer, partial, self._settings.idle_timeout, report.count
+                        self._transport, offer, partial, self._settings.idle_timeout_s, report.count
                     )
                 except ProtocolError:
                     store.discard(partial)

@@ -22,12 +22,12 @@ import anyio
 import anyio.to_thread
 import msgspec
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from swarmkit.errors import ProtocolError
 from swarmkit.net.protocol.messages import Text, Total
 from swarmkit.net.registry.offers import ContentHash
 from swarmkit.net.transport.seam import Stream
+from swarmkit.settings import SettingsGroup, read_from
 
 logger = logging.getLogger(__name__)
 
@@ -41,26 +41,41 @@ _POLL_S = 0.02
 WeightsSource = Literal["any", "hub", "peers"]
 
 
-class WeightsSettings(BaseSettings):
+class WeightsSettings(SettingsGroup):
     """Where a server gets its weights, and how it shares them."""
 
-    model_config = SettingsConfigDict(env_prefix="SWARMKIT_WEIGHTS_", frozen=True, extra="forbid")
+    model_config = read_from("SWARMKIT_WEIGHTS_")
 
     source: WeightsSource = Field(
         default="any",
-        description="any: from peers where some offer them, else from the Hub; or only one of them",
+        description="Where weights come from: from peers that offer them and otherwise from the Hub "
+        "(`any`), or from only one of the two.",
     )
-    share: bool = Field(default=True, description="hand blocks out to other servers (of public models only)")
-    upload_bytes_per_s: float = Field(default=32e6, gt=0, description="for all transfers together")
-    max_transfers: int = Field(default=2, ge=1, description="at a time, to other servers")
-    offer_lifetime: float = Field(default=900.0, gt=0, le=3600, description="until an offer expires")
+    share: bool = Field(
+        default=True,
+        description="Whether the server sends its blocks to other servers, for public models only.",
+    )
+    upload_bytes_per_s: float = Field(
+        default=32e6, gt=0, description="How fast all transfers of weights together send."
+    )
+    max_transfers: int = Field(
+        default=2, ge=1, description="How many transfers to other servers may run at a time."
+    )
+    offer_lifetime_s: float = Field(
+        default=900.0,
+        gt=0,
+        le=3600,
+        description="How long other servers believe an offer that is not renewed.",
+    )
     samples: int = Field(
-        default=8, ge=0, description="ranges of each block from a peer that are compared with the Hub"
+        default=8,
+        ge=0,
+        description="How many ranges of each block that a peer sent are compared with the Hub.",
     )
-    idle_timeout: float = Field(
-        default=30.0, gt=0, description="without a byte, until a transfer is given up"
+    idle_timeout_s: float = Field(
+        default=30.0, gt=0, description="How long a transfer may stand still before it ends."
     )
-    attempts: int = Field(default=4, ge=1, description="peers that are tried for one block")
+    attempts: int = Field(default=4, ge=1, description="How many peers are tried for one block.")
 
 
 class Ask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -171,7 +186,7 @@ class WeightsService:
     async def serve(self, stream: Stream) -> None:
         """Answer one question."""
         frame = b""
-        with anyio.move_on_after(self._settings.idle_timeout):
+        with anyio.move_on_after(self._settings.idle_timeout_s):
             frame = await stream.receive()
         ask = _read_question(frame)
         if isinstance(ask, Refused):
@@ -209,7 +224,7 @@ class WeightsService:
 
     async def _deliver(self, stream: Stream, frame: bytes) -> None:
         """Send a frame to somebody who may have stopped reading."""
-        with anyio.fail_after(self._settings.idle_timeout):
+        with anyio.fail_after(self._settings.idle_timeout_s):
             await stream.send(frame)
 
     async def _wait_for_turn(self) -> None:

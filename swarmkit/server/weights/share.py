@@ -94,12 +94,12 @@ class SharedWeights:
                 await self.offer(start, stop)
             except TransportError as error:
                 logger.warning("could not offer weights to other servers, will try again: %s", error)
-            await anyio.sleep(self.settings.offer_lifetime / 3)
+            await anyio.sleep(self.settings.offer_lifetime_s / 3)
 
     async def offer(self, start: int, stop: int) -> int:
         """Announce once which files are handed out; how many blocks these are."""
         fingerprint = await anyio.to_thread.run_sync(lambda: self._checkpoint.fingerprint)
-        expires_at = self._clock() + self.settings.offer_lifetime
+        expires_at = self._clock() + self.settings.offer_lifetime_s
         records: list[tuple[str, bytes]] = []
         offered = 0
         for block in (None, *range(start, stop)):
