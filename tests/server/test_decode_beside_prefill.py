@@ -108,7 +108,7 @@ class Swarm:
         self._look(self.devices[stage], now)
 
     def _look(self, device: Device, now: float) -> None:
-        turn = None if device.busy else device.next_turn(now, self.prefill)
+        turn = None if device.busy else device.next_schedule(now, self.prefill)
         if turn is None:
             return
         if not turn.shares:

@@ -164,6 +164,22 @@ async def test_steps_of_different_stages_do_not_share_a_pass(engine: Engine, sta
     assert (stage.tokens, other.tokens) == ([[1], [1]], [[1]])
 
 
+async def test_what_one_stage_takes_is_not_taken_for_anothers(engine: Engine, stage: FakeStage) -> None:
+    other = FakeStage()
+    await engine.step(FakeStep(stage))
+    assert engine.times_of(stage).of(1) > 0
+    assert engine.times_of(other).of(1) == 0
+
+
+async def test_the_times_of_a_stage_are_forgotten_with_it(engine: Engine) -> None:
+    stage = FakeStage()
+    await engine.step(FakeStep(stage))
+    times = weakref.ref(engine.times_of(stage))
+    del stage
+    gc.collect()
+    assert times() is None
+
+
 async def test_a_long_step_runs_in_chunks(engine: Engine, stage: FakeStage) -> None:
     step = FakeStep(stage, 2 * CHUNK + 5)
     timed = await engine.step(step)

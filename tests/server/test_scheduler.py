@@ -22,6 +22,7 @@ from swarmkit.server.engine.scheduler import (
     WaitingJob,
     WaitingStep,
     next_schedule,
+    next_stage,
 )
 
 NOBODY = ExpectedArrivals()
@@ -59,6 +60,25 @@ def turn_of(
 def tokens_for(key: int, turn: Schedule | None) -> int:
     assert turn is not None
     return sum(share.tokens for share in turn.shares if share.key == key)
+
+
+# whose turn it is
+
+
+def test_no_stage_is_next_when_no_step_waits() -> None:
+    assert next_stage({}) is None
+
+
+def test_a_stage_with_a_decode_step_comes_before_one_with_a_longer_wait() -> None:
+    assert next_stage({"one": [prefill(waited_s=9.0)], "other": [decode(waited_s=0.1)]}) == "other"
+
+
+def test_among_stages_that_decode_the_longest_wait_is_next() -> None:
+    assert next_stage({"one": [decode(waited_s=0.1)], "other": [decode(waited_s=0.2)]}) == "other"
+
+
+def test_a_stage_that_was_passed_over_twice_is_next() -> None:
+    assert next_stage({"one": [decode()], "other": [prefill(passed_over=2)]}) == "other"
 
 
 # what goes together

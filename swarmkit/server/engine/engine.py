@@ -3,6 +3,9 @@
 Work is of two kinds. A *step* of a session is run together with others' steps, and a long one in pieces;
 `scheduler` decides what each forward pass is made of. A *job* is any function, and runs by itself.
 
+A device may hold several stages: of two models, or of one model's blocks while a server moves to others. A
+forward pass goes through one of them, so each stage has its own measured times, and they take turns.
+
 ::
 
     submit ──> waiting ──(begin: decode, check)──> running ──(a turn per chunk)──> settled
@@ -18,6 +21,7 @@ import math
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -33,6 +37,7 @@ from swarmkit.server.engine.device_watch import DeviceWatch, marks_of
 from swarmkit.server.engine.scheduler import (
     DECODE_TOKENS,
     ArrivalPredictor,
+    ExpectedArrivals,
     FairShares,
     PassLimits,
     PassTimes,
@@ -40,6 +45,7 @@ from swarmkit.server.engine.scheduler import (
     WaitingJob,
     WaitingStep,
     next_schedule,
+    next_stage,
 )
 
 logger = logging.getLogger(__name__)
@@ -150,6 +156,15 @@ class _Work:
                     await self.after
 
 
+class _StageTimes:
+    """What the engine has learnt about one stage: times of its passes, and when its sessions are back."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.passes = PassTimes()
+        self.watch: DeviceWatch[int] = DeviceWatch(marks_of(device), self.passes.learn)
+        self.decoders = ArrivalPredictor()
+
+
 class _Job(_Work):
     def __init__(self, run: Callable[[], Any], priority: int) -> None:
         super().__init__()
@@ -232,10 +247,9 @@ class Engine:
     ) -> None:
         """Args: prefill_chunk_tokens, decode_slowdown: the scheduler's `PassLimits`."""
         self._limits = PassLimits(prefill_chunk_tokens, decode_slowdown)
-        self._times = PassTimes()
-        self._watches: dict[torch.device, DeviceWatch[int]] = {}
+        self._stages: weakref.WeakKeyDictionary[Stage, _StageTimes] = weakref.WeakKeyDictionary()
+        """Learnt times belong to a stage, and are forgotten with it."""
         self._fair = FairShares()
-        self._decoders = ArrivalPredictor()
         self._passed_over = {False: 0, True: 0}  # turns that interactive and bulk jobs have waited for
         # In order of arrival. Both threads add and remove single entries, which a dict lets them.
         self._works: dict[_Work, None] = {}
@@ -260,10 +274,21 @@ class Engine:
         if not self._works:
             return NOTHING_AHEAD
         works = list(self._works)
-        left = [work.rows * work.tokens_left for work in works if isinstance(work, _QueuedStep)]
-        decode = tokens <= DECODE_TOKENS
-        wait_s = expected_wait_s(rows * tokens, decode, left, self._times, self._limits.chunk_tokens)
+        left: dict[Stage, list[int]] = {}
+        for work in works:
+            if isinstance(work, _QueuedStep):
+                left.setdefault(work.task.stage, []).append(work.rows * work.tokens_left)
+        decode, chunk = tokens <= DECODE_TOKENS, self._limits.chunk_tokens
+        wait_s = sum(
+            expected_wait_s(rows * tokens, decode, sizes, times.passes, chunk)
+            for stage, sizes in left.items()
+            if (times := self._stages.get(stage)) is not None
+        )
         return Ahead(len(works), wait_s)
+
+    def times_of(self, stage: Stage) -> PassTimes:
+        """How long forward passes through a stage take, as far as measured."""
+        return self._times_of(stage).passes
 
     async def run(self, job: Callable[[], T], priority: int = INTERACTIVE) -> Timed[T]:
         """Run `job` on the engine's thread, by itself, and wait for it.
@@ -371,7 +396,8 @@ class Engine:
         work = works[0] if len(works) == 1 else None
         if not isinstance(work, _QueuedStep) or not work.decode or work.given_up:
             return None
-        return work if self._decoders.nobody_but(work.task.session) else None
+        times = self._times_of(work.task.stage)
+        return work if times.decoders.nobody_but(work.task.session) else None
 
     def _take_stock(self) -> tuple[list[_QueuedStep], list[_Job]]:
         steps, jobs = [], []
@@ -393,27 +419,31 @@ class Engine:
     def _schedule(self, steps: list[_QueuedStep], jobs: list[_Job]) -> Schedule | None:
         now = time.perf_counter()
         served = self._fair.of_present(step.task.client for step in steps)
-        for step in steps:
+        by_stage: dict[Stage, list[WaitingStep]] = {}
+        for key, step in enumerate(steps):
             if not step.decode:
-                self._decoders.leave(step.task.session)
-        return next_schedule(
-            [
-                WaitingStep(
-                    key,
-                    served[step.task.client],
-                    step.rows,
-                    step.tokens_left,
-                    step.decode,
-                    now - step.queued_at,
-                    step.passed_over,
-                )
-                for key, step in enumerate(steps)
-            ],
-            [WaitingJob(key, job.bulk, self._passed_over[job.bulk]) for key, job in enumerate(jobs)],
-            self._decoders.expected(now, {step.task.session for step in steps}),
-            self._times,
-            self._limits,
-        )
+                self._times_of(step.task.stage).decoders.leave(step.task.session)
+            waiting = WaitingStep(
+                key,
+                served[step.task.client],
+                step.rows,
+                step.tokens_left,
+                step.decode,
+                now - step.queued_at,
+                step.passed_over,
+            )
+            by_stage.setdefault(step.task.stage, []).append(waiting)
+        stage = next_stage(by_stage)
+        if stage is None:
+            expected, passes, here = ExpectedArrivals(), PassTimes(), []
+        else:
+            times, here = self._times_of(stage), by_stage[stage]
+            expected = times.decoders.expected(now, {step.task.session for step in steps})
+            passes = times.passes
+        waiting_jobs = [
+            WaitingJob(key, job.bulk, self._passed_over[job.bulk]) for key, job in enumerate(jobs)
+        ]
+        return next_schedule(here, waiting_jobs, expected, passes, self._limits)
 
     def _run_job(self, job: _Job) -> None:
         self._passed_over[job.bulk] = 0
@@ -429,38 +459,40 @@ class Engine:
             self._settle(job, Timed(value, started - job.queued_at, ended - started), None)
 
     def _run_forward(self, shares: Sequence[tuple[_QueuedStep, int]]) -> None:
-        """One forward pass (for each stage, if there are several) over the next tokens of some steps."""
-        by_stage: dict[Stage, list[tuple[_QueuedStep, int]]] = {}
+        """Run one forward pass over the next tokens of some steps, which are all of one stage."""
+        group: list[tuple[_QueuedStep, int]] = []
         for step, tokens in shares:
             if step.whole is None and not self._begin(step):
                 continue
             if not step.tokens_left:
                 self._finish(step)
                 continue
-            by_stage.setdefault(step.task.stage, []).append((step, min(tokens, step.tokens_left)))
-        for stage, group in by_stage.items():
-            watch = self._watch_of(stage.device)
-            try:
-                begun = watch.begin()
-                results = stage.forward_many([step.chunk(tokens) for step, tokens in group])
-                watch.end(begun, sum(step.rows * tokens for step, tokens in group))
-            except BaseException as error:  # noqa: BLE001 - it is raised where the steps were asked for
-                for step, _ in group:
-                    self._fail(step, error)
-                continue
-            for (step, _), result in zip(group, results, strict=True):
-                step.passed_over = 0
-                self._advance(step, result)
-            # Nobody waits for what is noted.
-            watch.catch_up()
-            for step, tokens in group:
-                self._fair.serve(step.task.client, step.rows * tokens)
+            group.append((step, min(tokens, step.tokens_left)))
+        if not group:
+            return
+        stage = group[0][0].task.stage
+        watch = self._times_of(stage).watch
+        try:
+            begun = watch.begin()
+            results = stage.forward_many([step.chunk(tokens) for step, tokens in group])
+            watch.end(begun, sum(step.rows * tokens for step, tokens in group))
+        except BaseException as error:  # noqa: BLE001 - it is raised where the steps were asked for
+            for step, _ in group:
+                self._fail(step, error)
+            return
+        for (step, _), result in zip(group, results, strict=True):
+            step.passed_over = 0
+            self._advance(step, result)
+        # The outputs are on their way already: what follows delays no step.
+        watch.catch_up()
+        for step, tokens in group:
+            self._fair.serve(step.task.client, step.rows * tokens)
 
-    def _watch_of(self, device: torch.device) -> DeviceWatch[int]:
-        watch = self._watches.get(device)
-        if watch is None:
-            watch = self._watches[device] = DeviceWatch(marks_of(device), self._times.learn)
-        return watch
+    def _times_of(self, stage: Stage) -> _StageTimes:
+        times = self._stages.get(stage)
+        if times is None:
+            times = self._stages[stage] = _StageTimes(stage.device)
+        return times
 
     def _begin(self, step: _QueuedStep) -> bool:
         """Whether the step may run: it was not withdrawn, and nothing is wrong with it."""
@@ -497,7 +529,8 @@ class Engine:
         self._settle(step, timed, None)
         if step.decode:
             tokens = step.rows * step.tokens
-            self._decoders.decoded(step.task.session, tokens, step.queued_at, now)
+            decoders = self._times_of(step.task.stage).decoders
+            decoders.decoded(step.task.session, tokens, step.queued_at, now)
         step.task.afterwards(output)
 
     def _fail(self, step: _QueuedStep, error: BaseException) -> None:

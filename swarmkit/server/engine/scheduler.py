@@ -14,10 +14,13 @@ comes before everything of its kind, so that nobody starves.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Hashable, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from swarmkit.ewma import Ewma
+
+S = TypeVar("S")
 
 DECODE_TOKENS = 16
 """A step of at most so many tokens per row is a decode step, also with a draft's tokens; it is never cut."""
@@ -27,6 +30,8 @@ MOST_DECODE_TOKENS = 256
 
 _PATIENCE = 16
 """Who has been passed over so many times is next."""
+_STAGE_PATIENCE = 2
+"""A stage that has been passed over so many times is next."""
 _ROWS = 4
 """Matrix libraries take rows by so many at a time: the fifth token of a forward pass costs nearly as much as
 all from the fifth to the eighth, so prefill fills them up."""
@@ -103,6 +108,21 @@ class PassLimits:
     """At most so many tokens of prefill in one forward pass (rows x tokens)."""
     decode_slowdown: float
     """While somebody decodes, a forward pass may take so many times as long as without prefill."""
+
+
+def next_stage(waiting: Mapping[S, Sequence[WaitingStep]]) -> S | None:
+    """Which of the stages on a device has the next forward pass; None: no step waits.
+
+    One with a decode step comes before one with prefill only, and then the one whose step waits for longest;
+    but a stage that was passed over twice is next.
+    """
+
+    def urgency(stage: S) -> tuple[bool, bool, float]:
+        steps = waiting[stage]
+        neglected = len(waiting) > 1 and max(step.passed_over for step in steps) >= _STAGE_PATIENCE
+        return neglected, any(step.decode for step in steps), max(step.waited_s for step in steps)
+
+    return max(waiting, key=urgency, default=None)
 
 
 def next_schedule(
