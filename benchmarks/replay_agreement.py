@@ -32,7 +32,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from swarmkit import LocalSwarm
 from swarmkit.bench.environment import environment
 from swarmkit.client.model import SwarmModelForCausalLM
-from swarmkit.client.trace import PeerReplaced, SessionEvent
+from swarmkit.events import PeerReplaced
 from swarmkit.tinychat import held_out
 
 _TEXTS = ("Once upon a time", "The weather today is", "In the beginning there was", "My favourite food is")
@@ -88,8 +88,8 @@ def measure(
     chance = random.Random(seed)
     found = Agreement(dtype)
     with LocalSwarm(name, num_stages=2, replicas=2, transport="memory", dtype=dtype) as swarm:
-        events: list[SessionEvent] = []
-        model, tokenizer = swarm.model(dtype=dtype, on_event=events.append), swarm.tokenizer()
+        model, tokenizer = swarm.model(dtype=dtype), swarm.tokenizer()
+        replacements = model.subscribe(2 * answers, PeerReplaced)
         for number in range(answers):
             ids = _prompt(name, tokenizer, number)
             start = ids.shape[1]
@@ -107,7 +107,7 @@ def measure(
             disturbed = _generate(model, ids, tokens, least, LogitsProcessorList([_Kill(start, after, kill)]))
             found.add(undisturbed, disturbed, after)
             tick()
-        replaced = sum(isinstance(event, PeerReplaced) for event in events)
+        replaced = len(replacements.pending())
         if replaced < found.kills:
             raise RuntimeError(f"{found.kills} kills, but only {replaced} replacements")
     return found

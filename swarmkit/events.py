@@ -3,8 +3,8 @@
 Every event is a frozen value with a time and an owner. `str(event)` is one line for people, and
 `event.to_json()` is one object for programs, in which `"event"` names the kind, such as `"peer_lost"`.
 
-Who wants to see events takes a subscription, which holds a bounded number of them and drops the oldest when its
-reader is slow. To emit an event appends to a few queues and never waits, so that no reader can slow a step.
+A reader takes a subscription, which holds a bounded number of events and drops the oldest when its reader is
+slow. To emit an event appends it to a few queues and never waits, so that no reader can slow a step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, cast
 
 import msgspec
 
@@ -49,6 +49,13 @@ class Owner(msgspec.Struct, frozen=True):
         return f"{self.kind} {self.number}" if self.number else self.kind
 
 
+class Stamp(TypedDict):
+    """What all events have, to be given as `**stamp`."""
+
+    time: float
+    owner: Owner
+
+
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag=_snake_case):
     """Something that has happened."""
 
@@ -67,8 +74,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="event", tag=_s
 class HopTrace(msgspec.Struct, frozen=True):
     """One server's part of one step, in milliseconds.
 
-    `network_ms` is the rest of the time that the client waited: both ways, encoding, and event loops. When the
-    step arrived, `ahead` others were waiting, and the server expected it to wait `expected_wait_ms` for them.
+    `network_ms` is the rest of the time that the client waited: both ways, encoding, and event loops. When
+    the step arrived, `ahead` others were waiting, and the server expected it to wait `expected_wait_ms`.
     """
 
     peer_id: str
@@ -106,8 +113,8 @@ class StepFinished(Event, frozen=True):
 
     def __str__(self) -> str:
         return (
-            f"step of {self.rows} x {self.tokens} tokens from {self.position} on: {self.total_ms:.1f} ms over "
-            + " → ".join(hop.label for hop in self.hops)
+            f"{self.rows} x {self.tokens} tokens from position {self.position} on: {self.total_ms:.1f} ms "
+            f"over {' → '.join(hop.label for hop in self.hops)}"
         )
 
 
@@ -332,7 +339,7 @@ class EventStream:
             apart.append(event)
         else:
             self._history.append(event)
-            logger.info("%s", event)
+            logger.debug("%s", event)
         for subscription in self._subscriptions:
             subscription._offer(event)
 
@@ -377,7 +384,7 @@ class Subscription:
     def __init__(self, stream: EventStream, capacity: int, kinds: tuple[type[Event], ...]) -> None:
         self._stream = stream
         self._kinds = kinds
-        # One thread appends and one takes; a deque does each of them in one go, so neither waits for the other.
+        # One thread appends and one takes, each in one atomic call, so neither waits for the other.
         self._queue: deque[Event] = deque(maxlen=capacity)
         self._offered = 0
         self._taken = 0
@@ -394,7 +401,7 @@ class Subscription:
         return list(iter(self._take, None))
 
     def get(self, timeout: float | None = None) -> Event | None:
-        """Take the next event, waiting for it in this thread; None when closed, or after `timeout` seconds."""
+        """Take the next event, waiting for it in this thread; None when closed or after `timeout` seconds."""
         woken: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._wake = lambda: woken.put(None)
         while (event := self._take()) is None and not self._closed:
@@ -473,10 +480,7 @@ def following(stream: EventStream, act: Callable[[Event], object], *kinds: type[
 
         def follow() -> None:
             for event in subscription:
-                try:
-                    act(event)
-                except Exception:
-                    logger.exception("what follows events failed at: %s", event)
+                _act_on(event, act)
 
         thread = threading.Thread(target=follow, name="swarmkit-events")
         thread.start()
@@ -485,3 +489,10 @@ def following(stream: EventStream, act: Callable[[Event], object], *kinds: type[
         finally:
             subscription.close()
             thread.join()
+
+
+def _act_on(event: Event, act: Callable[[Event], object]) -> None:
+    try:
+        act(event)
+    except Exception:
+        logger.exception("a follower of events failed at: %s", event)

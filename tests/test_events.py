@@ -160,7 +160,6 @@ def test_a_reader_in_another_thread_gets_every_event_in_order() -> None:
     assert read == [drained(sessions) for sessions in range(5_000)]
 
 
-@pytest.mark.anyio
 async def test_a_reader_on_the_loop_gets_what_another_thread_emits() -> None:
     stream = EventStream()
     subscription = stream.subscribe(capacity=10_000)
@@ -177,7 +176,6 @@ async def test_a_reader_on_the_loop_gets_what_another_thread_emits() -> None:
     assert read == [drained(sessions) for sessions in range(5_000)]
 
 
-@pytest.mark.anyio
 async def test_closing_ends_a_reader_that_waits_on_the_loop() -> None:
     subscription = EventStream().subscribe()
     with anyio.fail_after(LIMIT_S):

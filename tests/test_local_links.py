@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from swarmkit import LocalSwarm
-from swarmkit.client.trace import PeerLost
 from swarmkit.errors import UsageError
+from swarmkit.events import PeerLost
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
 from swarmkit.net.emulation.link_schedule import EmulatedLink

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from swarmkit import LocalSwarm, SwarmModelForCausalLM
-from swarmkit.client.trace import PeerLost
 from swarmkit.errors import UsageError
+from swarmkit.events import PeerLost
 from swarmkit.local.swarm import even_split
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local

@@ -29,7 +29,7 @@ from swarmkit.bench.measure import (
     timed_generate,
 )
 from swarmkit.bench.subject import Subject
-from swarmkit.client.trace import StepTrace
+from swarmkit.events import StepFinished
 from swarmkit.local.swarm import LocalSwarm
 from swarmkit.models.head.head import load_local
 from swarmkit.net.emulation.link_schedule import EmulatedLink
@@ -98,7 +98,7 @@ def settings_of(name: str) -> ClientSettings:
     return PATIENT.replace(**changes, prefix_cache_bytes=0)
 
 
-def wire_bytes(step: StepTrace) -> int:
+def wire_bytes(step: StepFinished) -> int:
     """Bytes of hidden states that a step sent over any link."""
     total = before = 0
     for hop in step.hops:
@@ -230,7 +230,7 @@ def _measure_speed(
     return [_speed_row(name, timed[name], timed["none"], used[name]) for name in names]
 
 
-def _codecs_of(step: StepTrace) -> list[str]:
+def _codecs_of(step: StepFinished) -> list[str]:
     """In what the boundaries were crossed, from the client on."""
     return [step.hops[0].sent_codec, *(hop.received_codec for hop in step.hops)]
 

@@ -14,7 +14,7 @@ import torch
 
 from swarmkit.bench.measure import Progress, quiet, random_prompt
 from swarmkit.bench.subject import Subject
-from swarmkit.client.trace import PeerReplaced
+from swarmkit.events import PeerReplaced
 from swarmkit.local.server_process import ServerProcess
 from swarmkit.local.swarm import LocalSwarm
 

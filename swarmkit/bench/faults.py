@@ -18,7 +18,7 @@ from swarmkit.bench.measure import (
     timed_generate,
 )
 from swarmkit.bench.subject import Subject
-from swarmkit.client.trace import PeerLost
+from swarmkit.events import PeerLost
 from swarmkit.local.swarm import LocalSwarm
 from swarmkit.net.connect import over_hivemind
 

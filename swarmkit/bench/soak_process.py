@@ -18,8 +18,8 @@ import torch
 
 from swarmkit.client.model import SwarmModelForCausalLM
 from swarmkit.client.session.session import Session
-from swarmkit.client.trace import SessionEvent
 from swarmkit.errors import SessionError
+from swarmkit.events import Event, StepFinished, following
 from swarmkit.net import portal
 from swarmkit.settings import ClientSettings
 
@@ -63,8 +63,9 @@ class _SoakClients:
             sys.stdout.write(json.dumps({"did": did, **more}) + "\n")
             sys.stdout.flush()
 
-    def event(self, event: SessionEvent) -> None:
-        self.tell("event", kind=type(event).__name__)
+    def event(self, event: Event) -> None:
+        if not isinstance(event, StepFinished):
+            self.tell("event", kind=type(event).__name__)
 
     def _live(self, number: int) -> None:
         chance = random.Random(f"{self._seed}-{number}")
@@ -152,9 +153,9 @@ def _main(options: dict[str, Any]) -> None:
         options["name"], initial_peers=options["peers"], settings=_PATIENT
     ) as model:
         clients = _SoakClients(model, options)
-        model.connection.client.listeners.append(clients.event)
         clients.tell("ready")
-        clients.run()
+        with following(model.connection.client.events, clients.event):
+            clients.run()
     clients.tell("left")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +12,7 @@ from swarmkit.cli import console
 from swarmkit.cli.app import Join, Model, Threads, Verbose, app
 from swarmkit.cli.generate import Draft, MaxTokens, Seed, SpeculateOption, Temperature, TopP
 from swarmkit.errors import UsageError
+from swarmkit.events import Event, StepFinished, following
 
 if TYPE_CHECKING:
     from swarmkit.client.model import SwarmModelForCausalLM
@@ -43,10 +45,14 @@ def chat(
     console.set_threads(threads)
     from swarmkit.cli import talk
 
-    def show(event: object) -> None:
-        console.err.print(f"[yellow]{event}[/]", markup=True)
+    def show(event: Event) -> None:
+        if not isinstance(event, StepFinished):
+            console.err.print(f"[yellow]{event}[/]", markup=True)
 
-    with talk.model_of(model, join, show if verbose else lambda event: None) as remote:
+    with ExitStack() as owned:
+        remote = owned.enter_context(talk.model_of(model, join))
+        if verbose:
+            owned.enter_context(following(remote.connection.client.events, show))
         tokenizer = remote.tokenizer()
         if not talk.has_chat_template(tokenizer):
             raise UsageError(f"{model} was not made for chats; use `swarmkit generate {model} --raw …`")

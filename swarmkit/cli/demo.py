@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from swarmkit.cli.talk import ChatAnswer
     from swarmkit.client.model import SwarmModelForCausalLM
-    from swarmkit.client.trace import PeerReplaced
+    from swarmkit.events import PeerReplaced
     from swarmkit.local.server_process import ServerProcess
     from swarmkit.local.swarm import LocalSwarm
 
@@ -224,7 +224,7 @@ class _Demo:
         return next(server for server in self._swarm.servers if server.peer_id == used)  # type: ignore[return-value]
 
     def _replacement(self, known: int) -> PeerReplaced | None:
-        from swarmkit.client.trace import PeerReplaced
+        from swarmkit.events import PeerReplaced
 
         return next((event for event in self._remote.events[known:] if isinstance(event, PeerReplaced)), None)
 

@@ -71,7 +71,7 @@ def generate(
     from swarmkit.cli import talk
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    with talk.model_of(model, join, lambda event: None) as remote:
+    with talk.model_of(model, join) as remote:
         tokenizer = remote.tokenizer()
         chat = not raw and talk.has_chat_template(tokenizer)
         answer = talk.answer(

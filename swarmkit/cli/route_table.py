@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from swarmkit.client.trace import StepTrace
+from swarmkit.events import StepFinished
 
 
-def route_table(trace: Sequence[StepTrace], last: int = 32) -> Table:
+def route_table(trace: Sequence[StepFinished], last: int = 32) -> Table:
     """The route of the last step; times are medians over the last single-token steps on that route.
 
     Bytes are those of the last of these; `-` goes out where the server before hands on what came in from it.

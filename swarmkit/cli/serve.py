@@ -25,6 +25,7 @@ from swarmkit.cli.app import (
 )
 from swarmkit.cli.signals import EndRequest, end_request
 from swarmkit.errors import UsageError
+from swarmkit.events import Event, LoadProgressed, following
 
 
 @app.command()
@@ -113,7 +114,6 @@ def serve(
         else:
             lookup = over_hivemind(join or (), client_mode=True)
             checkpoint = open_with_fingerprint(model, fingerprint, lookup, weights)
-        show = _Show(json)
         server = Server(
             checkpoint,
             blocks=parse_blocks(blocks, checkpoint.num_blocks) if blocks else None,
@@ -128,24 +128,15 @@ def serve(
             transport=over_hivemind(
                 join or (), host=host, port=port, announce=announce or (), use_relay=relay
             ),
-            on_event=show.event,
         )
-        with show:
-            server.start()
-        gc.freeze()  # no step waits while all that was imported is searched for garbage
-        if json:
-            low, high = server.blocks
-            console.emit_json(
-                event="serving",
-                peer_id=server.peer_id,
-                addresses=server.addresses,
-                blocks=[low, high],
-                model=checkpoint.name,
-                fingerprint=checkpoint.fingerprint,
-            )
-        else:
-            _show_addresses(model, server.addresses, checkpoint.fingerprint, first=not join)
-        _serve_until(server, end)
+        show = _Show(json)
+        with following(server.events, show.event):
+            with show:
+                server.start()
+            gc.freeze()  # no step waits while all that was imported is searched for garbage
+            if not json:
+                _show_addresses(model, server.addresses, checkpoint.fingerprint, first=not join)
+            _serve_until(server, end)
 
 
 def _count(text: str | None) -> int | Literal["auto"] | None:
@@ -206,15 +197,10 @@ class _Show:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def event(self, event: object) -> None:
-        from swarmkit.server.node import ServerEvent
-
-        assert isinstance(event, ServerEvent)
-        if event.fraction is not None:
-            self._bar.update(self._task, description=event.message, completed=event.fraction)
-            return
+    def event(self, event: Event) -> None:
         if self._json:
-            if event.kind != "serving":  # told by the command itself, with addresses
-                console.emit_json(event=event.kind, message=event.message)
+            console.emit_json(**event.to_json())
+        elif isinstance(event, LoadProgressed):
+            self._bar.update(self._task, description=str(event), completed=event.fraction)
         else:
-            console.err.print(f"[green]●[/] {event.message}")
+            console.err.print(f"[green]●[/] {event}")

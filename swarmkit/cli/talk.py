@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def model_of(name: str, join: list[str] | None, on_event: Callable[[object], None]) -> Iterator[Any]:
+def model_of(name: str, join: list[str] | None) -> Iterator[Any]:
     """The model over the swarm of `join`, or over one of its own in this process."""
     from swarmkit.client.model import SwarmModelForCausalLM
     from swarmkit.local.swarm import LocalSwarm
 
     if join:
         with busy("joining the swarm"):
-            model = SwarmModelForCausalLM.from_pretrained(name, initial_peers=join, on_event=on_event)
+            model = SwarmModelForCausalLM.from_pretrained(name, initial_peers=join)
         with model:
             yield model
         return
     with busy("no --join: starting a swarm of two servers in this process"):
         swarm = LocalSwarm(name, num_stages=2).start()
     with swarm:
-        yield swarm.model(on_event=on_event)
+        yield swarm.model()
 
 
 @contextmanager

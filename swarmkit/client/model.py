@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,8 @@ from swarmkit.client.speculation.assistants import (
 )
 from swarmkit.client.swarm.client import ModelRef, SwarmClient
 from swarmkit.client.swarm.connection import Connection
-from swarmkit.client.trace import SessionEvent, StepTrace
 from swarmkit.errors import UsageError
+from swarmkit.events import Event, StepFinished, Subscription
 from swarmkit.models.architecture.anatomy import cache_argument
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import build_head
@@ -71,7 +71,6 @@ class SwarmModel(AdapterMixin, _Base):
         dtype: str | torch.dtype = "auto",
         device: str = "cpu",
         settings: ClientSettings | None = None,
-        on_event: Callable[[SessionEvent], None] | None = None,
         **hub: Any,
     ) -> Self:
         """Load embeddings and head, and join the swarm that serves the blocks.
@@ -81,7 +80,6 @@ class SwarmModel(AdapterMixin, _Base):
             initial_peers: addresses of peers of the swarm, as `swarmkit serve` and `bootstrap` print them.
             transport: another way to reach the swarm; over hivemind if not given.
             dtype: of embeddings, head and the hidden states sent; `"auto"` = float32 on CPU.
-            on_event: called with each `SessionEvent`, on the event loop's thread.
             hub: `revision` and `token`, for models from the Hub; for a classifier also entries of its config,
                 such as `num_labels`.
 
@@ -102,8 +100,6 @@ class SwarmModel(AdapterMixin, _Base):
         factory = transport or over_hivemind(initial_peers, client_mode=True)
         connection = Connection(lambda: SwarmClient(reference, factory, settings))
         try:
-            if on_event is not None:
-                connection.client.listeners.append(on_event)
             length = _length_limit(checkpoint.config)
             tuning = ModelAdapters()
             remote = RemotePass(connection, tuning)
@@ -126,14 +122,23 @@ class SwarmModel(AdapterMixin, _Base):
     # ------------------------------------------------------------------ the swarm
 
     @property
-    def trace(self) -> list[StepTrace]:
-        """The last steps, oldest first: which peer took how long in queue, compute and network."""
+    def trace(self) -> list[StepFinished]:
+        """The last steps, oldest first: which server took how long in queue, compute and network."""
         return list(self._swarm.client.trace)
 
     @property
-    def events(self) -> list[SessionEvent]:
+    def events(self) -> list[Event]:
         """The last changes of routes, oldest first."""
-        return list(self._swarm.client.events)
+        return self._swarm.client.events.history
+
+    def subscribe(self, capacity: int = 1024, *kinds: type[Event]) -> Subscription:
+        """Have all events from now on, steps and micro-batches among them, to read in any thread.
+
+        Args:
+            capacity: how many unread events are held at most; then the oldest are dropped and counted.
+            kinds: only these kinds of events; all if none is given.
+        """
+        return self._swarm.client.events.subscribe(capacity, *kinds)
 
     @property
     def speculation(self) -> GuessCount:

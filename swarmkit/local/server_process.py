@@ -111,8 +111,8 @@ class ServerProcess:
             if event is None:
                 self.kill()
                 raise ServerStartError(f"{self.public_name} ended before it served:\n{self.last_words()}")
-            if event.get("event") == "serving":
-                self.peer_id = event["peer_id"]
+            if event.get("event") == "serving_started":
+                self.peer_id = event["owner"]["peer_id"]
                 self.addresses = event["addresses"]
                 return
 

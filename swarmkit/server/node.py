@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -17,7 +16,20 @@ import torch
 from anyio.abc import TaskStatus
 
 from swarmkit._version import __version__
+from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.errors import TransportError, UsageError
+from swarmkit.events import (
+    AdapterHosted,
+    BlocksLoaded,
+    DrainStarted,
+    EventStream,
+    LoadProgressed,
+    Owner,
+    ServerJoined,
+    ServerLeft,
+    ServingStarted,
+    Stamp,
+)
 from swarmkit.models.check import ensure_servable
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.stage import Stage
@@ -50,18 +62,6 @@ from swarmkit.server.weights.share import SharedWeights
 from swarmkit.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
-
-EventKind = Literal["joined", "loading", "loaded", "serving", "leaving", "left"]
-
-
-@dataclass(frozen=True)
-class ServerEvent:
-    """Something happened in a server's life; `message` is one line for people."""
-
-    kind: EventKind
-    message: str
-    fraction: float | None = None
-    """Of a long step that is under way, how much is done; None where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,14 @@ class ServerNode:
         config: ServerConfig,
         transport_factory: TransportFactory,
         identity: Identity,
-        on_event: Callable[[ServerEvent], None] = lambda event: None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._config = config
         self._factory = transport_factory
         self._identity = identity
-        self._tell = on_event
+        self._clock = clock
+        self._owner = Owner("server", identity.peer_id)
+        self.events = EventStream(apart={LoadProgressed: 1})
         self._stop = anyio.Event()
         self._life: anyio.CancelScope | None = None
         self._drain_timeout = config.settings.node.drain_timeout_s
@@ -141,7 +143,8 @@ class ServerNode:
         """Serve until `request_stop` or `crash`, or until cancelled."""
         with anyio.CancelScope() as self._life:
             await self._run(task_status)
-        self._tell(ServerEvent("left", "stopped"))
+        self.events.emit(ServerLeft(**self._now()))
+        self.events.close()
 
     async def _run(self, task_status: TaskStatus[None]) -> None:
         config = self._config
@@ -154,8 +157,8 @@ class ServerNode:
             transport = await self._factory(self._identity, acceptable_now)
             owned.push_async_callback(_shielded, transport.close)
             self.transport = transport
-            registry = Registry(transport)
-            self._tell(ServerEvent("joined", f"joined as {transport.peer_id}"))
+            registry = Registry(transport, self._clock.time)
+            self.events.emit(ServerJoined(tuple(transport.addresses), **self._now()))
 
             self.blocks = await self._choose(registry, fingerprint)
             await self._announce(registry, fingerprint)
@@ -201,7 +204,17 @@ class ServerNode:
             await owned.enter_async_context(weights.sharing(low, high))
             self._state = "online"
             await self._announce(registry, fingerprint)
-            self._tell(ServerEvent("serving", f"serving blocks {low}:{high} at {self._rate:.0f} tokens/s"))
+            self.events.emit(
+                ServingStarted(
+                    low,
+                    high,
+                    self._rate,
+                    config.checkpoint.name,
+                    fingerprint,
+                    tuple(transport.addresses),
+                    **self._now(),
+                )
+            )
             task_status.started()
 
             await self._announce_until_stopped(registry, fingerprint)
@@ -222,7 +235,7 @@ class ServerNode:
     async def _choose(self, registry: Registry, fingerprint: str) -> tuple[int, int]:
         config = self._config
         view = await registry.look_up(fingerprint, config.checkpoint.num_blocks)
-        others = view.servers(time.time(), ("joining", "online"))
+        others = view.servers(self._clock.time(), ("joining", "online"))
         # Until it has measured itself, a newcomer counts as a typical server, so that several that start
         # together do not all fill the same hole.
         self._rate = statistics.median([o.throughput for o in others]) if others else 1.0
@@ -264,34 +277,35 @@ class ServerNode:
     async def _fetch(self, weights: SharedWeights) -> None:
         """Have the blocks' weights here, from peers or the Hub; a local folder has them already."""
         low, high = self.blocks
+        await weights.fetch(low, high, self._progress("fetching"))
+
+    def _progress(self, action: Literal["fetching", "loading"]) -> Callable[[int, int], None]:
+        """Returns what a thread that fetches or loads calls with how much of all it has."""
+        low, high = self.blocks
         loop = asyncio.get_running_loop()
 
-        def progress(done: int, total: int) -> None:  # called by the thread that downloads
-            event = ServerEvent("loading", f"fetching blocks {low}:{high}", done / max(total, 1))
-            loop.call_soon_threadsafe(self._tell, event)
+        def progress(done: int, total: int) -> None:
+            event = LoadProgressed(low, high, action, done / max(total, 1), **self._now())
+            loop.call_soon_threadsafe(self.events.emit, event)
 
-        await weights.fetch(low, high, progress)
+        return progress
+
+    def _now(self) -> Stamp:
+        return {"time": self._clock.time(), "owner": self._owner}
 
     async def _load(self) -> Stage:
         low, high = self.blocks
         config = self._config
-        self._tell(ServerEvent("loading", f"loading blocks {low}:{high} of {config.checkpoint.name}", 0.0))
-        loop = asyncio.get_running_loop()
-
-        def progress(done: int, total: int) -> None:  # called by the thread that loads
-            event = ServerEvent("loading", f"loading blocks {low}:{high}", done / max(total, 1))
-            loop.call_soon_threadsafe(self._tell, event)
-
+        progress = self._progress("loading")
+        progress(0, 1)
         stage = await anyio.to_thread.run_sync(
             lambda: Stage.load(
                 config.checkpoint, low, high, dtype=config.dtype, device=config.device, progress=progress
             )
         )
         if config.settings.engine.cuda_graph_slots and stage.device.type == "cuda":
-            stage.enable_cuda_graphs(
-                config.settings.engine.cuda_graph_slots, config.settings.engine.cuda_graph_tokens
-            )
-        self._tell(ServerEvent("loaded", f"loaded blocks {low}:{high}", 1.0))
+            stage.enable_cuda_graphs(config.settings.engine.cuda_graph_slots, config.settings.engine.cuda_graph_tokens)
+        self.events.emit(BlocksLoaded(low, high, **self._now()))
         return stage
 
     async def _host(self, service: BlockService, stage: Stage) -> None:
@@ -301,13 +315,13 @@ class ServerNode:
                 load_hosted, path, self._config.checkpoint.config, stage
             )
             service.adapters.host(name, label, adapter)
-            self._tell(ServerEvent("loaded", f"hosting the adapter {label} ({name[:12]}…)"))
+            self.events.emit(AdapterHosted(label, name, **self._now()))
 
     async def _announce(self, registry: Registry, fingerprint: str) -> None:
         config, transport, service = self._config, self.transport, self.service
         assert transport is not None
         precision = Precision.parse(config.dtype, config.checkpoint.config, config.device)
-        self._sequence = max(time.time_ns(), self._sequence + 1)  # a clock may be set back
+        self._sequence = max(int(self._clock.time() * 1e9), self._sequence + 1)  # a clock may be set back
         announcement = Announcement(
             peer_id=transport.peer_id,
             fingerprint=fingerprint,
@@ -324,7 +338,7 @@ class ServerNode:
             software=f"swarmkit {__version__}",
             adapters=_hosted(service),
             sequence=self._sequence,
-            expires_at=time.time() + config.settings.node.record_lifetime_s,
+            expires_at=self._clock.time() + config.settings.node.record_lifetime_s,
         )
         if await registry.announce(announcement) == 0:
             logger.warning("no peer accepted our announcement; will try again")
@@ -336,7 +350,7 @@ class ServerNode:
             TransportError: for so long that the last announcement has expired.
         """
         settings = self._config.settings
-        succeeded_at = anyio.current_time()
+        succeeded_at = self._clock.now()
         while not self._stop.is_set():
             with anyio.move_on_after(settings.node.announce_period_s):
                 await self._stop.wait()
@@ -345,16 +359,16 @@ class ServerNode:
                 self.gradients.kept.drop_old()
             try:
                 await self._announce(registry, fingerprint)
-                succeeded_at = anyio.current_time()
+                succeeded_at = self._clock.now()
             except TransportError as error:
-                if anyio.current_time() - succeeded_at > settings.node.record_lifetime_s:
+                if self._clock.now() - succeeded_at > settings.node.record_lifetime_s:
                     raise
                 logger.warning("could not announce this server, will try again: %s", error)
 
     async def _leave(self, registry: Registry, fingerprint: str, service: BlockService) -> None:
         self._state = "leaving"
         service.leaving = True
-        self._tell(ServerEvent("leaving", f"leaving; {service.num_sessions} sessions are moving away"))
+        self.events.emit(DrainStarted(service.num_sessions, **self._now()))
         try:
             await self._announce(registry, fingerprint)
         except TransportError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -12,11 +12,12 @@ from typing import Literal
 import torch
 
 from swarmkit.errors import UsageError
+from swarmkit.events import EventStream
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.net import portal
 from swarmkit.net.connect import TransportFactory, over_hivemind
 from swarmkit.net.transport.identity import Identity
-from swarmkit.server.node import ServerConfig, ServerEvent, ServerNode
+from swarmkit.server.node import ServerConfig, ServerNode
 from swarmkit.server.weights.manifest import open_with_fingerprint
 from swarmkit.server.weights.service import WeightsSettings
 from swarmkit.settings import ServerSettings
@@ -47,7 +48,6 @@ class Server:
         weights: where the blocks' weights may come from, and what is handed on to others.
         adapters: folders or Hub repositories of LoRA adapters (as PEFT saves them) to host for everybody.
         transport: how to reach the swarm; over hivemind on loopback if not given.
-        on_event: called with each `ServerEvent`, on the event loop's thread.
 
     Raises:
         UsageError: blocks outside the model.
@@ -71,7 +71,6 @@ class Server:
         weights: WeightsSettings | None = None,
         settings: ServerSettings | None = None,
         adapters: Sequence[str | os.PathLike[str]] = (),
-        on_event: Callable[[ServerEvent], None] = lambda event: None,
     ) -> None:
         if fingerprint is not None:
             lookup = transport or over_hivemind(initial_peers, client_mode=True)
@@ -89,7 +88,7 @@ class Server:
             settings=settings or ServerSettings(),
         )
         identity = Identity.load_or_create(Path(identity_path)) if identity_path else Identity()
-        self._node = ServerNode(config, transport or over_hivemind(initial_peers), identity, on_event)
+        self._node = ServerNode(config, transport or over_hivemind(initial_peers), identity)
         self._lease: portal.PortalLease | None = None
         self._running: Future[None] | None = None
         self.peer_id = identity.peer_id
@@ -104,6 +103,11 @@ class Server:
         """Where this server can be dialled; other peers take them as `initial_peers`."""
         transport = self._node.transport
         return list(transport.addresses) if transport else []
+
+    @property
+    def events(self) -> EventStream:
+        """What happens in this server; `subscribe()` before `start()` to miss nothing."""
+        return self._node.events
 
     @property
     def node(self) -> ServerNode:

@@ -88,7 +88,7 @@ def swarm() -> Iterator[Running]:
     meeting_point = start("bootstrap", until="listening")
     join = ("--join", meeting_point.address, "--threads", "1")
     servers = [
-        start("serve", "tiny-chat", "--blocks", blocks, "--name", name, *join, until="serving")
+        start("serve", "tiny-chat", "--blocks", blocks, "--name", name, *join, until="serving_started")
         for blocks, name in (("0:4", "first"), ("4:8", "second"))
     ]
     yield meeting_point
@@ -133,7 +133,7 @@ def test_chat_answers_line_by_line_and_ends_with_its_input(swarm: Running) -> No
 
 
 def test_a_server_that_is_told_to_leave_disappears_from_the_swarm(swarm: Running) -> None:
-    guest = start("serve", "tiny-chat", "--blocks", "0:2", "--join", swarm.address, until="serving")
+    guest = start("serve", "tiny-chat", "--blocks", "0:2", "--join", swarm.address, until="serving_started")
 
     code = guest.end_with(signal.SIGINT)
 

@@ -53,7 +53,7 @@ async def until_offered(server: Running) -> None:
 def first(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
     """A server that has its blocks from the Hub, and offers them."""
     on_a_machine_of_its_own(tmp_path / "first", monkeypatch)
-    running = start("serve", "some/llama", "--threads", "1", until="serving")
+    running = start("serve", "some/llama", "--threads", "1", until="serving_started")
     with portal.lease() as lease:
         lease.call(until_offered, running)
     yield running
@@ -69,7 +69,9 @@ def test_a_second_server_with_the_fingerprint_asks_the_hub_for_nothing(
     asked = len(hub.requests)
     pinned = ("--fingerprint", first.event["fingerprint"], "--weights-from", "peers")
 
-    second = start("serve", "some/llama", "--join", first.address, "--threads", "1", *pinned, until="serving")
+    second = start(
+        "serve", "some/llama", "--join", first.address, "--threads", "1", *pinned, until="serving_started"
+    )
 
     assert second.event["blocks"] == [0, 2]
     assert len(hub.requests) == asked

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from swarmkit import LocalSwarm
 from swarmkit.client.model import SwarmModelForCausalLM
-from swarmkit.client.trace import PeerLost
+from swarmkit.events import PeerLost
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.net import portal
 from swarmkit.server.server import Server

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from swarmkit.client.routing.busy import BusyPeers
 from swarmkit.client.routing.route import find_route, route_cost
-from swarmkit.client.trace import Busy, Waiting
 from swarmkit.errors import NoRouteError
+from swarmkit.events import PeerRefused, WaitStarted, following
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
 from swarmkit.models.kv.cache import PAGE_TOKENS
@@ -118,11 +118,11 @@ def test_a_session_waits_for_room_where_nobody_has_any(
         with_tight_middle(world, room(tiny_llama, 1))
         other = world.model.session()
         other.step(torch.zeros(1, 1, 32))
-        world.client.listeners.append(lambda event: other.close() if isinstance(event, Waiting) else None)
-        assert_same(world.answer(), undisturbed())
+        with following(world.client.events, lambda event: other.close(), WaitStarted):
+            assert_same(world.answer(), undisturbed())
         assert world.lost() == []
-        assert [event.busy for event in world.events(Waiting)] == [True]
-        assert world.events(Busy)[0].retry_after_s > 0
+        assert [event.busy for event in world.events(WaitStarted)] == [True]
+        assert world.events(PeerRefused)[0].retry_after_s > 0
 
 
 def test_a_session_that_waited_for_room_goes_on_where_it_was(
@@ -133,10 +133,10 @@ def test_a_session_that_waited_for_room_goes_on_where_it_was(
         with_tight_middle(world, room(tiny_llama, 2))
         other = world.model.session()
         steps = 30
-        world.client.listeners.append(lambda event: other.close() if isinstance(event, Waiting) else None)
-        found = world.answer(actions={2: lambda: other.step(torch.zeros(1, 1, 32))}, new_tokens=steps)
+        with following(world.client.events, lambda event: other.close(), WaitStarted):
+            found = world.answer(actions={2: lambda: other.step(torch.zeros(1, 1, 32))}, new_tokens=steps)
         assert_same(found, undisturbed(new_tokens=steps))
-        assert len(world.events(Waiting)) == 1
+        assert len(world.events(WaitStarted)) == 1
         (middle,) = [server for server in world.swarm.servers[3:]]
         service = middle.node.service  # type: ignore[attr-defined]
         assert service.steps == steps + 1  # one of them was the other session's
@@ -164,4 +164,4 @@ def test_a_session_whose_idle_cache_made_room_for_others_goes_on_with_the_same_t
             assert_same(world.answer(), undisturbed())
             assert session.position
         assert world.lost() == []
-        assert "room was needed" in world.events(Busy)[0].reason
+        assert "room was needed" in world.events(PeerRefused)[0].reason

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from swarmkit.client.session.history import History
-from swarmkit.client.trace import HopTrace
+from swarmkit.events import HopTrace
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
 from swarmkit.net.protocol.codec import decode, passed
@@ -90,7 +90,7 @@ def test_what_a_replacement_is_sent_again_is_what_the_lost_one_computed_on(
         said = answer(world.model, LONG, new_tokens=NEW_TOKENS, logits_processor=at({3: replace}))
         answer(world.model, torch.cat([said, prompt(9, seed=8)[0]], dim=1), new_tokens=1)
         step = next(step for step in reversed(world.client.trace) if step.tokens > 1)
-        assert step.recalled == 96
+        assert step.restored == 96
         assert {hop.received_codec for hop in step.hops} == {codec}
 
 

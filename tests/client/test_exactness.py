@@ -21,6 +21,7 @@ from swarmkit import LocalSwarm
 from swarmkit.client.model import SwarmModelForCausalLM
 from swarmkit.client.session.session import Session, SwarmCache
 from swarmkit.errors import SessionError, UsageError
+from swarmkit.events import following
 from swarmkit.models.architecture.anatomy import cache_argument
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
@@ -457,12 +458,12 @@ def test_ctrl_c_within_a_step_leaves_the_session_usable(world: World) -> None:
 
 
 @over_memory
-def test_a_listener_that_fails_disturbs_nobody(world: World) -> None:
+def test_a_follower_of_events_that_fails_does_not_change_an_answer(world: World) -> None:
     def fail(event: object) -> None:
         raise ValueError(event)
 
     ids, _ = prompt(6)
-    with world.swarm.model(on_event=fail) as model:
+    with world.swarm.model() as model, following(model.connection.client.events, fail):
         assert_same(answer(model, ids), answer(world.local, ids))
 
 

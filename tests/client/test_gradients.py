@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from swarmkit import LocalSwarm
 from swarmkit.client.blocks import Blocks
 from swarmkit.client.model import SwarmModelForCausalLM
-from swarmkit.client.trace import PeerLost
 from swarmkit.errors import NoRouteError, UsageError
+from swarmkit.events import PeerLost
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.full_sequences import FullSequencePass
 from swarmkit.models.head.head import load_local

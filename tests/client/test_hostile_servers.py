@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from swarmkit import LocalSwarm
-from swarmkit.client.trace import Busy, PeerLost
+from swarmkit.events import PeerLost, PeerRefused
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.stage import Stage
 from swarmkit.models.head.head import load_local
@@ -280,7 +280,7 @@ def check(met: Met, undisturbed: torch.Tensor) -> None:
 def check_gone_round(met: Met, undisturbed: torch.Tensor) -> None:
     """Who says that it is busy may say the truth: it is not banned."""
     tokens, liar, model = met
-    busy = [event.peer_id for event in model.events if isinstance(event, Busy)]
+    busy = [event.peer_id for event in model.events if isinstance(event, PeerRefused)]
     assert torch.equal(tokens, undisturbed)
     assert (liar.lies, busy) == (1, [liar.peer_id])
     assert not model.connection.client.bans.is_banned(liar.peer_id)

@@ -9,7 +9,7 @@ import torch
 
 from swarmkit import LocalSwarm
 from swarmkit.client.model import SwarmModelForCausalLM
-from swarmkit.client.trace import PeerLost
+from swarmkit.events import PeerLost
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.settings import ClientSettings
 

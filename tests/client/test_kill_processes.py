@@ -24,7 +24,7 @@ from torch import Tensor
 
 from swarmkit import LocalSwarm
 from swarmkit.client.session.remote_stage import RemoteStage
-from swarmkit.client.trace import PeerLost, PeerReplaced, Waiting
+from swarmkit.events import PeerLost, PeerReplaced, WaitStarted
 from swarmkit.local.server_process import ServerProcess
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
@@ -262,7 +262,7 @@ def test_all_replicas_are_killed_and_one_comes_back(
         world.start_soon(STAGES[1])
 
     assert world.answer({5: kill_all}).tolist() == undisturbed()
-    waiting = [event.missing for event in world.model.events[events:] if isinstance(event, Waiting)]
+    waiting = [event.missing for event in world.model.events[events:] if isinstance(event, WaitStarted)]
     assert waiting == [(STAGES[1],)]
     world.start_soon(STAGES[1])
 
@@ -351,13 +351,13 @@ def test_a_server_that_is_asked_to_end_ends_cleanly(tiny_llama: Checkpoint, numb
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert server.stdout is not None
     for line in server.stdout:
-        if json.loads(line)["event"] == "serving":
+        if json.loads(line)["event"] == "serving_started":
             break
     children = psutil.Process(server.pid).children(recursive=True)
     assert children
     server.send_signal(number)
     rest, errors = server.communicate(timeout=60)
     assert server.returncode == 0
-    assert [json.loads(line)["event"] for line in rest.splitlines()] == ["leaving", "left"]
+    assert [json.loads(line)["event"] for line in rest.splitlines()] == ["drain_started", "server_left"]
     assert b"Traceback" not in errors
     assert psutil.wait_procs(children, timeout=30)[1] == []

@@ -61,7 +61,7 @@ def test_all_logits_are_those_of_the_whole_prompt(tiny_llama: Checkpoint, world:
     with torch.no_grad():
         logits = world.model(LONG).logits
         assert torch.allclose(logits, load_local(tiny_llama)(LONG).logits, atol=1e-4)
-    assert world.client.trace[-1].recalled == 96
+    assert world.client.trace[-1].restored == 96
 
 
 def test_another_prompt_sends_everything(world: World) -> None:

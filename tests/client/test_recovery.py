@@ -19,16 +19,16 @@ from torch import Tensor
 
 from swarmkit.client.session.chain import ChainSession
 from swarmkit.client.session.session import Session
-from swarmkit.client.trace import (
-    Busy,
+from swarmkit.errors import NoRouteError
+from swarmkit.events import (
     PeerLost,
+    PeerRefused,
     PeerReplaced,
     Rerouted,
     RoutePlanned,
-    SessionEvent,
-    Waiting,
+    WaitStarted,
+    following,
 )
-from swarmkit.errors import NoRouteError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
 from swarmkit.server.server import Server
@@ -228,20 +228,16 @@ def test_parts_of_a_split_stage_die_too(tiny_llama: Checkpoint, undisturbed: Cal
 def test_all_replicas_are_gone_and_one_comes_back(
     tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], way: str
 ) -> None:
-    with a_world(tiny_llama, replicas=2) as world, ThreadPoolExecutor() as pool:
-
-        def come_back(event: SessionEvent) -> None:
-            if isinstance(event, Waiting):
-                pool.submit(world.swarm.add_server, (1, 3))
+    with a_world(tiny_llama, replicas=2) as world:
 
         def kill_all() -> None:
             for server in world.swarm.servers:
                 if server.blocks == (1, 3):
                     server.kill()
 
-        world.client.listeners.append(come_back)
-        assert_same(world.answer(way, {2: kill_all}), undisturbed(way))
-        assert [event.missing for event in world.events(Waiting)] == [((1, 3),)]
+        with following(world.client.events, lambda event: world.swarm.add_server((1, 3)), WaitStarted):
+            assert_same(world.answer(way, {2: kill_all}), undisturbed(way))
+        assert [event.missing for event in world.events(WaitStarted)] == [((1, 3),)]
 
 
 def test_nobody_comes_back_and_the_error_names_the_blocks(
@@ -278,7 +274,7 @@ def test_patience_is_counted_from_the_loss_and_not_from_the_beginning_of_the_ste
     tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step may take longer than `route_timeout_s`: the clock of the search starts with the loss."""
-    with a_world(tiny_llama, replicas=1, route_timeout_s=3.0) as world, ThreadPoolExecutor() as pool:
+    with a_world(tiny_llama, replicas=1, route_timeout_s=3.0) as world:
         run = ChainSession._run
 
         async def slow_first_stage(self: ChainSession, index: int, *rest: Any) -> Tensor:
@@ -287,13 +283,9 @@ def test_patience_is_counted_from_the_loss_and_not_from_the_beginning_of_the_ste
                 await anyio.to_thread.run_sync(world.swarm.servers[1].kill)
             return await run(self, index, *rest)
 
-        def come_back(event: SessionEvent) -> None:
-            if isinstance(event, PeerLost):
-                pool.submit(world.add, (1, 3))
-
         monkeypatch.setattr(ChainSession, "_run", slow_first_stage)
-        world.client.listeners.append(come_back)
-        assert_same(world.answer(new_tokens=1), undisturbed(new_tokens=1))
+        with following(world.client.events, lambda event: world.add((1, 3)), PeerLost):
+            assert_same(world.answer(new_tokens=1), undisturbed(new_tokens=1))
 
 
 # sends that fail
@@ -435,8 +427,8 @@ def test_a_server_without_room_for_a_session_is_passed_by(
         assert_same(world.answer(), undisturbed())
         assert len(first.route) == 3
         assert world.lost() == []
-        assert all("sessions are open" in event.reason for event in world.events(Busy))
-        assert {event.peer_id for event in world.events(Busy)} == {
+        assert all("sessions are open" in event.reason for event in world.events(PeerRefused))
+        assert {event.peer_id for event in world.events(PeerRefused)} == {
             event.peer_id for event in world.events(Rerouted)
         }
 
@@ -551,10 +543,9 @@ def test_the_events_of_a_recovery_tell_what_happened(
             killed.append(world.in_use(1))
             killed[0].kill()
 
-        told: list[SessionEvent] = []
-        world.client.listeners.append(told.append)
-        world.answer(actions={2: kill})
-        planned, lost, replaced = told
+        with world.model.subscribe(8, RoutePlanned, PeerLost, PeerReplaced) as subscription:
+            world.answer(actions={2: kill})
+        planned, lost, replaced = subscription.pending()
         assert isinstance(planned, RoutePlanned)
         assert len(planned.route) == 3
         assert isinstance(lost, PeerLost)

@@ -13,6 +13,14 @@ import pytest
 from anyio.abc import TaskStatus
 
 from swarmkit.errors import TransportError, UsageError
+from swarmkit.events import (
+    BlocksLoaded,
+    DrainStarted,
+    LoadProgressed,
+    ServerJoined,
+    ServerLeft,
+    ServingStarted,
+)
 from swarmkit.models.execution.stage import Stage
 from swarmkit.net.protocol.messages import SESSION_ENDPOINT, Open, Opened
 from swarmkit.net.registry.records import Announcement, ServerState
@@ -22,7 +30,7 @@ from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.memory import MemoryNetwork, MemoryTransport
 from swarmkit.net.transport.seam import RecordCheck, Transport
 from swarmkit.server import node as node_module
-from swarmkit.server.node import ServerConfig, ServerEvent, ServerNode
+from swarmkit.server.node import ServerConfig, ServerNode
 from swarmkit.settings import ServerSettings
 
 from ..net.worlds import own_tasks
@@ -50,7 +58,6 @@ class Neighbourhood:
         self.network = MemoryNetwork(clock=self.now)
         self.observer = self.network.transport()
         self.registry = Registry(self.observer, self.now)
-        self.events: list[ServerEvent] = []
         self.announced: list[Announcement] = []
         self.running: list[asyncio.Task[None]] = []
 
@@ -78,7 +85,6 @@ class Neighbourhood:
             ),
             factory or self.transport,
             Identity(),
-            self.events.append,
         )
 
     async def start(self, **options: Any) -> ServerNode:
@@ -172,27 +178,14 @@ async def test_a_server_that_announces_itself_serves(here: Neighbourhood) -> Non
     assert (await client.step(hidden_states(1, 2))).shape == (1, 2, HIDDEN)
 
 
-async def test_its_life_is_told_step_by_step(here: Neighbourhood) -> None:
-    await here.start(num_blocks=2)
-    kinds = [event.kind for event in here.events]
-    assert list(dict.fromkeys(kinds)) == ["joined", "loading", "loaded", "serving"]
-
-
-async def test_progress_is_told_on_the_event_loop(here: Neighbourhood) -> None:
-    told_without_loop: list[ServerEvent] = []
-
-    def listen(event: ServerEvent) -> None:
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            told_without_loop.append(event)
-
+async def test_a_server_tells_its_life_in_events(here: Neighbourhood) -> None:
     node = here.node(num_blocks=2)
-    node._tell = listen
+    events = node.events.subscribe()
     async with anyio.create_task_group() as tasks:
         await tasks.start(node.run)
-        tasks.cancel_scope.cancel()
-    assert told_without_loop == []
+        node.request_stop()
+    kinds = list(dict.fromkeys(type(event) for event in events.pending()))
+    assert kinds == [ServerJoined, LoadProgressed, BlocksLoaded, ServingStarted, DrainStarted, ServerLeft]
 
 
 async def test_it_announces_itself_again_and_again(here: Neighbourhood) -> None:

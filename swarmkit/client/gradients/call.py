@@ -26,7 +26,6 @@ from swarmkit.client.gradients.plan import IN_FLIGHT, Paces, claimed_pace, finis
 from swarmkit.client.routing.deadline import StepTimes
 from swarmkit.client.routing.route import Hop, find_route
 from swarmkit.client.swarm.client import SwarmClient
-from swarmkit.client.trace import PeerLost, Waiting
 from swarmkit.errors import (
     NoRouteError,
     PeerError,
@@ -35,6 +34,7 @@ from swarmkit.errors import (
     RemoteError,
     SwarmkitError,
 )
+from swarmkit.events import MicroBatchFinished, WaitStarted
 from swarmkit.net.protocol.gradient_messages import GRADIENT_ENDPOINT
 from swarmkit.net.protocol.messages import SENDERS_FAULT
 from swarmkit.net.registry.records import Announcement
@@ -82,6 +82,18 @@ class _Stuck:
     looked: bool = False
 
 
+class _Progress:
+    """What `MicroBatchFinished` will tell of a micro-batch."""
+
+    def __init__(self, flow: Flow, began_at: float) -> None:
+        self.began_at = began_at
+        self.direction = flow.direction
+        self.blocks = flow.blocks
+        self.tokens = flow.tokens
+        self.route: list[str] = []
+        self.lost = 0
+
+
 class Call:
     """The micro-batches of one call, until all are done."""
 
@@ -92,7 +104,9 @@ class Call:
         self._hosting = hosting
         self._swarm = swarm
         self._training = training
+        self._owner = swarm.new_owner("training")
         self._flows = sorted(flows, key=lambda flow: flow.index)
+        self._progress = {flow.index: _Progress(flow, swarm.clock.now()) for flow in flows}
         self._asked: set[int] = set()
         """Micro-batches that are at a server, by index."""
         self._places: defaultdict[str, _Place] = defaultdict(_Place)
@@ -146,8 +160,15 @@ class Call:
             stuck = self._stuck.get(flow.index)
             if stuck is None:
                 timeout = self._swarm.settings.routing.route_timeout_s
-                self._stuck[flow.index] = _Stuck(anyio.current_time() + timeout)
-                self._swarm.emit(Waiting(self._swarm.unserved(start, stop), timeout))
+                self._stuck[flow.index] = _Stuck(self._swarm.clock.now() + timeout)
+                self._swarm.events.emit(
+                    WaitStarted(
+                        self._swarm.unserved(start, stop),
+                        timeout,
+                        time=self._swarm.clock.time(),
+                        owner=self._owner,
+                    )
+                )
                 return None
             if hop is None or not stuck.looked:
                 return None
@@ -197,22 +218,23 @@ class Call:
         # What was sent there before is done before.
         backlog = sum(units for _, units in place.units.values())
         deadline_s = times.deadline_s(backlog, self._swarm.policy)
-        asked_at = anyio.current_time()
+        asked_at = self._swarm.clock.now()
         line: Line | None = None
         try:
             line = place.idle.pop() if place.idle else await self._open(hop.server)
             if question.adapter is not None:
                 await self._swarm.adapters.ensure(hop.server, question.adapter)
-                asked_at = anyio.current_time()
+                asked_at = self._swarm.clock.now()
             answer, of_adapter = await self._ask_line(line, hop.server, question, deadline_s)
             flow.take(question, answer, of_adapter, peer_id)
-            now = anyio.current_time()
+            now = self._swarm.clock.now()
             seconds = now - max(asked_at, place.answered_at)
             place.answered_at = now
             times.observe(units, seconds)
             self._training.paces[direction].observe(peer_id, units, seconds)
             self._swarm.bans.worked(peer_id)
             self._stuck.pop(flow.index, None)
+            self._note(flow, hop)
             place.idle.append(line)
             line = None
         except PeerError as error:
@@ -249,24 +271,44 @@ class Call:
         """A server failed: its part of this micro-batch is for another one."""
         swarm, peer_id = self._swarm, hop.server.peer_id
         self._last_loss = hop, error
+        self._progress[flow.index].lost += 1
         if isinstance(error, RemoteError) and error.code in SENDERS_FAULT:
             self._refusals[flow.index] += 1
             if self._refusals[flow.index] >= _REFUSALS:
                 self._error = error
                 return
         if not swarm.bans.is_banned(peer_id):
-            swarm.emit(PeerLost(peer_id, hop.server.label, hop.start, hop.stop, _reason(error)))
+            swarm.note_loss(hop, _reason(error), self._owner)
         swarm.bans.failed(peer_id)
         for line in self._places[peer_id].idle:
             line.close()
         self._places[peer_id].idle.clear()
 
-    # ------------------------------------------------------------------ nobody is there
+    def _note(self, flow: Flow, hop: Hop) -> None:
+        """A server did its part of a micro-batch; where that was the last one, tell so."""
+        progress, clock = self._progress[flow.index], self._swarm.clock
+        progress.route.append(str(hop))
+        if flow.wanted is None:
+            self._swarm.events.emit(
+                MicroBatchFinished(
+                    progress.direction,
+                    flow.index,
+                    *progress.blocks,
+                    progress.tokens,
+                    (clock.now() - progress.began_at) * 1e3,
+                    tuple(progress.route),
+                    progress.lost,
+                    time=clock.time(),
+                    owner=self._owner,
+                )
+            )
+
+    # ------------------------------------------------------------------ no server is there
 
     async def _wait(self) -> None:
         """Until something happens, or the first of those who wait for a server gives up."""
         until = min((stuck.give_up_at for stuck in self._stuck.values()), default=float("inf"))
-        with anyio.move_on_after(until - anyio.current_time()):
+        with anyio.move_on_after(until - self._swarm.clock.now()):
             await self._changed.wait()
             return
         self._error = self._gave_up()

@@ -102,6 +102,10 @@ class Flow(Protocol):
         """The blocks that a server may be asked for next, from the first one on; None = nothing is left."""
 
     @property
+    def blocks(self) -> tuple[int, int]:
+        """All blocks that are still to be passed, in either direction."""
+
+    @property
     def tokens(self) -> int:
         """Rows x tokens."""
 
@@ -145,6 +149,10 @@ class ForwardFlow:
     @property
     def wanted(self) -> tuple[int, int] | None:
         return (self.position, self.stop) if self.position < self.stop else None
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        return self.position, self.stop
 
     @property
     def tokens(self) -> int:
@@ -203,6 +211,10 @@ class BackwardFlow:
     @property
     def wanted(self) -> tuple[int, int] | None:
         return (self.spans[-1].start, self.spans[-1].stop) if self.spans else None
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        return self.spans[0].start, self.spans[-1].stop
 
     @property
     def tokens(self) -> int:

@@ -21,7 +21,6 @@ next one is lost. What was not answered then is done again from there, by the op
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -47,7 +46,6 @@ from swarmkit.client.session.remote_stage import (
 from swarmkit.client.session.restore_prefix import restore_prefix
 from swarmkit.client.swarm.client import SwarmClient
 from swarmkit.client.swarm.route_search import RouteSearch
-from swarmkit.client.trace import HopTrace, PeerLost, PeerReplaced, Rerouted, RoutePlanned, StepTrace
 from swarmkit.errors import (
     NoRouteError,
     PeerError,
@@ -56,6 +54,7 @@ from swarmkit.errors import (
     RemoteError,
     SessionError,
 )
+from swarmkit.events import HopTrace, PeerReplaced, Rerouted, RoutePlanned, StepFinished
 from swarmkit.net.protocol.messages import SENDERS_FAULT
 
 logger = logging.getLogger(__name__)
@@ -79,8 +78,8 @@ class _StepExecution:
         self.position = inputs.position
         self.end = inputs.end
         self.rows = inputs.rows
-        self.arrived_at = time.perf_counter()
-        """When the outputs of the stage before were here, on this clock."""
+        self.arrived_at = 0.0
+        """When the outputs of the stage before were here, on the client's clock."""
         self.losses: list[_Loss] = []
         self.hops: list[HopTrace] = []
         self.refusals = 0
@@ -123,7 +122,9 @@ class ChainSession:
         """What changes the blocks in all its steps."""
         self.position = 0
         self.rows = 0
-        self.latest: StepTrace | None = None
+        self.owner = swarm.new_owner("session")
+        """Names this session in events."""
+        self.latest: StepFinished | None = None
 
     @property
     def route(self) -> list[Hop]:
@@ -216,18 +217,18 @@ class ChainSession:
                 f"{end} tokens are more than this session's max_length of {self.max_length}; "
                 "open one with a larger max_length"
             )
-        started = time.perf_counter()
+        started = self._swarm.clock.now()
         all_positions = self._merged_positions(rows, end, positions)
         self._plain = self._plain and rows == 1 and mask is None and all_positions is None
         inputs = StepInputs(self.position, end, rows, mask, all_positions)
-        work = _StepExecution(inputs, RouteSearch(self._swarm, self._hosting))
+        work = _StepExecution(inputs, RouteSearch(self._swarm, self.owner, self._hosting))
         await self._prepare(work)
         agree(self._swarm, self._stages, self._outputs, hidden)
         if self._plain and self._inputs is not None:
             self._inputs.write(self.position, hidden)
         recalled = await self._recall(hidden, work) if self._plain and not self._numbers else None
 
-        work.arrived_at = time.perf_counter()
+        work.arrived_at = self._swarm.clock.now()
         arrived, arrived_from = hidden[:, work.recalled :], work.position
         index = 0
         while index < len(self._stages):
@@ -340,7 +341,7 @@ class ChainSession:
     async def _run_alone(self, stage: RemoteStage, want: int, work: _StepExecution) -> list[StepResult]:
         """Exchange messages with one server until it stands at `work.end`."""
         low = min(stage.held, want)
-        work.arrived_at = time.perf_counter()
+        work.arrived_at = self._swarm.clock.now()
         answers = []
         for start, stop in pieces(low, work.end, 1, max(1, stage.max_step_tokens // work.rows)):
             request = self._request(start, stop, want, work)
@@ -365,7 +366,7 @@ class ChainSession:
         A short step is then taken from each of the others in its turn, a long one has come from all of them.
         """
         first, followers = run[0], run[1:]
-        work.arrived_at = time.perf_counter()
+        work.arrived_at = self._swarm.clock.now()
         most = min(stage.max_step_tokens for stage in run) // work.rows
         cuts = pieces(work.position, work.end, len(run), max(1, most))
         requests = [self._request(low, high, work.position, work) for low, high in cuts]
@@ -428,7 +429,8 @@ class ChainSession:
 
     def _request(self, low: int, high: int, want: int, work: _StepExecution) -> Request:
         self._numbers += 1
-        return Request(self._numbers, low, high, high - min(max(low, want), high), work.rows)
+        keep = high - min(max(low, want), high)
+        return Request(self._numbers, low, high, keep, work.rows, self._swarm.clock.now())
 
     def _account(
         self, stage: RemoteStage, answers: list[StepResult], size: int, work: _StepExecution
@@ -450,7 +452,9 @@ class ChainSession:
         if not self._stages:
             route = await work.search.find(self.start, self.stop, work.size, None)
             self._stages = [RemoteStage(self._swarm, hop, tuning=self.tuning) for hop in route]
-            self._swarm.emit(RoutePlanned(tuple(str(hop) for hop in route)))
+            self._swarm.events.emit(
+                RoutePlanned(tuple(map(str, route)), time=self._swarm.clock.time(), owner=self.owner)
+            )
         for stage in [stage for stage in self._stages if stage.leaving]:
             self._move_away(stage, work)
         if self._swarm.settings.transfer.push and len(self._stages) > 1 and not self._is_linked():
@@ -538,8 +542,8 @@ class ChainSession:
 
     async def _go_round(self, index: int, error: RemoteError, work: _StepExecution) -> None:
         """Use others in the place of a busy server, or wait for it where it is the first to have room."""
-        stage, hop, since = self._stages[index], self._stages[index].hop, time.perf_counter()
-        self._swarm.is_busy(hop, error)
+        stage, hop, since = self._stages[index], self._stages[index].hop, self._swarm.clock.now()
+        self._swarm.note_refusal(hop, error, self.owner)
         route = await work.search.find(hop.start, hop.stop, work.size, error)
         self._check_open()
         if [(other.server.peer_id, other.stop) for other in route] == [(hop.server.peer_id, hop.stop)]:
@@ -551,8 +555,8 @@ class ChainSession:
     def _lose(self, stage: RemoteStage, work: _StepExecution, reason: str) -> None:
         hop = stage.hop
         stage.drop()
-        work.losses.append(_Loss(hop, time.perf_counter()))
-        self._swarm.emit(PeerLost(hop.server.peer_id, hop.server.label, hop.start, hop.stop, reason))
+        work.losses.append(_Loss(hop, self._swarm.clock.now()))
+        self._swarm.note_loss(hop, reason, self.owner)
 
     def _splice(self, index: int, route: list[Hop]) -> None:
         """Replace a stage by the hops of `route`; the first of them inherits its history."""
@@ -566,13 +570,13 @@ class ChainSession:
     # ------------------------------------------------------------------ account
 
     def _note(self, work: _StepExecution, tokens: int, started: float) -> None:
-        now = time.perf_counter()
+        now = self._swarm.clock.now()
         for loss in work.losses:
             covering = [
                 hop for hop in self.route if loss.hop.start <= hop.start and hop.stop <= loss.hop.stop
             ]
             event = Rerouted if loss.busy else PeerReplaced
-            self._swarm.emit(
+            self._swarm.events.emit(
                 event(
                     loss.hop.server.peer_id,
                     loss.hop.server.label,
@@ -580,9 +584,11 @@ class ChainSession:
                     tuple(str(hop) for hop in covering),
                     work.position,
                     (now - loss.at) * 1e3,
+                    time=self._swarm.clock.time(),
+                    owner=self.owner,
                 )
             )
-        self.latest = StepTrace(
+        self.latest = StepFinished(
             work.position,
             work.rows,
             tokens - work.recalled,
@@ -590,8 +596,10 @@ class ChainSession:
             tuple(work.hops),
             not all(loss.busy for loss in work.losses),
             work.recalled,
+            time=self._swarm.clock.time(),
+            owner=self.owner,
         )
-        self._swarm.trace.append(self.latest)
+        self._swarm.events.emit(self.latest)
 
 
 def _reason(error: PeerError) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import anyio
@@ -19,7 +18,6 @@ from swarmkit.client.routing.route import Hop
 from swarmkit.client.session.history import History, NoHistory
 from swarmkit.client.swarm.client import SwarmClient
 from swarmkit.client.swarm.prefix_cache import names_for
-from swarmkit.client.trace import HopTrace
 from swarmkit.errors import (
     PeerError,
     PeerTimeoutError,
@@ -28,6 +26,7 @@ from swarmkit.errors import (
     RemoteError,
     SwarmkitError,
 )
+from swarmkit.events import HopTrace
 from swarmkit.models.adapters.adapter import Adapter
 from swarmkit.models.kv.cache import PAGE_TOKENS
 from swarmkit.net.protocol import codec
@@ -88,7 +87,8 @@ class Request:
     high: int
     keep: int
     rows: int
-    made_at: float = field(default_factory=time.perf_counter)
+    made_at: float
+    """On the client's clock."""
     answers: tuple[CodecName, ...] = ()
     """In what the outputs of the server, and of those that it pushes to, are wanted."""
 
@@ -104,7 +104,8 @@ class StepResult:
     output: torch.Tensor
     done: StepDone
     asked_at: float
-    arrived_at: float = field(default_factory=time.perf_counter)
+    arrived_at: float
+    """On the client's clock, as `asked_at`."""
 
 
 class RemoteStage:
@@ -386,7 +387,7 @@ class RemoteStage:
         self._note_rates(reply, self._fed_by if pushed else "")
         self.order = None
         self.leaving = reply.leaving
-        return StepResult(output, reply, request.made_at)
+        return StepResult(output, reply, request.made_at, self._swarm.clock.now())
 
     def _note_rates(self, reply: StepDone, sender: str) -> None:
         """Note what the ways to the server and from it carry."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import anyio
 from anyio.abc import TaskStatus
@@ -19,8 +18,9 @@ from swarmkit.client.routing.deadline import DeadlinePolicy, StepTimes
 from swarmkit.client.routing.route import Hop, find_route, no_route, route_cost
 from swarmkit.client.swarm.adapter_sender import AdapterSender
 from swarmkit.client.swarm.prefix_cache import ClientPrefixCache
-from swarmkit.client.trace import Busy, SessionEvent, StepTrace
+from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.errors import RemoteError, SwarmkitError
+from swarmkit.events import EventStream, MicroBatchFinished, Owner, PeerLost, PeerRefused, StepFinished
 from swarmkit.net.connect import TransportFactory
 from swarmkit.net.protocol.messages import SESSION_ENDPOINT
 from swarmkit.net.registry.acceptance import is_acceptable
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 _ASSUMED_ROUND_TRIP_S = 0.02
 _LOOK_PAUSE_S = 0.5
-_EVENTS = 256
 _UNLINKED_S = 600.0
 
 
@@ -59,16 +58,16 @@ class SwarmClient:
         transport_factory: TransportFactory,
         settings: ClientSettings | None = None,
         net_settings: NetSettings | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self.model = model
         self.settings = settings or ClientSettings()
         self.view = SwarmMap()
-        self.trace: deque[StepTrace] = deque(maxlen=self.settings.sessions.trace_steps)
-        self.events: deque[SessionEvent] = deque(maxlen=_EVENTS)
-        self.listeners: list[Callable[[SessionEvent], None]] = []
-        self.bans = Bans(self.settings.routing.ban_s, self.settings.routing.max_ban_s, clock)
-        self.busy = BusyPeers(clock)
+        self.clock = clock
+        steps = self.settings.sessions.trace_steps
+        self.events = EventStream(apart={StepFinished: steps, MicroBatchFinished: steps})
+        self.bans = Bans(self.settings.routing.ban_s, self.settings.routing.max_ban_s, clock.now)
+        self.busy = BusyPeers(clock.now)
         self.policy = DeadlinePolicy(
             self.settings.deadlines.first_step_timeout_s,
             self.settings.deadlines.min_step_timeout_s,
@@ -76,7 +75,6 @@ class SwarmClient:
         )
         self.adapters = AdapterSender(self)
         self.memory = ClientPrefixCache(self.settings.sessions.prefix_cache_bytes)
-        self._clock = clock
         self._factory = transport_factory
         self._net = net_settings or NetSettings()
         self.rates: dict[tuple[str, str], float] = {}
@@ -89,6 +87,8 @@ class SwarmClient:
         self._look_now = anyio.Event()
         self._looking = anyio.Lock()
         self._looks = 0
+        self._owners = 0
+        self._peer_id = ""
         self.salt = secrets.token_hex(4)
         """Spreads clients over servers that are equally good."""
 
@@ -97,10 +97,12 @@ class SwarmClient:
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Be a member of the swarm until `request_stop`."""
         self._transport = await self._factory(
-            Identity(), lambda key, subkey, value: is_acceptable(key, subkey, value, self._clock())
+            Identity(),
+            lambda key, subkey, value: is_acceptable(key, subkey, value, self.clock.time()),
         )
+        self._peer_id = self._transport.peer_id
         try:
-            self._registry = Registry(self._transport, self._clock)
+            self._registry = Registry(self._transport, self.clock.time)
             await self.refresh()
             task_status.started()
             async with anyio.create_task_group() as tasks:
@@ -110,6 +112,7 @@ class SwarmClient:
         finally:
             with anyio.CancelScope(shield=True):
                 await self._transport.close()
+            self.events.close()
 
     def request_stop(self) -> None:
         """Leave the swarm; open sessions end."""
@@ -123,12 +126,12 @@ class SwarmClient:
             if self._looks == looks:  # else somebody began to look after we asked, and has the answer
                 self._looks += 1
                 found = await self._registry.look_up(self.model.fingerprint, self.model.num_blocks)
-                self.view = self.view.without_expired(self._clock()).apply(*found.announcements.values())
+                self.view = self.view.without_expired(self.clock.time()).apply(*found.announcements.values())
         return self.view
 
     async def look(self) -> list[Announcement]:
         """All servers of the model, as they are now."""
-        return list((await self.refresh()).servers(self._clock()))
+        return list((await self.refresh()).servers(self.clock.time()))
 
     def look_soon(self) -> None:
         """Have the swarm looked up before the usual time; does not wait for it."""
@@ -184,11 +187,47 @@ class SwarmClient:
         peer_id = hop.server.peer_id
         return not self.bans.is_banned(peer_id) and not self.busy.wait_s(peer_id)
 
-    def is_busy(self, hop: Hop, error: RemoteError) -> None:
-        """A server said that it has no room."""
+    def note_refusal(self, hop: Hop, error: RemoteError, owner: Owner) -> None:
+        """Leave a server alone for as long as it said that it has no room, and tell so."""
         server = hop.server
         seconds = self.busy.note(server.peer_id, error.retry_after_s)
-        self.emit(Busy(server.peer_id, server.label, hop.start, hop.stop, str(error), seconds))
+        self.events.emit(
+            PeerRefused(
+                server.peer_id,
+                server.label,
+                hop.start,
+                hop.stop,
+                str(error),
+                seconds,
+                time=self.clock.time(),
+                owner=owner,
+            )
+        )
+
+    def note_loss(self, hop: Hop, reason: str, owner: Owner) -> None:
+        """Tell that a server failed or leaves."""
+        server = hop.server
+        self.events.emit(
+            PeerLost(
+                server.peer_id,
+                server.label,
+                hop.start,
+                hop.stop,
+                reason,
+                time=self.clock.time(),
+                owner=owner,
+            )
+        )
+
+    def new_owner(self, kind: Literal["session", "training"]) -> Owner:
+        """A name for a session or a call of training in events."""
+        self._owners += 1
+        return Owner(kind, self._peer_id, self._owners)
+
+    @property
+    def trace(self) -> deque[StepFinished]:
+        """The last steps of all sessions, oldest first."""
+        return self.events.kept(StepFinished)
 
     def servers(self, hosting: str = "") -> list[Announcement]:
         """Those in the view as it is that may be used.
@@ -196,19 +235,19 @@ class SwarmClient:
         Args: hosting: for sessions and passes with the hosted adapter of this hash.
         """
         wanted = self.settings.routing.precisions
-        servers = [s for s in self.view.servers(self._clock()) if not wanted or s.dtype in wanted]
+        servers = [s for s in self.view.servers(self.clock.time()) if not wanted or s.dtype in wanted]
         if hosting:
             servers = [s for s in servers if any(one.name == hosting for one in s.adapters)]
         return servers
 
     def unserved(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
         """The blocks that nobody serves, but for peers that are left aside because they failed."""
-        servers = [s for s in self.view.servers(self._clock()) if not self.bans.is_banned(s.peer_id)]
+        servers = [s for s in self.view.servers(self.clock.time()) if not self.bans.is_banned(s.peer_id)]
         return tuple(uncovered(start, stop, [(server.start, server.stop) for server in servers]))
 
     def no_route(self, start: int, stop: int) -> Exception:
         """The error that says which of these blocks nobody serves now."""
-        return no_route(start, stop, self.view.servers(self._clock()))
+        return no_route(start, stop, self.view.servers(self.clock.time()))
 
     def times_of(self, server: Announcement) -> StepTimes:
         """How long this server's steps take, as seen by all sessions here."""
@@ -219,21 +258,13 @@ class SwarmClient:
     def may_link(self, server: Announcement, following: Announcement) -> bool:
         """Whether one server may hand its outputs on to the other, as far as is known."""
         pair = (server.peer_id, following.peer_id)
-        return self.settings.transfer.push and self._unlinked.get(pair, 0.0) <= self._clock()
+        return self.settings.transfer.push and self._unlinked.get(pair, -math.inf) <= self.clock.now()
 
     def cannot_link(self, server: Announcement, following: Announcement) -> None:
         """Note that it cannot, or did it badly; it is asked again after a while."""
-        now = self._clock()
+        now = self.clock.now()
         self._unlinked = {pair: until for pair, until in self._unlinked.items() if until > now}
         self._unlinked[server.peer_id, following.peer_id] = now + _UNLINKED_S
-
-    def emit(self, event: SessionEvent) -> None:
-        """Keep an event, log it in one line, and tell whoever listens."""
-        self.events.append(event)
-        logger.info("%s", event)
-        for listener in list(self.listeners):
-            with _logged(event):
-                listener(event)
 
     async def converse(self, server: Announcement, max_payload_bytes: int = 0) -> Conversation:
         """Open a stream to a server.
@@ -257,12 +288,3 @@ class SwarmClient:
         """Measured or assumed seconds to a peer and back."""
         times = self._times.get(peer_id)
         return (times.round_trip_s if times else None) or _ASSUMED_ROUND_TRIP_S
-
-
-@contextmanager
-def _logged(event: SessionEvent) -> Iterator[None]:
-    """A listener that fails is its owner's trouble, not the session's."""
-    try:
-        yield
-    except Exception:
-        logger.exception("a listener failed at: %s", event)

@@ -8,8 +8,8 @@ import anyio
 
 from swarmkit.client.routing.route import Hop
 from swarmkit.client.swarm.client import SwarmClient
-from swarmkit.client.trace import Waiting
 from swarmkit.errors import NoRouteError, PeerError, SwarmkitError
+from swarmkit.events import Owner, WaitStarted
 
 logger = logging.getLogger(__name__)
 
@@ -20,12 +20,18 @@ _LONGEST_PAUSE_S = 1.0
 class RouteSearch:
     """One step's patience: `route_timeout_s` seconds from when nobody was found, anew after any progress."""
 
-    def __init__(self, swarm: SwarmClient, hosting: str = "") -> None:
-        """Args: hosting: use only servers that host the adapter of this hash."""
+    def __init__(self, swarm: SwarmClient, owner: Owner, hosting: str = "") -> None:
+        """Make a search.
+
+        Args:
+            owner: the session that searches, for events.
+            hosting: use only servers that host the adapter of this hash.
+        """
         self._swarm = swarm
+        self._owner = owner
         self._hosting = hosting
         self._give_up_at: float | None = None
-        """On the event loop's clock; None while all goes well."""
+        """On the client's clock; None while all goes well."""
         self._pause_s = _FIRST_PAUSE_S
         self._told_waiting = False
 
@@ -74,19 +80,21 @@ class RouteSearch:
 
     def _left_s(self) -> float:
         if self._give_up_at is None:
-            self._give_up_at = anyio.current_time() + self._swarm.settings.routing.route_timeout_s
-        return self._give_up_at - anyio.current_time()
+            self._give_up_at = self._swarm.clock.now() + self._swarm.settings.routing.route_timeout_s
+        return self._give_up_at - self._swarm.clock.now()
 
     def _tell(self, missing: tuple[tuple[int, int], ...], left_s: float, busy: bool) -> None:
         if not self._told_waiting:
             self._told_waiting = True
-            self._swarm.look_soon()  # somebody else may have come
-            self._swarm.emit(Waiting(missing, left_s, busy))
+            self._swarm.look_soon()  # another server may have joined
+            self._swarm.events.emit(
+                WaitStarted(missing, left_s, busy, time=self._swarm.clock.time(), owner=self._owner)
+            )
 
     async def _look_up(self, give_up_at: float) -> None:
         """See who serves now, if that can be seen in time."""
         try:
-            with anyio.move_on_after(give_up_at - anyio.current_time()):
+            with anyio.move_on_after(give_up_at - self._swarm.clock.now()):
                 await self._swarm.refresh()
         except SwarmkitError as error:
             logger.warning("could not look up the swarm, will try again: %s", error)
