@@ -118,6 +118,7 @@ class ServerNode:
         self._state: ServerState = "joining"
         self._rate = 0.0
         self._sequence = 0
+        self._expires_at = 0.0
         self.blocks: tuple[int, int] = config.blocks or (0, 0)
         self.service: BlockService | None = None
         self.gradients: GradientService | None = None
@@ -321,7 +322,9 @@ class ServerNode:
         config, transport, service = self._config, self.transport, self.service
         assert transport is not None
         precision = Precision.parse(config.dtype, config.checkpoint.config, config.device)
-        self._sequence = max(int(self._clock.time() * 1e9), self._sequence + 1)  # a clock may be set back
+        now = self._clock.time()  # which may have been set back: later words must win all the same
+        self._sequence = max(int(now * 1e9), self._sequence + 1)
+        self._expires_at = max(now + config.settings.node.record_lifetime_s, self._expires_at + 1e-3)
         announcement = Announcement(
             peer_id=transport.peer_id,
             fingerprint=fingerprint,
@@ -338,7 +341,7 @@ class ServerNode:
             software=f"swarmkit {__version__}",
             adapters=_hosted(service),
             sequence=self._sequence,
-            expires_at=self._clock.time() + config.settings.node.record_lifetime_s,
+            expires_at=self._expires_at,
         )
         if await registry.announce(announcement) == 0:
             logger.warning("no peer accepted our announcement; will try again")

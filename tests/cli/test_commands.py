@@ -140,7 +140,7 @@ def test_a_server_that_is_told_to_leave_disappears_from_the_swarm(swarm: Running
     status = last_json(run("status", "--join", swarm.address, "--json"))
     states = {s["peer_id"]: s["state"] for s in status["models"][0]["servers"]}
     assert code == 0
-    assert states.get(guest.event["peer_id"], "leaving") == "leaving"
+    assert states.get(guest.event["owner"]["peer_id"], "leaving") == "leaving"
 
 
 @pytest.mark.slow

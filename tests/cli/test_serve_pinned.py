@@ -73,7 +73,7 @@ def test_a_second_server_with_the_fingerprint_asks_the_hub_for_nothing(
         "serve", "some/llama", "--join", first.address, "--threads", "1", *pinned, until="serving_started"
     )
 
-    assert second.event["blocks"] == [0, 2]
+    assert (second.event["start"], second.event["stop"]) == (0, 2)
     assert len(hub.requests) == asked
     assert second.end_with(signal.SIGTERM) == 0
 

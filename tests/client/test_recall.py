@@ -47,7 +47,7 @@ def two_turns(world: World, between: Callable[[], object] = lambda: None, **opti
 def first_step(world: World) -> tuple[int, int]:
     """Tokens that the latest answer's first step recalled, and sent."""
     step = next(step for step in reversed(world.client.trace) if step.tokens > 1)
-    return step.recalled, step.tokens
+    return step.restored, step.tokens
 
 
 def test_a_second_turn_sends_only_what_is_new(world: World, wanted: Tensor) -> None:
