@@ -305,7 +305,9 @@ class ServerNode:
             )
         )
         if config.settings.engine.cuda_graph_slots and stage.device.type == "cuda":
-            stage.enable_cuda_graphs(config.settings.engine.cuda_graph_slots, config.settings.engine.cuda_graph_tokens)
+            stage.enable_cuda_graphs(
+                config.settings.engine.cuda_graph_slots, config.settings.engine.cuda_graph_tokens
+            )
         self.events.emit(BlocksLoaded(low, high, **self._now()))
         return stage
 
