@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from typing import IO
 
@@ -18,6 +17,8 @@ import swarmkit
 from swarmkit.local import fork_server
 from swarmkit.local.fork_server import ForkedProcess, ForkServer
 from swarmkit.local.server_process import ServerProcess, ServerStartError
+
+from .waiting import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there are no fork servers")
 
@@ -53,12 +54,7 @@ def written(log: IO[bytes]) -> str:
 
 
 def gone(pid: int) -> bool:
-    deadline = time.monotonic() + PATIENCE_S
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_copy_is_the_command_that_was_asked_for(server: ForkServer, log: IO[bytes]) -> None:
@@ -153,4 +149,4 @@ def test_all_end_with_an_owner_that_is_killed() -> None:
         pids = [int(pid) for pid in owner.stdout.readline().split()]
         owner.kill()
     assert len(pids) == 2
-    assert all(map(gone, pids))
+    wait_until(lambda: all(map(gone, pids)), "all processes end")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from swarmkit.server.weights.transfer import look_up
 from tests.models.hub import LocalHub, local_hub
 from tests.models.tiny import make_checkpoint
 
+from ..waiting import eventually
 from .test_commands import Running, run, start
 
 
@@ -39,12 +39,12 @@ async def until_offered(server: Running) -> None:
     """A server offers what it has soon after it has begun to serve."""
     fingerprint = server.event["fingerprint"]
     transport = await over_hivemind([server.address], client_mode=True)(Identity(), acceptable_now)
+
+    async def offered() -> bool:
+        return len(await look_up(transport, fingerprint, [None, 0, 1], time.time())) == 3
+
     try:
-        for _ in range(100):
-            if len(await look_up(transport, fingerprint, [None, 0, 1], time.time())) == 3:
-                return
-            await asyncio.sleep(0.1)
-        raise AssertionError("nothing was offered within ten seconds")
+        await eventually(offered, "the server offers its manifest and two blocks")
     finally:
         await transport.close()
 

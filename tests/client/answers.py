@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -59,11 +58,3 @@ class _At(LogitsProcessor):  # type: ignore[misc]
 def at(actions: dict[int, Callable[[], object]]) -> LogitsProcessorList:
     """Logits processors that call `actions[n]` once the model has seen n new tokens, before its next step."""
     return LogitsProcessorList([_At(actions)])
-
-
-def eventually(condition: Callable[[], bool], what: str) -> None:
-    """Wait for something that other threads do; the limit only keeps a failed test from hanging."""
-    limit = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < limit, f"never happened: {what}"
-        time.sleep(0.005)

@@ -21,7 +21,7 @@ from swarmkit.settings import ClientSettings, ServerSettings
 
 from ..models.tiny import make_checkpoint
 from ..models.tuned import peft_model, randomise, saved_adapter
-from .answers import eventually
+from ..waiting import wait_until
 
 pytest.importorskip("peft")
 
@@ -147,7 +147,7 @@ def test_an_adapter_that_a_server_has_let_go_is_sent_again(
     once = sender.sent_bytes
     for repeat in (2, 3):
         for store in stores(swarm):
-            eventually(lambda: let_go(store), "sessions have ended and their adapters are gone")  # noqa: B023
+            wait_until(lambda: let_go(store), "sessions have ended and their adapters are gone")  # noqa: B023
         if repeat == 2:
             assert torch.equal(model.generate(input_ids=IDS, **GREEDY), first)
         else:

@@ -21,7 +21,8 @@ from swarmkit.server.server import Server
 from swarmkit.server.sessions.service import BlockService
 from swarmkit.settings import ServerSettings
 
-from .answers import answer, eventually, prompt
+from ..waiting import wait_until
+from .answers import answer, prompt
 from .recovery import STAGES, World, a_world
 
 CHUNK = 16
@@ -139,16 +140,16 @@ def test_a_prefill_that_is_broken_off_is_computed_no_further(
     with portal.lease() as lease:
         step = lease.start_task_soon(session.chain.step, PROMPT)
         assert brake.reached.wait(60)
-        eventually(lambda: stands_still(world, brake), "servers stand still")
+        wait_until(lambda: stands_still(world, brake), "servers stand still")
         way(world, session, step)
-        eventually(lambda: nobody_is_waited_for(world), "servers hear of it")
+        wait_until(lambda: nobody_is_waited_for(world), "servers hear of it")
         passes = brake.passes.copy()
         brake.release()
         if way is closed:
             with pytest.raises(SessionError):
                 step.result(60)
         session.close()
-        eventually(lambda: idle(world), "servers are idle")
+        wait_until(lambda: idle(world), "servers are idle")
     assert brake.passes == passes
     tokens = answer(other, *prompt(7), new_tokens=3)
     assert tokens.tolist() == answer(load_local(world.swarm.checkpoint), *prompt(7), new_tokens=3).tolist()
@@ -193,7 +194,7 @@ def test_a_step_ends_at_the_deadline_that_its_user_set(
         ):
             session.step(PROMPT[:, :40])
         brake.release()
-        eventually(lambda: idle(world), "servers are idle")
+        wait_until(lambda: idle(world), "servers are idle")
 
 
 def test_a_client_that_falls_silent_is_forgotten_after_a_while(tiny_llama: Checkpoint) -> None:
@@ -205,7 +206,7 @@ def test_a_client_that_falls_silent_is_forgotten_after_a_while(tiny_llama: Check
         assert world.client._transport is not None
         peer_id = world.client._transport.peer_id
         world.on_loop(lambda: world.network.hang(peer_id))
-        eventually(lambda: idle(world), "servers are idle")
+        wait_until(lambda: idle(world), "servers are idle")
 
 
 def test_a_server_that_falls_silent_leaves_nothing_with_those_it_hands_on_to(tiny_llama: Checkpoint) -> None:
@@ -216,6 +217,6 @@ def test_a_server_that_falls_silent_leaves_nothing_with_those_it_hands_on_to(tin
         session.step(PROMPT[:, :40])
         world.hang(world.in_use(0))
         others = services(world)[1:]
-        eventually(
+        wait_until(
             lambda: not any(o._sources or o.num_sessions or o._streams for o in others), "all is freed"
         )

@@ -30,7 +30,8 @@ from swarmkit.server.server import Server
 from swarmkit.settings import ClientSettings
 
 from ..models.tiny import VOCABULARY, make_checkpoint
-from .answers import answer, at, eventually, prompt
+from ..waiting import wait_until
+from .answers import answer, at, prompt
 
 WORLDS = [
     "llama over hivemind",
@@ -296,7 +297,7 @@ def test_sessions_are_freed_on_the_servers_when_closed_or_forgotten(world: World
     closed.close()
     del forgotten, session
     gc.collect()
-    eventually(lambda: not world.caches(closed), "the servers freed both sessions")
+    wait_until(lambda: not world.caches(closed), "the servers freed both sessions")
 
 
 @over_memory
@@ -334,12 +335,12 @@ def test_a_session_that_is_closed_in_the_middle_of_a_step_opens_nothing_anew(wor
     with ThreadPoolExecutor() as pool, portal.lease() as lease:
         _on_loop(lease, lambda: network.hang(middle))
         step = pool.submit(session.step, torch.zeros(1, 1, 32))
-        eventually(lambda: world.caches(session)[0] == (1, 2), "the first server has computed")
+        wait_until(lambda: world.caches(session)[0] == (1, 2), "the first server has computed")
         session.close()
         with pytest.raises(SessionError, match="closed"):
             step.result()
         _on_loop(lease, lambda: network.resume(middle))
-    eventually(lambda: not world.caches(session), "the servers freed the session")
+    wait_until(lambda: not world.caches(session), "the servers freed the session")
 
 
 @over_memory
@@ -437,7 +438,7 @@ def test_ctrl_c_within_a_step_leaves_the_session_usable(world: World) -> None:
             _on_loop(lease, lambda: network.hang(middle))
 
             def press() -> None:
-                eventually(lambda: world.caches(session)[0] == (1, 10), "the first server has computed")
+                wait_until(lambda: world.caches(session)[0] == (1, 10), "the first server has computed")
                 signal.pthread_kill(main, signal.SIGINT)
 
             threading.Thread(target=press).start()
@@ -494,7 +495,7 @@ def test_a_forgotten_model_leaves_the_swarm_without_blocking(world: World, on_th
             held.clear()
             gc.collect()
     assert alive() is None
-    eventually(lambda: peer_id not in network._peers, "the client left")
+    wait_until(lambda: peer_id not in network._peers, "the client left")
     assert_same(answer(world.model, prompt(6)[0]), answer(world.local, prompt(6)[0]))
 
 
@@ -508,7 +509,7 @@ def test_a_model_that_is_closed_while_it_is_used_says_so(world: World) -> None:
         session.step(torch.zeros(1, 1, 32))
         _on_loop(lease, lambda: network.hang(middle))
         step = pool.submit(session.step, torch.zeros(1, 1, 32))
-        eventually(lambda: world.caches(session)[0] == (1, 2), "the first server has computed")
+        wait_until(lambda: world.caches(session)[0] == (1, 2), "the first server has computed")
         model.close()
         with pytest.raises(UsageError, match="closed"):
             step.result()

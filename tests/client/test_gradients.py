@@ -23,7 +23,7 @@ from swarmkit.server.training.work import GradientWork
 from swarmkit.settings import ClientSettings
 
 from ..models.tiny import VOCABULARY, make_checkpoint
-from .answers import eventually
+from ..waiting import wait_until
 from .recovery import STAGES, World, a_world
 
 FAMILIES = [
@@ -372,6 +372,6 @@ def test_nothing_is_left_behind(world: World) -> None:
     def idle() -> bool:
         return all(service is not None and not service.streams | service.waiting for service in services)
 
-    eventually(idle, "all streams have ended")
+    wait_until(idle, "all streams have ended")
     assert not world.events(PeerLost)
     assert isinstance(world.model.blocks, Blocks)

@@ -41,7 +41,7 @@ from swarmkit.settings import ClientSettings
 
 from ..net.announcements import announcement
 from ..server.worlds import frame, head
-from .answers import eventually
+from ..waiting import wait_until
 
 PROMPT = torch.tensor([[1, 5, 9, 4]])
 NEW_TOKENS = 5
@@ -321,6 +321,6 @@ def test_a_server_that_never_opens_a_session_is_left_aside(
 def test_the_server_that_took_over_is_left_with_nothing(swarm: LocalSwarm, stage: Stage) -> None:
     meet(swarm, stage, poisoned(float("nan")), 1)
     service: Any = swarm.servers[0].node.service  # type: ignore[attr-defined]
-    eventually(lambda: service.num_sessions == 0, "the session has ended")
+    wait_until(lambda: service.num_sessions == 0, "the session has ended")
     service.budget.audit()
     assert service.budget.leased_bytes == 0

@@ -30,7 +30,8 @@ from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
 from swarmkit.settings import ClientSettings, ServerSettings
 
-from .answers import answer, at, eventually, prompt
+from ..waiting import wait_until
+from .answers import answer, at, prompt
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -83,7 +84,7 @@ class World:
             seen = set(self.client.view.announcements)
             return all(server.peer_id in seen for blocks in STAGES for server in self.alive(blocks))
 
-        eventually(known, "the client knows the new servers")
+        wait_until(known, "the client knows the new servers")
 
     def in_use(self, stage: int) -> ServerProcess:
         """The server of a stage in the latest step."""
@@ -285,7 +286,7 @@ def test_a_process_that_is_asked_to_leave_lets_its_session_move(
             tokens = world.answer()
         assert tokens.tolist() == undisturbed()
         assert server.peer_id not in [hop.server.peer_id for hop in session.chain.route]
-        eventually(lambda: server.exit_code is not None, "the server ends while the session is open")
+        wait_until(lambda: server.exit_code is not None, "the server ends while the session is open")
     assert server.exit_code == 0
     assert psutil.wait_procs(children, timeout=30)[1] == []
     reasons = [

@@ -19,7 +19,8 @@ from swarmkit.server.server import Server
 from swarmkit.settings import ClientSettings, ServerSettings
 
 from ..models.tiny import make_checkpoint
-from .answers import answer, at, eventually, prompt
+from ..waiting import wait_until
+from .answers import answer, at, prompt
 
 CLIENTS = 8
 ARCHITECTURES = [
@@ -101,4 +102,4 @@ def test_clients_that_break_off_change_nothing_for_the_others(world: World) -> N
         found = list(pool.map(talk, range(CLIENTS)))
     for ids, tokens in zip(prompts(), found, strict=True):
         assert tokens is None or tokens.tolist() == answer(world.local, ids, new_tokens=20).tolist()
-    eventually(lambda: world.sessions == 0, "servers held no session")
+    wait_until(lambda: world.sessions == 0, "servers held no session")

@@ -34,7 +34,8 @@ from swarmkit.models.head.head import load_local
 from swarmkit.server.server import Server
 from swarmkit.settings import ServerSettings
 
-from .answers import answer, eventually, prompt
+from ..waiting import wait_until
+from .answers import answer, prompt
 from .recovery import NEW_TOKENS, STAGES, WAYS, World, a_world, assert_same
 
 BOTH_WAYS = [
@@ -361,7 +362,7 @@ def test_a_session_moves_away_from_a_server_that_leaves(
             server = world.in_use(stage)
             left.append((server.peer_id, pool.submit(server.stop, 600.0)))
             service = server.node.service
-            eventually(lambda: service is not None and service.leaving, "it leaves")
+            wait_until(lambda: service is not None and service.leaving, "it leaves")
 
         assert_same(world.answer(actions={1: leave}), undisturbed())
         (peer_id, stopped) = left[0]
@@ -382,7 +383,7 @@ def test_a_session_stays_with_a_server_that_leaves_while_nobody_else_has_the_blo
             server = world.in_use(1)
             stopped.append(pool.submit(server.stop, 600.0))
             service = server.node.service
-            eventually(lambda: service is not None and service.leaving, "it leaves")
+            wait_until(lambda: service is not None and service.leaving, "it leaves")
 
         assert_same(world.answer(actions={1: leave}), undisturbed())
         stopped[0].result(timeout=60)
@@ -400,13 +401,13 @@ def test_a_newcomer_is_found_while_a_server_leaves(
             server = world.in_use(1)
             stopped.append(pool.submit(server.stop, 600.0))
             service = server.node.service
-            eventually(lambda: service is not None and service.leaving, "it leaves")
+            wait_until(lambda: service is not None and service.leaving, "it leaves")
 
         def newcomer() -> None:
             new.append(world.swarm.add_server((1, 3)).peer_id)
 
         def found() -> None:
-            eventually(lambda: new[0] in world.client.view.announcements, "the client looks around by itself")
+            wait_until(lambda: new[0] in world.client.view.announcements, "the client looks around by itself")
 
         actions = {1: leave, 3: newcomer, 4: found}
         assert_same(world.answer(actions=actions, new_tokens=8), undisturbed(new_tokens=8))

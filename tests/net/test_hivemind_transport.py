@@ -27,6 +27,7 @@ from swarmkit.net.hivemind.transport import HivemindTransport
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.seam import MAX_FRAME_BYTES
 
+from ..waiting import eventually
 from .worlds import HivemindWorld, collector, echo, own_tasks
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]
@@ -55,14 +56,6 @@ def is_alive(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state not in "ZX"
-
-
-async def eventually(condition: Any) -> bool:
-    for _ in range(200):
-        if condition():
-            return True
-        await asyncio.sleep(0.05)
-    return False
 
 
 # the daemon's life
@@ -151,7 +144,7 @@ async def test_the_daemon_dies_with_its_python_process() -> None:
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     owner.stdout.close()
-    assert await eventually(lambda: not is_alive(pid))
+    await eventually(lambda: not is_alive(pid), "the daemon ends")
 
 
 async def test_the_next_start_sweeps_a_killed_owners_folder() -> None:
@@ -230,7 +223,7 @@ async def test_a_failed_start_leaves_nothing(temp_dir: Path) -> None:
 async def test_a_daemon_that_died_is_noticed(world: HivemindWorld) -> None:
     peer: Any = await world.peer()
     os.kill(peer.daemon_pid, signal.SIGKILL)
-    assert await eventually(lambda: not peer._daemon.is_running)
+    await eventually(lambda: not peer._daemon.is_running, "the daemon ends")
     with pytest.raises(TransportError, match="daemon has ended"):
         await peer.open(Identity().peer_id, "echo")
 

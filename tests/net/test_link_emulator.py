@@ -15,6 +15,7 @@ from swarmkit.errors import TransportError, UsageError
 from swarmkit.net.emulation.link_emulator import LinkEmulator
 from swarmkit.net.emulation.link_schedule import EmulatedLink
 
+from ..waiting import eventually
 from .worlds import own_tasks
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]
@@ -246,8 +247,7 @@ async def test_an_ended_connection_is_forgotten(world: World) -> None:
     near.writer.close()
     await far.rest()
     far.writer.close()
-    while link.num_connections:
-        await asyncio.sleep(0.01)
+    await eventually(lambda: not link.num_connections, "the connection is forgotten")
     assert own_tasks() == set()
 
 

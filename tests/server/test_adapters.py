@@ -22,6 +22,7 @@ from swarmkit.server.sessions.session import Refusal
 from swarmkit.server.training.work import check_request
 
 from ..models.tuned import random_adapter
+from ..waiting import eventually
 from .worlds import (
     MAX_LENGTH,
     START,
@@ -148,8 +149,7 @@ async def test_what_a_session_has_is_not_taken_from_it(
     assert refused.code == "over_quota"
     assert "close sessions" in refused.message
     clients[0].close()
-    while server.service.num_sessions > 1:
-        await server.client()  # lets the loop run
+    await eventually(lambda: server.service.num_sessions == 1, "the first session ends")
     assert isinstance(await owner.put(adapters[2]), AdapterKept)
 
 

@@ -23,6 +23,7 @@ from swarmkit.server.engine.admission_policy import (
 )
 from swarmkit.server.engine.scheduler import PassTimes
 
+from ..waiting import eventually
 from .test_service import Gate
 from .worlds import START, STOP, TinyServer, World, alone, fault_of, hidden_states, small_settings
 
@@ -160,8 +161,7 @@ async def test_a_session_whose_step_runs_makes_no_room(tight: TinyServer) -> Non
     one, two = await tight.session(), await tight.session()
     gate = Gate(tight)
     step = asyncio.create_task(one.try_step(TOKEN))
-    while not tight.engine.waiting:
-        await asyncio.sleep(0)
+    await eventually(lambda: tight.engine.waiting, "the step waits in the engine")
     assert (await fault_of(two.try_step(TOKEN))).code == "busy"
     await gate.open()
     assert isinstance(await step, StepDone)
@@ -180,12 +180,12 @@ async def waiting_step(server: TinyServer, **options: Any) -> Any:
     server.engine.times_of(server.world.stage).learn(8, 1.0)
     server.engine.times_of(server.world.stage).learn(16, 1.0)
     gate = Gate(server)
-    while server.engine.holds < 1 or server.engine.waiting:
-        await asyncio.sleep(0)
+    await eventually(
+        lambda: server.engine.holds >= 1 and not server.engine.waiting, "the gate holds the engine"
+    )
     first, second = await server.session(), await server.session()
     ahead = asyncio.create_task(first.try_step(PAGE))
-    while server.engine.waiting < 1:
-        await asyncio.sleep(0)
+    await eventually(lambda: server.engine.waiting >= 1, "the step ahead waits")
     asked = asyncio.create_task(second.try_step(PAGE, **options))
     done, _ = await asyncio.wait([asked], timeout=0.2)
     asking = await server.client()

@@ -13,6 +13,7 @@ from swarmkit.models.execution.stage import Stage, StepPart
 from swarmkit.models.kv.cache import PAGE_TOKENS
 from swarmkit.server.engine.engine import Engine
 
+from ..waiting import eventually
 from .worlds import START, STOP, TinyClient, TinyServer, World, alone, hidden_states, same, small_settings
 
 CHUNK = 8
@@ -48,8 +49,7 @@ async def all_at_once(server: TinyServer, *steps: tuple[TinyClient, torch.Tensor
     busy = asyncio.create_task(server.engine.run(lambda: (entered.set(), gate.wait())))
     await asyncio.to_thread(entered.wait)
     tasks = [asyncio.create_task(client.step(hidden)) for client, hidden in steps]
-    while server.engine.waiting < len(steps):
-        await asyncio.sleep(0)
+    await eventually(lambda: server.engine.waiting >= len(steps), "all steps wait in the engine")
     gate.set()
     await busy
     return list(await asyncio.gather(*tasks))
@@ -62,9 +62,8 @@ async def leave_amid_a_prompt(client: TinyClient, passes: list[list[int]]) -> No
     """
     before = len(passes)
     step = asyncio.create_task(client.step(hidden_states(1, 60)))
-    while sum(map(sum, passes[before:])) <= 1:
-        assert not step.done(), "it was refused, or was over at once"
-        await asyncio.sleep(0)
+    await eventually(lambda: sum(map(sum, passes[before:])) > 1 or step.done(), "the first part begins")
+    assert not step.done(), "it was refused, or was over at once"
     client.close()
     await asyncio.gather(step, return_exceptions=True)
 

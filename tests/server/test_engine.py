@@ -12,6 +12,8 @@ import pytest
 
 from swarmkit.server.engine.engine import BULK, INTERACTIVE, Engine, EngineClosedError
 
+from ..waiting import eventually
+
 
 @pytest.fixture
 async def engine() -> AsyncIterator[Engine]:
@@ -42,8 +44,7 @@ class Gate:
 
 
 async def queued(engine: Engine, jobs: int) -> None:
-    while engine.waiting < jobs:
-        await asyncio.sleep(0)
+    await eventually(lambda: engine.waiting >= jobs, "the jobs wait")
 
 
 async def test_a_job_gives_its_result(engine: Engine) -> None:
@@ -163,15 +164,9 @@ async def test_nothing_of_a_job_is_kept_once_it_is_over(engine: Engine, cancelle
     gate.let_through()
     await asyncio.gather(job, return_exceptions=True)
     await gate.result
-    while engine.waiting:
-        await asyncio.sleep(0.001)
+    await eventually(lambda: not engine.waiting, "the engine has finished")
     del tensor, job
-    for _ in range(100):
-        gc.collect()
-        if watched() is None:
-            break
-        await asyncio.sleep(0.001)
-    assert watched() is None
+    await eventually(lambda: gc.collect() >= 0 and watched() is None, "the tensor is freed")
 
 
 # the end

@@ -16,6 +16,8 @@ from torch import Tensor
 from swarmkit.models.execution.stage import StepPart
 from swarmkit.server.engine.engine import Engine, EngineClosedError, ExpiredError
 
+from ..waiting import eventually
+
 CHUNK = 32
 LONG = 5 * CHUNK
 
@@ -126,8 +128,7 @@ async def while_held(engine: Engine, stage: FakeStage, *steps: FakeStep) -> list
     first = asyncio.create_task(engine.step(FakeStep(stage)))
     await stage.entered()
     tasks = [asyncio.create_task(engine.step(step)) for step in steps]
-    while engine.waiting < len(steps):
-        await asyncio.sleep(0)
+    await eventually(lambda: engine.waiting >= len(steps), "all steps wait")
     stage.let_through(1)
     await first
     return tasks
@@ -206,8 +207,7 @@ async def test_a_decode_step_is_done_before_a_long_one_that_began_earlier(
     long = asyncio.create_task(engine.step(FakeStep(stage, LONG)))
     await stage.entered()
     decode = asyncio.create_task(engine.step(FakeStep(stage)))
-    while not engine.waiting:
-        await asyncio.sleep(0)
+    await eventually(lambda: engine.waiting, "the step waits")
     stage.let_through(2)
     await decode
     assert not long.done()
@@ -279,8 +279,7 @@ async def test_a_step_that_is_cancelled_before_its_turn_never_begins(
     first = asyncio.create_task(engine.step(FakeStep(stage)))
     await stage.entered()
     cancelled, kept = (asyncio.create_task(engine.step(one)) for one in (step, other))
-    while engine.waiting < 2:
-        await asyncio.sleep(0)
+    await eventually(lambda: engine.waiting >= 2, "both steps wait")
     cancelled.cancel()
     await asyncio.gather(cancelled, return_exceptions=True)
     stage.let_through()
@@ -323,8 +322,7 @@ async def test_a_step_whose_time_is_over_before_its_turn_never_begins(
     first = asyncio.create_task(engine.step(FakeStep(stage)))
     await stage.entered()
     dropped, kept = asyncio.create_task(engine.step(late, 0.001)), asyncio.create_task(engine.step(other, 60))
-    while engine.waiting < 2:
-        await asyncio.sleep(0)
+    await eventually(lambda: engine.waiting >= 2, "both steps wait")
     await asyncio.sleep(0.01)
     stage.let_through()
     await asyncio.gather(first, kept)
@@ -344,8 +342,7 @@ async def test_close_lets_the_present_chunk_finish_and_refuses_the_rest(
     task = asyncio.create_task(engine.step(step))
     await stage.entered()
     closing = asyncio.create_task(asyncio.to_thread(engine.close))
-    while not engine._closed:
-        await asyncio.sleep(0)
+    await eventually(lambda: engine._closed, "the engine closes")
     stage.let_through()
     await closing
     with pytest.raises(EngineClosedError):
@@ -358,8 +355,7 @@ async def test_close_refuses_the_steps_that_wait(engine: Engine, stage: FakeStag
     first = asyncio.create_task(engine.step(FakeStep(stage)))
     await stage.entered()
     waiting = asyncio.create_task(engine.step(FakeStep(stage)))
-    while not engine.waiting:
-        await asyncio.sleep(0)
+    await eventually(lambda: engine.waiting, "the step waits")
     closing = asyncio.create_task(asyncio.to_thread(engine.close))
     with pytest.raises(EngineClosedError):
         await waiting
@@ -373,9 +369,4 @@ async def test_nothing_of_a_step_is_kept_once_it_is_over(engine: Engine, stage: 
     await engine.step(step)
     stage.passes.clear()
     del step
-    for _ in range(100):
-        gc.collect()
-        if watched() is None:
-            break
-        await asyncio.sleep(0.001)
-    assert watched() is None
+    await eventually(lambda: gc.collect() >= 0 and watched() is None, "the step is freed")

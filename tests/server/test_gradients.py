@@ -39,6 +39,7 @@ from swarmkit.server.training.activation_cache import ActivationCache, PassKey
 from swarmkit.server.training.service import GradientService
 from swarmkit.server.training.work import GradientWork, SliceTimes, row_groups
 
+from ..waiting import eventually
 from .worlds import HIDDEN, START, STOP, TinyServer, World, frame, hidden_states, small_settings
 
 
@@ -343,8 +344,7 @@ async def test_a_decode_step_runs_between_two_slices(
     training = asyncio.create_task(line.ask(hidden_states(2, 4), hidden_states(2, 4, 1)))
     await asyncio.to_thread(begun.wait, 60)
     step = asyncio.create_task(session.step(hidden_states(1, 1)))
-    while not server.engine.waiting:
-        await asyncio.sleep(0.001)
+    await eventually(lambda: server.engine.waiting, "the step waits in the engine")
     may_go_on.set()
     await step
     assert order[:2] == ["slice", "step"]
@@ -480,12 +480,10 @@ async def test_a_client_that_goes_away_leaves_nothing(server: TrainingServer) ->
     gate = threading.Event()
     blocking = asyncio.create_task(server.engine.run(lambda: gate.wait(60), BULK))
     asking = asyncio.create_task(line.ask(GOOD))
-    while not server.gradients.waiting:
-        await asyncio.sleep(0.001)
+    await eventually(lambda: server.gradients.waiting, "the request waits")
     asking.cancel()
     line.conversation.close()
     gate.set()
     await blocking
-    while server.gradients.streams or server.gradients.waiting:
-        await asyncio.sleep(0.001)
+    await eventually(lambda: not (server.gradients.streams or server.gradients.waiting), "the stream ends")
     assert server.used() == (0, 0, 0)

@@ -21,6 +21,7 @@ from swarmkit.net.rpc.conversation import CHUNK_BYTES
 from swarmkit.server import caller as caller_module
 
 from ..net.worlds import HivemindWorld
+from ..waiting import eventually
 from .attacks import (
     ATTACKS,
     BYTES,
@@ -167,8 +168,7 @@ async def test_the_servers_memory_returns_to_where_it_was(server: TinyServer, at
     tasks_before = len(asyncio.all_tasks())
     await told(server, attack)
     await server.empty()
-    while len(asyncio.all_tasks()) > tasks_before:
-        await asyncio.sleep(0.001)
+    await eventually(lambda: len(asyncio.all_tasks()) <= tasks_before, "the tasks of the streams have ended")
 
 
 async def test_a_session_is_freed_before_the_attacker_has_left(server: TinyServer) -> None:
@@ -241,8 +241,7 @@ async def half_sent(server: TinyServer) -> TinyClient:
 
 async def test_large_messages_in_arrival_are_counted(roomy: TinyServer) -> None:
     await half_sent(roomy)
-    while roomy.service.intake.held_bytes == 0:
-        await asyncio.sleep(0)
+    await eventually(lambda: roomy.service.intake.held_bytes, "the payload has arrived")
     assert roomy.used() == (1, 0, LARGE.nbytes)
 
 

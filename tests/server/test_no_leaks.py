@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from swarmkit.local.swarm import LocalSwarm
 from swarmkit.net import portal
 from swarmkit.settings import ClientSettings, ServerSettings
 
+from ..waiting import wait_until
 from .worlds import World, hidden_states
 
 CYCLES = 200
@@ -78,21 +79,22 @@ def of_a_swarm(swarm: LocalSwarm) -> Resources:
 
 
 def settled(census: Callable[[], Resources]) -> Resources:
-    """The census once nobody is there and it has stayed the same for a while."""
-    seen = [census()]
-    while len(seen) < 15 or len(set(seen[-15:])) > 1 or seen[-1].sessions:
-        time.sleep(0.03)
+    """The census once no session is open and it has stayed the same for a while."""
+    seen: list[Resources] = []
+
+    def is_settled() -> bool:
         seen.append(census())
+        return len(seen) >= 15 and len(set(seen[-15:])) == 1 and not seen[-1].sessions
+
+    wait_until(is_settled, "the resources stay the same", every=0.03)
     return seen[-1]
 
 
 def after_a_moment(census: Callable[[], Resources], expected: Resources) -> Resources:
     """The census once it is what is expected, or as it is when that has not come about for long."""
-    for _ in range(400):
-        if (now := census()) == expected:
-            break
-        time.sleep(0.025)
-    return now
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: census() == expected, "the resources are as before", within=10, every=0.025)
+    return census()
 
 
 @pytest.fixture(params=["memory", "hivemind"])

@@ -33,6 +33,7 @@ from swarmkit.server.node import ServerConfig, ServerNode
 from swarmkit.settings import ServerSettings
 
 from ..net.worlds import own_tasks
+from ..waiting import eventually
 from .worlds import HIDDEN, TinyClient, World, hidden_states
 
 NUM_BLOCKS = 5
@@ -205,8 +206,7 @@ async def test_a_server_tells_its_life_in_events(here: Neighbourhood) -> None:
 async def test_it_announces_itself_again_and_again(here: Neighbourhood) -> None:
     await here.start(num_blocks=1, settings=ServerSettings().replace(announce_period_s=0.01))
     first = here.announced[-1].sequence
-    while here.announced[-1].sequence == first:
-        await asyncio.sleep(0.001)
+    await eventually(lambda: here.announced[-1].sequence != first, "the server announces itself again")
     assert here.announced[-1].state == "online"
 
 
@@ -275,8 +275,7 @@ async def test_a_server_that_stops_waits_for_its_sessions(here: Neighbourhood) -
     node = await here.start(num_blocks=1)
     client = await here.session_with(node)
     node.request_stop(drain_timeout=60)
-    while not node.service or not node.service.leaving:
-        await asyncio.sleep(0)
+    await eventually(lambda: node.service and node.service.leaving, "the server drains")
     output = await client.step(hidden_states(1, 1))
     client.close()
     await here.everybody_left()
@@ -289,8 +288,7 @@ async def test_a_server_does_not_wait_for_ever(here: Neighbourhood, why: str) ->
     await here.session_with(node)
     node.request_stop(drain_timeout=0.0 if why == "no time" else 600.0)
     if why == "skip_drain":
-        while node.service is None or not node.service.leaving:
-            await asyncio.sleep(0)
+        await eventually(lambda: node.service and node.service.leaving, "the server drains")
         node.skip_drain()
     await here.everybody_left()
 
@@ -382,8 +380,7 @@ async def test_a_server_survives_a_table_that_is_away_for_a_while(
             settings=ServerSettings().replace(announce_period_s=0.01, record_lifetime_s=60),
             num_blocks=1,
         )
-        while failures:
-            await asyncio.sleep(0.001)
+        await eventually(lambda: not failures, "the table has failed twice and worked again")
     assert caplog.text.count("will try again") == 2
 
 

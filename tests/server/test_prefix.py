@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from swarmkit.server.cache.prefix_cache import root_of
 from swarmkit.server.cache.prefix_tracker import tail_bytes
 from swarmkit.server.engine.engine import Engine
 
+from ..waiting import eventually
 from .worlds import (
     HIDDEN,
     START,
@@ -256,8 +256,8 @@ async def test_sessions_that_need_the_room_get_it(make: Make, world: World) -> N
     kept = page + PAGE_TOKENS * HIDDEN * 4
     server = await make(cache_bytes=4 * page + tail_bytes(HIDDEN, 4) + PAGES * kept)
     await after(server, PROMPT)
-    while server.service.budget.pages.nbytes < PAGES * kept:  # they are kept when the answer has left
-        await asyncio.sleep(0.001)
+    pages = server.service.budget.pages
+    await eventually(lambda: pages.nbytes >= PAGES * kept, "the pages are kept after the answer has left")
     other = hidden_states(1, 5 * PAGE_TOKENS, 3)
     [expected] = alone(world, [other])
     assert same(await (await server.session(**LONG)).step(other), expected)

@@ -28,6 +28,7 @@ from swarmkit.net.rpc.conversation import Conversation
 from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.server.caller import Caller
 
+from ..waiting import eventually
 from .attacks import BYTES, HELD, LENGTH, ROWS, STEP, STEPPING, Attack, step_of
 from .worlds import (
     HEAD,
@@ -202,8 +203,7 @@ async def test_a_server_that_hands_on_to_nobody_says_so(pair: Pair) -> None:
 async def test_a_link_to_a_session_that_ended_is_given_up(pair: Pair) -> None:
     await pair.link()
     pair.two.close()
-    while pair.second.service.num_sessions:
-        await asyncio.sleep(0.001)
+    await eventually(lambda: not pair.second.service.num_sessions, "the second session ends")
     for number in (1, 2):  # what is sent into a stream just before its end is known may still seem to go
         reply = await pair.one.try_step(TOKEN, number=number, forward=1)
         await asyncio.sleep(0.01)

@@ -14,6 +14,7 @@ from swarmkit.models.kv.cache import PAGE_TOKENS
 from swarmkit.net.protocol.codec import CodecName, passed
 from swarmkit.net.protocol.messages import GetInfo, Open, Opened, ServerInfo, StepDone
 
+from ..waiting import eventually
 from .worlds import (
     HIDDEN,
     MAX_LENGTH,
@@ -258,8 +259,7 @@ async def test_a_full_cache_has_room_again_when_a_session_ends(tight: TinyServer
     await one.step(PROMPT)
     await two.try_step(TOKEN[:1])
     one.close()
-    while tight.service.num_sessions > 1:
-        await asyncio.sleep(0)
+    await eventually(lambda: tight.service.num_sessions <= 1, "the first session ends")
     assert isinstance(await two.try_step(TOKEN[:1]), StepDone)
 
 
@@ -269,8 +269,7 @@ async def test_a_step_whose_client_is_gone_keeps_its_lease_until_it_ends(server:
     held = server.service.budget.leased_bytes
     gate = Gate(server)
     step = asyncio.create_task(client.try_step(TOKEN))
-    while not server.engine.waiting:
-        await asyncio.sleep(0)
+    await eventually(lambda: server.engine.waiting, "the step waits in the engine")
     step.cancel()
     client.close()
     assert server.service.budget.leased_bytes == held

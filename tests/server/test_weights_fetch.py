@@ -31,8 +31,10 @@ from swarmkit.server.weights.service import (
     encode,
 )
 from swarmkit.server.weights.share import SharedWeights
-from tests.models.hub import TOKEN, LocalHub, local_hub, unplug, use_hub
-from tests.models.tiny import make_checkpoint
+
+from ..models.hub import TOKEN, LocalHub, local_hub, unplug, use_hub
+from ..models.tiny import make_checkpoint
+from ..waiting import eventually
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +75,11 @@ class Town:
         """Let a server offer its blocks; returns when it has."""
         self._tasks.append(asyncio.create_task(weights.run(start, stop)))
         key = offers.claim_key(weights._checkpoint.fingerprint, start)
-        for _ in range(200):
-            if weights._transport.peer_id in (await weights._transport.fetch([key])).get(key, {}):
-                return
-            await asyncio.sleep(0.005)
-        raise AssertionError("nothing was offered")
+
+        async def offered() -> bool:
+            return weights._transport.peer_id in (await weights._transport.fetch([key])).get(key, {})
+
+        await eventually(offered, "the server offers its blocks")
 
     async def liar(
         self, name: str, serve: Callable[[Stream, bytes], Awaitable[None]] | None, change: float = 1.0

@@ -27,6 +27,7 @@ from swarmkit.server.weights.share import SharedWeights
 from swarmkit.server.weights.transfer import look_up
 from tests.models.hub import LocalHub
 
+from ..waiting import eventually
 from .test_weights_fetch import Town, folder, hub, is_right, town
 
 __all__ = ["folder", "hub", "town"]
@@ -178,9 +179,13 @@ class Place:
     def wait_until_offered(self, fingerprint: str) -> None:
         async def wait() -> None:
             transport = await self(Identity(), acceptable_now)
+
+            async def offered() -> bool:
+                found = await look_up(transport, fingerprint, [None, 0, 1], self.network.clock())
+                return len(found) == 3
+
             try:
-                while len(await look_up(transport, fingerprint, [None, 0, 1], self.network.clock())) < 3:
-                    await asyncio.sleep(0.01)
+                await eventually(offered, "the server offers its manifest and two blocks")
             finally:
                 await transport.close()
 

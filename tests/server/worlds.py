@@ -35,6 +35,8 @@ from swarmkit.server.sessions.push import Links
 from swarmkit.server.sessions.service import BlockService
 from swarmkit.settings import ServerSettings
 
+from ..waiting import eventually
+
 START, STOP = 1, 4
 """The blocks that the tiny stage holds, of the five that its model has."""
 HIDDEN = 32
@@ -131,8 +133,7 @@ class TinyServer:
 
     async def empty(self) -> None:
         """Wait until nobody is left."""
-        while self.used() != (0, 0, 0):
-            await asyncio.sleep(0.001)
+        await eventually(lambda: self.used() == (0, 0, 0), "all sessions have ended and nothing is leased")
 
     async def close(self) -> None:
         for transport in self.transports:
