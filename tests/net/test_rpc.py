@@ -307,14 +307,14 @@ async def test_a_server_that_is_silent_beyond_the_deadline_is_given_up(world: Wo
 async def test_a_deadline_holds_for_all_that_is_done_within_it(world: World) -> None:
     stream = await world.stream()
 
-    async def greet_without_end() -> None:
+    async def greet_very_often() -> None:
         with stream.within(0.1):
-            while True:
+            for _ in range(1_000_000):
                 await stream.ask(Greet(), Welcome)
                 await asyncio.sleep(0)
 
     with pytest.raises(PeerTimeoutError):
-        await asyncio.wait_for(greet_without_end(), 5)
+        await asyncio.wait_for(greet_very_often(), 5)
 
 
 async def test_progress_may_move_the_deadline(world: World) -> None:
