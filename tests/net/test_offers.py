@@ -36,15 +36,15 @@ def test_an_offer_stands_under_its_content_and_its_block() -> None:
     value = offers.sign(offer, ME)
     for key in (content_key(CONTENT), claim_key(MODEL, 3)):
         assert offers.read(key, ME.peer_id, value, NOW) == offer
-        assert is_acceptable(key, ME.peer_id, value, NOW)
+        assert is_acceptable(key, ME.peer_id, value, NOW, NOW)
 
 
 def test_an_offer_without_a_block_is_one_of_the_manifest() -> None:
     offer = an_offer(block=None)
     value = offers.sign(offer, ME)
     assert offers.read(claim_key(MODEL, None), ME.peer_id, value, NOW) == offer
-    assert not is_acceptable(claim_key(MODEL, 3), ME.peer_id, value, NOW)
-    assert not is_acceptable(claim_key(MODEL, None), ME.peer_id, offers.sign(an_offer(), ME), NOW)
+    assert not is_acceptable(claim_key(MODEL, 3), ME.peer_id, value, NOW, NOW)
+    assert not is_acceptable(claim_key(MODEL, None), ME.peer_id, offers.sign(an_offer(), ME), NOW, NOW)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_what_is_wrong_with_an_offer_is_said(
     value = offers.sign(offer, signer)
     with pytest.raises(ProtocolError, match=message):
         offers.read(key, subkey, value, NOW)
-    assert not is_acceptable(key, subkey, value, NOW)
+    assert not is_acceptable(key, subkey, value, NOW, NOW)
 
 
 def test_bytes_that_are_no_offer_are_refused() -> None:
@@ -79,7 +79,7 @@ def test_bytes_that_are_no_offer_are_refused() -> None:
 
 def test_an_announcement_is_no_offer_and_the_other_way_round() -> None:
     value = offers.sign(an_offer(), ME)
-    assert not is_acceptable(records.block_key(MODEL, 3), ME.peer_id, value, NOW)
+    assert not is_acceptable(records.block_key(MODEL, 3), ME.peer_id, value, NOW, NOW)
 
 
 def test_the_content_that_most_peers_claim_comes_first() -> None:

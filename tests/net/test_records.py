@@ -47,7 +47,7 @@ def test_a_record_belongs_under_its_blocks_and_in_the_index() -> None:
 
 @pytest.mark.parametrize("key", [*keys_of(MINE)])
 def test_a_peer_keeps_what_it_would_believe(key: str) -> None:
-    assert is_acceptable(key, MINE.peer_id, RECORD, NOW)
+    assert is_acceptable(key, MINE.peer_id, RECORD, NOW, NOW)
 
 
 def test_a_services_record_is_believed_under_its_own_name() -> None:
@@ -121,17 +121,17 @@ def test_a_record_under_a_key_that_is_not_its_own_is_not_believed(key: str) -> N
 
 @pytest.mark.parametrize(("age", "believed"), [(59.9, True), (60.0, False), (61.0, False)])
 def test_a_record_is_believed_until_it_expires(age: float, believed: bool) -> None:
-    assert is_acceptable(KEY, MINE.peer_id, RECORD, NOW + age) is believed
+    assert is_acceptable(KEY, MINE.peer_id, RECORD, NOW, NOW + age) is believed
 
 
 @pytest.mark.parametrize(("ahead", "believed"), [(MAX_LIFETIME_S, True), (MAX_LIFETIME_S + 1, False)])
 def test_nobody_is_immortal(ahead: float, believed: bool) -> None:
-    assert is_acceptable(KEY, MINE.peer_id, signed(expires_at=NOW + ahead), NOW) is believed
+    assert is_acceptable(KEY, MINE.peer_id, signed(expires_at=NOW + ahead), NOW, NOW) is believed
 
 
 @pytest.mark.parametrize("expires_at", [float("inf"), float("nan"), float("-inf")])
 def test_a_time_that_is_none_is_not_believed(expires_at: float) -> None:
-    assert not is_acceptable(KEY, MINE.peer_id, signed(expires_at=expires_at), NOW)
+    assert not is_acceptable(KEY, MINE.peer_id, signed(expires_at=expires_at), NOW, NOW)
 
 
 # not well made
@@ -164,7 +164,7 @@ def test_a_time_that_is_none_is_not_believed(expires_at: float) -> None:
     ids=str,
 )
 def test_a_record_whose_contents_make_no_sense_is_not_believed(changes: dict[str, Any]) -> None:
-    assert not is_acceptable(MODELS_KEY, MINE.peer_id, signed(**changes), NOW)
+    assert not is_acceptable(MODELS_KEY, MINE.peer_id, signed(**changes), NOW, NOW)
 
 
 @pytest.mark.parametrize(
@@ -206,12 +206,12 @@ def test_a_record_that_is_too_large_is_not_even_read() -> None:
 def test_a_record_with_one_byte_changed_anywhere_is_not_believed(place: int, change: int) -> None:
     tampered = bytearray(RECORD)
     tampered[place] ^= change
-    assert not any(is_acceptable(key, MINE.peer_id, bytes(tampered), NOW) for key in keys_of(MINE))
+    assert not any(is_acceptable(key, MINE.peer_id, bytes(tampered), NOW, NOW) for key in keys_of(MINE))
 
 
 @given(st.binary(max_size=200))
 def test_no_bytes_at_all_make_a_reader_fail_otherwise(value: bytes) -> None:
-    assert not is_acceptable(KEY, MINE.peer_id, value, NOW)
+    assert not is_acceptable(KEY, MINE.peer_id, value, NOW, NOW)
 
 
 # what was checked before
@@ -236,3 +236,7 @@ def test_what_is_known_still_expires() -> None:
 @pytest.mark.parametrize(("name", "label"), [("mine", "mine"), ("", MINE.peer_id[-6:])])
 def test_a_server_is_called_by_its_name_or_the_end_of_its_id(name: str, label: str) -> None:
     assert announcement(public_name=name).label == label
+
+
+def test_a_record_is_not_kept_longer_than_the_announcement_inside_is_good() -> None:
+    assert not is_acceptable(KEY, MINE.peer_id, RECORD, MINE.expires_at + 1, NOW)

@@ -154,11 +154,11 @@ async def test_a_bad_record_does_not_hide_a_good_one(place: Place, kind: str) ->
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_record_is_not_kept_for_others(kind: str) -> None:
-    assert not is_acceptable(block_key(FINGERPRINT, 2), identity(1).peer_id, BAD[kind], NOW)
+    assert not is_acceptable(block_key(FINGERPRINT, 2), identity(1).peer_id, BAD[kind], NOW, NOW)
 
 
 def test_a_record_of_another_time_is_not_kept_now() -> None:
-    assert not acceptable_now(MODELS_KEY, identity(0).peer_id, sign(announcement(0), identity(0)))
+    assert not acceptable_now(MODELS_KEY, identity(0).peer_id, sign(announcement(0), identity(0)), NOW)
 
 
 async def test_what_is_remembered_is_bounded_whatever_is_stored(

@@ -95,7 +95,7 @@ async def test_records_outlive_the_peer_that_others_joined_at(world: Any) -> Non
 
 
 async def test_a_record_that_nobody_accepts_is_not_stored(world: Any) -> None:
-    def refuse(key: str, subkey: str, value: bytes) -> bool:
+    def refuse(key: str, subkey: str, value: bytes, expires_at: float) -> bool:
         return False
 
     one = await world.peer(record_check=refuse)
@@ -103,7 +103,7 @@ async def test_a_record_that_nobody_accepts_is_not_stored(world: Any) -> None:
 
 
 async def test_a_peer_does_not_believe_what_its_check_refuses(world: Any) -> None:
-    def no_lies(key: str, subkey: str, value: bytes) -> bool:
+    def no_lies(key: str, subkey: str, value: bytes, expires_at: float) -> bool:
         return value != b"lie"
 
     liar, honest = await world.peer(), await world.peer()
@@ -114,15 +114,16 @@ async def test_a_peer_does_not_believe_what_its_check_refuses(world: Any) -> Non
 
 
 async def test_a_check_is_told_what_it_judges(world: Any) -> None:
-    seen: set[tuple[str, str, bytes]] = set()
+    seen: set[tuple[str, str, bytes, float]] = set()
 
-    def remember(key: str, subkey: str, value: bytes) -> bool:
-        seen.add((key, subkey, value))
+    def remember(key: str, subkey: str, value: bytes, expires_at: float) -> bool:
+        seen.add((key, subkey, value, expires_at))
         return True
 
     one = await world.peer(record_check=remember)
-    await one.store([("the key", b"the value")], time.time() + 60)
-    assert seen == {("the key", one.peer_id, b"the value")}
+    expires_at = time.time() + 60
+    await one.store([("the key", b"the value")], expires_at)
+    assert seen == {("the key", one.peer_id, b"the value", expires_at)}
 
 
 @pytest.mark.parametrize("expires_at", [float("inf"), float("nan")])

@@ -94,12 +94,12 @@ class SwarmClient:
 
     # ------------------------------------------------------------------ life
 
+    def _accepts(self, key: str, subkey: str, value: bytes, expires_at: float) -> bool:
+        return is_acceptable(key, subkey, value, expires_at, self.clock.time())
+
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Be a member of the swarm until `request_stop`."""
-        self._transport = await self._factory(
-            Identity(),
-            lambda key, subkey, value: is_acceptable(key, subkey, value, self.clock.time()),
-        )
+        self._transport = await self._factory(Identity(), self._accepts)
         self._peer_id = self._transport.peer_id
         try:
             self._registry = Registry(self._transport, self.clock.time)

@@ -24,9 +24,12 @@ from typing import Any
 
 import anyio
 
+from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.errors import TransportError
+from swarmkit.net.hivemind.protocol import guarded_protocol, storing_peer
+from swarmkit.net.hivemind.storage import bounded_storage
 from swarmkit.net.transport.identity import Identity, verify
-from swarmkit.net.transport.limits import MAX_VALUE_BYTES, checked_records
+from swarmkit.net.transport.limits import MAX_LIFETIME_S, MAX_VALUE_BYTES, checked_records
 from swarmkit.net.transport.seam import RecordCheck, peer_of, service_id
 
 logger = logging.getLogger(__name__)
@@ -44,6 +47,9 @@ _task_owner: ContextVar[set[asyncio.Task[Any]] | None] = ContextVar("swarmkit_ta
 _ENVELOPE = struct.Struct(">B64sdH")  # version, signature, expires_at, bytes of the key; then key and value
 _ENVELOPE_VERSION = 1
 _CONTEXT = b"swarmkit table record 1\n"
+_VERIFIED_RECORDS = 8192
+_CLOCK_TOLERANCE_S = 5.0
+"""hivemind lets peers' clocks differ by three seconds."""
 
 
 def load_hivemind() -> None:
@@ -72,6 +78,7 @@ def load_hivemind() -> None:
             module = importlib.import_module(name)
             if not isinstance(module.asyncio, _TrackingAsyncio):
                 module.asyncio = _TrackingAsyncio("asyncio")  # type: ignore[attr-defined]
+        importlib.import_module("hivemind.dht.node").DHTProtocol = guarded_protocol()  # type: ignore[attr-defined]
 
 
 class _TrackingAsyncio(types.ModuleType):
@@ -126,13 +133,19 @@ class RecordGuard:
 
     priority = 0
 
-    def __init__(self, check: RecordCheck | None) -> None:
+    def __init__(self, check: RecordCheck | None, clock: Clock = SYSTEM_CLOCK) -> None:
         self._check = check
+        self._clock = clock
         routing = importlib.import_module("hivemind.dht.routing")
         serializer = importlib.import_module("hivemind.utils.serializer")
         self._key_id = routing.DHTID.generate
         self._loads = serializer.MSGPackSerializer.loads
-        self._authentic = functools.lru_cache(maxsize=4096)(verify)
+        self._authentic = functools.lru_cache(maxsize=_VERIFIED_RECORDS)(verify)
+        self._wanted: set[str] = set()
+        self.storage = bounded_storage(
+            storing_peer, lambda value: kind_of(self.key_of(value)) in self._wanted
+        )
+        self.cache = _no_cache()
 
     def open(self, key_id: bytes, subkey: Any, envelope: Any, expires_at: float) -> tuple[str, bytes] | None:
         """Key and value from an envelope, or None if anything about it is wrong."""
@@ -142,20 +155,45 @@ class RecordGuard:
         end_of_key = _ENVELOPE.size + key_bytes
         if version != _ENVELOPE_VERSION or signed_expiry != expires_at or not math.isfinite(expires_at):
             return None
+        if expires_at > self._clock.time() + MAX_LIFETIME_S + _CLOCK_TOLERANCE_S:
+            return None
         if len(envelope) < end_of_key or len(envelope) - end_of_key > MAX_VALUE_BYTES:
             return None
-        try:
-            key = envelope[_ENVELOPE.size : end_of_key].decode()
-        except UnicodeDecodeError:
-            return None
+        key = _key_in(envelope)
         value = envelope[end_of_key:]
-        if self._key_id(key).to_bytes() != key_id:
+        if key is None or self._key_id(key).to_bytes() != key_id:
             return None
         if not self._authentic(peer_of(subkey), _signed_part(expires_at, value), signature):
             return None
-        if self._check is not None and not self._check(key, subkey, value):
+        if self._check is not None and not self._check(key, subkey, value, expires_at):
             return None
         return key, value
+
+    def want(self, keys: Iterable[str]) -> None:
+        """Note that this peer itself uses records of these keys' kinds, and keeps them before others."""
+        self._wanted.update(kind_of(key) for key in keys)
+
+    def verify_signature(
+        self, subkey: Any, serialized: bytes, expires_at: float, packed_subkey: bool
+    ) -> None:
+        """Verify the signature of a record; its validation, which follows, finds the result."""
+        with contextlib.suppress(
+            Exception
+        ):  # foreign bytes may break a decoder in any way; validation says so
+            name = self._loads(subkey) if packed_subkey else subkey
+            envelope = self._loads(serialized)
+            _, signature, _, key_bytes = _ENVELOPE.unpack_from(envelope)
+            value = envelope[_ENVELOPE.size + key_bytes :]
+            if isinstance(name, str) and len(value) <= MAX_VALUE_BYTES:
+                self._authentic(peer_of(name), _signed_part(expires_at, value), signature)
+
+    def key_of(self, serialized: bytes) -> str:
+        """The key under which a kept record stands; empty if it has none."""
+        try:
+            return _key_in(self._loads(serialized)) or ""
+        except Exception as error:  # noqa: BLE001 - foreign bytes may break a decoder in any way
+            logger.debug("a record has no key: %r", error)
+            return ""
 
     def validate(self, record: Any) -> bool:
         """Whether to keep or believe a record (hivemind calls this)."""
@@ -213,13 +251,14 @@ class HivemindTable:
         client_mode: bool,
         check: RecordCheck | None,
         timeout: float,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> HivemindTable:
         """Take part in the table of `initial_peers`, or begin one.
 
         Raises:
             TransportError: none of the initial peers answered, or one refused.
         """
-        guard = RecordGuard(check)
+        guard = RecordGuard(check, clock)
         node_type = importlib.import_module("hivemind.dht.node").DHTNode
         try:
             # every cache is off: a fetch shall see what other peers hold now, not what they once held
@@ -239,8 +278,6 @@ class HivemindTable:
                 f"could not join the swarm at {', '.join(initial_peers)}: {error}. Check that these peers "
                 "are running and that this machine's clock is right (within 3 seconds)"
             ) from error
-        node.protocol.cache = _no_cache()
-        node.protocol._validate_dictionary = guard.purge
         return cls(node, guard, identity, timeout)
 
     async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float, service: int = 0) -> int:
@@ -248,6 +285,7 @@ class HivemindTable:
         pairs = checked_records(records, expires_at)
         if not pairs:
             return 0
+        self._guard.want(key for key, _ in pairs)
         try:
             with anyio.fail_after(self._timeout):
                 stored = await self._node.store_many(
@@ -266,6 +304,7 @@ class HivemindTable:
         wanted = list(dict.fromkeys(keys))
         if not wanted:
             return {}
+        self._guard.want(wanted)
         futures = await self._node.get_many(wanted, sufficient_expiration_time=math.inf, return_futures=True)
         try:
             await asyncio.wait(futures.values(), timeout=self._timeout)
@@ -293,6 +332,21 @@ class HivemindTable:
             if (opened := self._guard.open(key_id, subkey, envelope, expires_at)) is not None:
                 values[subkey] = opened[1]
         return values
+
+
+def kind_of(key: str) -> str:
+    """The part of a key that records of one model have in common: all up to the last slash."""
+    return key.rpartition("/")[0] or key
+
+
+def _key_in(envelope: bytes) -> str | None:
+    if len(envelope) < _ENVELOPE.size:
+        return None
+    key_bytes = _ENVELOPE.unpack_from(envelope)[3]
+    try:
+        return bytes(envelope[_ENVELOPE.size : _ENVELOPE.size + key_bytes]).decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _sealed(identity: Identity, key: str, value: bytes, expires_at: float) -> bytes:

@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping
 
 from swarmkit.errors import ProtocolError
 from swarmkit.net.registry import offers, records
+from swarmkit.net.registry.offers import WeightsOffer
+from swarmkit.net.registry.records import Announcement
 
-READERS: Mapping[str, Callable[[str, str, bytes, float], object]] = {
+READERS: Mapping[str, Callable[[str, str, bytes, float], Announcement | WeightsOffer]] = {
     records.MODELS_KEY: records.read,
     records.PREFIX: records.read,
     offers.PREFIX: offers.read,
@@ -19,18 +21,20 @@ READERS: Mapping[str, Callable[[str, str, bytes, float], object]] = {
 `ProtocolError` where a record does not belong there."""
 
 
-def is_acceptable(key: str, subkey: str, value: bytes, now: float) -> bool:
-    """Whether a peer keeps and hands out a record at `now` (Unix time, seconds)."""
+def is_acceptable(key: str, subkey: str, value: bytes, expires_at: float, now: float) -> bool:
+    """Whether a peer keeps a record at `now`, and hands it out until `expires_at` (Unix times in seconds).
+
+    A record does not outlive the announcement or the offer inside it.
+    """
     read = next((read for prefix, read in READERS.items() if key.startswith(prefix)), None)
     if read is None:
         return False
     try:
-        read(key, subkey, value, now)
+        return expires_at <= read(key, subkey, value, now).expires_at
     except ProtocolError:
         return False
-    return True
 
 
-def acceptable_now(key: str, subkey: str, value: bytes) -> bool:
+def acceptable_now(key: str, subkey: str, value: bytes, expires_at: float) -> bool:
     """`is_acceptable` by this machine's clock."""
-    return is_acceptable(key, subkey, value, time.time())
+    return is_acceptable(key, subkey, value, expires_at, time.time())

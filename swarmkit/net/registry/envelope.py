@@ -9,10 +9,9 @@ import msgspec
 
 from swarmkit.errors import ProtocolError
 from swarmkit.net.transport.identity import Identity, verify
+from swarmkit.net.transport.limits import MAX_LIFETIME_S
 
 MAX_RECORD_BYTES = 4096
-MAX_LIFETIME_S = 3600.0
-"""Records further in the future than this are refused: a mistaken or lying peer shall not be immortal."""
 
 
 class Statement(Protocol):

@@ -13,6 +13,9 @@ MAX_VALUE_BYTES = 64 * 1024
 
 MAX_KEY_BYTES = 1024
 
+MAX_LIFETIME_S = 3600.0
+"""Records that would last longer are refused: a mistaken or lying peer shall not be immortal."""
+
 
 def frame_size(parts: Sequence[Buffer]) -> int:
     """Bytes of the frame made of `parts`.

@@ -168,7 +168,7 @@ class MemoryNetwork:
     def _keep(self, key: str, subkey: str, value: bytes, expires_at: float) -> bool:
         """Whether a peer that is there took the record (the peers' memory is one dictionary here)."""
         if expires_at <= self.clock() or not any(
-            peer._accepts(key, subkey, value) for peer in self._peers.values()
+            peer._accepts(key, subkey, value, expires_at) for peer in self._peers.values()
         ):
             return False
         entries = self._table.setdefault(key, {})
@@ -177,12 +177,12 @@ class MemoryNetwork:
         entries[subkey] = (expires_at, value)
         return True
 
-    def _held(self, key: str) -> dict[str, bytes]:
+    def _held(self, key: str) -> dict[str, tuple[float, bytes]]:
         now = self.clock()
         entries = {s: e for s, e in self._table.pop(key, {}).items() if e[0] > now}
         if entries:
             self._table[key] = entries
-        return {subkey: value for subkey, (_, value) in entries.items()}
+        return entries
 
 
 class MemoryStream(Stream):
@@ -409,7 +409,9 @@ class MemoryTransport(Transport):
         found: dict[str, Mapping[str, bytes]] = {}
         for key in keys:
             held = self.network._held(key)
-            if good := {s: value for s, value in held.items() if self._accepts(key, s, value)}:
+            if good := {
+                s: value for s, (until, value) in held.items() if self._accepts(key, s, value, until)
+            }:
                 found[key] = good
         return found
 
@@ -437,8 +439,8 @@ class MemoryTransport(Transport):
         if self._end is not None:
             raise TransportError(str(self._end))
 
-    def _accepts(self, key: str, subkey: str, value: bytes) -> bool:
-        return self._check is None or self._check(key, subkey, value)
+    def _accepts(self, key: str, subkey: str, value: bytes, expires_at: float) -> bool:
+        return self._check is None or self._check(key, subkey, value, expires_at)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(coroutine)

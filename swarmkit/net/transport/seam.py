@@ -64,8 +64,9 @@ class Stream(Protocol):
 Handler: TypeAlias = Callable[[Stream], Awaitable[None]]
 """Serves one incoming stream; the transport closes the stream when it returns or raises."""
 
-RecordCheck: TypeAlias = Callable[[str, str, bytes], bool]
-"""`check(key, subkey, value)`: whether this peer is willing to keep and hand out the record."""
+RecordCheck: TypeAlias = Callable[[str, str, bytes, float], bool]
+"""`check(key, subkey, value, expires_at)`: whether this peer is willing to keep the record and hand it out
+until `expires_at` (Unix time, seconds)."""
 
 
 def service_id(peer_id: str, service: int) -> str:

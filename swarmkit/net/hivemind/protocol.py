@@ -1,0 +1,128 @@
+"""hivemind's table protocol with bounds: bounded storage, and signatures that are verified a few at a time.
+
+hivemind checks every record of a request, or of an answer, in one go. A peer could thus hold up the event
+loop of another one for as long as it takes to verify what fits into 4 MiB. Here the signatures are verified
+beforehand, in slices between which the loop runs other tasks; hivemind's own check then finds the results.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from itertools import chain
+from typing import Any, Protocol, TypeAlias
+
+logger = logging.getLogger(__name__)
+
+MAX_STORED_AT_ONCE = 1024
+"""Records of one request; a server with 1,000 blocks stores no more at a time."""
+SLICE = 16
+"""Signatures that are verified before other tasks get their turn: about two milliseconds."""
+
+SignedRecord: TypeAlias = tuple[Any, bytes, float, bool]
+"""Subkey, serialized value, expiry, and whether the subkey is serialized as well."""
+
+_storing_peer: ContextVar[str] = ContextVar("swarmkit_storing_peer", default="")
+
+
+class Guard(Protocol):
+    """What the protocol asks of the guard that hivemind knows as its record validator."""
+
+    storage: Any
+    cache: Any
+
+    def purge(self, key_id: bytes, dictionary: Any) -> bool: ...
+
+    def verify_signature(
+        self, subkey: Any, serialized: bytes, expires_at: float, packed_subkey: bool
+    ) -> None: ...
+
+
+def storing_peer() -> str:
+    """The peer whose request to store records is being served; empty outside of such a request."""
+    return _storing_peer.get()
+
+
+async def in_slices(verify: Callable[..., None], signed: Iterable[SignedRecord]) -> None:
+    """Verify signatures, and let other tasks run after every few of them."""
+    for number, record in enumerate(signed, 1):
+        verify(*record)
+        if number % SLICE == 0:
+            await asyncio.sleep(0)
+
+
+@functools.cache
+def guarded_protocol() -> type:
+    """hivemind's `DHTProtocol`, whose record validator is a `Guard`."""
+    base: Any = importlib.import_module("hivemind.dht.protocol").DHTProtocol
+    pb: Any = importlib.import_module("hivemind.proto.dht_pb2")
+    dictionary_type: Any = importlib.import_module("hivemind.dht.storage").DictionaryDHTValue
+
+    class DHTProtocol(base):  # type: ignore[misc]
+        """Keeps hivemind's name, which is part of the names of its remote procedures."""
+
+        record_validator: Guard
+
+        @classmethod
+        async def create(cls, *args: Any, **kwargs: Any) -> Any:
+            self = await super().create(*args, **kwargs)
+            self.storage, self.cache = self.record_validator.storage, self.record_validator.cache
+            self._validate_dictionary = self.record_validator.purge
+            return self
+
+        def get_stub(self, peer: Any) -> Any:
+            return _Stub(self, super().get_stub(peer))
+
+        async def _verify(self, signed: Iterable[SignedRecord]) -> None:
+            # One request at a time: many of them would otherwise take a slice each in every turn of the loop.
+            async with self.__dict__.setdefault("_verifying", asyncio.Lock()):
+                await in_slices(self.record_validator.verify_signature, signed)
+
+        def _signed_in(self, tag: bytes, value: bytes, expires_at: float) -> Iterable[SignedRecord]:
+            if tag != self.IS_DICTIONARY:
+                return [(tag, value, expires_at, True)]
+            dictionary = self.serializer.loads(value)
+            if not isinstance(dictionary, dictionary_type):
+                return []
+            return [(subkey, item.value, item.expiration_time, False) for subkey, item in dictionary.items()]
+
+    async def rpc_store(self: Any, request: Any, context: Any) -> Any:
+        """Keep records for another peer, as far as they are signed and there is room."""
+        if len(request.keys) > MAX_STORED_AT_ONCE:
+            logger.debug("refused to store %d records at once", len(request.keys))
+            return pb.StoreResponse(store_ok=[False] * len(request.keys), peer=self.node_info)
+        stored = zip(request.subkeys, request.values, request.expiration_time, strict=False)
+        await self._verify(chain.from_iterable(self._signed_in(*record) for record in stored))
+        token = _storing_peer.set(str(context.remote_id))
+        try:
+            return await base.rpc_store(self, request, context)
+        finally:
+            _storing_peer.reset(token)
+
+    rpc_store.__annotations__ = dict(base.rpc_store.__annotations__)
+    rpc_store.__wrapped__ = base.rpc_store  # type: ignore[attr-defined] # hivemind reads the types from it
+    DHTProtocol.rpc_store = rpc_store  # type: ignore[attr-defined]
+
+    class _Stub:
+        """A stub to another peer whose answers are verified before hivemind looks at them."""
+
+        def __init__(self, protocol: Any, stub: Any) -> None:
+            self._protocol = protocol
+            self._stub = stub
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._stub, name)
+
+        async def rpc_find(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+            response = await self._stub.rpc_find(request, *args, **kwargs)
+            for result in response.results:
+                if result.type == pb.FOUND_DICTIONARY:
+                    found = (base.IS_DICTIONARY, result.value, result.expiration_time)
+                    await self._protocol._verify(self._protocol._signed_in(*found))
+            return response
+
+    return DHTProtocol
