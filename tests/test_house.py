@@ -97,6 +97,32 @@ def test_the_two_rooms_at_the_bottom_do_not_know_each_other(room: str) -> None:
     assert not any(name.startswith(f"swarmkit.{other}") for name in names)
 
 
+# one clock
+
+CLOCKS = re.compile(r"(perf_counter|monotonic|time)(_ns)?|current_time")
+OWN_CLOCKS = {
+    PACKAGE / "net" / "hivemind" / "daemon.py": "compares the dates of files, which are the computer's",
+}
+"""Files that ask the computer for the time, though a clock is handed in to everything else, and why."""
+TIMED_ROOMS = ["net", "client", "server", "local"]
+
+
+def clock_calls(source: Path) -> Iterator[str]:
+    """Names of the standard library's and anyio's clocks, as far as a file uses them."""
+    for node in ast.walk(parsed(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.value.id in ("time", "anyio") and CLOCKS.fullmatch(node.attr):
+                yield f"{node.value.id}.{node.attr}"
+        elif isinstance(node, ast.ImportFrom) and node.module in ("time", "anyio"):
+            yield from (f"{node.module}.{name.name}" for name in node.names if CLOCKS.fullmatch(name.name))
+
+
+@pytest.mark.parametrize("room", TIMED_ROOMS)
+def test_time_comes_from_the_clock_that_is_handed_in(room: str) -> None:
+    sources = [source for source in (PACKAGE / room).rglob("*.py") if source not in OWN_CLOCKS]
+    assert {str(source): calls for source in sources if (calls := list(clock_calls(source)))} == {}
+
+
 # a quick import
 
 

@@ -170,10 +170,11 @@ class ServerNode:
                 config.device,
                 prefill_chunk_tokens=config.settings.engine.prefill_chunk_tokens,
                 decode_slowdown=config.settings.engine.decode_slowdown,
+                clock=self._clock,
             )
             weights.service.busy = lambda: engine.waiting > 0  # their copy waits while somebody's token does
             owned.push_async_callback(_shielded, lambda: anyio.to_thread.run_sync(engine.close))
-            self._rate = (await engine.run(lambda: measure_decode_rate(stage), BULK)).value
+            self._rate = (await engine.run(lambda: measure_decode_rate(stage, self._clock.now), BULK)).value
             await engine.run(trim_malloc, BULK)
             self.service = service = BlockService(
                 stage,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from swarmkit.server.engine.device_watch import DeviceWatch, marks_of
@@ -102,7 +104,7 @@ def test_a_piece_that_failed_is_not_told_of() -> None:
 def test_on_a_cpu_all_is_known_at_once() -> None:
     learnt: list[tuple[str, float]] = []
     watch = DeviceWatch[str](
-        marks_of(torch.device("cpu")), lambda what, seconds: learnt.append((what, seconds))
+        marks_of(torch.device("cpu"), time.perf_counter), lambda what, seconds: learnt.append((what, seconds))
     )
     watch.end(watch.begin(), "a")
     watch.catch_up()

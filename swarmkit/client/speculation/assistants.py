@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -30,6 +29,7 @@ from swarmkit.client.speculation.window import (
     Round,
     Windows,
 )
+from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import UsageError
 
 Speculation = Literal["off", "auto", "prompt-lookup"]
@@ -178,7 +178,7 @@ def _with_lookup(options: dict[str, Any], configured: Callable[[str], Any]) -> d
 class Guesses:
     """What one model's calls of `generate()` learned about guessing."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, clock: Callable[[], float] = SYSTEM_CLOCK.now) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._lookup = Learned()

@@ -12,7 +12,6 @@ import ipaddress
 import logging
 import math
 import socket
-import time
 import weakref
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 import anyio
 import base58
 
+from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import (
     NotServedError,
     PeerTimeoutError,
@@ -242,7 +242,7 @@ class HivemindTransport(Transport):
             raise PeerUnreachableError(f"{peer_id!r} is not a peer id", peer_id) from None
         pb = _messages()
         seconds = max(1, math.ceil(timeout))
-        began = time.monotonic()
+        began = SYSTEM_CLOCK.now()
         try:
             with anyio.fail_after(timeout):
                 if dialable := _dialable(peer_id, addresses):
@@ -254,7 +254,7 @@ class HivemindTransport(Transport):
                 )
                 if offer is None:
                     return stream
-                return await self._choose_way(stream, offer, addresses, time.monotonic() - began)
+                return await self._choose_way(stream, offer, addresses, SYSTEM_CLOCK.now() - began)
         except TimeoutError:
             raise PeerTimeoutError(f"peer {peer_id} did not answer within {timeout:g} s", peer_id) from None
         except ProtocolError as error:
@@ -421,7 +421,7 @@ class HivemindTransport(Transport):
 
         Args: open_s: what it took to open that one, which is longer than a connection takes.
         """
-        peer_id, now = stream.peer_id, time.monotonic()
+        peer_id, now = stream.peer_id, SYSTEM_CLOCK.now()
         direct: SealedStream | None = None
         hosts = list(dict.fromkeys(ip for address in addresses if (ip := _ip_of(address))))
         try:

@@ -4,9 +4,9 @@ stand.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 
+from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import ProtocolError
 from swarmkit.net.registry import offers, records
 from swarmkit.net.registry.offers import WeightsOffer
@@ -37,4 +37,4 @@ def is_acceptable(key: str, subkey: str, value: bytes, expires_at: float, now: f
 
 def acceptable_now(key: str, subkey: str, value: bytes, expires_at: float) -> bool:
     """`is_acceptable` by this machine's clock."""
-    return is_acceptable(key, subkey, value, expires_at, time.time())
+    return is_acceptable(key, subkey, value, expires_at, SYSTEM_CLOCK.time())

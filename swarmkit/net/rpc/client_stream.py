@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
@@ -10,6 +9,7 @@ from typing import TypeVar
 import anyio
 import msgspec
 
+from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import PeerError, PeerUnreachableError, ProtocolError, RemoteError
 from swarmkit.net.protocol.messages import Fault
 from swarmkit.net.protocol.protocol import Protocol
@@ -40,7 +40,7 @@ class ClientStream(MessageStream):
         protocol: Protocol,
         max_payload_bytes: int = 0,
         rest_timeout: float = 60.0,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] = SYSTEM_CLOCK.now,
     ) -> None:
         super().__init__(stream, protocol, max_payload_bytes, rest_timeout, clock)
         self._timer = IdleTimer(self)

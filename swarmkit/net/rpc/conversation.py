@@ -9,7 +9,6 @@ A message is one head frame and, where its tensors do not fit beside the head, m
 from __future__ import annotations
 
 import struct
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import anyio
 import msgspec
 import torch
 
+from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import MessageTooLargeError, ProtocolError, SwarmkitError, UsageError
 from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.codec import TensorSpec
@@ -81,7 +81,7 @@ class Conversation:
         """Whether a message has begun to come and is not complete: whoever stops to receive now loses it."""
         self.incoming = LinkSpeed()
         """What the way from the peer carries."""
-        self._began_at = time.perf_counter()
+        self._began_at = SYSTEM_CLOCK.now()
 
     @property
     def peer_id(self) -> str:
@@ -89,7 +89,7 @@ class Conversation:
 
     def clock(self) -> float:
         """Seconds since the conversation began on this side: what `sent_at` means in messages from here."""
-        return time.perf_counter() - self._began_at
+        return SYSTEM_CLOCK.now() - self._began_at
 
     async def send(self, message: msgspec.Struct, payload: Sequence[Buffer] = ()) -> None:
         """Send a message; `payload` holds the bytes of its tensors, in the order of its fields.
@@ -126,13 +126,13 @@ class Conversation:
             ProtocolError: not a message of this version.
             PeerUnreachableError: the peer ended the conversation or went away.
         """
-        waiting_from = time.perf_counter()
+        waiting_from = SYSTEM_CLOCK.now()
         message, total, body = self._parse_head(await self.stream.receive())
         self.in_message = True
         received = await self._receive_rest(message, total, body, admit)
         self.in_message = False
         if sent_at := getattr(message, "sent_at", 0.0):
-            self.incoming.observe(total, sent_at, time.perf_counter(), waiting_from)
+            self.incoming.observe(total, sent_at, SYSTEM_CLOCK.now(), waiting_from)
         return received
 
     async def _receive_rest(

@@ -8,13 +8,13 @@ would only learn that the other "does not serve" what is asked for. Here both ar
 from __future__ import annotations
 
 import struct
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import anyio
 import msgspec
 
+from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import NotServedError, PeerError, ProtocolError
 from swarmkit.net.protocol.protocol import Protocol
 from swarmkit.net.rpc.client_stream import ClientStream
@@ -40,7 +40,7 @@ async def connect(
     timeout: float = 5.0,
     *,
     max_payload_bytes: int = 0,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] = SYSTEM_CLOCK.now,
 ) -> ClientStream:
     """Open a stream of a protocol to a peer.
 

@@ -13,7 +13,6 @@ three bytes are the same in every version, so that peers of different versions c
 from __future__ import annotations
 
 import struct
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ import anyio
 import msgspec
 import torch
 
+from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import MessageTooLargeError, ProtocolError, UsageError
 from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.codec import TensorSpec
@@ -140,7 +140,7 @@ class MessageStream:
         protocol: Protocol,
         max_payload_bytes: int = 0,
         rest_timeout: float = 60.0,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] = SYSTEM_CLOCK.now,
     ) -> None:
         """Args:
         rest_timeout: seconds within which a message that has begun must be complete, so that no peer can

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
 import msgspec
 
+from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import PeerError
 from swarmkit.net.protocol.messages import FATAL, Fault, FaultCode
 from swarmkit.net.protocol.protocol import Protocol
@@ -43,7 +43,7 @@ class ServerStream(MessageStream):
         max_payload_bytes: int,
         message_timeout: float,
         too_large: FaultCode = "too_large",
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] = SYSTEM_CLOCK.now,
     ) -> None:
         """Args:
         message_timeout: seconds for the rest of a message that has begun, and for the peer to take an answer.

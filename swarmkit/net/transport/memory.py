@@ -12,7 +12,6 @@ import contextlib
 import logging
 import math
 import random
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 import anyio
 
+from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import (
     NotServedError,
     PeerTimeoutError,
@@ -59,7 +59,7 @@ class MemoryLink:
 class MemoryNetwork:
     """The world in which memory transports meet. Everything in it runs in one event loop."""
 
-    def __init__(self, *, seed: int = 0, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, *, seed: int = 0, clock: Callable[[], float] = SYSTEM_CLOCK.time) -> None:
         """Args: seed: of what is random. clock: tells the Unix time, for the expiry of records."""
         self.clock = clock
         self._random = random.Random(seed)

@@ -12,7 +12,6 @@ A CPU has done its work when the call returns, and a mark there is the time.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
@@ -44,11 +43,12 @@ class Mark(Protocol):
 class _Now:
     """A mark on the host's own way."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
         self.at = 0.0
 
     def record(self) -> None:
-        self.at = time.perf_counter()
+        self.at = self._now()
 
     def query(self) -> bool:
         return True
@@ -60,9 +60,11 @@ class _Now:
         return (end_event.at - self.at) * 1e3
 
 
-def marks_of(device: torch.device) -> Callable[[], Mark]:
-    """What makes marks for a device."""
-    return _Now if device.type == "cpu" else lambda: torch.Event(device, enable_timing=True)
+def marks_of(device: torch.device, now: Callable[[], float]) -> Callable[[], Mark]:
+    """What makes marks for a device; `now` tells the time on the host, in seconds."""
+    if device.type == "cpu":
+        return lambda: _Now(now)
+    return lambda: torch.Event(device, enable_timing=True)
 
 
 class DeviceWatch(Generic[K]):

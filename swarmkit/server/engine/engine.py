@@ -18,9 +18,7 @@ import asyncio
 import contextlib
 import logging
 import math
-import queue
 import threading
-import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ import anyio
 import torch
 from torch import Tensor
 
+from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.errors import SwarmkitError, UsageError
 from swarmkit.models.execution.stage import Stage, StepPart
 from swarmkit.server.engine.admission_policy import NOTHING_AHEAD, Ahead, expected_wait_s
@@ -47,6 +46,7 @@ from swarmkit.server.engine.scheduler import (
     next_schedule,
     next_stage,
 )
+from swarmkit.server.engine.worker import ThreadWorker, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -120,19 +120,19 @@ class _Work:
     belong to the event loop's thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, worker: Worker) -> None:
         self.claim = threading.Lock()
+        self.worker = worker
         self.given_up = False
         self.loop = asyncio.get_running_loop()
         self.done: asyncio.Future[Timed[Any]] = self.loop.create_future()
         self.ended = False
         self.after: asyncio.Future[None] | None = None
-        self.queued_at = time.perf_counter()
+        self.queued_at = worker.now()
 
     def settle(self, value: Timed[Any] | None, error: BaseException | None) -> None:
         """From any thread: hand the outcome to whoever waits."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
-            self.loop.call_soon_threadsafe(self._settle, value, error)
+        self.worker.deliver(self.loop, self._settle, value, error)
 
     def _settle(self, value: Timed[Any] | None, error: BaseException | None) -> None:
         self.ended = True
@@ -159,15 +159,15 @@ class _Work:
 class _StageTimes:
     """What the engine has learnt about one stage: times of its passes, and when its sessions are back."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, now: Callable[[], float]) -> None:
         self.passes = PassTimes()
-        self.watch: DeviceWatch[int] = DeviceWatch(marks_of(device), self.passes.learn)
+        self.watch: DeviceWatch[int] = DeviceWatch(marks_of(device, now), self.passes.learn)
         self.decoders = ArrivalPredictor()
 
 
 class _Job(_Work):
-    def __init__(self, run: Callable[[], Any], priority: int) -> None:
-        super().__init__()
+    def __init__(self, worker: Worker, run: Callable[[], Any], priority: int) -> None:
+        super().__init__(worker)
         self.run = run
         self.bulk = priority == BULK
 
@@ -175,8 +175,8 @@ class _Job(_Work):
 class _QueuedStep(_Work):
     """A step and how far it has come. All but what a `_Work` has belongs to the engine's thread."""
 
-    def __init__(self, task: StepTask[Any], patience_s: float) -> None:
-        super().__init__()
+    def __init__(self, worker: Worker, task: StepTask[Any], patience_s: float) -> None:
+        super().__init__(worker)
         self.task = task
         self.expires_at = self.queued_at + patience_s if patience_s else math.inf
         self.rows, self.tokens = task.shape
@@ -189,7 +189,7 @@ class _QueuedStep(_Work):
         self.started_at = 0.0
 
     def begin(self) -> None:
-        self.started_at = time.perf_counter()
+        self.started_at = self.worker.now()
         self.whole = self.task.begin()
         self.past = self.whole.cache.tokens
         if (known := self.task.known) is not None:
@@ -226,7 +226,7 @@ class _QueuedStep(_Work):
 
     def finish(self, output: Tensor) -> Timed[Any]:
         value = self.task.finish(output)
-        return Timed(value, self.started_at - self.queued_at, time.perf_counter() - self.started_at)
+        return Timed(value, self.started_at - self.queued_at, self.worker.now() - self.started_at)
 
     def undo(self) -> None:
         """A step is done as a whole or not at all."""
@@ -243,9 +243,21 @@ class Engine:
     """
 
     def __init__(
-        self, name: str = "cpu", *, prefill_chunk_tokens: int = 512, decode_slowdown: float = 1.6
+        self,
+        name: str = "cpu",
+        *,
+        prefill_chunk_tokens: int = 512,
+        decode_slowdown: float = 1.6,
+        clock: Clock = SYSTEM_CLOCK,
+        worker: Worker | None = None,
     ) -> None:
-        """Args: prefill_chunk_tokens, decode_slowdown: the scheduler's `PassLimits`."""
+        """Make an engine, which runs until `close`.
+
+        Args:
+            prefill_chunk_tokens: see the scheduler's `PassLimits`; `decode_slowdown` too.
+            clock: the server's.
+            worker: what runs the engine's turns; a thread if not given.
+        """
         self._limits = PassLimits(prefill_chunk_tokens, decode_slowdown)
         self._stages: weakref.WeakKeyDictionary[Stage, _StageTimes] = weakref.WeakKeyDictionary()
         """Learnt times belong to a stage, and are forgotten with it."""
@@ -253,11 +265,12 @@ class Engine:
         self._passed_over = {False: 0, True: 0}  # turns that interactive and bulk jobs have waited for
         # In order of arrival. Both threads add and remove single entries, which a dict lets them.
         self._works: dict[_Work, None] = {}
-        self._bell: queue.SimpleQueue[bool] = queue.SimpleQueue()  # a ring per work; false: no more will come
         self._closed = False
-        self._lock = threading.Lock()  # nothing may slip in behind the ring that ends the thread
-        self._thread = threading.Thread(target=self._run, name=f"swarmkit-engine-{name}", daemon=True)
-        self._thread.start()
+        self._lock = threading.Lock()  # nothing may slip in behind the end
+        self.clock = clock
+        self._worker = worker or ThreadWorker(f"swarmkit-engine-{name}", clock)
+        self._now = self._worker.now
+        self._worker.start(self._run_turn, self._end)
 
     @property
     def waiting(self) -> int:
@@ -296,7 +309,7 @@ class Engine:
         Raises:
             EngineClosedError: the engine has been closed. Whatever the job raises is raised here too.
         """
-        return await self._submit(_Job(job, priority))
+        return await self._submit(_Job(self._worker, job, priority))
 
     async def step(self, task: StepTask[T], patience_s: float = 0.0) -> Timed[T]:
         """Run a step, perhaps together with others', and wait for it.
@@ -310,14 +323,14 @@ class Engine:
             EngineClosedError: the engine has been closed. Whatever the step raises is raised here too.
             ExpiredError: its time was over before its turn came.
         """
-        return await self._submit(_QueuedStep(task, patience_s))
+        return await self._submit(_QueuedStep(self._worker, task, patience_s))
 
     async def _submit(self, work: _Work) -> Timed[Any]:
         with self._lock:
             if self._closed:
                 raise _closed()
             self._works[work] = None
-            self._bell.put(True)
+            self._worker.ring()
         try:
             return await work.done
         except asyncio.CancelledError:
@@ -336,31 +349,15 @@ class Engine:
                 for work in list(self._works):
                     if work.claim.acquire(blocking=False):
                         self._settle(work, None, _closed())
-                self._bell.put(False)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+                self._worker.stop()
+        self._worker.join()
 
     # ------------------------------------------------------------------ on the engine's thread
 
-    def _run(self) -> None:
-        # torch learns how many threads it may use in each thread at its first parallel loop; matrix products
-        # before that would use another number, and differ in their last bits from all later ones.
-        torch.get_num_threads()
-        timeout: float | None = None
-        while self._hear(timeout):
-            timeout = 0.0
-            while timeout == 0 and not self._closed:
-                timeout = self._run_turn()
+    def _end(self) -> None:
         for work in list(self._works):
             if isinstance(work, _QueuedStep) and work.whole is not None:
                 self._fail(work, _closed())
-
-    def _hear(self, timeout: float | None) -> bool:
-        """Wait for the bell, but no longer than that; false: no more will come."""
-        try:
-            return self._bell.get(timeout=timeout)
-        except queue.Empty:
-            return True
 
     def _run_turn(self) -> float | None:
         """Schedule, run, settle. Returns how long to wait for something new; None: until it comes.
@@ -401,7 +398,7 @@ class Engine:
 
     def _take_stock(self) -> tuple[list[_QueuedStep], list[_Job]]:
         steps, jobs = [], []
-        now = time.perf_counter()
+        now = self._now()
         for work in list(self._works):
             if work.given_up:
                 # What has not begun is withdrawn by its caller.
@@ -417,7 +414,7 @@ class Engine:
         return steps, jobs
 
     def _schedule(self, steps: list[_QueuedStep], jobs: list[_Job]) -> Schedule | None:
-        now = time.perf_counter()
+        now = self._now()
         served = self._fair.of_present(step.task.client for step in steps)
         by_stage: dict[Stage, list[WaitingStep]] = {}
         for key, step in enumerate(steps):
@@ -449,13 +446,13 @@ class Engine:
         self._passed_over[job.bulk] = 0
         if not job.claim.acquire(blocking=False):
             return
-        started = time.perf_counter()
+        started = self._now()
         try:
             value = job.run()
         except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
             self._settle(job, None, error)
         else:
-            ended = time.perf_counter()
+            ended = self._now()
             self._settle(job, Timed(value, started - job.queued_at, ended - started), None)
 
     def _run_forward(self, shares: Sequence[tuple[_QueuedStep, int]]) -> None:
@@ -491,7 +488,7 @@ class Engine:
     def _times_of(self, stage: Stage) -> _StageTimes:
         times = self._stages.get(stage)
         if times is None:
-            times = self._stages[stage] = _StageTimes(stage.device)
+            times = self._stages[stage] = _StageTimes(stage.device, self._now)
         return times
 
     def _begin(self, step: _QueuedStep) -> bool:
@@ -525,7 +522,7 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
             self._fail(step, error)
             return
-        now = time.perf_counter()
+        now = self._now()
         self._settle(step, timed, None)
         if step.decode:
             tokens = step.rows * step.tokens

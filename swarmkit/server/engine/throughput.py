@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -14,7 +13,7 @@ _WARM_UP_STEPS = 3
 _STEPS = 12
 
 
-def measure_decode_rate(stage: Stage, clock: Callable[[], float] = time.perf_counter) -> float:
+def measure_decode_rate(stage: Stage, now: Callable[[], float]) -> float:
     """Decode steps of one row (tokens) per second through all blocks of the stage.
 
     The median of a few single-token steps with a short cache, on the device and with the threads that will
@@ -25,10 +24,10 @@ def measure_decode_rate(stage: Stage, clock: Callable[[], float] = time.perf_cou
     cache = stage.new_cache(stage.start, stage.stop)
     seconds: list[float] = []
     for _ in range(_WARM_UP_STEPS + _STEPS):
-        started = clock()
+        started = now()
         (output,) = stage.forward_many([StepPart(hidden, cache)])  # as the engine does
         if isinstance(output, Exception):
             raise output
         output.to("cpu")  # a copy to the host waits for the device
-        seconds.append(clock() - started)
+        seconds.append(now() - started)
     return 1.0 / max(statistics.median(seconds[_WARM_UP_STEPS:]), 1e-9)

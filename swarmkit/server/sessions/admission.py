@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-import time
 
 import psutil
 
@@ -30,7 +29,7 @@ class AdmissionControl:
     def left(self, session: ServedSession) -> None:
         """A session ends."""
         if session.lease.nbytes:
-            self._tenures.ended(time.monotonic() - session.opened_at)
+            self._tenures.ended(self._engine.clock.now() - session.opened_at)
 
     def too_many(self, what: str, sessions: int) -> Refusal:
         """There is no place for one more stream or session."""
@@ -78,7 +77,7 @@ class AdmissionControl:
 
     def to_evict(self, sessions: dict[str, ServedSession], needed: int, *, of_bytes: bool) -> list[str]:
         """Whose sessions end to make room for `needed` bytes, or sessions; those that run a step do not."""
-        now = time.monotonic()
+        now = self._engine.clock.now()
         holdings = [
             Holding(key, session.lease.nbytes if of_bytes else 1, now - session.used_at)
             for key, session in sessions.items()
@@ -87,9 +86,8 @@ class AdmissionControl:
         return to_evict(holdings, needed, self._settings.sessions.evict_after_s)
 
 
-def evicted(session: ServedSession) -> Refusal:
+def evicted(idle_s: float) -> Refusal:
     """What the client of a session is told that had to go."""
-    idle_s = time.monotonic() - session.used_at
     text = f"the session did nothing for {idle_s:.0f} s, and its room was needed; open it anew"
     return Refusal("busy", text, retry_after_s(0))
 

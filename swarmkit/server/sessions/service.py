@@ -321,7 +321,16 @@ class BlockService:
                 owner = f"{owner}\n{message.adapter}"
             trail = PrefixTracker(self.budget.pages, root_of(owner, message.start, message.stop))
             lease = self.budget.lease(bytes_per_token, tail_bytes(stage.hidden_size, stage.dtype.itemsize))
-        return ServedSession(message.start, message.stop, message.max_length, cache, lease, trail, hold)
+        return ServedSession(
+            message.start,
+            message.stop,
+            message.max_length,
+            cache,
+            lease,
+            self._engine.clock.now(),
+            trail,
+            hold,
+        )
 
     async def _recall(self, session: ServedSession, message: RestorePrefix) -> int:
         """Let a session that is at its beginning hold what is kept of these pages; returns its tokens."""
@@ -340,7 +349,7 @@ class BlockService:
             except EngineClosedError:
                 raise Refusal("leaving", "this server has stopped computing; use another one") from None
             finally:
-                session.after_step()
+                session.after_step(self._engine.clock.now())
 
     def _make_room(self, needed: int, *, of_bytes: bool = True) -> bool:
         """End idle sessions so that there are `needed` bytes, or places, more. Returns whether there are."""
@@ -348,7 +357,7 @@ class BlockService:
         chosen = self._door.to_evict(sessions, needed, of_bytes=of_bytes)
         for key in chosen:
             client = self._clients[key]
-            client.last_words = evicted(sessions[key])
+            client.last_words = evicted(self._engine.clock.now() - sessions[key].used_at)
             self._end(client)
             client.life.cancel()
         return bool(chosen)
@@ -516,7 +525,7 @@ class BlockService:
                 "internal", f"the step failed on the server: {type(error).__name__}: {error}"
             ) from error
         finally:
-            session.after_step()
+            session.after_step(self._engine.clock.now())
         self.steps += 1
         return self._done(step, timed, ahead)
 

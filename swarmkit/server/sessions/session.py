@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -62,6 +61,8 @@ class ServedSession:
     max_length: int
     cache: StageCache
     lease: CacheLease
+    opened_at: float
+    """On the server's clock, as `used_at`."""
     trail: PrefixTracker | None = None
     """Where pages are kept and found; None where they cannot be."""
     adapter: Hold | None = None
@@ -75,9 +76,11 @@ class ServedSession:
     sources: set[anyio.CancelScope] = field(default_factory=set)
     """Around whoever pushes steps into this session."""
     ended: bool = False
-    opened_at: float = field(default_factory=time.monotonic)
-    used_at: float = field(default_factory=time.monotonic)
+    used_at: float = field(init=False)
     """When it last did something."""
+
+    def __post_init__(self) -> None:
+        self.used_at = self.opened_at
 
     def link(self, downstream: Downstream | None) -> None:
         """Push outputs on to this server from now on, and to no other."""
@@ -109,12 +112,12 @@ class ServedSession:
         if self.adapter is not None:
             self.adapter.release()
 
-    def after_step(self) -> None:
+    def after_step(self, now: float) -> None:
         """A step was done, or failed: an edit may have shortened the cache, and a refused step has not
         lengthened it.
         """
         self.steps += 1
-        self.used_at = time.monotonic()
+        self.used_at = now
         if not self.ended:
             self.lease.resize(self.cache.batch, self.cache.tokens, self.cache.pages_held())
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
+from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.models.execution.full_sequences import FullSequencePass
 from swarmkit.net.protocol.gradient_messages import GradientRequest
 from swarmkit.net.rpc.conversation import Received
@@ -54,7 +54,7 @@ class ActivationCache:
     """
 
     def __init__(
-        self, capacity_bytes: int, *, seconds: float = 120.0, clock: Callable[[], float] = time.monotonic
+        self, capacity_bytes: int, *, seconds: float = 120.0, clock: Callable[[], float] = SYSTEM_CLOCK.now
     ) -> None:
         self.capacity_bytes = capacity_bytes
         self._seconds = seconds

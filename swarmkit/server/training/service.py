@@ -14,8 +14,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
-import anyio
-
 from swarmkit.errors import PeerError
 from swarmkit.models.adapters.adapter import Adapter
 from swarmkit.models.execution.stage import Stage
@@ -83,7 +81,7 @@ class GradientService:
         self._adapters = AdapterStore(0, 0) if adapters is None else adapters
         self._times = SliceTimes(settings.training.gradient_slice_s)
         self._turns: dict[str, _Turn] = {}
-        self.kept = ActivationCache(settings.limits.activation_cache_bytes)
+        self.kept = ActivationCache(settings.limits.activation_cache_bytes, clock=engine.clock.now)
         """Passes until their way back; somebody has to call its `drop_old` now and then."""
         self.streams = 0
         self.requests = 0
@@ -151,13 +149,14 @@ class GradientService:
             adapter,
             caller.peer_id,
             self.kept,
+            self._engine.clock.now,
         )
-        arrived = anyio.current_time()
+        arrived = self._engine.clock.now()
         async with self._turn(caller.peer_id):
             compute_s = await self._run(caller, work)
             spec, payload = work.result()
             of_adapter = work.adapter_gradient()
-        spent_s = anyio.current_time() - arrived
+        spent_s = self._engine.clock.now() - arrived
         self.requests += 1
         times_ms = max(spent_s - compute_s, 0.0) * 1e3, compute_s * 1e3
         if not isinstance(request, Backward):
@@ -170,14 +169,14 @@ class GradientService:
     async def _run(self, caller: Caller, work: GradientWork) -> float:
         """Slice after slice; returns the seconds that the device took for them."""
         compute_s = 0.0
-        told_at = anyio.current_time()
+        told_at = self._engine.clock.now()
         try:
             while work.left:
                 compute_s += (await self._engine.run(work.advance, BULK)).compute_s
-                if work.left and anyio.current_time() - told_at > _TELL_EVERY_S:
+                if work.left and self._engine.clock.now() - told_at > _TELL_EVERY_S:
                     # Which also shows whether the client is still there.
                     await caller.send(Working(work.done, work.total))
-                    told_at = anyio.current_time()
+                    told_at = self._engine.clock.now()
         except (Refusal, PeerError):
             raise
         except EngineClosedError:

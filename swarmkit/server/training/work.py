@@ -7,13 +7,14 @@ go through in groups, and each group through a few blocks at a time: as many as 
 from __future__ import annotations
 
 import itertools
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.models.adapters.adapter import Adapter
 from swarmkit.models.execution.full_sequences import FullSequencePass, FullSequences
 from swarmkit.models.execution.stage import Stage
@@ -154,6 +155,8 @@ class GradientWork:
     """The client."""
     kept: ActivationCache = field(default_factory=lambda: ActivationCache(0))
     """Passes until their way back."""
+    now: Callable[[], float] = SYSTEM_CLOCK.now
+    """Seconds on the engine's clock."""
     done: int = field(default=0, init=False)
     """Rows x blocks."""
     _keep_as: PassKey | None = field(default=None, init=False)
@@ -237,13 +240,13 @@ class GradientWork:
             self._pass = self._begin_group(inputs, low, high)
         one, tokens = self._pass, (high - low) * inputs.hidden.shape[1]
         kind: Kind = "forward" if one.blocks_left else "backward"
-        began = time.perf_counter()
+        began = self.now()
         # What is kept goes back in the same pieces.
         blocks = one.advance(self.times.blocks(tokens, self.goes_back or self._keep_as is not None))
         if self.stage.device.type != "cpu":
             # Else slices would pile up at the device, and a step that comes now would wait for all of them.
             torch.accelerator.current_stream(self.stage.device).synchronize()
-        self.times.learn(kind, blocks * tokens, time.perf_counter() - began)
+        self.times.learn(kind, blocks * tokens, self.now() - began)
         self.done += (high - low) * blocks
         new_bytes = sum(other.kept_bytes for other in (*self._to_keep, one))
         if self._keep_as is not None and new_bytes > self.kept.capacity_bytes:

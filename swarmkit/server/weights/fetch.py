@@ -24,7 +24,6 @@ from __future__ import annotations
 import logging
 import random
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from typing import BinaryIO
 import anyio
 import anyio.to_thread
 
+from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import ModelError, PeerError, ProtocolError, TransportError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.checkpoint.ranges import ByteRange
@@ -84,7 +84,7 @@ class PeerWeights:
         settings: WeightsSettings,
         *,
         chance: random.Random | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = SYSTEM_CLOCK.time,
     ) -> None:
         """Args: chance: picks peers and samples; unpredictable if not given, for liars would like to know."""
         self.liars: set[str] = set()

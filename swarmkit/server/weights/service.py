@@ -13,7 +13,6 @@ engine, except one every `MAX_PAUSE_S`, so that a transfer from a busy server is
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Literal
@@ -23,6 +22,7 @@ import anyio.to_thread
 import msgspec
 from pydantic import Field
 
+from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import ProtocolError
 from swarmkit.net.protocol.messages import Text, Total
 from swarmkit.net.registry.offers import ContentHash
@@ -138,7 +138,9 @@ class TokenBucket:
     for.
     """
 
-    def __init__(self, per_second: float, burst: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, per_second: float, burst: float, clock: Callable[[], float] = SYSTEM_CLOCK.now
+    ) -> None:
         self._rate = per_second
         self._burst = burst
         self._clock = clock
@@ -162,7 +164,7 @@ class WeightsService:
         settings: WeightsSettings,
         *,
         busy: Callable[[], bool] = lambda: False,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = SYSTEM_CLOCK.now,
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
     ) -> None:
         """Args: busy: whether a step of a session waits for the engine now."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
+from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import TransportError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.checkpoint.store_fetch import OnBytes
@@ -41,7 +41,7 @@ class SharedWeights:
         settings: WeightsSettings | None = None,
         *,
         busy: Callable[[], bool] = lambda: False,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = SYSTEM_CLOCK.time,
     ) -> None:
         """Args: busy: whether a step of a session waits for the engine now."""
         self.settings = settings or WeightsSettings()

@@ -13,6 +13,7 @@ import anyio
 import anyio.to_thread
 from filelock import FileLock, Timeout
 
+from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import PeerError, PeerTimeoutError, ProtocolError
 from swarmkit.net.registry import offers
 from swarmkit.net.registry.offers import WeightsOffer
@@ -80,12 +81,12 @@ async def receive_file(
             raise PeerError(f"it refused: {answer.message}", offer.peer_id)
         if answer.size != offer.size:
             raise WrongBytesError(f"it offered {offer.size} bytes and has {answer.size}")
-        deadline = anyio.current_time() + idle_timeout + offer.size / _SLOWEST_BYTES_PER_S
+        deadline = SYSTEM_CLOCK.now() + idle_timeout + offer.size / _SLOWEST_BYTES_PER_S
         with partial.open("r+b") as file:
             file.seek(offset)
             while offset < offer.size:
                 chunk = await _next(stream, offer.peer_id, idle_timeout)
-                if anyio.current_time() > deadline:
+                if SYSTEM_CLOCK.now() > deadline:
                     raise PeerTimeoutError(f"peer {offer.peer_id} sends too slowly", offer.peer_id)
                 if not chunk or len(chunk) > min(CHUNK_BYTES, offer.size - offset):
                     raise WrongBytesError(f"a chunk of {len(chunk)} bytes does not fit")
