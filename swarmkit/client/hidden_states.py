@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from swarmkit.client.refusals import refuse_attentions
 from swarmkit.client.remote_blocks import RemoteBlocks
 from swarmkit.errors import UsageError
 
@@ -24,6 +25,10 @@ def record_states(model: PreTrainedModel, blocks: RemoteBlocks) -> None:
     def before(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        attentions = kwargs.get("output_attentions")
+        refuse_attentions(
+            getattr(model.config, "output_attentions", False) if attentions is None else attentions
+        )
         wanted = kwargs.get("output_hidden_states")
         if wanted is None:
             wanted = getattr(model.config, "output_hidden_states", False)

@@ -17,7 +17,9 @@ from swarmkit.client.blocks import Blocks
 from swarmkit.client.gradients.exchange import Traffic
 from swarmkit.client.gradients.function import RemotePass
 from swarmkit.client.hidden_states import record_states
+from swarmkit.client.refusals import RefusalsMixin, hub_options
 from swarmkit.client.remote_blocks import RemoteBlocks
+from swarmkit.client.routing.route import describe
 from swarmkit.client.session.session import Session, SwarmCache, active_session, session_of
 from swarmkit.client.speculation.assistants import (
     GuessCount,
@@ -52,7 +54,7 @@ _held: ContextVar[int] = ContextVar("swarmkit_held", default=0)
 """Tokens that a session held before an assisted call, of which the first step is still to come."""
 
 
-class SwarmModel(AdapterMixin, _Base):
+class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
     """What all models have whose blocks are served by others."""
 
     _swarm: Connection
@@ -92,8 +94,8 @@ class SwarmModel(AdapterMixin, _Base):
                 "which swarm? give initial_peers=[…] (the address that `swarmkit serve` prints), "
                 "or start one here with swarmkit.LocalSwarm(…)"
             )
-        kind, hub = cls._head.taken_from(hub)
-        checkpoint = Checkpoint.open(model, **hub)
+        kind, others = cls._head.taken_from(hub)
+        checkpoint = Checkpoint.open(model, **hub_options(others))
         reference = ModelRef(
             checkpoint.name, checkpoint.fingerprint, checkpoint.num_blocks, checkpoint.hidden_size
         )
@@ -120,6 +122,11 @@ class SwarmModel(AdapterMixin, _Base):
         return head
 
     # ------------------------------------------------------------------ the swarm
+
+    def extra_repr(self) -> str:
+        """What `repr` says before the modules: which model this is, and which servers have its blocks."""
+        reference = self._swarm.client.model
+        return describe(reference.name, reference.num_blocks, self._swarm.client.servers())
 
     @property
     def trace(self) -> list[StepFinished]:

@@ -29,6 +29,7 @@ class RemoteBlocks(nn.Module):
         self.recorder: list[torch.Tensor] | None = None
         """Where the input of the first block and the output of each are put, while somebody wants them."""
 
+    @torch.compiler.disable  # torch.compile(model) compiles what is local, and calls this as it is
     def forward(
         self,
         hidden_states: torch.Tensor,

@@ -159,6 +159,12 @@ class LocalSwarm:
         """End every model, server and process of this swarm. May be called twice."""
         self._owned.close()
 
+    def __repr__(self) -> str:
+        name = f"LocalSwarm of {self.checkpoint.name}, {self.checkpoint.num_blocks} blocks"
+        ranges = [server.blocks for server in self.servers]
+        held = (f"server-{number} [{low}:{high}]" for number, (low, high) in enumerate(ranges))
+        return f"<{name}; {', '.join(held) or 'not started'}>"
+
     def __enter__(self) -> LocalSwarm:
         return self if self._started else self.start()
 

@@ -87,6 +87,7 @@ class Server:
             weights=weights or WeightsSettings(),
             settings=settings or ServerSettings(),
         )
+        self._name = config.checkpoint.name
         identity = Identity.load_or_create(Path(identity_path)) if identity_path else Identity()
         self._node = ServerNode(config, transport or over_hivemind(initial_peers), identity)
         self._lease: portal.PortalLease | None = None
@@ -162,6 +163,13 @@ class Server:
         finally:
             self._lease.close()
             self._lease = None
+
+    def __repr__(self) -> str:
+        low, high = self.blocks
+        state = (
+            "not running" if self._lease is None else f"at {', '.join(self.addresses) or 'no address yet'}"
+        )
+        return f"<Server of {self._name}, blocks {low}:{high}; {state}>"
 
     def __enter__(self) -> Server:
         return self.start()

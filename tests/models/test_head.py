@@ -48,7 +48,7 @@ def test_a_head_is_of_the_architectures_class_and_of_the_mixin(checkpoint: Check
     model = build_head(checkpoint, Recorder(), mixin=Greeter)
     assert isinstance(model, LlamaForCausalLM)
     assert isinstance(model, Greeter)
-    assert model.greet() == "I am a SwarmLlamaForCausalLM"
+    assert model.greet() == "I am a LlamaForCausalLM"
     assert type(build_head(checkpoint, Recorder())) is LlamaForCausalLM
 
 

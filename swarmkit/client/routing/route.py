@@ -76,6 +76,17 @@ def no_route(start: int, stop: int, servers: Sequence[Announcement]) -> NoRouteE
     )
 
 
+def describe(name: str, num_blocks: int, servers: Sequence[Announcement]) -> str:
+    """A model and the servers that hold its blocks, in one line."""
+    missing = uncovered(0, num_blocks, [(server.start, server.stop) for server in servers])
+    named = sorted(servers, key=lambda server: (server.start, server.stop, server.label))
+    return (
+        f"{name}: {num_blocks} remote blocks; servers: "
+        + (", ".join(f"{server.label} [{server.start}:{server.stop}]" for server in named) or "none")
+        + (f"; without a server: {', '.join(f'{low}:{high}' for low, high in missing)}" if missing else "")
+    )
+
+
 def route_cost(
     *,
     round_trip_s: Callable[[str], float],

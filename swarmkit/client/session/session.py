@@ -181,6 +181,11 @@ class Session:
         """End the session; the servers free their caches. May be called twice."""
         self._end()
 
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"route: {' -> '.join(self.route) or 'none yet'}"
+        name = self._connection.client.model.name
+        return f"<Session of {name}: {self.position} of {self.max_length} tokens; {state}>"
+
     def __enter__(self) -> Session:
         if self.closed:
             raise SessionError("the session is closed; open a new one with model.session()")

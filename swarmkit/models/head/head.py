@@ -146,7 +146,9 @@ def build_head(
     part: Any
     for part in (model, base, holder):
         part.config.num_hidden_layers = checkpoint.num_blocks
-    model.config._name_or_path = model.name_or_path = checkpoint.config._name_or_path
+    # The config has the name that people use; PEFT asks the model itself for a place to load it from.
+    model.config._name_or_path = checkpoint.name
+    model.name_or_path = checkpoint.config._name_or_path
     if model.can_generate():
         _set_generation_config(model, checkpoint)
     # MPT's configs say otherwise, which would send the whole sequence through the swarm for every token.
@@ -155,8 +157,9 @@ def build_head(
         model.generation_config.use_cache = True
     if mixin is not None:
         # Only now: the mixin may have a `from_pretrained` of its own, which is not the one that loads.
-        namespace = {"__module__": mixin.__module__}
-        model.__class__ = type(f"Swarm{model_class.__name__}", (mixin, model_class), namespace)
+        # It bears the architecture's own name, by which pipelines, the Trainer and others know what it is.
+        namespace = {"__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
+        model.__class__ = type(model_class.__name__, (mixin, model_class), namespace)
     return model
 
 

@@ -1,0 +1,164 @@
+"""A model of a swarm takes the place of the architecture's own class; what it cannot do is refused."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments, pipeline
+
+from swarmkit import LocalSwarm, SwarmModelForCausalLM
+from swarmkit.errors import UsageError
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import load_local
+
+from .test_tuning import Texts, batch
+
+
+@pytest.fixture(scope="module")
+def swarm() -> Iterator[LocalSwarm]:
+    with LocalSwarm("tiny-chat", num_stages=2, transport="memory") as swarm:
+        yield swarm
+
+
+@pytest.fixture(scope="module")
+def model(swarm: LocalSwarm) -> Any:
+    return swarm.model()
+
+
+@pytest.fixture(scope="module")
+def local() -> Any:
+    return load_local(Checkpoint.open("tiny-chat"))
+
+
+# the class and its name
+
+
+def test_the_class_bears_the_architectures_own_name(model: Any) -> None:
+    assert type(model).__name__ == LlamaForCausalLM.__name__
+    assert type(model).__module__ == LlamaForCausalLM.__module__
+    assert isinstance(model, LlamaForCausalLM)
+    assert isinstance(model, SwarmModelForCausalLM)
+    assert model.config.architectures == ["LlamaForCausalLM"]
+
+
+def test_a_text_pipeline_takes_the_model_without_a_complaint(
+    swarm: LocalSwarm, model: Any, local: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+        found, wanted = (
+            pipeline("text-generation", model=one, tokenizer=swarm.tokenizer())("Hello", **options)
+            for one in (model, local)
+        )
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert found == wanted
+    assert "not supported" not in caplog.text
+
+
+def test_label_smoothing_shifts_the_labels_as_it_does_locally(
+    swarm: LocalSwarm, local: Any, tmp_path: Path
+) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), label_smoothing_factor=0.1, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    losses = [
+        Trainer(model=one, args=arguments, train_dataset=Texts()).compute_loss(one, batch())
+        for one in (swarm.model(), local)
+    ]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_is_named_as_it_was_asked_for(model: Any) -> None:
+    assert model.config.name_or_path == "tiny-chat"
+
+
+# seen as text
+
+
+def test_a_model_shows_its_name_and_the_servers_of_its_blocks(swarm: LocalSwarm, model: Any) -> None:
+    text = repr(model)
+    assert text.startswith("LlamaForCausalLM(")
+    assert "tiny-chat: 8 remote blocks; servers: server-0 [0:4], server-1 [4:8]\n" in text
+
+
+def test_a_session_shows_its_length_and_its_route(model: Any) -> None:
+    with model.session(max_length=32) as session:
+        assert repr(session) == "<Session of tiny-chat: 0 of 32 tokens; route: none yet>"
+        model.generate(torch.tensor([[5, 9, 33]]), max_new_tokens=2)
+        assert "route: server-0 [0:4] -> server-1 [4:8]>" in repr(session)
+    assert repr(session).endswith("closed>")
+
+
+def test_a_swarm_and_a_server_show_their_blocks(swarm: LocalSwarm) -> None:
+    assert repr(swarm) == "<LocalSwarm of tiny-chat, 8 blocks; server-0 [0:4], server-1 [4:8]>"
+    assert repr(swarm.servers[0]).startswith("<Server of tiny-chat, blocks 0:4; at ")
+
+
+# what cannot work says so
+
+REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
+    "save_pretrained": (lambda model: model.save_pretrained("there"), "adapter with save_pretrained"),
+    "push_to_hub": (lambda model: model.push_to_hub("there"), "adapter with save_pretrained"),
+    "set_attn_implementation": (lambda model: model.set_attn_implementation("eager"), "on the servers"),
+    "pickle": (pickle.dumps, "cannot be copied or pickled"),
+    "deepcopy": (copy.deepcopy, "cannot be copied or pickled"),
+    "output_attentions": (
+        lambda model: model(torch.tensor([[5]]), output_attentions=True),
+        "output_attentions=True is not possible",
+    ),
+    "output_attentions of generate": (
+        lambda model: model.generate(
+            torch.tensor([[5]]), output_attentions=True, return_dict_in_generate=True, max_new_tokens=2
+        ),
+        "output_attentions=True is not possible",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_work_is_refused_by_name(model: Any, what: str) -> None:
+    act, words = REFUSED[what]
+    with pytest.raises(UsageError, match=words):
+        act(model)
+
+
+def test_a_refused_setting_leaves_the_model_as_it_was(model: Any, local: Any) -> None:
+    with pytest.raises(UsageError):
+        model.set_attn_implementation("eager")
+    ids = torch.tensor([[5, 9, 33]])
+    torch.testing.assert_close(model(ids).logits, local(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "device_map", "load_in_8bit", "frobnicate"])
+def test_an_option_of_from_pretrained_that_has_no_meaning_is_refused(swarm: LocalSwarm, name: str) -> None:
+    with pytest.raises(UsageError, match=f"cannot take {name}='auto'"):
+        swarm.model(**{name: "auto"})
+
+
+def test_the_trainer_does_not_write_a_checkpoint_without_blocks(swarm: LocalSwarm, tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = Trainer(model=swarm.model(), args=arguments, train_dataset=Texts())
+    with pytest.raises(UsageError, match="save_strategy='no'"):
+        trainer.save_model()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+# torch.compile
+
+
+def test_a_compiled_model_generates_what_the_local_one_does(swarm: LocalSwarm, local: Any) -> None:
+    model = swarm.model()
+    model.compile(backend="eager")
+    ids = torch.tensor([[5, 9, 33]])
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), local.generate(ids, **options))
