@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from swarmkit.client.adapters.tunable import AdapterMixin
-from swarmkit.client.adapters.tuning import ModelAdapters
+from swarmkit.client.adapters.mixin import AdapterMixin
+from swarmkit.client.adapters.model_adapters import ModelAdapters
 from swarmkit.client.blocks import Blocks
 from swarmkit.client.gradients.exchange import Traffic
 from swarmkit.client.gradients.function import RemotePass
@@ -103,10 +103,12 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
         connection = Connection(lambda: SwarmClient(reference, factory, settings))
         try:
             length = _length_limit(checkpoint.config)
-            tuning = ModelAdapters()
-            remote = RemotePass(connection, tuning)
+            adapters = ModelAdapters()
+            remote = RemotePass(connection, adapters)
             blocks = RemoteBlocks(
-                remote, lambda: Session(connection, length, tuning), _first_attention_type(checkpoint.config)
+                remote,
+                lambda: Session(connection, length, adapters),
+                _first_attention_type(checkpoint.config),
             )
             head = build_head(checkpoint, blocks, dtype=dtype, device=device, mixin=cls, kind=kind)
             record_states(head, blocks)
@@ -117,7 +119,7 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
         head._swarm = connection
         head._checkpoint = checkpoint
         head._guesses = Guesses()
-        head._tuning = tuning
+        head._remote_adapters = adapters
         head._remote = remote
         return head
 
@@ -152,11 +154,6 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
         """How many tokens were guessed ahead so far, and how many of them were right."""
         return self._guesses.count
 
-    @property
-    def connection(self) -> Connection:
-        """The connection to the swarm, for those who look inside."""
-        return self._swarm
-
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer."""
         return self._checkpoint.tokenizer()
@@ -178,7 +175,7 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
             max_length: tokens per row that it may hold; what the model can take if not given.
         """
         length = _length_limit(self.config) if max_length is None else max_length
-        return Session(self._swarm, length, self._tuning)
+        return Session(self._swarm, length, self._remote_adapters)
 
     def close(self) -> None:
         """Leave the swarm. Done by itself when the model is forgotten or the program ends."""

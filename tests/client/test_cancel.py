@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from swarmkit.client.session import chain
+from swarmkit.client.session import step as step_module
 from swarmkit.client.session.session import Session
 from swarmkit.errors import DeadlineError, SessionError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
@@ -159,14 +159,14 @@ def test_a_prefill_that_is_broken_off_is_computed_no_further(
 def test_a_session_that_is_closed_when_its_answers_have_come_says_so(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = chain.run_pipeline
+    run = step_module.run_pipeline
     session = world.model.session()
 
     async def run_and_close(*args: Any) -> None:
         await run(*args)
         session.chain.close()
 
-    monkeypatch.setattr(chain, "run_pipeline", run_and_close)
+    monkeypatch.setattr(step_module, "run_pipeline", run_and_close)
     with pytest.raises(SessionError, match="closed"):
         session.step(PROMPT)
 

@@ -23,7 +23,7 @@ import pytest
 from torch import Tensor
 
 from swarmkit import LocalSwarm
-from swarmkit.client.session.remote_stage import RemoteStage
+from swarmkit.client.session.replica import StageReplica
 from swarmkit.events import PeerLost, PeerReplaced, WaitStarted
 from swarmkit.local.server_process import ServerProcess
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
@@ -158,11 +158,11 @@ def kill_at_answer(
     The signal comes from a thread, `delay_s` after the waiting began, wherever the step then is; three
     answers later at the latest it has come, so that the session is sure to meet a dead server.
     """
-    take, seen = RemoteStage.take, 0
+    take, seen = StageReplica.take, 0
     killed: list[str] = []
     killer: list[threading.Timer] = []
 
-    async def counted(stage: RemoteStage, *rest: Any, **more: Any) -> Any:
+    async def counted(stage: StageReplica, *rest: Any, **more: Any) -> Any:
         nonlocal seen
         if stage.hop.start == start and stage.hop.stop == dict(STAGES)[start]:
             seen += 1
@@ -175,7 +175,7 @@ def kill_at_answer(
                 await anyio.to_thread.run_sync(killer[0].join)
         return await take(stage, *rest, **more)
 
-    monkeypatch.setattr(RemoteStage, "take", counted)
+    monkeypatch.setattr(StageReplica, "take", counted)
     return killed
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swarmkit.client.session.pipeline import pieces
-from swarmkit.client.session.remote_stage import RemoteStage
+from swarmkit.client.session.replica import StageReplica
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
 from swarmkit.net.protocol.messages import Step
@@ -74,13 +74,13 @@ def test_only_the_first_server_is_sent_anything(
     world: World, wanted: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[int] = []
-    send = RemoteStage.send
+    send = StageReplica.send
 
-    async def noted(stage: RemoteStage, *rest: Any) -> None:
+    async def noted(stage: StageReplica, *rest: Any) -> None:
         sent.append(stage.hop.start)
         await send(stage, *rest)
 
-    monkeypatch.setattr(RemoteStage, "send", noted)
+    monkeypatch.setattr(StageReplica, "send", noted)
     assert torch.equal(generated(world), wanted)
     assert set(sent) == {0}
 

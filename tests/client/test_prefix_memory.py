@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from swarmkit.client.swarm.prefix_cache import ClientPrefixCache, begin_at
+from swarmkit.client.swarm.prefix_cache import ClientPrefixCache, best_start
 from swarmkit.models.kv.cache import PAGE_TOKENS
 
 BOUNDARIES = [0, 2, 4]
@@ -113,4 +113,4 @@ def test_what_is_larger_than_the_limit_is_not_kept() -> None:
     ],
 )
 def test_where_a_step_begins(held: list[int], known: int, tokens: int, begin: int) -> None:
-    assert begin_at(held, known, tokens) == begin
+    assert best_start(held, known, tokens) == begin

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from swarmkit.client.session.chain import ChainSession
+from swarmkit.client.session.replica import StageReplica
 from swarmkit.client.session.session import Session
 from swarmkit.errors import NoRouteError
 from swarmkit.events import (
@@ -271,20 +271,20 @@ def test_servers_that_always_fail_are_given_up(tiny_llama: Checkpoint) -> None:
             world.answer()
 
 
-def test_patience_is_counted_from_the_loss_and_not_from_the_beginning_of_the_step(
+def test_route_timeout_is_counted_from_the_loss_and_not_from_the_beginning_of_the_step(
     tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step may take longer than `route_timeout_s`: the clock of the search starts with the loss."""
     with a_world(tiny_llama, replicas=1, route_timeout_s=3.0) as world:
-        run = ChainSession._run
+        send = StageReplica.send
 
-        async def slow_first_stage(self: ChainSession, index: int, *rest: Any) -> Tensor:
-            if index == 0:
+        async def slow_first_stage(stage: StageReplica, *rest: Any) -> None:
+            if stage.hop.start == 0:
                 await anyio.sleep(3.2)
                 await anyio.to_thread.run_sync(world.swarm.servers[1].kill)
-            return await run(self, index, *rest)
+            await send(stage, *rest)
 
-        monkeypatch.setattr(ChainSession, "_run", slow_first_stage)
+        monkeypatch.setattr(StageReplica, "send", slow_first_stage)
         with following(world.client.events, lambda event: world.add((1, 3)), PeerLost):
             assert_same(world.answer(new_tokens=1), undisturbed(new_tokens=1))
 

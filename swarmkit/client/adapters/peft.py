@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from swarmkit.client.adapters.tuning import ensure_plain
+from swarmkit.client.adapters.mixin import AdapterMixin
+from swarmkit.client.adapters.model_adapters import ensure_plain
 from swarmkit.errors import AdapterError, UsageError
 from swarmkit.models.adapters.adapter import MAX_PROMPT_TOKENS
-
-if TYPE_CHECKING:
-    from swarmkit.client.model import SwarmModelForCausalLM
 
 PROMPTS_FILE = "deep_prompts.safetensors"
 _OUTSIDE_BLOCKS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
@@ -130,7 +128,7 @@ class DeepPrompts(nn.Module):
         self._fingerprint = reference.fingerprint
         shape = reference.num_blocks, num_tokens, reference.hidden_size
         self.values = nn.Parameter(torch.randn(shape) * std if std else torch.zeros(shape))
-        owner.use_deep_prompts(self)
+        owner.use_deep_prompts(self, self.values)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write them to a folder, in safetensors."""
@@ -156,7 +154,7 @@ class DeepPrompts(nn.Module):
         raise UsageError("deep prompts act in their model's blocks; call the model")
 
 
-def _read_prompts(path: Path, owner: SwarmModelForCausalLM) -> Tensor:
+def _read_prompts(path: Path, owner: AdapterMixin) -> Tensor:
     reference = owner.connection.client.model
     try:
         with safe_open(path, framework="pt") as file:
@@ -179,7 +177,7 @@ def _read_prompts(path: Path, owner: SwarmModelForCausalLM) -> Tensor:
     return values.float()
 
 
-def swarm_model_of(model: Any) -> SwarmModelForCausalLM:
+def swarm_model_of(model: Any) -> AdapterMixin:
     """The model with remote blocks that is `model`, or that PEFT has wrapped.
 
     Raises:

@@ -98,10 +98,10 @@ class Call:
     """The micro-batches of one call, until all are done."""
 
     def __init__(
-        self, swarm: SwarmClient, training: Training, flows: Sequence[Flow], hosting: str = ""
+        self, swarm: SwarmClient, training: Training, flows: Sequence[Flow], hosted_adapter: str = ""
     ) -> None:
-        """Args: hosting: use only servers that host the adapter of this hash."""
-        self._hosting = hosting
+        """Args: hosted_adapter: use only servers that host the adapter of this hash."""
+        self._hosted_adapter = hosted_adapter
         self._swarm = swarm
         self._training = training
         self._owner = swarm.new_owner("training")
@@ -180,7 +180,7 @@ class Call:
     def _plan(self, flow: Flow, start: int, stop: int) -> Hop:
         """The first hop of the way on which the micro-batch is done earliest, as things stand."""
         swarm = self._swarm
-        servers = swarm.servers(self._hosting)
+        servers = swarm.servers(self._hosted_adapter)
         claims = {server.peer_id: claimed_pace(server) for server in servers}
         paces = {kind: paces.of(claims) for kind, paces in self._training.paces.items()}
 

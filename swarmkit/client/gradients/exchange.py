@@ -11,7 +11,7 @@ from typing import cast
 import torch
 
 from swarmkit.client.gradients.flows import PassRequest
-from swarmkit.client.session.remote_stage import off_loop
+from swarmkit.client.session.replica import off_loop
 from swarmkit.errors import PeerTimeoutError, PeerUnreachableError, ProtocolError, RemoteError
 from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.codec import TensorSpec

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from swarmkit.client.adapters.tuning import ClientAdapter, ServerAdapter
+from swarmkit.client.adapters.model_adapters import ClientAdapter, ServerAdapter
 from swarmkit.models.adapters.adapter import Adapter
 
 Direction = Literal["forward", "backward"]
@@ -139,7 +139,7 @@ class ForwardFlow:
     states: bool
     most_state_tokens: int
     """Rows x tokens x blocks of one answer with the states of all blocks."""
-    tuned: ClientAdapter | ServerAdapter | None = None
+    adapter: ClientAdapter | ServerAdapter | None = None
     returns: bool = False
     """There will be a way back, for the adapter too if it is trained."""
     spans: list[Span] = field(default_factory=list)
@@ -171,8 +171,8 @@ class ForwardFlow:
 
     def question(self, start: int, stop: int) -> PassRequest:
         span = Span(start, stop, self.hidden)
-        adapter, hosted = _tuned(self.tuned, start, stop)
-        trains = self.returns and adapter is not None and self.tuned is not None and self.tuned.trains
+        adapter, hosted = _part_of(self.adapter, start, stop)
+        trains = self.returns and adapter is not None and self.adapter is not None and self.adapter.trains
         return PassRequest(span, self.side, self.states, None, adapter, hosted, trains, self.returns)
 
     def take(self, question: PassRequest, answer: Tensor, of_adapter: Tensor | None, peer_id: str) -> None:
@@ -203,7 +203,7 @@ class BackwardFlow:
     of the last span through what is behind it in `behind`."""
     side: Side
     states: bool
-    tuned: ClientAdapter | ServerAdapter | None = None
+    adapter: ClientAdapter | ServerAdapter | None = None
     of_adapter: Tensor | None = None
     """The gradient with respect to all values of the adapter, as far as it is known; None if not wanted."""
     behind: Tensor | None = None
@@ -234,7 +234,7 @@ class BackwardFlow:
 
     def question(self, start: int, stop: int) -> PassRequest:
         span = self.spans[-1]
-        adapter, hosted = _tuned(self.tuned, start, stop)
+        adapter, hosted = _part_of(self.adapter, start, stop)
         if stop < span.stop:
             return PassRequest(Span(start, stop, span.given), self.side, False, None, adapter, hosted)
         trains = self.of_adapter is not None and adapter is not None
@@ -243,9 +243,9 @@ class BackwardFlow:
     def take(self, question: PassRequest, answer: Tensor, of_adapter: Tensor | None, peer_id: str) -> None:
         span = self.spans.pop()
         if of_adapter is not None:
-            assert isinstance(self.tuned, ClientAdapter)
+            assert isinstance(self.adapter, ClientAdapter)
             assert self.of_adapter is not None
-            low, high = self.tuned.extent(question.span.start, question.span.stop)
+            low, high = self.adapter.extent(question.span.start, question.span.stop)
             self.of_adapter[low:high] += of_adapter
         if question.gradient is None:
             middle = question.span.stop
@@ -274,5 +274,7 @@ class BackwardFlow:
         return part
 
 
-def _tuned(tuned: ClientAdapter | ServerAdapter | None, start: int, stop: int) -> tuple[Adapter | None, str]:
-    return (None, "") if tuned is None else (tuned.part(start, stop), tuned.hosting)
+def _part_of(
+    adapter: ClientAdapter | ServerAdapter | None, start: int, stop: int
+) -> tuple[Adapter | None, str]:
+    return (None, "") if adapter is None else (adapter.part(start, stop), adapter.hosted_name)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swarmkit.client.adapters.tuning import ClientAdapter, ModelAdapters, ServerAdapter
+from swarmkit.client.adapters.model_adapters import ClientAdapter, ModelAdapters, ServerAdapter
 from swarmkit.client.gradients.call import Call, Training
 from swarmkit.client.gradients.flows import BackwardFlow, ForwardFlow, Side, Span
 from swarmkit.client.gradients.plan import micro_batches
@@ -45,9 +45,9 @@ class _SavedPass:
 class RemotePass:
     """Runs blocks over whole sequences through the swarm; see `FullPass`."""
 
-    def __init__(self, connection: Connection, tuning: ModelAdapters) -> None:
+    def __init__(self, connection: Connection, adapters: ModelAdapters) -> None:
         self.connection = connection
-        self.tuning = tuning
+        self.adapters = adapters
         self.training = Training()
 
     def __call__(self, hidden: Tensor, whole: FullPass) -> Tensor:
@@ -61,24 +61,24 @@ class RemotePass:
             NoRouteError, RemoteError: see `Call.run`.
         """
         _check(hidden, whole, self.connection.client)
-        tuned = self.tuning.current()
-        values = tuned.values if isinstance(tuned, ClientAdapter) and tuned.trains else None
+        adapter = self.adapters.current()
+        values = adapter.values if isinstance(adapter, ClientAdapter) and adapter.trains else None
         if torch.is_grad_enabled() and (hidden.requires_grad or values is not None):
-            output: Tensor = _Through.apply(hidden, values, whole, tuned, self)  # type: ignore[no-untyped-call]
+            output: Tensor = _Through.apply(hidden, values, whole, adapter, self)  # type: ignore[no-untyped-call]
             return output
-        return self.forward(hidden.detach(), whole, tuned)[0]
+        return self.forward(hidden.detach(), whole, adapter)[0]
 
     @property
     def trains(self) -> bool:
         """Whether there is an adapter that wants gradients."""
-        tuned = self.tuning.current()
-        return tuned is not None and tuned.trains
+        adapter = self.adapters.current()
+        return adapter is not None and adapter.trains
 
     def forward(
         self,
         hidden: Tensor,
         whole: FullPass,
-        tuned: ClientAdapter | ServerAdapter | None,
+        adapter: ClientAdapter | ServerAdapter | None,
         returns: bool = False,
     ) -> tuple[Tensor, list[ForwardFlow]]:
         """The output, and the micro-batches that it is made of.
@@ -96,12 +96,12 @@ class RemotePass:
                 whole.side.rows(low, high),
                 whole.states,
                 MOST_STATE_TOKENS,
-                tuned,
+                adapter,
                 returns,
             )
             for index, (low, high) in enumerate(micro_batches(rows, tokens, self._servers(whole)))
         ]
-        self.connection.call(self._run, flows, tuned)
+        self.connection.call(self._run, flows, adapter)
         output = torch.cat([flow.output for flow in flows], dim=1 if whole.states else 0)
         return output.to(hidden.device, hidden.dtype), flows
 
@@ -112,7 +112,7 @@ class RemotePass:
         gradient: Tensor,
         saved: Sequence[_SavedPass],
         inner: Sequence[Tensor],
-        tuned: ClientAdapter | ServerAdapter | None,
+        adapter: ClientAdapter | ServerAdapter | None,
         trains: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """The gradients with respect to `hidden`, and to the adapter's values if it is trained.
@@ -129,10 +129,12 @@ class RemotePass:
             spans = [Span(a, b, span, by) for (a, b, by), span in zip(part.blocks, inputs, strict=True)]
             side = whole.side.rows(part.low, part.high)
             own = upstream[:, rows] if whole.states else upstream[rows]
-            values = tuned.values if trains and isinstance(tuned, ClientAdapter) else None
+            values = adapter.values if trains and isinstance(adapter, ClientAdapter) else None
             of_adapter = None if values is None else torch.zeros(values.shape)
-            flows.append(BackwardFlow(index, whole.start, spans, own, side, whole.states, tuned, of_adapter))
-        self.connection.call(self._run, flows, tuned)
+            flows.append(
+                BackwardFlow(index, whole.start, spans, own, side, whole.states, adapter, of_adapter)
+            )
+        self.connection.call(self._run, flows, adapter)
         result = torch.cat([flow.result for flow in flows]).to(hidden.device, hidden.dtype)
         parts = [flow.of_adapter for flow in flows if flow.of_adapter is not None]
         return result, torch.stack(parts).sum(0) if parts else None
@@ -140,10 +142,10 @@ class RemotePass:
     async def _run(
         self,
         flows: Sequence[ForwardFlow] | Sequence[BackwardFlow],
-        tuned: ClientAdapter | ServerAdapter | None,
+        adapter: ClientAdapter | ServerAdapter | None,
     ) -> None:
-        hosting = "" if tuned is None else tuned.hosting
-        await Call(self.connection.client, self.training, flows, hosting).run()
+        hosted_adapter = "" if adapter is None else adapter.hosted_name
+        await Call(self.connection.client, self.training, flows, hosted_adapter).run()
 
     def _servers(self, whole: FullPass) -> int:
         """How many servers hold some of the blocks, as far as is known."""
@@ -160,11 +162,11 @@ class _Through(torch.autograd.Function):
         hidden: Tensor,
         values: Tensor | None,
         whole: FullPass,
-        tuned: ClientAdapter | ServerAdapter | None,
+        adapter: ClientAdapter | ServerAdapter | None,
         remote: RemotePass,
     ) -> Tensor:
-        output, flows = remote.forward(hidden.detach(), whole, tuned, returns=True)
-        ctx.whole, ctx.tuned, ctx.remote = whole, tuned, remote
+        output, flows = remote.forward(hidden.detach(), whole, adapter, returns=True)
+        ctx.whole, ctx.adapter, ctx.remote = whole, adapter, remote
         ctx.parts, low = [], 0
         for flow in flows:
             high = low + flow.spans[0].given.shape[0]
@@ -192,10 +194,10 @@ class _Through(torch.autograd.Function):
         hidden, *inner = ctx.saved_tensors
         trains = ctx.needs_input_grad[1]
         result, of_adapter = ctx.remote.backward(
-            hidden, ctx.whole, gradient, ctx.parts, inner, ctx.tuned, trains
+            hidden, ctx.whole, gradient, ctx.parts, inner, ctx.adapter, trains
         )
         if of_adapter is not None:
-            of_adapter = of_adapter.to(ctx.tuned.values.dtype)
+            of_adapter = of_adapter.to(ctx.adapter.values.dtype)
         return result, of_adapter, None, None, None
 
 

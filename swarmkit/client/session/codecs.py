@@ -19,7 +19,7 @@ from collections.abc import Collection, Sequence
 import torch
 
 from swarmkit.client.session.history import History
-from swarmkit.client.session.remote_stage import RemoteStage
+from swarmkit.client.session.replica import StageReplica
 from swarmkit.client.swarm.client import SwarmClient
 from swarmkit.net.protocol.codec import CodecName, dtype_name
 from swarmkit.net.protocol.codec_choice import Transfer, choose, smallest
@@ -29,13 +29,11 @@ CLIENT = ""
 """This client's name among the ends of links."""
 
 
-def agree(swarm: SwarmClient, stages: Sequence[RemoteStage], outputs: History, hidden: torch.Tensor) -> None:
+def agree(swarm: SwarmClient, stages: Sequence[StageReplica], outputs: History, hidden: torch.Tensor) -> None:
     """Choose the codecs of a step that brings `hidden`, into the histories of the boundaries.
 
     Args: outputs: the history behind the last stage.
     """
-    if not swarm.settings.transfer.codecs:
-        return
     first = dtype_name(hidden.dtype)
     for number, boundary in enumerate([*(stage.history for stage in stages), outputs]):
         before = stages[number - 1] if number else None
@@ -51,8 +49,8 @@ def agree(swarm: SwarmClient, stages: Sequence[RemoteStage], outputs: History, h
 
 def _of_boundary(
     swarm: SwarmClient,
-    before: RemoteStage | None,
-    after: RemoteStage | None,
+    before: StageReplica | None,
+    after: StageReplica | None,
     current: CodecName,
     allowed: Collection[CodecName],
     dtype: str,
@@ -72,7 +70,7 @@ def _of_boundary(
     return min(chosen, key=transfer(None).nbytes)
 
 
-def _ways(before: RemoteStage | None, after: RemoteStage | None) -> list[tuple[str, str]]:
+def _ways(before: StageReplica | None, after: StageReplica | None) -> list[tuple[str, str]]:
     """The links that a boundary's values go over, by both ends' names."""
     ways = []
     if before is not None:
@@ -84,7 +82,7 @@ def _ways(before: RemoteStage | None, after: RemoteStage | None) -> list[tuple[s
 
 
 def answer_codecs(
-    run: Sequence[RemoteStage], stages: Sequence[RemoteStage], outputs: History
+    run: Sequence[StageReplica], stages: Sequence[StageReplica], outputs: History
 ) -> tuple[CodecName, ...]:
     """In what some stages of a chain, each of which pushes to the next one, are to give their outputs.
 

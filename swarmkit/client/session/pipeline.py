@@ -9,13 +9,13 @@ With n pieces over k stages the last one is done after n + k - 1 turns instead o
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 
 import anyio
 
-from swarmkit.client.session.remote_stage import RemoteStage, Request, StepInputs
+from swarmkit.client.session.replica import Failed, InFlight, Request, StageReplica, StepInputs
 from swarmkit.errors import SwarmkitError
 from swarmkit.models.kv.cache import PAGE_TOKENS
 
@@ -46,35 +46,42 @@ def pieces(low: int, high: int, stages: int, most: int) -> list[tuple[int, int]]
 
 
 async def run_pipeline(
-    stages: Sequence[RemoteStage], requests: Sequence[Request], inputs: StepInputs
+    stages: Sequence[StageReplica], requests: Sequence[Request], inputs: StepInputs
 ) -> None:
     """Send requests to the first stage, each before the last is answered, and take all stages' answers.
 
-    Every stage must have the requests in `pending`. Afterwards its `answers` are those that came, and
-    `failure` says why the rest did not; what the stages behind a failure would have got, they wait for no
-    longer.
+    Afterwards each stage's `progress` says what became of them: all are answered; or it failed; or it was cut
+    off by a failure of a stage before it, has nothing in flight any more, and is to be sent what it lacks.
     """
-    await _Pipeline(stages, inputs).run(requests)
+    await _Pipeline(stages, requests, inputs).run()
 
 
 class _Pipeline:
-    def __init__(self, stages: Sequence[RemoteStage], inputs: StepInputs) -> None:
+    def __init__(
+        self, stages: Sequence[StageReplica], requests: Sequence[Request], inputs: StepInputs
+    ) -> None:
         self._stages = stages
+        self._requests = requests
         self._inputs = inputs
         self._takers = [anyio.CancelScope() for _ in stages]
         self._room = anyio.Semaphore(_AHEAD)
 
-    async def run(self, requests: Sequence[Request]) -> None:
+    async def run(self) -> None:
+        for stage in self._stages:
+            stage.progress = InFlight(deque(self._requests))
         async with anyio.create_task_group() as tasks:
             for index in range(len(self._stages)):
-                tasks.start_soon(partial(self._take_all, index, list(requests)))
-            await self._send_all(requests)
+                tasks.start_soon(self._take_all, index)
+            await self._send_all()
+        for stage in self._stages:
+            if isinstance(stage.progress, InFlight) and stage.progress.requests:
+                stage.give_up_step()
 
-    async def _send_all(self, requests: Sequence[Request]) -> None:
+    async def _send_all(self) -> None:
         first, forward = self._stages[0], len(self._stages) - 1
-        for request in requests:
+        for request in self._requests:
             await self._room.acquire()
-            if first.failure is not None:
+            if isinstance(first.progress, Failed):
                 return
             try:
                 await first.send(request, self._inputs, forward)
@@ -83,34 +90,35 @@ class _Pipeline:
                 self._takers[0].cancel()
                 return
 
-    async def _take_all(self, index: int, requests: Sequence[Request]) -> None:
+    async def _take_all(self, index: int) -> None:
         stage = self._stages[index]
         with self._takers[index]:
             try:
-                for request in requests:
+                for request in self._requests:
                     # A piece may have to wait for its turn at every server before this one.
-                    patience = sum(each.deadline_s(request) for each in self._stages[: index + 1])
-                    answer = await stage.take(request, patience, pushed=index > 0)
-                    stage.answers.append(answer)
-                    stage.pending.popleft()
+                    timeout_s = sum(each.timeout_s(request) for each in self._stages[: index + 1])
+                    result = await stage.take(request, timeout_s, is_pushed=index > 0)
+                    if isinstance(stage.progress, InFlight):  # else the session was closed meanwhile
+                        stage.progress.results.append(result)
+                        stage.progress.requests.popleft()
                     if index == 0:
                         self._room.release()
-                    if index + 1 < len(self._stages) and not answer.done.forwarded:
+                    if index + 1 < len(self._stages) and not result.done.forwarded:
                         stage.unlink()
                         self._cut(index + 1)
             except SwarmkitError as error:
                 self._fail(index, error)
             except anyio.get_cancelled_exc_class():
                 # Half an answer must not be taken for the beginning of the next one.
-                if stage.conversation is not None and stage.conversation.in_message:
-                    failure = stage.failure
+                if stage.connection is not None and stage.connection.in_message:
+                    progress = stage.progress
                     stage.drop()
-                    stage.failure = failure
+                    stage.progress = progress if isinstance(progress, Failed) else None
                 raise
 
     def _fail(self, index: int, error: SwarmkitError) -> None:
-        if self._stages[index].failure is None:
-            self._stages[index].failure = error
+        if not isinstance(self._stages[index].progress, Failed):
+            self._stages[index].progress = Failed(error)
         self._room.release()
         self._cut(index + 1)
 

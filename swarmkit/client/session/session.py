@@ -11,7 +11,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from swarmkit.client.adapters.tuning import ModelAdapters
+from swarmkit.client.adapters.model_adapters import ModelAdapters
 from swarmkit.client.session.chain import ChainSession
 from swarmkit.client.session.duplicate_rows import alike_rows
 from swarmkit.client.swarm.connection import Connection
@@ -35,12 +35,14 @@ class Session:
             second = model.generate(more, max_new_tokens=8)      # computes the new tokens only
     """
 
-    def __init__(self, connection: Connection, max_length: int, tuning: ModelAdapters | None = None) -> None:
-        """Args: tuning: what changes the blocks in this session's steps, from the first one on."""
+    def __init__(
+        self, connection: Connection, max_length: int, adapters: ModelAdapters | None = None
+    ) -> None:
+        """Args: adapters: where each step looks for the adapter of the blocks."""
         if max_length < 1:
             raise UsageError(f"a session needs room for at least one token; max_length is {max_length}")
         self._connection = connection
-        self._tuning = tuning
+        self._adapters = adapters
         self.chain = ChainSession(connection.client, max_length)
         self._tokens: torch.Tensor | None = None
         self._mask: torch.Tensor | None = None
@@ -87,8 +89,8 @@ class Session:
         """
         if self.closed:
             raise SessionError("the session is closed; open a new one with model.session()")
-        if self._tuning is not None:
-            self._tune(self._tuning)
+        if self._adapters is not None:
+            self._follow_adapters(self._adapters)
         rows, tokens, _ = hidden.shape
         end = self.position + tokens
         mask = None
@@ -109,23 +111,23 @@ class Session:
         self._mask = mask
         return output.to(hidden.device)
 
-    def _tune(self, tuning: ModelAdapters) -> None:
+    def _follow_adapters(self, adapters: ModelAdapters) -> None:
         """Have what changes the model's blocks now, unless keys and values were computed with another."""
         chain = self.chain
-        if tuning.same(chain.tuning):
+        if adapters.is_unchanged_since(chain.adapter):
             return
-        now = tuning.current()
-        if now is None and chain.tuning is None:
+        now = adapters.current()
+        if now is None and chain.adapter is None:
             return
-        if now is not None and now.is_like(chain.tuning):
-            chain.tuning = now
+        if now is not None and now.is_like(chain.adapter):
+            chain.renew_adapter(now)
             return
         if self.position:
             raise SessionError(
                 "the adapter is another one than when this session began (trained, chosen or disabled), "
                 "and its keys and values are of no use any more; open a new session"
             )
-        self._connection.call(chain.retune, now)
+        self._connection.call(chain.change_adapter, now)
 
     def _run(
         self, hidden: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None

@@ -74,7 +74,7 @@ class SwarmClient:
             self.settings.deadlines.deadline_factor,
         )
         self.adapters = AdapterSender(self)
-        self.memory = ClientPrefixCache(self.settings.sessions.prefix_cache_bytes)
+        self.prefix_cache = ClientPrefixCache(self.settings.sessions.prefix_cache_bytes)
         self._factory = transport_factory
         self._net = net_settings or NetSettings()
         self.rates: dict[tuple[str, str], float] = {}
@@ -161,18 +161,18 @@ class SwarmClient:
         stop: int,
         without: frozenset[str] = frozenset(),
         tokens: int = 0,
-        hosting: str = "",
+        hosted_adapter: str = "",
     ) -> list[Hop]:
         """The best route for blocks [start, stop) in the view as it is; peers in `without` are not used.
 
         Args:
             tokens: rows x tokens that are to be held there.
-            hosting: use only servers that host the adapter of this hash.
+            hosted_adapter: use only servers that host the adapter of this hash.
 
         Raises:
             NoRouteError: nobody serves some of them.
         """
-        servers = [server for server in self.servers(hosting) if server.peer_id not in without]
+        servers = [server for server in self.servers(hosted_adapter) if server.peer_id not in without]
         cost = route_cost(
             round_trip_s=self.round_trip_s,
             penalty_s=self.bans.penalty_s,
@@ -229,15 +229,15 @@ class SwarmClient:
         """The last steps of all sessions, oldest first."""
         return self.events.kept(StepFinished)
 
-    def servers(self, hosting: str = "") -> list[Announcement]:
+    def servers(self, hosted_adapter: str = "") -> list[Announcement]:
         """Those in the view as it is that may be used.
 
-        Args: hosting: for sessions and passes with the hosted adapter of this hash.
+        Args: hosted_adapter: for sessions and passes with the hosted adapter of this hash.
         """
         wanted = self.settings.routing.precisions
         servers = [s for s in self.view.servers(self.clock.time()) if not wanted or s.dtype in wanted]
-        if hosting:
-            servers = [s for s in servers if any(one.name == hosting for one in s.adapters)]
+        if hosted_adapter:
+            servers = [s for s in servers if any(one.name == hosted_adapter for one in s.adapters)]
         return servers
 
     def unserved(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:

@@ -21,7 +21,7 @@ from swarmkit.models.kv.pages import Name, names_of
 
 
 @dataclass(frozen=True, eq=False)
-class Remembered:
+class CachedPrefix:
     """One session's hidden states [tokens, hidden] at the block boundaries of its route, both ends too."""
 
     names: tuple[Name, ...]
@@ -39,8 +39,8 @@ class ClientPrefixCache:
         self._limit = limit
         self._new: deque[tuple[Mapping[int, Tensor], Tensor]] = deque()
         self._lock = threading.Lock()
-        self._entries: OrderedDict[Remembered, None] = OrderedDict()
-        self._by_name: dict[Name, Remembered] = {}
+        self._entries: OrderedDict[CachedPrefix, None] = OrderedDict()
+        self._by_name: dict[Name, CachedPrefix] = {}
         self._nbytes = 0
 
     @property
@@ -67,7 +67,7 @@ class ClientPrefixCache:
     def _new_nbytes(self) -> int:
         return sum(_nbytes(states) for states, _ in self._new)
 
-    def find(self, inputs: Tensor, boundaries: Sequence[int]) -> tuple[Remembered, int] | None:
+    def find(self, inputs: Tensor, boundaries: Sequence[int]) -> tuple[CachedPrefix, int] | None:
         """The session that shares most full pages with `inputs` [tokens, hidden] at the first boundary.
 
         Takes time, for what is new and for the inputs; may be called from any thread.
@@ -87,7 +87,7 @@ class ClientPrefixCache:
             return None
 
     def _absorb(self, states: Mapping[int, Tensor], inputs: Tensor) -> None:
-        entry = Remembered(tuple(_names(min(states), inputs)), states)
+        entry = CachedPrefix(tuple(_names(min(states), inputs)), states)
         for name in entry.names:  # what this one goes on from says nothing that this one does not say
             before = self._by_name.get(name)
             if before is not None and _goes_on_from(entry, before):
@@ -98,7 +98,7 @@ class ClientPrefixCache:
         while self._nbytes > self._limit:
             self._forget(next(iter(self._entries)))
 
-    def _forget(self, entry: Remembered) -> None:
+    def _forget(self, entry: CachedPrefix) -> None:
         del self._entries[entry]
         self._nbytes -= entry.nbytes
         for name in entry.names:
@@ -115,7 +115,7 @@ def _nbytes(states: Mapping[int, Tensor]) -> int:
     return sum(part.untyped_storage().nbytes() for part in states.values())
 
 
-def _goes_on_from(entry: Remembered, before: Remembered) -> bool:
+def _goes_on_from(entry: CachedPrefix, before: CachedPrefix) -> bool:
     same_way = before.states.keys() <= entry.states.keys()
     return same_way and before.names == entry.names[: len(before.names)]
 
@@ -125,7 +125,7 @@ def names_for(root: bytes, states: Tensor, dtype: str) -> list[Name]:
     return names_of(root, states.to(getattr(torch, dtype)))
 
 
-def begin_at(held: Sequence[int], known: int, tokens: int) -> int:
+def best_start(held: Sequence[int], known: int, tokens: int) -> int:
     """From which token on a step of `tokens` is sent: stages hold `held` tokens each, `known` are known here.
 
     Where all stages hold what comes before, they work on the rest at once; else one after the other, each on

@@ -20,16 +20,16 @@ _LONGEST_PAUSE_S = 1.0
 class RouteSearch:
     """One step's patience: `route_timeout_s` seconds from when nobody was found, anew after any progress."""
 
-    def __init__(self, swarm: SwarmClient, owner: Owner, hosting: str = "") -> None:
+    def __init__(self, swarm: SwarmClient, owner: Owner, hosted_adapter: str = "") -> None:
         """Make a search.
 
         Args:
             owner: the session that searches, for events.
-            hosting: use only servers that host the adapter of this hash.
+            hosted_adapter: use only servers that host the adapter of this hash.
         """
         self._swarm = swarm
         self._owner = owner
-        self._hosting = hosting
+        self._hosted_adapter = hosted_adapter
         self._give_up_at: float | None = None
         """On the client's clock; None while all goes well."""
         self._pause_s = _FIRST_PAUSE_S
@@ -56,7 +56,7 @@ class RouteSearch:
         swarm = self._swarm
         while True:
             try:
-                route = swarm.plan(start, stop, tokens=tokens, hosting=self._hosting)
+                route = swarm.plan(start, stop, tokens=tokens, hosted_adapter=self._hosted_adapter)
             except NoRouteError:
                 route = []
             banned = any(swarm.bans.is_banned(hop.server.peer_id) for hop in route)
@@ -101,7 +101,7 @@ class RouteSearch:
 
     def _route_or(self, known: list[Hop], start: int, stop: int, tokens: int) -> list[Hop]:
         try:
-            return self._swarm.plan(start, stop, tokens=tokens, hosting=self._hosting)
+            return self._swarm.plan(start, stop, tokens=tokens, hosted_adapter=self._hosted_adapter)
         except NoRouteError:
             return known
 

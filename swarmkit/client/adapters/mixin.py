@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from swarmkit.client.adapters.meta_blocks import HeadBlocks, make_meta_blocks
-from swarmkit.client.adapters.tuning import ModelAdapters, ServerAdapter
+from swarmkit.client.adapters.model_adapters import ModelAdapters, ServerAdapter
 from swarmkit.client.routing.hosted_adapters import hosted_everywhere, one_of
 from swarmkit.client.swarm.connection import Connection
 from swarmkit.errors import UsageError
@@ -17,21 +17,23 @@ from swarmkit.models.architecture.anatomy import anatomy_of, replace
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head_kind import base_path
 
-if TYPE_CHECKING:
-    from swarmkit.client.adapters.peft import DeepPrompts
-
 
 class AdapterMixin:
     """The part of a model with remote blocks that lets them be tuned."""
 
     _swarm: Connection
     _checkpoint: Checkpoint
-    _tuning: ModelAdapters
+    _remote_adapters: ModelAdapters
 
     @property
-    def tuning(self) -> ModelAdapters:
-        """What changes the remote blocks, for those who look inside."""
-        return self._tuning
+    def connection(self) -> Connection:
+        """The connection to the swarm."""
+        return self._swarm
+
+    @property
+    def remote_adapters(self) -> ModelAdapters:
+        """The adapters of the remote blocks."""
+        return self._remote_adapters
 
     def prepare_adapters(self) -> None:
         """Let PEFT find the remote blocks' linear layers, so that `peft.get_peft_model(model, …)` works.
@@ -39,7 +41,7 @@ class AdapterMixin:
         `swarmkit.get_peft_model` does this by itself. The model gets modules for all its blocks, which take
         no memory and no place in its state dict. May be called twice.
         """
-        if self._tuning.is_prepared:
+        if self._remote_adapters.is_prepared:
             return
         config = self._checkpoint.config
         model: Any = self
@@ -48,17 +50,21 @@ class AdapterMixin:
         base: Any = model.get_submodule(base_path(model, anatomy))
         blocks: Any = base.get_submodule(anatomy.layers)
         replace(base, anatomy.layers, HeadBlocks(blocks[0], meta_blocks))
-        self._tuning.prepare(meta_blocks, fittings)
+        self._remote_adapters.prepare(meta_blocks, fittings)
 
-    def use_deep_prompts(self, prompts: DeepPrompts | None) -> None:
-        """Have a prompt for each block, or none any more; done by `swarmkit.DeepPrompts(model, …)`."""
+    def use_deep_prompts(self, prompts: nn.Module | None, values: nn.Parameter | None = None) -> None:
+        """Have a prompt for each block, or none any more; done by `swarmkit.DeepPrompts(model, …)`.
+
+        Args:
+            prompts: becomes a part of the model, in the place of earlier prompts.
+            values: its parameter [blocks, P, hidden].
+        """
         self.prepare_adapters()
         model: Any = self
         model._modules.pop("deep_prompts", None)
         if prompts is not None:
-            assert isinstance(prompts, nn.Module)
             model.add_module("deep_prompts", prompts)
-        self._tuning.prompts = None if prompts is None else prompts.values
+        self._remote_adapters.prompts = values
 
     def hosted_adapters(self) -> dict[str, str]:
         """Adapters that servers host for everybody: by their hashes, what they are called.
@@ -79,13 +85,13 @@ class AdapterMixin:
         Raises:
             UsageError: nobody hosts it, or not for all blocks.
         """
-        if self._tuning.hosted is not None:
-            raise UsageError(f"the hosted adapter {self._tuning.hosted.label} is in use already")
+        if self._remote_adapters.hosted is not None:
+            raise UsageError(f"the hosted adapter {self._remote_adapters.hosted.label} is in use already")
         client = self._swarm.client
         servers = self._swarm.call(client.look)
         digest, label = one_of(servers, client.model.num_blocks, name)
-        self._tuning.hosted = ServerAdapter(label, digest)
+        self._remote_adapters.hosted = ServerAdapter(label, digest)
         try:
             yield
         finally:
-            self._tuning.hosted = None
+            self._remote_adapters.hosted = None

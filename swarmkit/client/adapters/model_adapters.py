@@ -40,7 +40,7 @@ class ClientAdapter:
     _layers: tuple[tuple[Any, tuple[str, ...]], ...] = ()
     """LoRA layers, and which adapters were active there."""
     _parts: dict[tuple[int, int], Adapter] = field(default_factory=dict)
-    hosting = ""
+    hosted_name = ""
 
     @property
     def unchanged(self) -> bool:
@@ -78,10 +78,10 @@ class ClientAdapter:
 
 @dataclass(frozen=True)
 class ServerAdapter:
-    """An adapter that servers have. `hosting` is its name there; only servers that have it can be used."""
+    """An adapter that servers host as `hosted_name`; only those servers can be used."""
 
     label: str
-    hosting: str
+    hosted_name: str
     unchanged = True
     trains = False
 
@@ -89,14 +89,14 @@ class ServerAdapter:
         """Nothing has to be sent."""
 
     def is_like(self, other: object) -> bool:
-        return isinstance(other, ServerAdapter) and other.hosting == self.hosting
+        return isinstance(other, ServerAdapter) and other.hosted_name == self.hosted_name
 
 
 class ModelAdapters:
     """Where a model looks for what changes its blocks."""
 
     def __init__(self) -> None:
-        self._shadows: Mapping[int, nn.Module] = {}
+        self._meta_blocks: Mapping[int, nn.Module] = {}
         self._fittings: Fittings | None = None
         self._own: set[int] = set()
         """Identities of the meta_blocks' parameters."""
@@ -111,10 +111,10 @@ class ModelAdapters:
 
     def prepare(self, meta_blocks: Mapping[int, nn.Module], fittings: Fittings) -> None:
         """Look at these meta_blocks from now on."""
-        self._shadows, self._fittings = meta_blocks, fittings
+        self._meta_blocks, self._fittings = meta_blocks, fittings
         self._own = {id(parameter) for block in meta_blocks.values() for parameter in block.parameters()}
 
-    def same(self, last: ClientAdapter | ServerAdapter | None) -> bool:
+    def is_unchanged_since(self, last: ClientAdapter | ServerAdapter | None) -> bool:
         """Whether `current()` would certainly give what it gave before; quick, for every token."""
         if self.hosted is not None or last is None:
             return last == self.hosted and self._fittings is None
@@ -142,8 +142,8 @@ class ModelAdapters:
         layers: list[tuple[Any, tuple[str, ...]]] = []
         lora: list[Lora] = []
         parameters: list[Tensor] = []
-        for block, shadow in self._shadows.items():
-            here = sorted(self._lora_of(block, shadow, layers), key=lambda found: found[0].module)
+        for block, meta_block in self._meta_blocks.items():
+            here = sorted(self._lora_of(block, meta_block, layers), key=lambda found: found[0].module)
             for one, a, b in here:
                 lora.append(one)
                 parameters += [a, b]
@@ -152,7 +152,7 @@ class ModelAdapters:
         if not parameters:
             return None
         tokens = 0 if self.prompts is None else self.prompts.shape[1]
-        spec = AdapterSpec(0, len(self._shadows), tuple(lora), tokens)
+        spec = AdapterSpec(0, len(self._meta_blocks), tuple(lora), tokens)
         self._fittings.check(spec)
         values = _flat(parameters)
         if not bool(torch.isfinite(values.detach()).all()):
@@ -167,12 +167,12 @@ class ModelAdapters:
         return ClientAdapter(spec, values, self._fittings, versions, tuple(layers))
 
     def _lora_of(
-        self, block: int, shadow: nn.Module, layers: list[tuple[Any, tuple[str, ...]]]
+        self, block: int, meta_block: nn.Module, layers: list[tuple[Any, tuple[str, ...]]]
     ) -> list[tuple[Lora, Tensor, Tensor]]:
         """LoRA layers of one block that are in use; everything else that was put there is refused."""
         found: list[tuple[Lora, Tensor, Tensor]] = []
         known: set[int] = set()
-        for name, layer in shadow.named_modules():
+        for name, layer in meta_block.named_modules():
             if not (hasattr(layer, "lora_A") and hasattr(layer, "scaling")):
                 continue
             for parts in (layer.lora_A, layer.lora_B):
@@ -201,7 +201,7 @@ class ModelAdapters:
                 )
             a, b = layer.lora_A[one].weight, layer.lora_B[one].weight
             found.append((Lora(block, name, a.shape[0], float(layer.scaling[one])), a, b))
-        for name, parameter in shadow.named_parameters():
+        for name, parameter in meta_block.named_parameters():
             if id(parameter) in self._own:
                 if parameter.requires_grad:
                     raise AdapterError(

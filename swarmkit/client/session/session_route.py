@@ -1,0 +1,299 @@
+"""The servers of a session in order: how they are found, linked, left and replaced by others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+
+import anyio
+
+from swarmkit.client.adapters.model_adapters import ClientAdapter, ServerAdapter
+from swarmkit.client.routing.route import Hop
+from swarmkit.client.session.replica import StageReplica
+from swarmkit.client.swarm.client import SwarmClient
+from swarmkit.client.swarm.route_search import RouteSearch
+from swarmkit.errors import (
+    NoRouteError,
+    PeerError,
+    PeerTimeoutError,
+    PeerUnreachableError,
+    RemoteError,
+    SessionError,
+    SwarmkitError,
+)
+from swarmkit.events import Owner, PeerReplaced, Rerouted, RoutePlanned
+from swarmkit.net.protocol.messages import SENDERS_FAULT
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Loss:
+    """A server that was lost in a step, or left because it had no room."""
+
+    hop: Hop
+    at: float
+    busy: bool = False
+
+
+@dataclass
+class RouteChanges:
+    """What one step may do to the route, and what it did.
+
+    Attributes:
+        position: tokens per row that the session held before the step.
+        size: rows x tokens that servers hold after it.
+    """
+
+    swarm: SwarmClient
+    owner: Owner
+    position: int
+    size: int
+    hosted_adapter: str
+    losses: list[_Loss] = field(default_factory=list)
+    refusals: int = 0
+    _search: RouteSearch | None = None
+
+    async def find(self, start: int, stop: int, error: PeerError | None) -> list[Hop]:
+        """See `RouteSearch.find`; its timeout is the step's, however many servers are searched for."""
+        if self._search is None:
+            self._search = RouteSearch(self.swarm, self.owner, self.hosted_adapter)
+        return await self._search.find(start, stop, self.size, error)
+
+    def progressed(self) -> None:
+        """A stage did its part: a search that begins after it has all the time again."""
+        if self._search is not None:
+            self._search.progress()
+
+
+class SessionRoute:
+    """The stages of a session; blocks [start, stop) of the model."""
+
+    def __init__(
+        self,
+        swarm: SwarmClient,
+        owner: Owner,
+        start: int,
+        stop: int,
+        max_length: int,
+    ) -> None:
+        self._swarm = swarm
+        self._owner = owner
+        self.start = start
+        self.stop = stop
+        self.max_length = max_length
+        self.stages: list[StageReplica] = []
+        """Empty before the first step."""
+        self.adapter: ClientAdapter | ServerAdapter | None = None
+        """For the servers that are used from now on."""
+        self.is_closed = False
+
+    @property
+    def hops(self) -> list[Hop]:
+        return [stage.hop for stage in self.stages]
+
+    def drop(self) -> None:
+        """End the streams to all servers."""
+        for stage in self.stages:
+            stage.drop()
+
+    def close(self) -> None:
+        """End the streams to all servers for good."""
+        self.is_closed = True
+        self.drop()
+
+    def check_open(self) -> None:
+        """Raise SessionError if the session was closed, perhaps while something was waited for."""
+        if self.is_closed:
+            raise SessionError("the session is closed; open a new one with model.session()")
+
+    def give_up_step(self, index: int = 0) -> None:
+        """Expect no more of the present step from the stages from `index` on."""
+        for stage in self.stages[index:]:
+            stage.give_up_step()
+
+    # ------------------------------------------------------------------ before a step
+
+    async def prepare(self, changes: RouteChanges) -> None:
+        """Have a route, move away from servers that said they leave, and link the others.
+
+        Raises:
+            NoRouteError: no server of some blocks was found in time.
+        """
+        if not self.stages:
+            hops = await changes.find(self.start, self.stop, None)
+            self.stages = [self._replica(hop) for hop in hops]
+            self._swarm.events.emit(
+                RoutePlanned(tuple(map(str, hops)), time=self._swarm.clock.time(), owner=self._owner)
+            )
+        for stage in [stage for stage in self.stages if stage.leaving]:
+            self._move_away(stage, changes)
+        if self._swarm.settings.transfer.push and len(self.stages) > 1 and not self._is_linked():
+            await self._link(changes)
+
+    def _replica(self, hop: Hop) -> StageReplica:
+        return StageReplica(self._swarm, hop, adapter=self.adapter)
+
+    def _is_linked(self) -> bool:
+        """Whether every server is linked to the next one, or cannot be."""
+        return all(
+            before.is_linked_to(following)
+            or not self._swarm.may_link(before.hop.server, following.hop.server)
+            for before, following in pairwise(self.stages)
+        )
+
+    async def _link(self, changes: RouteChanges) -> None:
+        """Open all sessions, and have each server push its outputs to the next one, as far as it can."""
+        while errors := await at_once(
+            {stage: partial(stage.open, self.max_length) for stage in self.stages if stage.connection is None}
+        ):
+            stage, error = next(iter(errors.items()))
+            for failed in errors:
+                failed.drop()
+            self.check_open()
+            await self.replace(self.stages.index(stage), error, changes)
+        self.check_open()
+        errors = await at_once(
+            {
+                before: partial(self._try_link, before, following)
+                for before, following in pairwise(self.stages)
+                if before.connection and following.connection and not before.is_linked_to(following)
+            }
+        )
+        for stage in errors:
+            stage.drop()  # the step finds the server lost when it needs it, and tells so
+
+    async def _try_link(self, before: StageReplica, following: StageReplica) -> None:
+        one, other = before.hop.server, following.hop.server
+        if self._swarm.may_link(one, other) and not await before.link(following):
+            self._swarm.cannot_link(one, other)
+            logger.info("%s cannot reach %s: this client sends its outputs on", one.label, other.label)
+
+    def _move_away(self, stage: StageReplica, changes: RouteChanges) -> None:
+        """Route a leaving server's blocks anew if others hold them; else stay, and look around meanwhile."""
+        hop, swarm = stage.hop, self._swarm
+        leaving = frozenset(other.hop.server.peer_id for other in self.stages if other.leaving)
+        try:
+            hops = swarm.plan(hop.start, hop.stop, leaving, changes.size, changes.hosted_adapter)
+        except NoRouteError:
+            swarm.look_soon()
+            return
+        if not all(map(swarm.may_use, hops)):
+            swarm.look_soon()
+            return
+        self._lose(stage, changes, "is leaving")
+        self._splice(self.stages.index(stage), hops)
+
+    # ------------------------------------------------------------------ in the course of a step
+
+    def stop_pushing_to(self, index: int) -> None:
+        """Have nothing more pushed to a stage, which found what was pushed to it wrong."""
+        before, stage = self.stages[index - 1], self.stages[index]
+        self._swarm.cannot_link(before.hop.server, stage.hop.server)
+        before.unlink()
+
+    async def replace(self, index: int, error: PeerError, changes: RouteChanges) -> None:
+        """Put other servers in the place of one that failed.
+
+        Raises:
+            PeerError: `error`, if the session keeps no history, or if two servers refused the step.
+            NoRouteError: no other server was found in time.
+        """
+        stage = self.stages[index]
+        if not self._swarm.settings.sessions.recovery and changes.position:
+            raise error
+        if isinstance(error, RemoteError) and error.is_busy:
+            return await self._avoid_busy(index, error, changes)
+        if isinstance(error, RemoteError) and error.code in SENDERS_FAULT:
+            changes.refusals += 1
+            if changes.refusals >= 2:
+                raise error
+        if isinstance(error, PeerTimeoutError) and index:
+            # Perhaps the previous server never pushed what it said it pushed: it is not asked to again.
+            self._swarm.cannot_link(self.stages[index - 1].hop.server, stage.hop.server)
+        self._swarm.bans.failed(stage.hop.server.peer_id)
+        self._lose(stage, changes, _reason(error))
+        hops = await changes.find(stage.hop.start, stage.hop.stop, error)
+        self._splice(index, hops)
+
+    async def _avoid_busy(self, index: int, error: RemoteError, changes: RouteChanges) -> None:
+        """Use others in the place of a busy server, or wait for it where it is the first to have room."""
+        stage, hop, since = self.stages[index], self.stages[index].hop, self._swarm.clock.now()
+        self._swarm.note_refusal(hop, error, self._owner)
+        hops = await changes.find(hop.start, hop.stop, error)
+        self.check_open()
+        if [(other.server.peer_id, other.stop) for other in hops] == [(hop.server.peer_id, hop.stop)]:
+            return  # it may have kept what it holds of the session
+        stage.drop()
+        changes.losses.append(_Loss(hop, since, busy=True))
+        self._splice(index, hops)
+
+    def _lose(self, stage: StageReplica, changes: RouteChanges, reason: str) -> None:
+        hop = stage.hop
+        stage.drop()
+        changes.losses.append(_Loss(hop, self._swarm.clock.now()))
+        self._swarm.note_loss(hop, reason, self._owner)
+
+    def _splice(self, index: int, hops: Sequence[Hop]) -> None:
+        """Replace a stage by others; the first of them inherits its history."""
+        new = [self._replica(hop) for hop in hops]
+        new[0].history = self.stages[index].history
+        self.stages[index : index + 1] = new
+
+    def tell_replacements(self, changes: RouteChanges) -> None:
+        """The step is done: tell which servers do now what the lost ones did."""
+        now = self._swarm.clock.now()
+        for loss in changes.losses:
+            lost = loss.hop
+            covering = [hop for hop in self.hops if lost.start <= hop.start and hop.stop <= lost.stop]
+            event = Rerouted if loss.busy else PeerReplaced
+            self._swarm.events.emit(
+                event(
+                    lost.server.peer_id,
+                    lost.server.label,
+                    tuple(hop.server.peer_id for hop in covering),
+                    tuple(str(hop) for hop in covering),
+                    changes.position,
+                    (now - loss.at) * 1e3,
+                    time=self._swarm.clock.time(),
+                    owner=self._owner,
+                )
+            )
+
+
+async def at_once(
+    work: Mapping[StageReplica, Callable[[], Awaitable[object]]],
+) -> dict[StageReplica, PeerError]:
+    """Do something with several stages at the same time; returns the failures by stage.
+
+    Raises:
+        SwarmkitError: the first error that no peer is the cause of.
+    """
+    errors: dict[StageReplica, PeerError] = {}
+    ours: list[SwarmkitError] = []
+
+    async def one(stage: StageReplica, act: Callable[[], Awaitable[object]]) -> None:
+        try:
+            await act()
+        except PeerError as error:
+            errors[stage] = error
+        except SwarmkitError as error:
+            ours.append(error)
+
+    async with anyio.create_task_group() as tasks:
+        for stage, act in work.items():
+            tasks.start_soon(one, stage, act)
+    if ours:
+        raise ours[0]
+    return errors
+
+
+def _reason(error: PeerError) -> str:
+    if isinstance(error, PeerUnreachableError):
+        return "connection lost"
+    if isinstance(error, RemoteError):
+        return f"{error.code}: {error}"
+    return str(error)
