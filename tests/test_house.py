@@ -6,8 +6,9 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,85 @@ def clock_calls(source: Path) -> Iterator[str]:
 def test_time_comes_from_the_clock_that_is_handed_in(room: str) -> None:
     sources = [source for source in (PACKAGE / room).rglob("*.py") if source not in OWN_CLOCKS]
     assert {str(source): calls for source in sources if (calls := list(clock_calls(source)))} == {}
+
+
+# no circles
+
+SUBROOMS = {"net", "models", "client", "server"}
+"""Rooms whose folders and files import one way, as the rooms of the package do."""
+
+
+KNOWN_CIRCULAR_IMPORTS = {
+    # The parts of the command line register themselves with the app, which imports them when it is run.
+    ("swarmkit.cli.app", "swarmkit.cli"),
+    # An adapter is sent for a client, of which the sender needs three values.
+    ("swarmkit.client.swarm.adapter_sender", "swarmkit.client.swarm.client"),
+    # A pinned store is found by way of the Hub, whose files it may hold.
+    ("swarmkit.models.checkpoint.store_hub", "swarmkit.models.checkpoint.files"),
+    ("swarmkit.models.checkpoint.store_pinned", "swarmkit.models.checkpoint.files"),
+    # Offers are records.
+    ("swarmkit.net.registry.offers", "swarmkit.net.registry.records"),
+    # Requests of every kind are refused by the same errors.
+    ("swarmkit.server.adapters.service", "swarmkit.server.caller"),
+    ("swarmkit.server.adapters.service", "swarmkit.server.sessions.session"),
+    ("swarmkit.server.caller", "swarmkit.server.sessions.session"),
+}
+"""Imports that close a circle, of an importer and the module or folder that it imports; none may be added."""
+
+
+def module_of(source: Path) -> str:
+    return ".".join(source.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(source): source for source in SOURCES}
+
+
+def modules_imported_by(module: str) -> set[str]:
+    """The package's modules that a file imports, at its top, late, or for types only."""
+    named = {name for name in imported_by(MODULES[module]) if name in MODULES}
+    # `from swarmkit.net import portal` names the folder too, from which nothing but the module is imported
+    folders = {name for name in named if any(other.startswith(f"{name}.") for other in named)}
+    known = {
+        name
+        for name in named
+        for importer, imported in KNOWN_CIRCULAR_IMPORTS
+        if importer == module and f"{name}.".startswith(f"{imported}.")
+    }
+    return named - folders - known - {module}
+
+
+def circle_in(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    """The vertices of one circle of a directed graph, in order; empty if there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        circle: list[str] = error.args[1]
+        return circle
+    return []
+
+
+def imports_between(unit_of: Callable[[str], str | None]) -> dict[str, set[str]]:
+    """The imports between units of the package, each of which has one or more modules."""
+    graph: dict[str, set[str]] = {}
+    for module in MODULES:
+        own = unit_of(module)
+        if own is not None:
+            units = {unit_of(other) for other in modules_imported_by(module)} - {own}
+            graph.setdefault(own, set()).update(unit for unit in units if unit is not None)
+    return graph
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert circle_in(imports_between(lambda module: module)) == []
+
+
+@pytest.mark.parametrize("room", sorted(SUBROOMS))
+def test_folders_and_files_of_a_room_import_one_way(room: str) -> None:
+    def unit_of(module: str) -> str | None:
+        parts = module.split(".")
+        return parts[2] if len(parts) > 2 and parts[1] == room else None
+
+    assert circle_in(imports_between(unit_of)) == []
 
 
 # a quick import

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,8 @@ from swarmkit.client.adapters.model_adapters import ModelAdapters
 from swarmkit.client.blocks import Blocks
 from swarmkit.client.gradients.exchange import Traffic
 from swarmkit.client.gradients.function import RemotePass
-from swarmkit.client.hidden_states import record_states
 from swarmkit.client.refusals import RefusalsMixin, hub_options
-from swarmkit.client.remote_blocks import RemoteBlocks
+from swarmkit.client.remote_blocks import RemoteBlocks, record_states
 from swarmkit.client.routing.route import describe
 from swarmkit.client.session.session import Session, SwarmCache, active_session, session_of
 from swarmkit.client.speculation.assistants import (
@@ -48,10 +48,22 @@ else:
     _Base = object
 
 _DEFAULT_LENGTH = 2**20
-_speculation: ContextVar[Speculation] = ContextVar("swarmkit_speculation", default="auto")
-"""As wished for the call of `generate()` that is under way."""
-_held: ContextVar[int] = ContextVar("swarmkit_held", default=0)
-"""Tokens that a session held before an assisted call, of which the first step is still to come."""
+
+
+@dataclass
+class _GenerateCall:
+    """What one call of `generate()` tells the hooks that transformers calls in it.
+
+    Attributes:
+        held: tokens that the session held before an assisted call; 0 after its first step.
+    """
+
+    speculation: Speculation = "auto"
+    held: int = 0
+
+
+_call: ContextVar[_GenerateCall | None] = ContextVar("swarmkit_generate_call", default=None)
+"""The innermost call of `generate()` under way in this thread."""
 
 
 class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
@@ -234,12 +246,11 @@ class SwarmModelForCausalLM(SwarmModel):
         kwargs = choose_way(
             speculation, usual, kwargs, lambda name: self._configured(kwargs, name), rows, self._is_stateful
         )
-        wished, held = _speculation.set(speculation or usual), _held.set(0)
+        token = _call.set(_GenerateCall(speculation or usual))
         try:
             return self._generate(session, name, inputs, tokens, kwargs)
         finally:
-            _held.reset(held)
-            _speculation.reset(wished)
+            _call.reset(token)
 
     def _generate(
         self,
@@ -296,19 +307,21 @@ class SwarmModelForCausalLM(SwarmModel):
     def _get_candidate_generator(self, **kwargs: Any) -> Any:
         inner = super()._get_candidate_generator(**kwargs)  # type: ignore[misc]
         session = session_of(kwargs["model_kwargs"].get(cache_argument(type(self))))
-        _held.set(session.position if session else 0)
-        if _speculation.get() == "off":
+        call = _call.get() or _GenerateCall()
+        call.held = session.position if session else 0
+        if call.speculation == "off":
             return inner
         return self._guesses.adapt(inner, session, kwargs["generation_config"].max_length)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         """What a step computes. An assisted call's first one would compute what its session holds again."""
-        held, text = _held.get(), input_ids.shape[1]
-        _held.set(0)
-        mask = kwargs.get("attention_mask")
-        is_whole = mask is None or mask.shape[1] == text
-        if kwargs.get("next_sequence_length") is None and 0 < held < text and is_whole:
-            kwargs["next_sequence_length"] = text - held
+        call, text = _call.get(), input_ids.shape[1]
+        if call is not None and call.held:
+            held, call.held = call.held, 0
+            mask = kwargs.get("attention_mask")
+            is_whole = mask is None or mask.shape[1] == text
+            if kwargs.get("next_sequence_length") is None and held < text and is_whole:
+                kwargs["next_sequence_length"] = text - held
         return super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
 
     def _configured(self, kwargs: dict[str, Any], name: str) -> Any:
