@@ -111,14 +111,15 @@ class _Pipeline:
             except anyio.get_cancelled_exc_class():
                 # Half an answer must not be taken for the beginning of the next one.
                 if stage.connection is not None and stage.connection.in_message:
-                    progress = stage.progress
+                    failed = stage.progress if isinstance(stage.progress, Failed) else None
                     stage.drop()
-                    stage.progress = progress if isinstance(progress, Failed) else None
+                    stage.progress = failed
                 raise
 
     def _fail(self, index: int, error: SwarmkitError) -> None:
-        if not isinstance(self._stages[index].progress, Failed):
-            self._stages[index].progress = Failed(error)
+        stage = self._stages[index]
+        if not isinstance(stage.progress, Failed):
+            stage.progress = Failed(error, stage.progress.requests if stage.progress else deque())
         self._room.release()
         self._cut(index + 1)
 

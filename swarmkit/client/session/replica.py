@@ -105,9 +105,11 @@ class InFlight:
 
 @dataclass
 class Failed:
-    """The server has the step's requests, and no more answers can be had from it."""
+    """The server did not do the step's requests, or not all of them."""
 
     error: SwarmkitError
+    requests: deque[Request]
+    """Those without an answer, as far as one may still come."""
 
 
 class StageReplica:
@@ -263,7 +265,7 @@ class StageReplica:
 
     def abandon(self) -> None:
         """The step is cancelled: have the server do no more for it than the rest of a small step."""
-        unanswered = self.progress.requests if isinstance(self.progress, InFlight) else ()
+        unanswered = () if self.progress is None else self.progress.requests
         is_asking = self.connection is not None and self.connection.is_asking
         if is_asking or sum(request.size for request in unanswered) > _SMALL_STEP:
             self.drop()
@@ -293,7 +295,7 @@ class StageReplica:
     def give_up_step(self) -> None:
         """Expect no more of the step; answers that still come are dropped."""
         progress, self.progress = self.progress, None
-        if not isinstance(progress, InFlight) or not progress.requests:
+        if progress is None or not progress.requests:
             return
         if self.order is not None:
             self.drop()  # whether the rows there are reordered already cannot be known
