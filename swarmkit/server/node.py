@@ -48,6 +48,7 @@ from swarmkit.net.registry.records import (
 )
 from swarmkit.net.registry.registry import Registry
 from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.rates import PacedTransport, Rates
 from swarmkit.net.transport.seam import Stream, Transport, endpoint_of
 from swarmkit.server.adapters.service import AdapterService, load_hosted
 from swarmkit.server.engine.engine import BULK, Engine
@@ -59,7 +60,7 @@ from swarmkit.server.sessions.service import BlockService
 from swarmkit.server.training.service import GradientService
 from swarmkit.server.weights.service import WeightsSettings
 from swarmkit.server.weights.share import SharedWeights
-from swarmkit.settings import ServerSettings
+from swarmkit.settings import Limits, ServerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -118,11 +119,25 @@ class ServerNode:
         self._state: ServerState = "joining"
         self._rate = 0.0
         self._sequence = 0
+        self.limits = config.settings.limits
+        self._rates = Rates(clock.now)
+        self._engine: Engine | None = None
         self._expires_at = 0.0
         self.blocks: tuple[int, int] = config.blocks or (0, 0)
         self.service: BlockService | None = None
         self.gradients: GradientService | None = None
         self.transport: Transport | None = None
+
+    def set_limits(self, limits: Limits) -> None:
+        """Keep within other limits from the next step on; see `BlockService.set_limits`."""
+        self.limits = limits
+        self._rates.replace(limits.upload_bytes_per_s, limits.download_bytes_per_s)
+        if self._engine is not None:
+            self._engine.set_threads(limits.threads)
+        if self.service is not None:
+            self.service.set_limits(limits)
+        if self.gradients is not None:
+            self.gradients.kept.set_capacity(limits.activation_cache_bytes)
 
     def request_stop(self, drain_timeout: float | None = None) -> None:
         """Leave: finish what runs, let sessions move away for `drain_timeout` seconds, then end."""
@@ -155,8 +170,10 @@ class ServerNode:
             available = precision.ensure_available  # which may import much
             await anyio.to_thread.run_sync(available, config.checkpoint.name, config.device)
             fingerprint = await anyio.to_thread.run_sync(lambda: config.checkpoint.fingerprint)
-            transport = await self._factory(self._identity, acceptable_now)
-            owned.push_async_callback(_shielded, transport.close)
+            unpaced = await self._factory(self._identity, acceptable_now)
+            owned.push_async_callback(_shielded, unpaced.close)
+            self.set_limits(self.limits)
+            transport = PacedTransport(unpaced, self._rates)
             self.transport = transport
             registry = Registry(transport, self._clock.time)
             self.events.emit(ServerJoined(tuple(transport.addresses), **self._now()))
@@ -172,6 +189,8 @@ class ServerNode:
                 decode_slowdown=config.settings.engine.decode_slowdown,
                 clock=self._clock,
             )
+            self._engine = engine
+            engine.set_threads(self.limits.threads)
             weights.service.busy = lambda: engine.waiting > 0  # their copy waits while somebody's token does
             owned.push_async_callback(_shielded, lambda: anyio.to_thread.run_sync(engine.close))
             self._rate = (await engine.run(lambda: measure_decode_rate(stage, self._clock.now), BULK)).value
@@ -201,6 +220,7 @@ class ServerNode:
                 lambda: service.leaving,
                 service.adapters,
             )
+            self.set_limits(self.limits)  # they may have been replaced meanwhile
             await transport.listen(GRADIENT_ENDPOINT, self.gradients.serve)
             low, high = self.blocks
             await owned.enter_async_context(weights.sharing(low, high))

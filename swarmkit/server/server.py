@@ -20,7 +20,7 @@ from swarmkit.net.transport.identity import Identity
 from swarmkit.server.node import ServerConfig, ServerNode
 from swarmkit.server.weights.manifest import open_with_fingerprint
 from swarmkit.server.weights.service import WeightsSettings
-from swarmkit.settings import ServerSettings
+from swarmkit.settings import Limits, ServerSettings
 
 
 class Server:
@@ -127,6 +127,23 @@ class Server:
             raise
         return self
 
+    @property
+    def limits(self) -> Limits:
+        """The limits in force."""
+        return self._node.limits
+
+    def set_limits(self, limits: Limits) -> None:
+        """Keep within other limits from the next step on. Steps that run are finished.
+
+        Sessions that no longer fit end, the longest idle first, and their clients go on at other servers::
+
+            server.set_limits(server.limits.replace(max_sessions=2, threads=1))
+        """
+        if self._lease is None:
+            self._node.set_limits(limits)
+        else:
+            self._lease.call(self._set_limits, limits)
+
     def stop(self, drain_timeout: float | None = None) -> None:
         """Leave cleanly: announce it, finish running steps, give sessions time to move away.
 
@@ -154,6 +171,9 @@ class Server:
         """Block until the server has stopped, or raise TimeoutError."""
         if self._running is not None:
             self._running.result(timeout)
+
+    async def _set_limits(self, limits: Limits) -> None:
+        self._node.set_limits(limits)
 
     def _finish(self) -> None:
         assert self._lease is not None

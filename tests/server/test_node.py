@@ -27,7 +27,7 @@ from swarmkit.net.registry.records import Announcement, ServerState
 from swarmkit.net.registry.registry import Registry
 from swarmkit.net.rpc.conversation import Conversation
 from swarmkit.net.transport.identity import Identity
-from swarmkit.net.transport.memory import MemoryNetwork, MemoryTransport
+from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.net.transport.seam import RecordCheck, Transport
 from swarmkit.server.node import ServerConfig, ServerNode
 from swarmkit.settings import ServerSettings
@@ -339,7 +339,7 @@ async def test_a_load_that_fails_closes_the_transport(
     node = here.node(num_blocks=1)
     with pytest.raises(MemoryError):
         await node.run()
-    assert isinstance(node.transport, MemoryTransport)
+    assert node.transport is not None
     with pytest.raises(TransportError):
         await node.transport.fetch(["anything"])
 

@@ -15,6 +15,7 @@ import pytest_asyncio
 
 from swarmkit.errors import PeerUnreachableError
 from swarmkit.net.transport.memory import MemoryNetwork
+from swarmkit.net.transport.rates import TokenBucket
 from swarmkit.net.transport.seam import Stream
 from swarmkit.server.weights.service import (
     CHUNK_BYTES,
@@ -23,7 +24,6 @@ from swarmkit.server.weights.service import (
     Ask,
     Refused,
     Sending,
-    TokenBucket,
     WeightsService,
     WeightsSettings,
     encode,

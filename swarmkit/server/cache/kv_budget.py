@@ -1,12 +1,15 @@
-"""Every byte of keys, values and states is leased by a session, kept for later ones, or free; nothing else.
+"""Every byte of keys, values and states is leased by a session, kept for later sessions, or free.
 
 ::
 
     capacity = sum of leases + kept pages + free        (what `audit` checks)
 
-A lease grows as its session's cache does, a page at a time, rather than by what the session declared it might
-need. It counts the pages that the cache really has: rows that share some (beams) have these once. Pages are
-kept only where no lease needs the room, and count as free to those who ask.
+A lease grows with its session's cache, one page at a time, and not by what the session declared that it might
+need. It counts the pages that the cache really has: rows that share pages (beams) count them once. Pages are
+kept only where no lease needs the room, and count as free.
+
+The capacity may be reduced below what is leased. Leases then stay as they are, none of them grows, and what
+is released is gone until the leases fit again.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from swarmkit.server.cache.prefix_cache import PrefixCache
 
 
 class CacheFullError(SwarmkitError):
-    """The budget has no room left for a session to grow: `lacking_bytes` more are needed."""
+    """The budget has no room for a session to grow; `lacking_bytes` more would be needed."""
 
     def __init__(self, message: str, lacking_bytes: int) -> None:
         super().__init__(message)
@@ -63,19 +66,24 @@ class CacheLease:
 
 
 class KVBudget:
-    """A number of bytes that sessions share. Used by the event loop's thread only, but for its pages.
+    """A number of bytes that sessions share. All but its pages is used by the event loop's thread only.
 
     Attributes:
-        row_tokens: what a row takes besides its tokens, in tokens: the states of recurrent blocks.
-        pages: what is kept in the bytes that nobody has leased.
+        row_tokens: the memory of a row besides its tokens, in tokens: the states of recurrent blocks.
+        pages: the pages that are kept in bytes without a lease.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
-        self.capacity_bytes = capacity_bytes
+        self._capacity_bytes = capacity_bytes
+        self._overdrawn_to = 0  # what was leased when the capacity became less than that
         self.row_tokens = 0
         self._leases: set[CacheLease] = set()
         self._leased_bytes = 0
         self.pages = PrefixCache(capacity_bytes)
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._capacity_bytes
 
     @property
     def leased_bytes(self) -> int:
@@ -83,8 +91,19 @@ class KVBudget:
 
     @property
     def free_bytes(self) -> int:
-        """What can be leased; kept pages make room."""
-        return self.capacity_bytes - self._leased_bytes
+        """How many bytes can be leased; kept pages make room."""
+        return max(0, self._capacity_bytes - self._leased_bytes)
+
+    @property
+    def overdrawn_bytes(self) -> int:
+        """How many bytes are leased beyond the capacity, because the capacity was reduced."""
+        return max(0, self._leased_bytes - self._capacity_bytes)
+
+    def set_capacity(self, capacity_bytes: int) -> None:
+        """Share another number of bytes from now on. Kept pages that no longer fit are dropped at once."""
+        self._capacity_bytes = capacity_bytes
+        self._overdrawn_to = self._leased_bytes
+        self.pages.set_limit(self.free_bytes)
 
     def lease(self, bytes_per_token: int, extra_bytes: int = 0) -> CacheLease:
         """An empty lease for a session whose cache takes `bytes_per_token` for one token of one row.
@@ -98,25 +117,26 @@ class KVBudget:
     def audit(self) -> None:
         """Raise AssertionError unless every byte is accounted for."""
         total = sum(lease.nbytes for lease in self._leases)
-        if total != self._leased_bytes or not 0 <= total <= self.capacity_bytes:
+        if total != self._leased_bytes or not 0 <= total <= max(self._capacity_bytes, self._overdrawn_to):
             raise AssertionError(f"leases add up to {total}, the budget says {self._leased_bytes}")
         self.pages.audit()
-        if total + self.pages.nbytes > self.capacity_bytes:
+        if self.pages.nbytes > self.free_bytes:
             raise AssertionError(f"{total} leased and {self.pages.nbytes} kept are more than there is")
 
     def _set(self, lease: CacheLease, nbytes: int) -> None:
         if lease.released:
             raise AssertionError("a released lease cannot grow")
         growth = nbytes - lease.nbytes
-        if growth > self.free_bytes:
+        if growth > max(0, left := self._capacity_bytes - self._leased_bytes):
             raise CacheFullError(
-                f"the cache has {self.free_bytes} of {self.capacity_bytes} bytes left, {growth} are needed",
-                growth - self.free_bytes,
+                f"the cache has {max(0, left)} of {self._capacity_bytes} bytes left, {growth} are needed",
+                growth - left,
             )
         if growth:
-            self.pages.set_limit(self.free_bytes - growth)
+            self.pages.set_limit(max(0, left - growth))
         lease.nbytes = nbytes
         self._leased_bytes += growth
+        self._overdrawn_to = min(self._overdrawn_to, self._leased_bytes)
 
     def _release(self, lease: CacheLease) -> None:
         if not lease.released:

@@ -85,11 +85,14 @@ class Holding:
     idle_s: float
 
 
-def to_evict(holdings: Sequence[Holding], needed_bytes: int, least_idle_s: float) -> list[str]:
-    """Which sessions end so that another one has `needed_bytes` more: those that have been idle longest.
+def to_evict(
+    holdings: Sequence[Holding], needed_bytes: int, least_idle_s: float, *, partly: bool = False
+) -> list[str]:
+    """Return the sessions that end so that `needed_bytes` more are free: those that are idle longest.
 
-    None where all that may go would not be enough: then nobody should lose anything. Never one that did a
-    step in the last `least_idle_s`: somebody is about to need it.
+    Args:
+        least_idle_s: a session that did a step more recently stays, since its client is likely to go on.
+        partly: whether sessions also end where all that may go would not be enough.
     """
     chosen: list[str] = []
     for holding in sorted(holdings, key=lambda holding: holding.idle_s, reverse=True):
@@ -98,4 +101,4 @@ def to_evict(holdings: Sequence[Holding], needed_bytes: int, least_idle_s: float
         if holding.nbytes:
             chosen.append(holding.key)
             needed_bytes -= holding.nbytes
-    return chosen if needed_bytes <= 0 else []
+    return chosen if needed_bytes <= 0 or partly else []

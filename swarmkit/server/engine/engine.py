@@ -265,6 +265,9 @@ class Engine:
         self._passed_over = {False: 0, True: 0}  # turns that interactive and bulk jobs have waited for
         # In order of arrival. Both threads add and remove single entries, which a dict lets them.
         self._works: dict[_Work, None] = {}
+        self._threads: int | None = None
+        self._threads_in_use: int | None = None
+        self._usual_threads: int | None = None
         self._closed = False
         self._lock = threading.Lock()  # nothing may slip in behind the end
         self.clock = clock
@@ -302,6 +305,10 @@ class Engine:
     def times_of(self, stage: Stage) -> PassTimes:
         """How long forward passes through a stage take, as far as measured."""
         return self._times_of(stage).passes
+
+    def set_threads(self, threads: int | None) -> None:
+        """Compute on so many processor threads from the next pass on; None: as many as at the start."""
+        self._threads = threads
 
     async def run(self, job: Callable[[], T], priority: int = INTERACTIVE) -> Timed[T]:
         """Run `job` on the engine's thread, by itself, and wait for it.
@@ -366,6 +373,8 @@ class Engine:
         """
         if not self._works:
             return None
+        if self._threads != self._threads_in_use:
+            self._use_threads()
         if (alone := self._lone_decode_step()) is not None:
             self._run_forward([(alone, alone.tokens)])
             return 0.0
@@ -384,6 +393,12 @@ class Engine:
         else:
             self._run_forward([(steps[share.key], share.tokens) for share in turn.shares])
         return 0.0
+
+    def _use_threads(self) -> None:
+        if self._usual_threads is None:
+            self._usual_threads = torch.get_num_threads()
+        torch.set_num_threads(self._threads or self._usual_threads)
+        self._threads_in_use = self._threads
 
     def _lone_decode_step(self) -> _QueuedStep | None:
         """The only work there is, if it is a token for the only one who decodes: then there is nothing to

@@ -75,15 +75,21 @@ class AdmissionControl:
         rows, tokens, _ = step.hidden.shape
         return Refusal("busy", str(why), retry_after_s(self._engine.ahead(rows, tokens).wait_s))
 
-    def to_evict(self, sessions: dict[str, ServedSession], needed: int, *, of_bytes: bool) -> list[str]:
-        """Whose sessions end to make room for `needed` bytes, or sessions; those that run a step do not."""
+    def to_evict(
+        self, sessions: dict[str, ServedSession], needed: int, *, of_bytes: bool, at_once: bool
+    ) -> list[str]:
+        """Return the sessions that end to make room for `needed` bytes, or sessions.
+
+        A session that runs a step stays. One that was idle only for a short time goes if `at_once` is set.
+        """
         now = self._engine.clock.now()
         holdings = [
             Holding(key, session.lease.nbytes if of_bytes else 1, now - session.used_at)
             for key, session in sessions.items()
             if not session.turn.locked()
         ]
-        return to_evict(holdings, needed, self._settings.sessions.evict_after_s)
+        least_idle_s = 0.0 if at_once else self._settings.sessions.evict_after_s
+        return to_evict(holdings, needed, least_idle_s, partly=at_once)
 
 
 def evicted(idle_s: float) -> Refusal:

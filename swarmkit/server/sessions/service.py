@@ -61,7 +61,7 @@ from swarmkit.server.sessions.admission import AdmissionControl, evicted, proces
 from swarmkit.server.sessions.push import Links, NotLinkedError
 from swarmkit.server.sessions.session import LateStepError, Refusal, ServedSession, check_step
 from swarmkit.server.sessions.session_step import SessionStep
-from swarmkit.settings import ServerSettings
+from swarmkit.settings import Limits, ServerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +102,7 @@ class BlockService:
         self._kv_bytes = kv_bytes_per_token_per_block
         self._engine = engine
         self._settings = settings
+        self._limits = settings.limits
         self._links = links
         self._clients: dict[str, _Client] = {}
         """Those with a session, by its inlet."""
@@ -142,6 +143,17 @@ class BlockService:
             if not session.turn.locked():
                 session.audit()
 
+    def set_limits(self, limits: Limits) -> None:
+        """Serve within other limits from now on.
+
+        Sessions beyond them end, the longest idle first, and their clients go to other servers. A step that
+        runs is finished: a session in the middle of a step stays, and cannot grow while memory is short.
+        """
+        self._limits = limits
+        self.budget.set_capacity(limits.cache_bytes)
+        self._make_room(self.budget.overdrawn_bytes, at_once=True)
+        self._make_room(len(self._clients) - limits.max_sessions, of_bytes=False, at_once=True)
+
     async def drain(self, timeout: float) -> bool:
         """Take no new sessions, tell the others to move, wait until they have. Returns whether all did."""
         self.leaving = True
@@ -164,7 +176,7 @@ class BlockService:
         stream.on_end(client.life.cancel)
         try:
             with client.life:
-                if self._streams > settings.limits.max_sessions + _SPARE_STREAMS:
+                if self._streams > self._limits.max_sessions + _SPARE_STREAMS:
                     await client.refuse(self._door.too_many("too many streams are open", self._streams))
                 else:
                     await client.answer_all(lambda: self._answer_next(client))
@@ -305,9 +317,7 @@ class BlockService:
                 "too_long",
                 f"a session may hold 1 to {self._settings.sessions.max_session_length} tokens a row",
             )
-        if len(self._clients) >= self._settings.limits.max_sessions and not self._make_room(
-            1, of_bytes=False
-        ):
+        if len(self._clients) >= self._limits.max_sessions and not self._make_room(1, of_bytes=False):
             raise self._door.too_many(f"{len(self._clients)} sessions are open already", len(self._clients))
         hold = held(self.adapters, message.adapter, message.start, message.stop)
         cache = stage.new_cache(message.start, message.stop, None if hold is None else hold.adapter)
@@ -351,10 +361,13 @@ class BlockService:
             finally:
                 session.after_step(self._engine.clock.now())
 
-    def _make_room(self, needed: int, *, of_bytes: bool = True) -> bool:
-        """End idle sessions so that there are `needed` bytes, or places, more. Returns whether there are."""
+    def _make_room(self, needed: int, *, of_bytes: bool = True, at_once: bool = False) -> bool:
+        """End idle sessions so that there are `needed` bytes, or places, more. Returns whether any ended.
+
+        Args: at_once: end sessions that have been idle only for a short time, too.
+        """
         sessions = {key: each.session for key, each in self._clients.items() if each.session is not None}
-        chosen = self._door.to_evict(sessions, needed, of_bytes=of_bytes)
+        chosen = self._door.to_evict(sessions, needed, of_bytes=of_bytes, at_once=at_once)
         for key in chosen:
             client = self._clients[key]
             client.last_words = evicted(self._engine.clock.now() - sessions[key].used_at)
@@ -423,7 +436,7 @@ class BlockService:
             next_state("loose", message)
             assert isinstance(message, Attach)  # the conversation's table lets nothing else through
             client = self._clients.get(message.inlet)
-            if client is None or self._sources > self._settings.limits.max_sessions + _SPARE_STREAMS:
+            if client is None or self._sources > self._limits.max_sessions + _SPARE_STREAMS:
                 await conversation.send(Fault("not_linked", "there is no session of that name"))
                 return None
             await conversation.send(Attached())

@@ -77,6 +77,14 @@ class ActivationCache:
             if nbytes + sum(kept.nbytes for kept in self._kept.values()) <= self.capacity_bytes:
                 self._kept[key] = _CachedPass(passes, nbytes, self._clock() + self._seconds)
 
+    def set_capacity(self, capacity_bytes: int) -> None:
+        """Keep within another number of bytes from now on; the passes that came last are dropped first."""
+        with self._lock:
+            self.capacity_bytes = capacity_bytes
+            kept_bytes = sum(kept.nbytes for kept in self._kept.values())
+            while kept_bytes > capacity_bytes:
+                kept_bytes -= self._kept.popitem()[1].nbytes
+
     def take(self, key: PassKey) -> Sequence[FullSequencePass] | None:
         """The passes of a request, which are not kept any longer; None if they are not there."""
         with self._lock:

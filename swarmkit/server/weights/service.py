@@ -26,6 +26,7 @@ from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import ProtocolError
 from swarmkit.net.protocol.messages import Text, Total
 from swarmkit.net.registry.offers import ContentHash
+from swarmkit.net.transport.rates import TokenBucket
 from swarmkit.net.transport.seam import Stream
 from swarmkit.settings import SettingsGroup, read_from
 
@@ -129,31 +130,6 @@ def _read_question(frame: bytes) -> Ask | Refused:
         return _question.decode(frame)
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
         return Refused("bad_message", f"not a question about weights: {error}"[:2000])
-
-
-class TokenBucket:
-    """A rate: `take(n)` says how long to wait until n more may pass.
-
-    Nobody waits for less than one burst; a take larger than that goes into debt, which those after it wait
-    for.
-    """
-
-    def __init__(
-        self, per_second: float, burst: float, clock: Callable[[], float] = SYSTEM_CLOCK.now
-    ) -> None:
-        self._rate = per_second
-        self._burst = burst
-        self._clock = clock
-        self._level = burst
-        self._at = clock()
-
-    def take(self, amount: float) -> float:
-        """Take `amount`; the seconds to wait before using it."""
-        now = self._clock()
-        self._level = min(self._burst, self._level + (now - self._at) * self._rate)
-        self._at = now
-        self._level -= amount
-        return max(0.0, -self._level / self._rate)
 
 
 class WeightsService:
