@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-lo
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all notebooks check settings bench clean
+.PHONY: help demo test test-all notebooks check settings bench wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,5 +50,8 @@ settings: $(READY) ## write docs/settings.md from the code
 bench: $(READY) ## measure; writes to benchmarks/results/
 	@$(BIN)/python benchmarks/run.py
 
+wheel: $(READY) ## build the wheel in dist/, install it into a fresh environment, and run the demo from there
+	@$(BIN)/python tools/check_wheel.py
+
 clean: ## remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -25,7 +25,15 @@ never swallows a caller's mistake. Every message ends with what the reader can d
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+
+if "SwarmModelForCausalLM" not in getattr(sys.modules["swarmkit"], "__all__", ()):
+    # Both packages were installed into one folder: the other one's `__init__.py` lies among our files.
+    raise ImportError(
+        "the package `swarmkit` that was imported is another project's, which PyPI has under that name; "
+        "run `pip uninstall -y swarmkit`, and install the wheel of this one (swarmkit-llm) again"
+    )
 
 
 class SwarmkitError(Exception):

@@ -6,6 +6,9 @@ import importlib
 import inspect
 import pkgutil
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -84,3 +87,19 @@ def test_a_fault_knows_its_code() -> None:
 
 def test_a_missing_route_knows_the_blocks() -> None:
     assert NoRouteError("nobody", [(0, 2), (4, 6)]).missing == ((0, 2), (4, 6))
+
+
+def test_files_of_ours_under_another_projects_package_say_so(tmp_path: Path) -> None:
+    foreign = tmp_path / "swarmkit" / "__init__.py"
+    foreign.parent.mkdir()
+    foreign.write_text(f"__path__.append({swarmkit.__path__[0]!r})\n")
+    done = subprocess.run(
+        [sys.executable, "-c", "import swarmkit.cli"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "pip uninstall -y swarmkit" in done.stderr
+    assert done.returncode == 1

@@ -298,3 +298,10 @@ def test_the_map_names_every_room() -> None:
         for room in ROOMS - {"_version"}
     ]
     assert sorted(room for room in rooms if f"`{room}`" not in text) == []
+
+
+def test_nobody_is_told_to_install_the_package_that_has_our_name_on_pypi() -> None:
+    told = re.compile(r"pip install [^\n`]*?\bswarmkit(?![\w-])")
+    files = [*ROOT.rglob("*.py"), *ROOT.rglob("*.md"), *ROOT.rglob("*.ipynb"), *ROOT.rglob("*.toml")]
+    own = [path for path in files if not {".venv", "build"} & set(path.parts) and path != Path(__file__)]
+    assert [path.name for path in own if told.search(path.read_text())] == []

@@ -63,11 +63,12 @@ def test_no_machines_paths_are_in_it(path: Path) -> None:
 @each_notebook
 def test_the_first_cell_installs_what_the_project_offers(path: Path) -> None:
     first = code_of(read(path))[0]
-    assert 'if importlib.util.find_spec("swarmkit") is None:\n    %pip install' in first
-    found = re.search(r'"swarmkit\[([\w,]+)\]"', first)
+    assert 'if importlib.util.find_spec("swarmkit") is None:\n    assert WHEEL' in first
+    found = re.search(r'%pip install -q "([\w-]+)\[([\w,]+)\] @ \{place\}"', first)
     assert found is not None
-    offered = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert all(offered.get(extra) for extra in found[1].split(","))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert found[1] == project["name"]
+    assert all(project["optional-dependencies"].get(extra) for extra in found[2].split(","))
 
 
 @each_notebook

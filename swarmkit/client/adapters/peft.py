@@ -196,5 +196,5 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise UsageError("adapters need PEFT: pip install 'swarmkit[tuning]'") from error
+        raise UsageError("adapters need PEFT: pip install peft") from error
     return peft

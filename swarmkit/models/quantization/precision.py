@@ -92,9 +92,7 @@ class Precision:
         if self.stored is not None:
             self.stored.ensure_loadable(checkpoint, device)
         elif self.quantized and importlib.util.find_spec("bitsandbytes") is None:
-            raise ModelError(
-                f"{self.name} needs bitsandbytes; install it with: pip install 'swarmkit[quantization]'"
-            )
+            raise ModelError(f"{self.name} needs bitsandbytes; install it with: pip install bitsandbytes")
         if self.name == "int8":
             # It says at every step of every layer that float32 is cast: that is what was asked for.
             logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

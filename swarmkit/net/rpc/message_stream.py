@@ -283,5 +283,5 @@ def version_mismatch(version: int) -> str:
     older = min(version, PROTOCOL_VERSION)
     return (
         f"protocol version {version} is not {PROTOCOL_VERSION}: "
-        f"the peer with version {older} needs an update (pip install --upgrade swarmkit)"
+        f"the peer with version {older} needs an update of swarmkit"
     )
