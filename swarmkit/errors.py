@@ -8,6 +8,7 @@
     │   ├── AdapterError      an adapter that does not fit the model, or is of a kind that is not supported
     │   └── SessionError      a session used after its end or beyond its length
     ├── TransportError        this machine's own networking could not start or has ended
+    │   └── NoContactError        no other peer of the swarm answers
     ├── NoRouteError          nobody serves some blocks of the model
     ├── DeadlineError         a step took longer than the user allows
     └── PeerError             another peer is at fault; the library goes on without it where it can
@@ -58,6 +59,18 @@ class SessionError(UsageError):
 
 class TransportError(SwarmkitError):
     """This machine's own networking could not start, or has ended."""
+
+
+class NoContactError(TransportError):
+    """No other peer of the swarm answers at present, so that nothing is known about who serves what.
+
+    Attributes:
+        since: Unix time in seconds at which a peer answered last; None = none has ever answered.
+    """
+
+    def __init__(self, message: str, since: float | None = None) -> None:
+        super().__init__(message)
+        self.since = since
 
 
 class NoRouteError(SwarmkitError):

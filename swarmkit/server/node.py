@@ -17,7 +17,7 @@ from anyio.abc import TaskStatus
 
 from swarmkit._version import __version__
 from swarmkit.clock import SYSTEM_CLOCK, Clock
-from swarmkit.errors import TransportError, UsageError
+from swarmkit.errors import NoContactError, TransportError, UsageError
 from swarmkit.events import (
     AdapterHosted,
     BlocksLoaded,
@@ -387,7 +387,9 @@ class ServerNode:
                 await self._announce(registry, fingerprint)
                 succeeded_at = self._clock.now()
             except TransportError as error:
-                if self._clock.now() - succeeded_at > settings.node.record_lifetime_s:
+                too_long = self._clock.now() - succeeded_at > settings.node.record_lifetime_s
+                # A transport without contact looks for it by itself, and the next announcement tries again.
+                if too_long and not isinstance(error, NoContactError):
                     raise
                 logger.warning("could not announce this server, will try again: %s", error)
 

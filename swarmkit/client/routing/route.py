@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 
 from swarmkit.errors import NoRouteError
 from swarmkit.net.registry.records import Announcement
@@ -63,6 +64,21 @@ def find_route(start: int, stop: int, servers: Sequence[Announcement], cost: Cos
         route.append(hop)
         position = hop.start
     return route[::-1]
+
+
+def lost_contact(start: int, stop: int, since: float | None) -> NoRouteError:
+    """The error of a client that cannot look up servers.
+
+    Args: since: Unix time in seconds at which another peer answered last; None = none has answered.
+    """
+    when = (
+        "it was started" if since is None else f"{datetime.fromtimestamp(since, timezone.utc):%H:%M:%S} UTC"
+    )
+    return NoRouteError(
+        f"this client has no contact with the swarm since {when}, so it cannot find servers of blocks "
+        f"{start}:{stop}; check this machine's network. It joins the swarm again by itself as soon as it can",
+        [(start, stop)],
+    )
 
 
 def no_route(start: int, stop: int, servers: Sequence[Announcement]) -> NoRouteError:

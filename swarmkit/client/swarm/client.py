@@ -15,11 +15,11 @@ from anyio.abc import TaskStatus
 from swarmkit.client.routing.bans import Bans
 from swarmkit.client.routing.busy import BusyPeers
 from swarmkit.client.routing.deadline import DeadlinePolicy, StepTimes
-from swarmkit.client.routing.route import Hop, find_route, no_route, route_cost
+from swarmkit.client.routing.route import Hop, find_route, lost_contact, no_route, route_cost
 from swarmkit.client.swarm.adapter_sender import AdapterSender
 from swarmkit.client.swarm.prefix_cache import ClientPrefixCache
 from swarmkit.clock import SYSTEM_CLOCK, Clock
-from swarmkit.errors import RemoteError, SwarmkitError
+from swarmkit.errors import NoContactError, RemoteError, SwarmkitError
 from swarmkit.events import EventStream, MicroBatchFinished, Owner, PeerLost, PeerRefused, StepFinished
 from swarmkit.net.connect import TransportFactory
 from swarmkit.net.protocol.messages import SESSION_ENDPOINT
@@ -87,6 +87,8 @@ class SwarmClient:
         self._look_now = anyio.Event()
         self._looking = anyio.Lock()
         self._looks = 0
+        self._looked_at = clock.time()
+        self._no_contact: NoContactError | None = None
         self._owners = 0
         self._peer_id = ""
         self.salt = secrets.token_hex(4)
@@ -125,8 +127,14 @@ class SwarmClient:
         async with self._looking:
             if self._looks == looks:  # else somebody began to look after we asked, and has the answer
                 self._looks += 1
-                found = await self._registry.look_up(self.model.fingerprint, self.model.num_blocks)
-                self.view = self.view.without_expired(self.clock.time()).apply(*found.announcements.values())
+                try:
+                    found = await self._registry.look_up(self.model.fingerprint, self.model.num_blocks)
+                except NoContactError as error:
+                    self._no_contact = error
+                    raise
+                self._no_contact = None
+                self._looked_at = self.clock.time()
+                self.view = self.view.without_expired(self._looked_at).apply(*found.announcements.values())
         return self.view
 
     async def look(self) -> list[Announcement]:
@@ -229,25 +237,32 @@ class SwarmClient:
         """The last steps of all sessions, oldest first."""
         return self.events.kept(StepFinished)
 
+    def _known(self) -> list[Announcement]:
+        """The servers in the view; without contact to the swarm, those that there were when it was lost."""
+        now = self.clock.time() if self._no_contact is None else self._looked_at
+        return list(self.view.servers(now))
+
     def servers(self, hosted_adapter: str = "") -> list[Announcement]:
         """Those in the view as it is that may be used.
 
         Args: hosted_adapter: for sessions and passes with the hosted adapter of this hash.
         """
         wanted = self.settings.routing.precisions
-        servers = [s for s in self.view.servers(self.clock.time()) if not wanted or s.dtype in wanted]
+        servers = [s for s in self._known() if not wanted or s.dtype in wanted]
         if hosted_adapter:
             servers = [s for s in servers if any(one.name == hosted_adapter for one in s.adapters)]
         return servers
 
     def unserved(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
         """The blocks that nobody serves, but for peers that are left aside because they failed."""
-        servers = [s for s in self.view.servers(self.clock.time()) if not self.bans.is_banned(s.peer_id)]
+        servers = [s for s in self._known() if not self.bans.is_banned(s.peer_id)]
         return tuple(uncovered(start, stop, [(server.start, server.stop) for server in servers]))
 
     def no_route(self, start: int, stop: int) -> Exception:
-        """The error that says which of these blocks nobody serves now."""
-        return no_route(start, stop, self.view.servers(self.clock.time()))
+        """The error that says which of these blocks no server has now, or that this client cannot know it."""
+        if self._no_contact is not None:
+            return lost_contact(start, stop, self._no_contact.since)
+        return no_route(start, stop, self._known())
 
     def times_of(self, server: Announcement) -> StepTimes:
         """How long this server's steps take, as seen by all sessions here."""

@@ -106,6 +106,8 @@ class P2PDaemon:
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=asyncio.subprocess.PIPE,
                     stderr=asyncio.subprocess.STDOUT,
+                    # A Ctrl-C in the terminal is for its owner, who still needs it to say that it leaves.
+                    start_new_session=True,
                     env=_environment(options),
                 )
             except OSError as error:

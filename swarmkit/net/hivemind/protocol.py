@@ -35,6 +35,8 @@ class Guard(Protocol):
     storage: Any
     cache: Any
 
+    def note_heard(self) -> None: ...
+
     def purge(self, key_id: bytes, dictionary: Any) -> bool: ...
 
     def verify_signature(
@@ -76,6 +78,11 @@ def guarded_protocol() -> type:
 
         def get_stub(self, peer: Any) -> Any:
             return _Stub(self, super().get_stub(peer))
+
+        async def update_routing_table(self, node_id: Any, peer_id: Any, responded: bool = True) -> None:
+            if responded:
+                self.record_validator.note_heard()
+            await super().update_routing_table(node_id, peer_id, responded)
 
         async def _verify(self, signed: Iterable[SignedRecord]) -> None:
             # One request at a time: many of them would otherwise take a slice each in every turn of the loop.

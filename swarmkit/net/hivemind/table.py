@@ -25,7 +25,8 @@ from typing import Any
 import anyio
 
 from swarmkit.clock import SYSTEM_CLOCK, Clock
-from swarmkit.errors import TransportError
+from swarmkit.errors import NoContactError, TransportError
+from swarmkit.net.hivemind.contact import Contact
 from swarmkit.net.hivemind.protocol import guarded_protocol, storing_peer
 from swarmkit.net.hivemind.storage import bounded_storage
 from swarmkit.net.transport.identity import Identity, verify
@@ -133,9 +134,12 @@ class RecordGuard:
 
     priority = 0
 
-    def __init__(self, check: RecordCheck | None, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(
+        self, check: RecordCheck | None, clock: Clock = SYSTEM_CLOCK, contact: Contact | None = None
+    ) -> None:
         self._check = check
         self._clock = clock
+        self.note_heard = (contact or Contact(clock, ())).note_heard
         routing = importlib.import_module("hivemind.dht.routing")
         serializer = importlib.import_module("hivemind.utils.serializer")
         self._key_id = routing.DHTID.generate
@@ -235,8 +239,18 @@ class RecordGuard:
 class HivemindTable:
     """This peer's part of the shared table."""
 
-    def __init__(self, node: Any, guard: RecordGuard, identity: Identity, timeout: float) -> None:
+    def __init__(
+        self,
+        node: Any,
+        guard: RecordGuard,
+        contact: Contact,
+        clock: Clock,
+        identity: Identity,
+        timeout: float,
+    ) -> None:
         self._node = node
+        self._contact = contact
+        self._clock = clock
         self._guard = guard
         self._identity = identity
         self._timeout = timeout
@@ -249,16 +263,21 @@ class HivemindTable:
         *,
         initial_peers: Sequence[str],
         client_mode: bool,
-        check: RecordCheck | None,
+        guard: RecordGuard,
+        contact: Contact,
         timeout: float,
         clock: Clock = SYSTEM_CLOCK,
     ) -> HivemindTable:
         """Take part in the table of `initial_peers`, or begin one.
 
+        Args:
+            guard: decides which records are kept, and holds them.
+            contact: is told whenever another peer is heard.
+            timeout: seconds for one store or fetch.
+
         Raises:
             TransportError: none of the initial peers answered, or one refused.
         """
-        guard = RecordGuard(check, clock)
         node_type = importlib.import_module("hivemind.dht.node").DHTNode
         try:
             # every cache is off: a fetch shall see what other peers hold now, not what they once held
@@ -278,7 +297,23 @@ class HivemindTable:
                 f"could not join the swarm at {', '.join(initial_peers)}: {error}. Check that these peers "
                 "are running and that this machine's clock is right (within 3 seconds)"
             ) from error
-        return cls(node, guard, identity, timeout)
+        return cls(node, guard, contact, clock, identity, timeout)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other peer's part of the table is known, so that a look-up would ask none."""
+        return not self._node.protocol.routing_table.uid_to_peer_id
+
+    async def meet(self, peer_id: str) -> bool:
+        """Enter a connected peer into the routing table. Returns whether it answered."""
+        p2p_peer = importlib.import_module("hivemind.p2p").PeerID.from_base58(peer_id)
+        return await self._node.protocol.call_ping(p2p_peer) is not None
+
+    async def explore(self) -> None:
+        """Fill the routing table with the peers around this one, after it has met some."""
+        self._node.blacklist.clear()
+        with anyio.move_on_after(self._timeout):
+            await self._node.find_nearest_nodes([self._node.node_id])
 
     async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float, service: int = 0) -> int:
         """See `Transport.store`."""
@@ -300,17 +335,28 @@ class HivemindTable:
         return sum(map(bool, stored.values()))
 
     async def fetch(self, keys: Iterable[str]) -> dict[str, Mapping[str, bytes]]:
-        """See `Transport.fetch`. What was not found within the deadline is left out."""
+        """See `Transport.fetch`. What was not found within the deadline is left out.
+
+        Raises:
+            NoContactError: other peers are known, and none of them answered.
+        """
         wanted = list(dict.fromkeys(keys))
         if not wanted:
             return {}
         self._guard.want(wanted)
+        began = self._clock.now()
         futures = await self._node.get_many(wanted, sufficient_expiration_time=math.inf, return_futures=True)
         try:
             await asyncio.wait(futures.values(), timeout=self._timeout)
         finally:
             for future in futures.values():
                 future.cancel()
+        if self._contact.is_expected and not self._contact.heard_since(began):
+            raise NoContactError(
+                "no other peer of the swarm answers; check this machine's network. This peer goes on trying "
+                "to reach the swarm again",
+                self._contact.heard_at,
+            )
         found: dict[str, Mapping[str, bytes]] = {}
         for key, future in futures.items():
             if future.cancelled() or future.exception() is not None:

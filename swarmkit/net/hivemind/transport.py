@@ -11,17 +11,20 @@ import importlib
 import ipaddress
 import logging
 import math
+import re
 import socket
 import weakref
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
 import base58
 
-from swarmkit.clock import SYSTEM_CLOCK
+from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.errors import (
+    NoContactError,
     NotServedError,
     PeerTimeoutError,
     PeerUnreachableError,
@@ -30,10 +33,18 @@ from swarmkit.errors import (
     TransportError,
     UsageError,
 )
+from swarmkit.net.hivemind.contact import Contact
 from swarmkit.net.hivemind.daemon import DaemonOptions, P2PDaemon
 from swarmkit.net.hivemind.direct import DirectListener, Offer, SealedStream, connect_directly
 from swarmkit.net.hivemind.framing import FrameStream
-from swarmkit.net.hivemind.table import HivemindTable, end_tasks, load_hivemind, owning, wake_sleepers
+from swarmkit.net.hivemind.table import (
+    HivemindTable,
+    RecordGuard,
+    end_tasks,
+    load_hivemind,
+    owning,
+    wake_sleepers,
+)
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.seam import Handler, RecordCheck, Stream, Transport
 
@@ -53,14 +64,28 @@ _NOT_DIRECT_S = 600.0
 """For so long a peer is not tried again that could not be reached directly."""
 _GREETING_TIMEOUT_S = 10.0
 _REQUEST_TIMEOUT_S = 10.0
+_WATCH_PERIOD_S = 1.0
 
 
 class HivemindTransport(Transport):
     """One peer's connection to the swarm. Made by `create`, ended by `close`."""
 
-    def __init__(self, identity: Identity, daemon: P2PDaemon) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        daemon: P2PDaemon,
+        options: DaemonOptions,
+        record_check: RecordCheck | None,
+        timeouts: _Timeouts,
+        clock: Clock,
+    ) -> None:
         self._identity = identity
         self._daemon = daemon
+        self._options = options
+        self._timeouts = timeouts
+        self._clock = clock
+        self._contact = Contact(clock, options.initial_peers)
+        self._guard = RecordGuard(record_check, clock, self._contact)
         self._addresses: tuple[str, ...] = ()
         self._table: HivemindTable | None = None
         self._p2p: Any = None
@@ -93,6 +118,7 @@ class HivemindTransport(Transport):
         record_check: RecordCheck | None = None,
         startup_timeout: float = 30.0,
         table_timeout: float = 10.0,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> HivemindTransport:
         """Start the daemon and join the swarm.
 
@@ -136,13 +162,15 @@ class HivemindTransport(Transport):
             use_auto_relay=use_auto_relay,
         )
         identity = identity or Identity()
-        self = cls(identity, await P2PDaemon.start(identity, options, startup_timeout=startup_timeout))
+        daemon = await P2PDaemon.start(identity, options, startup_timeout=startup_timeout)
+        timeouts = _Timeouts(startup_timeout, table_timeout)
+        self = cls(identity, daemon, options, record_check, timeouts, clock)
         try:
             with anyio.fail_after(startup_timeout):
                 if direct and not client_mode and not announce_maddrs:
                     hosts = [ip for address in host_maddrs if (ip := _ip_of(address))]
                     self._direct = await DirectListener.open(hosts, self._streams.add, self._spawn)
-                await self._attach(initial_peers, client_mode, record_check, table_timeout)
+                await self._attach(initial_peers)
         except TimeoutError:
             await self.close()
             raise TransportError(
@@ -152,11 +180,11 @@ class HivemindTransport(Transport):
         except BaseException:
             await self.close()
             raise
+        self._spawn(self._keep_contact())
         return self
 
-    async def _attach(
-        self, initial_peers: Sequence[str], client_mode: bool, check: RecordCheck | None, table_timeout: float
-    ) -> None:
+    async def _attach(self, initial_peers: Sequence[str]) -> None:
+        """Take up work with the daemon: accept its streams, and take part in the table."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_unix_server(
             lambda: FrameStream(greeting=True, on_connected=self._accept), path=self._stream_socket
@@ -170,11 +198,94 @@ class HivemindTransport(Transport):
                 self._p2p,
                 self._identity,
                 initial_peers=initial_peers,
-                client_mode=client_mode,
-                check=check,
-                timeout=table_timeout,
+                client_mode=not self._options.listen,
+                guard=self._guard,
+                contact=self._contact,
+                timeout=self._timeouts.table_s,
+                clock=self._clock,
             )
         wake_sleepers(self._hivemind_tasks)
+
+    # staying in contact
+
+    async def _keep_contact(self) -> None:
+        """Join the swarm again whenever contact with it is lost, and replace a daemon that has ended."""
+        while True:
+            await anyio.sleep(_WATCH_PERIOD_S)
+            try:
+                if not self._daemon.is_running:
+                    logger.warning("the p2p daemon has ended; starting it again")
+                    await self._replace_daemon()
+                elif self._is_lost and not await self._rejoin():
+                    await anyio.sleep(self._contact.next_pause_s())
+            except (SwarmkitError, TimeoutError, OSError) as error:
+                logger.warning("could not join the swarm again, will try again: %s", error)
+                await anyio.sleep(self._contact.next_pause_s())
+
+    @property
+    def _is_lost(self) -> bool:
+        return self._table is not None and self._table.is_alone and self._contact.is_expected
+
+    async def _rejoin(self) -> bool:
+        """Connect to some of the peers that are known. Returns whether one of them answered."""
+        assert self._table is not None
+        table, met = self._table, False
+
+        async def meet(peer_id: str, addresses: Sequence[str]) -> None:
+            nonlocal met
+            pb = _messages()
+            with anyio.move_on_after(_REQUEST_TIMEOUT_S):
+                try:
+                    connect = pb.ConnectRequest(
+                        peer=base58.b58decode(peer_id), addrs=_dialable(peer_id, addresses), timeout=5
+                    )
+                    await self._ask(pb.Request(type=pb.Request.CONNECT, connect=connect))
+                    met |= await table.meet(peer_id)
+                except (SwarmkitError, _DaemonRefusal, ValueError) as error:
+                    logger.debug("peer %s does not answer: %s", peer_id, error)
+
+        with owning(self._hivemind_tasks):
+            async with anyio.create_task_group() as tasks:
+                for peer_id, addresses in self._contact.candidates().items():
+                    tasks.start_soon(meet, peer_id, addresses)
+            if met:
+                await table.explore()
+                logger.info("joined the swarm again")
+        return met
+
+    async def _replace_daemon(self) -> None:
+        """Start another daemon under the same identity and at the same port."""
+        await self._detach()
+        # It cannot start if none of its initial peers is there; joining them is tried repeatedly instead.
+        options = replace(self._options, host_maddrs=self._listened_at(), initial_peers=())
+        self._daemon = await P2PDaemon.start(
+            self._identity, options, startup_timeout=self._timeouts.startup_s
+        )
+        handlers, self._handlers = self._handlers, {}
+        await self._attach(())
+        for name, handler in handlers.items():
+            await self.listen(name, handler)
+        await self._rejoin()
+
+    async def _detach(self) -> None:
+        """Give up what belongs to the present daemon; streams that bypass it go on."""
+        if self._server is not None:
+            self._server.close()
+        if self._table is not None:
+            self._table.close()
+        await end_tasks(self._hivemind_tasks)
+        if self._p2p is not None:
+            await self._p2p.shutdown()
+        self._table = self._p2p = self._server = None
+        await self._daemon.stop()
+
+    def _listened_at(self) -> Sequence[str]:
+        """Where the daemon listened, with the ports that the system chose for it."""
+        ports = {port for address in self._addresses if (port := _tcp_port_of(address))}
+        if len(ports) != 1:
+            return self._options.host_maddrs
+        (port,) = ports
+        return [re.sub(r"/tcp/0$", f"/tcp/{port}", address) for address in self._options.host_maddrs]
 
     @property
     def identity(self) -> Identity:
@@ -242,7 +353,7 @@ class HivemindTransport(Transport):
             raise PeerUnreachableError(f"{peer_id!r} is not a peer id", peer_id) from None
         pb = _messages()
         seconds = max(1, math.ceil(timeout))
-        began = SYSTEM_CLOCK.now()
+        began = self._clock.now()
         try:
             with anyio.fail_after(timeout):
                 if dialable := _dialable(peer_id, addresses):
@@ -252,9 +363,10 @@ class HivemindTransport(Transport):
                 stream, offer = await self._ask_for_stream(
                     pb.Request(type=pb.Request.STREAM_OPEN, streamOpen=request), peer_id
                 )
+                self._contact.note_reached(peer_id, addresses)
                 if offer is None:
                     return stream
-                return await self._choose_way(stream, offer, addresses, SYSTEM_CLOCK.now() - began)
+                return await self._choose_way(stream, offer, addresses, self._clock.now() - began)
         except TimeoutError:
             raise PeerTimeoutError(f"peer {peer_id} did not answer within {timeout:g} s", peer_id) from None
         except ProtocolError as error:
@@ -265,16 +377,14 @@ class HivemindTransport(Transport):
     async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float, service: int = 0) -> int:
         """See `Transport.store`."""
         self._check_running()
-        assert self._table is not None
-        stored = await self._table_call(self._table.store(records, expires_at, service))
+        stored = await self._table_call(self._joined_table.store(records, expires_at, service))
         await self._refresh_addresses()
         return stored
 
     async def fetch(self, keys: Iterable[str]) -> Mapping[str, Mapping[str, bytes]]:
         """See `Transport.fetch`."""
         self._check_running()
-        assert self._table is not None
-        return await self._table_call(self._table.fetch(keys))
+        return await self._table_call(self._joined_table.fetch(keys))
 
     def kill(self) -> None:
         """Vanish without a word, as a machine does that loses power. `close` is still due, to clean up."""
@@ -290,12 +400,13 @@ class HivemindTransport(Transport):
     async def _close(self, caller: asyncio.Task[Any] | None) -> None:
         self._stop_serving(TransportError("this transport was closed; create a new one"), spare=caller)
         await end_tasks(self._tasks - {caller} if caller is not None else self._tasks)
-        if self._table is not None:
-            self._table.close()
-        await end_tasks(self._hivemind_tasks)
-        if self._p2p is not None:
-            await self._p2p.shutdown()
-        await self._daemon.stop()
+        await self._detach()
+
+    @property
+    def _joined_table(self) -> HivemindTable:
+        if self._table is None:
+            raise NoContactError("this peer is just joining the swarm again; try again in a few seconds")
+        return self._table
 
     def _stop_serving(self, why: TransportError, spare: asyncio.Task[Any] | None = None) -> None:
         if self._end is None:
@@ -333,9 +444,10 @@ class HivemindTransport(Transport):
         if self._end is not None:
             raise TransportError(str(self._end))
         if not self._daemon.is_running:
-            raise TransportError(
-                "the p2p daemon has ended; close this transport and create a new one. Its last words: "
-                + " | ".join(self._daemon.last_lines[-3:])
+            raise NoContactError(
+                "the p2p daemon has ended and is being started again; try again in a few seconds. Its last "
+                "lines: " + " | ".join(self._daemon.last_lines[-3:]),
+                self._contact.heard_at,
             )
 
     # incoming streams
@@ -421,7 +533,7 @@ class HivemindTransport(Transport):
 
         Args: open_s: what it took to open that one, which is longer than a connection takes.
         """
-        peer_id, now = stream.peer_id, SYSTEM_CLOCK.now()
+        peer_id, now = stream.peer_id, self._clock.now()
         direct: SealedStream | None = None
         hosts = list(dict.fromkeys(ip for address in addresses if (ip := _ip_of(address))))
         try:
@@ -487,6 +599,12 @@ class HivemindTransport(Transport):
         self._addresses = tuple(f"{address}/p2p/{self.peer_id}" for address in found)
 
 
+@dataclass(frozen=True)
+class _Timeouts:
+    startup_s: float
+    table_s: float
+
+
 class _DaemonRefusal(Exception):
     """The daemon says that what it was asked for cannot be done."""
 
@@ -527,6 +645,12 @@ def _ip_of(address: str) -> str | None:
         return str(ipaddress.ip_address(parts[2]))
     except ValueError:
         return None
+
+
+def _tcp_port_of(address: str) -> int | None:
+    """The port in a multiaddress that is dialled over TCP without a relay."""
+    parts = address.split("/")
+    return int(parts[4]) if _ip_of(address) and parts[4].isdigit() else None
 
 
 def _is_local(address: str) -> bool:

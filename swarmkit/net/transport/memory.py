@@ -22,6 +22,7 @@ import anyio
 
 from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import (
+    NoContactError,
     NotServedError,
     PeerTimeoutError,
     PeerUnreachableError,
@@ -136,6 +137,13 @@ class MemoryNetwork:
     def is_silent(self, a: str, b: str) -> bool:
         """Whether nothing passes between two peers because one of them hangs."""
         return a in self._hung or b in self._hung
+
+    def _is_isolated(self, peer_id: str) -> bool:
+        """Whether there are other peers, and none of them can be reached from this one."""
+        others = [other for other in self._peers if other != peer_id]
+        return bool(others) and all(
+            self.link(peer_id, other).cut or self.is_silent(peer_id, other) for other in others
+        )
 
     def _peer(self, peer_id: str) -> MemoryTransport:
         try:
@@ -406,6 +414,8 @@ class MemoryTransport(Transport):
         """See `Transport.fetch`."""
         self._check_running()
         await asyncio.sleep(0)
+        if self.network._is_isolated(self.peer_id):
+            raise NoContactError("no other peer of this network answers; heal its links, or resume it")
         found: dict[str, Mapping[str, bytes]] = {}
         for key in keys:
             held = self.network._held(key)

@@ -133,7 +133,11 @@ class Transport(Protocol):
         """
 
     async def fetch(self, keys: Iterable[str]) -> Mapping[str, Mapping[str, bytes]]:
-        """What the shared table holds now: `{key: {subkey: value}}`. Keys with nothing are left out."""
+        """What the shared table holds now: `{key: {subkey: value}}`. Keys with nothing are left out.
+
+        Raises:
+            NoContactError: there are other peers, as far as is known, and none of them answered.
+        """
 
     async def close(self) -> None:
         """End everything this transport started. May be called twice."""
