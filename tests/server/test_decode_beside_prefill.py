@@ -111,12 +111,16 @@ class Swarm:
         turn = None if device.busy else device.next_schedule(now, self.prefill)
         if turn is None:
             return
-        if not turn.shares:
+        if not turn.steps:
             self._later(now + 0.002, partial(self._look, device))
             return
         device.busy = True
-        came = {share.key: device.waiting.pop(share.key) for share in turn.shares if share.key != PREFILL}
-        prefilled = sum(share.tokens for share in turn.shares if share.key == PREFILL)
+        came = {
+            scheduled.key: device.waiting.pop(scheduled.key)
+            for scheduled in turn.steps
+            if scheduled.key != PREFILL
+        }
+        prefilled = sum(scheduled.tokens for scheduled in turn.steps if scheduled.key == PREFILL)
         device.passed_over = 0 if prefilled else device.passed_over + 1
         tokens = prefilled + len(came)
         took = self._noisy(seconds_for(tokens, self.dtype))

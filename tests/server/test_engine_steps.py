@@ -99,21 +99,21 @@ class FakeStep:
         self.begun = 0
         self.refusal: BaseException | None = None
         self.last_words: BaseException | None = None
-        self.known: Tensor | None = None
+        self.cached_output: Tensor | None = None
         self.seen_afterwards: Tensor | None = None
 
-    def begin(self) -> StepPart:
+    def prepare(self) -> StepPart:
         self.begun += 1
         if self.refusal is not None:
             raise self.refusal
         return StepPart(self.hidden, self.cache, self.mask, self.positions)
 
-    def finish(self, output: Tensor) -> Tensor:
+    def result(self, output: Tensor) -> Tensor:
         if self.last_words is not None:
             raise self.last_words
         return output
 
-    def afterwards(self, output: Tensor) -> None:
+    def after_result(self, output: Tensor) -> None:
         self.seen_afterwards = output
 
 
@@ -331,6 +331,25 @@ async def test_a_step_whose_time_is_over_before_its_turn_never_begins(
     assert (late.begun, engine.holds) == (0, 0)
 
 
+# several stages
+
+
+async def test_a_decode_step_of_one_stage_does_not_wait_for_all_of_a_long_step_of_another(
+    engine: Engine, stage: FakeStage
+) -> None:
+    other = FakeStage()
+    stage.hold()
+    long = asyncio.create_task(engine.step(FakeStep(stage, LONG)))
+    await stage.entered()
+    decode = asyncio.create_task(engine.step(FakeStep(other)))
+    await eventually(lambda: engine.waiting, "the step waits")
+    stage.let_through(1)
+    await decode
+    assert not long.done()
+    stage.let_through()
+    await long
+
+
 # the end
 
 
@@ -342,7 +361,7 @@ async def test_close_lets_the_present_chunk_finish_and_refuses_the_rest(
     task = asyncio.create_task(engine.step(step))
     await stage.entered()
     closing = asyncio.create_task(asyncio.to_thread(engine.close))
-    await eventually(lambda: engine._closed, "the engine closes")
+    await eventually(lambda: engine.closed, "the engine closes")
     stage.let_through()
     await closing
     with pytest.raises(EngineClosedError):

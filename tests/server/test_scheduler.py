@@ -59,7 +59,7 @@ def turn_of(
 
 def tokens_for(key: int, turn: Schedule | None) -> int:
     assert turn is not None
-    return sum(share.tokens for share in turn.shares if share.key == key)
+    return sum(scheduled.tokens for scheduled in turn.steps if scheduled.key == key)
 
 
 # whose turn it is
@@ -96,7 +96,7 @@ def test_all_decode_steps_go_together() -> None:
 def test_decode_steps_go_together_up_to_a_cap() -> None:
     turn = turn_of(*(decode(key, rows=MOST_DECODE_TOKENS // 2) for key in range(3)))
     assert turn is not None
-    assert [share.key for share in turn.shares] == [0, 1]
+    assert [scheduled.key for scheduled in turn.steps] == [0, 1]
 
 
 def test_a_decode_step_beyond_the_cap_runs_all_the_same() -> None:
@@ -107,7 +107,7 @@ def test_those_served_least_come_first_when_not_all_fit() -> None:
     rows = MOST_DECODE_TOKENS // 2
     turn = turn_of(*(decode(key, served=served, rows=rows) for key, served in enumerate([7, 3, 5])))
     assert turn is not None
-    assert [share.key for share in turn.shares] == [1, 2]
+    assert [scheduled.key for scheduled in turn.steps] == [1, 2]
 
 
 # waiting for each other
@@ -326,12 +326,12 @@ class Simulation:
             self.now += 0.05
             return turn
         total = 0
-        for share in turn.shares:
-            work = steps[share.key]
-            work.left -= share.tokens
+        for scheduled in turn.steps:
+            work = steps[scheduled.key]
+            work.left -= scheduled.tokens
             work.passed_over = 0
-            total += share.tokens * work.rows
-            self.fair.serve(work.client, share.tokens * work.rows)
+            total += scheduled.tokens * work.rows
+            self.fair.serve(work.client, scheduled.tokens * work.rows)
             if not work.left:
                 self.finish(work)
         self.times.learn(total, READING_S + total * TOKEN_S)
@@ -601,3 +601,11 @@ def test_one_thread_may_ask_while_another_learns(monkeypatch: pytest.MonkeyPatch
 
     times._seen[1].seconds = Learning(READING_S, 0.0, 0.25)
     assert times.of(1) == pytest.approx(READING_S + TOKEN_S)
+
+
+# several stages
+
+
+def test_arrivals_at_several_stages_are_those_of_all() -> None:
+    one, other = ExpectedArrivals(((0.5, 2),), 0.4), ExpectedArrivals(((0.1, 1), (0.9, 1)), 0.05)
+    assert ExpectedArrivals.merged([one, other]) == ExpectedArrivals(((0.1, 1), (0.5, 2), (0.9, 1)), 0.05)

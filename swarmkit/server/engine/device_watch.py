@@ -1,9 +1,9 @@
 """How long work takes on a device that is handed work ahead of time.
 
-An accelerator takes what it is given and goes on by itself; a host that waited for each result could not have
-the next work ready. So *marks* are put between pieces of work, and read when the device has come past them::
+An accelerator queues the work that it is given; a host that waited for each result could not have the next
+work ready. So the host puts *marks* between pieces of work, and reads them once the device has passed them::
 
-    host      |work 1|work 2|        |work 3|            waits only here: most pieces under way
+    host      |work 1|work 2|        |work 3|            waits only here: two pieces are under way
     device      |── work 1 ──|── work 2 ──|── work 3 ──|
     marks       ^            ^ ^          ^
 
@@ -21,27 +21,27 @@ import torch
 K = TypeVar("K")
 
 MOST_UNDER_WAY = 2
-"""Pieces of work at a device: one that runs and one that is ready. What comes next waits for all of them."""
+"""Pieces of work at a device: one that runs and one that is ready. The host waits before it gives a third."""
 
 
 class Mark(Protocol):
     """A point in a device's work; `torch.Event` is one."""
 
     def record(self) -> Any:
-        """Put it behind all that the device was given."""
+        """Put the mark behind all work that the device was given."""
 
     def query(self) -> bool:
-        """Whether the device has come past it."""
+        """Whether the device has passed the mark."""
 
     def synchronize(self) -> Any:
-        """Wait until it has."""
+        """Wait until the device has passed the mark."""
 
     def elapsed_time(self, end_event: Any) -> float:
-        """Milliseconds from here to a later one; both have been passed."""
+        """Milliseconds from this mark to a later one, both of which the device has passed."""
 
 
-class _Now:
-    """A mark on the host's own way."""
+class _HostMark:
+    """A mark in work that is done when its call returns: the time on the host's clock."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
@@ -56,14 +56,14 @@ class _Now:
     def synchronize(self) -> None:
         pass
 
-    def elapsed_time(self, end_event: _Now) -> float:
+    def elapsed_time(self, end_event: _HostMark) -> float:
         return (end_event.at - self.at) * 1e3
 
 
 def marks_of(device: torch.device, now: Callable[[], float]) -> Callable[[], Mark]:
-    """What makes marks for a device; `now` tells the time on the host, in seconds."""
+    """Return a function that makes marks for a device; those of a CPU take their time from `now`."""
     if device.type == "cpu":
-        return lambda: _Now(now)
+        return lambda: _HostMark(now)
     return lambda: torch.Event(device, enable_timing=True)
 
 
@@ -73,14 +73,17 @@ class DeviceWatch(Generic[K]):
     def __init__(
         self, new_mark: Callable[[], Mark], learn: Callable[[K, float], None], most: int = MOST_UNDER_WAY
     ) -> None:
-        """Args: learn: called with what `end` was told, and the seconds that it took on the device."""
+        """Args:
+        learn: called with what `end` was told, and the seconds that the work took on the device.
+        most: pieces of work that may be under way.
+        """
         self._new_mark = new_mark
         self._learn = learn
         self._most = most
         self._under_way: deque[tuple[K, Mark, Mark]] = deque()
 
     def begin(self) -> Mark:
-        """Before a piece of work; waits while as much as may be is under way already."""
+        """Mark the beginning of a piece of work; waits while `most` pieces are under way."""
         while len(self._under_way) >= self._most:
             self._under_way[0][2].synchronize()
             self.catch_up()
@@ -89,13 +92,13 @@ class DeviceWatch(Generic[K]):
         return mark
 
     def end(self, begun: Mark, what: K) -> None:
-        """All of a piece of work has been given to the device. One that failed is not told of."""
+        """Mark the end of a piece of work, all of which the device was given; not for one that failed."""
         mark = self._new_mark()
         mark.record()
         self._under_way.append((what, begun, mark))
 
     def catch_up(self) -> None:
-        """Learn of all that has been done by now; never waits."""
+        """Report all work that is done by now to `learn`; never waits."""
         while self._under_way and self._under_way[0][2].query():
             what, begun, ended = self._under_way.popleft()
             self._learn(what, begun.elapsed_time(ended) / 1e3)

@@ -1,14 +1,14 @@
 """What the device does next: which steps' tokens go through the next forward pass, or which job runs.
 
-Decisions only, over plain data; the engine does them. In this order:
+Decisions only, over plain data; the engine carries them out. In this order:
 
-1. every step of few tokens (a *decode* step: somebody watches them appear), up to a cap;
-2. of longer steps (*prefill*), beside them or before the next of them comes, as many tokens as leave the
-   decode steps within their time;
+1. every step of few tokens (a *decode* step, whose tokens a user watches appear), up to a cap;
+2. of longer steps (*prefill*), beside decode steps or before the next of them arrives, as many tokens as
+   leave the decode steps within their time;
 3. a job, when there is no step, or when it has been passed over often enough.
 
-Among equals the client that has been served least comes first, and whatever has been passed over too often
-comes before everything of its kind, so that nobody starves.
+Among equals the step of the client that has been served least comes first, and a step that has been passed
+over too often comes before all others of its kind, so that none starves.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from swarmkit.ewma import Ewma
 S = TypeVar("S")
 
 DECODE_TOKENS = 16
-"""A step of at most so many tokens per row is a decode step, also with a draft's tokens; it is never cut."""
+"""A step of at most so many tokens per row is a decode step, also with draft tokens; it is never cut."""
 
 MOST_DECODE_TOKENS = 256
 """Tokens of decode steps in one forward pass."""
 
-_PATIENCE = 16
-"""Who has been passed over so many times is next."""
-_STAGE_PATIENCE = 2
-"""A stage that has been passed over so many times is next."""
+_STARVING_TURNS = 16
+"""A step or job that has been passed over in so many turns is next."""
+_OTHER_STAGE_TURNS = 2
+"""A stage that has been passed over in so many turns is next."""
 _ROWS = 4
 """Matrix libraries take rows by so many at a time: the fifth token of a forward pass costs nearly as much as
 all from the fifth to the eighth, so prefill fills them up."""
@@ -49,14 +49,14 @@ class WaitingStep:
     """Per row, still to run."""
     decode: bool
     waited_s: float
-    """Since it came."""
+    """Since it arrived."""
     passed_over: int
-    """Turns since it came, or was last part of one."""
+    """Turns since it arrived, or was last part of one."""
 
 
 @dataclass(frozen=True)
 class WaitingJob:
-    """Something that runs by itself, for as long as it takes."""
+    """Work that runs by itself, for as long as it takes."""
 
     key: int
     bulk: bool
@@ -66,7 +66,7 @@ class WaitingJob:
 
 @dataclass(frozen=True)
 class ScheduledTokens:
-    """So many tokens (per row) of a step."""
+    """The next `tokens` tokens (per row) of a step."""
 
     key: int
     tokens: int
@@ -74,30 +74,37 @@ class ScheduledTokens:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the device does next: one job, or one forward pass over shares of some steps.
+    """What the device does next: one job, or one forward pass over tokens of some steps.
 
-    Neither is a pause: there is something to do, but others' decode steps are expected too soon for that.
+    With neither it pauses: there is work, but decode steps of other sessions are expected too soon for it.
     """
 
-    shares: tuple[ScheduledTokens, ...] = ()
+    steps: tuple[ScheduledTokens, ...] = ()
     job: int | None = None
 
 
 @dataclass(frozen=True)
 class ExpectedArrivals:
-    """The next decode steps of those who decode at present, and are elsewhere just now."""
+    """The next decode steps of sessions that decode at present, and have no step here just now."""
 
     arrivals: tuple[tuple[float, int], ...] = ()
-    """Seconds until each comes, the first one first, and its tokens. Below 0: it is overdue; infinity: so
-    long that nobody should wait for it."""
+    """Seconds until each step arrives, the first one first, and its tokens. Negative: it is overdue;
+    infinity: so long overdue that it is not worth waiting for."""
 
     soonest_s: float = math.inf
-    """Until the first of them may come, as far as they vary; infinity: there is no saying."""
+    """Seconds until the first step may arrive, as far as arrivals vary; infinity: unknown."""
 
     @property
     def tokens(self) -> int:
-        """In all of them."""
+        """Tokens of all steps."""
         return sum(tokens for _, tokens in self.arrivals)
+
+    @classmethod
+    def merged(cls, several: Iterable[ExpectedArrivals]) -> ExpectedArrivals:
+        """The arrivals at several stages as those at one."""
+        each = list(several)
+        arrivals = tuple(sorted(arrival for one in each for arrival in one.arrivals))
+        return cls(arrivals, min((one.soonest_s for one in each), default=math.inf))
 
 
 @dataclass(frozen=True)
@@ -105,21 +112,21 @@ class PassLimits:
     """How far prefill may go."""
 
     chunk_tokens: int
-    """At most so many tokens of prefill in one forward pass (rows x tokens)."""
+    """Most tokens of prefill in one forward pass (rows x tokens)."""
     decode_slowdown: float
-    """While somebody decodes, a forward pass may take so many times as long as without prefill."""
+    """While a session decodes, a forward pass may take so many times as long as without prefill."""
 
 
 def next_stage(waiting: Mapping[S, Sequence[WaitingStep]]) -> S | None:
-    """Which of the stages on a device has the next forward pass; None: no step waits.
+    """Choose the stage, of those on a device, that has the next forward pass; None: no step waits.
 
-    One with a decode step comes before one with prefill only, and then the one whose step waits for longest;
-    but a stage that was passed over twice is next.
+    A stage with a decode step comes before one with prefill only, and then the one whose step has waited for
+    longest; but a stage that was passed over twice is next.
     """
 
     def urgency(stage: S) -> tuple[bool, bool, float]:
         steps = waiting[stage]
-        neglected = len(waiting) > 1 and max(step.passed_over for step in steps) >= _STAGE_PATIENCE
+        neglected = len(waiting) > 1 and max(step.passed_over for step in steps) >= _OTHER_STAGE_TURNS
         return neglected, any(step.decode for step in steps), max(step.waited_s for step in steps)
 
     return max(waiting, key=urgency, default=None)
@@ -132,49 +139,50 @@ def next_schedule(
     times: PassTimes,
     limits: PassLimits,
 ) -> Schedule | None:
-    """What to do next; None: there is nothing to do.
+    """Decide what to do next; None: there is nothing to do.
 
     Args:
-        steps, jobs: all that waits, in order of arrival.
-        expected: the steps of those who decode, and do not wait now.
-        times: how long forward passes take.
+        steps: the waiting steps of one stage, in order of arrival.
+        jobs: all waiting jobs, in order of arrival.
+        expected: the next steps of sessions that decode and have no step waiting.
+        times: how long the stage's forward passes take.
     """
-    due = [job for job in jobs if not steps or job.passed_over >= (_PATIENCE if job.bulk else 1)]
+    due = [job for job in jobs if not steps or job.passed_over >= (_STARVING_TURNS if job.bulk else 1)]
     if due:
-        return Schedule(job=min(due, key=lambda job: (job.passed_over < _PATIENCE, job.bulk)).key)
-    shares: list[ScheduledTokens] = []
+        return Schedule(job=min(due, key=lambda job: (job.passed_over < _STARVING_TURNS, job.bulk)).key)
+    scheduled: list[ScheduledTokens] = []
     tokens, waited_s = 0, 0.0
     for step in sorted((step for step in steps if step.decode), key=_order):
-        if shares and tokens + step.rows * step.tokens > MOST_DECODE_TOKENS:
+        if scheduled and tokens + step.rows * step.tokens > MOST_DECODE_TOKENS:
             continue
-        shares.append(ScheduledTokens(step.key, step.tokens))
+        scheduled.append(ScheduledTokens(step.key, step.tokens))
         tokens += step.rows * step.tokens
         waited_s = max(waited_s, step.waited_s)
     prefills = sorted((step for step in steps if not step.decode), key=_order)
-    if shares and not prefills and _worth_waiting(tokens, waited_s, expected, times):
+    if scheduled and not prefills and _worth_waiting(tokens, waited_s, expected, times):
         return Schedule()
     if prefills:
         passed_over = max(step.passed_over for step in prefills)
-        if shares:
+        if scheduled:
             budget = _prefill_beside(tokens, waited_s, passed_over > 1, times, limits)
         else:
             budget = _prefill_before(expected, passed_over > 0, times, limits)
         for step in prefills:
-            # The first goes on by a token even if its rows are more than the budget.
+            # The first step goes on by a token even if its rows are more than the budget.
             chunk = min(step.tokens, budget // step.rows or (budget > 0 and step is prefills[0]))
             if chunk:
-                shares.append(ScheduledTokens(step.key, chunk))
+                scheduled.append(ScheduledTokens(step.key, chunk))
                 budget -= chunk * step.rows
-    return Schedule(tuple(shares)) if steps else None
+    return Schedule(tuple(scheduled)) if steps else None
 
 
 def _worth_waiting(tokens: int, waited_s: float, expected: ExpectedArrivals, times: PassTimes) -> bool:
     """Whether decode steps had better wait a little for others, and run together with them.
 
-    The outputs of a pass leave one after the other, and come to the next server so. If the first one's step
-    began there at once, all others would wait for it, and so it would go on, round after round. So a step
-    waits for at most half of what running together saves, or, for more than there is of it, as long as it
-    takes by itself, if the device then does more in the same time.
+    The outputs of a pass leave one after the other, and arrive at the next server so. If the first step began
+    there at once, all others would wait for it, and so it would go on, round after round. So a step waits for
+    at most half of the time that running together saves; or, if more tokens are expected than wait, for as
+    long as it takes by itself, provided that the device then does more in the same time.
     """
     alone_s = times.of(tokens)
     more = 0
@@ -197,8 +205,8 @@ def _prefill_beside(
 ) -> int:
     """Tokens of prefill beside `tokens` of decode steps, which have waited for `waited_s`.
 
-    So many that the decode steps are done within the slowdown's time, counted from when they came. Where they
-    have used that up by waiting, none, but not for long.
+    As many as leave the decode steps done within the slowdown's time, counted from their arrival. If they
+    have used that up by waiting, there are none, until prefill starves.
     """
     allowed_s = limits.decode_slowdown * times.of(tokens) - waited_s
     return _chunk(times.tokens_within(allowed_s), tokens, starving, limits)
@@ -207,24 +215,24 @@ def _prefill_beside(
 def _prefill_before(expected: ExpectedArrivals, starving: bool, times: PassTimes, limits: PassLimits) -> int:
     """Tokens of prefill when no decode step is waiting.
 
-    A whole chunk when nobody decodes. Else so many that the next decode step is done within the slowdown's
-    time, though it come as soon as it may: while it is elsewhere the device has nothing else to do, and what
-    is left of the chunk when it comes is less than a chunk beside it would add. Where not even the least
-    fits, none, but not after every decode step.
+    A whole chunk when no session decodes. Else as many as leave the next decode step done within the
+    slowdown's time, even if it arrives as soon as it may: until then the device has nothing else to do, and
+    what is left of the chunk when the step arrives is less than a chunk beside it would add. If not even the
+    least chunk fits, there are none, until prefill starves.
     """
     if not expected.tokens:
         return limits.chunk_tokens
     alone_s = times.of(expected.tokens)
-    is_late = any(in_s == math.inf for in_s, _ in expected.arrivals)  # and may come any moment
+    is_late = any(in_s == math.inf for in_s, _ in expected.arrivals)  # and may arrive at any moment
     soonest_s = min(expected.soonest_s, alone_s) if is_late else expected.soonest_s
     fitting = times.tokens_within(max(soonest_s, 0.0) + (limits.decode_slowdown - 1) * alone_s)
     return _chunk(fitting, 0, starving, limits)
 
 
 def _chunk(fitting: int, others: int, starving: bool, limits: PassLimits) -> int:
-    """Tokens of prefill in a pass with `others`, in which `fitting` in all are done in time.
+    """Tokens of prefill in a pass with `others`, of which `fitting` in all are done in time.
 
-    At least the pass's last rows are filled up, or there are none. Who starves gets those anyway.
+    The pass's last rows are filled up. If that is too much there are none, unless prefill starves.
     """
     tokens = fitting - fitting % _ROWS - others
     if tokens <= 0:
@@ -233,23 +241,23 @@ def _chunk(fitting: int, others: int, starving: bool, limits: PassLimits) -> int
 
 
 def _order(step: WaitingStep) -> tuple[bool, float]:
-    return step.passed_over < _PATIENCE, step.client_served
+    return step.passed_over < _STARVING_TURNS, step.client_served
 
 
 @dataclass
 class FairShares:
-    """Tokens that each client has been served, such that being away saves nothing up.
+    """Tokens that each client has been served, such that a client saves nothing up while it is away.
 
-    Who comes (back) starts from what the least served of those present has had: else a newcomer would take
-    everything until it had caught up with people who have been here for hours. When nobody has stayed, nobody
-    had to wait, and all begin anew.
+    A client that arrives (or is back) starts from what the least served client present has had: else it would
+    take everything until it had caught up with clients that have been here for hours. When no client has
+    stayed, none had to wait, and all begin anew.
     """
 
     _served: dict[str, float] = field(default_factory=dict)
     _present: set[str] = field(default_factory=set)
 
     def of_present(self, clients: Iterable[str]) -> dict[str, float]:
-        """What each of those has been served who want something now."""
+        """What each of these clients, which have work waiting, has been served."""
         now = set(clients)
         stayed = now & self._present
         self._present = now
@@ -260,47 +268,49 @@ class FairShares:
         for client in now - stayed:
             self._served[client] = max(self._served.get(client, 0.0), floor)
         if len(self._served) > 64 + 2 * len(now):
-            # Who has had less than all who are here would be given the floor anyway.
+            # A client that has had less than all that are here would be given the floor anyway.
             kept = self._served.items()
             self._served = {client: served for client, served in kept if client in now or served > floor}
         return {client: self._served[client] for client in now}
 
     def serve(self, client: str, tokens: int) -> None:
-        """These tokens were run for a client."""
+        """Count tokens that were run for a client."""
         self._served[client] = self._served.get(client, 0.0) + tokens
 
 
 @dataclass(frozen=True)
-class _DecodingClient:
-    """When a session ran its latest decode step, how long it stays away between two, and their size."""
+class _DecodingSession:
+    """A session's latest decode step: when it was done, its tokens, and how long the session stays away."""
 
     done: float
     tokens: int
     away_s: Ewma | None
-    """None: it was not away yet, or for too long to tell anything."""
+    """Seconds between two decode steps; None: unknown, as it was not away yet, or for too long."""
 
 
 class ArrivalPredictor:
-    """Who decodes at present, though he may be elsewhere: at other servers, or choosing his next token.
+    """When sessions that decode will have their next step here.
 
-    A prefill chunk that begins meanwhile is what he would find himself waiting for when he is back. That is
-    expected after as long as it usually takes; who is away for much longer has left. Should he be back all
-    the same, as when the next server had him wait behind a chunk of its own, he is given more time then.
+    Between two steps a session is elsewhere: at other servers, or at its client, which chooses the next
+    token. A prefill chunk that begins meanwhile is what its next step would have to wait for. That step is
+    expected after as long as the session usually stays away; a session that stays away for much longer has
+    left. If it is back all the same, as when the next server had it wait behind a chunk of its own, it is
+    given more time then.
     """
 
     _WEIGHT = 0.25  # of the latest time away
-    _VARIATIONS = 2  # it may be back sooner than usual by so many
+    _VARIATIONS = 2  # mean deviations by which a session may be back sooner than usual
     _TIMES_AWAY = 4
     _LEAST_S, _MOST_S = 0.1, 20.0
     _UNKNOWN_S = 2.0
 
     def __init__(self) -> None:
-        self._sessions: dict[Hashable, _DecodingClient] = {}
-        self._left: dict[Hashable, _DecodingClient] = {}
-        """Until they have been away for so long that it tells nothing."""
+        self._sessions: dict[Hashable, _DecodingSession] = {}
+        self._left: dict[Hashable, _DecodingSession] = {}
+        """Sessions that have left, until their time away tells nothing any more."""
 
     def decoded(self, session: Hashable, tokens: int, came: float, done: float) -> None:
-        """A session has run a decode step of so many tokens."""
+        """A session's decode step of `tokens` tokens arrived at `came` and was done at `done`."""
         last = self._left.pop(session, None) or self._sessions.get(session)
         usual_s = None
         if last is not None and (away_s := came - last.done) < self._MOST_S:
@@ -309,19 +319,19 @@ class ArrivalPredictor:
                 usual_s = Ewma(away_s, away_s / 2, self._WEIGHT)
             else:
                 usual_s.observe(away_s)
-        self._sessions[session] = _DecodingClient(done, tokens, usual_s)
+        self._sessions[session] = _DecodingSession(done, tokens, usual_s)
 
     def leave(self, session: Hashable) -> None:
-        """A session does something else."""
+        """A session does something else than decode."""
         self._sessions.pop(session, None)
         self._left.pop(session, None)
 
-    def nobody_but(self, session: Hashable) -> bool:
+    def has_no_other(self, session: Hashable) -> bool:
         """Whether no other session decodes, as far as is known without looking at the time."""
         return not self._sessions or (len(self._sessions) == 1 and session in self._sessions)
 
     def expected(self, now: float, here: Container[Hashable] = ()) -> ExpectedArrivals:
-        """The steps of those who are not here."""
+        """The next steps of all sessions but those `here`."""
         known, self._sessions = self._left | self._sessions, {}
         self._left = {}
         for key, one in known.items():
@@ -333,74 +343,76 @@ class ArrivalPredictor:
         soonest_s = min((in_s - self._variation(one) for in_s, one in away), default=math.inf)
         return ExpectedArrivals(tuple(sorted((in_s, one.tokens) for in_s, one in away)), soonest_s)
 
-    def _variation(self, one: _DecodingClient) -> float:
+    def _variation(self, one: _DecodingSession) -> float:
         return 0.0 if one.away_s is None else self._VARIATIONS * one.away_s.deviation
 
-    def _leaves(self, one: _DecodingClient) -> float:
+    def _leaves(self, one: _DecodingSession) -> float:
         usual = self._UNKNOWN_S if one.away_s is None else self._TIMES_AWAY * one.away_s.mean
         return one.done + min(max(usual, self._LEAST_S), self._MOST_S)
 
-    def _back_in(self, one: _DecodingClient, now: float) -> float:
+    def _back_in(self, one: _DecodingSession, now: float) -> float:
         away_s = 0.0 if one.away_s is None else one.away_s.mean
         in_s = one.done + away_s - now
-        # Waiting for him is worth as long again; then the prefill goes on.
+        # An overdue step is worth waiting for as long again; then prefill goes on.
         return in_s if in_s > -away_s else math.inf
 
 
 @dataclass
-class _Passes:
-    """Those over about as many tokens: how many, and how long they take."""
+class _SimilarPasses:
+    """Forward passes over about as many tokens: how many tokens, and how many seconds."""
 
     tokens: float
     seconds: Ewma
 
 
 class PassTimes:
-    """How long a forward pass over n tokens takes, learnt from those that have been.
+    """How long a forward pass over n tokens takes, learned from those that have been.
 
     Near a + b x n: reading the weights takes a, whatever n is. But only near (few rows of a matrix may take
-    another way through a processor than many), so that there is a running mean for each power of two, and
-    straight lines between. Old measurements fade: caches grow, and others use the machine.
+    another way through a processor than many), so that there is a moving mean for each power of two, and
+    straight lines between. Old measurements fade: caches grow, and other programs use the machine.
     """
 
     _WEIGHT = 0.25  # of a new measurement
 
     def __init__(self) -> None:
-        self._seen: dict[int, _Passes] = {}  # by power of two
+        self._seen: dict[int, _SimilarPasses] = {}  # by power of two
 
     def learn(self, tokens: int, seconds: float) -> None:
-        """A forward pass over so many tokens took so long."""
+        """A forward pass over `tokens` tokens took `seconds`."""
         power = tokens.bit_length()
         passes = self._seen.get(power)
         if passes is None:
-            self._seen[power] = _Passes(tokens, Ewma(seconds, 0.0, self._WEIGHT))
+            self._seen[power] = _SimilarPasses(tokens, Ewma(seconds, 0.0, self._WEIGHT))
             return
         passes.tokens += self._WEIGHT * (tokens - passes.tokens)
-        # One that was held up by something else is not to be believed at once.
+        # A pass that was held up by something else is not to be believed at once.
         passes.seconds.observe(min(seconds, 4 * passes.seconds.mean))
 
     def of(self, tokens: float) -> float:
-        """Seconds for so many tokens; 0 before anything was measured.
+        """Seconds for a pass over `tokens` tokens; 0 before anything was measured.
 
-        For fewer than were ever measured it is less than it will be, lest somebody's first decode step be
-        taken for as long as the long prompt that came before it; for more, as if each token took the same.
+        For fewer tokens than were ever measured it is less than it will be, lest a first decode step be taken
+        for as long as the long prompt before it; for more, as if each token took the same.
         """
         points = self._points(0.0)
         if points and tokens > points[-1][0]:
             return points[-1][1] * tokens / points[-1][0]
-        return _on_lines(points, tokens)
+        return _interpolated(points, tokens)
 
     def tokens_within(self, seconds: float) -> int:
-        """How many tokens fit into so much time, also if they take longer than usual by as much as they do at
-        times; 0 if not one does, or nothing was measured.
+        """Most tokens of a pass that is done in time even if it takes longer than usual by its mean
+        deviation.
+
+        0 if not one is, or nothing was measured.
         """
         points = self._points(1.0)
         low, high = 0, 1
-        while high < 2**20 and 0 < _on_lines(points, high) <= seconds:
+        while high < 2**20 and 0 < _interpolated(points, high) <= seconds:
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if _on_lines(points, middle) <= seconds else (low, middle)
+            low, high = (middle, high) if _interpolated(points, middle) <= seconds else (low, middle)
         return low
 
     def _points(self, deviations: float) -> list[tuple[float, float]]:
@@ -410,11 +422,11 @@ class PassTimes:
         return sorted((one.tokens, one.seconds.mean + deviations * one.seconds.deviation) for one in seen)
 
 
-def _on_lines(points: Sequence[tuple[float, float]], tokens: float) -> float:
-    """Seconds for so many tokens on the lines between `points`, from (0, 0) on; 0 without any.
+def _interpolated(points: Sequence[tuple[float, float]], tokens: float) -> float:
+    """Seconds for `tokens` tokens on the lines between `points`, from (0, 0) on; 0 without any.
 
-    The last one goes on, but as a line through two points is not to be believed far, at least half as steep
-    as from (0, 0).
+    The last line goes on, but at least half as steep as from (0, 0): a line through two points is not to be
+    believed far.
     """
     if not points:
         return 0.0

@@ -23,14 +23,14 @@ _MAX_POSITION = 2**24
 
 @dataclass(eq=False)
 class SessionStep:
-    """What a step brought, and the cache that it is for; see `engine.StepTask`."""
+    """A step that was received, and the session that it is for; see `engine.StepTask`."""
 
     stage: Stage
     client: str
     of: ServedSession
     step: Step
     received: Received
-    known: Tensor | None = field(default=None, init=False)
+    cached_output: Tensor | None = field(default=None, init=False)
 
     @property
     def session(self) -> str:
@@ -41,8 +41,12 @@ class SessionStep:
         rows, tokens, _ = self.step.hidden.shape
         return rows, tokens
 
-    def begin(self) -> StepPart:
-        """Decode, check values, and only then edit the cache."""
+    def prepare(self) -> StepPart:
+        """Decode the tensors, check their values, and only then edit the cache.
+
+        Raises:
+            Refusal: a value is not finite or out of range; the cache is unchanged.
+        """
         step, received, stage, cache = self.step, self.received, self.stage, self.of.cache
         hidden = received.tensor(step.hidden)
         if not codec.is_finite(hidden):
@@ -59,7 +63,7 @@ class SessionStep:
             cache.edit(step.position, step.order)
         hidden = hidden.to(stage.dtype)
         if self.of.trail is not None:
-            self._find_known(self.of.trail, hidden)
+            self._find_cached(self.of.trail, hidden)
         return StepPart(
             to_device(hidden, stage.device),
             cache,
@@ -67,30 +71,30 @@ class SessionStep:
             None if positions is None else to_device(positions, stage.device),
         )
 
-    def finish(self, output: Tensor) -> tuple[TensorSpec, memoryview]:
-        """The outputs that were asked for, as they go over the wire."""
+    def result(self, output: Tensor) -> tuple[TensorSpec, memoryview]:
+        """Encode the outputs that the client asked for."""
         answers = self.step.answers
         return codec.encode(output[:, output.shape[1] - self.step.keep :], answers[0] if answers else "none")
 
-    def afterwards(self, output: Tensor) -> None:
-        """Keep what later sessions may begin with."""
-        trail = self.of.trail
-        if trail is None or trail.lost:
+    def after_result(self, output: Tensor) -> None:
+        """Keep full pages, for later sessions that begin alike."""
+        tracker = self.of.trail
+        if tracker is None or tracker.lost:
             return
         try:
-            trail.follow(output[0], self.of.cache)
+            tracker.follow(output[0], self.of.cache)
         except Exception:
             logger.exception("pages of a session could not be kept")
-            trail.lose()
+            tracker.lose()
 
-    def _find_known(self, trail: PrefixTracker, hidden: Tensor) -> None:
-        """Look for pages that hold the beginning of the step."""
+    def _find_cached(self, tracker: PrefixTracker, hidden: Tensor) -> None:
+        """Put kept pages that hold the beginning of the step into the cache."""
         step = self.step
-        trail.cut(step.position)
+        tracker.cut(step.position)
         if hidden.shape[0] > 1 or step.mask is not None or step.positions is not None:
-            trail.lose()
-        elif trail.tokens == step.position:
-            found = trail.find(hidden[0], self.of.cache)
-            self.known = None if found is None else found[None]
+            tracker.lose()
+        elif tracker.tokens == step.position:
+            found = tracker.find(hidden[0], self.of.cache)
+            self.cached_output = None if found is None else found[None]
         else:
-            trail.lose()
+            tracker.lose()
