@@ -14,6 +14,7 @@ import torch
 from swarmkit.bench.measure import Progress, quiet
 from swarmkit.bench.subject import Subject
 from swarmkit.local.server_process import ServerProcess
+from swarmkit.models.plan import block_bytes
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def bench_footprint(
         if number:
             found.append(footprint)
     on_progress("done", rounds + 1, rounds + 1)
-    weights = blocks * subject.checkpoint.block_bytes(getattr(torch, dtype))
+    weights = blocks * block_bytes(subject.checkpoint, getattr(torch, dtype))
     memory = statistics.median(each.memory_bytes for each in found)
     return {
         "model": subject.label,

@@ -28,6 +28,7 @@ from swarmkit.errors import SwarmkitError
 from swarmkit.local.server_process import ServerProcess
 from swarmkit.local.swarm import LocalSwarm
 from swarmkit.models.head.head import load_local
+from swarmkit.models.plan import cache_cost
 from swarmkit.net import portal
 from swarmkit.net.connect import over_hivemind
 from swarmkit.net.protocol.messages import GetResources, Resources
@@ -80,7 +81,7 @@ def bench_soak(
     chance = random.Random(seed)
     on_progress("computing what is right", 0, 1)
     answers = clear_answers(subject)
-    bytes_per_token = subject.checkpoint.kv_bytes_per_token_per_block(torch.float32)
+    bytes_per_token = cache_cost(subject.checkpoint, torch.float32).token_bytes
     cache_tokens = max(_LEAST_CACHE_TOKENS, clients * _CACHE_TOKENS)
     settings = ServerSettings().replace(
         cache_bytes=cache_tokens * bytes_per_token * subject.checkpoint.num_blocks // _STAGES,

@@ -34,9 +34,10 @@ from swarmkit.models.architecture.anatomy import anatomy_of, cache_argument, ske
 from swarmkit.models.architecture.quirks import family_of
 from swarmkit.models.architecture.wrapper import text_part
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
-from swarmkit.models.checkpoint.files import open_files
 from swarmkit.models.checkpoint.fingerprint import recall, remember
-from swarmkit.models.execution import stage
+from swarmkit.models.checkpoint.open_files import open_files
+from swarmkit.models.execution import full_sequences, stage, view
+from swarmkit.models.execution.full_sequences import FullSequencePass, FullSequences
 from swarmkit.models.execution.stage import Stage, StageCache
 from swarmkit.models.head import head
 from swarmkit.models.head.head import build_head, load_local
@@ -47,6 +48,8 @@ TOLERANCE = 1e-4
 """The largest difference that counts as equal, relative to the largest value. A right cut differs by the
 rounding of float32, some 1e-6; every wrong one that was ever seen by more than 1e-2."""
 
+_BLOCKS_AT_A_TIME = 2
+"""Servers run backward passes in pieces, between which they run what is more urgent; so does a check."""
 _LONGEST = 8
 _VOCABULARY = 61
 _PROMPT = 9
@@ -150,7 +153,7 @@ def _identity(tiny: PreTrainedConfig) -> str:
     digest = hashlib.sha256(json.dumps(tiny.to_dict(), sort_keys=True, default=str).encode())
     for part in (__version__, transformers.__version__, torch.__version__, repr(family_of(tiny.model_type))):
         digest.update(f"\0{part}".encode())
-    for module in (anatomy, cache, head, loading, quirks, stage):
+    for module in (anatomy, cache, full_sequences, head, loading, quirks, stage, view):
         digest.update(inspect.getsource(module).encode())
     return digest.hexdigest()[:32]
 
@@ -397,10 +400,16 @@ class _Chain(nn.Module):
         return hidden.clone()
 
     def gradient(self, grad: Tensor) -> Tensor:
-        """The gradient with respect to what the first block was given in the last call of `forward`."""
+        """The gradient with respect to what the first block was given in the last call of `forward`.
+
+        Computed as servers compute it: over full sequences, a few blocks at a time.
+        """
         for stage, given in reversed(list(zip(self.stages, self.inputs, strict=True))):  # noqa: F402
-            options = {"attention_mask": self.mask, "position_ids": self.positions}
-            grad = stage.differentiate(given, grad, stage.start, stage.stop, **options)
+            options: dict[str, Any] = {"attention_mask": self.mask, "position_ids": self.positions}
+            run = FullSequencePass(stage, FullSequences(given, stage.start, stage.stop, **options), grad)
+            while run.left:
+                run.advance(_BLOCKS_AT_A_TIME)
+            grad = run.result()
         return grad
 
 

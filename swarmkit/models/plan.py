@@ -1,16 +1,22 @@
-"""How many blocks fit, and how many such machines a whole model needs: computed from the config alone."""
+"""How many bytes blocks take, how many fit into a machine, and how many machines a whole model needs.
+
+All of it is computed from the config; only what quantised weights take is read from the checkpoint.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedConfig
 
 from swarmkit.errors import UsageError
-from swarmkit.models.architecture.anatomy import block_skeletons
+from swarmkit.models.architecture.anatomy import block_numel, block_skeletons
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.kv.cache import MARKS
+from swarmkit.models.kv.measure import measure_block_cache
 from swarmkit.models.quantization.precision import Precision
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -20,7 +26,64 @@ _RUNTIME_BYTES = {"cpu": 512 * 2**20, "cuda": 1024 * 2**20, "mps": 512 * 2**20}
 
 
 SESSION_TOKENS = 2048
-"""How long a session is taken to be where one takes room however long it is: with recurrent blocks."""
+"""Length that sessions are assumed to have, where a session takes room however long it is (recurrent blocks).
+"""
+_POSITION_BYTES = 8
+"""A stage with recurrent blocks keeps the position of each token beside its inputs."""
+
+
+@dataclass(frozen=True)
+class CacheCost:
+    """Bytes of cache to count for one block (the largest, if they differ).
+
+    With these for each of its blocks, the bytes of any stage suffice.
+
+    Attributes:
+        token_bytes: for one token of one row.
+        row_bytes: for one row however long it is: the states of recurrent blocks.
+    """
+
+    token_bytes: int
+    row_bytes: int
+
+    @property
+    def row_tokens(self) -> int:
+        """`row_bytes` in tokens: a row takes as much as so many tokens before it has any."""
+        return -(-self.row_bytes // self.token_bytes) if self.token_bytes else 0
+
+
+_COSTS: WeakKeyDictionary[Checkpoint, dict[torch.dtype, CacheCost]] = WeakKeyDictionary()
+"""Costs that were found before: each takes running a block of each kind."""
+
+
+def cache_cost(checkpoint: Checkpoint, dtype: torch.dtype) -> CacheCost:
+    """What sessions cost in a model's blocks, with keys, values and states in `dtype`."""
+    costs = _COSTS.setdefault(checkpoint, {})
+    if dtype not in costs:
+        size = measure_block_cache(checkpoint.config, dtype)
+        token_bytes = size.values_per_token * dtype.itemsize
+        if size.state_bytes_per_row:
+            # Such a stage keeps its inputs as well, once. As recurrent blocks have no keys and values, it is
+            # enough to count each block as the larger of both.
+            token_bytes = max(token_bytes, checkpoint.hidden_size * dtype.itemsize + _POSITION_BYTES)
+        costs[dtype] = CacheCost(token_bytes, size.state_bytes_per_row * (1 + MARKS))
+    return costs[dtype]
+
+
+def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Bytes of the weights of one block (the largest, if they differ) when loaded in `dtype`."""
+    return block_numel(checkpoint.config) * dtype.itemsize
+
+
+def weight_bytes(checkpoint: Checkpoint, precision: Precision) -> int:
+    """Bytes of the weights of one block (the largest, if they differ) when loaded in a precision.
+
+    Raises:
+        ModelError: they are stored quantised, and the headers of the files cannot be fetched.
+    """
+    if precision.keeps_stored:
+        return checkpoint.stored_block_bytes
+    return max(precision.weight_bytes(block) for block in block_skeletons(checkpoint.config))
 
 
 @dataclass(frozen=True)
@@ -34,7 +97,7 @@ class Plan:
     block_bytes: int
     """Weights of the largest block in the precision."""
     kv_bytes_per_block: int
-    """Cache of `cache_tokens` tokens in one block, in sessions of `SESSION_TOKENS`, and of recorded work."""
+    """Cache of `cache_tokens` tokens in one block, in sessions of `SESSION_TOKENS`, and static KV slots."""
     workspace_bytes: int
     """The runtime, the activations of the largest step, and what training keeps."""
     cache_tokens: int
@@ -60,7 +123,8 @@ def plan(
     *,
     cache_tokens: int = 16_384,
     max_step_tokens: int = 4096,
-    cuda_graph_tokens: int = 10_240,
+    cuda_graph_slots: int = 4,
+    cuda_graph_tokens: int = 2048,
     training_bytes: int = 512 * 2**20,
     device: str = "cpu",
     row_tokens: int = 0,
@@ -71,12 +135,14 @@ def plan(
     The skeletons of the blocks are built on the meta device: nothing is downloaded, nothing allocated.
 
     Args:
-        kv_bytes_per_token_per_block: in the precision's dtype, from `Checkpoint`.
+        kv_bytes_per_token_per_block: in the precision's dtype, from `cache_cost`.
         max_step_tokens: batch x tokens of the largest step a server takes.
-        cuda_graph_tokens: for which an accelerator with recorded work has room besides; none on others.
-        training_bytes: that training may keep for its way back.
-        row_tokens: what a session's row takes besides its tokens, in tokens; from `Checkpoint`.
-        block_bytes: of the largest block's weights, where they are stored quantised; from `Checkpoint`.
+        cuda_graph_slots: sessions whose single tokens run as CUDA graphs; 0 for none. Counted only where the
+            device and the precision can do that.
+        cuda_graph_tokens: length of each of their static KV slots.
+        training_bytes: bytes of activations that training may keep for backward passes.
+        row_tokens: what a session's row takes besides its tokens, in tokens; from `cache_cost`.
+        block_bytes: of the largest block's weights, where they are stored quantised.
     """
     if block_bytes is None:
         block_bytes = max(precision.weight_bytes(block) for block in block_skeletons(config))
@@ -85,7 +151,10 @@ def plan(
     activations = max_step_tokens * (4 * config.hidden_size + 2 * width) * precision.dtype.itemsize
     kind = torch.device(device).type
     runtime = _RUNTIME_BYTES.get(kind, _RUNTIME_BYTES["cuda"])
-    room_tokens = cache_tokens + (cuda_graph_tokens if kind == "cuda" else 0)
+    with_graphs = kind == "cuda" and precision.allows_cuda_graphs
+    room_tokens = cache_tokens
+    if with_graphs and cuda_graph_slots:
+        room_tokens += (cuda_graph_slots + 1) * cuda_graph_tokens  # one slot is spare
     return Plan(
         memory_bytes=memory_bytes,
         precision=precision.name,
@@ -105,25 +174,28 @@ def plan_checkpoint(
     *,
     cache_tokens: int = 16_384,
     max_step_tokens: int = 4096,
-    cuda_graph_tokens: int = 10_240,
+    cuda_graph_slots: int = 4,
+    cuda_graph_tokens: int = 2048,
     training_bytes: int = 512 * 2**20,
     device: str = "cpu",
 ) -> Plan:
-    """`plan`, with what only the checkpoint can tell. If its weights are stored quantised, the headers of its
-    files are read (from the Hub, only these).
+    """`plan` for a checkpoint. If its weights are stored quantised, the headers of its files are read (from
+    the Hub, only these).
     """
+    cost = cache_cost(checkpoint, precision.dtype)
     return plan(
         checkpoint.config,
-        checkpoint.kv_bytes_per_token_per_block(precision.dtype),
+        cost.token_bytes,
         memory_bytes,
         precision,
         cache_tokens=cache_tokens,
         max_step_tokens=max_step_tokens,
+        cuda_graph_slots=cuda_graph_slots,
         cuda_graph_tokens=cuda_graph_tokens,
         training_bytes=training_bytes,
         device=device,
-        row_tokens=checkpoint.row_tokens(precision.dtype),
-        block_bytes=checkpoint.weight_bytes(precision) if precision.keeps_stored else None,
+        row_tokens=cost.row_tokens,
+        block_bytes=checkpoint.stored_block_bytes if precision.keeps_stored else None,
     )
 
 

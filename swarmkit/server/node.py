@@ -33,7 +33,7 @@ from swarmkit.events import (
 from swarmkit.models.check import ensure_servable
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.stage import Stage
-from swarmkit.models.plan import device_memory_bytes, format_bytes, plan_checkpoint
+from swarmkit.models.plan import cache_cost, device_memory_bytes, format_bytes, plan_checkpoint
 from swarmkit.models.quantization.precision import Precision
 from swarmkit.net.connect import TransportFactory
 from swarmkit.net.protocol.adapter_messages import ADAPTER_ENDPOINT
@@ -195,15 +195,16 @@ class ServerNode:
             owned.push_async_callback(_shielded, lambda: anyio.to_thread.run_sync(engine.close))
             self._rate = (await engine.run(lambda: measure_decode_rate(stage, self._clock.now), BULK)).value
             await engine.run(trim_malloc, BULK)
+            cost = cache_cost(config.checkpoint, stage.dtype)
             self.service = service = BlockService(
                 stage,
                 fingerprint,
-                config.checkpoint.kv_bytes_per_token_per_block(stage.dtype),
+                cost.token_bytes,
                 engine,
                 config.settings,
                 self._links(transport),
             )
-            service.budget.row_tokens = config.checkpoint.row_tokens(stage.dtype)
+            service.budget.row_tokens = cost.row_tokens
             await self._host(service, stage)
             adapters = AdapterService(
                 stage, fingerprint, engine, config.settings, service.intake, service.adapters
@@ -282,8 +283,8 @@ class ServerNode:
             precision,
             cache_tokens=config.settings.node.cache_tokens,
             max_step_tokens=config.settings.requests.max_step_tokens,
-            cuda_graph_tokens=(config.settings.engine.cuda_graph_slots + 1)
-            * config.settings.engine.cuda_graph_tokens,
+            cuda_graph_slots=config.settings.engine.cuda_graph_slots,
+            cuda_graph_tokens=config.settings.engine.cuda_graph_tokens,
             training_bytes=config.settings.limits.activation_cache_bytes,
             device=config.device,
         )

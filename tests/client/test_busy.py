@@ -15,6 +15,7 @@ from swarmkit.events import PeerRefused, WaitStarted, following
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
 from swarmkit.models.kv.cache import PAGE_TOKENS
+from swarmkit.models.plan import cache_cost
 from swarmkit.settings import ServerSettings
 
 from ..net.announcements import announcement
@@ -102,7 +103,7 @@ def undisturbed(tiny_llama: Checkpoint) -> Callable[..., Tensor]:
 
 def room(checkpoint: Checkpoint, pages: int, **more: object) -> ServerSettings:
     """For one row in the two blocks of the middle stage."""
-    of_page = PAGE_TOKENS * 2 * checkpoint.kv_bytes_per_token_per_block(torch.float32)
+    of_page = PAGE_TOKENS * 2 * cache_cost(checkpoint, torch.float32).token_bytes
     return ServerSettings().replace(cache_bytes=pages * of_page, prefix_cache="off", **more)  # type: ignore[arg-type]
 
 

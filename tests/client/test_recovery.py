@@ -31,6 +31,7 @@ from swarmkit.events import (
 )
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
+from swarmkit.models.plan import cache_cost
 from swarmkit.server.server import Server
 from swarmkit.settings import ServerSettings
 
@@ -437,7 +438,7 @@ def test_a_server_without_room_for_a_session_is_passed_by(
 def test_a_session_that_outgrows_a_server_moves_on(
     tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor]
 ) -> None:
-    room = 32 * 2 * tiny_llama.kv_bytes_per_token_per_block(torch.float32)
+    room = 32 * 2 * cache_cost(tiny_llama, torch.float32).token_bytes
     with a_world(tiny_llama, replicas=1) as world:
         world.swarm.servers[1].stop()
         world.add((1, 3), settings=ServerSettings().replace(cache_bytes=room, prefix_cache="off"))

@@ -10,6 +10,7 @@ import torch
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.stage import Stage, StageCache
 from swarmkit.models.kv.cache import PAGE_TOKENS
+from swarmkit.models.plan import cache_cost
 
 from .tiny import make_checkpoint
 
@@ -43,8 +44,8 @@ def test_a_session_takes_no_more_memory_than_its_pages(
     for _ in range(2 * PAGE_TOKENS):
         stage.forward(hidden(2, 1), cache)
         pages = -(-cache.tokens // PAGE_TOKENS)
-        assert memory_of(cache) <= 2 * pages * PAGE_TOKENS * 3 * checkpoint.kv_bytes_per_token_per_block(
-            stage.dtype
+        assert (
+            memory_of(cache) <= 2 * pages * PAGE_TOKENS * 3 * cache_cost(checkpoint, stage.dtype).token_bytes
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from swarmkit.models.architecture import anatomy, quirks
 from swarmkit.models.architecture.anatomy import Anatomy
 from swarmkit.models.architecture.quirks import FAMILIES, REFUSED, Family
 from swarmkit.models.check import TOLERANCE, check_architecture, config_of, ensure_servable, shrink
+from swarmkit.models.execution.full_sequences import FullSequencePass
 
 from .tiny import ARCHITECTURES, PROMISED, tiny_config
 
@@ -73,6 +75,21 @@ def test_a_multiplier_that_is_applied_twice_is_found(monkeypatch: pytest.MonkeyP
 def test_a_norm_that_is_left_in_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Anatomy, "neutralise", lambda self, base: None)
     assert differs(tiny_config("llama")).worst_decode > 100 * TOLERANCE
+
+
+def test_a_wrong_gradient_in_the_pass_that_servers_run_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    backward = FullSequencePass._backward
+
+    def slightly_wrong(run: FullSequencePass, piece: Any) -> int:
+        blocks = backward(run, piece)
+        assert run._back is not None
+        run._back = run._back * 1.001
+        return blocks
+
+    monkeypatch.setattr(FullSequencePass, "_backward", slightly_wrong)
+    verdict = differs(tiny_config("llama"))
+    assert verdict.worst_prefill < TOLERANCE
+    assert "differs in the backward pass" in verdict.reason
 
 
 def test_positions_that_are_added_twice_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

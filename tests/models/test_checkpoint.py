@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from swarmkit.errors import ModelError, UsageError
 from swarmkit.models.checkpoint import fingerprint as fingerprints
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.plan import block_bytes, cache_cost
 
 from .tiny import make_checkpoint
 
@@ -207,5 +208,5 @@ def test_a_checkpoint_of_the_bare_base_model_has_the_same_keys_for_the_head(tmp_
 
 def test_half_the_bytes_for_half_the_width(folder: Path) -> None:
     checkpoint = Checkpoint.open(folder)
-    assert checkpoint.block_bytes(torch.float32) == 2 * checkpoint.block_bytes(torch.float16)
-    assert checkpoint.kv_bytes_per_token_per_block(torch.bfloat16) == 2 * 2 * 8 * 2
+    assert block_bytes(checkpoint, torch.float32) == 2 * block_bytes(checkpoint, torch.float16)
+    assert cache_cost(checkpoint, torch.bfloat16).token_bytes == 2 * 2 * 8 * 2

@@ -15,7 +15,7 @@ from swarmkit.models.architecture.quirks import FAMILIES
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.stage import Stage
 from swarmkit.models.head.head import build_head, load_local
-from swarmkit.models.kv.cache import kv_numel_per_token
+from swarmkit.models.plan import block_bytes, cache_cost
 
 from .tiny import (
     ARCHITECTURES,
@@ -165,17 +165,17 @@ def test_a_token_takes_the_bytes_that_the_checkpoint_tells(opened: Checkpoint, s
     if opened.model_type in RECURRENT:
         assert cache.nbytes() > 0
     else:
-        assert cache.nbytes() == 3 * 7 * 2 * kv_numel_per_token(opened.config) * 4
+        assert cache.nbytes() == 3 * 7 * 2 * cache_cost(opened, torch.float32).token_bytes
 
 
 def test_blocks_weigh_what_the_checkpoint_tells(opened: Checkpoint, stages: list[Stage]) -> None:
-    def block_bytes(stage: Stage) -> list[int]:
+    def bytes_of(stage: Stage) -> list[int]:
         blocks = stage._base.get_submodule(stage._anatomy.layers)
         return [sum(p.nbytes for p in block.parameters()) for block in blocks.children()]
 
-    weights = [size for stage in stages for size in block_bytes(stage)]
-    assert opened.block_bytes(torch.float32) == max(weights)
-    assert opened.block_bytes(torch.bfloat16) == max(weights) // 2
+    weights = [size for stage in stages for size in bytes_of(stage)]
+    assert block_bytes(opened, torch.float32) == max(weights)
+    assert block_bytes(opened, torch.bfloat16) == max(weights) // 2
 
 
 def test_a_checkpoint_with_quantised_experts_equals_the_local_model(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_checkpoint_with_quantised_experts_equals_the_local_model(tmp_path: Pa
     stages = [Stage.load(opened, start, stop) for start, stop in CUTS]
     assert_same(build_head(opened, StageChain(stages)), load_local(opened), *prompts(2))
     blocks = stages[0]._base.get_submodule("layers")
-    assert sum(p.nbytes for p in blocks.parameters()) == opened.block_bytes(torch.float32)
+    assert sum(p.nbytes for p in blocks.parameters()) == block_bytes(opened, torch.float32)
 
 
 def test_every_supported_architecture_is_tested() -> None:

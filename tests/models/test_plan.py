@@ -83,16 +83,32 @@ def test_fewer_bits_take_less_room() -> None:
     assert len(set(sizes)) == 4
 
 
-def test_what_training_keeps_and_recorded_work_holds_is_planned_for() -> None:
+def planned(device: str, precision: str = "float32", **parts: int) -> Plan:
+    """What is planned for tiny-chat with a cache of 100 tokens, of 1000 bytes each."""
     config = Checkpoint.open("tiny-chat").config
+    kept = Precision.parse(precision, config)
+    return plan(config, 1000, 2**32, kept, device=device, cache_tokens=100, **parts)
 
-    def planned(device: str, **parts: int) -> Plan:
-        precision = Precision.parse("float32", config)
-        return plan(config, 1000, 2**32, precision, device=device, cache_tokens=100, **parts)
 
+def test_what_training_keeps_is_planned_for() -> None:
     assert planned("cpu").workspace_bytes - planned("cpu", training_bytes=0).workspace_bytes == 512 * 2**20
-    assert planned("cuda", cuda_graph_tokens=50).kv_bytes_per_block == 150 * 1000
-    assert planned("cpu", cuda_graph_tokens=50).kv_bytes_per_block == 100 * 1000
+
+
+def test_static_slots_and_a_spare_one_are_planned_for() -> None:
+    found = planned("cuda", cuda_graph_slots=4, cuda_graph_tokens=10)
+    assert found.kv_bytes_per_block == (100 + 5 * 10) * 1000
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "slots"),
+    [("cpu", "float32", 4), ("cuda", "float32", 0), ("cuda", "int8", 4)],
+    ids=["on a CPU", "turned off", "in int8"],
+)
+def test_no_static_slots_are_planned_for_where_there_are_no_cuda_graphs(
+    device: str, precision: str, slots: int
+) -> None:
+    found = planned(device, precision, cuda_graph_slots=slots, cuda_graph_tokens=10)
+    assert found.kv_bytes_per_block == 100 * 1000
 
 
 @pytest.mark.parametrize(

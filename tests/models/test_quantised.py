@@ -16,13 +16,14 @@ from swarmkit.models.architecture.anatomy import anatomy_of
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.stage import Stage
 from swarmkit.models.head.head import build_head, load_local
+from swarmkit.models.plan import weight_bytes
 from swarmkit.models.quantization import stored as quantised
 from swarmkit.models.quantization.precision import Precision
 from swarmkit.models.quantization.stored import StoredQuantisation
 
 from .quantise import to_awq, to_compressed_tensors, to_fp8, to_gptq, with_bitsandbytes
 from .test_equality import CUTS, assert_same, prompts
-from .tiny import StageChain, make_checkpoint, tiny_config
+from .tiny import StageChain, gradient_of, make_checkpoint, tiny_config
 
 
 def a_folder(tmp_path: Path, model_type: str = "llama", **changes: Any) -> Path:
@@ -104,7 +105,7 @@ def test_gradients_pass_through_weights_of_four_bits(tmp_path: Path) -> None:
     with_bitsandbytes(folder, "nf4")
     stage = Stage.load(Checkpoint.open(folder), 0, 2)
     hidden = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
-    gradient = stage.differentiate(hidden, torch.ones_like(hidden), 0, 2)
+    gradient = gradient_of(stage, hidden, torch.ones_like(hidden), 0, 2)
     assert gradient.isfinite().all()
     assert gradient.abs().max() > 0
 
@@ -119,7 +120,7 @@ def test_a_block_is_planned_with_the_bytes_of_its_tensors(tmp_path: Path, kind: 
     opened = Checkpoint.open(folder)
     tensors = load_file(folder / "model.safetensors")
     largest = max(sum(tensors[key].nbytes for key in opened.block_keys(b, b + 1)) for b in range(5))
-    assert opened.weight_bytes(Precision.parse("auto", opened.config)) == largest
+    assert weight_bytes(opened, Precision.parse("auto", opened.config)) == largest
 
 
 def test_expanded_weights_are_planned_with_the_bytes_that_they_take_once_loaded(tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_expanded_weights_are_planned_with_the_bytes_that_they_take_once_loaded(
     opened = Checkpoint.open(folder)
     stage = Stage.load(opened, 0, 1)
     loaded = sum(p.nbytes for p in stage._base.get_submodule("layers").parameters())
-    assert opened.weight_bytes(Precision.parse("auto", opened.config)) == pytest.approx(loaded, abs=1)
+    assert weight_bytes(opened, Precision.parse("auto", opened.config)) == pytest.approx(loaded, abs=1)
 
 
 # what is missing is said

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from swarmkit.errors import ModelError, UsageError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.full_sequences import FullSequencePass, FullSequences
 from swarmkit.models.execution.stage import Stage, StageCache
+from swarmkit.models.plan import cache_cost
 
 from .tiny import make_checkpoint
 
@@ -85,7 +88,7 @@ def test_results_have_the_dtype_of_the_stage(checkpoint: Checkpoint, dtype: str,
     cache = stage.new_cache(0, 2)
     out = stage.forward(hidden(1, 3).to(torch.float16), cache)
     assert (stage.dtype, out.dtype, out.is_contiguous()) == (wanted, wanted, True)
-    assert cache.nbytes() == 3 * 2 * checkpoint.kv_bytes_per_token_per_block(wanted)
+    assert cache.nbytes() == 3 * 2 * cache_cost(checkpoint, wanted).token_bytes
 
 
 def test_an_unknown_dtype_is_refused(checkpoint: Checkpoint) -> None:
@@ -253,6 +256,13 @@ def test_sessions_of_one_stage_do_not_see_each_other(stage: Stage) -> None:
 # ---------------------------------------------------------------------- gradients
 
 
+def backward(stage: Stage, grad: Tensor, inputs: FullSequences) -> Tensor:
+    run = FullSequencePass(stage, inputs, grad)
+    while run.left:
+        run.advance(2)
+    return run.result()
+
+
 def test_gradients_of_two_stages_are_those_of_one(checkpoint: Checkpoint) -> None:
     whole = Stage.load(checkpoint, 0, 4)
     first, second = Stage.load(checkpoint, 0, 3), Stage.load(checkpoint, 2, 4)
@@ -260,9 +270,9 @@ def test_gradients_of_two_stages_are_those_of_one(checkpoint: Checkpoint) -> Non
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     options = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
     between = first.forward(given, first.new_cache(0, 3), **options)
-    through = second.differentiate(between, grad, 3, 4, **options)
-    parts = first.differentiate(given, through, 0, 3, **options)
-    wanted = whole.differentiate(given, grad, 0, 4, **options)
+    through = backward(second, grad, FullSequences(between, 3, 4, **options))
+    parts = backward(first, through, FullSequences(given, 0, 3, **options))
+    wanted = backward(whole, grad, FullSequences(given, 0, 4, **options))
     torch.testing.assert_close(parts, wanted, atol=1e-5, rtol=1e-5)
     assert parts.abs().max() > 0.1
     assert not parts.requires_grad
@@ -271,9 +281,9 @@ def test_gradients_of_two_stages_are_those_of_one(checkpoint: Checkpoint) -> Non
 
 def test_a_gradient_of_another_shape_is_refused(stage: Stage) -> None:
     with pytest.raises(UsageError, match="gradient"):
-        stage.differentiate(hidden(1, 2), hidden(1, 3), 1, 2)
+        FullSequencePass(stage, FullSequences(hidden(1, 2), 1, 2), hidden(1, 3))
     with pytest.raises(UsageError, match="not all in this stage"):
-        stage.differentiate(hidden(1, 2), hidden(1, 2), 0, 2)
+        FullSequencePass(stage, FullSequences(hidden(1, 2), 0, 2), hidden(1, 2))
 
 
 # ---------------------------------------------------------------------- states that cannot be cut back

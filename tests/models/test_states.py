@@ -10,8 +10,8 @@ import torch
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.stage import Stage
 from swarmkit.models.kv.cache import MARKS
-from swarmkit.models.kv.recurrent_state import state_bytes_per_row
-from swarmkit.models.plan import plan_checkpoint
+from swarmkit.models.kv.measure import measure_block_cache
+from swarmkit.models.plan import cache_cost, plan_checkpoint
 from swarmkit.models.quantization.precision import Precision
 from swarmkit.server.cache.kv_budget import KVBudget
 
@@ -30,17 +30,17 @@ def test_a_state_is_counted_with_its_copies(opened: Checkpoint) -> None:
     cache = stage.new_cache(RECURRENT_BLOCK, RECURRENT_BLOCK + 1)
     stage.forward(torch.zeros(1, 1, stage.hidden_size), cache)
     inputs = stage.hidden_size * 4 + 8
-    assert opened.state_bytes_per_row_per_block(torch.float32) == (cache.nbytes() - inputs) * (1 + MARKS)
+    assert cache_cost(opened, torch.float32).row_bytes == (cache.nbytes() - inputs) * (1 + MARKS)
 
 
 def test_part_of_a_state_has_four_bytes_whatever_is_computed_in(opened: Checkpoint) -> None:
-    half, full = (state_bytes_per_row(opened.config, dtype) for dtype in (torch.bfloat16, torch.float32))
+    half, full = (cache_cost(opened, dtype).row_bytes for dtype in (torch.bfloat16, torch.float32))
     assert full / 2 < half < full
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "deepseek_v3"])
 def test_models_of_attention_alone_have_no_states(model_type: str) -> None:
-    assert state_bytes_per_row(tiny_config(model_type), torch.float32) == 0
+    assert measure_block_cache(tiny_config(model_type), torch.float32).state_bytes_per_row == 0
 
 
 @pytest.mark.parametrize("steps", [[40], [9, *[1] * 80], [30, 5, 1, 1, 5, 20, 1]])
@@ -51,8 +51,9 @@ def test_a_lease_is_never_smaller_than_what_its_session_holds(
     stage = Stage.load(opened, 0, 5)
     cache = stage.new_cache(*blocks)
     budget = KVBudget(2**30)
-    budget.row_tokens = opened.row_tokens(stage.dtype)
-    lease = budget.lease((blocks[1] - blocks[0]) * opened.kv_bytes_per_token_per_block(stage.dtype))
+    cost = cache_cost(opened, stage.dtype)
+    budget.row_tokens = cost.row_tokens
+    lease = budget.lease((blocks[1] - blocks[0]) * cost.token_bytes)
     spare = []
     for tokens in steps:
         lease.grow(2, cache.tokens + tokens)
@@ -63,10 +64,11 @@ def test_a_lease_is_never_smaller_than_what_its_session_holds(
 
 def test_states_take_room_in_a_plan(opened: Checkpoint) -> None:
     precision = Precision.parse("float32", opened.config)
-    states = opened.row_tokens(torch.float32) * opened.kv_bytes_per_token_per_block(torch.float32)
-    assert states >= opened.state_bytes_per_row_per_block(torch.float32)
+    cost = cache_cost(opened, torch.float32)
+    states = cost.row_tokens * cost.token_bytes
+    assert states >= cost.row_bytes
     short, longer = (
         plan_checkpoint(opened, 2**40, precision, cache_tokens=tokens).kv_bytes_per_block
         for tokens in (2048, 2049)  # one session, and two
     )
-    assert longer - short == states + opened.kv_bytes_per_token_per_block(torch.float32)
+    assert longer - short == states + cost.token_bytes

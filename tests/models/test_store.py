@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from swarmkit.errors import ModelError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.checkpoint.pickles import open_pickle
 from swarmkit.models.checkpoint.ranges import ByteRange, coalesce, merge, subtract
 from swarmkit.models.checkpoint.store import SPARE_BYTES, BlockStore
 from swarmkit.models.checkpoint.store_format import (
@@ -29,7 +30,7 @@ from swarmkit.models.checkpoint.store_format import (
     read_header,
     sha256_of,
 )
-from swarmkit.models.checkpoint.store_pickles import keep_tensors, open_pickle
+from swarmkit.models.checkpoint.store_tensors import keep_tensors
 
 from .hub import LocalHub, local_hub, use_hub
 from .tiny import make_checkpoint

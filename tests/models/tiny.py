@@ -250,6 +250,25 @@ def make_checkpoint(
     return folder
 
 
+def gradient_of(
+    stage: Stage,
+    hidden: Tensor,
+    grad_output: Tensor,
+    start: int,
+    stop: int,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """The gradient with respect to `hidden` of blocks [start, stop), by one call of autograd over all of
+    them.
+    """
+    with torch.enable_grad():
+        given = hidden.to(stage.device, stage.dtype).clone().requires_grad_()
+        out = stage.run_full_sequences(given, start, stop, attention_mask, position_ids)
+        (gradient,) = torch.autograd.grad(out, given, grad_output.to(stage.device, stage.dtype))
+    return gradient
+
+
 def quantise_mxfp4(folder: Path) -> None:
     """Replace the experts of a gpt_oss checkpoint (in one file) by random ones in its publisher's format."""
     generator = torch.Generator().manual_seed(0)

@@ -22,7 +22,7 @@ from swarmkit.server.engine.scheduler import (
 )
 from swarmkit.settings import ServerSettings
 
-LIMITS = PassLimits(chunk_tokens=512, decode_slowdown=ServerSettings().decode_slowdown)
+LIMITS = PassLimits(chunk_tokens=512, decode_slowdown=ServerSettings().engine.decode_slowdown)
 PREFILL = -1
 SECONDS = 20.0
 AWAY_S = 0.010

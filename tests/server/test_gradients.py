@@ -39,6 +39,7 @@ from swarmkit.server.training.activation_cache import ActivationCache, PassKey
 from swarmkit.server.training.service import GradientService
 from swarmkit.server.training.work import GradientWork, SliceTimes, row_groups
 
+from ..models.tiny import gradient_of
 from ..waiting import eventually
 from .worlds import HIDDEN, START, STOP, TinyServer, World, frame, hidden_states, small_settings
 
@@ -125,7 +126,7 @@ async def test_backward_is_the_stages_own(world: World, line: Line) -> None:
     hidden, gradient = hidden_states(2, 5), hidden_states(2, 5, 1)
     mask = torch.ones(2, 5, dtype=torch.uint8)
     mask[0, :2] = 0
-    wanted = world.stage.differentiate(hidden, gradient, START, STOP, attention_mask=mask)
+    wanted = gradient_of(world.stage, hidden, gradient, START, STOP, attention_mask=mask)
     assert torch.equal(await line.ask(hidden, gradient, mask=mask), wanted)
 
 
@@ -140,7 +141,7 @@ async def test_rows_in_groups_are_the_rows_together(world: World) -> None:
     server = await TrainingServer(world, prefill_chunk_tokens=5).start()
     line = await server.line()
     hidden, gradient = hidden_states(3, 4), hidden_states(3, 4, 1)
-    wanted = world.stage.differentiate(hidden, gradient, START, STOP)
+    wanted = gradient_of(world.stage, hidden, gradient, START, STOP)
     torch.testing.assert_close(await line.ask(hidden, gradient), wanted, rtol=1e-5, atol=1e-5)
     await server.close()
 
@@ -265,7 +266,7 @@ async def test_what_does_not_fit_is_not_kept(world: World) -> None:
     assert torch.equal(output, await line.ask(hidden))
     assert not server.gradients.kept.nbytes
     assert torch.equal(
-        await line.ask(hidden, gradient), world.stage.differentiate(hidden, gradient, START, STOP)
+        await line.ask(hidden, gradient), gradient_of(world.stage, hidden, gradient, START, STOP)
     )
     await server.close()
 
@@ -333,14 +334,14 @@ async def test_a_decode_step_runs_between_two_slices(
             begun.set()
             may_go_on.wait(60)
 
-    begin = SessionStep.begin
+    prepare = SessionStep.prepare
 
-    def begin_step(step: SessionStep) -> Any:
+    def prepare_step(step: SessionStep) -> Any:
         order.append("step")
-        return begin(step)
+        return prepare(step)
 
     monkeypatch.setattr(GradientWork, "advance", advance)
-    monkeypatch.setattr(SessionStep, "begin", begin_step)
+    monkeypatch.setattr(SessionStep, "prepare", prepare_step)
     training = asyncio.create_task(line.ask(hidden_states(2, 4), hidden_states(2, 4, 1)))
     await asyncio.to_thread(begun.wait, 60)
     step = asyncio.create_task(session.step(hidden_states(1, 1)))

@@ -17,7 +17,7 @@ from swarmkit.errors import ModelError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.checkpoint.store import BlockStore
 from swarmkit.models.checkpoint.store_hub import HubFiles
-from swarmkit.models.checkpoint.store_pickles import keep_tensors
+from swarmkit.models.checkpoint.store_tensors import keep_tensors
 from swarmkit.net.registry import offers
 from swarmkit.net.registry.acceptance import acceptable_now
 from swarmkit.net.registry.offers import WeightsOffer

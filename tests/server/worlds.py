@@ -15,6 +15,7 @@ import torch
 from swarmkit.errors import PeerUnreachableError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.stage import Stage
+from swarmkit.models.plan import cache_cost
 from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.messages import (
     PUSH_ENDPOINT,
@@ -58,7 +59,7 @@ class World:
 
     @property
     def kv_bytes(self) -> int:
-        return self.checkpoint.kv_bytes_per_token_per_block(self.stage.dtype)
+        return cache_cost(self.checkpoint, self.stage.dtype).token_bytes
 
 
 def hidden_states(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:

@@ -10,27 +10,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from swarmkit.errors import ModelError, UsageError
 from swarmkit.models.architecture.anatomy import (
     anatomy_of,
-    block_numel,
-    block_skeletons,
     skeleton_of,
     slice_config,
 )
 from swarmkit.models.architecture.quirks import family_of
 from swarmkit.models.architecture.wrapper import text_names, text_part
-from swarmkit.models.checkpoint.files import PACKAGED, Files, open_files, weights_listing
+from swarmkit.models.checkpoint.files import PACKAGED, Files, weights_listing
 from swarmkit.models.checkpoint.manifest import Manifest, is_fingerprint
+from swarmkit.models.checkpoint.open_files import open_files
+from swarmkit.models.checkpoint.shards import OnBytes, Part
 from swarmkit.models.checkpoint.store import key_of
-from swarmkit.models.checkpoint.store_fetch import OnBytes, Part
-from swarmkit.models.kv.cache import kv_numel_per_token
-from swarmkit.models.kv.recurrent_state import POSITION_BYTES, state_bytes_per_row
-from swarmkit.models.quantization.precision import Precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +43,6 @@ class Checkpoint:
     config: PreTrainedConfig
     files: Files = field(repr=False)
     is_part: bool = False
-    _state_bytes: dict[torch.dtype, int] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def open(
@@ -269,55 +263,14 @@ class Checkpoint:
             ) from error
         return tokenizer
 
-    def block_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the weights of one block (the largest, if they differ) when loaded in `dtype`."""
-        return self._block_numel * dtype.itemsize
-
-    def weight_bytes(self, precision: Precision) -> int:
-        """Bytes of the weights of one block (the largest, if they differ) when loaded in a precision.
+    @cached_property
+    def stored_block_bytes(self) -> int:
+        """Bytes of the weights of one block (the largest, if they differ) as they are stored.
 
         Raises:
-            ModelError: they are stored quantised, and the headers of the files cannot be fetched.
+            ModelError: the headers of the files cannot be fetched.
         """
-        if precision.keeps_stored:
-            return self._stored_block_bytes
-        return max(precision.weight_bytes(block) for block in block_skeletons(self.config))
-
-    def kv_bytes_per_token_per_block(self, dtype: torch.dtype) -> int:
-        """Bytes of cache in `dtype` to count for one token of one sequence in one block (the largest, if they
-        differ), so that the bytes of any stage's blocks together suffice.
-
-        A stage with recurrent blocks keeps its inputs as well, once. As these blocks have no keys and
-        values, it is enough to count each block as the larger of both.
-        """
-        kv_bytes = self._kv_numel_per_token * dtype.itemsize
-        if self.state_bytes_per_row_per_block(dtype):
-            return max(kv_bytes, self.hidden_size * dtype.itemsize + POSITION_BYTES)
-        return kv_bytes
-
-    def state_bytes_per_row_per_block(self, dtype: torch.dtype) -> int:
-        """Bytes of cache to count for one sequence in one block however long it is: see `states.py`."""
-        known = self._state_bytes.get(dtype)
-        if known is None:
-            known = self._state_bytes[dtype] = state_bytes_per_row(self.config, dtype)
-        return known
-
-    def row_tokens(self, dtype: torch.dtype) -> int:
-        """The same in tokens: each row takes as much cache as this many tokens before it has any."""
-        per_token = self.kv_bytes_per_token_per_block(dtype)
-        return -(-self.state_bytes_per_row_per_block(dtype) // per_token) if per_token else 0
-
-    @cached_property
-    def _stored_block_bytes(self) -> int:
         return max(self.files.nbytes(part) for part in self.block_parts(0, self.num_blocks))
-
-    @cached_property
-    def _block_numel(self) -> int:
-        return block_numel(self.config)
-
-    @cached_property
-    def _kv_numel_per_token(self) -> int:
-        return kv_numel_per_token(self.config)
 
     @cached_property
     def _by_block(self) -> dict[int, dict[str, str]]:

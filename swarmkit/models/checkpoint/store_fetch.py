@@ -24,14 +24,14 @@ import json
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from swarmkit.errors import ModelError
 from swarmkit.models.checkpoint.ranges import SHA256, ByteRange, RemoteFile, coalesce, merge, subtract
+from swarmkit.models.checkpoint.shards import OnBytes, Part
 from swarmkit.models.checkpoint.store import BlockStore
 from swarmkit.models.checkpoint.store_format import Header, Place, lay_out, sha256_of
 
@@ -48,24 +48,8 @@ SPARE = 1 / 256
 
 _CHUNK_BYTES = 4 * 1024 * 1024
 
-OnBytes = Callable[[int, int], None]
-"""`on_bytes(done, total)`."""
-
 Claims = Mapping[str, Collection[str]]
 """Labels of parts, to SHA-256 hashes that somebody says their files have."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some tensors that are stored in one file.
-
-    Attributes:
-        label: unique within the model, e.g. "block 3".
-        shards: the tensors' names, to the file each lies in.
-    """
-
-    label: str
-    shards: Mapping[str, str] = field(repr=False)
 
 
 class Shards(Protocol):

@@ -15,12 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from swarmkit.errors import ModelError
-from swarmkit.models.checkpoint.files import by_shard, bytes_in, keys_in, read_from
 from swarmkit.models.checkpoint.fingerprint import file_sha256, recall, remember
 from swarmkit.models.checkpoint.ranges import SHA256, ByteRange, RemoteFile, RetryPolicy
+from swarmkit.models.checkpoint.shards import OnBytes, Part, by_shard, bytes_in, keys_in, read_from
 from swarmkit.models.checkpoint.store import BlockStore, key_of
-from swarmkit.models.checkpoint.store_fetch import Claims, OnBytes, Part, fetch_parts
+from swarmkit.models.checkpoint.store_fetch import Claims, fetch_parts
 from swarmkit.models.checkpoint.store_format import FormatError, Header, parse_header
+from swarmkit.models.checkpoint.store_tensors import keep_tensors
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _BAR_FROM_BYTES = 8 * 1024 * 1024
@@ -281,8 +282,6 @@ class HubFiles:
 
     def _convert(self, part: Part) -> None:
         """Put a part from PyTorch's own files, which can only be had whole, into the store."""
-        from swarmkit.models.checkpoint.store_pickles import keep_tensors
-
         with self.store.fetching(self.source, part.label):
             if self.store.find(self.source, part.label) is not None:
                 return

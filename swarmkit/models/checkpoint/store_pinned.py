@@ -16,8 +16,9 @@ from pathlib import Path
 from swarmkit.errors import ModelError
 from swarmkit.models.checkpoint.files import INDEX_FILE, PICKLE_FILE, PICKLE_INDEX_FILE, SINGLE_FILE
 from swarmkit.models.checkpoint.manifest import Manifest, ManifestError
+from swarmkit.models.checkpoint.shards import OnBytes, Part
 from swarmkit.models.checkpoint.store import BlockStore, key_of
-from swarmkit.models.checkpoint.store_fetch import Claims, OnBytes, Part
+from swarmkit.models.checkpoint.store_fetch import Claims
 from swarmkit.models.checkpoint.store_hub import HubFiles
 
 logger = logging.getLogger(__name__)

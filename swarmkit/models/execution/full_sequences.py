@@ -1,12 +1,12 @@
-"""Blocks over whole sequences, without a cache: forward, or forward and back, a few blocks at a time.
+"""Blocks over full sequences, without a cache: forward, or forward and backward, a few blocks at a time.
 
-For training. What runs in pieces can be interrupted between them by whatever is more urgent::
+This is what training runs. Between two pieces the engine runs whatever is more urgent::
 
     forward:   x ─[blocks]─> ─[blocks]─> ─[blocks]─> output
-    backward:  x ─[blocks]─> ─[blocks]─> ─[blocks]─> (kept: the graph of each piece)
+    backward:  x ─[blocks]─> ─[blocks]─> ─[blocks]─> (the graph of each piece is kept)
                gradient <─[graph]─ <─[graph]─ <─[graph]─ gradient of the output
 
-A forward pass can keep its graph, and go back later. The numbers do not depend on where the cuts are.
+A forward pass can keep its graph, and run backward later. The numbers do not depend on where the cuts are.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from swarmkit.models.execution.stage import Stage
 
 @dataclass(frozen=True)
 class FullSequences:
-    """What blocks [start, stop) are given, from the first token on.
+    """The inputs of blocks [start, stop), from the first token on.
 
     Attributes:
         hidden: [batch, tokens, hidden].
         attention_mask: [batch, tokens], false or 0 at padding; None = no padding.
         position_ids: [batch, tokens]; None = counted from 0.
-        states: the outputs of all blocks are wanted, [blocks, batch, tokens, hidden].
+        states: return the outputs of all blocks, [blocks, batch, tokens, hidden], not only those of the last.
     """
 
     hidden: Tensor
@@ -47,7 +47,7 @@ class FullSequences:
         return (self.stop - self.start, *shape) if self.states else shape
 
     def rows(self, low: int, high: int) -> FullSequences:
-        """Some of the sequences."""
+        """Sequences [low, high) of the batch."""
         mask, positions = self.attention_mask, self.position_ids
         return FullSequences(
             self.hidden[low:high],
@@ -61,27 +61,27 @@ class FullSequences:
 
 @dataclass
 class _Piece:
-    """A piece that was run with its graph kept: its input, and the outputs that gradients come in at."""
+    """Some blocks that were run with their graph kept: their input, and the outputs that have gradients."""
 
     blocks: int
     given: Tensor
     outputs: list[Tensor]
     values: Tensor | None
-    """Of the adapter in these blocks, as a leaf of the graph."""
+    """Values of the adapter in these blocks, as a leaf of the graph."""
     place: tuple[int, int]
-    """Where they begin and end among those of the whole adapter."""
+    """Where these values begin and end among those of the whole adapter."""
 
 
 class _SavedInputs:
-    """Counts what a graph keeps: tensors that autograd saves, each memory once, and no weights."""
+    """Counts the bytes of tensors that autograd saves for a graph: each storage once, and no weights."""
 
     def __init__(self, weights: frozenset[int]) -> None:
-        """Args: weights: addresses of what is there anyway."""
+        """Args: weights: addresses of storages that are in memory anyway."""
         self.nbytes = 0
         self._known = set(weights)
 
     def counted(self) -> AbstractContextManager[object]:
-        """Graphs that are made in this context count."""
+        """A context in which the graphs that are made count."""
         return torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor)
 
     def _save(self, tensor: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class _SavedInputs:
             if memory.data_ptr() not in self._known:
                 self._known.add(memory.data_ptr())
                 self.nbytes += memory.nbytes()
-        return tensor.detach()  # an output that its own graph held would never be freed
+        return tensor.detach()  # a graph that held its own output would never be freed
 
 
 class FullSequencePass:
@@ -109,15 +109,15 @@ class FullSequencePass:
         keeps: bool = False,
     ) -> None:
         """Args:
-        gradient: with respect to the output, of its shape; then the pass goes back as well.
-        adapter: for these blocks, at least.
-        trains: the gradient with respect to the adapter's values is wanted, too.
-        keeps: without a gradient: keep what `go_back` needs.
+        gradient: with respect to the output, of its shape; the pass then runs backward as well.
+        adapter: of these blocks, at least.
+        trains: compute the gradient with respect to the adapter's values, too.
+        keeps: keep the graph for a later `begin_backward`; only without a gradient.
 
         Raises:
             UsageError: shapes do not fit each other or the model, or the blocks are not in this stage.
         """
-        stage.check_whole(
+        stage.check_full_sequences(
             inputs.hidden, inputs.start, inputs.stop, inputs.attention_mask, inputs.position_ids
         )
         self._stage = stage
@@ -125,25 +125,25 @@ class FullSequencePass:
         self._position = inputs.start
         self._states: list[Tensor] = []
         self._pieces: list[_Piece] = []
-        self._goes_back = False
+        self._runs_backward = False
         self._has_graph = keeps or gradient is not None
         self._saved = _SavedInputs(stage.weights) if keeps else None
         self._adapter = None if adapter is None else adapter.within(inputs.start, inputs.stop)
         self.adapter_gradient: Tensor | None = None
-        """With respect to the adapter's values for these blocks, if wanted, when nothing is left."""
+        """Once nothing is left: with respect to the adapter's values in these blocks, if `trains`."""
         if trains and self._adapter is not None:
             self.adapter_gradient = torch.zeros_like(self._adapter.values, dtype=torch.float32)
         with self._mode():
             # A copy: what was made in inference mode may not be used where there are gradients.
             self._hidden = inputs.hidden.to(stage.device, stage.dtype).clone()
         self._gradients: list[Tensor] = []
-        """With respect to the outputs wanted, first to last."""
+        """With respect to the outputs that are returned, first to last."""
         self._back: Tensor | None = None
         if gradient is not None:
-            self.go_back(gradient)
+            self.begin_backward(gradient)
 
-    def go_back(self, gradient: Tensor) -> None:
-        """From now on, there is a way back to go as well; once, by a pass that keeps what it needs for that.
+    def begin_backward(self, gradient: Tensor) -> None:
+        """Let a pass that keeps its graph run backward as well; may be called once.
 
         Raises:
             UsageError: the gradient has not the output's shape.
@@ -157,15 +157,15 @@ class FullSequencePass:
         with self._mode():
             at_device = gradient.to(self._stage.device, self._stage.dtype).clone()
             self._gradients = list(at_device) if self._inputs.states else [at_device]
-        self._goes_back = True
+        self._runs_backward = True
 
     @property
     def kept_bytes(self) -> int:
-        """What is kept for the way back takes, besides the weights."""
+        """Bytes that the graph keeps, besides the weights."""
         return 0 if self._saved is None else self._saved.nbytes
 
-    def forget(self) -> None:
-        """Keep nothing for a way back, now and from now on; the pass is a forward pass only."""
+    def discard_graph(self) -> None:
+        """Keep no graph, now and from now on; the pass is a forward pass only."""
         with self._mode():
             self._hidden = self._hidden.detach()
         self._pieces, self._states = [], [state.detach() for state in self._states]
@@ -173,18 +173,18 @@ class FullSequencePass:
 
     @property
     def blocks_left(self) -> int:
-        """How many blocks forward are still to be run."""
+        """Number of blocks that are still to be run forward."""
         return self._inputs.stop - self._position
 
     @property
     def left(self) -> bool:
         """Whether `advance` has something to do."""
-        return bool(self.blocks_left or (self._goes_back and self._pieces))
+        return bool(self.blocks_left or (self._runs_backward and self._pieces))
 
     def advance(self, blocks: int) -> int:
-        """Run the next piece: up to so many blocks forward, or back through the last piece that was.
+        """Run the next piece: up to `blocks` blocks forward, or the last piece that was kept backward.
 
-        Returns: how many blocks that was.
+        Returns: the number of blocks that were run.
         """
         with self._mode():
             if self.blocks_left:
@@ -193,7 +193,7 @@ class FullSequencePass:
 
     def result(self) -> Tensor:
         """The output; or the gradient with respect to the input [batch, tokens, hidden]."""
-        if self._goes_back:
+        if self._runs_backward:
             assert self._back is not None
             return self._back
         return (torch.stack(self._states) if self._inputs.states else self._hidden).detach()
@@ -207,7 +207,7 @@ class FullSequencePass:
         tensors, values, place = self._tuned(low, high)
         with nullcontext() if self._saved is None else self._saved.counted():
             for start, stop in self._cuts(low, high):
-                self._hidden = self._stage.run_whole(
+                self._hidden = self._stage.run_full_sequences(
                     self._hidden,
                     start,
                     stop,
@@ -218,13 +218,15 @@ class FullSequencePass:
                 outputs.append(self._hidden)
         if self._has_graph:
             self._pieces.append(_Piece(blocks, given, outputs, values, place))
-        if self._inputs.states and not self._goes_back:
+        if self._inputs.states and not self._runs_backward:
             self._states += [output.detach() for output in outputs]
         self._position = high
         return blocks
 
     def _tuned(self, low: int, high: int) -> tuple[Tensors | None, Tensor | None, tuple[int, int]]:
-        """The adapter's part for some blocks: by place, as a leaf if it is trained, and where it lies."""
+        """The adapter in blocks [low, high): its tensors, its values if they are trained, and where these
+        lie.
+        """
         if self._adapter is None:
             return None, None, (0, 0)
         if self.adapter_gradient is None:
@@ -235,7 +237,7 @@ class FullSequencePass:
         return Tensors.of(part.spec, part.slots, values), values, place
 
     def _cuts(self, low: int, high: int) -> Sequence[tuple[int, int]]:
-        """One by one if their outputs are wanted."""
+        """Ranges of blocks to run at a time: one block each if the outputs of all are returned."""
         return [(block, block + 1) for block in range(low, high)] if self._inputs.states else [(low, high)]
 
     def _backward(self, piece: _Piece) -> int:
@@ -256,7 +258,7 @@ class FullSequencePass:
         return piece.blocks
 
     def _take(self, count: int) -> tuple[list[Tensor], list[Tensor]]:
-        """The gradients of the last so many outputs, and the rest."""
+        """The gradients of the last `count` outputs, and the rest."""
         at = len(self._gradients) - count
         return self._gradients[at:], self._gradients[:at]
 

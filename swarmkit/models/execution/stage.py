@@ -161,7 +161,7 @@ class Stage:
             sessions: for how many at once; more than that run as without.
             tokens: how long they may be; the keys and values of `sessions + 1` of that length are held.
         """
-        self._seats = StaticSlots(sessions, tokens) if self.precision.name != "int8" else None
+        self._seats = StaticSlots(sessions, tokens) if self.precision.allows_cuda_graphs else None
         self._recordings = {}
 
     def new_cache(self, start: int, stop: int, adapter: Adapter | None = None) -> StageCache:
@@ -336,41 +336,6 @@ class Stage:
             part.cache.after_step(part.hidden, part.position_ids)
         return outputs
 
-    def differentiate(
-        self,
-        hidden: Tensor,
-        grad_output: Tensor,
-        start: int,
-        stop: int,
-        *,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> Tensor:
-        """The gradient with respect to `hidden` of blocks `[start, stop)` over whole sequences.
-
-        Computes the forward pass again: nothing is kept between a forward pass and its backward pass.
-
-        Args:
-            hidden: `[batch, tokens, hidden]`, what the blocks were given, from the first token on.
-            grad_output: of the same shape, the gradient with respect to the blocks' output.
-            attention_mask: `[batch, tokens]`, false or 0 at padding; None: no padding.
-            position_ids: `[batch, tokens]` (or `[1, tokens]`); None: counted from 0.
-
-        Raises:
-            UsageError: shapes do not fit each other or the model, or the blocks are not in this stage.
-        """
-        cache = self.new_cache(start, stop)
-        self._check(hidden, cache, 0, attention_mask, position_ids)
-        if grad_output.shape != hidden.shape:
-            raise UsageError(
-                f"The gradient is {list(hidden.shape)} as the output, not {list(grad_output.shape)}."
-            )
-        with torch.inference_mode(False), torch.enable_grad():
-            given = hidden.to(self.device, self.dtype).clone().detach().requires_grad_()
-            out = self._view(start, stop)(given, None, 0, attention_mask, position_ids)
-            (gradient,) = torch.autograd.grad(out, given, grad_output.to(self.device, self.dtype).clone())
-        return gradient
-
     @cached_property
     def weights(self) -> frozenset[int]:
         """The addresses of the memory that weights are in."""
@@ -390,7 +355,7 @@ class Stage:
         segment = Segment.of(cache.adapter, hidden, past)
         return self._tuner.applied(cache.start, cache.stop, [segment])
 
-    def check_whole(
+    def check_full_sequences(
         self,
         hidden: Tensor,
         start: int,
@@ -405,7 +370,7 @@ class Stage:
         """
         self._check(hidden, self.new_cache(start, stop), 0, attention_mask, position_ids)
 
-    def run_whole(
+    def run_full_sequences(
         self,
         hidden: Tensor,
         start: int,
@@ -416,7 +381,8 @@ class Stage:
     ) -> Tensor:
         """Blocks `[start, stop)` over whole sequences, without a cache, in the caller's gradient mode.
 
-        The arguments are those of `check_whole`, which they have passed, of this stage's dtype and device.
+        The arguments are those of `check_full_sequences`, which they have passed, of this stage's dtype and
+        device.
 
         Args: adapter: what the blocks have besides, differentiable too.
         """

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
@@ -20,9 +20,8 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from swarmkit.errors import ModelError, UsageError
+from swarmkit.errors import UsageError
 from swarmkit.models.adapters.adapter import Adapter
-from swarmkit.models.architecture.anatomy import anatomy_of, block_configs
 from swarmkit.models.kv.page_table import PAGE_TOKENS as PAGE_TOKENS
 from swarmkit.models.kv.page_table import pages_for
 from swarmkit.models.kv.paged_rows import PagedRows
@@ -102,6 +101,11 @@ class StageCache(DynamicCache):
     def recurrent(self) -> bool:
         """Whether some block has a state that is not made of tokens."""
         return bool(self._recurrent)
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether some block has keys and values of tokens."""
+        return any(isinstance(layer, DynamicLayer) for layer in self._kinds)
 
     # What the session does between steps.
 
@@ -472,58 +476,3 @@ def _nbytes(layer: Any) -> int:
         return int(layer.keys.nbytes + layer.values.nbytes)
     inner = [value.values() if isinstance(value, dict) else [value] for value in vars(layer).values()]
     return sum(part.nbytes for parts in inner for part in parts if isinstance(part, Tensor))
-
-
-class _Enough(Exception):
-    """The first block has shown what it caches."""
-
-
-class _Probe(StageCache):
-    """Finds out what a block caches per token, by stopping it when it does."""
-
-    numel = 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.numel = key_states.numel() + value_states.numel()
-        raise _Enough
-
-    def update_conv_state(self, *args: Any, **kwargs: Any) -> Any:
-        raise _Enough
-
-    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Any:
-        raise _Enough
-
-
-def _run_until_it_caches(base: PreTrainedModel, hidden: Tensor, argument: str, probe: _Probe) -> None:
-    try:
-        with torch.device("meta"), torch.no_grad():
-            base(inputs_embeds=hidden, use_cache=True, **{argument: probe})
-    except _Enough:
-        pass
-    except Exception as error:
-        raise ModelError(
-            f"what a token takes in the cache of a {base.config.model_type!r} model could not be found out "
-            f"({type(error).__name__}: {error}); choose a model that docs/models.md lists"
-        ) from error
-
-
-def kv_numel_per_token(config: PreTrainedConfig) -> int:
-    """Values that one token of one sequence takes in the cache of one block (the largest, if they differ).
-
-    Seen, not calculated: one token is run through a block of each kind, without memory, until it reaches the
-    cache. What latent attention caches, or many heads that share their keys, needs no formula here.
-
-    Raises:
-        ModelError: the architecture is not supported, or does not run like this.
-    """
-    anatomy = anatomy_of(config)
-    numel = 0
-    for cut in block_configs(config):
-        with torch.device("meta"):
-            base = anatomy.base_class(cut)
-            anatomy.neutralise(base)
-            probe = _Probe(0, 1, config=cut)
-            given = torch.empty(1, 1, config.hidden_size)
-        _run_until_it_caches(base, given, anatomy.cache_argument, probe)
-        numel = max(numel, probe.numel)
-    return numel

@@ -54,6 +54,11 @@ class Precision:
         """Whether weights take the bytes in memory that they take in the checkpoint."""
         return self.stored is not None and not self.stored.is_expanded
 
+    @property
+    def allows_cuda_graphs(self) -> bool:
+        """Whether forward passes can be recorded; kernels of int8 look at values while they run."""
+        return self.name != "int8"
+
     @classmethod
     def parse(
         cls, name: str | torch.dtype | None, config: PreTrainedConfig, device: str | torch.device = "cpu"

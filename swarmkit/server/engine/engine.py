@@ -8,8 +8,7 @@ in chunks; `scheduler` decides what each forward pass is made of. A *job* is any
     submit ──> waiting ──(prepare: decode, check)──> running ──(a turn per chunk)──> resolved
                   └── withdrawn by its caller           └── cancelled between two chunks
 
-The engine works in *turns*: one job, or one forward pass of one stage. They run where its `Executor` runs
-them.
+The engine works in *turns*: one job, or one forward pass of one stage. A `Worker` runs them, one after the other.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import asyncio
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -28,6 +26,7 @@ import anyio
 import torch
 from torch import Tensor
 
+from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.errors import SwarmkitError, UsageError
 from swarmkit.models.execution.stage import Stage, StepPart
 from swarmkit.server.engine.admission_policy import NOTHING_AHEAD, Ahead, expected_wait_s
@@ -249,8 +248,8 @@ class Engine:
         *,
         prefill_chunk_tokens: int = 512,
         decode_slowdown: float = 1.6,
-        executor: Executor | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Clock = SYSTEM_CLOCK,
+        worker: Worker | None = None,
     ) -> None:
         """Make an engine, which runs until `close`.
 
@@ -260,7 +259,9 @@ class Engine:
             worker: what runs the engine's turns; a thread if not given.
         """
         self.limits = PassLimits(prefill_chunk_tokens, decode_slowdown)
-        self._clock = clock
+        self.clock = clock
+        self._worker = worker or ThreadWorker(f"swarmkit-engine-{name}", clock)
+        self._now = self._worker.now
         self._stages: WeakKeyDictionary[Stage, _Learned] = WeakKeyDictionary()
         self._fair = FairShares()
         self._passed_over = {False: 0, True: 0}  # turns that interactive and bulk jobs have waited for
@@ -309,7 +310,7 @@ class Engine:
         Raises:
             EngineClosedError: the engine has been closed. Whatever the job raises is raised here too.
         """
-        return await self._submit(_Job(job, priority, self._clock()))
+        return await self._submit(_Job(job, priority, self._now()))
 
     async def step(self, task: StepTask[T], patience_s: float = 0.0) -> Timed[T]:
         """Run a step, perhaps together with others, and wait for it.
@@ -324,7 +325,7 @@ class Engine:
             EngineClosedError: the engine has been closed. Whatever the step raises is raised here too.
             ExpiredError: its patience was over before its turn came.
         """
-        return await self._submit(_QueuedStep(task, patience_s, self._learned_of(task.stage), self._clock()))
+        return await self._submit(_QueuedStep(task, patience_s, self._learned_of(task.stage), self._now()))
 
     def times_of(self, stage: Stage) -> PassTimes:
         """How long forward passes through a stage take, as far as measured."""
@@ -333,7 +334,7 @@ class Engine:
     def _learned_of(self, stage: Stage) -> _Learned:
         if (learned := self._stages.get(stage)) is None:
             with self._lock:
-                learned = self._stages.setdefault(stage, _Learned(stage, self._clock))
+                learned = self._stages.setdefault(stage, _Learned(stage, self._now))
         return learned
 
     async def _submit(self, work: _Work) -> Timed[Any]:
@@ -418,7 +419,7 @@ class Engine:
 
     def _take_stock(self) -> tuple[list[_QueuedStep], list[_Job]]:
         steps, jobs = [], []
-        now = self._clock()
+        now = self._now()
         for work in list(self._works):
             if work.cancelled:
                 # What has not begun is withdrawn by its caller.
@@ -436,7 +437,7 @@ class Engine:
         return steps, jobs
 
     def _schedule(self, steps: list[_QueuedStep], jobs: list[_Job]) -> Schedule | None:
-        now = self._clock()
+        now = self._now()
         served = self._fair.of_present(step.task.client for step in steps)
         for step in steps:
             if not step.decode:
@@ -475,13 +476,13 @@ class Engine:
         self._passed_over[job.bulk] = 0
         if not job.claim.acquire(blocking=False):
             return
-        started = self._clock()
+        started = self._now()
         try:
             value = job.run()
         except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
             self._resolve(job, None, error)
         else:
-            self._resolve(job, Timed(value, started - job.queued_at, self._clock() - started), None)
+            self._resolve(job, Timed(value, started - job.queued_at, self._now() - started), None)
 
     def _run_pass(self, scheduled: Sequence[tuple[_QueuedStep, int]]) -> None:
         """One forward pass over the next tokens of some steps of one stage."""
@@ -522,7 +523,7 @@ class Engine:
         if not step.claim.acquire(blocking=False):
             return False
         try:
-            step.prepare(self._clock())
+            step.prepare(self._now())
         except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
             self._resolve(step, None, error)
             return False
@@ -536,7 +537,7 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
             self._fail(step, error)
             return
-        now = self._clock()
+        now = self._now()
         self._resolve(step, Timed(value, step.started_at - step.queued_at, now - step.started_at), None)
         if step.decode:
             step.learned.arrivals.decoded(step.task.session, step.rows * step.tokens, step.queued_at, now)

@@ -252,7 +252,7 @@ class GradientWork:
         if self._keep_as is not None and new_bytes > self.kept.capacity_bytes:
             self._keep_as = None
             self._to_keep.clear()
-            one.forget()
+            one.discard_graph()
         if not one.left:
             self._results.append(one.result())
             if self._keep_as is not None:
@@ -274,7 +274,7 @@ class GradientWork:
             gradient = gradient[:, low:high] if inputs.states else gradient[low:high]
         if gradient is not None and self._were_kept:
             one = self._were_kept.pop(0)
-            one.go_back(gradient)
+            one.begin_backward(gradient)
             return one
         keeps = self._keep_as is not None
         trains = self.request.trains and (self.goes_back or keeps)

@@ -36,9 +36,10 @@ from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import ModelError, PeerError, ProtocolError, TransportError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.checkpoint.ranges import ByteRange
-from swarmkit.models.checkpoint.store_fetch import OnBytes, Part
+from swarmkit.models.checkpoint.shards import OnBytes, Part
 from swarmkit.models.checkpoint.store_format import FormatError, Place, lay_out, read_header, sha256_of
 from swarmkit.models.checkpoint.store_hub import HubFiles
+from swarmkit.models.plan import block_bytes
 from swarmkit.net.registry import offers
 from swarmkit.net.registry.offers import WeightsOffer
 from swarmkit.net.transport.seam import Transport
@@ -225,7 +226,7 @@ class PeerWeights:
         """More than any honest file of a block can have: eight bytes a parameter."""
         import torch
 
-        return self._checkpoint.block_bytes(torch.float64) + _MAX_HEADER_BYTES
+        return block_bytes(self._checkpoint, torch.float64) + _MAX_HEADER_BYTES
 
     def _check(self, part: Part, path: Path) -> None:
         """Compare with what is known of the block without peers.

@@ -107,6 +107,6 @@ def open_with_fingerprint(
 
 
 def _is_on_the_hub(model: str | os.PathLike[str] | Checkpoint) -> bool:
-    from swarmkit.models.checkpoint.files import is_hub_name
+    from swarmkit.models.checkpoint.open_files import is_hub_name
 
     return not isinstance(model, Checkpoint) and is_hub_name(os.fspath(model))

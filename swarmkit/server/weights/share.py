@@ -14,7 +14,7 @@ import anyio.to_thread
 from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import TransportError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
-from swarmkit.models.checkpoint.store_fetch import OnBytes
+from swarmkit.models.checkpoint.shards import OnBytes
 from swarmkit.models.checkpoint.store_hub import HubFiles
 from swarmkit.models.checkpoint.store_pinned import keep_manifest
 from swarmkit.net.protocol.messages import MAX_ADDRESSES
