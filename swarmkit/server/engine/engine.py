@@ -8,7 +8,8 @@ in chunks; `scheduler` decides what each forward pass is made of. A *job* is any
     submit ──> waiting ──(prepare: decode, check)──> running ──(a turn per chunk)──> resolved
                   └── withdrawn by its caller           └── cancelled between two chunks
 
-The engine works in *turns*: one job, or one forward pass of one stage. A `Worker` runs them, one after the other.
+The engine works in *turns*: one job, or one forward pass of one stage. A `Worker` runs them, one after the
+other.
 """
 
 from __future__ import annotations
