@@ -131,8 +131,6 @@ SUBROOMS = {"net", "models", "client", "server"}
 
 
 KNOWN_CIRCULAR_IMPORTS = {
-    # The parts of the command line register themselves with the app, which imports them when it is run.
-    ("swarmkit.cli.app", "swarmkit.cli"),
     # An adapter is sent for a client, of which the sender needs three values.
     ("swarmkit.client.swarm.adapter_sender", "swarmkit.client.swarm.client"),
     # A pinned store is found by way of the Hub, whose files it may hold.

@@ -10,6 +10,11 @@ from swarmkit.cli.app import app
 from swarmkit.cli.console import fail
 from swarmkit.errors import SwarmkitError
 
+# Importing a command's file adds it to `app`. The order is the order in `--help`.
+# isort: off
+from swarmkit.cli import demo, serve, generate, chat, status, bootstrap, plan, check, bench  # noqa: F401
+# isort: on
+
 __all__ = ["app", "main"]
 
 

@@ -1,4 +1,4 @@
-"""The list of commands and the options that they share."""
+"""The application that commands add themselves to, and the options that they share."""
 
 from __future__ import annotations
 
@@ -52,8 +52,3 @@ def root(
     ] = False,
 ) -> None:
     """Run language models that are too big for any one of your machines, by pooling ordinary ones."""
-
-
-# Importing a command's file adds it to `app`; the order is the order in `--help`.
-# isort: off
-from swarmkit.cli import demo, serve, generate, chat, status, bootstrap, plan, check, bench  # noqa: E402, F401

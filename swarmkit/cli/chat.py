@@ -43,20 +43,21 @@ def chat(
     console.setup(verbose, threads)
     console.quiet_transformers()
     console.set_threads(threads)
-    from swarmkit.cli import talk
+    from swarmkit.cli.joining import model_of, speculation_of
+    from swarmkit.client.chat import chat_answer, has_chat_template
 
     def show(event: Event) -> None:
         if not isinstance(event, StepFinished):
             console.err.print(f"[yellow]{event}[/]", markup=True)
 
     with ExitStack() as owned:
-        remote = owned.enter_context(talk.model_of(model, join))
+        remote = owned.enter_context(model_of(model, join))
         if verbose:
             owned.enter_context(following(remote.connection.client.events, show))
         tokenizer = remote.tokenizer()
-        if not talk.has_chat_template(tokenizer):
+        if not has_chat_template(tokenizer):
             raise UsageError(f"{model} was not made for chats; use `swarmkit generate {model} --raw …`")
-        guesses = talk.guesses_of(remote, speculate.value if speculate else None, draft)
+        speculation = speculation_of(remote, speculate.value if speculate else None, draft)
         opening = [{"role": "system", "content": system}] if system else []
         messages = list(opening)
         session = remote.session()
@@ -72,7 +73,7 @@ def chat(
                     continue
                 messages.append({"role": "user", "content": line})
                 console.out.print("model› ", end="", style="bold cyan")
-                answer = talk.answer(
+                answer = chat_answer(
                     remote,
                     tokenizer,
                     messages,
@@ -82,7 +83,7 @@ def chat(
                     temperature=temperature,
                     top_p=top_p,
                     seed=seed,
-                    guesses=guesses,
+                    speculation=speculation,
                 )
                 messages.append({"role": "assistant", "content": answer.text})
                 console.out.print(f"\n[dim]{answer.summary}[/]")

@@ -10,10 +10,13 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -53,6 +56,15 @@ def to_stderr() -> None:
     """Show people everything on standard error: the result alone goes to standard output."""
     global out
     out = err
+
+
+@contextmanager
+def busy(text: str) -> Iterator[None]:
+    """Show that something is under way, and for how long."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        progress.add_task(text, total=None)
+        yield
 
 
 def fail(error: BaseException) -> None:

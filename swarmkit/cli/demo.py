@@ -18,7 +18,7 @@ from swarmkit.cli.app import Json, Verbose, app
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from swarmkit.cli.talk import ChatAnswer
+    from swarmkit.client.chat import ChatAnswer
     from swarmkit.client.model import SwarmModelForCausalLM
     from swarmkit.events import PeerReplaced
     from swarmkit.local.server_process import ServerProcess
@@ -125,9 +125,7 @@ def _start(model: str) -> LocalSwarm:
 
 
 def _leaving():  # type: ignore[no-untyped-def]
-    from swarmkit.cli.talk import busy
-
-    return busy("stopping the servers")
+    return console.busy("stopping the servers")
 
 
 class _Demo:
@@ -209,9 +207,9 @@ class _Demo:
         return killed
 
     def _answer(self, write, on_token=lambda count: None) -> ChatAnswer:  # type: ignore[no-untyped-def]
-        from swarmkit.cli import talk
+        from swarmkit.client.chat import chat_answer
 
-        return talk.answer(
+        return chat_answer(
             self._remote, self._tokenizer, self._messages, write=write, on_token=on_token, max_new_tokens=160
         )
 
@@ -229,9 +227,7 @@ class _Demo:
         return next((event for event in self._remote.events[known:] if isinstance(event, PeerReplaced)), None)
 
     def _refill(self, dead: ServerProcess) -> None:
-        from swarmkit.cli.talk import busy
-
-        with busy(f"starting another server for blocks {dead.blocks[0]}:{dead.blocks[1]}"):
+        with console.busy(f"starting another server for blocks {dead.blocks[0]}:{dead.blocks[1]}"):
             self._swarm.add_server(dead.blocks)
 
     def _report(self, killed: _Killed, killer: _Killer) -> None:

@@ -68,13 +68,14 @@ def generate(
     console.setup(verbose, threads)
     console.quiet_transformers()
     console.set_threads(threads)
-    from swarmkit.cli import talk
+    from swarmkit.cli.joining import model_of, speculation_of
+    from swarmkit.client.chat import chat_answer, has_chat_template
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    with talk.model_of(model, join) as remote:
+    with model_of(model, join) as remote:
         tokenizer = remote.tokenizer()
-        chat = not raw and talk.has_chat_template(tokenizer)
-        answer = talk.answer(
+        chat = not raw and has_chat_template(tokenizer)
+        answer = chat_answer(
             remote,
             tokenizer,
             [{"role": "user", "content": text}] if chat else text,
@@ -85,7 +86,7 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
-            guesses=talk.guesses_of(remote, speculate.value if speculate else None, draft),
+            speculation=speculation_of(remote, speculate.value if speculate else None, draft),
         )
         if json:
             console.emit_json(

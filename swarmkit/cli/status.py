@@ -1,8 +1,7 @@
-"""`swarmkit status`: who serves what."""
+"""`swarmkit status`: the servers of a swarm."""
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,12 +13,7 @@ from swarmkit.cli.app import Join, Json, Verbose, app
 from swarmkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from swarmkit.net.protocol.messages import ServerInfo
-    from swarmkit.net.registry.records import Announcement
-
-
-_ANSWER_S = 3.0
-"""For a server to say what it is doing."""
+    from swarmkit.client.status import ModelStatus
 
 
 @app.command()
@@ -31,7 +25,7 @@ def status(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show the servers of a swarm, model by model, and which blocks nobody serves.
+    """Show the servers of a swarm, model by model, and the blocks that no server offers.
 
     Exits with code 2 if blocks of a shown model are missing, or nothing is served at all.
 
@@ -44,117 +38,44 @@ def status(
     console.setup(verbose)
     if not join:
         raise UsageError("which swarm? give --join ADDRESS, as `swarmkit serve` and `bootstrap` print it")
-    models = [
-        entry for entry in _look_up(join) if model is None or model in (entry["model"], entry["fingerprint"])
-    ]
+    from swarmkit.client.status import swarm_status
+
+    models = [each for each in swarm_status(join) if model is None or model in (each.model, each.fingerprint)]
     if json:
-        console.emit_json(models=models)
+        console.emit_json(models=[each.to_json() for each in models])
     elif not models:
-        console.out.print("Nobody serves a model here yet. Be the first: `swarmkit serve tiny-chat --join …`")
+        console.out.print("No server offers a model here yet. Start one: `swarmkit serve tiny-chat --join …`")
     else:
-        for entry in models:
-            _show(entry)
-    if not models or any(entry["missing"] for entry in models):
+        for each in models:
+            _show(each)
+    if not models or any(each.missing for each in models):
         raise typer.Exit(2)
 
 
-def _look_up(join: list[str]) -> list[dict]:  # type: ignore[type-arg]
-    from swarmkit.net import portal
-    from swarmkit.net.connect import over_hivemind
-    from swarmkit.net.registry.acceptance import acceptable_now
-    from swarmkit.net.registry.registry import Registry
-    from swarmkit.net.rpc.server_info import ask_all
-    from swarmkit.net.transport.identity import Identity
-
-    with portal.lease() as lease:
-        transport = lease.call(over_hivemind(join, client_mode=True), Identity(), acceptable_now)
-        try:
-            found = lease.call(Registry(transport).look_up_all)
-            now = time.time()
-            servers = found.servers(now, ("joining", "online", "leaving"))
-            answering = [server for server in servers if server.state != "joining"]
-            doing = lease.call(ask_all, transport, answering, _ANSWER_S)
-        finally:
-            lease.call(transport.close)
-    by_model: dict[tuple[str, str, int], list[Announcement]] = {}
-    for server in servers:
-        by_model.setdefault((server.model, server.fingerprint, server.num_blocks), []).append(server)
-    return [
-        _describe(name, fingerprint, num_blocks, servers, doing, now)
-        for (name, fingerprint, num_blocks), servers in sorted(by_model.items())
-    ]
-
-
-def _describe(
-    name: str,
-    fingerprint: str,
-    num_blocks: int,
-    servers: list[Announcement],
-    doing: dict[str, ServerInfo],
-    now: float,
-) -> dict:  # type: ignore[type-arg]
-    from swarmkit.net.registry.swarm_map import uncovered
-
-    online = [(s.start, s.stop) for s in servers if s.state == "online"]
-    return {
-        "model": name,
-        "fingerprint": fingerprint,
-        "num_blocks": num_blocks,
-        "missing": uncovered(0, num_blocks, online),
-        "servers": [
-            {
-                "peer_id": s.peer_id,
-                "name": s.public_name,
-                "blocks": [s.start, s.stop],
-                "state": s.state,
-                "throughput": round(s.throughput, 1),
-                "free_cache_tokens": s.free_cache_tokens,
-                "dtype": s.dtype,
-                "software": s.software,
-                "addresses": list(s.addresses),
-                "expires_in_s": round(s.expires_at - now, 1),
-                **_load(doing.get(s.service_id)),
-            }
-            for s in sorted(servers, key=lambda s: (s.start, s.stop, s.peer_id))
-        ],
-    }
-
-
-def _load(info: ServerInfo | None) -> dict[str, float | None]:
-    """What a server has to do now; nothing is known of one that does not answer."""
-    if info is None:
-        return {"sessions": None, "queue": None, "expected_wait_s": None}
-    return {
-        "sessions": info.sessions,
-        "queue": info.waiting,
-        "expected_wait_s": round(info.expected_wait_ms / 1e3, 3),
-    }
-
-
-def _show(entry: dict) -> None:  # type: ignore[type-arg]
-    total = entry["num_blocks"]
-    table = Table(title=f"{entry['model']} · {total} blocks", title_justify="left", title_style="bold")
+def _show(model: ModelStatus) -> None:
+    total = model.num_blocks
+    table = Table(title=f"{model.model} · {total} blocks", title_justify="left", title_style="bold")
     numbers = ("tokens/s", "free cache", "sessions", "queue", "wait")
     for heading in ("server", "blocks", "", "state", *numbers, "computes in"):
         table.add_column(heading, justify="right" if heading in numbers else "left")
-    for server in entry["servers"]:
-        low, high = server["blocks"]
-        style = {"online": "green", "joining": "yellow", "leaving": "dim"}[server["state"]]
+    for server in model.servers:
+        low, high = server.blocks
+        style = {"online": "green", "joining": "yellow", "leaving": "dim"}[server.state]
         table.add_row(
-            server["name"] or f"…{server['peer_id'][-6:]}",
+            server.name or f"…{server.peer_id[-6:]}",
             f"{low}:{high}",
             _span(low, high, total, style),
-            Text(server["state"], style),
-            f"{server['throughput']:,.0f}",
-            f"{server['free_cache_tokens']:,}",
-            *("–" if server[key] is None else str(server[key]) for key in ("sessions", "queue")),
-            "–" if server["expected_wait_s"] is None else f"{server['expected_wait_s']:.1f} s",
-            server["dtype"],
+            Text(server.state, style),
+            f"{server.throughput:,.0f}",
+            f"{server.free_cache_tokens:,}",
+            *("–" if count is None else str(count) for count in (server.sessions, server.queue)),
+            "–" if server.expected_wait_s is None else f"{server.expected_wait_s:.1f} s",
+            server.dtype,
         )
     console.out.print(table)
-    if entry["missing"]:
-        named = ", ".join(f"{low}:{high}" for low, high in entry["missing"])
-        console.out.print(f"[red]nobody serves blocks {named}[/]: the model cannot run until somebody does")
+    if model.missing:
+        named = ", ".join(f"{low}:{high}" for low, high in model.missing)
+        console.out.print(f"[red]no server offers blocks {named}[/]; the model cannot run until one does")
 
 
 def _span(low: int, high: int, total: int, style: str) -> Text:

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-import anyio
 import pytest
 import torch
 
@@ -18,6 +17,7 @@ from swarmkit.server.cache.kv_budget import CacheFullError, KVBudget
 from swarmkit.server.server import Server
 from swarmkit.settings import Limits
 
+from ..waiting import eventually
 from .worlds import START, STOP, TinyServer, World, alone, fault_of, hidden_states, small_settings
 
 PAGE = hidden_states(1, PAGE_TOKENS)
@@ -130,12 +130,9 @@ async def test_a_step_that_runs_is_finished_when_the_cache_shrinks(server: TinyS
         asyncio.run_coroutine_threadsafe(gate.wait(), loop).result(10)
 
     held = asyncio.create_task(server.engine.run(hold))
-    with anyio.fail_after(10):
-        while server.engine.holds < 1 or server.engine.waiting:
-            await asyncio.sleep(0)
-        step = asyncio.create_task(one.try_step(PAGE))
-        while not server.engine.waiting:
-            await asyncio.sleep(0)
+    await eventually(lambda: server.engine.holds and not server.engine.waiting, "the job that holds runs")
+    step = asyncio.create_task(one.try_step(PAGE))
+    await eventually(lambda: server.engine.waiting, "the step waits")
     server.service.set_limits(limits(cache_bytes=1))
     gate.set()
     await held

@@ -1,0 +1,145 @@
+"""The state of a swarm: its servers, model by model, and the blocks that no server has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from swarmkit.clock import SYSTEM_CLOCK, Clock
+from swarmkit.net import portal
+from swarmkit.net.connect import over_hivemind
+from swarmkit.net.protocol.messages import ServerInfo
+from swarmkit.net.registry.acceptance import acceptable_now
+from swarmkit.net.registry.records import Announcement, ServerState
+from swarmkit.net.registry.registry import Registry
+from swarmkit.net.registry.swarm_map import uncovered
+from swarmkit.net.rpc.server_info import ask_all
+from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.seam import Transport
+
+ANSWER_TIMEOUT_S = 3.0
+"""How long a server may take to say what it is doing."""
+
+
+@dataclass(frozen=True)
+class ServerStatus:
+    """What a server announces of itself, and its load if it answers.
+
+    Attributes:
+        name: what its owner calls it, for people; may be empty.
+        blocks: [a, b).
+        throughput: decode steps of one token per second, as announced.
+        free_cache_tokens: tokens of one row that fit into the memory for keys and values, as announced.
+        dtype: the precision in which it computes.
+        expires_in_s: how long the announcement is valid if it is not renewed.
+        sessions, queue, expected_wait_s: open sessions, steps that wait, and how long a step of one token
+            would wait; None if the server does not answer.
+    """
+
+    peer_id: str
+    name: str
+    blocks: tuple[int, int]
+    state: ServerState
+    throughput: float
+    free_cache_tokens: int
+    dtype: str
+    software: str
+    addresses: tuple[str, ...]
+    expires_in_s: float
+    sessions: int | None
+    queue: int | None
+    expected_wait_s: float | None
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """The servers of one model, by their blocks; `missing` are the ranges that no server offers."""
+
+    model: str
+    fingerprint: str
+    num_blocks: int
+    missing: tuple[tuple[int, int], ...]
+    servers: tuple[ServerStatus, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the same as plain values."""
+        return asdict(self)
+
+
+def swarm_status(initial_peers: Sequence[str], timeout_s: float = ANSWER_TIMEOUT_S) -> list[ModelStatus]:
+    """Join a swarm, look at all models in it, and leave. Must not be called on an event loop's thread.
+
+    Args:
+        initial_peers: addresses of peers of the swarm.
+        timeout_s: how long a server may take to answer.
+
+    Raises:
+        TransportError: no peer can be reached.
+    """
+    with portal.lease() as lease:
+        transport = lease.call(over_hivemind(initial_peers, client_mode=True), Identity(), acceptable_now)
+        try:
+            return lease.call(look_up_status, transport, SYSTEM_CLOCK, timeout_s)
+        finally:
+            lease.call(transport.close)
+
+
+async def look_up_status(
+    transport: Transport, clock: Clock = SYSTEM_CLOCK, timeout_s: float = ANSWER_TIMEOUT_S
+) -> list[ModelStatus]:
+    """Read the announcements of all models in the swarm, and ask each server for its load.
+
+    Raises:
+        TransportError: the shared table cannot be read.
+    """
+    found = await Registry(transport, clock.time).look_up_all()
+    now = clock.time()
+    servers = found.servers(now, ("joining", "online", "leaving"))
+    answering = [server for server in servers if server.state != "joining"]
+    return model_statuses(servers, await ask_all(transport, answering, timeout_s), now)
+
+
+def model_statuses(
+    servers: Sequence[Announcement], infos: dict[str, ServerInfo], now: float
+) -> list[ModelStatus]:
+    """Sort announcements by model.
+
+    Args:
+        infos: what servers answered, by service id.
+        now: Unix time, in seconds.
+    """
+    by_model: dict[tuple[str, str, int], list[Announcement]] = {}
+    for server in servers:
+        by_model.setdefault((server.model, server.fingerprint, server.num_blocks), []).append(server)
+    return [
+        ModelStatus(
+            model,
+            fingerprint,
+            num_blocks,
+            tuple(uncovered(0, num_blocks, [(s.start, s.stop) for s in of_model if s.state == "online"])),
+            tuple(
+                _server_status(server, infos.get(server.service_id), now)
+                for server in sorted(of_model, key=lambda s: (s.start, s.stop, s.peer_id))
+            ),
+        )
+        for (model, fingerprint, num_blocks), of_model in sorted(by_model.items())
+    ]
+
+
+def _server_status(server: Announcement, info: ServerInfo | None, now: float) -> ServerStatus:
+    return ServerStatus(
+        peer_id=server.peer_id,
+        name=server.public_name,
+        blocks=(server.start, server.stop),
+        state=server.state,
+        throughput=round(server.throughput, 1),
+        free_cache_tokens=server.free_cache_tokens,
+        dtype=server.dtype,
+        software=server.software,
+        addresses=tuple(server.addresses),
+        expires_in_s=round(server.expires_at - now, 1),
+        sessions=None if info is None else info.sessions,
+        queue=None if info is None else info.waiting,
+        expected_wait_s=None if info is None else round(info.expected_wait_ms / 1e3, 3),
+    )

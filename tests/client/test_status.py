@@ -1,0 +1,57 @@
+"""The state of a swarm, as commands and user interfaces show it."""
+
+from __future__ import annotations
+
+import json
+
+from swarmkit.client.status import look_up_status, model_statuses
+from swarmkit.local.swarm import LocalSwarm
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.net import portal
+from swarmkit.net.protocol.messages import ServerInfo
+
+from ..net.announcements import announcement
+
+INFO = ServerInfo(
+    start=0,
+    stop=2,
+    sessions=3,
+    cache_tokens_free=10,
+    cache_tokens_total=20,
+    steps=5,
+    leaving=False,
+    waiting=2,
+    expected_wait_ms=1500.0,
+)
+
+
+def test_blocks_that_only_a_joining_server_has_are_missing() -> None:
+    servers = [
+        announcement(0, num_blocks=6, start=0, stop=2, state="online"),
+        announcement(1, num_blocks=6, start=2, stop=4, state="joining"),
+    ]
+    [model] = model_statuses(servers, {}, 0.0)
+    assert model.missing == ((2, 6),)
+    assert [server.blocks for server in model.servers] == [(0, 2), (2, 4)]
+
+
+def test_models_are_told_apart_by_name_and_fingerprint() -> None:
+    servers = [announcement(number, model=name) for number, name in enumerate("bab")]
+    models = model_statuses(servers, {}, 0.0)
+    assert [(model.model, len(model.servers)) for model in models] == [("a", 1), ("b", 2)]
+
+
+def test_the_load_of_a_server_that_does_not_answer_is_not_known() -> None:
+    silent, busy = announcement(0), announcement(1)
+    [model] = model_statuses([silent, busy], {busy.service_id: INFO}, 0.0)
+    load = {s.peer_id: (s.sessions, s.queue, s.expected_wait_s) for s in model.servers}
+    assert load == {silent.peer_id: (None, None, None), busy.peer_id: (3, 2, 1.5)}
+
+
+def test_a_running_swarm_is_looked_up_with_the_load_of_each_server(tiny_llama: Checkpoint) -> None:
+    with LocalSwarm(tiny_llama, 2, transport="memory") as swarm, portal.lease() as lease:
+        assert swarm.network is not None
+        [model] = lease.call(look_up_status, swarm.network.transport())
+    assert (model.num_blocks, model.missing) == (5, ())
+    assert [server.sessions for server in model.servers] == [0, 0]
+    assert json.loads(json.dumps(model.to_json()))["servers"][0]["blocks"] == [0, 2]
