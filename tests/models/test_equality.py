@@ -29,7 +29,8 @@ from .tiny import (
 )
 
 CUTS = [(0, 1), (1, 4), (4, 5)]
-PROMPT_TOKENS, NEW_TOKENS = 9, 16
+PROMPT_TOKENS, NEW_TOKENS = 9, 8
+"""Together they are longer than two sliding windows."""
 
 
 def some_slowly(name: str) -> object:
@@ -115,12 +116,13 @@ def test_a_left_padded_batch_equals_the_local_model(
     assert_same(model, local, *prompts(3, padded=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("boundary", [1, 2, 3, 4])
 def test_a_cut_at_any_boundary_equals_the_local_model(
     opened: Checkpoint, local: PreTrainedModel, boundary: int
 ) -> None:
     two = [Stage.load(opened, 0, boundary), Stage.load(opened, boundary, 5)]
-    assert_same(build_head(opened, StageChain(two)), local, *prompts(2, padded=True))
+    assert_same(build_head(opened, StageChain(two)), local, *prompts(3, padded=True))
 
 
 def test_sessions_may_use_some_blocks_of_a_stage(opened: Checkpoint, local: PreTrainedModel) -> None:
@@ -129,7 +131,7 @@ def test_sessions_may_use_some_blocks_of_a_stage(opened: Checkpoint, local: PreT
     model = build_head(opened, StageChain([whole, later, whole], [(0, 3), (3, 4), (4, 5)]))
     assert_same(model, local, *prompts(3, padded=True))
     assert whole.new_cache(0, 5).tokens == 0  # a view leaves the stage itself as it was
-    assert_same(build_head(opened, StageChain([whole])), local, *prompts(2))
+    assert_same(build_head(opened, StageChain([whole])), local, prompts(1)[0], None)
 
 
 @pytest.mark.parametrize("keep", [1, 7, 10, 12])
