@@ -22,12 +22,10 @@ from swarmkit.settings import ClientSettings, ServerSettings
 from ..waiting import wait_until
 from .worlds import World, hidden_states
 
-CYCLES = 200
+CYCLES = 60
 # Nothing but the sessions shall happen while they are counted.
 SERVER = ServerSettings().replace(announce_period_s=3000, record_lifetime_s=3600)
 CLIENT = ClientSettings().replace(refresh_period_s=3000)
-
-both_transports = pytest.mark.parametrize("transport", ["memory", "hivemind"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,14 +95,6 @@ def after_a_moment(census: Callable[[], Resources], expected: Resources) -> Reso
     return census()
 
 
-@pytest.fixture(params=["memory", "hivemind"])
-def swarm(request: pytest.FixtureRequest, world: World) -> Iterator[LocalSwarm]:
-    with LocalSwarm(
-        world.checkpoint.name, 2, transport=request.param, server_settings=SERVER, client_settings=CLIENT
-    ) as swarm:
-        yield swarm
-
-
 def cycle(model: Any, number: int) -> None:
     """Open a session; every other one takes steps, and half of them are closed, the others forgotten."""
     session = model.session(max_length=32)
@@ -113,6 +103,43 @@ def cycle(model: Any, number: int) -> None:
         session.step(hidden_states(2, 1))
     if number % 4 < 2:
         session.close()
+
+
+def live(world: World, transport: Any, end: Callable[[LocalSwarm], None] = lambda swarm: None) -> None:
+    """Start a swarm, use it, and end it, after `end(swarm)`."""
+    with LocalSwarm(world.checkpoint.name, 2, transport=transport, server_settings=SERVER) as swarm:
+        cycle(swarm.model(), 1)
+        end(swarm)
+
+
+def kill_all(swarm: LocalSwarm) -> None:
+    for server in swarm.servers:
+        server.kill()
+
+
+@pytest.fixture(scope="module", params=["memory", "hivemind"])
+def used_transport(request: pytest.FixtureRequest, world: World) -> Any:
+    """A transport of which this process has made and imported all that it does once."""
+    live(world, request.param, kill_all)
+    return request.param
+
+
+@pytest.mark.parametrize("end", [lambda swarm: None, kill_all], ids=["closed", "killed"])
+def test_a_swarm_that_has_ended_leaves_nothing(
+    world: World, used_transport: Any, end: Callable[[LocalSwarm], None]
+) -> None:
+    before = settled(process_counts)
+    live(world, used_transport, end)
+    assert after_a_moment(process_counts, before) == before
+
+
+@pytest.fixture(scope="module", params=["memory", "hivemind"])
+def swarm(request: pytest.FixtureRequest, world: World) -> Iterator[LocalSwarm]:
+    """A swarm that several tests use: none of them ends a server."""
+    with LocalSwarm(
+        world.checkpoint.name, 2, transport=request.param, server_settings=SERVER, client_settings=CLIENT
+    ) as swarm:
+        yield swarm
 
 
 def test_sessions_leave_no_task_thread_stream_or_page(swarm: LocalSwarm) -> None:
@@ -145,29 +172,3 @@ def test_models_leave_nothing(swarm: LocalSwarm) -> None:
             model.close()
         del model
     assert after_a_moment(lambda: of_a_swarm(swarm), before) == before
-
-
-@both_transports
-def test_a_swarm_leaves_nothing(world: World, transport: Any) -> None:
-    def a_life() -> None:
-        with LocalSwarm(world.checkpoint.name, 2, transport=transport, server_settings=SERVER) as swarm:
-            cycle(swarm.model(), 1)
-
-    a_life()  # what is imported or made once in a process is there now
-    before = settled(process_counts)
-    a_life()
-    assert after_a_moment(process_counts, before) == before
-
-
-@both_transports
-def test_a_swarm_whose_servers_were_killed_leaves_nothing(world: World, transport: Any) -> None:
-    def a_life() -> None:
-        with LocalSwarm(world.checkpoint.name, 2, transport=transport, server_settings=SERVER) as swarm:
-            cycle(swarm.model(), 1)
-            for server in swarm.servers:
-                server.kill()
-
-    a_life()
-    before = settled(process_counts)
-    a_life()
-    assert after_a_moment(process_counts, before) == before
