@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from .test_commands import last_json, run, slowly
+from .commands import run, run_here
 
 TINY = ("--rounds", "1", "--json")
 
@@ -15,7 +15,7 @@ def measured(*arguments: str) -> dict[str, Any]:
     """The result of a benchmark."""
     result = run("bench", *arguments, *TINY)
     assert result.returncode == 0, result.stderr
-    return last_json(result)
+    return result.last_json()
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_a_short_soak_leaves_nothing() -> None:
         "--json",
         timeout_s=380,
     )
-    found = last_json(result)
+    found = result.last_json()
 
     assert result.returncode == 0, (found["left"], found["errors"])
     assert found["counts"]["answered"] > 0
@@ -178,12 +178,12 @@ def test_people_get_a_table() -> None:
     ("arguments", "said"),
     [
         (("decode", "--stages", "0,1"), "as in 1,2,4"),
-        slowly(("clients", "--clients", ""), "--clients takes numbers"),
-        slowly(("prefill", "--stages", "9"), "cut into 1 to 8 stages"),
+        (("clients", "--clients", ""), "--clients takes numbers"),
+        (("prefill", "--stages", "9"), "cut into 1 to 8 stages"),
     ],
 )
 def test_a_mistake_gets_one_clear_line(arguments: tuple[str, ...], said: str) -> None:
-    result = run("bench", *arguments)
+    result = run_here("bench", *arguments)
 
     assert result.returncode == 1
     assert said in " ".join(result.stderr.split())

@@ -18,7 +18,7 @@ from tests.models.hub import LocalHub, local_hub
 from tests.models.tiny import make_checkpoint
 
 from ..waiting import eventually
-from .test_commands import Running, run, start
+from .commands import Running, run, start
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def first(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     with portal.lease() as lease:
         lease.call(until_offered, running)
     yield running
-    assert running.end_with(signal.SIGTERM) == 0
+    assert running.end_with(signal.SIGTERM).returncode == 0
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ def test_a_second_server_with_the_fingerprint_asks_the_hub_for_nothing(
 
     assert (second.event["start"], second.event["stop"]) == (0, 2)
     assert len(hub.requests) == asked
-    assert second.end_with(signal.SIGTERM) == 0
+    assert second.end_with(signal.SIGTERM).returncode == 0
 
 
 @pytest.mark.slow

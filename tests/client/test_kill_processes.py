@@ -180,7 +180,7 @@ def kill_at_answer(
 
 
 @pytest.mark.parametrize(
-    "seed", [pytest.param(seed, marks=() if seed < 10 else pytest.mark.slow) for seed in range(20)]
+    "seed", [pytest.param(seed, marks=() if seed < 6 else pytest.mark.slow) for seed in range(20)]
 )
 def test_sigkill_at_a_random_moment(
     world: World, undisturbed: Callable[..., list[list[int]]], monkeypatch: pytest.MonkeyPatch, seed: int
@@ -346,7 +346,8 @@ def test_a_killed_parent_leaves_no_process(tiny_llama: Checkpoint) -> None:
     assert psutil.wait_procs(children, timeout=60)[1] == []
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_server_that_is_asked_to_end_ends_cleanly(tiny_llama: Checkpoint, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "swarmkit.cli", "serve", tiny_llama.name, "--threads", "1", "--json"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
