@@ -131,17 +131,9 @@ SUBROOMS = {"net", "models", "client", "server"}
 
 
 KNOWN_CIRCULAR_IMPORTS = {
-    # An adapter is sent for a client, of which the sender needs three values.
-    ("swarmkit.client.swarm.adapter_sender", "swarmkit.client.swarm.client"),
     # A pinned store is found by way of the Hub, whose files it may hold.
     ("swarmkit.models.checkpoint.store_hub", "swarmkit.models.checkpoint.files"),
     ("swarmkit.models.checkpoint.store_pinned", "swarmkit.models.checkpoint.files"),
-    # Offers are records.
-    ("swarmkit.net.registry.offers", "swarmkit.net.registry.records"),
-    # Requests of every kind are refused by the same errors.
-    ("swarmkit.server.adapters.service", "swarmkit.server.caller"),
-    ("swarmkit.server.adapters.service", "swarmkit.server.sessions.session"),
-    ("swarmkit.server.caller", "swarmkit.server.sessions.session"),
 }
 """Imports that close a circle, of an importer and the module or folder that it imports; none may be added."""
 

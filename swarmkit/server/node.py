@@ -36,9 +36,9 @@ from swarmkit.models.execution.stage import Stage
 from swarmkit.models.plan import cache_cost, device_memory_bytes, format_bytes, plan_checkpoint
 from swarmkit.models.quantization.precision import Precision
 from swarmkit.net.connect import TransportFactory
-from swarmkit.net.protocol.adapter_messages import ADAPTER_ENDPOINT
-from swarmkit.net.protocol.gradient_messages import GRADIENT_ENDPOINT
-from swarmkit.net.protocol.messages import MAX_ADDRESSES, PUSH_ENDPOINT, SESSION_ENDPOINT, Link, printable
+from swarmkit.net.protocol.adapter_messages import ADAPTER
+from swarmkit.net.protocol.gradient_messages import GRADIENT
+from swarmkit.net.protocol.messages import MAX_ADDRESSES, PUSH, SESSION, Link, printable
 from swarmkit.net.registry.acceptance import acceptable_now
 from swarmkit.net.registry.records import (
     MAX_HOSTED_ADAPTERS,
@@ -47,6 +47,7 @@ from swarmkit.net.registry.records import (
     ServerState,
 )
 from swarmkit.net.registry.registry import Registry
+from swarmkit.net.rpc.endpoints import listen
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.rates import PacedTransport, Rates
 from swarmkit.net.transport.seam import Stream, Transport, endpoint_of
@@ -209,9 +210,9 @@ class ServerNode:
             adapters = AdapterService(
                 stage, fingerprint, engine, config.settings, service.intake, service.adapters
             )
-            await transport.listen(ADAPTER_ENDPOINT, adapters.serve)
-            await transport.listen(PUSH_ENDPOINT, service.serve_pushes)
-            await transport.listen(SESSION_ENDPOINT, service.serve)
+            await listen(transport, ADAPTER, adapters.serve)
+            await listen(transport, PUSH, service.serve_pushes)
+            await listen(transport, SESSION, service.serve)
             self.gradients = GradientService(
                 stage,
                 fingerprint,
@@ -222,7 +223,7 @@ class ServerNode:
                 service.adapters,
             )
             self.set_limits(self.limits)  # they may have been replaced meanwhile
-            await transport.listen(GRADIENT_ENDPOINT, self.gradients.serve)
+            await listen(transport, GRADIENT, self.gradients.serve)
             low, high = self.blocks
             await owned.enter_async_context(weights.sharing(low, high))
             self._state = "online"
@@ -250,7 +251,7 @@ class ServerNode:
             return None
 
         async def dial(link: Link) -> Stream:
-            name = endpoint_of(PUSH_ENDPOINT, link.service)
+            name = endpoint_of(PUSH.endpoint, link.service)
             return await transport.open(link.peer_id, name, link.addresses, settings.sessions.link_timeout_s)
 
         return Links(dial, settings.sessions.link_timeout_s, settings.requests.message_timeout_s)

@@ -23,7 +23,7 @@ from swarmkit.net import portal
 from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.messages import (
-    SESSION_ENDPOINT,
+    SESSION,
     Fault,
     GetInfo,
     Message,
@@ -35,7 +35,7 @@ from swarmkit.net.protocol.messages import (
 )
 from swarmkit.net.registry.records import ServerState
 from swarmkit.net.registry.registry import Registry
-from swarmkit.net.rpc.conversation import CHUNK_BYTES, Conversation
+from swarmkit.net.rpc.message_stream import CHUNK_BYTES, MessageStream
 from swarmkit.net.transport.seam import Stream
 from swarmkit.settings import ClientSettings
 
@@ -48,12 +48,12 @@ NEW_TOKENS = 5
 # Who is silent is soon given up, and who was given up once is not asked again.
 HASTY = ClientSettings().replace(first_step_timeout_s=0.5, min_step_timeout_s=0.5, ban_s=60.0)
 
-Lie = Callable[[Conversation, torch.Tensor, int], Awaitable[None]]
+Lie = Callable[[MessageStream, torch.Tensor, int], Awaitable[None]]
 """Answers the request of a number in place of the output that would be right."""
 
 
 def saying(message: Message) -> Lie:
-    async def lie(conversation: Conversation, output: torch.Tensor, number: int) -> None:
+    async def lie(conversation: MessageStream, output: torch.Tensor, number: int) -> None:
         await conversation.send(message)
 
     return lie
@@ -62,7 +62,7 @@ def saying(message: Message) -> Lie:
 def showing(change: Callable[[torch.Tensor], torch.Tensor], **lies: Any) -> Lie:
     """The right output, changed."""
 
-    async def lie(conversation: Conversation, output: torch.Tensor, number: int) -> None:
+    async def lie(conversation: MessageStream, output: torch.Tensor, number: int) -> None:
         spec, data = codec.encode(change(output))
         await conversation.stream.send(frame({"type": "StepDone", **done(spec, number), **lies}, bytes(data)))
 
@@ -70,28 +70,28 @@ def showing(change: Callable[[torch.Tensor], torch.Tensor], **lies: Any) -> Lie:
 
 
 def sending(*frames: bytes) -> Lie:
-    async def lie(conversation: Conversation, output: torch.Tensor, number: int) -> None:
+    async def lie(conversation: MessageStream, output: torch.Tensor, number: int) -> None:
         for one in frames:
             await conversation.stream.send(one)
 
     return lie
 
 
-async def silence(conversation: Conversation, output: torch.Tensor, number: int) -> None:
+async def silence(conversation: MessageStream, output: torch.Tensor, number: int) -> None:
     await asyncio.Event().wait()
 
 
-async def farewell(conversation: Conversation, output: torch.Tensor, number: int) -> None:
+async def farewell(conversation: MessageStream, output: torch.Tensor, number: int) -> None:
     conversation.close()
 
 
-async def half(conversation: Conversation, output: torch.Tensor, number: int) -> None:
+async def half(conversation: MessageStream, output: torch.Tensor, number: int) -> None:
     spec, data = codec.encode(output)
     await conversation.stream.send(frame(StepDone(spec, 0.0, 0.0, number=number), bytes(data))[:-1])
     await asyncio.Event().wait()
 
 
-async def rounded(conversation: Conversation, output: torch.Tensor, number: int) -> None:
+async def rounded(conversation: MessageStream, output: torch.Tensor, number: int) -> None:
     spec, data = codec.encode(output, "int8")
     await conversation.send(StepDone(spec, 0.0, 0.0, number=number), [data])
 
@@ -176,7 +176,7 @@ class HostileServer:
     async def start(self) -> None:
         assert self._swarm.network is not None
         self._transport = self._swarm.network.transport()
-        await self._transport.listen(SESSION_ENDPOINT, self._serve)
+        await self._transport.listen(SESSION.endpoint, self._serve)
         await self._announce("online")
 
     @property
@@ -203,7 +203,7 @@ class HostileServer:
         await Registry(self._transport).announce(word)
 
     async def _serve(self, stream: Stream) -> None:
-        conversation = Conversation(stream, 2**24)
+        conversation = MessageStream(stream, SESSION, 2**24)
         cache = self._stage.new_cache(self._stage.start, self._stage.stop)
         steps = 0
         while True:
@@ -224,7 +224,7 @@ class HostileServer:
                 await conversation.send(StepDone(spec, 0.0, 0.0, number=message.number), [data])
             steps += 1
 
-    async def _tell_a_lie(self, conversation: Conversation, output: torch.Tensor, number: int) -> None:
+    async def _tell_a_lie(self, conversation: MessageStream, output: torch.Tensor, number: int) -> None:
         self.lies += 1
         await self._lie(conversation, output, number)
 

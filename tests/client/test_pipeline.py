@@ -90,10 +90,10 @@ def test_only_the_first_server_is_sent_anything(
 def test_a_server_dies_in_the_midst_of_the_pieces(
     world: World, wanted: Tensor, monkeypatch: pytest.MonkeyPatch, stage: int, piece: int
 ) -> None:
-    start, run, seen = (0, 1, 3)[stage], BlockService._run_step, 0
+    start, run, seen = (0, 1, 3)[stage], BlockService._take_step, 0
 
     async def dying(
-        service: BlockService, client: Any, session: Any, step: Step, *rest: Any, **more: Any
+        service: BlockService, client: Any, session: Any, incoming: Any, *rest: Any, **more: Any
     ) -> None:
         nonlocal seen
         if session.start == start:
@@ -101,9 +101,9 @@ def test_a_server_dies_in_the_midst_of_the_pieces(
             if seen == piece + 1:
                 node = next(s.node for s in world.swarm.servers if s.node.service is service)  # type: ignore[union-attr]
                 node.crash()
-        await run(service, client, session, step, *rest, **more)
+        await run(service, client, session, incoming, *rest, **more)
 
-    monkeypatch.setattr(BlockService, "_run_step", dying)
+    monkeypatch.setattr(BlockService, "_take_step", dying)
     assert torch.equal(generated(world), wanted)
     assert len(world.lost()) == 1, [str(event) for event in world.model.events]
 

@@ -13,8 +13,9 @@ from swarmkit.net.protocol import messages
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.messages import (
     FATAL,
-    LEGAL,
+    PUSH,
     SENDERS_FAULT,
+    SESSION,
     Attach,
     Attached,
     Fault,
@@ -33,16 +34,16 @@ from swarmkit.net.protocol.messages import (
     Step,
     StepDone,
     Unlinked,
-    next_state,
     printable,
     tensor_specs,
 )
 
 SPEC = TensorSpec((1, 1, 2), "float32")
+PROTOCOL_OF = {state: protocol for protocol in (SESSION, PUSH) for state in protocol.legal}
 EXAMPLES: list[Message] = [
     Open("0" * 32, 0, 2, 10),
     Opened(16),
-    Opened(16, "ab" * 16, bytes(32), "bfloat16", ("int8",), 0.5),
+    Opened(16, "ab" * 16, bytes(32), "bfloat16", ("int8",)),
     RestorePrefix((bytes(32), bytes(range(32)))),
     PrefixRestored(64),
     Link("peer", ("/ip4/127.0.0.1/tcp/1",), "0" * 32),
@@ -95,17 +96,18 @@ def test_every_kind_of_message_has_an_example() -> None:
     ],
 )
 def test_what_a_client_may_say(state: Any, message: Message, following: str) -> None:
-    assert next_state(state, message) == following
+    assert PROTOCOL_OF[state].next_state(state, message) == following
 
 
-@pytest.mark.parametrize("state", LEGAL)
+@pytest.mark.parametrize("state", PROTOCOL_OF)
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
 def test_everything_else_is_named_with_what_would_be_legal(state: Any, message: Message) -> None:
-    if type(message) in LEGAL[state]:
+    protocol = PROTOCOL_OF[state]
+    if type(message) in protocol.legal[state]:
         return
-    legal = ", ".join(kind.__name__ for kind in LEGAL[state])
+    legal = ", ".join(kind.__name__ for kind in protocol.legal[state])
     with pytest.raises(IllegalMessageError, match=f"{type(message).__name__} in state '{state}'.*{legal}"):
-        next_state(state, message)
+        protocol.next_state(state, message)
 
 
 def test_an_illegal_message_is_the_peers_fault() -> None:
@@ -115,7 +117,12 @@ def test_an_illegal_message_is_the_peers_fault() -> None:
 def test_the_table_in_the_documentation_is_the_table_in_use() -> None:
     assert messages.__doc__ is not None
     rows = re.findall(r"^`(\w+)`\s+`(\w+)`\s+-> `(\w+)`", messages.__doc__, re.MULTILINE)
-    table = [(state, kind.__name__, then) for state, row in LEGAL.items() for kind, then in row.items()]
+    table = [
+        (state, kind.__name__, then)
+        for protocol in (SESSION, PUSH)
+        for state, row in protocol.legal.items()
+        for kind, then in row.items()
+    ]
     assert rows == table
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from swarmkit.models.adapters.adapter import Adapter
 from swarmkit.net.protocol import codec
-from swarmkit.net.protocol.adapter_messages import ADAPTER_ENDPOINT, AdapterKept, PutAdapter, decoder
+from swarmkit.net.protocol.adapter_messages import ADAPTER, AdapterKept, PutAdapter
 from swarmkit.net.protocol.gradient_messages import Backward
 from swarmkit.net.protocol.messages import Fault, Open, Opened
-from swarmkit.net.rpc.conversation import Conversation
+from swarmkit.net.rpc.faults import Refusal
+from swarmkit.net.rpc.message_stream import MessageStream
 from swarmkit.server.adapters.service import AdapterService
 from swarmkit.server.adapters.store import AdapterStore, NoRoomError
-from swarmkit.server.sessions.session import Refusal
 from swarmkit.server.training.work import check_request
 
 from ..models.tuned import random_adapter
@@ -65,8 +65,8 @@ class Owner:
 
     async def put(self, adapter: Adapter, values: Tensor | None = None, **changes: Any) -> Any:
         peer_id, addresses = self.server.transport.peer_id, self.server.transport.addresses
-        stream = await self.transport.open(peer_id, ADAPTER_ENDPOINT, addresses)
-        conversation = Conversation(stream, 0, decoder=decoder)
+        stream = await self.transport.open(peer_id, ADAPTER.endpoint, addresses)
+        conversation = MessageStream(stream, ADAPTER)
         sent = adapter.values if values is None else values
         spec, data = codec.encode(sent)
         message = message_of(self.world, adapter, **{"values": spec, **changes})
@@ -97,7 +97,7 @@ async def server(world: World, nbytes: int) -> AsyncIterator[TinyServer]:
     adapters = AdapterService(
         world.stage, world.checkpoint.fingerprint, server.engine, settings, service.intake, service.adapters
     )
-    await server.transport.listen(ADAPTER_ENDPOINT, adapters.serve)
+    await server.transport.listen(ADAPTER.endpoint, adapters.serve)
     yield server
     server.service.adapters.audit()
     await server.close()
@@ -215,8 +215,8 @@ async def test_what_is_no_adapter_ends_the_stream_and_nothing_else(
 ) -> None:
     peer_id, addresses = server.transport.peer_id, server.transport.addresses
     for message in (Open(world.checkpoint.fingerprint, START, STOP, 8), {"type": "PutAdapter"}):
-        stream = await owner.transport.open(peer_id, ADAPTER_ENDPOINT, addresses)
-        conversation = Conversation(stream, 0, decoder=decoder)
+        stream = await owner.transport.open(peer_id, ADAPTER.endpoint, addresses)
+        conversation = MessageStream(stream, ADAPTER)
         await stream.send(frame(message))
         reply: Any = (await conversation.receive()).message
         assert reply.code == "bad_message"

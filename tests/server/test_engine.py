@@ -199,7 +199,7 @@ async def test_close_refuses_the_jobs_that_wait(engine: Engine) -> None:
 
 async def test_a_closed_engine_takes_no_jobs(engine: Engine) -> None:
     engine.close()
-    with pytest.raises(EngineClosedError, match="make a new server"):
+    with pytest.raises(EngineClosedError, match="has stopped computing"):
         await engine.run(lambda: None)
 
 

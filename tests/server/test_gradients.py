@@ -15,16 +15,15 @@ from swarmkit.models.execution.full_sequences import FullSequencePass, FullSeque
 from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.gradient_messages import (
-    GRADIENT_ENDPOINT,
+    GRADIENT,
     Backward,
     BackwardDone,
     Forward,
     ForwardDone,
     Working,
-    decoder,
 )
 from swarmkit.net.protocol.messages import Fault, Open, Step
-from swarmkit.net.rpc.conversation import Conversation
+from swarmkit.net.rpc.message_stream import MessageStream
 from swarmkit.server.engine.engine import BULK, Engine
 from swarmkit.server.engine.scheduler import (
     ExpectedArrivals,
@@ -61,19 +60,19 @@ class TrainingServer(TinyServer):
 
     async def start(self, *args: Any, **kwargs: Any) -> TrainingServer:
         await super().start(*args, **kwargs)
-        await self.transport.listen(GRADIENT_ENDPOINT, self.gradients.serve)
+        await self.transport.listen(GRADIENT.endpoint, self.gradients.serve)
         return self
 
     async def line(self) -> Line:
         transport = await self._connect()
-        stream = await transport.open(self.transport.peer_id, GRADIENT_ENDPOINT, self.transport.addresses)
-        return Line(Conversation(stream, 2**24, decoder=decoder), self.world.checkpoint.fingerprint)
+        stream = await transport.open(self.transport.peer_id, GRADIENT.endpoint, self.transport.addresses)
+        return Line(MessageStream(stream, GRADIENT, 2**24), self.world.checkpoint.fingerprint)
 
 
 class Line:
     """The client's half, with nothing between a test and the wire."""
 
-    def __init__(self, conversation: Conversation, fingerprint: str) -> None:
+    def __init__(self, conversation: MessageStream, fingerprint: str) -> None:
         self.conversation = conversation
         self.fingerprint = fingerprint
 
@@ -366,8 +365,8 @@ async def test_requests_of_one_client_are_done_one_after_the_other(
     monkeypatch.setattr(GradientWork, "advance", advance)
     first = await server.line()
     transport = server.transports[-1]
-    stream = await transport.open(server.transport.peer_id, GRADIENT_ENDPOINT, server.transport.addresses)
-    second = Line(Conversation(stream, 2**24, decoder=decoder), first.fingerprint)
+    stream = await transport.open(server.transport.peer_id, GRADIENT.endpoint, server.transport.addresses)
+    second = Line(MessageStream(stream, GRADIENT, 2**24), first.fingerprint)
     await asyncio.gather(first.ask(hidden_states(1, 3)), second.ask(hidden_states(1, 4)))
     assert order == sorted(order)
 

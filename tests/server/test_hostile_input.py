@@ -17,8 +17,8 @@ import torch
 
 from swarmkit.errors import PeerUnreachableError
 from swarmkit.net.protocol.messages import FATAL, Fault
-from swarmkit.net.rpc.conversation import CHUNK_BYTES
-from swarmkit.server import caller as caller_module
+from swarmkit.net.rpc import server_stream
+from swarmkit.net.rpc.message_stream import CHUNK_BYTES
 
 from ..net.worlds import HivemindWorld
 from ..waiting import eventually
@@ -152,7 +152,7 @@ async def test_the_attackers_own_session_is_as_before(server: TinyServer, attack
 async def test_a_stream_on_which_the_two_may_disagree_is_ended(
     server: TinyServer, attack: Attack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(caller_module, "_LINGER_S", 0.01)
+    monkeypatch.setattr(server_stream, "_LINGER_S", 0.01)
     attacker = await attacker_at(server, attack)
     await attacker.send_frames(*attack.frames)
     await attacker.answer()

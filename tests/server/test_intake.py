@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from swarmkit.server.receive_budget import ReceiveBudget
+from swarmkit.net.rpc.receive_budget import ReceiveBudget
 
 
 async def asking(intake: ReceiveBudget, *sizes: int) -> list[asyncio.Task[None]]:

@@ -22,10 +22,10 @@ from swarmkit.events import (
     ServingStarted,
 )
 from swarmkit.models.execution.stage import Stage
-from swarmkit.net.protocol.messages import SESSION_ENDPOINT, Open, Opened
+from swarmkit.net.protocol.messages import SESSION, Open, Opened
 from swarmkit.net.registry.records import Announcement, ServerState
 from swarmkit.net.registry.registry import Registry
-from swarmkit.net.rpc.conversation import Conversation
+from swarmkit.net.rpc.message_stream import MessageStream
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.net.transport.seam import RecordCheck, Transport
@@ -147,8 +147,8 @@ class Neighbourhood:
 
     async def session_with(self, node: ServerNode) -> TinyClient:
         assert node.transport is not None
-        stream = await self.observer.open(node.transport.peer_id, SESSION_ENDPOINT)
-        client = TinyClient(Conversation(stream, 2**20), self.world.checkpoint.fingerprint)
+        stream = await self.observer.open(node.transport.peer_id, SESSION.endpoint)
+        client = TinyClient(MessageStream(stream, SESSION, 2**20), self.world.checkpoint.fingerprint)
         assert isinstance(await client.ask(Open(client.fingerprint, *node.blocks, 8)), Opened)
         return client
 

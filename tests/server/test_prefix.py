@@ -11,8 +11,8 @@ import torch
 from swarmkit.models.execution.stage import Stage, StepPart
 from swarmkit.models.kv.cache import PAGE_TOKENS
 from swarmkit.models.kv.pages import names_of
-from swarmkit.net.protocol.messages import SESSION_ENDPOINT, Fault, Opened, PrefixRestored, RestorePrefix
-from swarmkit.net.rpc.conversation import Conversation
+from swarmkit.net.protocol.messages import SESSION, Fault, Opened, PrefixRestored, RestorePrefix
+from swarmkit.net.rpc.message_stream import MessageStream
 from swarmkit.server.cache.prefix_cache import root_of
 from swarmkit.server.cache.prefix_tracker import tail_bytes
 from swarmkit.server.engine.engine import Engine
@@ -76,9 +76,9 @@ async def server(make: Make) -> TinyServer:
 
 async def another_session_of(server: TinyServer, client_transport: Any) -> TinyClient:
     stream = await client_transport.open(
-        server.transport.peer_id, SESSION_ENDPOINT, server.transport.addresses
+        server.transport.peer_id, SESSION.endpoint, server.transport.addresses
     )
-    client = TinyClient(Conversation(stream, 2**24), server.world.checkpoint.fingerprint)
+    client = TinyClient(MessageStream(stream, SESSION, 2**24), server.world.checkpoint.fingerprint)
     assert isinstance(await client.open(**LONG), Opened)
     return client
 

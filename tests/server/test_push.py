@@ -14,7 +14,7 @@ import torch
 from swarmkit.errors import PeerUnreachableError
 from swarmkit.net.protocol.codec import passed
 from swarmkit.net.protocol.messages import (
-    PUSH_ENDPOINT,
+    PUSH,
     Attach,
     Attached,
     Fault,
@@ -24,9 +24,9 @@ from swarmkit.net.protocol.messages import (
     StepDone,
     Unlinked,
 )
-from swarmkit.net.rpc.conversation import Conversation
+from swarmkit.net.rpc.message_stream import MessageStream
+from swarmkit.net.rpc.server_stream import ServerStream
 from swarmkit.net.transport.memory import MemoryNetwork
-from swarmkit.server.caller import Caller
 
 from ..waiting import eventually
 from .attacks import BYTES, HELD, LENGTH, ROWS, STEP, STEPPING, Attack, step_of
@@ -230,16 +230,16 @@ async def test_a_session_that_ends_while_its_answer_is_on_its_way_gives_back_wha
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client that does not take its answer, and goes."""
-    send, on_its_way = Caller.send, asyncio.Event()
+    send, on_its_way = ServerStream.send, asyncio.Event()
     clients = pair.second.service._clients
 
-    async def never_taken(caller: Caller, message: Message, *payload: Any) -> None:
+    async def never_taken(caller: ServerStream, message: Message, *payload: Any) -> None:
         if isinstance(message, StepDone) and caller in clients.values():
             on_its_way.set()
             await asyncio.Event().wait()
         await send(caller, message, *payload)
 
-    monkeypatch.setattr(Caller, "send", never_taken)
+    monkeypatch.setattr(ServerStream, "send", never_taken)
     await pair.link()
     await pair.one.try_step(PROMPT, number=1, forward=1)
     await asyncio.wait_for(on_its_way.wait(), 5)
@@ -258,18 +258,18 @@ async def test_the_client_is_told_when_the_server_before_is_gone(pair: Pair) -> 
 # what is believed
 
 
-async def attached(pair: Pair) -> Conversation:
+async def attached(pair: Pair) -> MessageStream:
     """Somebody who may push into the second server's session."""
-    stream = await pair.network.transport().open(pair.second.transport.peer_id, PUSH_ENDPOINT)
-    source = Conversation(stream, 2**24)
+    stream = await pair.network.transport().open(pair.second.transport.peer_id, PUSH.endpoint)
+    source = MessageStream(stream, PUSH, 2**24)
     await source.send(Attach(pair.two.inlet))
     assert (await source.receive()).message == Attached()
     return source
 
 
 async def test_who_does_not_know_the_secret_may_not_push(pair: Pair) -> None:
-    stream = await pair.network.transport().open(pair.second.transport.peer_id, PUSH_ENDPOINT)
-    source = Conversation(stream, 2**24)
+    stream = await pair.network.transport().open(pair.second.transport.peer_id, PUSH.endpoint)
+    source = MessageStream(stream, PUSH, 2**24)
     await source.send(Attach("f" * 32))
     reply = (await source.receive()).message
     assert isinstance(reply, Fault)
@@ -327,7 +327,7 @@ async def test_a_pusher_of_nonsense_is_sent_away_and_the_client_told(
 def with_number(piece: bytes, number: int) -> bytes:
     """A message in one frame, with another number."""
 
-    _, _, header_bytes, payload_bytes = HEAD.unpack_from(piece)
+    _, _, header_bytes, payload_bytes, _ = HEAD.unpack_from(piece)
     header = msgspec.msgpack.decode(piece[HEAD.size : HEAD.size + header_bytes])
     header["number"] = number
     return frame(header, piece[HEAD.size + header_bytes :], payload_bytes=payload_bytes)

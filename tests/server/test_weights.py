@@ -6,29 +6,20 @@ import asyncio
 import hashlib
 import random
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from swarmkit.errors import PeerUnreachableError
+from swarmkit.errors import RemoteError
+from swarmkit.net.protocol.weights_messages import WEIGHTS, FileChunk, FileFound, GetFile
+from swarmkit.net.rpc.client_stream import ClientStream
+from swarmkit.net.rpc.endpoints import connect, listen
+from swarmkit.net.rpc.message_stream import CHUNK_BYTES
 from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.net.transport.rates import TokenBucket
-from swarmkit.net.transport.seam import Stream
-from swarmkit.server.weights.service import (
-    CHUNK_BYTES,
-    MAX_PAUSE_S,
-    WEIGHTS_ENDPOINT,
-    Ask,
-    Refused,
-    Sending,
-    WeightsService,
-    WeightsSettings,
-    encode,
-    read_answer,
-)
+from swarmkit.server.weights.service import MAX_PAUSE_S, WeightsService, WeightsSettings
 
 
 class Clock:
@@ -72,10 +63,15 @@ class House:
         self.service = WeightsService(WeightsSettings(**settings), clock=self.clock, sleep=self.clock.sleep)
         self.service.offer(self.hash, self.path)
 
-    async def ask(self, frame: bytes | None = None, offset: int = 0) -> Stream:
-        await self.holder.listen(WEIGHTS_ENDPOINT, self.service.serve)
-        stream = await self.asker.open(self.holder.peer_id, WEIGHTS_ENDPOINT)
-        await stream.send(frame if frame is not None else encode(Ask(self.hash, offset)))
+    async def stream(self) -> ClientStream:
+        """A new stream from the asker to the holder."""
+        await listen(self.holder, WEIGHTS, self.service.serve)
+        return await connect(self.asker, WEIGHTS, self.holder.peer_id, max_payload_bytes=CHUNK_BYTES)
+
+    async def ask(self, offset: int = 0) -> ClientStream:
+        """The same, on which the file was asked for and found."""
+        stream = await self.stream()
+        assert await stream.ask(GetFile(self.hash, offset), FileFound) == FileFound(len(self.content))
         return stream
 
     async def close(self) -> None:
@@ -83,13 +79,20 @@ class House:
         await self.holder.close()
 
 
-async def rest(stream: Stream) -> bytes:
-    """Everything until the other side ends the stream."""
+async def chunks(stream: ClientStream, nbytes: int) -> bytes:
+    """The next chunks, until there are so many bytes."""
     data = b""
-    with suppress(PeerUnreachableError):
-        while True:
-            data += await stream.receive()
+    while len(data) < nbytes:
+        incoming = await stream.answer(FileChunk)
+        data += incoming.raw(incoming.message.data)
     return data
+
+
+async def refused(stream: ClientStream, message: GetFile) -> str:
+    """The code of the fault that answers a request."""
+    with pytest.raises(RemoteError) as caught:
+        await stream.ask(message, FileFound)
+    return caught.value.code
 
 
 @pytest_asyncio.fixture
@@ -100,51 +103,42 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
 
 
 async def test_a_file_is_handed_out_whole_at_the_agreed_rate(house: House) -> None:
-    stream = await house.ask()
-    assert read_answer(await stream.receive(), "") == Sending(len(house.content))
-    assert await rest(stream) == house.content
+    assert await chunks(await house.ask(), len(house.content)) == house.content
     assert house.clock.now == pytest.approx(1, abs=0.01)  # two chunks at once, the third after a second
 
 
 async def test_a_file_is_handed_out_from_where_the_asker_stopped(house: House) -> None:
-    stream = await house.ask(offset=3 * CHUNK_BYTES)
-    assert read_answer(await stream.receive(), "") == Sending(len(house.content))
-    assert await rest(stream) == house.content[-5:]
+    assert await chunks(await house.ask(offset=3 * CHUNK_BYTES), 5) == house.content[-5:]
 
 
 async def test_nothing_is_sent_while_a_session_waits_except_that_it_never_stands_still(house: House) -> None:
     house.service.busy = lambda: True
-    stream = await house.ask()
-    await stream.receive()
-    assert await rest(stream) == house.content
+    assert await chunks(await house.ask(), len(house.content)) == house.content
     assert house.clock.now >= 4 * MAX_PAUSE_S
 
 
-@pytest.mark.parametrize(
-    ("frame", "code"),
-    [
-        (encode(Ask("0" * 64)), "not_held"),
-        (b"what?", "bad_message"),
-        (b"x" * 5000, "bad_message"),
-        (b"\x83\xa4type\xa3Ask\xa7content\xa3../\xa6offset\x00", "bad_message"),
-    ],
-)
-async def test_what_is_not_offered_is_refused(house: House, frame: bytes, code: str) -> None:
-    answer = read_answer(await (await house.ask(frame)).receive(), "")
-    assert isinstance(answer, Refused)
-    assert answer.code == code
+async def test_a_file_that_is_not_offered_is_refused(house: House) -> None:
+    assert await refused(await house.stream(), GetFile("0" * 64)) == "not_held"
+
+
+@pytest.mark.parametrize("content", ["../", "0" * 63, "0" * 64 + "\n", "A" * 64])
+async def test_what_is_no_hash_is_refused(house: House, content: str) -> None:
+    assert await refused(await house.stream(), GetFile(content)) == "bad_message"
 
 
 async def test_an_offset_beyond_the_file_is_refused(house: House) -> None:
-    answer = read_answer(await (await house.ask(offset=len(house.content) + 1)).receive(), "")
-    assert isinstance(answer, Refused)
+    assert await refused(await house.stream(), GetFile(house.hash, len(house.content) + 1)) == "not_held"
 
 
-async def test_more_transfers_than_allowed_are_refused(house: House) -> None:
+async def test_more_transfers_than_allowed_are_refused_while_they_last(house: House) -> None:
     first = await house.ask()
-    await first.receive()
-    answer = read_answer(await (await house.ask()).receive(), "")
-    assert isinstance(answer, Refused)
-    assert answer.code == "busy"
-    await rest(first)
-    assert isinstance(read_answer(await (await house.ask()).receive(), ""), Sending)
+    assert await refused(await house.stream(), GetFile(house.hash)) == "busy"
+    await chunks(first, len(house.content))
+    assert await chunks(await house.ask(), len(house.content)) == house.content
+
+
+async def test_a_file_that_became_shorter_meanwhile_is_said_to_be_gone(house: House) -> None:
+    stream = await house.ask()
+    house.path.write_bytes(house.content[:CHUNK_BYTES])
+    with pytest.raises(RemoteError, match="became shorter"):
+        await chunks(stream, len(house.content))

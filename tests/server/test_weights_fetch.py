@@ -18,18 +18,16 @@ from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.checkpoint.store import BlockStore
 from swarmkit.models.checkpoint.store_hub import HubFiles
 from swarmkit.models.checkpoint.store_tensors import keep_tensors
+from swarmkit.net.protocol.codec import TensorSpec
+from swarmkit.net.protocol.weights_messages import WEIGHTS, FileChunk, FileFound
 from swarmkit.net.registry import offers
 from swarmkit.net.registry.acceptance import acceptable_now
 from swarmkit.net.registry.offers import WeightsOffer
+from swarmkit.net.rpc.message_stream import MessageStream
 from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.net.transport.seam import Stream, Transport
 from swarmkit.server.weights.fetch import FetchReport, PeerWeights
-from swarmkit.server.weights.service import (
-    WEIGHTS_ENDPOINT,
-    Sending,
-    WeightsSettings,
-    encode,
-)
+from swarmkit.server.weights.service import WeightsSettings
 from swarmkit.server.weights.share import SharedWeights
 
 from ..models.hub import TOKEN, LocalHub, local_hub, unplug, use_hub
@@ -82,7 +80,7 @@ class Town:
         await eventually(offered, "the server offers its blocks")
 
     async def liar(
-        self, name: str, serve: Callable[[Stream, bytes], Awaitable[None]] | None, change: float = 1.0
+        self, name: str, serve: Callable[[MessageStream, bytes], Awaitable[None]] | None, change: float = 1.0
     ) -> Transport:
         """A peer that claims another content for block 0, and serves it or something else."""
         checkpoint = Checkpoint.open("some/llama", progress=False)
@@ -100,9 +98,9 @@ class Town:
 
         async def lying(stream: Stream) -> None:
             assert serve is not None
-            await serve(stream, path.read_bytes())
+            await serve(MessageStream(stream, WEIGHTS), path.read_bytes())
 
-        await transport.listen(WEIGHTS_ENDPOINT, weights.service.serve if serve is None else lying)
+        await transport.listen(WEIGHTS.endpoint, weights.service.serve if serve is None else lying)
         await self.claim(transport, checkpoint.fingerprint, path.stem, path.stat().st_size)
         return transport
 
@@ -190,31 +188,35 @@ async def test_what_was_fetched_from_a_peer_is_offered_in_turn(town: Town) -> No
     assert second.service.sent_bytes > 0
 
 
-async def garbage(stream: Stream, truth: bytes) -> None:
+async def send_chunk(stream: MessageStream, data: bytes) -> None:
+    await stream.send(FileChunk(TensorSpec((len(data),), "uint8")), [data])
+
+
+async def garbage(stream: MessageStream, truth: bytes) -> None:
     await stream.receive()
-    await stream.send(encode(Sending(len(truth))))
-    await stream.send(bytes(len(truth)))
+    await stream.send(FileFound(len(truth)))
+    await send_chunk(stream, bytes(len(truth)))
 
 
-async def too_much(stream: Stream, truth: bytes) -> None:
+async def too_much(stream: MessageStream, truth: bytes) -> None:
     await stream.receive()
-    await stream.send(encode(Sending(len(truth))))
-    await stream.send(truth + b"!")
+    await stream.send(FileFound(len(truth)))
+    await send_chunk(stream, truth + b"!")
 
 
-async def another_size(stream: Stream, truth: bytes) -> None:
+async def another_size(stream: MessageStream, truth: bytes) -> None:
     await stream.receive()
-    await stream.send(encode(Sending(2**50)))
+    await stream.send(FileFound(2**50))
 
 
-async def nonsense(stream: Stream, truth: bytes) -> None:
+async def nonsense(stream: MessageStream, truth: bytes) -> None:
     await stream.receive()
-    await stream.send(b"\xc1 nonsense")
+    await stream.stream.send(b"\xc1 nonsense")
 
 
 @pytest.mark.parametrize("lie", [garbage, too_much, another_size, nonsense])
 async def test_a_liars_bytes_are_refused_and_the_hub_helps(
-    town: Town, folder: Path, lie: Callable[[Stream, bytes], Awaitable[None]]
+    town: Town, folder: Path, lie: Callable[[MessageStream, bytes], Awaitable[None]]
 ) -> None:
     await town.liar("liar", lie)
     checkpoint, second = town.server("second")
@@ -227,7 +229,7 @@ async def test_a_liars_bytes_are_refused_and_the_hub_helps(
 async def test_a_liar_is_not_asked_again(town: Town, folder: Path) -> None:
     asked = 0
 
-    async def lie(stream: Stream, truth: bytes) -> None:
+    async def lie(stream: MessageStream, truth: bytes) -> None:
         nonlocal asked
         asked += 1
         await garbage(stream, truth)
@@ -300,13 +302,14 @@ async def test_a_broken_transfer_is_taken_up_with_another_holder(town: Town, fol
     truth = honest.service._files[content].read_bytes()
 
     async def half(stream: Stream) -> None:
-        await stream.receive()
-        await stream.send(encode(Sending(len(truth))))
-        await stream.send(truth[:10_000])
+        messages = MessageStream(stream, WEIGHTS)
+        await messages.receive()
+        await messages.send(FileFound(len(truth)))
+        await send_chunk(messages, truth[:10_000])
 
     lazy = town.network.transport(record_check=acceptable_now)
     town.transports.append(lazy)
-    await lazy.listen(WEIGHTS_ENDPOINT, half)
+    await lazy.listen(WEIGHTS.endpoint, half)
     await town.claim(lazy, honest._checkpoint.fingerprint, content, len(truth))
     checkpoint, second = town.server("second", source="peers")
 
@@ -328,11 +331,11 @@ async def test_a_holder_that_trickles_is_left(
 ) -> None:
     monkeypatch.setattr("swarmkit.server.weights.transfer._SLOWEST_BYTES_PER_S", 1e9)
 
-    async def trickle(stream: Stream, truth: bytes) -> None:
+    async def trickle(stream: MessageStream, truth: bytes) -> None:
         await stream.receive()
-        await stream.send(encode(Sending(len(truth))))
+        await stream.send(FileFound(len(truth)))
         for byte in truth:
-            await stream.send(bytes([byte]))
+            await send_chunk(stream, bytes([byte]))
             await asyncio.sleep(0.001)
 
     await town.liar("slow", trickle)

@@ -14,6 +14,7 @@ from swarmkit.models.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest
 from swarmkit.models.checkpoint.store import BlockStore
 from swarmkit.models.checkpoint.store_pinned import PinnedFiles, find_manifest
 from swarmkit.net import portal
+from swarmkit.net.protocol.weights_messages import WEIGHTS
 from swarmkit.net.registry import offers
 from swarmkit.net.registry.acceptance import acceptable_now
 from swarmkit.net.registry.offers import WeightsOffer
@@ -22,7 +23,7 @@ from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.net.transport.seam import RecordCheck, Transport
 from swarmkit.server.server import Server
 from swarmkit.server.weights.manifest import fetch_manifest, open_with_fingerprint
-from swarmkit.server.weights.service import WEIGHTS_ENDPOINT, WeightsService, WeightsSettings
+from swarmkit.server.weights.service import WeightsService, WeightsSettings
 from swarmkit.server.weights.share import SharedWeights
 from swarmkit.server.weights.transfer import look_up
 from tests.models.hub import LocalHub
@@ -54,7 +55,7 @@ async def offering_bytes(
     path = town._home / f"offered-{len(town.transports)}"
     path.write_bytes(encoded)
     service.offer(content, path)
-    await transport.listen(WEIGHTS_ENDPOINT, service.serve)
+    await transport.listen(WEIGHTS.endpoint, service.serve)
     expires_at = town.network.clock() + 60
     offer = WeightsOffer(
         peer_id=transport.peer_id,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import struct
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +17,8 @@ from swarmkit.models.execution.stage import Stage
 from swarmkit.models.plan import cache_cost
 from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.messages import (
-    PUSH_ENDPOINT,
-    SESSION_ENDPOINT,
+    PUSH,
+    SESSION,
     Fault,
     Link,
     Message,
@@ -28,7 +27,9 @@ from swarmkit.net.protocol.messages import (
     Step,
     StepDone,
 )
-from swarmkit.net.rpc.conversation import Conversation
+from swarmkit.net.protocol.protocol import PROTOCOL_VERSION
+from swarmkit.net.rpc.endpoints import listen
+from swarmkit.net.rpc.message_stream import HEAD, MessageStream
 from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.net.transport.seam import Stream, Transport
 from swarmkit.server.engine.engine import Engine
@@ -43,9 +44,6 @@ START, STOP = 1, 4
 HIDDEN = 32
 MAX_STEP_TOKENS = 16
 MAX_LENGTH = 64
-
-HEAD = struct.Struct(">2sBIQ")
-"""What every message begins with: magic, version, bytes of the header, bytes of the payload."""
 
 Connect = Callable[[], Awaitable[Transport]]
 
@@ -101,12 +99,12 @@ class TinyServer:
     async def start(self, transport: Transport | None = None, connect: Connect | None = None) -> TinyServer:
         self._connect = connect or self._join
         self.transport = transport or await self._join()
-        await self.transport.listen(SESSION_ENDPOINT, self.service.serve)
-        await self.transport.listen(PUSH_ENDPOINT, self.service.serve_pushes)
+        await listen(self.transport, SESSION, self.service.serve)
+        await listen(self.transport, PUSH, self.service.serve_pushes)
         return self
 
     async def _dial(self, link: Link) -> Stream:
-        return await self.transport.open(link.peer_id, PUSH_ENDPOINT, link.addresses)
+        return await self.transport.open(link.peer_id, PUSH.endpoint, link.addresses)
 
     async def _join(self) -> Transport:
         transport = self.network.transport()
@@ -116,8 +114,8 @@ class TinyServer:
     async def client(self) -> TinyClient:
         """Somebody new, with a stream to the server."""
         transport = await self._connect()
-        stream = await transport.open(self.transport.peer_id, SESSION_ENDPOINT, self.transport.addresses)
-        return TinyClient(Conversation(stream, 2**24), self.world.checkpoint.fingerprint)
+        stream = await transport.open(self.transport.peer_id, SESSION.endpoint, self.transport.addresses)
+        return TinyClient(MessageStream(stream, SESSION, 2**24), self.world.checkpoint.fingerprint)
 
     async def session(self, **changes: Any) -> TinyClient:
         """Somebody new, with an open session."""
@@ -146,7 +144,7 @@ class TinyServer:
 class TinyClient:
     """The client's half of the protocol, with nothing between a test and the wire."""
 
-    conversation: Conversation
+    conversation: MessageStream
     fingerprint: str
     position: int = 0
     inlet: str = ""
@@ -231,14 +229,13 @@ def head(
     payload_bytes: int,
     *,
     magic: bytes = b"SK",
-    version: int = 1,
+    version: int = PROTOCOL_VERSION,
     header_bytes: int | None = None,
+    sent_at: float = 0.0,
 ) -> bytes:
     """The first bytes of a message, which may lie."""
-    return (
-        HEAD.pack(magic, version, len(header) if header_bytes is None else header_bytes, payload_bytes)
-        + header
-    )
+    claimed = len(header) if header_bytes is None else header_bytes
+    return HEAD.pack(magic, version, claimed, payload_bytes, sent_at) + header
 
 
 def frame(message: Message | dict[str, Any] | list[Any], payload: bytes = b"", **lies: Any) -> bytes:

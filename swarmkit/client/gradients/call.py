@@ -35,7 +35,7 @@ from swarmkit.errors import (
     SwarmkitError,
 )
 from swarmkit.events import MicroBatchFinished, WaitStarted
-from swarmkit.net.protocol.gradient_messages import GRADIENT_ENDPOINT
+from swarmkit.net.protocol.gradient_messages import GRADIENT
 from swarmkit.net.protocol.messages import SENDERS_FAULT
 from swarmkit.net.registry.records import Announcement
 
@@ -265,7 +265,7 @@ class Call:
             return await line.ask(fingerprint, question, deadline_s)
 
     async def _open(self, server: Announcement) -> Line:
-        return Line(await self._swarm.dial(server, GRADIENT_ENDPOINT), self._training.traffic)
+        return Line(await self._swarm.connect(server, GRADIENT), self._training.traffic)
 
     def _lost(self, flow: Flow, hop: Hop, error: PeerError) -> None:
         """A server failed: its part of this micro-batch is for another one."""

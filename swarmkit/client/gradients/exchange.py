@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 
 from swarmkit.client.gradients.flows import PassRequest
 from swarmkit.client.session.replica import off_loop
-from swarmkit.errors import PeerTimeoutError, PeerUnreachableError, ProtocolError, RemoteError
+from swarmkit.errors import ProtocolError
 from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.gradient_messages import (
@@ -23,12 +21,11 @@ from swarmkit.net.protocol.gradient_messages import (
     GradientMessage,
     GradientRequest,
     Working,
-    decoder,
 )
 from swarmkit.net.protocol.messages import HIDDEN_DTYPES, Fault
-from swarmkit.net.rpc.conversation import Conversation, Received
-from swarmkit.net.rpc.idle_timer import IdleTimer
-from swarmkit.net.transport.seam import Stream
+from swarmkit.net.rpc.client_stream import ClientStream
+from swarmkit.net.rpc.faults import error_of
+from swarmkit.net.rpc.message_stream import IncomingMessage
 
 
 @dataclass
@@ -44,17 +41,11 @@ class Traffic:
 class Line:
     """A stream to a server, for one request after the other."""
 
-    stream: Stream
+    stream: ClientStream
     traffic: Traffic
-    conversation: Conversation = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.conversation = Conversation(self.stream, 0, decoder=decoder)
-        self._patience = IdleTimer(self.conversation)
 
     def close(self) -> None:
-        self._patience.close()
-        self.conversation.close()
+        self.stream.close()
 
     async def ask(
         self, fingerprint: str, question: PassRequest, deadline_s: float
@@ -72,10 +63,10 @@ class Line:
         shape = question.answer_shape
         wants = question.trains and question.gradient is not None
         numel = question.adapter.values.numel() if wants and question.adapter is not None else None
-        self.conversation.max_payload_bytes = (math.prod(shape) + (numel or 0)) * 4
+        self.stream.max_payload_bytes = (math.prod(shape) + (numel or 0)) * 4
         self.traffic.requests += 1
-        with self._patient(deadline_s):
-            await self.conversation.send(message, payload)
+        with self.stream.within(deadline_s):
+            await self.stream.send(message, payload)
             self.traffic.sent += sum(part.nbytes for part in payload)
             received = await self._answer(message, deadline_s)
         answer = await off_loop(
@@ -93,26 +84,26 @@ class Line:
             self.traffic.received += of_adapter.nbytes
         return answer, of_adapter
 
-    async def _answer(self, message: GradientRequest, deadline_s: float) -> Received:
+    async def _answer(self, message: GradientRequest, deadline_s: float) -> IncomingMessage:
         peer_id, done = self.stream.peer_id, 0
         expected = BackwardDone if isinstance(message, Backward) else ForwardDone
         while True:
-            received = await self.conversation.receive()
+            received = await self.stream.receive()
             answer = cast(GradientMessage, received.message)
             if isinstance(answer, Working) and done < answer.done <= answer.total:
                 # It cannot go on for ever: there are so many parts as the first word says at most.
                 if answer.total > _parts(message):
                     raise ProtocolError("the request has fewer parts than the server says", peer_id)
                 done = answer.done
-                self._patience.start(deadline_s)
+                self.stream.extend(deadline_s)
             elif isinstance(answer, Fault):
-                raise RemoteError(answer.message, peer_id, answer.code)
+                raise error_of(answer, peer_id)
             elif isinstance(answer, expected):
                 return received
             else:
                 raise ProtocolError(f"expected an answer, got {type(answer).__name__}", peer_id)
 
-    def _checked(self, received: Received, spec: TensorSpec, shape: tuple[int, ...]) -> torch.Tensor:
+    def _checked(self, received: IncomingMessage, spec: TensorSpec, shape: tuple[int, ...]) -> torch.Tensor:
         if spec.shape != shape or spec.dtype not in HIDDEN_DTYPES:
             raise ProtocolError(
                 f"the answer must be {list(shape)}, got {list(spec.shape)} of {spec.dtype}",
@@ -122,19 +113,6 @@ class Line:
         if not codec.is_finite(answer):
             raise ProtocolError("the answer contains NaN or infinity", self.stream.peer_id)
         return answer
-
-    @contextmanager
-    def _patient(self, deadline_s: float) -> Iterator[None]:
-        """Give the stream up after so many seconds."""
-        self._patience.start(deadline_s)
-        try:
-            yield
-        except PeerUnreachableError:
-            if not self._patience.expired:
-                raise
-            raise PeerTimeoutError(f"silent for {deadline_s:.1f} s", self.stream.peer_id) from None
-        finally:
-            self._patience.stop()
 
 
 def _parts(message: GradientRequest) -> int:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import anyio.to_thread
-import msgspec
 import torch
 
 from swarmkit.client.adapters.model_adapters import ClientAdapter, ServerAdapter
@@ -30,6 +29,7 @@ from swarmkit.net.protocol.messages import (
     HIDDEN_DTYPES,
     MAX_ADDRESSES,
     MAX_RESTORED_PAGES,
+    SESSION,
     Link,
     Linked,
     Open,
@@ -39,7 +39,7 @@ from swarmkit.net.protocol.messages import (
     Step,
     StepDone,
 )
-from swarmkit.net.rpc.conversation import Received
+from swarmkit.net.rpc.message_stream import IncomingMessage
 
 T = TypeVar("T")
 
@@ -162,10 +162,9 @@ class StageReplica:
 
     async def _open(self, max_length: int) -> None:
         hop, swarm = self.hop, self._swarm
-        connection = self.connection = StageConnection(await swarm.converse(hop.server))
+        connection = self.connection = StageConnection(await swarm.connect(hop.server, SESSION))
         name, part = ("", None) if self._adapter is None else await self._part_of(self._adapter)
         message = Open(swarm.model.fingerprint, hop.start, hop.stop, max_length, name)
-        message = msgspec.structs.replace(message, sent_at=connection.clock())
         # To open a session computes nothing: a silent server would be found out later, and more slowly.
         try:
             reply = await connection.ask(message, swarm.connect_timeout)
@@ -327,7 +326,6 @@ class StageReplica:
             request.number,
             forward,
             request.answers,
-            connection.clock(),
             min(timeout_s, _MAX_TIMEOUT_S),
             not self._swarm.settings.sessions.recovery,
         )
@@ -421,7 +419,9 @@ async def off_loop(nbytes: int, work: Callable[[], T]) -> T:
     return work() if nbytes < _LARGE_BYTES else await anyio.to_thread.run_sync(work)
 
 
-def _checked(reply: StepDone, received: Received, shape: tuple[int, int, int], peer_id: str) -> torch.Tensor:
+def _checked(
+    reply: StepDone, received: IncomingMessage, shape: tuple[int, int, int], peer_id: str
+) -> torch.Tensor:
     """A server's output, as far as it can be seen to be one."""
     spec = reply.hidden
     if spec.shape != shape or spec.dtype not in HIDDEN_DTYPES:

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
 
-import anyio
-
-from swarmkit.errors import (
-    PeerError,
-    PeerTimeoutError,
-    PeerUnreachableError,
-    ProtocolError,
-    RemoteError,
-)
+from swarmkit.errors import PeerError, ProtocolError, RemoteError
 from swarmkit.net.protocol.messages import HIDDEN_DTYPES, Fault, Message, Opened, StepDone, Unlinked
-from swarmkit.net.rpc.conversation import Conversation, Received
-from swarmkit.net.rpc.idle_timer import IdleTimer
+from swarmkit.net.rpc.client_stream import ClientStream
+from swarmkit.net.rpc.faults import error_of
+from swarmkit.net.rpc.message_stream import IncomingMessage
 from swarmkit.net.transport.seam import Buffer
-
-_LAST_MESSAGE_S = 1.0
-"""How long to look for a fault on a stream that the server has ended."""
 
 
 class NotPushedError(PeerError):
@@ -34,9 +23,8 @@ class StageConnection:
     one of them at a time waits for its answer. Answers to steps that were given up are dropped.
     """
 
-    def __init__(self, conversation: Conversation) -> None:
-        self._conversation = conversation
-        self._timer = IdleTimer(conversation)
+    def __init__(self, stream: ClientStream) -> None:
+        self._stream = stream
         self._given_up: set[int] = set()
         self.opened: Opened | None = None
         """What the server said of the session that this stream carries; None until it is open."""
@@ -47,17 +35,17 @@ class StageConnection:
 
     @property
     def peer_id(self) -> str:
-        return self._conversation.peer_id
+        return self._stream.peer_id
 
     @property
     def in_message(self) -> bool:
         """Whether an answer has come in part: to stop receiving now would lose it."""
-        return self._conversation.in_message
+        return self._stream.in_message
 
     @property
     def bytes_per_s(self) -> float | None:
         """What the link from the server carries, as far as it was measured."""
-        return self._conversation.incoming.bytes_per_s
+        return self._stream.speed.bytes_per_s
 
     @property
     def dtype(self) -> str:
@@ -65,14 +53,9 @@ class StageConnection:
         known = self.opened is not None and self.opened.dtype in HIDDEN_DTYPES
         return self.opened.dtype if known and self.opened is not None else HIDDEN_DTYPES[0]
 
-    def clock(self) -> float:
-        """Seconds since the stream was opened: what `sent_at` means in messages from here."""
-        return self._conversation.clock()
-
     def close(self) -> None:
         """End the stream, and with it the session at the server. May be called twice."""
-        self._timer.close()
-        self._conversation.close()
+        self._stream.close()
 
     def give_up(self, numbers: Iterable[int]) -> None:
         """Drop the answers to these steps when they come."""
@@ -87,8 +70,8 @@ class StageConnection:
         """
         self.is_asking = True
         try:
-            with self._within(timeout_s):
-                await self._conversation.send(message)
+            with self._stream.within(timeout_s):
+                await self._stream.send(message)
             reply = (await self.receive(0, timeout_s, 0)).message
         except RemoteError:
             self.is_asking = False
@@ -104,14 +87,15 @@ class StageConnection:
             PeerError: it cannot be reached, or does not take the message in time.
         """
         try:
-            with self._within(timeout_s):
-                await self._conversation.send(message, payload)
-        except PeerUnreachableError as error:
-            raise await self._reason_of_end() or error from None
+            with self._stream.within(timeout_s):
+                await self._stream.send(message, payload)
+        except RemoteError:
+            self.is_dismissed = True
+            raise
 
     async def receive(
         self, number: int, timeout_s: float, max_payload_bytes: int, is_pushed: bool = False
-    ) -> Received:
+    ) -> IncomingMessage:
         """The answer of this number; 0 = the answer to `ask`.
 
         Args: is_pushed: the previous server was to push this step.
@@ -122,12 +106,12 @@ class StageConnection:
             ProtocolError: another answer came in its place.
             PeerTimeoutError: nothing came in time.
         """
-        conversation = self._conversation
+        stream = self._stream
         # An answer that was given up may be as large as any before.
-        conversation.max_payload_bytes = max(conversation.max_payload_bytes, max_payload_bytes)
-        with self._within(timeout_s):
+        stream.max_payload_bytes = max(stream.max_payload_bytes, max_payload_bytes)
+        with self._stream.within(timeout_s):
             while True:
-                received = await conversation.receive()
+                received = await stream.receive()
                 message = received.message
                 answered = number
                 if isinstance(message, Unlinked):
@@ -146,7 +130,7 @@ class StageConnection:
                         raise NotPushedError(message.message, self.peer_id)
                     if not message.number and number:
                         self.is_dismissed = True  # the fault is about the session, not about the step
-                    raise self._remote_error(message)
+                    raise error_of(message, self.peer_id)
                 if is_pushed and answered > number:
                     raise NotPushedError(f"request {number} was not pushed to it", self.peer_id)
                 if answered != number:
@@ -154,29 +138,3 @@ class StageConnection:
                 if self._given_up:  # answers come in order
                     self._given_up = {other for other in self._given_up if other > number}
                 return received
-
-    async def _reason_of_end(self) -> RemoteError | None:
-        """Why the server ended the stream, if it had said so before."""
-        with anyio.move_on_after(_LAST_MESSAGE_S), suppress(PeerError):
-            while True:
-                message = (await self._conversation.receive()).message
-                if isinstance(message, Fault) and not message.number:
-                    self.is_dismissed = True
-                    return self._remote_error(message)
-        return None
-
-    def _remote_error(self, fault: Fault) -> RemoteError:
-        return RemoteError(fault.message, self.peer_id, fault.code, fault.retry_after_s)
-
-    @contextmanager
-    def _within(self, timeout_s: float) -> Iterator[None]:
-        """End the stream after so many seconds."""
-        self._timer.start(timeout_s)
-        try:
-            yield
-        except PeerUnreachableError:
-            if not self._timer.expired:
-                raise
-            raise PeerTimeoutError(f"silent for {timeout_s:.1f} s", self.peer_id) from None
-        finally:
-            self._timer.stop()

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, cast
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
 
 import anyio
 import anyio.to_thread
 
-from swarmkit.errors import AdapterError, PeerTimeoutError, PeerUnreachableError, ProtocolError, RemoteError
+from swarmkit.errors import AdapterError, ProtocolError
 from swarmkit.models.adapters.adapter import Adapter
 from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.adapter_messages import (
-    ADAPTER_ENDPOINT,
+    ADAPTER,
     MAX_PARTS,
     AdapterKept,
-    AdapterMessage,
     PutAdapter,
-    decoder,
 )
-from swarmkit.net.protocol.messages import Fault
+from swarmkit.net.protocol.protocol import Protocol
 from swarmkit.net.registry.records import Announcement
-from swarmkit.net.rpc.conversation import Conversation
+from swarmkit.net.rpc.client_stream import ClientStream
 
-if TYPE_CHECKING:
-    from swarmkit.client.swarm.client import SwarmClient
+Connect: TypeAlias = Callable[[Announcement, Protocol], Awaitable[ClientStream]]
+"""`connect(server, protocol)`: a stream to that server."""
 
 _SLOWEST_BYTES_PER_S = 100_000
 _REMEMBERED = 256
@@ -33,8 +32,14 @@ _REMEMBERED = 256
 class AdapterSender:
     """Remembers what was sent where. Runs on the event loop's thread."""
 
-    def __init__(self, swarm: SwarmClient) -> None:
-        self._swarm = swarm
+    def __init__(self, fingerprint: str, timeout: float, connect: Connect) -> None:
+        """Args:
+        fingerprint: of the model that the adapters are for.
+        timeout: seconds that a server may take for an adapter, apart from what its bytes take.
+        """
+        self._fingerprint = fingerprint
+        self._timeout = timeout
+        self._connect = connect
         self._sent: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._locks: dict[tuple[str, str], anyio.Lock] = {}
         self.sent_bytes = 0
@@ -67,7 +72,7 @@ class AdapterSender:
                 self._locks.pop(key, None)
 
     async def _send(self, server: Announcement, adapter: Adapter) -> None:
-        swarm, spec = self._swarm, adapter.spec
+        spec = adapter.spec
         if len(spec.lora) > MAX_PARTS:
             raise AdapterError(
                 f"the adapter changes {len(spec.lora)} linear layers of blocks {spec.start}:{spec.stop}, "
@@ -75,7 +80,7 @@ class AdapterSender:
             )
         values, data = await anyio.to_thread.run_sync(codec.encode, adapter.values)
         message = PutAdapter(
-            swarm.model.fingerprint,
+            self._fingerprint,
             spec.start,
             spec.stop,
             tuple((one.block, one.module, one.rank, one.scale) for one in spec.lora),
@@ -83,22 +88,13 @@ class AdapterSender:
             values,
             adapter.digest,
         )
-        patience_s = swarm.policy.first_s + values.nbytes / _SLOWEST_BYTES_PER_S
-        conversation = Conversation(await swarm.dial(server, ADAPTER_ENDPOINT), 0, decoder=decoder)
+        timeout = self._timeout + values.nbytes / _SLOWEST_BYTES_PER_S
+        stream = await self._connect(server, ADAPTER)
         try:
-            with anyio.fail_after(patience_s):
-                await conversation.send(message, [data])
-                reply = cast(AdapterMessage, (await conversation.receive()).message)
-        except TimeoutError:
-            raise PeerTimeoutError(
-                f"did not take an adapter of {values.nbytes} bytes within {patience_s:.0f} s", server.peer_id
-            ) from None
-        except PeerUnreachableError:
-            raise PeerUnreachableError("the stream ended while an adapter was sent", server.peer_id) from None
+            with stream.within(timeout):
+                kept = await stream.ask(message, AdapterKept, [data])
         finally:
-            conversation.close()
+            stream.close()
         self.sent_bytes += values.nbytes
-        if isinstance(reply, Fault):
-            raise RemoteError(reply.message, server.peer_id, reply.code)
-        if not isinstance(reply, AdapterKept) or reply.name != adapter.digest:
+        if kept.name != adapter.digest:
             raise ProtocolError("an adapter was not kept as asked", server.peer_id)

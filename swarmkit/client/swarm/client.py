@@ -22,14 +22,15 @@ from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.errors import NoContactError, RemoteError, SwarmkitError
 from swarmkit.events import EventStream, MicroBatchFinished, Owner, PeerLost, PeerRefused, StepFinished
 from swarmkit.net.connect import TransportFactory
-from swarmkit.net.protocol.messages import SESSION_ENDPOINT
+from swarmkit.net.protocol.protocol import Protocol
 from swarmkit.net.registry.acceptance import is_acceptable
 from swarmkit.net.registry.records import Announcement
 from swarmkit.net.registry.registry import Registry
 from swarmkit.net.registry.swarm_map import SwarmMap, uncovered
-from swarmkit.net.rpc.conversation import Conversation
+from swarmkit.net.rpc.client_stream import ClientStream
+from swarmkit.net.rpc.endpoints import connect
 from swarmkit.net.transport.identity import Identity
-from swarmkit.net.transport.seam import Stream, Transport, endpoint_of
+from swarmkit.net.transport.seam import Transport
 from swarmkit.settings import ClientSettings, NetSettings
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class SwarmClient:
             self.settings.deadlines.min_step_timeout_s,
             self.settings.deadlines.deadline_factor,
         )
-        self.adapters = AdapterSender(self)
+        self.adapters = AdapterSender(model.fingerprint, self.policy.first_s, self.connect)
         self.prefix_cache = ClientPrefixCache(self.settings.sessions.prefix_cache_bytes)
         self._factory = transport_factory
         self._net = net_settings or NetSettings()
@@ -281,23 +282,22 @@ class SwarmClient:
         self._unlinked = {pair: until for pair, until in self._unlinked.items() if until > now}
         self._unlinked[server.peer_id, following.peer_id] = now + _UNLINKED_S
 
-    async def converse(self, server: Announcement, max_payload_bytes: int = 0) -> Conversation:
+    async def connect(self, server: Announcement, protocol: Protocol) -> ClientStream:
         """Open a stream to a server.
 
         Raises:
-            PeerError: it cannot be reached in time.
-        """
-        return Conversation(await self.dial(server, SESSION_ENDPOINT), max_payload_bytes)
-
-    async def dial(self, server: Announcement, endpoint: str) -> Stream:
-        """Open a stream to one of a server's endpoints.
-
-        Raises:
-            PeerError: it cannot be reached in time.
+            PeerError: it cannot be reached in time, or speaks another protocol version.
         """
         assert self._transport is not None
-        name = endpoint_of(endpoint, server.service)
-        return await self._transport.open(server.peer_id, name, server.addresses, self._net.connect_timeout_s)
+        return await connect(
+            self._transport,
+            protocol,
+            server.peer_id,
+            server.addresses,
+            self._net.connect_timeout_s,
+            service=server.service,
+            clock=self.clock.now,
+        )
 
     def round_trip_s(self, peer_id: str) -> float:
         """Measured or assumed seconds to a peer and back."""

@@ -7,30 +7,28 @@ state          the client may send      the server answers with
 any            (end of stream)          nothing; what is kept is kept
 =============  =======================  ===========================================
 
-On a stream of `ADAPTER_ENDPOINT`. An adapter is named by a hash of all that it is, so that whoever says the
-name means the same; sessions and requests for training name it, and are refused with `no_adapter` where it is
+On a stream of the protocol `ADAPTER`. An adapter is named by a hash of all that it is, so that the name means
+the same everywhere; sessions and requests for training name it, and are refused with `no_adapter` where it is
 not kept (any more). It is kept for as long as there is room (least recently used ones go first), and for all
 the time that a session has it.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 
-from swarmkit.errors import IllegalMessageError
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.messages import (
-    PROTOCOL_VERSION,
     AdapterName,
     BlockIndex,
     Fault,
     Fingerprint,
     _Message,
 )
+from swarmkit.net.protocol.protocol import Protocol
 
-ADAPTER_ENDPOINT = f"swarmkit/{PROTOCOL_VERSION}/adapters"
 MAX_PARTS = 1500
 """Linear layers that one adapter changes: more would not fit into a header."""
 
@@ -70,23 +68,4 @@ class AdapterKept(_Message, frozen=True):
 
 
 AdapterMessage = PutAdapter | AdapterKept | Fault
-AdapterState = Literal["idle"]
-LEGAL: dict[AdapterState, dict[type, AdapterState]] = {"idle": {PutAdapter: "idle"}}
-
-decoder: msgspec.msgpack.Decoder[AdapterMessage] = msgspec.msgpack.Decoder(AdapterMessage)  # type: ignore[arg-type]
-"""For a `Conversation` on a stream of `ADAPTER_ENDPOINT`."""
-
-
-def next_state(state: AdapterState, message: object) -> AdapterState:
-    """The server's state after a message from a client.
-
-    Raises:
-        IllegalMessageError: the message is not legal in `state`.
-    """
-    try:
-        return LEGAL[state][type(message)]
-    except KeyError:
-        legal = ", ".join(kind.__name__ for kind in LEGAL[state])
-        raise IllegalMessageError(
-            f"a peer may not send {type(message).__name__} in state '{state}'; legal here: {legal}"
-        ) from None
+ADAPTER = Protocol("adapters", AdapterMessage, legal={"idle": {PutAdapter: "idle"}}, first="idle")

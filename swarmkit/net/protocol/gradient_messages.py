@@ -8,24 +8,18 @@ state          the client may send      the server answers with
 any            (end of stream)          what runs is given up
 =============  =======================  ===========================================
 
-On a stream of `GRADIENT_ENDPOINT`. There is no session: a request brings all that it needs, nothing depends
-on what came before, and any server with the blocks may be sent the next one. A `Fault` with a code in
+On a stream of the protocol `GRADIENT`. There is no session: a request brings all that it needs, nothing
+depends on what came before, and any server with the blocks may be sent the next one. A `Fault` with a code in
 `messages.FATAL` also ends the stream.
 
 A backward request brings the same inputs as the forward request before, since the server computes them again,
-unless it has kept them (see `server/kept_passes.py`).
+unless it has kept them (see `swarmkit/server/training/activation_cache.py`).
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
-import msgspec
-
-from swarmkit.errors import IllegalMessageError
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.messages import (
-    PROTOCOL_VERSION,
     AdapterName,
     BlockIndex,
     Count,
@@ -34,8 +28,7 @@ from swarmkit.net.protocol.messages import (
     Millis,
     _Message,
 )
-
-GRADIENT_ENDPOINT = f"swarmkit/{PROTOCOL_VERSION}/grad"
+from swarmkit.net.protocol.protocol import Protocol
 
 
 class _Request(_Message, frozen=True):
@@ -112,23 +105,6 @@ class BackwardDone(_Message, frozen=True):
 GradientMessage = Forward | ForwardDone | Backward | BackwardDone | Working | Fault
 GradientRequest = Forward | Backward
 
-GradientState = Literal["idle"]
-LEGAL: dict[GradientState, dict[type, GradientState]] = {"idle": {Forward: "idle", Backward: "idle"}}
-
-decoder: msgspec.msgpack.Decoder[GradientMessage] = msgspec.msgpack.Decoder(GradientMessage)  # type: ignore[arg-type]
-"""For a `Conversation` on a stream of `GRADIENT_ENDPOINT`."""
-
-
-def next_state(state: GradientState, message: object) -> GradientState:
-    """The server's state after a message from a client.
-
-    Raises:
-        IllegalMessageError: the message is not legal in `state`.
-    """
-    try:
-        return LEGAL[state][type(message)]
-    except KeyError:
-        legal = ", ".join(kind.__name__ for kind in LEGAL[state])
-        raise IllegalMessageError(
-            f"a peer may not send {type(message).__name__} in state '{state}'; legal here: {legal}"
-        ) from None
+GRADIENT = Protocol(
+    "grad", GradientMessage, legal={"idle": {Forward: "idle", Backward: "idle"}}, first="idle"
+)

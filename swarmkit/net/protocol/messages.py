@@ -16,8 +16,9 @@ A session is one stream: it lives exactly as long as the stream does, so a clien
 nothing behind. A `Fault` with a code in `FATAL` also ends the stream.
 
 A step's output may go straight to the server that has the next blocks (`Link`, then `Step.forward`). That
-takes a stream of its own, on `PUSH_ENDPOINT`, from server to server; who opens it names the session with the
-secret that the session's client was told. The answers to steps that came by it go to the client:
+takes a stream of its own, of the protocol `PUSH`, from server to server. The server that opens it names the
+session with the secret that the session's client was told. The answers to steps that came by it go to the
+client:
 
 =============  =======================  ===========================================
 state          a server may send        the next server answers with
@@ -34,13 +35,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from swarmkit.errors import IllegalMessageError
 from swarmkit.net.protocol.codec import CodecName, LossyCodecName, TensorSpec
 from swarmkit.net.protocol.protocol import Protocol
-
-PROTOCOL_VERSION = 1
-SESSION_ENDPOINT = f"swarmkit/{PROTOCOL_VERSION}/session"
-PUSH_ENDPOINT = f"swarmkit/{PROTOCOL_VERSION}/push"
 
 FaultCode = Literal[
     "bad_message",  # bytes that are not a message of this protocol version
@@ -56,6 +52,7 @@ FaultCode = Literal[
     "too_long",  # beyond the session's declared length
     "upstream",  # what the server with the blocks before sent is wrong; the client may send it itself
     "not_linked",  # the next server cannot be reached from here, or does not know the session
+    "not_held",  # the file that was asked for is not handed out here (any more)
     "no_adapter",  # the adapter that was named is not kept here (any more); send it
     "bad_adapter",  # it does not fit these blocks: another model's, a rank too high, values of another number
     "over_quota",  # more bytes of adapters than one client may have here
@@ -79,8 +76,6 @@ BlockIndex = Annotated[int, msgspec.Meta(ge=0, le=100_000)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 Total = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Millis = Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]  # which NaN is not
-Clock = Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]
-"""Seconds on the sender's clock, which begins with the stream; see `net.link_speed`. 0 = it did not say."""
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=3600.0)]
 Fingerprint = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 AdapterName = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")]
@@ -120,7 +115,6 @@ class Open(_Message, frozen=True):
     stop: BlockIndex
     max_length: Count
     adapter: AdapterName = ""
-    sent_at: Clock = 0.0
 
 
 class Opened(_Message, frozen=True):
@@ -137,7 +131,6 @@ class Opened(_Message, frozen=True):
     pages: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
     dtype: ShortText = ""
     codecs: Annotated[tuple[LossyCodecName, ...], msgspec.Meta(max_length=16)] = ()
-    sent_at: Clock = 0.0
 
 
 class RestorePrefix(_Message, frozen=True):
@@ -169,7 +162,6 @@ class Attach(_Message, frozen=True):
     """The steps on this stream are for the session that has this secret."""
 
     inlet: Inlet
-    sent_at: Clock = 0.0
 
 
 class Attached(_Message, frozen=True):
@@ -213,7 +205,6 @@ class Step(_Message, frozen=True):
     number: Count = 0
     forward: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
     answers: Annotated[tuple[CodecName, ...], msgspec.Meta(max_length=4097)] = ()
-    sent_at: Clock = 0.0
     patience_s: Seconds = 0.0
     lean: bool = False
 
@@ -234,7 +225,6 @@ class StepDone(_Message, frozen=True):
     number: Count = 0
     forwarded: bool = False
     bytes_per_s: Annotated[float, msgspec.Meta(ge=0.0, le=1e15)] = 0.0
-    sent_at: Clock = 0.0
     ahead: Count = 0
     expected_ms: Millis = 0.0
 
@@ -319,15 +309,6 @@ Message = (
     | Fault
 )
 
-State = Literal["new", "open", "loose", "attached"]
-LEGAL: dict[State, dict[type, State]] = {
-    "new": {Open: "open", GetInfo: "new", GetResources: "new"},
-    "open": {Step: "open", RestorePrefix: "open", Link: "open"},
-    "loose": {Attach: "attached"},
-    "attached": {Step: "attached"},
-}
-
-
 SESSION = Protocol(
     "session",
     Message,
@@ -351,21 +332,6 @@ PUSH = Protocol(
 def printable(text: str) -> str:
     """`text` with a space in the place of everything that is not for the eye."""
     return "".join(character if character.isprintable() else " " for character in text)
-
-
-def next_state(state: State, message: Message) -> State:
-    """The server's state after a message from a client, or from the server before.
-
-    Raises:
-        IllegalMessageError: the message is not legal in `state`.
-    """
-    try:
-        return LEGAL[state][type(message)]
-    except KeyError:
-        legal = ", ".join(kind.__name__ for kind in LEGAL[state])
-        raise IllegalMessageError(
-            f"a peer may not send {type(message).__name__} in state '{state}'; legal here: {legal}"
-        ) from None
 
 
 def tensor_specs(message: msgspec.Struct) -> list[TensorSpec]:

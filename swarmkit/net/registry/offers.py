@@ -15,18 +15,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Annotated
 
 import msgspec
 
 from swarmkit.errors import ProtocolError
 from swarmkit.net.protocol.messages import Addresses, BlockIndex, Fingerprint, ShortText, Total
+from swarmkit.net.protocol.weights_messages import ContentHash
 from swarmkit.net.registry.envelope import Envelope, check_expiry
 from swarmkit.net.transport.identity import Identity
 
 PREFIX = "swarmkit/1/weights/"
-
-ContentHash = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class WeightsOffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

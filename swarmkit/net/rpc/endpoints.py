@@ -19,17 +19,25 @@ from swarmkit.errors import NotServedError, PeerError, ProtocolError
 from swarmkit.net.protocol.protocol import Protocol
 from swarmkit.net.rpc.client_stream import ClientStream
 from swarmkit.net.rpc.message_stream import MAGIC, version_mismatch
-from swarmkit.net.transport.seam import Handler, Stream, Transport
+from swarmkit.net.transport.seam import Handler, Stream, Transport, endpoint_of
 
 _OLD_VERSION = 1
 _OLD_HEAD = struct.Struct(">2sBIQ")
 _OLD_LINGER_S = 1.0
 
 
-async def listen(transport: Transport, protocol: Protocol, handler: Handler) -> None:
-    """Serve streams of a protocol, and tell peers of version 1 that they need an update."""
-    await transport.listen(protocol.endpoint, handler)
+async def listen(transport: Transport, protocol: Protocol, handler: Handler, service: int = 0) -> None:
+    """Serve streams of a protocol, and tell peers of version 1 that they need an update.
+
+    Args: service: the number of the service at this peer.
+    """
+    await transport.listen(endpoint_of(protocol.endpoint, service), handler)
     await transport.listen(_old_endpoint(protocol), _refuse_old)
+
+
+async def unlisten(transport: Transport, protocol: Protocol, service: int = 0) -> None:
+    """Serve no streams of a protocol any more; those that are open end."""
+    await transport.unlisten(endpoint_of(protocol.endpoint, service))
 
 
 async def connect(
@@ -39,6 +47,7 @@ async def connect(
     addresses: Sequence[str] = (),
     timeout: float = 5.0,
     *,
+    service: int = 0,
     max_payload_bytes: int = 0,
     clock: Callable[[], float] = SYSTEM_CLOCK.now,
 ) -> ClientStream:
@@ -47,6 +56,7 @@ async def connect(
     Args:
         addresses: where the peer said that it can be dialled; may be empty.
         timeout: seconds.
+        service: the number of the service at the peer.
 
     Raises:
         ProtocolError: the peer speaks version 1.
@@ -54,7 +64,7 @@ async def connect(
         PeerTimeoutError: the peer does not answer within `timeout`.
     """
     try:
-        stream = await transport.open(peer_id, protocol.endpoint, addresses, timeout)
+        stream = await transport.open(peer_id, endpoint_of(protocol.endpoint, service), addresses, timeout)
     except NotServedError as error:
         try:
             (await transport.open(peer_id, _old_endpoint(protocol), addresses, timeout)).close()

@@ -6,31 +6,29 @@ hash. What is refused changes nothing.
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 import anyio.to_thread
 from transformers import PreTrainedConfig
 
-from swarmkit.errors import AdapterError, PeerError
+from swarmkit.errors import AdapterError
 from swarmkit.models.adapters.adapter import Adapter, AdapterSpec, Lora
 from swarmkit.models.adapters.files import SavedAdapter, fetch_adapter
 from swarmkit.models.architecture.anatomy import anatomy_of
 from swarmkit.models.execution.stage import Stage
 from swarmkit.net.protocol import codec
-from swarmkit.net.protocol.adapter_messages import AdapterKept, PutAdapter, decoder, next_state
+from swarmkit.net.protocol.adapter_messages import ADAPTER, AdapterKept, PutAdapter
 from swarmkit.net.protocol.messages import HIDDEN_DTYPES
-from swarmkit.net.rpc.conversation import Conversation, Received
+from swarmkit.net.rpc.faults import Refusal
+from swarmkit.net.rpc.message_stream import IncomingMessage
+from swarmkit.net.rpc.receive_budget import ReceiveBudget, ReceiveReservation
+from swarmkit.net.rpc.server_stream import ServerStream
 from swarmkit.net.transport.seam import Stream
 from swarmkit.server.adapters.store import AdapterStore, Hold, NoRoomError
-from swarmkit.server.caller import Caller
-from swarmkit.server.engine.engine import Engine, EngineClosedError
-from swarmkit.server.receive_budget import ReceiveBudget, ReceiveReservation
-from swarmkit.server.sessions.session import Refusal
+from swarmkit.server.engine.engine import Engine
 from swarmkit.settings import ServerSettings
-
-logger = logging.getLogger(__name__)
 
 _MAX_STREAMS = 256
 
@@ -77,44 +75,42 @@ class AdapterService:
         self.streams = 0
 
     async def serve(self, stream: Stream) -> None:
-        """One stream's life. Never raises on account of the peer."""
-        timeout = self._settings.requests.message_timeout_s
-        conversation = Conversation(stream, self._store.capacity_bytes, timeout, decoder)
-        caller = Caller(conversation, self._settings, too_large="over_quota")
+        """Serve one stream until it ends. Never raises on account of the peer."""
+        caller = ServerStream(
+            stream,
+            ADAPTER,
+            max_payload_bytes=self._store.capacity_bytes,
+            message_timeout=self._settings.requests.message_timeout_s,
+            too_large="over_quota",
+            clock=self._engine.clock.now,
+        )
+        caller.idle_s = self._settings.requests.idle_timeout_s
+        full = self.streams >= _MAX_STREAMS
         self.streams += 1
         try:
-            if self.streams > _MAX_STREAMS:
-                await caller.refuse(Refusal("busy", "too many streams; try another server"))
-            else:
-                await caller.answer_all(lambda: self._answer_next(caller))
-            await caller.linger()
-        except (PeerError, TimeoutError) as error:
-            logger.debug("adapters from %s ended: %s", stream.peer_id[-6:], error)
+            await caller.serve(
+                lambda incoming: self._answer(caller, incoming),
+                Refusal("busy", "too many streams; try another server") if full else None,
+            )
         finally:
             self.streams -= 1
-            caller.close()
 
-    async def _answer_next(self, caller: Caller) -> None:
-        owner = caller.peer_id
-        with ReceiveReservation(self._intake) as incoming:
-            received = await caller.receive(
-                lambda message: self._admit(owner, message, incoming), self._settings.requests.idle_timeout_s
-            )
-            await caller.send(AdapterKept(await self._keep(owner, received)))
-
-    async def _admit(self, owner: str, message: object, incoming: ReceiveReservation) -> None:
-        """All that the header alone can tell, before memory is spent on the payload."""
-        next_state("idle", message)
-        self._check(cast(PutAdapter, message))
-        nbytes = cast(PutAdapter, message).values.nbytes
-        try:
-            self._store.check_room(owner, nbytes)
-        except NoRoomError as error:
-            raise Refusal("over_quota" if error.quota else "busy", str(error)) from None
-        try:
-            await incoming.take(nbytes, self._settings.requests.message_timeout_s)
-        except TimeoutError:
-            raise Refusal("busy", "too many large messages are under way; try another server") from None
+    async def _answer(self, caller: ServerStream, incoming: IncomingMessage) -> None:
+        message: PutAdapter = incoming.message
+        self._check(message)
+        with ReceiveReservation(self._intake) as room, _refusing_for_room():
+            self._store.check_room(caller.peer_id, incoming.nbytes)
+            try:
+                await room.take(incoming.nbytes, self._settings.requests.message_timeout_s)
+            except TimeoutError:
+                raise Refusal("busy", "too many large messages are under way; try another server") from None
+            await incoming.payload()
+            adapter = await anyio.to_thread.run_sync(self._decoded, message, incoming)
+            if self._stage.device.type != "cpu":
+                device = self._stage.device
+                adapter = (await self._engine.run(lambda: adapter.to(device))).value
+            self._store.put(caller.peer_id, message.name, adapter)
+        await caller.send(AdapterKept(message.name))
 
     def _check(self, message: PutAdapter) -> None:
         stage = self._stage
@@ -144,29 +140,23 @@ class AdapterService:
         if values.dtype not in HIDDEN_DTYPES or values.codec != "none" or not message.name:
             raise Refusal("bad_adapter", f"an adapter's values are one of {HIDDEN_DTYPES}, and have a name")
 
-    async def _keep(self, owner: str, received: Received) -> str:
-        message = cast(PutAdapter, received.message)
-        adapter = await anyio.to_thread.run_sync(self._decoded, message, received)
-        if self._stage.device.type != "cpu":
-            device = self._stage.device
-            try:
-                adapter = (await self._engine.run(lambda: adapter.to(device))).value
-            except EngineClosedError:
-                raise Refusal("leaving", "this server has stopped computing; use another one") from None
-        try:
-            self._store.put(owner, message.name, adapter)
-        except NoRoomError as error:
-            raise Refusal("over_quota" if error.quota else "busy", str(error)) from None
-        return message.name
-
-    def _decoded(self, message: PutAdapter, received: Received) -> Adapter:
-        values = received.tensor(message.values)
+    def _decoded(self, message: PutAdapter, incoming: IncomingMessage) -> Adapter:
+        values = incoming.tensor(message.values)
         if not codec.is_finite(values):
             raise Refusal("not_finite", "the adapter contains NaN or infinity; nothing of it was kept")
         adapter = Adapter(_spec_of(message), values, self._stage.fittings)
         if adapter.digest != message.name:
             raise Refusal("bad_adapter", "the adapter's name is not the hash of what it is")
         return adapter
+
+
+@contextmanager
+def _refusing_for_room() -> Iterator[None]:
+    """Refuse a client's adapter where there is no room for it."""
+    try:
+        yield
+    except NoRoomError as error:
+        raise Refusal("over_quota" if error.quota else "busy", str(error)) from None
 
 
 def _spec_of(message: PutAdapter) -> AdapterSpec:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from types import TracebackType
 
 from swarmkit.errors import SwarmkitError
 from swarmkit.models.adapters.adapter import Adapter
@@ -37,7 +38,7 @@ class _StoredAdapter:
 
 
 class Hold:
-    """An adapter in use, until `release`."""
+    """An adapter in use, until `release` or the end of a `with` block."""
 
     def __init__(self, kept: _StoredAdapter) -> None:
         self._kept: _StoredAdapter | None = kept
@@ -49,6 +50,17 @@ class Hold:
         if self._kept is not None:
             self._kept.users -= 1
             self._kept = None
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
 
 
 class AdapterStore:

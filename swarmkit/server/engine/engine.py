@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from swarmkit.clock import SYSTEM_CLOCK, Clock
-from swarmkit.errors import SwarmkitError, UsageError
+from swarmkit.errors import SwarmkitError
 from swarmkit.models.execution.stage import Stage, StepPart
+from swarmkit.net.rpc.faults import Refusal
 from swarmkit.server.engine.admission_policy import NOTHING_AHEAD, Ahead, expected_wait_s
 from swarmkit.server.engine.device_watch import DeviceWatch, marks_of
 from swarmkit.server.engine.scheduler import (
@@ -62,8 +63,11 @@ _PAUSE_S = 0.001
 """Seconds until the scheduler is asked again, when it had nothing to run just then."""
 
 
-class EngineClosedError(UsageError):
-    """The engine was closed before the work's turn came."""
+class EngineClosedError(Refusal):
+    """The engine was closed before the work's turn came. A client is told that the server leaves."""
+
+    def __init__(self) -> None:
+        super().__init__("leaving", "this server has stopped computing; use another one")
 
 
 @dataclass(frozen=True)
@@ -341,7 +345,7 @@ class Engine:
     async def _submit(self, work: _Work) -> Timed[Any]:
         with self._lock:
             if self._closed:
-                raise _closed()
+                raise EngineClosedError()
             self._works[work] = None
             self._worker.ring()
         try:
@@ -366,7 +370,7 @@ class Engine:
                 self._closed = True
                 for work in list(self._works):
                     if work.claim.acquire(blocking=False):
-                        self._resolve(work, None, _closed())
+                        self._resolve(work, None, EngineClosedError())
                 self._worker.stop()
         self._worker.join()
 
@@ -556,8 +560,4 @@ class Engine:
         """End the steps that had begun when the engine was closed."""
         for work in list(self._works):
             if isinstance(work, _QueuedStep) and work.part is not None:
-                self._fail(work, _closed())
-
-
-def _closed() -> EngineClosedError:
-    return EngineClosedError("the engine is closed; make a new server to go on serving")
+                self._fail(work, EngineClosedError())

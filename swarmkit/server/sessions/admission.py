@@ -9,12 +9,14 @@ import threading
 import psutil
 
 from swarmkit.errors import SwarmkitError
-from swarmkit.net.protocol.messages import Step, tensor_specs
+from swarmkit.net.protocol.messages import Step
+from swarmkit.net.rpc.faults import Refusal
+from swarmkit.net.rpc.message_stream import IncomingMessage
+from swarmkit.net.rpc.receive_budget import ReceiveReservation
 from swarmkit.server.cache.kv_budget import CacheFullError
 from swarmkit.server.engine.admission_policy import Holding, Tenures, retry_after_s, to_evict
 from swarmkit.server.engine.engine import Engine
-from swarmkit.server.receive_budget import ReceiveReservation
-from swarmkit.server.sessions.session import Refusal, ServedSession
+from swarmkit.server.sessions.session import ServedSession
 from swarmkit.settings import ServerSettings
 
 
@@ -52,15 +54,16 @@ class AdmissionControl:
                 retry_after_s(wait_s - allowed_s),
             )
 
-    async def take(self, step: Step, incoming: ReceiveReservation) -> None:
+    async def take(self, incoming: IncomingMessage, room: ReceiveReservation) -> None:
         """Have memory for a large step to arrive in.
 
-        It waits a little for those that are arriving: most are through in no time. Whoever would wait longer
-        had better know, and go elsewhere.
+        It waits a little for those that are arriving: most are through in no time. A client that would wait
+        longer had better know, and go elsewhere.
         """
+        step: Step = incoming.message
         try:
-            await incoming.take(
-                sum(spec.nbytes for spec in tensor_specs(step)),
+            await room.take(
+                incoming.nbytes,
                 min(self._settings.requests.max_admission_wait_s, step.patience_s or math.inf),
             )
         except TimeoutError:

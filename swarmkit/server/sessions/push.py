@@ -1,7 +1,7 @@
-"""From server to server: a step's output goes straight to whoever has the next blocks.
+"""From server to server: a step's output goes straight to the server that has the next blocks.
 
 Nothing is believed on either side: the next server checks what comes as it checks a client's steps, and the
-client, who gets every output as well, can send it itself at any time.
+client, which gets every output as well, can send it itself at any time.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from collections.abc import Awaitable, Callable
 import anyio
 import msgspec
 
-from swarmkit.errors import PeerError
+from swarmkit.errors import PeerError, RemoteError
 from swarmkit.net.protocol.codec import TensorSpec
-from swarmkit.net.protocol.messages import Attach, Attached, Fault, Link, Step
-from swarmkit.net.rpc.conversation import Conversation, Received
-from swarmkit.net.rpc.idle_timer import IdleTimer
+from swarmkit.net.protocol.messages import PUSH, Attach, Attached, Link, Step
+from swarmkit.net.rpc.client_stream import ClientStream
+from swarmkit.net.rpc.message_stream import IncomingMessage
 from swarmkit.net.transport.seam import Buffer, Stream
 
 Dial = Callable[[Link], Awaitable[Stream]]
 """`dial(link)`: a stream to the push endpoint of the service that a client has named."""
 
 _DIALS_AT_A_TIME = 8
-"""A client says whom to dial; nobody shall have this machine dial the world."""
+"""A client says which peers to dial; it shall not have this machine dial the world."""
 
 
 class NotLinkedError(PeerError):
@@ -32,33 +32,25 @@ class NotLinkedError(PeerError):
 class Downstream:
     """The way from one session to the next server's part of it."""
 
-    def __init__(self, conversation: Conversation, timeout: float) -> None:
-        self._conversation = conversation
-        self._patience = IdleTimer(conversation)
+    def __init__(self, stream: ClientStream, timeout: float) -> None:
+        self._stream = stream
         self._timeout = timeout
 
-    async def push(self, step: Step, received: Received, spec: TensorSpec, output: Buffer) -> bool:
-        """Send the outputs of `step`, with what came along with it. Returns whether they went."""
-        side = [received.raw(part) for part in (step.mask, step.positions) if part is not None]
+    async def push(self, step: Step, incoming: IncomingMessage, spec: TensorSpec, output: Buffer) -> bool:
+        """Send the outputs of `step`, with its mask and positions. Returns whether they could be sent."""
+        side = [incoming.raw(part) for part in (step.mask, step.positions) if part is not None]
         message = msgspec.structs.replace(
-            step,
-            hidden=spec,
-            forward=step.forward - 1,
-            answers=step.answers[1:],
-            sent_at=self._conversation.clock(),
+            step, hidden=spec, forward=step.forward - 1, answers=step.answers[1:]
         )
-        self._patience.start(self._timeout)
         try:
-            await self._conversation.send(message, [output, *side])
+            with self._stream.within(self._timeout):
+                await self._stream.send(message, [output, *side])
         except PeerError:
             return False
-        finally:
-            self._patience.stop()
         return True
 
     def close(self) -> None:
-        self._patience.close()
-        self._conversation.close()
+        self._stream.close()
 
 
 class Links:
@@ -77,25 +69,20 @@ class Links:
         Raises:
             NotLinkedError: it does not answer, or knows no such session.
         """
-        conversation: Conversation | None = None
+        stream: ClientStream | None = None
         try:
             with anyio.fail_after(self._link_timeout):
                 async with self._dials:
-                    conversation = Conversation(await self._dial(link), 0)
-                    await conversation.send(Attach(link.inlet, conversation.clock()))
-                    reply = (await conversation.receive()).message
-            if not isinstance(reply, Attached):
-                said = reply.message if isinstance(reply, Fault) else type(reply).__name__
-                raise NotLinkedError(f"the next server does not take this session's steps: {said}")
-            downstream = Downstream(conversation, self._message_timeout)
-            conversation = None
+                    stream = ClientStream(await self._dial(link), PUSH)
+                    await stream.ask(Attach(link.inlet), Attached)
+            downstream, stream = Downstream(stream, self._message_timeout), None
             return downstream
         except TimeoutError:
             raise NotLinkedError(f"the next server did not answer within {self._link_timeout:g} s") from None
-        except NotLinkedError:
-            raise
+        except RemoteError as error:
+            raise NotLinkedError(f"the next server does not take this session's steps: {error}") from None
         except PeerError as error:
             raise NotLinkedError(f"the next server cannot be reached from here: {error}") from None
         finally:
-            if conversation is not None:
-                conversation.close()
+            if stream is not None:
+                stream.close()

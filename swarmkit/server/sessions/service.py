@@ -11,55 +11,52 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+from collections.abc import Callable
 
 import anyio
 import msgspec
 
-from swarmkit.errors import (
-    PeerError,
-    PeerUnreachableError,
-    ProtocolError,
-)
+from swarmkit.errors import PeerError, PeerUnreachableError, ProtocolError
 from swarmkit.models.execution.stage import Stage
 from swarmkit.models.kv.cache import PAGE_TOKENS
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.messages import (
+    PUSH,
     SENDERS_FAULT,
+    SESSION,
     Attach,
     Attached,
-    Fault,
     GetInfo,
     GetResources,
     Link,
     Linked,
-    Message,
     Open,
     Opened,
     PrefixRestored,
     Resources,
     RestorePrefix,
     ServerInfo,
-    State,
     Step,
     StepDone,
     Unlinked,
-    next_state,
     printable,
 )
-from swarmkit.net.rpc.conversation import Conversation, Received
+from swarmkit.net.rpc.faults import Refusal, refusal_of
+from swarmkit.net.rpc.message_stream import IncomingMessage
+from swarmkit.net.rpc.receive_budget import ReceiveBudget, ReceiveReservation
+from swarmkit.net.rpc.server_stream import ServerStream
 from swarmkit.net.transport.seam import Stream
 from swarmkit.server.adapters.service import held
 from swarmkit.server.adapters.store import AdapterStore
 from swarmkit.server.cache.kv_budget import CacheFullError, KVBudget
 from swarmkit.server.cache.prefix_cache import root_of
 from swarmkit.server.cache.prefix_tracker import PrefixTracker, tail_bytes
-from swarmkit.server.caller import Caller
 from swarmkit.server.engine.admission_policy import Ahead
-from swarmkit.server.engine.engine import Engine, EngineClosedError, ExpiredError, Timed
-from swarmkit.server.receive_budget import ReceiveBudget, ReceiveReservation
+from swarmkit.server.engine.engine import Engine, ExpiredError, Timed
 from swarmkit.server.sessions.admission import AdmissionControl, evicted, process_counts
 from swarmkit.server.sessions.push import Links, NotLinkedError
-from swarmkit.server.sessions.session import LateStepError, Refusal, ServedSession, check_step
+from swarmkit.server.sessions.session import LateStepError, ServedSession, check_place, check_step
 from swarmkit.server.sessions.session_step import SessionStep
 from swarmkit.settings import Limits, ServerSettings
 
@@ -71,17 +68,28 @@ _SIDE_BYTES = 16 * 1024 * 1024
 _SPARE_STREAMS = 64
 
 
-class _Client(Caller):
-    """A caller that may have a session."""
+class _Client(ServerStream):
+    """A client's stream, which may have a session."""
 
-    def __init__(self, conversation: Conversation, settings: ServerSettings) -> None:
-        super().__init__(conversation, settings)
-        self.state: State = "new"
+    def __init__(
+        self,
+        stream: Stream,
+        max_payload_bytes: int,
+        message_timeout: float,
+        clock: Callable[[], float],
+    ) -> None:
+        super().__init__(
+            stream,
+            SESSION,
+            max_payload_bytes=max_payload_bytes,
+            message_timeout=message_timeout,
+            clock=clock,
+        )
         self.session: ServedSession | None = None
         self.life = anyio.CancelScope()
-        """Around all that is done for it: over when it is gone, whatever runs then."""
+        """Around all that is done for the client: cancelled when it is gone, whatever runs then."""
         self.last_words: Refusal | None = None
-        """What it is told when this server ends its session."""
+        """What the client is told when this server ends its session."""
 
 
 class BlockService:
@@ -168,10 +176,11 @@ class BlockService:
     # ------------------------------------------------------------------ one stream
 
     async def serve(self, stream: Stream) -> None:
-        """One stream's life. Never raises on account of the peer."""
+        """Serve a client's stream until it ends. Never raises on account of the peer."""
         settings = self._settings
-        conversation = Conversation(stream, self.max_payload_bytes, settings.requests.message_timeout_s)
-        client = _Client(conversation, settings)
+        client = _Client(
+            stream, self.max_payload_bytes, settings.requests.message_timeout_s, self._engine.clock.now
+        )
         self._streams += 1
         stream.on_end(client.life.cancel)
         try:
@@ -179,7 +188,7 @@ class BlockService:
                 if self._streams > self._limits.max_sessions + _SPARE_STREAMS:
                     await client.refuse(self._door.too_many("too many streams are open", self._streams))
                 else:
-                    await client.answer_all(lambda: self._answer_next(client))
+                    await client.answer_all(lambda incoming: self._answer(client, incoming))
             self._end(client)
             if client.last_words is not None:
                 await client.refuse(client.last_words)
@@ -191,56 +200,23 @@ class BlockService:
             self._end(client)
             client.close()
 
-    async def _answer_next(self, client: _Client) -> None:
-        # Whoever opens a stream has something to say; only a session may be silent for long.
-        seconds = None if client.session is None else self._settings.requests.idle_timeout_s
-        with ReceiveReservation(self.intake) as incoming:
-            received = await client.receive(lambda message: self._admit(client, message, incoming), seconds)
-            await self._answer(client, received)
-
-    async def _admit(self, client: _Client, message: Message, incoming: ReceiveReservation) -> None:
-        """All that the header alone can tell, before memory is spent on the payload."""
-        next_state(client.state, message)
-        if isinstance(message, Step):
-            assert client.session is not None  # the conversation's table lets no step through without one
-            client.number = message.number
-            await self._admit_step(client.session, message, incoming)
-
-    async def _admit_step(self, session: ServedSession, step: Step, incoming: ReceiveReservation) -> None:
-        """Check a step, and have room for it."""
-        self._check_step(session, step)
-        self._door.check_queue(step)
-        await self._door.take(step, incoming)
-
-    def _check_step(self, session: ServedSession, step: Step) -> None:
-        settings = self._settings
-        check_step(
-            session,
-            step,
-            self._stage.hidden_size,
-            settings.requests.max_step_tokens,
-            settings.sessions.codecs,
-        )
-
-    async def _answer(self, client: _Client, received: Received) -> None:
-        message = received.message
+    async def _answer(self, client: _Client, incoming: IncomingMessage) -> None:
+        message = incoming.message
         match message:
+            case Step():
+                assert client.session is not None  # the protocol lets no step through without one
+                client.number = message.number
+                await self._take_step(client, client.session, incoming)
             case Open():
                 client.session = session = self._open(client, message)
                 self._clients[session.inlet] = client
                 self._idle.clear()
+                client.idle_s = self._settings.requests.idle_timeout_s
                 root = b"" if session.trail is None else session.trail.root
                 dtype = str(self._stage.dtype).removeprefix("torch.")
-                settings, sent_at = self._settings, client.conversation.clock()
-                opened = Opened(
-                    settings.requests.max_step_tokens,
-                    session.inlet,
-                    root,
-                    dtype,
-                    settings.sessions.codecs,
-                    sent_at,
-                )
-                await client.send(opened)
+                settings = self._settings
+                most, codecs = settings.requests.max_step_tokens, settings.sessions.codecs
+                await client.send(Opened(most, session.inlet, root, dtype, codecs))
             case RestorePrefix():
                 assert client.session is not None
                 await client.send(PrefixRestored(await self._recall(client.session, message)))
@@ -252,10 +228,6 @@ class BlockService:
                 await client.send(self._info())
             case GetResources():
                 await client.send(self._census())
-            case Step():
-                assert client.session is not None
-                await self._run_step(client, client.session, message, received)
-        client.state = next_state(client.state, message)
 
     def _info(self) -> ServerInfo:
         return ServerInfo(
@@ -356,8 +328,6 @@ class BlockService:
                 return (await self._engine.run(lambda: trail.recall(names, session.cache))).value
             except CacheFullError:
                 return 0
-            except EngineClosedError:
-                raise Refusal("leaving", "this server has stopped computing; use another one") from None
             finally:
                 session.after_step(self._engine.clock.now())
 
@@ -405,19 +375,24 @@ class BlockService:
     # ------------------------------------------------------------------ steps from other servers
 
     async def serve_pushes(self, stream: Stream) -> None:
-        """The life of a stream that brings one session's steps. Never raises on account of the peer."""
-        conversation = Conversation(stream, self.max_payload_bytes, self._settings.requests.message_timeout_s)
+        """Serve a stream that brings one session's steps. Never raises on account of the peer."""
+        source = ServerStream(
+            stream,
+            PUSH,
+            max_payload_bytes=self.max_payload_bytes,
+            message_timeout=self._settings.requests.message_timeout_s,
+            clock=self._engine.clock.now,
+        )
         self._sources += 1
         try:
-            client = await self._attach(conversation)
+            client = await self._attach(source)
             if client is None or client.session is None:  # it may have ended meanwhile
                 return
             session = client.session
             with anyio.CancelScope() as until_it_ends:
                 session.sources.add(until_it_ends)
                 try:
-                    while await self._serve_push(client, session, conversation):
-                        pass
+                    await self._serve_steps(client, session, source)
                 except PeerUnreachableError:
                     pass
                 finally:
@@ -427,116 +402,104 @@ class BlockService:
             logger.debug("pushes from %s ended: %s", stream.peer_id[-6:], error)
         finally:
             self._sources -= 1
-            conversation.close()
+            source.close()
 
-    async def _attach(self, conversation: Conversation) -> _Client | None:
+    async def _attach(self, source: ServerStream) -> _Client | None:
         """Whose session the steps on this stream are for."""
-        with anyio.fail_after(self._settings.requests.message_timeout_s):
-            message = (await conversation.receive()).message
-            next_state("loose", message)
-            assert isinstance(message, Attach)  # the conversation's table lets nothing else through
-            client = self._clients.get(message.inlet)
-            if client is None or self._sources > self._limits.max_sessions + _SPARE_STREAMS:
-                await conversation.send(Fault("not_linked", "there is no session of that name"))
-                return None
-            await conversation.send(Attached())
-            return client
+        message: Attach = (await source.next()).message
+        client = self._clients.get(message.inlet)
+        if client is None or self._sources > self._limits.max_sessions + _SPARE_STREAMS:
+            await source.refuse(Refusal("not_linked", "there is no session of that name"))
+            return None
+        source.idle_s = math.inf  # the session's client may think for long; it ends the session, and so this
+        await source.send(Attached())
+        return client
 
-    async def _serve_push(self, client: _Client, session: ServedSession, source: Conversation) -> bool:
-        """One step from another server. Returns whether more may come."""
-        incoming = ReceiveReservation(self.intake)
-        number = 0
-
-        async def admit(message: Message) -> None:
-            nonlocal number
-            next_state("attached", message)
-            assert isinstance(message, Step)
-            if message.number <= session.number:
-                raise LateStepError("the session has gone on without this step")
-            number = message.number
-            await self._admit_step(session, message, incoming)
-
-        try:
-            with incoming:
-                received = await source.receive(admit)
-                assert isinstance(received.message, Step)
-                await self._run_step(client, session, received.message, received, source)
-            # While steps come this way, the client has nothing to say, and yet is there.
-            client.patience.start(self._settings.requests.idle_timeout_s)
-            return True
-        except LateStepError:
-            return True
-        except ProtocolError as error:
-            logger.info("pushes from %s are not taken: %s", source.peer_id[-6:], printable(str(error)))
-            return False
-        except Refusal as error:
-            refusal = Refusal("upstream", str(error)) if error.code in SENDERS_FAULT else error
-        await client.refuse(refusal, number)
-        return True
+    async def _serve_steps(self, client: _Client, session: ServedSession, source: ServerStream) -> None:
+        """Run the steps that another server pushes, until it sends what is not allowed; tell the client."""
+        while True:
+            number = 0
+            try:
+                incoming = await source.next()
+                number = incoming.message.number
+                if number > session.number:  # else the session has gone on without this step
+                    await self._take_step(client, session, incoming, source)
+                    # While steps come this way, the client has nothing to say, and yet is there.
+                    client.keep_alive()
+                continue
+            except LateStepError:
+                continue
+            except ProtocolError as error:
+                logger.info("pushes from %s are not taken: %s", source.peer_id[-6:], printable(str(error)))
+                return
+            except Exception as error:  # noqa: BLE001 - `refusal_of` raises what is not to be told
+                refusal = refusal_of(error)
+            if refusal.code in SENDERS_FAULT:
+                refusal = Refusal("upstream", str(refusal))
+            await client.refuse(refusal, number)
 
     def _bytes_per_token(self, start: int, stop: int) -> int:
         return max(1, (stop - start) * self._kv_bytes)
 
     # ------------------------------------------------------------------ steps
 
-    async def _run_step(
+    async def _take_step(
         self,
         client: _Client,
         session: ServedSession,
-        step: Step,
-        received: Received,
-        source: Conversation | None = None,
+        incoming: IncomingMessage,
+        source: ServerStream | None = None,
     ) -> None:
-        """Take a turn: run a step, push its outputs on, and then tell the client.
+        """Check a step by its header, receive it, run it, push its outputs on, and then tell the client.
 
-        Args: source: by which it was pushed here; None = it came from the client.
+        Args: source: the stream from the server that pushed the step; None = it came from the client.
         """
+        step: Step = incoming.message
+        settings = self._settings
+        check_step(
+            session,
+            step,
+            self._stage.hidden_size,
+            settings.requests.max_step_tokens,
+            settings.sessions.codecs,
+        )
         checked = session.steps
-        async with session.taking_turn():
-            if source is not None and step.number <= session.number:
-                raise LateStepError("the session has gone on without this step")
-            if session.steps != checked:
-                self._check_step(session, step)
-            session.number = max(session.number, step.number)
-            reply, payload = await self._step(client, session, step, received)
-            if step.forward and session.downstream is not None:
-                if await session.downstream.push(step, received, reply.hidden, payload):
-                    reply = msgspec.structs.replace(reply, forwarded=True)
-                    if step.lean:
-                        rows, _, width = reply.hidden.shape
-                        none = msgspec.structs.replace(reply.hidden, shape=(rows, 0, width))
-                        reply, payload = msgspec.structs.replace(reply, hidden=none), memoryview(b"")
-                else:
-                    session.link(None)
-            came_by = client.conversation if source is None else source
-            reply = msgspec.structs.replace(
-                reply,
-                bytes_per_s=came_by.incoming.bytes_per_s or 0.0,
-                sent_at=client.conversation.clock(),
-            )
-            await client.send(reply, payload)
+        self._door.check_queue(step)
+        with ReceiveReservation(self.intake) as room:
+            await self._door.take(incoming, room)
+            await incoming.payload()
+            async with session.taking_turn():
+                if source is not None and step.number <= session.number:
+                    raise LateStepError("the session has gone on without this step")
+                if session.steps != checked:  # others ran meanwhile
+                    check_place(session, step)
+                session.number = max(session.number, step.number)
+                reply, payload = await self._step(client, session, incoming)
+                if step.forward and session.downstream is not None:
+                    if await session.downstream.push(step, incoming, reply.hidden, payload):
+                        reply = msgspec.structs.replace(reply, forwarded=True)
+                        if step.lean:
+                            rows, _, width = reply.hidden.shape
+                            none = msgspec.structs.replace(reply.hidden, shape=(rows, 0, width))
+                            reply, payload = msgspec.structs.replace(reply, hidden=none), memoryview(b"")
+                    else:
+                        session.link(None)
+                if speed := (client if source is None else source).speed.bytes_per_s:
+                    reply = msgspec.structs.replace(reply, bytes_per_s=speed)
+                await client.send(reply, [payload])
 
     async def _step(
-        self, client: _Client, session: ServedSession, step: Step, received: Received
+        self, client: _Client, session: ServedSession, incoming: IncomingMessage
     ) -> tuple[StepDone, memoryview]:
+        step: Step = incoming.message
         rows, tokens, _ = step.hidden.shape
         self._grow(session, step)
         try:
-            whose = client.peer_id
             ahead = self._engine.ahead(rows, tokens)
-            work = SessionStep(self._stage, whose, session, step, received)
+            work = SessionStep(self._stage, client.peer_id, session, step, incoming)
             timed = await self._engine.step(work, step.patience_s)
-        except Refusal:
-            raise
         except ExpiredError as error:
             raise self._door.expired(step, error) from None
-        except EngineClosedError:
-            raise Refusal("leaving", "this server has stopped computing; use another one") from None
-        except Exception as error:
-            logger.exception("a step failed on this server")
-            raise Refusal(
-                "internal", f"the step failed on the server: {type(error).__name__}: {error}"
-            ) from error
         finally:
             session.after_step(self._engine.clock.now())
         self.steps += 1

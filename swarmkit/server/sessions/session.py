@@ -10,38 +10,15 @@ from dataclasses import dataclass, field
 
 import anyio
 
-from swarmkit.errors import IllegalMessageError, MessageTooLargeError, ProtocolError, SwarmkitError
+from swarmkit.errors import SwarmkitError
 from swarmkit.models.execution.stage import StageCache
 from swarmkit.net.protocol.codec import TensorSpec
-from swarmkit.net.protocol.messages import FATAL, HIDDEN_DTYPES, FaultCode, Step
+from swarmkit.net.protocol.messages import HIDDEN_DTYPES, Step
+from swarmkit.net.rpc.faults import Refusal
 from swarmkit.server.adapters.store import Hold
 from swarmkit.server.cache.kv_budget import CacheLease
 from swarmkit.server.cache.prefix_tracker import PrefixTracker
 from swarmkit.server.sessions.push import Downstream
-
-
-class Refusal(SwarmkitError):
-    """A request that is answered with a fault instead of a result."""
-
-    def __init__(self, code: FaultCode, message: str, retry_after_s: float = 0.0) -> None:
-        super().__init__(message)
-        self.code: FaultCode = code
-        self.retry_after_s = retry_after_s
-
-
-def refusal_of(error: ProtocolError | Refusal, too_large: FaultCode = "too_large") -> tuple[Refusal, bool]:
-    """What a peer is answered whose message was not taken, and whether the conversation can go on.
-
-    Args: too_large: the code for a message with more bytes than this endpoint takes.
-    """
-    if isinstance(error, Refusal):
-        return error, error.code not in FATAL
-    code: FaultCode = "bad_message"
-    if isinstance(error, IllegalMessageError):
-        code = "illegal_message"
-    elif isinstance(error, MessageTooLargeError):
-        code = too_large
-    return Refusal(code, str(error)), False
 
 
 class LateStepError(SwarmkitError):
@@ -151,7 +128,7 @@ def check_step(
     Raises:
         Refusal: with the fault's code, and what was expected.
     """
-    hidden, cache = step.hidden, session.cache
+    hidden = step.hidden
     if len(hidden.shape) != 3 or hidden.shape[2] != hidden_size or 0 in hidden.shape:
         raise Refusal(
             "bad_shape", f"hidden states must be [batch, tokens, {hidden_size}], got {list(hidden.shape)}"
@@ -168,10 +145,7 @@ def check_step(
             "too_large",
             f"{rows} x {tokens} tokens are more than the {max_step_tokens} of one step; send them in pieces",
         )
-    if step.position > cache.tokens:
-        raise Refusal(
-            "out_of_order", f"position {step.position} is beyond the {cache.tokens} tokens this session holds"
-        )
+    check_place(session, step)
     if step.position + tokens > session.max_length:
         raise Refusal(
             "too_long",
@@ -184,18 +158,33 @@ def check_step(
         raise Refusal(
             "bad_shape", f"a step that is forwarded keeps all of its {tokens} outputs, not {step.keep}"
         )
+    _check_side(step.mask, "mask", "uint8", (rows, step.position + tokens))
+    _check_side(step.positions, "positions", "int64", (rows, tokens))
+
+
+def check_place(session: ServedSession, step: Step) -> None:
+    """Check a step's position and rows against what the session holds now.
+
+    Raises:
+        Refusal: with the fault's code, and what was expected.
+    """
+    cache, rows = session.cache, step.hidden.shape[0]
+    if step.position > cache.tokens:
+        raise Refusal(
+            "out_of_order", f"position {step.position} is beyond the {cache.tokens} tokens this session holds"
+        )
+    if not step.position:
+        return
     expected_rows = cache.batch
     if step.order is not None:
-        if step.position and (not step.order or max(step.order) >= cache.batch):
+        if not step.order or max(step.order) >= cache.batch:
             raise Refusal(
                 "bad_value",
                 f"order must name some of the {cache.batch} rows that this session holds, and no others",
             )
         expected_rows = len(step.order)
-    if step.position and rows != expected_rows:
+    if rows != expected_rows:
         raise Refusal("bad_shape", f"the step has {rows} rows, the session {expected_rows}")
-    _check_side(step.mask, "mask", "uint8", (rows, step.position + tokens))
-    _check_side(step.positions, "positions", "int64", (rows, tokens))
 
 
 def _check_side(spec: TensorSpec | None, name: str, dtype: str, shape: tuple[int, ...]) -> None:

@@ -12,9 +12,10 @@ from swarmkit.models.execution.transfer import to_device
 from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.messages import Step
-from swarmkit.net.rpc.conversation import Received
+from swarmkit.net.rpc.faults import Refusal
+from swarmkit.net.rpc.message_stream import IncomingMessage
 from swarmkit.server.cache.prefix_tracker import PrefixTracker
-from swarmkit.server.sessions.session import Refusal, ServedSession
+from swarmkit.server.sessions.session import ServedSession
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class SessionStep:
     client: str
     of: ServedSession
     step: Step
-    received: Received
+    incoming: IncomingMessage
     cached_output: Tensor | None = field(default=None, init=False)
 
     @property
@@ -47,14 +48,14 @@ class SessionStep:
         Raises:
             Refusal: a value is not finite or out of range; the cache is unchanged.
         """
-        step, received, stage, cache = self.step, self.received, self.stage, self.of.cache
-        hidden = received.tensor(step.hidden)
+        step, incoming, stage, cache = self.step, self.incoming, self.stage, self.of.cache
+        hidden = incoming.tensor(step.hidden)
         if not codec.is_finite(hidden):
             raise Refusal("not_finite", "the hidden states contain NaN or infinity")
-        mask = received.tensor(step.mask) if step.mask is not None else None
+        mask = incoming.tensor(step.mask) if step.mask is not None else None
         if mask is not None and bool((mask > 1).any()):
             raise Refusal("bad_value", "a mask may contain 0 and 1 only")
-        positions = received.tensor(step.positions) if step.positions is not None else None
+        positions = incoming.tensor(step.positions) if step.positions is not None else None
         if positions is not None and bool(((positions < 0) | (positions >= _MAX_POSITION)).any()):
             raise Refusal("bad_value", f"position ids must be in 0..{_MAX_POSITION - 1}")
         if step.position == 0:

@@ -17,7 +17,7 @@ import msgspec
 from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.models.execution.full_sequences import FullSequencePass
 from swarmkit.net.protocol.gradient_messages import GradientRequest
-from swarmkit.net.rpc.conversation import Received
+from swarmkit.net.rpc.message_stream import IncomingMessage
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class PassKey:
     digest: bytes
 
     @classmethod
-    def of(cls, peer_id: str, request: GradientRequest, received: Received) -> PassKey:
+    def of(cls, peer_id: str, request: GradientRequest, incoming: IncomingMessage) -> PassKey:
         """The same for a forward request and for the backward request that belongs to it."""
         specs = request.hidden, request.mask, request.positions
         header = request.start, request.stop, request.states, request.adapter, request.trains, specs
         digest = hashlib.blake2b(msgspec.msgpack.encode(header), digest_size=32)
         for spec in specs:
             if spec is not None:
-                digest.update(received.raw(spec))
+                digest.update(incoming.raw(spec))
         return cls(peer_id, digest.digest())
 
 

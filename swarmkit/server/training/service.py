@@ -10,31 +10,26 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import cast
 
-from swarmkit.errors import PeerError
-from swarmkit.models.adapters.adapter import Adapter
 from swarmkit.models.execution.stage import Stage
 from swarmkit.net.protocol.gradient_messages import (
+    GRADIENT,
     Backward,
     BackwardDone,
     ForwardDone,
     GradientRequest,
     Working,
-    decoder,
-    next_state,
 )
-from swarmkit.net.protocol.messages import tensor_specs
-from swarmkit.net.rpc.conversation import Conversation, Received
+from swarmkit.net.rpc.faults import Refusal
+from swarmkit.net.rpc.message_stream import IncomingMessage
+from swarmkit.net.rpc.receive_budget import ReceiveBudget, ReceiveReservation
+from swarmkit.net.rpc.server_stream import ServerStream
 from swarmkit.net.transport.seam import Stream
 from swarmkit.server.adapters.service import held
-from swarmkit.server.adapters.store import AdapterStore, Hold
-from swarmkit.server.caller import Caller
-from swarmkit.server.engine.engine import BULK, Engine, EngineClosedError
-from swarmkit.server.receive_budget import ReceiveBudget, ReceiveReservation
-from swarmkit.server.sessions.session import Refusal
+from swarmkit.server.adapters.store import AdapterStore
+from swarmkit.server.engine.engine import BULK, Engine
 from swarmkit.server.training.activation_cache import ActivationCache
 from swarmkit.server.training.work import STATES_FACTOR, GradientWork, SliceTimes, check_request
 from swarmkit.settings import ServerSettings
@@ -68,7 +63,7 @@ class GradientService:
         adapters: AdapterStore | None = None,
     ) -> None:
         """Args:
-        intake: the door for large messages, which sessions use as well.
+        intake: memory for large messages, which sessions use as well.
         adapters: those that requests may name; none if not given.
         leaving: whether the server is about to stop.
         """
@@ -82,7 +77,7 @@ class GradientService:
         self._times = SliceTimes(settings.training.gradient_slice_s)
         self._turns: dict[str, _Turn] = {}
         self.kept = ActivationCache(settings.limits.activation_cache_bytes, clock=engine.clock.now)
-        """Passes until their way back; somebody has to call its `drop_old` now and then."""
+        """Activations of forward passes; the owner of this service calls `drop_old` now and then."""
         self.streams = 0
         self.requests = 0
         """That were answered with a result."""
@@ -95,62 +90,50 @@ class GradientService:
         return sum(turn.requests for turn in self._turns.values())
 
     async def serve(self, stream: Stream) -> None:
-        """One stream's life. Never raises on account of the peer."""
-        timeout = self._settings.requests.message_timeout_s
-        caller = Caller(Conversation(stream, self.max_payload_bytes, timeout, decoder), self._settings)
+        """Serve one stream until it ends. Never raises on account of the peer."""
+        caller = ServerStream(
+            stream,
+            GRADIENT,
+            max_payload_bytes=self.max_payload_bytes,
+            message_timeout=self._settings.requests.message_timeout_s,
+            clock=self._engine.clock.now,
+        )
+        full = self.streams >= self._settings.training.max_gradient_streams
+        refusal = Refusal("busy", "too many streams are open; try another server") if full else None
         self.streams += 1
         try:
-            if self.streams > self._settings.training.max_gradient_streams:
-                await caller.refuse(Refusal("busy", "too many streams are open; try another server"))
-            else:
-                await caller.answer_all(lambda: self._answer_next(caller))
-            await caller.linger()
-        except (PeerError, TimeoutError) as error:
-            logger.debug("stream of %s ended: %s", stream.peer_id[-6:], error)
+            await caller.serve(lambda incoming: self._answer(caller, incoming), refusal)
         finally:
             self.streams -= 1
-            caller.close()
 
-    async def _answer_next(self, caller: Caller) -> None:
-        holds: list[Hold] = []
-        with ReceiveReservation(self._intake) as incoming:
-            try:
-                received = await caller.receive(lambda message: self._admit(message, incoming, holds))
-                await self._answer(caller, received, holds[0].adapter if holds else None)
-            finally:
-                for hold in holds:
-                    hold.release()
-
-    async def _admit(self, message: object, incoming: ReceiveReservation, holds: list[Hold]) -> None:
-        """All that the header alone can tell, before memory is spent on the payload."""
-        next_state("idle", message)
-        request = cast(GradientRequest, message)
+    async def _answer(self, caller: ServerStream, incoming: IncomingMessage) -> None:
+        request: GradientRequest = incoming.message
+        settings = self._settings
         if self._leaving():
             raise Refusal("leaving", "this server is about to stop; use another one")
-        check_request(request, self._stage, self._fingerprint, self._settings.requests.max_step_tokens)
+        check_request(request, self._stage, self._fingerprint, settings.requests.max_step_tokens)
         hold = held(self._adapters, request.adapter, request.start, request.stop)
-        if hold is not None:
-            holds.append(hold)
-        nbytes = sum(spec.nbytes for spec in tensor_specs(request))
-        try:
-            await incoming.take(nbytes, self._settings.requests.message_timeout_s)
-        except TimeoutError:
-            raise Refusal("busy", "too many large requests are under way; try another server") from None
+        with hold or nullcontext(), ReceiveReservation(self._intake) as room:
+            try:
+                await room.take(incoming.nbytes, settings.requests.message_timeout_s)
+            except TimeoutError:
+                raise Refusal("busy", "too many large requests are under way; try another server") from None
+            await incoming.payload()
+            work = GradientWork(
+                self._stage,
+                request,
+                incoming,
+                self._times,
+                settings.engine.prefill_chunk_tokens,
+                None if hold is None else hold.adapter,
+                caller.peer_id,
+                self.kept,
+                self._engine.clock.now,
+            )
+            await self._do(caller, request, work)
 
-    async def _answer(self, caller: Caller, received: Received, adapter: Adapter | None) -> None:
-        request = cast(GradientRequest, received.message)
-        settings = self._settings
-        work = GradientWork(
-            self._stage,
-            request,
-            received,
-            self._times,
-            settings.engine.prefill_chunk_tokens,
-            adapter,
-            caller.peer_id,
-            self.kept,
-            self._engine.clock.now,
-        )
+    async def _do(self, caller: ServerStream, request: GradientRequest, work: GradientWork) -> None:
+        """Run a request when the client's turn comes, and send its result."""
         arrived = self._engine.clock.now()
         async with self._turn(caller.peer_id):
             compute_s = await self._run(caller, work)
@@ -160,32 +143,22 @@ class GradientService:
         self.requests += 1
         times_ms = max(spent_s - compute_s, 0.0) * 1e3, compute_s * 1e3
         if not isinstance(request, Backward):
-            await caller.send(ForwardDone(spec, *times_ms), payload)
+            await caller.send(ForwardDone(spec, *times_ms), [payload])
         elif of_adapter is None:
-            await caller.send(BackwardDone(spec, *times_ms), payload)
+            await caller.send(BackwardDone(spec, *times_ms), [payload])
         else:
-            await caller.send(BackwardDone(spec, *times_ms, of_adapter[0]), payload, of_adapter[1])
+            await caller.send(BackwardDone(spec, *times_ms, of_adapter[0]), [payload, of_adapter[1]])
 
-    async def _run(self, caller: Caller, work: GradientWork) -> float:
-        """Slice after slice; returns the seconds that the device took for them."""
+    async def _run(self, caller: ServerStream, work: GradientWork) -> float:
+        """Run slice after slice; returns the seconds that the device took for them."""
         compute_s = 0.0
         told_at = self._engine.clock.now()
-        try:
-            while work.left:
-                compute_s += (await self._engine.run(work.advance, BULK)).compute_s
-                if work.left and self._engine.clock.now() - told_at > _TELL_EVERY_S:
-                    # Which also shows whether the client is still there.
-                    await caller.send(Working(work.done, work.total))
-                    told_at = self._engine.clock.now()
-        except (Refusal, PeerError):
-            raise
-        except EngineClosedError:
-            raise Refusal("leaving", "this server has stopped computing; use another one") from None
-        except Exception as error:
-            logger.exception("a request for training failed on this server")
-            raise Refusal(
-                "internal", f"the request failed on the server: {type(error).__name__}: {error}"
-            ) from error
+        while work.left:
+            compute_s += (await self._engine.run(work.advance, BULK)).compute_s
+            if work.left and self._engine.clock.now() - told_at > _TELL_EVERY_S:
+                # Which also shows whether the client is still there.
+                await caller.send(Working(work.done, work.total))
+                told_at = self._engine.clock.now()
         return compute_s
 
     @asynccontextmanager

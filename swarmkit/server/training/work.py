@@ -22,8 +22,8 @@ from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.gradient_messages import Backward, GradientRequest
 from swarmkit.net.protocol.messages import HIDDEN_DTYPES
-from swarmkit.net.rpc.conversation import Received
-from swarmkit.server.sessions.session import Refusal
+from swarmkit.net.rpc.faults import Refusal
+from swarmkit.net.rpc.message_stream import IncomingMessage
 from swarmkit.server.training.activation_cache import ActivationCache, PassKey
 
 STATES_FACTOR = 4
@@ -146,7 +146,7 @@ class GradientWork:
 
     stage: Stage
     request: GradientRequest
-    received: Received
+    incoming: IncomingMessage
     times: SliceTimes
     group_tokens: int
     """Rows x tokens that go through together."""
@@ -193,25 +193,25 @@ class GradientWork:
         Raises:
             Refusal: a value is not allowed.
         """
-        request, received = self.request, self.received
-        hidden = received.tensor(request.hidden)
+        request, incoming = self.request, self.incoming
+        hidden = incoming.tensor(request.hidden)
         if not codec.is_finite(hidden):
             raise Refusal("not_finite", "the hidden states contain NaN or infinity")
-        mask = received.tensor(request.mask) if request.mask is not None else None
+        mask = incoming.tensor(request.mask) if request.mask is not None else None
         if mask is not None and bool((mask > 1).any()):
             raise Refusal("bad_value", "a mask may contain 0 and 1 only")
-        positions = received.tensor(request.positions) if request.positions is not None else None
+        positions = incoming.tensor(request.positions) if request.positions is not None else None
         if positions is not None and bool(((positions < 0) | (positions >= _MAX_POSITION)).any()):
             raise Refusal("bad_value", f"position ids must be in 0..{_MAX_POSITION - 1}")
         if isinstance(request, Backward):
-            self._gradient = received.tensor(request.gradient)
+            self._gradient = incoming.tensor(request.gradient)
             if not codec.is_finite(self._gradient):
                 raise Refusal("not_finite", "the gradient contains NaN or infinity")
         device = self.stage.device
         rows, tokens, _ = hidden.shape
         self._groups = row_groups(rows, tokens, self.group_tokens)
         if self.kept.capacity_bytes and (isinstance(request, Backward) or request.returns):
-            key = PassKey.of(self.peer_id, request, received)
+            key = PassKey.of(self.peer_id, request, incoming)
             if not self.goes_back:
                 self._keep_as = key
             elif (passes := self.kept.take(key)) is not None:

@@ -18,11 +18,13 @@ from swarmkit.models.checkpoint.shards import OnBytes
 from swarmkit.models.checkpoint.store_hub import HubFiles
 from swarmkit.models.checkpoint.store_pinned import keep_manifest
 from swarmkit.net.protocol.messages import MAX_ADDRESSES
+from swarmkit.net.protocol.weights_messages import WEIGHTS
 from swarmkit.net.registry import offers
 from swarmkit.net.registry.offers import WeightsOffer
+from swarmkit.net.rpc.endpoints import listen
 from swarmkit.net.transport.seam import Transport
 from swarmkit.server.weights.fetch import FetchReport, PeerWeights
-from swarmkit.server.weights.service import WEIGHTS_ENDPOINT, WeightsService, WeightsSettings
+from swarmkit.server.weights.service import WeightsService, WeightsSettings
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ class SharedWeights:
         if not await anyio.to_thread.run_sync(lambda: files.is_public, abandon_on_cancel=True):
             logger.info("%s is not public: its blocks are not offered to other servers", files.repo)
             return
-        await self._transport.listen(WEIGHTS_ENDPOINT, self.service.serve)
+        await listen(self._transport, WEIGHTS, self.service.serve)
         while True:
             try:
                 await self.offer(start, stop)

@@ -14,11 +14,13 @@ import anyio.to_thread
 from filelock import FileLock, Timeout
 
 from swarmkit.clock import SYSTEM_CLOCK
-from swarmkit.errors import PeerError, PeerTimeoutError, ProtocolError
+from swarmkit.errors import PeerTimeoutError, ProtocolError
+from swarmkit.net.protocol.weights_messages import WEIGHTS, FileChunk, FileFound, GetFile
 from swarmkit.net.registry import offers
 from swarmkit.net.registry.offers import WeightsOffer
-from swarmkit.net.transport.seam import Stream, Transport
-from swarmkit.server.weights.service import CHUNK_BYTES, WEIGHTS_ENDPOINT, Ask, Refused, encode, read_answer
+from swarmkit.net.rpc.endpoints import connect
+from swarmkit.net.rpc.message_stream import CHUNK_BYTES
+from swarmkit.net.transport.seam import Transport
 
 logger = logging.getLogger(__name__)
 
@@ -73,22 +75,22 @@ async def receive_file(
     begun, earlier = _progress(marks)
     offset = begun if begun <= offer.size else 0
     senders = {*earlier, offer.peer_id} if offset else {offer.peer_id}
-    stream = await transport.open(offer.peer_id, WEIGHTS_ENDPOINT, offer.addresses)
+    stream = await connect(transport, WEIGHTS, offer.peer_id, offer.addresses, max_payload_bytes=CHUNK_BYTES)
     try:
-        await stream.send(encode(Ask(offer.content, offset)))
-        answer = read_answer(await _next(stream, offer.peer_id, idle_timeout), offer.peer_id)
-        if isinstance(answer, Refused):
-            raise PeerError(f"it refused: {answer.message}", offer.peer_id)
-        if answer.size != offer.size:
-            raise WrongBytesError(f"it offered {offer.size} bytes and has {answer.size}")
+        with stream.within(idle_timeout):
+            found = await stream.ask(GetFile(offer.content, offset), FileFound)
+        if found.size != offer.size:
+            raise WrongBytesError(f"it offered {offer.size} bytes and has {found.size}")
         deadline = SYSTEM_CLOCK.now() + idle_timeout + offer.size / _SLOWEST_BYTES_PER_S
         with partial.open("r+b") as file:
             file.seek(offset)
             while offset < offer.size:
-                chunk = await _next(stream, offer.peer_id, idle_timeout)
+                with stream.within(idle_timeout):
+                    incoming = await stream.answer(FileChunk)
                 if SYSTEM_CLOCK.now() > deadline:
                     raise PeerTimeoutError(f"peer {offer.peer_id} sends too slowly", offer.peer_id)
-                if not chunk or len(chunk) > min(CHUNK_BYTES, offer.size - offset):
+                chunk = incoming.raw(incoming.message.data)
+                if not chunk or len(chunk) > offer.size - offset:
                     raise WrongBytesError(f"a chunk of {len(chunk)} bytes does not fit")
                 await anyio.to_thread.run_sync(file.write, chunk)
                 offset += len(chunk)
@@ -112,14 +114,6 @@ async def locked(lock: FileLock) -> AsyncIterator[None]:
         yield
     finally:
         lock.release()
-
-
-async def _next(stream: Stream, peer_id: str, idle_timeout: float) -> bytes:
-    try:
-        with anyio.fail_after(idle_timeout):
-            return await stream.receive()
-    except TimeoutError:
-        raise PeerTimeoutError(f"peer {peer_id} sent nothing for a while", peer_id) from None
 
 
 def _progress(marks: Path) -> tuple[int, list[str]]:

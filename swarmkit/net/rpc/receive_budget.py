@@ -1,10 +1,11 @@
-"""The door for large messages: all clients together may not fill this machine's memory with them.
+"""Memory for large messages: all peers together may not fill this machine with them.
 
 ::
 
     capacity >= bytes of large payloads that are arriving, waiting for the engine, or in it
 
-Whoever comes when it is full waits for its turn, in order. Small steps, such as single tokens, need no turn.
+A message that comes when there is no room waits for its turn, in order. Small ones, such as the steps of
+single tokens, need no turn.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from types import TracebackType
 
 import anyio
 
-from swarmkit.net.rpc.conversation import CHUNK_BYTES
+from swarmkit.net.rpc.message_stream import CHUNK_BYTES
 
 
 class ReceiveBudget:
-    """A number of bytes that clients share for a while. Used by the event loop's thread only."""
+    """A number of bytes that messages share while they are handled. Used by the event loop's thread only."""
 
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
@@ -28,7 +29,7 @@ class ReceiveBudget:
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     async def take(self, nbytes: int) -> None:
-        """Wait until there is room for `nbytes`, and hold it. What is larger than all of it goes in alone."""
+        """Wait until there is room for `nbytes`, and hold it. What is larger than all of it has it alone."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((nbytes, turn))
         self._let_in()
@@ -62,14 +63,14 @@ class ReceiveBudget:
 
 
 class ReceiveReservation:
-    """What one message holds of an intake, from its header until it is done with; `with` gives it back."""
+    """What one message holds of the budget, from its header until it is done with; `with` gives it back."""
 
-    def __init__(self, intake: ReceiveBudget) -> None:
-        self._intake = intake
+    def __init__(self, budget: ReceiveBudget) -> None:
+        self._budget = budget
         self._nbytes = 0
 
     async def take(self, nbytes: int, seconds: float) -> None:
-        """Wait for room for so many bytes; what is small needs none.
+        """Wait for room for so many bytes; a small message needs none.
 
         Raises:
             TimeoutError: there was none for so many seconds.
@@ -77,7 +78,7 @@ class ReceiveReservation:
         if nbytes <= CHUNK_BYTES:
             return
         with anyio.fail_after(seconds):
-            await self._intake.take(nbytes)
+            await self._budget.take(nbytes)
         self._nbytes += nbytes
 
     def __enter__(self) -> ReceiveReservation:
@@ -89,5 +90,5 @@ class ReceiveReservation:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._intake.give_back(self._nbytes)
+        self._budget.give_back(self._nbytes)
         self._nbytes = 0
