@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from swarmkit.client.adapters.peft_config import NO_PREFIXES
 from swarmkit.client.gradients.function import FullPass, RemotePass, side_of
 from swarmkit.client.refusals import refuse_attentions
 from swarmkit.client.session.session import Session, SwarmCacheLayer, session_of
@@ -130,7 +131,8 @@ def record_states(model: PreTrainedModel, blocks: RemoteBlocks) -> None:
 
 def _not_ours() -> UsageError:
     return UsageError(
-        "this cache holds keys and values of a local model; use model.session(), or no past_key_values"
+        "this cache holds keys and values that were not computed by the servers; use model.session(), or no "
+        f"past_key_values. If PEFT made it: {NO_PREFIXES}"
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,10 +38,10 @@ class AdapterMixin:
         return self._remote_adapters
 
     def prepare_adapters(self) -> None:
-        """Let PEFT find the remote blocks' linear layers, so that `peft.get_peft_model(model, …)` works.
+        """Let the remote blocks' linear layers be found, so that adapters can be put beside them.
 
-        `swarmkit.get_peft_model` does this by itself. The model gets modules for all its blocks, which take
-        no memory and no place in its state dict. May be called twice.
+        Done when PEFT first looks for modules. The model gets modules for all its blocks, which take no
+        memory and no place in its state dict. May be called twice.
         """
         if self._remote_adapters.is_prepared:
             return
@@ -50,7 +52,19 @@ class AdapterMixin:
         base: Any = model.get_submodule(base_path(model, anatomy))
         blocks: Any = base.get_submodule(anatomy.layers)
         replace(base, anatomy.layers, HeadBlocks(blocks[0], meta_blocks))
-        self._remote_adapters.prepare(meta_blocks, fittings)
+        this = weakref.ref(self)
+        self._remote_adapters.prepare(
+            meta_blocks, fittings, lambda: getattr(this(), "peft_config", None) or {}
+        )
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        """torch's; and the call by which PEFT finds the layers that it puts adapters beside."""
+        adapters = getattr(self, "_remote_adapters", None)  # None while the model is being made
+        if adapters is not None:
+            if sys._getframe(1).f_globals.get("__name__", "").startswith("peft."):
+                self.prepare_adapters()
+            adapters.refuse_merging()
+        return super().named_modules(*args, **kwargs)  # type: ignore[misc]
 
     def use_deep_prompts(self, prompts: nn.Module | None, values: nn.Parameter | None = None) -> None:
         """Have a prompt for each block, or none any more; done by `swarmkit.DeepPrompts(model, …)`.

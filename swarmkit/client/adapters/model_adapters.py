@@ -8,7 +8,7 @@ through autograd, since that vector is made of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,12 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swarmkit.client.adapters.peft_config import ensure_possible
 from swarmkit.errors import AdapterError
 from swarmkit.models.adapters.adapter import Adapter, AdapterSpec, Fittings, Lora, extent
-from swarmkit.models.adapters.files import check_config
-
-PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
-"""Values of PEFT's `init_lora_weights` for which no weights of the blocks are needed."""
 
 
 @dataclass(eq=False)
@@ -46,7 +43,8 @@ class ClientAdapter:
     def unchanged(self) -> bool:
         """Whether its parameters still have the values that they had, and are in use. Is quick."""
         return all(parameter._version == version for parameter, version in self._sources) and not any(
-            layer.disable_adapters or tuple(layer.active_adapters) != active for layer, active in self._layers
+            layer.disable_adapters or tuple(layer.active_adapters) != active or layer._forward_pre_hooks
+            for layer, active in self._layers
         )
 
     @property
@@ -98,6 +96,9 @@ class ModelAdapters:
     def __init__(self) -> None:
         self._meta_blocks: Mapping[int, nn.Module] = {}
         self._fittings: Fittings | None = None
+        self._peft_configs: Callable[[], Mapping[str, Any]] = dict
+        self._slots: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
+        """Where the meta_blocks keep each module that PEFT may replace, and which one was there at first."""
         self._own: set[int] = set()
         """Identities of the meta_blocks' parameters."""
         self.prompts: nn.Parameter | None = None
@@ -109,15 +110,43 @@ class ModelAdapters:
         """Whether there are meta_blocks."""
         return self._fittings is not None
 
-    def prepare(self, meta_blocks: Mapping[int, nn.Module], fittings: Fittings) -> None:
-        """Look at these meta_blocks from now on."""
-        self._meta_blocks, self._fittings = meta_blocks, fittings
+    def prepare(
+        self,
+        meta_blocks: Mapping[int, nn.Module],
+        fittings: Fittings,
+        peft_configs: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        """Look at these meta_blocks from now on.
+
+        Args: peft_configs: returns the configs of PEFT's adapters that the model has now, by their names.
+        """
+        self._meta_blocks, self._fittings, self._peft_configs = meta_blocks, fittings, peft_configs
         self._own = {id(parameter) for block in meta_blocks.values() for parameter in block.parameters()}
+        self._slots = [
+            (parent._modules, name, child)
+            for block in meta_blocks.values()
+            for parent in block.modules()
+            for name, child in parent.named_children()
+        ]
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nothing was put on the meta_blocks, and there are no deep prompts. Is quick."""
+        if self._fittings is None:
+            return True
+        return self.prompts is None and all(held.get(name) is first for held, name, first in self._slots)
+
+    def refuse_merging(self) -> None:
+        """Let PEFT's layers on the meta_blocks refuse to be merged into weights that are not here."""
+        for meta_block in self._meta_blocks.values():
+            for layer in meta_block.modules():
+                if hasattr(layer, "merged_adapters"):
+                    layer.merge = _refuse_to_merge  # type: ignore[assignment]
 
     def is_unchanged_since(self, last: ClientAdapter | ServerAdapter | None) -> bool:
         """Whether `current()` would certainly give what it gave before; quick, for every token."""
         if self.hosted is not None or last is None:
-            return last == self.hosted and self._fittings is None
+            return last == self.hosted and self.is_untouched
         return isinstance(last, ClientAdapter) and last.unchanged
 
     def current(self) -> ClientAdapter | ServerAdapter | None:
@@ -139,6 +168,8 @@ class ModelAdapters:
     def _collect(self) -> ClientAdapter | None:
         if self._fittings is None:
             return None
+        for config in self._peft_configs().values():
+            ensure_possible(config)
         layers: list[tuple[Any, tuple[str, ...]]] = []
         lora: list[Lora] = []
         parameters: list[Tensor] = []
@@ -180,6 +211,12 @@ class ModelAdapters:
             active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
             if layer.disable_adapters or not active:
                 continue
+            if layer._forward_pre_hooks:  # which is how PEFT hands `adapter_names` to its layers
+                raise AdapterError(
+                    "adapter_names=[…], another adapter for each row, does not work with remote blocks: "
+                    "their sessions have one adapter. Call the model once for each adapter, which "
+                    "model.set_adapter(…) chooses; servers run such calls together"
+                )
             layers.append((layer, tuple(layer.active_adapters)))
             if len(active) > 1:
                 raise AdapterError(
@@ -216,22 +253,16 @@ class ModelAdapters:
         return found
 
 
+def _refuse_to_merge(*args: Any, **kwargs: Any) -> None:
+    raise AdapterError(
+        "an adapter cannot be merged into remote blocks, whose weights are the servers'; save the adapter, "
+        "and merge it into a whole model with plain PEFT"
+    )
+
+
 def _flat(parameters: Sequence[Tensor]) -> Tensor:
     """All values one after the other, on the CPU, differentiable."""
     dtype = parameters[0].dtype
     for parameter in parameters:
         dtype = torch.promote_types(dtype, parameter.dtype)
     return torch.cat([parameter.reshape(-1).to("cpu", dtype) for parameter in parameters])
-
-
-def ensure_plain(config: Any) -> None:
-    """Raise AdapterError unless a PEFT config is one that remote blocks can take.
-
-    Modules that are trained as a whole and tokens may be outside the blocks; inside they are found later.
-    """
-    check_config({**config.to_dict(), "modules_to_save": None, "trainable_token_indices": None})
-    start = getattr(config, "init_lora_weights", True)
-    if start not in PLAIN_STARTS:
-        raise AdapterError(
-            f"init_lora_weights={start!r} begins with the blocks' weights, which are not here; use True"
-        )

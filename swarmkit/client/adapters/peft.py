@@ -12,17 +12,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from swarmkit.client.adapters.mixin import AdapterMixin
-from swarmkit.client.adapters.model_adapters import ensure_plain
+from swarmkit.client.adapters.peft_config import ensure_possible
 from swarmkit.errors import AdapterError, UsageError
 from swarmkit.models.adapters.adapter import MAX_PROMPT_TOKENS
 
 PROMPTS_FILE = "deep_prompts.safetensors"
-_OUTSIDE_BLOCKS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 _FORMAT = "swarmkit deep prompts 1"
 
 
 def get_peft_model(model: Any, config: Any, adapter_name: str = "default", **options: Any) -> Any:
-    """`peft.get_peft_model` for a model whose blocks are remote.
+    """`peft.get_peft_model` for a model whose blocks are remote; refuses at once what cannot work.
+
+    PEFT's own function works too, and so does what calls it, such as trl's `peft_config=…`. What cannot work
+    is refused then as soon as the model is called.
 
     LoRA may be anywhere, inside the remote blocks too: its tensors stay here, are trained here, and go to the
     servers that compute with them. Prompt tuning and whatever else works outside the blocks is PEFT's own.
@@ -42,15 +44,8 @@ def get_peft_model(model: Any, config: Any, adapter_name: str = "default", **opt
         AdapterError: the adapter is of a kind that cannot work in remote blocks.
     """
     peft = _peft()
-    kind = config.peft_type
-    if kind == peft.PeftType.LORA:
-        ensure_plain(config)
-        swarm_model_of(model).prepare_adapters()
-    elif kind.value not in _OUTSIDE_BLOCKS:
-        raise AdapterError(
-            f"{kind.value} works on weights or caches of blocks, which are not here; use LORA, "
-            "PROMPT_TUNING, P_TUNING, or swarmkit.DeepPrompts"
-        )
+    ensure_possible(config)
+    swarm_model_of(model).prepare_adapters()
     return peft.get_peft_model(model, config, adapter_name=adapter_name, **options)
 
 
@@ -77,9 +72,8 @@ def load_adapter(
         raise AdapterError(
             f"{adapter} is neither a folder nor a repository with an adapter: {error}"
         ) from error
-    if config.peft_type == peft.PeftType.LORA:
-        ensure_plain(config)
-        swarm_model_of(model).prepare_adapters()
+    ensure_possible(config)
+    swarm_model_of(model).prepare_adapters()
     try:
         if isinstance(model, peft.PeftModel):
             name = options.pop("adapter_name", Path(adapter).name)
