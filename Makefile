@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
+LIBRARIES := $(VENV)/.ready-libraries
 # Two workers have two cores, so one thread each. A file with few tests can take long, such as one that starts
 # processes: none of them is kept for the end.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -27,13 +28,18 @@ $(DEV): $(READY)
 	@$(PIP) -q -e '.[dev]'
 	@touch $@
 
+$(LIBRARIES): $(DEV)
+	@echo "Installing the libraries that are tested with swarmkit …"
+	@$(PIP) -q -e '.[dev,libraries]'
+	@touch $@
+
 demo: $(READY) ## four servers, a chat, and a server that dies in the middle of an answer
 	@$(BIN)/swarmkit demo
 
 test: $(DEV) ## the tests; under 10 minutes on 2 cores
 	@$(PYTEST) -m "not slow and not notebook"
 
-test-all: $(DEV) ## the slow tests and the notebooks too
+test-all: $(LIBRARIES) ## the slow tests and the notebooks too
 	@$(PYTEST)
 
 notebooks: $(DEV) ## run every notebook from a clean kernel; about 2 minutes on 2 cores
