@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from swarmkit.client.session.session import Session
     from swarmkit.errors import NoRouteError, PeerError, SwarmkitError, UsageError
     from swarmkit.local.swarm import LocalSwarm
-    from swarmkit.server.server import Server
+    from swarmkit.node.server import Server
 
 _HOMES = {
     "DeepPrompts": "swarmkit.client.adapters.peft",
     "LocalSwarm": "swarmkit.local.swarm",
     "NoRouteError": "swarmkit.errors",
     "PeerError": "swarmkit.errors",
-    "Server": "swarmkit.server.server",
+    "Server": "swarmkit.node.server",
     "Session": "swarmkit.client.session.session",
     "SwarmModelForCausalLM": "swarmkit.client.model",
     "SwarmModelForSequenceClassification": "swarmkit.client.model",

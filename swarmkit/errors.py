@@ -27,7 +27,8 @@ never swallows a caller's mistake. Every message ends with what the reader can d
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 if "SwarmModelForCausalLM" not in getattr(sys.modules["swarmkit"], "__all__", ()):
     # Both packages were installed into one folder: the other one's `__init__.py` lies among our files.
@@ -142,3 +143,17 @@ class RemoteError(PeerError):
     def is_busy(self) -> bool:
         """Whether the peer is well, and only has no room now."""
         return self.code == "busy"
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Raise an error that a task group has wrapped as itself, if it is the only one."""
+    try:
+        yield
+    except BaseException as error:
+        inner: BaseException = error
+        while len(errors := list(getattr(inner, "exceptions", ()))) == 1:
+            inner = errors[0]
+        if inner is error:
+            raise
+        raise inner from inner.__cause__

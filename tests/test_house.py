@@ -22,6 +22,7 @@ FLOORS = [
     {"errors", "settings", "ewma", "clock", "events", "_version", "tinychat"},
     {"net", "models"},
     {"client", "server"},
+    {"node"},
     {"local"},
     {"bench"},
     {"cli"},

@@ -27,6 +27,7 @@ import torch
 from swarmkit.bench.measure import PATIENT
 from swarmkit.client.session.chain import ChainSession
 from swarmkit.client.swarm.client import ModelRef, SwarmClient
+from swarmkit.client.swarm.connection import AloneHost
 from swarmkit.net.connect import over_hivemind
 
 Lines: TypeAlias = "asyncio.Queue[dict[str, Any] | None]"
@@ -118,13 +119,14 @@ def _read_lines(loop: asyncio.AbstractEventLoop, lines: Lines) -> None:
 
 async def _main(options: dict[str, Any]) -> None:
     model = ModelRef(options["name"], options["fingerprint"], options["num_blocks"], options["hidden_size"])
-    client = SwarmClient(model, over_hivemind(options["peers"], client_mode=True), PATIENT)
+    client = SwarmClient(model, PATIENT)
+    host = AloneHost(over_hivemind(options["peers"], client_mode=True))
     lines: Lines = asyncio.Queue()
     clients = _LoadClients(client, lines, getattr(torch, options["dtype"]), options["seed"])
     # ends with standard input, which the parent closes
     reader = threading.Thread(target=_read_lines, args=(asyncio.get_running_loop(), lines))
     async with anyio.create_task_group() as tasks:
-        await tasks.start(client.run)
+        await tasks.start(host.run_client, client)
         _reply({})
         reader.start()
         try:

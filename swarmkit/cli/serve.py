@@ -101,8 +101,8 @@ def serve(
         from swarmkit.models.checkpoint.checkpoint import Checkpoint
         from swarmkit.models.plan import parse_bytes
         from swarmkit.net.connect import over_hivemind
+        from swarmkit.node.server import Server
         from swarmkit.server.placement import parse_blocks
-        from swarmkit.server.server import Server
         from swarmkit.server.weights.manifest import open_with_fingerprint
         from swarmkit.server.weights.service import WeightsSettings
 
@@ -151,7 +151,7 @@ def _serve_until(server: object, end: EndRequest) -> None:
     """Wait for the end, then leave: at once if nobody is there to wait, else when sessions have moved."""
     import threading
 
-    from swarmkit.server.server import Server
+    from swarmkit.node.server import Server
 
     assert isinstance(server, Server)
     end.wait()

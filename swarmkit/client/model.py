@@ -29,7 +29,7 @@ from swarmkit.client.speculation.assistants import (
     named_arguments,
 )
 from swarmkit.client.swarm.client import ModelRef, SwarmClient
-from swarmkit.client.swarm.connection import Connection
+from swarmkit.client.swarm.connection import AloneHost, ClientHost, Connection
 from swarmkit.errors import UsageError
 from swarmkit.events import Event, StepFinished, Subscription
 from swarmkit.models.architecture.anatomy import cache_argument
@@ -82,6 +82,7 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
         *,
         initial_peers: Sequence[str] = (),
         transport: TransportFactory | None = None,
+        node: ClientHost | None = None,
         dtype: str | torch.dtype = "auto",
         device: str = "cpu",
         settings: ClientSettings | None = None,
@@ -93,6 +94,7 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
             model: `"tiny-chat"`, a local folder, a Hub repo id, or an opened `Checkpoint`.
             initial_peers: addresses of peers of the swarm, as `swarmkit serve` and `bootstrap` print them.
             transport: another way to reach the swarm; over hivemind if not given.
+            node: a `Node` that runs in this process, whose connection to the swarm is used then.
             dtype: of embeddings, head and the hidden states sent; `"auto"` = float32 on CPU.
             hub: `revision` and `token`, for models from the Hub; for a classifier also entries of its config,
                 such as `num_labels`.
@@ -101,7 +103,7 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
             ModelError: the checkpoint cannot be found or read.
             TransportError: no initial peer answered.
         """
-        if not initial_peers and transport is None:
+        if not initial_peers and transport is None and node is None:
             raise UsageError(
                 "which swarm? give initial_peers=[…] (the address that `swarmkit serve` prints), "
                 "or start one here with swarmkit.LocalSwarm(…)"
@@ -111,8 +113,8 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
         reference = ModelRef(
             checkpoint.name, checkpoint.fingerprint, checkpoint.num_blocks, checkpoint.hidden_size
         )
-        factory = transport or over_hivemind(initial_peers, client_mode=True)
-        connection = Connection(lambda: SwarmClient(reference, factory, settings))
+        host = node or AloneHost(transport or over_hivemind(initial_peers, client_mode=True))
+        connection = Connection(lambda: SwarmClient(reference, settings), host)
         try:
             length = _length_limit(checkpoint.config)
             adapters = ModelAdapters()

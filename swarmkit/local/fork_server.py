@@ -37,7 +37,7 @@ from typing import IO, Any, NoReturn
 _PROGRAM = "swarmkit.cli"
 _PRELOADED = (
     "swarmkit.cli.serve",
-    "swarmkit.server.server",
+    "swarmkit.node.server",
     "swarmkit.net.hivemind.transport",
     "hivemind.p2p",
     "transformers.generation.utils",

@@ -25,7 +25,7 @@ from swarmkit.net.registry.acceptance import acceptable_now
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.net.transport.seam import RecordCheck, Transport
-from swarmkit.server.server import Server
+from swarmkit.node.server import Server
 from swarmkit.settings import ClientSettings, ServerSettings
 
 if TYPE_CHECKING:

@@ -1,16 +1,38 @@
-"""How a part of the program gets its transport: a factory, so that tests hand in their own network."""
+"""How a program gets its transport: from a factory, so that tests hand in a network of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import TypeAlias
 
+import anyio
+
+from swarmkit.clock import SYSTEM_CLOCK, Clock
+from swarmkit.net.registry.acceptance import is_acceptable
+from swarmkit.net.registry.registry import Registry
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.seam import RecordCheck, Transport
 from swarmkit.settings import NetSettings
 
 TransportFactory: TypeAlias = Callable[[Identity, RecordCheck], Awaitable[Transport]]
 """Make and start a transport for an identity; it keeps only records that the check accepts."""
+
+
+@asynccontextmanager
+async def joined(
+    factory: TransportFactory, identity: Identity, clock: Clock = SYSTEM_CLOCK
+) -> AsyncIterator[tuple[Transport, Registry]]:
+    """A transport and its registry, as a peer of the swarm until the block is left."""
+    transport = await factory(
+        identity,
+        lambda key, subkey, value, expires_at: is_acceptable(key, subkey, value, expires_at, clock.time()),
+    )
+    try:
+        yield transport, Registry(transport, clock.time)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await transport.close()
 
 
 def over_hivemind(

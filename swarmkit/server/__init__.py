@@ -1,25 +1,8 @@
-"""Serving blocks: which ones, on what device, for whom.
+"""Serving blocks of a model: which ones, on what device, to which clients.
 
-`Server` is the door. `placement` and `scheduler` decide (pure); `engine` is the one thread that touches the
-device, and runs many sessions' steps together; `kv_budget` accounts for every byte of keys and values;
-`service` speaks the protocol with one client per stream; `node` ties them to a life: choose blocks, load,
-announce, serve, drain.
-Never imports `swarmkit.client`.
+`ModelServer` is the life of one server: it chooses blocks, loads, announces, serves and drains them, and may
+move to others. `Serving` is one run of blocks, with all that answers requests about them. `placement` and
+`scheduler` decide (pure); `engine` is the one thread that touches the device, and runs the steps of many
+sessions together; `kv_budget` accounts for every byte of keys and values.
+Never imports `swarmkit.client`. The face that users see is `swarmkit.Server`, in `swarmkit/node/`.
 """
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from swarmkit.server.server import Server
-
-__all__ = ["Server"]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "Server":
-        from swarmkit.server.server import Server
-
-        return Server
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ from swarmkit.client.model import SwarmModelForCausalLM
 from swarmkit.events import PeerLost
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.net import portal
-from swarmkit.server.server import Server
+from swarmkit.node.server import Server
 from swarmkit.settings import ClientSettings
 
 from .answers import answer, at, prompt

@@ -16,7 +16,7 @@ from swarmkit import LocalSwarm
 from swarmkit.errors import AdapterError, RemoteError, SessionError, UsageError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
-from swarmkit.server.server import Server
+from swarmkit.node.server import Server
 from swarmkit.settings import ClientSettings, ServerSettings
 
 from ..models.tiny import make_checkpoint
@@ -49,8 +49,8 @@ def stores(swarm: LocalSwarm) -> list[Any]:
     found = []
     for server in swarm.servers:
         assert isinstance(server, Server)
-        assert server.node.service is not None
-        found.append(server.node.service.adapters)
+        assert server.serving.sessions is not None
+        found.append(server.serving.sessions.adapters)
     return found
 
 

@@ -139,7 +139,7 @@ def test_a_session_that_waited_for_room_goes_on_where_it_was(
         assert_same(found, undisturbed(new_tokens=steps))
         assert len(world.events(WaitStarted)) == 1
         (middle,) = [server for server in world.swarm.servers[3:]]
-        service = middle.node.service  # type: ignore[attr-defined]
+        service = middle.serving.sessions  # type: ignore[attr-defined]
         assert service.steps == steps + 1  # one of them was the other session's
 
 

@@ -17,7 +17,7 @@ from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.stage import Stage
 from swarmkit.models.head.head import load_local
 from swarmkit.net import portal
-from swarmkit.server.server import Server
+from swarmkit.node.server import Server
 from swarmkit.server.sessions.service import BlockService
 from swarmkit.settings import ServerSettings
 
@@ -72,7 +72,7 @@ def world(tiny_llama: Checkpoint, request: pytest.FixtureRequest) -> Iterator[Wo
 
 
 def services(world: World) -> list[BlockService]:
-    found = [server.node.service for server in world.swarm.servers if isinstance(server, Server)]
+    found = [server.serving.sessions for server in world.swarm.servers if isinstance(server, Server)]
     return [service for service in found if service is not None]
 
 

@@ -26,7 +26,7 @@ from swarmkit.models.architecture.anatomy import cache_argument
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
 from swarmkit.net import portal
-from swarmkit.server.server import Server
+from swarmkit.node.server import Server
 from swarmkit.settings import ClientSettings
 
 from ..models.tiny import VOCABULARY, make_checkpoint
@@ -60,7 +60,7 @@ class World:
         found = []
         for server in self.swarm.servers:
             assert isinstance(server, Server)
-            service = server.node.service
+            service = server.serving.sessions
             assert service is not None
             found += [
                 (held.cache.batch, held.cache.tokens)

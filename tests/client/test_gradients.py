@@ -18,7 +18,7 @@ from swarmkit.events import PeerLost
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.full_sequences import FullSequencePass
 from swarmkit.models.head.head import load_local
-from swarmkit.server.server import Server
+from swarmkit.node.server import Server
 from swarmkit.server.training.work import GradientWork
 from swarmkit.settings import ClientSettings
 
@@ -291,13 +291,13 @@ def working(world: World, stage: int) -> Server:
     return next(
         server
         for server in servers
-        if server.blocks == STAGES[stage] and server.node.gradients and server.node.gradients.waiting
+        if server.blocks == STAGES[stage] and server.serving.gradients and server.serving.gradients.waiting
     )
 
 
 def answered(world: World) -> int:
     """Requests that servers have answered."""
-    services = [server.node.gradients for server in world.swarm.servers if isinstance(server, Server)]
+    services = [server.serving.gradients for server in world.swarm.servers if isinstance(server, Server)]
     return sum(service.requests for service in services if service is not None)
 
 
@@ -367,7 +367,7 @@ def test_blocks_that_nobody_serves_are_named_and_a_newcomer_is_used(tiny_llama: 
 
 def test_nothing_is_left_behind(world: World) -> None:
     loss_and_gradient(world.model, *batch())
-    services = [server.node.gradients for server in world.swarm.servers if isinstance(server, Server)]
+    services = [server.serving.gradients for server in world.swarm.servers if isinstance(server, Server)]
 
     def idle() -> bool:
         return all(service is not None and not service.streams | service.waiting for service in services)

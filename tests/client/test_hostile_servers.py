@@ -320,7 +320,7 @@ def test_a_server_that_never_opens_a_session_is_left_aside(
 
 def test_the_server_that_took_over_is_left_with_nothing(swarm: LocalSwarm, stage: Stage) -> None:
     meet(swarm, stage, poisoned(float("nan")), 1)
-    service: Any = swarm.servers[0].node.service  # type: ignore[attr-defined]
+    service: Any = swarm.servers[0].serving.sessions  # type: ignore[attr-defined]
     wait_until(lambda: service.num_sessions == 0, "the session has ended")
     service.budget.audit()
     assert service.budget.leased_bytes == 0

@@ -9,6 +9,7 @@ import anyio
 import pytest
 
 from swarmkit.client.swarm.client import ModelRef, SwarmClient
+from swarmkit.client.swarm.connection import AloneHost
 from swarmkit.errors import NoContactError
 from swarmkit.net.registry.registry import Registry
 from swarmkit.net.transport.memory import MemoryNetwork, MemoryTransport
@@ -37,7 +38,8 @@ class World:
         self.network = MemoryNetwork(clock=self.clock.time)
         self.server = self.network.transport(identity(0))
         self.transports: list[MemoryTransport] = []
-        self.client = SwarmClient(ModelRef("tiny", FINGERPRINT, 6, 8), self._factory, clock=self.clock)
+        self.client = SwarmClient(ModelRef("tiny", FINGERPRINT, 6, 8), clock=self.clock)
+        self.host = AloneHost(self._factory, self.clock)
 
     async def _factory(self, *options: object) -> MemoryTransport:
         self.transports.append(self.network.transport(*options))  # type: ignore[arg-type]
@@ -59,7 +61,7 @@ async def world() -> AsyncIterator[World]:
     world = World()
     await Registry(world.server, world.clock.time).announce(announcement(0))
     async with anyio.create_task_group() as tasks:
-        await tasks.start(world.client.run)
+        await tasks.start(world.host.run_client, world.client)
         yield world
         world.client.request_stop()
 

@@ -15,7 +15,7 @@ from swarmkit import LocalSwarm
 from swarmkit.client.model import SwarmModelForCausalLM
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
-from swarmkit.server.server import Server
+from swarmkit.node.server import Server
 from swarmkit.settings import ClientSettings, ServerSettings
 
 from ..models.tiny import make_checkpoint
@@ -45,7 +45,7 @@ class World:
     @property
     def sessions(self) -> int:
         """Open sessions on all servers."""
-        services = [server.node.service for server in self.swarm.servers if isinstance(server, Server)]
+        services = [server.serving.sessions for server in self.swarm.servers if isinstance(server, Server)]
         return sum(service.num_sessions for service in services if service is not None)
 
 

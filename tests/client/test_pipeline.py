@@ -66,7 +66,7 @@ def generated(world: World) -> Tensor:
 
 def test_all_stages_get_a_long_prompt_in_pieces(world: World, wanted: Tensor) -> None:
     assert torch.equal(generated(world), wanted)
-    steps = [world.server(hop.peer_id).node.service.steps for hop in world.model.trace[0].hops]  # type: ignore[union-attr]
+    steps = [world.server(hop.peer_id).serving.sessions.steps for hop in world.model.trace[0].hops]  # type: ignore[union-attr]
     assert steps == [5 + 3] * 3  # 130 tokens in pieces of 32, then three tokens
 
 
@@ -99,7 +99,7 @@ def test_a_server_dies_in_the_midst_of_the_pieces(
         if session.start == start:
             seen += 1
             if seen == piece + 1:
-                node = next(s.node for s in world.swarm.servers if s.node.service is service)  # type: ignore[union-attr]
+                node = next(s.node for s in world.swarm.servers if s.serving.sessions is service)  # type: ignore[union-attr]
                 node.crash()
         await run(service, client, session, incoming, *rest, **more)
 

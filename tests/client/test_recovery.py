@@ -32,7 +32,7 @@ from swarmkit.events import (
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
 from swarmkit.models.plan import cache_cost
-from swarmkit.server.server import Server
+from swarmkit.node.server import Server
 from swarmkit.settings import ServerSettings
 
 from ..waiting import wait_until
@@ -362,7 +362,7 @@ def test_a_session_moves_away_from_a_server_that_leaves(
         def leave() -> None:
             server = world.in_use(stage)
             left.append((server.peer_id, pool.submit(server.stop, 600.0)))
-            service = server.node.service
+            service = server.serving.sessions
             wait_until(lambda: service is not None and service.leaving, "it leaves")
 
         assert_same(world.answer(actions={1: leave}), undisturbed())
@@ -383,7 +383,7 @@ def test_a_session_stays_with_a_server_that_leaves_while_nobody_else_has_the_blo
         def leave() -> None:
             server = world.in_use(1)
             stopped.append(pool.submit(server.stop, 600.0))
-            service = server.node.service
+            service = server.serving.sessions
             wait_until(lambda: service is not None and service.leaving, "it leaves")
 
         assert_same(world.answer(actions={1: leave}), undisturbed())
@@ -401,7 +401,7 @@ def test_a_newcomer_is_found_while_a_server_leaves(
         def leave() -> None:
             server = world.in_use(1)
             stopped.append(pool.submit(server.stop, 600.0))
-            service = server.node.service
+            service = server.serving.sessions
             wait_until(lambda: service is not None and service.leaving, "it leaves")
 
         def newcomer() -> None:
@@ -465,7 +465,7 @@ def test_a_replacement_that_dies_during_the_replay(
         victims: list[str] = []
 
         def die_in_a_replay(server: Server) -> None:
-            service = server.node.service
+            service = server.serving.sessions
             assert service is not None
             compute, steps = service._step, itertools.count()
 

@@ -7,7 +7,7 @@ import pytest
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
 from swarmkit.models.kv.page_table import PAGE_TOKENS, pages_for
-from swarmkit.server.server import Server
+from swarmkit.node.server import Server
 from swarmkit.server.sessions.service import BlockService
 
 from .answers import answer, at, prompt
@@ -36,7 +36,7 @@ def test_beams_share_pages_whatever_becomes_of_their_servers(tiny_llama: Checkpo
     with a_world(tiny_llama) as world:
 
         def services() -> list[BlockService]:
-            found = [server.node.service for server in world.swarm.servers if isinstance(server, Server)]
+            found = [server.serving.sessions for server in world.swarm.servers if isinstance(server, Server)]
             return [service for service in found if service is not None]
 
         def look() -> None:

@@ -13,8 +13,8 @@ from swarmkit.local.swarm import LocalSwarm
 from swarmkit.models.kv.page_table import PAGE_TOKENS
 from swarmkit.net.protocol.messages import Fault, StepDone
 from swarmkit.net.transport.rates import PacedTransport, Rates
+from swarmkit.node.server import Server
 from swarmkit.server.cache.kv_budget import CacheFullError, KVBudget
-from swarmkit.server.server import Server
 from swarmkit.settings import Limits
 
 from ..waiting import eventually
@@ -219,7 +219,7 @@ def test_a_session_of_a_client_goes_on_under_new_limits_with_the_same_tokens(swa
 
 def test_activations_beyond_the_new_limit_are_dropped_and_computed_again(swarm: LocalSwarm) -> None:
     model, server = swarm.model(), only(swarm)
-    gradients = server.node.gradients
+    gradients = server.serving.gradients
     assert gradients is not None
 
     def gradient(*, drop: bool) -> torch.Tensor:

@@ -63,7 +63,7 @@ def of_a_swarm(swarm: LocalSwarm) -> Resources:
     async def tasks() -> int:
         return len(asyncio.all_tasks()) - 1
 
-    services: list[Any] = [server.node.service for server in swarm.servers]  # type: ignore[attr-defined]
+    services: list[Any] = [server.serving.sessions for server in swarm.servers]  # type: ignore[attr-defined]
     for service in services:
         service.budget.audit()
     with portal.lease() as lease:

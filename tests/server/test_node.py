@@ -12,6 +12,7 @@ import anyio
 import pytest
 from anyio.abc import TaskStatus
 
+from swarmkit.clock import Clock
 from swarmkit.errors import TransportError, UsageError
 from swarmkit.events import (
     BlocksLoaded,
@@ -22,14 +23,16 @@ from swarmkit.events import (
     ServingStarted,
 )
 from swarmkit.models.execution.stage import Stage
+from swarmkit.net.connect import TransportFactory
 from swarmkit.net.protocol.messages import SESSION, Open, Opened
 from swarmkit.net.registry.records import Announcement, ServerState
 from swarmkit.net.registry.registry import Registry
 from swarmkit.net.rpc.message_stream import MessageStream
 from swarmkit.net.transport.identity import Identity
-from swarmkit.net.transport.memory import MemoryNetwork
+from swarmkit.net.transport.memory import MemoryNetwork, MemoryTransport
 from swarmkit.net.transport.seam import RecordCheck, Transport
-from swarmkit.server.node import ServerConfig, ServerNode
+from swarmkit.node.node import Node
+from swarmkit.server.config import ServerConfig
 from swarmkit.settings import ServerSettings
 
 from ..net.worlds import own_tasks
@@ -61,6 +64,27 @@ class ShiftedClock:
         return time.time() + self.shift_s
 
 
+class LoneServer:
+    """A node with one server."""
+
+    def __init__(self, config: ServerConfig, factory: TransportFactory, clock: Clock) -> None:
+        self.node = Node(factory, clock=clock)
+        self.server = self.node.add(config)
+        self.events = self.server.events
+        self.run = self.node.run
+        self.request_stop = self.node.request_stop
+        self.skip_drain = self.node.skip_drain
+        self.crash = self.node.crash
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        return self.server.blocks
+
+    @property
+    def is_draining(self) -> bool:
+        return self.server.serving is not None and self.server.serving.sessions.leaving
+
+
 class Neighbourhood:
     """A network with an observer, in which servers come and go; `skew_s` is how far its clock is ahead."""
 
@@ -74,12 +98,14 @@ class Neighbourhood:
         self.registry = Registry(self.observer, self.now)
         self.announced: list[Announcement] = []
         self.running: list[asyncio.Task[None]] = []
+        self.transports: list[MemoryTransport] = []
 
     def now(self) -> float:
         return time.time() + self.skew_s
 
     async def transport(self, identity: Identity, check: RecordCheck) -> Transport:
         transport = self.network.transport(identity, check)
+        self.transports.append(transport)
         told = transport.store
 
         async def store(records: Any, expires_at: float, service: int = 0) -> int:
@@ -90,19 +116,18 @@ class Neighbourhood:
         transport.store = store  # type: ignore[method-assign]
         return transport
 
-    def node(self, factory: Any = None, settings: ServerSettings | None = None, **config: Any) -> ServerNode:
-        return ServerNode(
+    def node(self, factory: Any = None, settings: ServerSettings | None = None, **config: Any) -> LoneServer:
+        return LoneServer(
             ServerConfig(
                 checkpoint=self.world.checkpoint,
                 settings=settings or ServerSettings().replace(announce_period_s=3000, record_lifetime_s=3600),
                 **config,
             ),
             factory or self.transport,
-            Identity(),
             self.clock,
         )
 
-    async def start(self, **options: Any) -> ServerNode:
+    async def start(self, **options: Any) -> LoneServer:
         """A server that serves; ended, if it still runs, with the test."""
         node, readiness = self.node(**options), Readiness()
         self.running.append(asyncio.create_task(node.run(task_status=readiness)))
@@ -145,9 +170,8 @@ class Neighbourhood:
         )
         await Registry(transport, self.now).announce(announcement)
 
-    async def session_with(self, node: ServerNode) -> TinyClient:
-        assert node.transport is not None
-        stream = await self.observer.open(node.transport.peer_id, SESSION.endpoint)
+    async def session_with(self, node: LoneServer) -> TinyClient:
+        stream = await self.observer.open(node.node.peer_id, SESSION.endpoint)
         client = TinyClient(MessageStream(stream, SESSION, 2**20), self.world.checkpoint.fingerprint)
         assert isinstance(await client.ask(Open(client.fingerprint, *node.blocks, 8)), Opened)
         return client
@@ -275,7 +299,7 @@ async def test_a_server_that_stops_waits_for_its_sessions(here: Neighbourhood) -
     node = await here.start(num_blocks=1)
     client = await here.session_with(node)
     node.request_stop(drain_timeout=60)
-    await eventually(lambda: node.service and node.service.leaving, "the server drains")
+    await eventually(lambda: node.is_draining, "the server drains")
     output = await client.step(hidden_states(1, 1))
     client.close()
     await here.everybody_left()
@@ -288,7 +312,7 @@ async def test_a_server_does_not_wait_for_ever(here: Neighbourhood, why: str) ->
     await here.session_with(node)
     node.request_stop(drain_timeout=0.0 if why == "no time" else 600.0)
     if why == "skip_drain":
-        await eventually(lambda: node.service and node.service.leaving, "the server drains")
+        await eventually(lambda: node.is_draining, "the server drains")
         node.skip_drain()
     await here.everybody_left()
 
@@ -339,9 +363,8 @@ async def test_a_load_that_fails_closes_the_transport(
     node = here.node(num_blocks=1)
     with pytest.raises(MemoryError):
         await node.run()
-    assert node.transport is not None
     with pytest.raises(TransportError):
-        await node.transport.fetch(["anything"])
+        await here.transports[0].fetch(["anything"])
 
 
 async def test_a_transport_that_does_not_start_is_the_servers_error(here: Neighbourhood) -> None:

@@ -15,7 +15,7 @@ from swarmkit.net.registry.registry import Registry
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.net.transport.seam import RecordCheck, Transport
-from swarmkit.server.server import Server
+from swarmkit.node.server import Server
 from tests.models.hub import LocalHub, local_hub, use_hub
 from tests.models.quantise import to_fp8, to_gptq, with_bitsandbytes
 from tests.models.tiny import make_checkpoint

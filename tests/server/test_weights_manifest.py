@@ -21,7 +21,7 @@ from swarmkit.net.registry.offers import WeightsOffer
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.net.transport.seam import RecordCheck, Transport
-from swarmkit.server.server import Server
+from swarmkit.node.server import Server
 from swarmkit.server.weights.manifest import fetch_manifest, open_with_fingerprint
 from swarmkit.server.weights.service import WeightsService, WeightsSettings
 from swarmkit.server.weights.share import SharedWeights

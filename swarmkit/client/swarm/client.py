@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from typing import Literal
@@ -19,17 +20,14 @@ from swarmkit.client.routing.route import Hop, find_route, lost_contact, no_rout
 from swarmkit.client.swarm.adapter_sender import AdapterSender
 from swarmkit.client.swarm.prefix_cache import ClientPrefixCache
 from swarmkit.clock import SYSTEM_CLOCK, Clock
-from swarmkit.errors import NoContactError, RemoteError, SwarmkitError
+from swarmkit.errors import NoContactError, RemoteError, SwarmkitError, TransportError
 from swarmkit.events import EventStream, MicroBatchFinished, Owner, PeerLost, PeerRefused, StepFinished
-from swarmkit.net.connect import TransportFactory
 from swarmkit.net.protocol.protocol import Protocol
-from swarmkit.net.registry.acceptance import is_acceptable
 from swarmkit.net.registry.records import Announcement
 from swarmkit.net.registry.registry import Registry
 from swarmkit.net.registry.swarm_map import SwarmMap, uncovered
 from swarmkit.net.rpc.client_stream import ClientStream
 from swarmkit.net.rpc.endpoints import connect
-from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.seam import Transport
 from swarmkit.settings import ClientSettings, NetSettings
 
@@ -51,12 +49,11 @@ class ModelRef:
 
 
 class SwarmClient:
-    """This program's membership in a model's swarm. Everything here runs on the event loop's thread."""
+    """Uses the servers of one model; a part of a `Node`. Everything here runs on the event loop's thread."""
 
     def __init__(
         self,
         model: ModelRef,
-        transport_factory: TransportFactory,
         settings: ClientSettings | None = None,
         net_settings: NetSettings | None = None,
         clock: Clock = SYSTEM_CLOCK,
@@ -76,13 +73,13 @@ class SwarmClient:
         )
         self.adapters = AdapterSender(model.fingerprint, self.policy.first_s, self.connect)
         self.prefix_cache = ClientPrefixCache(self.settings.sessions.prefix_cache_bytes)
-        self._factory = transport_factory
         self._net = net_settings or NetSettings()
         self.rates: dict[tuple[str, str], float] = {}
         """Bytes per second from one peer to another, as far as measured; "" is this client."""
         self._times: dict[str, StepTimes] = {}
         self._unlinked: dict[tuple[str, str], float] = {}
         self._transport: Transport | None = None
+        self._streams: weakref.WeakSet[ClientStream] = weakref.WeakSet()
         self._registry: Registry | None = None
         self._stop = anyio.Event()
         self._look_now = anyio.Event()
@@ -97,15 +94,17 @@ class SwarmClient:
 
     # ------------------------------------------------------------------ life
 
-    def _accepts(self, key: str, subkey: str, value: bytes, expires_at: float) -> bool:
-        return is_acceptable(key, subkey, value, expires_at, self.clock.time())
-
-    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
-        """Be a member of the swarm until `request_stop`."""
-        self._transport = await self._factory(Identity(), self._accepts)
-        self._peer_id = self._transport.peer_id
+    async def run(
+        self,
+        *,
+        transport: Transport,
+        registry: Registry,
+        task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Use the swarm that a transport reaches, until `request_stop`."""
+        self._transport, self._registry = transport, registry
+        self._peer_id = transport.peer_id
         try:
-            self._registry = Registry(self._transport, self.clock.time)
             await self.refresh()
             task_status.started()
             async with anyio.create_task_group() as tasks:
@@ -113,8 +112,9 @@ class SwarmClient:
                 await self._stop.wait()
                 tasks.cancel_scope.cancel()
         finally:
-            with anyio.CancelScope(shield=True):
-                await self._transport.close()
+            self._transport = None
+            for stream in list(self._streams):
+                stream.close()
             self.events.close()
 
     def request_stop(self) -> None:
@@ -288,8 +288,9 @@ class SwarmClient:
         Raises:
             PeerError: it cannot be reached in time, or speaks another protocol version.
         """
-        assert self._transport is not None
-        return await connect(
+        if self._transport is None:
+            raise TransportError("this client has left the swarm; load the model again")
+        stream = await connect(
             self._transport,
             protocol,
             server.peer_id,
@@ -298,6 +299,8 @@ class SwarmClient:
             service=server.service,
             clock=self.clock.now,
         )
+        self._streams.add(stream)
+        return stream
 
     def round_trip_s(self, peer_id: str) -> float:
         """Measured or assumed seconds to a peer and back."""

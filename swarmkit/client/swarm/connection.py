@@ -9,11 +9,17 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Protocol, TypeVar
+
+import anyio
+from anyio.abc import TaskStatus
 
 from swarmkit.client.swarm.client import SwarmClient
+from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.errors import TransportError, UsageError
 from swarmkit.net import portal
+from swarmkit.net.connect import TransportFactory, joined
+from swarmkit.net.transport.identity import Identity
 
 T = TypeVar("T")
 
@@ -23,14 +29,37 @@ _END_TIMEOUT_S = 30.0
 _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
+class ClientHost(Protocol):
+    """What runs a client over a transport: a `Node`, or `AloneHost` for a process that has none."""
+
+    async def run_client(self, client: SwarmClient, *, task_status: TaskStatus[None]) -> None:
+        """Run a client until it is told to stop."""
+
+
+class AloneHost:
+    """A client's own membership in the swarm, with a transport for nothing else."""
+
+    def __init__(self, transport: TransportFactory, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._factory = transport
+        self._clock = clock
+
+    async def run_client(
+        self, client: SwarmClient, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+    ) -> None:
+        """See `ClientHost.run_client`."""
+        async with joined(self._factory, Identity(), self._clock) as (transport, registry):
+            await client.run(transport=transport, registry=registry, task_status=task_status)
+
+
 class Connection:
     """Owns a swarm client's task and a lease of the event loop; ends both when closed or forgotten."""
 
-    def __init__(self, make_client: Callable[[], SwarmClient]) -> None:
+    def __init__(self, make_client: Callable[[], SwarmClient], host: ClientHost) -> None:
         """Connect. Blocks until the first look at the swarm is done.
 
         Args:
             make_client: called on the event loop's thread.
+            host: runs the client.
 
         Raises:
             TransportError: networking could not start, or no initial peer answered.
@@ -38,7 +67,7 @@ class Connection:
         self._lease = portal.lease()
         try:
             self.client = self._lease.call(_called(make_client))
-            running, _ = self._lease.start_task(self.client.run)
+            running, _ = self._lease.start_task(host.run_client, self.client)
         except BaseException:
             self._lease.close()
             raise

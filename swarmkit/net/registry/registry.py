@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import ProtocolError
@@ -27,6 +29,30 @@ class Registry:
         self._clock = clock
         self._known: OrderedDict[bytes, Announcement] = OrderedDict()
         self._rejected = 0
+        self._numbers: set[int] = set()
+
+    @property
+    def peer_id(self) -> str:
+        """The peer that announces by this registry."""
+        return self._transport.peer_id
+
+    @property
+    def addresses(self) -> Sequence[str]:
+        """Where this peer can be dialled."""
+        return self._transport.addresses
+
+    @contextmanager
+    def numbered(self) -> Iterator[int]:
+        """A number for a service of this peer, the smallest that no other one has inside its `with`.
+
+        A peer that restarts begins with 0 again, so that its announcements supersede those from before.
+        """
+        number = next(number for number in itertools.count() if number not in self._numbers)
+        self._numbers.add(number)
+        try:
+            yield number
+        finally:
+            self._numbers.remove(number)
 
     @property
     def rejected(self) -> int:

@@ -66,16 +66,36 @@ async def connect(
     try:
         stream = await transport.open(peer_id, endpoint_of(protocol.endpoint, service), addresses, timeout)
     except NotServedError as error:
-        try:
-            (await transport.open(peer_id, _old_endpoint(protocol), addresses, timeout)).close()
-        except PeerError:
-            raise error from None
-        raise ProtocolError(version_mismatch(_OLD_VERSION), peer_id) from None
+        if await _is_old(transport, protocol, peer_id, addresses, timeout):
+            raise ProtocolError(version_mismatch(_OLD_VERSION), peer_id) from None
+        raise error from None
     return ClientStream(stream, protocol, max_payload_bytes, clock=clock)
 
 
 def _old_endpoint(protocol: Protocol) -> str:
     return f"swarmkit/{_OLD_VERSION}/{protocol.name}"
+
+
+async def _is_old(
+    transport: Transport, protocol: Protocol, peer_id: str, addresses: Sequence[str], timeout: float
+) -> bool:
+    """Whether a peer that does not serve a protocol serves its version 1.
+
+    A peer of a later version refuses at once; one of version 1 waits to be asked something.
+    """
+    try:
+        stream = await transport.open(peer_id, _old_endpoint(protocol), addresses, timeout)
+    except PeerError:
+        return False
+    try:
+        with anyio.move_on_after(_OLD_LINGER_S):
+            await stream.receive()
+            return False
+        return True
+    except PeerError:
+        return False
+    finally:
+        stream.close()
 
 
 async def _refuse_old(stream: Stream) -> None:

@@ -73,10 +73,10 @@ class KVBudget:
         pages: the pages that are kept in bytes without a lease.
     """
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, row_tokens: int = 0) -> None:
         self._capacity_bytes = capacity_bytes
         self._overdrawn_to = 0  # what was leased when the capacity became less than that
-        self.row_tokens = 0
+        self.row_tokens = row_tokens
         self._leases: set[CacheLease] = set()
         self._leased_bytes = 0
         self.pages = PrefixCache(capacity_bytes)

@@ -103,8 +103,16 @@ class BlockService:
         engine: Engine,
         settings: ServerSettings,
         links: Links | None = None,
+        *,
+        budget: KVBudget | None = None,
+        intake: ReceiveBudget | None = None,
     ) -> None:
-        """Args: links: how to reach the servers with the next blocks; none = outputs go to clients only."""
+        """Make a service.
+
+        Args:
+            links: how to reach the servers with the next blocks; none = outputs go to clients only.
+            budget, intake: memory for keys and values, and for large messages; its own if not given.
+        """
         self._stage = stage
         self._fingerprint = fingerprint
         self._kv_bytes = kv_bytes_per_token_per_block
@@ -118,8 +126,8 @@ class BlockService:
         self._sources = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self.budget = KVBudget(settings.limits.cache_bytes)
-        self.intake = ReceiveBudget(settings.requests.receive_budget_bytes)
+        self.budget = budget or KVBudget(settings.limits.cache_bytes)
+        self.intake = intake or ReceiveBudget(settings.requests.receive_budget_bytes)
         self._door = AdmissionControl(settings, engine)
         self.adapters = AdapterStore(settings.adapters.adapter_bytes, settings.adapters.client_adapter_bytes)
         self.leaving = False

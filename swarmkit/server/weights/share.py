@@ -42,12 +42,14 @@ class SharedWeights:
         checkpoint: Checkpoint,
         settings: WeightsSettings | None = None,
         *,
-        busy: Callable[[], bool] = lambda: False,
+        service: WeightsService | None = None,
         clock: Callable[[], float] = SYSTEM_CLOCK.time,
     ) -> None:
-        """Args: busy: whether a step of a session waits for the engine now."""
+        """Args: service: hands out files, also those of the peer's other servers; its own if not given."""
         self.settings = settings or WeightsSettings()
-        self.service = WeightsService(self.settings, busy=busy)
+        self.service = service or WeightsService(self.settings)
+        self._shared: list[tuple[int, int]] = []
+        """The runs of blocks that are shared now."""
         self._transport = transport
         self._checkpoint = checkpoint
         self._files = checkpoint.files if isinstance(checkpoint.files, HubFiles) else None
@@ -72,13 +74,16 @@ class SharedWeights:
     @asynccontextmanager
     async def sharing(self, start: int, stop: int) -> AsyncIterator[None]:
         """`run` beside what is done within; its failure is logged and ends nothing else."""
+        self._shared.append((start, stop))
         task = asyncio.create_task(self.run(start, stop))
         try:
             yield
         finally:
             task.cancel()
+            self._shared.remove((start, stop))
             with anyio.CancelScope(shield=True):
                 await asyncio.wait([task])
+                await anyio.to_thread.run_sync(self._withdraw, start, stop)
             if not task.cancelled() and (error := task.exception()) is not None:
                 logger.warning("handing out weights failed: %s", error, exc_info=error)
 
@@ -124,6 +129,15 @@ class SharedWeights:
         if records:
             await self._transport.store(records, expires_at)
         return offered
+
+    def _withdraw(self, start: int, stop: int) -> None:
+        """Hand blocks out no longer, but for those that another run of blocks shares."""
+        if self._files is None:
+            return
+        for block in range(start, stop):
+            content = self._checkpoint.block_content(block)
+            if content is not None and not any(low <= block < high for low, high in self._shared):
+                self.service.withdraw(content)
 
     def _held(self, block: int | None) -> tuple[str, int] | None:
         """Content and size of a block's file, if it is in the store, or of the manifest; from now on it is

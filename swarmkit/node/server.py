@@ -1,4 +1,4 @@
-"""`Server`: the synchronous face of a server node."""
+"""`Server`: the synchronous face of a node that serves one model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.net import portal
 from swarmkit.net.connect import TransportFactory, over_hivemind
 from swarmkit.net.transport.identity import Identity
-from swarmkit.server.node import ServerConfig, ServerNode
+from swarmkit.node.node import Node
+from swarmkit.server.config import ServerConfig
+from swarmkit.server.serving import Serving
 from swarmkit.server.weights.manifest import open_with_fingerprint
 from swarmkit.server.weights.service import WeightsSettings
 from swarmkit.settings import Limits, ServerSettings
@@ -89,7 +91,8 @@ class Server:
         )
         self._name = config.checkpoint.name
         identity = Identity.load_or_create(Path(identity_path)) if identity_path else Identity()
-        self._node = ServerNode(config, transport or over_hivemind(initial_peers), identity)
+        self._node = Node(transport or over_hivemind(initial_peers), identity, weights=config.weights)
+        self._server = self._node.add(config)
         self._lease: portal.PortalLease | None = None
         self._running: Future[None] | None = None
         self.peer_id = identity.peer_id
@@ -97,23 +100,27 @@ class Server:
     @property
     def blocks(self) -> tuple[int, int]:
         """The blocks [a, b) that are served."""
-        return self._node.blocks
+        return self._server.blocks
 
     @property
     def addresses(self) -> list[str]:
         """Where this server can be dialled; other peers take them as `initial_peers`."""
-        transport = self._node.transport
-        return list(transport.addresses) if transport else []
+        return list(self._node.addresses)
 
     @property
     def events(self) -> EventStream:
         """What happens in this server; `subscribe()` before `start()` to miss nothing."""
-        return self._node.events
+        return self._server.events
 
     @property
-    def node(self) -> ServerNode:
-        """The node behind this face, for those who look inside."""
+    def node(self) -> Node:
+        """The node that runs the server; it can serve other models and run clients as well."""
         return self._node
+
+    @property
+    def serving(self) -> Serving | None:
+        """The run of blocks that new sessions find here; None before `start`."""
+        return self._server.serving
 
     def start(self) -> Server:
         """Load, announce and serve; returns when clients can use the server."""
@@ -130,7 +137,7 @@ class Server:
     @property
     def limits(self) -> Limits:
         """The limits in force."""
-        return self._node.limits
+        return self._server.limits
 
     def set_limits(self, limits: Limits) -> None:
         """Keep within other limits from the next step on. Steps that run are finished.
@@ -140,9 +147,22 @@ class Server:
             server.set_limits(server.limits.replace(max_sessions=2, threads=1))
         """
         if self._lease is None:
-            self._node.set_limits(limits)
+            self._server.set_limits(limits)
         else:
             self._lease.call(self._set_limits, limits)
+
+    def move(self, blocks: tuple[int, int]) -> None:
+        """Serve other blocks [a, b) from now on; returns when clients can use them.
+
+        Sessions of the old blocks have the settings' `drain_timeout_s` to move to other servers.
+
+        Raises:
+            UsageError: the blocks are outside the model, or the server does not run.
+            ModelError: their weights cannot be had; the old blocks are served as before.
+        """
+        if self._lease is None:
+            raise UsageError("this server does not run, so that it cannot move; start it first")
+        self._lease.call(self._server.move, blocks)
 
     def stop(self, drain_timeout: float | None = None) -> None:
         """Leave cleanly: announce it, finish running steps, give sessions time to move away.
@@ -173,7 +193,7 @@ class Server:
             self._running.result(timeout)
 
     async def _set_limits(self, limits: Limits) -> None:
-        self._node.set_limits(limits)
+        self._server.set_limits(limits)
 
     def _finish(self) -> None:
         assert self._lease is not None
