@@ -88,7 +88,7 @@ def idle(world: World) -> bool:
 
 def nobody_is_waited_for(world: World) -> bool:
     """Whether all that servers still have to do was given up by those who asked for it."""
-    return all(work.given_up for service in services(world) for work in list(service._engine._works))
+    return all(work.cancelled for service in services(world) for work in list(service._engine._works))
 
 
 def stands_still(world: World, brake: Brake) -> bool:
