@@ -14,11 +14,11 @@ Speculation gives several tokens for one trip along the chain, so it can pass th
 the text, so three are decoded:
 
     prompt_lookup                  after the model's own greedy text, as long as it takes until a random model
-                                   repeats itself. Guesses are looked up.
+                                   repeats itself. Draft tokens are looked up.
     prompt_lookup_without_repeats  after a random prompt, and no three tokens may come twice in a row: single
                                    tokens come again, but what followed them seldom does, so that most of what
                                    is looked up is wrong.
-    draft                          the random prompt again; the model's own first blocks guess.
+    draft                          the random prompt again; the model's own first blocks draft.
 
 `predictable` tells how much of an answer its own past gives away: the share of its tokens that came after the
 same two tokens the last time.
@@ -48,8 +48,8 @@ from swarmkit.bench.measure import (
     timed_generate,
 )
 from swarmkit.bench.subject import Subject
-from swarmkit.client.speculation.assistants import GuessCount
-from swarmkit.client.speculation.window import MOST_GUESSES
+from swarmkit.client.speculation.assistants import SpeculationCount
+from swarmkit.client.speculation.window import MAX_DRAFT_TOKENS
 from swarmkit.local.swarm import LocalSwarm
 from swarmkit.models.head.head import load_local
 from swarmkit.net import portal
@@ -62,8 +62,8 @@ _MOST_OWN_TOKENS, _OWN_TOKENS = 1024, 64
 _REPEATING = 0.9
 """Predictable, as a share."""
 
-GUESSING = ("prompt_lookup", "prompt_lookup_without_repeats", "draft")
-"""Names of the rows with guesses."""
+SPECULATIVE = ("prompt_lookup", "prompt_lookup_without_repeats", "draft")
+"""Names of the rows with speculation."""
 
 
 def chain_bound(stages: int, one_way_s: float, compute_s: float) -> float:
@@ -95,15 +95,15 @@ def bench_distance(
     Args:
         round_trip_s: between any two peers.
         bandwidth: bit/s of each server's link, in each direction.
-        prompt_lookup: if above 0, also decode with guesses that are looked up in the text so far, of so many
-            tokens at most.
-        draft_blocks: if above 0, also with guesses of the model's own first blocks.
+        prompt_lookup: if above 0, also decode with draft tokens that are looked up in the text so far,
+            so many at most.
+        draft_blocks: if above 0, also with draft tokens of the model's own first blocks.
 
     Returns: JSON. `chain` and `relayed` have `tokens_per_s`, `ratio_to_chain_bound` and
-        `ratio_to_relayed_bound`. The rows with guesses are None if not asked for, and have besides:
-        `ratio_to_plain`, how many times as fast as that text without guesses in the same round; `guesses`,
-        `accepted` and `guessing_steps` of all rounds that count; `most_guesses`; `prompt_tokens`;
-        `predictable`. `local_ms_per_token` is what the bounds take for c.
+        `ratio_to_relayed_bound`. The rows with speculation are None if not asked for, and have besides:
+        `ratio_to_plain`, how many times as fast as that text without speculation in the same round;
+        `drafted`, `accepted` and `speculative_steps` of all rounds that count; `max_draft_tokens`;
+        `prompt_tokens`; `predictable`. `local_ms_per_token` is what the bounds take for c.
     """
     torch.set_num_threads(threads)
     local = load_local(subject.checkpoint, dtype=dtype)
@@ -112,16 +112,16 @@ def bench_distance(
     here: list[Generated] = []
     chain: list[Generated] = []
     relayed: list[Generated] = []
-    guessing: dict[str, _Guessing] = {}
+    speculative: dict[str, _SpeculativeText] = {}
     if prompt_lookup:
         most = {"prompt_lookup_num_tokens": prompt_lookup}
         text = _own_text(local, prompt, room=tokens)
-        guessing["prompt_lookup"] = _Guessing(text, {}, most, prompt_lookup)
-        guessing["prompt_lookup_without_repeats"] = _Guessing(
+        speculative["prompt_lookup"] = _SpeculativeText(text, {}, most, prompt_lookup)
+        speculative["prompt_lookup_without_repeats"] = _SpeculativeText(
             prompt, {"no_repeat_ngram_size": 3}, most, prompt_lookup
         )
     if drafting is not None:
-        guessing["draft"] = _Guessing(prompt, {}, {"assistant_model": drafting}, MOST_GUESSES)
+        speculative["draft"] = _SpeculativeText(prompt, {}, {"assistant_model": drafting}, MAX_DRAFT_TOKENS)
     emulator_ms = measure_emulator_ms()
     on_progress("starting", 0, rounds + 1)
     with LocalSwarm(
@@ -144,7 +144,7 @@ def bench_distance(
                 here.append(one)
                 chain.append(two)
                 relayed.append(three)
-            for each in guessing.values():
+            for each in speculative.values():
                 each.decode(pushing, local, tokens, dtype, counts=bool(number))
             on_progress("decoded over a distance", number + 1, rounds + 1)
         carried = sum(_carried(swarm.link_of(server)) for server in swarm.servers)
@@ -166,21 +166,24 @@ def bench_distance(
         "bound_tokens_per_s": {"chain": round(bound, 3), "relayed": round(bound_relayed, 3)},
         "chain": _row(chain, bound, bound_relayed),
         "relayed": _row(relayed, bound, bound_relayed),
-        **{name: guessing[name].row(bound, bound_relayed) if name in guessing else None for name in GUESSING},
+        **{
+            name: speculative[name].row(bound, bound_relayed) if name in speculative else None
+            for name in SPECULATIVE
+        },
     }
 
 
 @dataclass
-class _Guessing:
-    """One text, decoded with guesses and without in turns."""
+class _SpeculativeText:
+    """One text, decoded with draft tokens and without in turns."""
 
     prompt: torch.Tensor
     text_options: dict[str, Any]
-    guess_options: dict[str, Any]
+    draft_options: dict[str, Any]
     most: int
-    with_guesses: list[Generated] = field(default_factory=list)
+    with_speculation: list[Generated] = field(default_factory=list)
     without: list[Generated] = field(default_factory=list)
-    count: GuessCount = field(default_factory=GuessCount)
+    count: SpeculationCount = field(default_factory=SpeculationCount)
 
     def decode(self, model: Any, local: Any, tokens: int, dtype: str, *, counts: bool) -> None:
         """One round.
@@ -190,29 +193,29 @@ class _Guessing:
         """
         options = self.text_options
         before = model.speculation
-        fast = timed_generate(model, self.prompt, tokens, speculation="auto", **options, **self.guess_options)
+        fast = timed_generate(model, self.prompt, tokens, speculation="auto", **options, **self.draft_options)
         found = model.speculation.since(before)
         slow = timed_generate(model, self.prompt, tokens, speculation="off", **options)
         must_be_equal(slow.tokens, fast.tokens, dtype)
         must_be_equal(timed_generate(local, self.prompt, tokens, **options).tokens, fast.tokens, dtype)
         if counts:
-            self.with_guesses.append(fast)
+            self.with_speculation.append(fast)
             self.without.append(slow)
-            self.count = GuessCount(
+            self.count = SpeculationCount(
                 self.count.steps + found.steps,
-                self.count.guesses + found.guesses,
+                self.count.drafted + found.drafted,
                 self.count.accepted + found.accepted,
             )
 
     def row(self, bound: float, bound_relayed: float) -> dict[str, float]:
-        rates = [[each.tokens_per_s for each in side] for side in (self.with_guesses, self.without)]
-        answer = self.with_guesses[-1].tokens[0].tolist()
-        return _row(self.with_guesses, bound, bound_relayed) | {
+        rates = [[each.tokens_per_s for each in side] for side in (self.with_speculation, self.without)]
+        answer = self.with_speculation[-1].tokens[0].tolist()
+        return _row(self.with_speculation, bound, bound_relayed) | {
             "ratio_to_plain": round(median_ratio(*rates), 3),
-            "guesses": self.count.guesses,
+            "drafted": self.count.drafted,
             "accepted": self.count.accepted,
-            "guessing_steps": self.count.steps,
-            "most_guesses": self.most,
+            "speculative_steps": self.count.steps,
+            "max_draft_tokens": self.most,
             "prompt_tokens": self.prompt.shape[1],
             "predictable": round(predictable(answer, self.prompt.shape[1]), 3),
         }

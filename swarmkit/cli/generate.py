@@ -20,7 +20,7 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeata
 
 
 class Speculate(StrEnum):
-    """Where guesses of the next tokens come from."""
+    """Where draft tokens come from."""
 
     OFF = "off"
     AUTO = "auto"
@@ -31,13 +31,13 @@ SpeculateOption = Annotated[
     Speculate | None,
     typer.Option(
         "--speculate",
-        help="Guess tokens by looking them up in the text: where the answer is the same without (auto, the "
+        help="Draft tokens by looking them up in the text: where the answer is the same without (auto, the "
         "default), or also where tokens are sampled (prompt-lookup).",
     ),
 ]
 Draft = Annotated[
     str | None,
-    typer.Option("--draft", help="A small model with the same tokens that guesses; it is loaded here."),
+    typer.Option("--draft", help="A small model with the same tokens that drafts them; it is loaded here."),
 ]
 
 
@@ -93,8 +93,8 @@ def generate(
                 answer=answer.text,
                 tokens=len(answer.tokens),
                 tokens_per_s=round(answer.tokens_per_s, 2),
-                guessed=answer.guessed.guesses if answer.guessed else 0,
-                accepted=answer.guessed.accepted if answer.guessed else 0,
+                drafted=answer.speculation.drafted if answer.speculation else 0,
+                accepted=answer.speculation.accepted if answer.speculation else 0,
                 route=[str(hop) for hop in _last_route(remote)],
             )
         else:

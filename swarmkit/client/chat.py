@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from swarmkit.client.model import SwarmModelForCausalLM
     from swarmkit.client.session.session import Session
-    from swarmkit.client.speculation.assistants import GuessCount, Speculation
+    from swarmkit.client.speculation.assistants import Speculation, SpeculationCount
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,20 @@ class ChatAnswer:
     Attributes:
         seconds: from the call to the last token.
         stamps: when each token came, in seconds on the clock that was handed in.
-        guessed: the draft tokens that were tried; None if there were none.
+        speculation: the draft tokens that were tried; None if there were none.
     """
 
     text: str
     tokens: list[int]
     seconds: float
     stamps: list[float]
-    guessed: GuessCount | None = None
+    speculation: SpeculationCount | None = None
 
     @property
     def summary(self) -> str:
         """The speed of the answer in a few words."""
-        guessed = f", {self.guessed}" if self.guessed else ""
-        return f"{self.tokens_per_s:.1f} tokens/s{guessed}"
+        drafted = f", {self.speculation}" if self.speculation else ""
+        return f"{self.tokens_per_s:.1f} tokens/s{drafted}"
 
     @property
     def tokens_per_s(self) -> float:
@@ -102,8 +102,8 @@ def chat_answer(
     )
     seconds = clock.now() - started
     text = str(tokenizer.decode(stream.tokens, skip_special_tokens=True)).strip()
-    guessed = model.speculation.since(before)
-    return ChatAnswer(text, stream.tokens, seconds, stream.stamps, guessed if guessed.guesses else None)
+    drafted = model.speculation.since(before)
+    return ChatAnswer(text, stream.tokens, seconds, stream.stamps, drafted if drafted.drafted else None)
 
 
 def draft_options(

@@ -22,9 +22,9 @@ from swarmkit.client.remote_blocks import RemoteBlocks, record_states
 from swarmkit.client.routing.route import describe
 from swarmkit.client.session.session import Session, SwarmCache, active_session, session_of
 from swarmkit.client.speculation.assistants import (
-    GuessCount,
-    Guesses,
     Speculation,
+    SpeculationCount,
+    Speculator,
     choose_way,
     named_arguments,
 )
@@ -71,7 +71,7 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
 
     _swarm: Connection
     _checkpoint: Checkpoint
-    _guesses: Guesses
+    _speculator: Speculator
     _remote: RemotePass
     _head = HeadKind("causal")
 
@@ -132,7 +132,7 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
         assert isinstance(head, cls)
         head._swarm = connection
         head._checkpoint = checkpoint
-        head._guesses = Guesses()
+        head._speculator = Speculator()
         head._remote_adapters = adapters
         head._remote = remote
         return head
@@ -164,9 +164,9 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
         return self._swarm.client.events.subscribe(capacity, *kinds)
 
     @property
-    def speculation(self) -> GuessCount:
-        """How many tokens were guessed ahead so far, and how many of them were right."""
-        return self._guesses.count
+    def speculation(self) -> SpeculationCount:
+        """How many tokens were drafted so far, and how many of them were accepted."""
+        return self._speculator.count
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer."""
@@ -230,14 +230,14 @@ class SwarmModelForCausalLM(SwarmModel):
         A cache may be given as `past_key_values` or as `cache`, whatever transformers calls it.
 
         Args:
-            speculation: guess tokens ahead, a number of them that adapts to what pays; see
+            speculation: draft tokens ahead, a number of them that adapts to what pays; see
                 docs/speculation.md. `"auto"`: where the answer is the same without. `"prompt-lookup"`: also
-                where tokens are sampled. `"off"`: not, and what transformers does with `assistant_model=` or
-                `prompt_lookup_num_tokens=` is left as it is; otherwise these name where guesses come from,
-                and how many there are at most. As in `ClientSettings` if not given.
+                where tokens are sampled. `"off"`: never, and `assistant_model=` or
+                `prompt_lookup_num_tokens=` do what they do in transformers; otherwise these say where draft
+                tokens come from, and how many there are at most. As in `ClientSettings` if not given.
 
         Raises:
-            UsageError: guesses are wished for where they cannot be had.
+            UsageError: speculation is wished for where it is impossible.
         """
         usual = self._swarm.client.settings.sessions.speculation
         session = kwargs.pop("session", None) or active_session(self._swarm)
@@ -313,7 +313,7 @@ class SwarmModelForCausalLM(SwarmModel):
         call.held = session.position if session else 0
         if call.speculation == "off":
             return inner
-        return self._guesses.adapt(inner, session, kwargs["generation_config"].max_length)
+        return self._speculator.adapt(inner, session, kwargs["generation_config"].max_length)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         """What a step computes. An assisted call's first one would compute what its session holds again."""

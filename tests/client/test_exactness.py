@@ -220,7 +220,7 @@ def test_several_rows_go_on_from_the_one_that_a_session_holds(world: World, way:
 
 @over_hivemind
 @pytest.mark.parametrize("way", [{"prompt_lookup_num_tokens": 3}, {"assistant": True}])
-def test_a_session_goes_on_after_guessed_tokens_were_taken_back(world: World, way: dict[str, Any]) -> None:
+def test_a_session_goes_on_after_draft_tokens_were_taken_back(world: World, way: dict[str, Any]) -> None:
     options = {"assistant_model": world.draft} if way.pop("assistant", False) else way
     ids, _ = prompt(9)
     with world.model.session():

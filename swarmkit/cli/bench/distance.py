@@ -40,11 +40,11 @@ def distance(
         typer.Option(
             "--prompt-lookup",
             min=0,
-            help="Also look guesses up, so many at most, in text that repeats and in text that does not.",
+            help="Also look up so many draft tokens at most, in text that repeats and in text that does not.",
         ),
     ] = 0,
     draft_blocks: Annotated[
-        int, typer.Option("--draft-blocks", min=0, help="Also have so many of the first blocks guess.")
+        int, typer.Option("--draft-blocks", min=0, help="Also have so many of the first blocks draft.")
     ] = 0,
     json: Json = False,
 ) -> None:
@@ -74,7 +74,7 @@ def distance(
 
 
 def _table(result: dict[str, Any]) -> Table:
-    from swarmkit.bench.distance import GUESSING
+    from swarmkit.bench.distance import SPECULATIVE
 
     bound = result["bound_tokens_per_s"]
     table = make_table(
@@ -85,7 +85,7 @@ def _table(result: dict[str, Any]) -> Table:
             "tokens/s",
             f"÷ chain bound {bound['chain']:.2f}",
             f"÷ relayed bound {bound['relayed']:.2f}",
-            "÷ unguessed",
+            "÷ plain",
         ),
         [
             (
@@ -95,7 +95,7 @@ def _table(result: dict[str, Any]) -> Table:
                 f"{result[name]['ratio_to_relayed_bound']:.2f}",
                 f"{result[name]['ratio_to_plain']:.2f}" if "ratio_to_plain" in result[name] else "",
             )
-            for name in ("chain", "relayed", *GUESSING)
+            for name in ("chain", "relayed", *SPECULATIVE)
             if result[name]
         ],
     )

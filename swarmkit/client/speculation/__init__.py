@@ -1,1 +1,1 @@
-"""Draft tokens: how many to guess ahead, and which assistant guesses them."""
+"""Speculation: how many tokens to draft before each step, and which generator drafts them."""

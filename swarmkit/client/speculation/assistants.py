@@ -1,7 +1,7 @@
-"""transformers' assisted generation with a window that adapts: who may guess, and what is learned from it.
+"""transformers' assisted generation with a window that adapts: where it works, and what it learns.
 
-The guesses, their verification and what is sampled are transformers' own. Its candidate generator is wrapped
-by one that sets the number of candidates before each step (none: an ordinary step) and notes what came of it.
+Drafting, verification and sampling are transformers' own. Its candidate generator is wrapped by one that sets
+the number of draft tokens before each step (0 = an ordinary step) and notes how many were accepted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from swarmkit.client.session.session import Session
 from swarmkit.client.speculation.window import (
     DRAFTED,
     LONGEST_MATCH,
-    MOST_GUESSES,
+    MAX_DRAFT_TOKENS,
     Learned,
     Round,
     Windows,
@@ -36,9 +36,9 @@ Speculation = Literal["off", "auto", "prompt-lookup"]
 SPECULATIONS = ("off", "auto", "prompt-lookup")
 
 _MATCH_TOKENS = 3
-"""Longest run of tokens that is looked up, unless the user names another."""
+"""The longest run of tokens that is looked up, unless the user gives another."""
 _MATCHES = 64
-"""Places that are looked at to see how long a match is."""
+"""Places that are compared to find how long a match is."""
 _OWN_WAYS = ("prompt_lookup_num_tokens", "use_mtp", "assistant_early_exit")
 """What `generate()` takes besides a draft model to choose assisted generation."""
 _POSITIONAL = tuple(inspect.signature(GenerationMixin.generate).parameters)[2:]
@@ -46,28 +46,28 @@ _POSITIONAL = tuple(inspect.signature(GenerationMixin.generate).parameters)[2:]
 
 
 @dataclass(frozen=True)
-class GuessCount:
-    """How many tokens were guessed, and how many of them were right."""
+class SpeculationCount:
+    """How many tokens were drafted, and how many of them were accepted."""
 
     steps: int = 0
-    """Steps with guesses."""
-    guesses: int = 0
+    """Steps with draft tokens."""
+    drafted: int = 0
     accepted: int = 0
 
-    def plus(self, guesses: int, accepted: int) -> GuessCount:
-        return GuessCount(self.steps + 1, self.guesses + guesses, self.accepted + accepted)
+    def plus(self, drafted: int, accepted: int) -> SpeculationCount:
+        return SpeculationCount(self.steps + 1, self.drafted + drafted, self.accepted + accepted)
 
-    def since(self, earlier: GuessCount) -> GuessCount:
-        """What came after an earlier count."""
-        return GuessCount(
-            self.steps - earlier.steps, self.guesses - earlier.guesses, self.accepted - earlier.accepted
+    def since(self, earlier: SpeculationCount) -> SpeculationCount:
+        """The difference from an earlier count."""
+        return SpeculationCount(
+            self.steps - earlier.steps, self.drafted - earlier.drafted, self.accepted - earlier.accepted
         )
 
     def __str__(self) -> str:
-        return f"{self.accepted} of {self.guesses} guessed tokens accepted"
+        return f"{self.accepted} of {self.drafted} draft tokens accepted"
 
 
-# who may guess
+# where it can be used
 
 
 def named_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def choose_way(
     rows: int | None,
     is_stateful: bool = False,
 ) -> dict[str, Any]:
-    """What to hand to `generate()` so that it guesses as is wished and as it can.
+    """Options of `generate()` with which it drafts tokens as wished, as far as it can.
 
     Args:
         wish: for this call; None = the usual.
@@ -92,7 +92,7 @@ def choose_way(
         rows: sequences; None = not given as token ids.
 
     Raises:
-        UsageError: this call wishes for what it cannot have.
+        UsageError: this call wishes for what is impossible.
     """
     if wish is not None and wish not in SPECULATIONS:
         raise UsageError(f"speculation={wish!r} is none of {', '.join(map(repr, SPECULATIONS))}")
@@ -137,7 +137,7 @@ def why_not(
 
 
 def why_not_the_same(options: Mapping[str, Any], configured: Callable[[str], Any]) -> str | None:
-    """What would let an answer differ from the one without guesses, though it is no worse; None = nothing.
+    """What would let an answer differ from the one without speculation, though no worse; None = nothing.
 
     Sampled tokens are distributed alike, but a seed gives others. A processor may count its calls, a
     criterion is asked only after each step, and a streamer may expect tokens one by one.
@@ -160,7 +160,7 @@ def why_not_the_same(options: Mapping[str, Any], configured: Callable[[str], Any
 
 def _with_lookup(options: dict[str, Any], configured: Callable[[str], Any]) -> dict[str, Any]:
     wanted = {
-        "prompt_lookup_num_tokens": MOST_GUESSES,
+        "prompt_lookup_num_tokens": MAX_DRAFT_TOKENS,
         "max_matching_ngram_size": configured("max_matching_ngram_size") or _MATCH_TOKENS,
     }
     config = options.get("generation_config")
@@ -175,20 +175,20 @@ def _with_lookup(options: dict[str, Any], configured: Callable[[str], Any]) -> d
 # what is learned
 
 
-class Guesses:
-    """What one model's calls of `generate()` learned about guessing."""
+class Speculator:
+    """What one model's calls of `generate()` learned about speculation."""
 
     def __init__(self, clock: Callable[[], float] = SYSTEM_CLOCK.now) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._lookup = Learned()
         self._drafts: weakref.WeakKeyDictionary[PreTrainedModel, Learned] = weakref.WeakKeyDictionary()
-        self.count = GuessCount()
+        self.count = SpeculationCount()
 
     def adapt(
         self, inner: CandidateGenerator, session: Session | None, max_length: int
     ) -> CandidateGenerator:
-        """A generator that guesses as `inner` does, with a window that adapts to what pays.
+        """A generator that drafts as `inner` does, with a window that adapts to what pays.
 
         Args:
             session: of the call; None = not known.
@@ -200,9 +200,9 @@ class Guesses:
         if type(inner) is AssistedCandidateGenerator:
             named = inner.assistant_model.generation_config.num_assistant_tokens
             learned = self._next_draft(inner.assistant_model)
-            windows = Windows(learned, most=named or MOST_GUESSES, drafting=True)
+            windows = Windows(learned, most=named or MAX_DRAFT_TOKENS, drafting=True)
             return _Drafts(inner, windows, session, max_length, self._add, self._clock)
-        return inner  # drafts with other tokens, or made in other ways: their windows are transformers'
+        return inner  # draft models with other tokens, and other methods, keep transformers' windows
 
     def _next_lookup(self) -> Learned:
         with self._lock:
@@ -212,16 +212,16 @@ class Guesses:
     def _next_draft(self, model: PreTrainedModel) -> Learned:
         with self._lock:
             known = self._drafts.get(model)
-            self._drafts[model] = known.copy() if known else replace(self._lookup.copy(), finding_s=None)
+            self._drafts[model] = known.copy() if known else replace(self._lookup.copy(), drafting_s=None)
             return self._drafts[model]
 
-    def _add(self, guesses: int, accepted: int) -> None:
+    def _add(self, drafted: int, accepted: int) -> None:
         with self._lock:
-            self.count = self.count.plus(guesses, accepted)
+            self.count = self.count.plus(drafted, accepted)
 
 
 class _Adaptive(CandidateGenerator, ABC):  # type: ignore[misc]
-    """What lookups and drafts share: each step is timed, and what came of it is noted."""
+    """What lookups and draft models share: each step is timed, and its outcome noted."""
 
     def __init__(
         self,
@@ -229,34 +229,34 @@ class _Adaptive(CandidateGenerator, ABC):  # type: ignore[misc]
         windows: Windows,
         session: Session | None,
         max_length: int,
-        on_guesses: Callable[[int, int], None],
+        on_drafted: Callable[[int, int], None],
         clock: Callable[[], float],
     ) -> None:
         self._inner = inner
         self._windows = windows
         self._session = session
         self._max_length = max_length
-        self._on_guesses = on_guesses
+        self._on_drafted = on_drafted
         self._clock = clock
         self._is_prompt = True
         self._length = 0
-        """Of the text before the step."""
-        self._guesses: list[int] = []
-        """Those in the step."""
-        self._finding_s = 0.0
+        """Tokens of the text before the step."""
+        self._draft_tokens: list[int] = []
+        """Those of the step."""
+        self._drafting_s = 0.0
         self._began = 0.0
 
     def get_candidates(  # type: ignore[override]
         self, input_ids: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The text [1, tokens] with the guesses behind it, and their scores [1, guesses, vocabulary]."""
+        """The text [1, tokens] with the draft tokens behind it, and their scores [1, drafted, vocabulary]."""
         began = self._clock()
         self._length = input_ids.shape[1]
         found = self._find(input_ids)
         candidates, scores = found or (input_ids, None)
-        self._guesses = candidates[0, self._length :].tolist()
+        self._draft_tokens = candidates[0, self._length :].tolist()
         self._began = self._clock()
-        self._finding_s = self._began - began if found else 0.0
+        self._drafting_s = self._began - began if found else 0.0
         return candidates, scores
 
     def update_candidate_strategy(
@@ -268,28 +268,28 @@ class _Adaptive(CandidateGenerator, ABC):  # type: ignore[misc]
         new = input_ids[0, self._length :].tolist()
         step = self._session.chain.latest if self._session else None
         round_ = Round(
-            tokens=step.tokens if step and self._is_prompt else len(self._guesses) + 1,
-            guesses=len(self._guesses),
+            tokens=step.tokens if step and self._is_prompt else len(self._draft_tokens) + 1,
+            drafted=len(self._draft_tokens),
             gained=len(new),
             step_s=step_s,
-            way_s=sum(hop.network_ms for hop in step.hops) / 1e3 if step else 0.0,
-            finding_s=self._finding_s,
+            network_s=sum(hop.network_ms for hop in step.hops) / 1e3 if step else 0.0,
+            drafting_s=self._drafting_s,
             is_prompt=self._is_prompt,
             is_disturbed=step.recovered if step else False,
         )
         self._learn(round_, new)
-        if self._guesses:
-            self._on_guesses(len(self._guesses), len(new) - 1)
+        if self._draft_tokens:
+            self._on_drafted(len(self._draft_tokens), len(new) - 1)
         self._is_prompt = False
 
     def _room(self) -> int:
-        """Guesses that the answer, and the session, have room for."""
+        """Draft tokens that the answer, and the session, have room for."""
         room = self._max_length - self._length - 1
         return min(room, self._session.max_length - self._length) if self._session else room
 
     @abstractmethod
     def _find(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """What `get_candidates` returns; None = guesses were not looked for."""
+        """What `get_candidates` returns; None = no draft tokens were looked for."""
 
     @abstractmethod
     def _learn(self, round_: Round, new: list[int]) -> None:
@@ -297,7 +297,7 @@ class _Adaptive(CandidateGenerator, ABC):  # type: ignore[misc]
 
 
 class _Lookups(_Adaptive):
-    """Guesses that are looked up in the text, of which only the first few may be made."""
+    """Draft tokens that are looked up in the text, of which only the first few may be used."""
 
     _found: tuple[int, ...] = ()
     _kind = 1
@@ -306,7 +306,7 @@ class _Lookups(_Adaptive):
         self._found = ()
         if self._is_prompt or self._room() < 1 or not self._windows.may_look():
             return None
-        # One is looked up in any case: to see whether it would have been right costs nothing.
+        # One is looked up in any case: whether it would have been right is seen for free.
         self._inner.num_output_tokens = max(1, min(self._windows.affordable(), self._room()))
         candidates, scores = self._inner.get_candidates(input_ids)
         self._found = tuple(candidates[0, self._length :].tolist())
@@ -317,22 +317,22 @@ class _Lookups(_Adaptive):
         return candidates[:, : self._length + window], scores
 
     def _learn(self, round_: Round, new: list[int]) -> None:
-        outcomes = [guess == token for guess, token in zip(self._found, new, strict=False)]
+        outcomes = [drafted == token for drafted, token in zip(self._found, new, strict=False)]
         self._windows.record(round_, self._kind, outcomes)
 
 
 class _Drafts(_Adaptive):
-    """Guesses that a smaller model makes."""
+    """Draft tokens of a smaller model."""
 
     _is_ahead = False
-    """Whether the draft's cache holds guesses of its own."""
+    """Whether the draft model's cache holds draft tokens."""
 
     def _find(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         window = self._windows.choose(DRAFTED, self._room())
         if self._is_prompt:
-            window = min(max(window, 1), self._room())  # what the draft needs of the prompt is here only now
+            window = min(max(window, 1), self._room())  # the draft model gets the prompt's inputs only now
         if window < 1:
-            if self._is_ahead:  # what follows is not what it guessed
+            if self._is_ahead:  # what follows is not what it drafted
                 self._inner._update_past_and_masks(input_ids.to(self._inner.assistant_model.device))
                 self._is_ahead = False
             return None
@@ -343,21 +343,23 @@ class _Drafts(_Adaptive):
 
     def _learn(self, round_: Round, new: list[int]) -> None:
         if round_.is_prompt:
-            round_ = replace(round_, finding_s=0.0)  # it read the prompt, once; that is the price of a draft
-        outcomes = [guess == token for guess, token in zip(self._guesses, new, strict=False)]
+            round_ = replace(
+                round_, drafting_s=0.0
+            )  # it read the prompt once, which is the price of a draft model
+        outcomes = [drafted == token for drafted, token in zip(self._draft_tokens, new, strict=False)]
         self._windows.record(round_, DRAFTED, outcomes)
 
 
-def match_length(text: torch.Tensor, guess: int) -> int:
-    """How many of the last tokens of `text` [tokens] came before `guess` at an earlier place, at most.
+def match_length(text: torch.Tensor, token: int) -> int:
+    """How many of the last tokens of `text` [tokens] came before `token` at an earlier place, at most.
 
     From 1, which is what a lookup needs, to `LONGEST_MATCH`.
     """
     length = text.shape[0]
-    places = (text[1:] == guess).nonzero()[-_MATCHES:, 0].tolist()
+    places = (text[1:] == token).nonzero()[-_MATCHES:, 0].tolist()
     tail = text[-LONGEST_MATCH:].tolist()
     best = 1
-    for place in places:  # of the token before the guess
+    for place in places:  # of the token before it
         before = text[max(place - LONGEST_MATCH + 1, 0) : place + 1].tolist()
         same = 0
         while same < min(len(before), len(tail), length) and before[-1 - same] == tail[-1 - same]:

@@ -1,20 +1,20 @@
-"""How many tokens to guess before each step: as many as pay, and never at more than a small price.
+"""How many tokens to draft before each step: as many as pay, and never at more than a small price.
 
-A step over 1 + w tokens gives one token for certain, and one more for each of its w guesses before the first
-wrong one. If the k-th guess is right with probability a_k when those before it were, it gives
+A step over 1 + w tokens gives one token for certain, and one more for each of its w draft tokens before the
+first wrong one. If the k-th is right with probability a_k when those before it were, the step gives
 
     E(w) = 1 + a_1 + a_1·a_2 + … + a_1·…·a_w          (Leviathan et al., ICML 2023, eq. 1, for equal a_k)
 
-tokens, and takes plain + w · slope + finding the guesses. The window is the w with the most tokens per
-second. On a long way `plain` is mostly round trips, and slope next to nothing, so that wide windows pay even
-where few guesses are right; between neighbours it is the other way round.
+tokens, and takes plain + w · slope + the time to draft. The window is the w with the most tokens per second.
+Over long distances `plain` is mostly round trips, and slope next to nothing, so that wide windows pay even
+where few draft tokens are right; between neighbours it is the other way round.
 
 The bound on what speculation may cost does not rest on these estimates. A `Ledger` compares, as it goes, what
-all steps took with what the same tokens would have taken one by one, and what could be lost by the next guess
+all steps took with what the same tokens would have taken one by one, and what the next draft token could lose
 must be covered by what was won so far and by 3 % of the time that has passed. So generation takes at most
-1.03 times what it takes without speculation, and whatever one step took beyond what was foreseen of it.
+1.03 times what it takes without speculation, and the time by which one step exceeded its estimate.
 
-Nothing here looks at a clock: times are handed in, in seconds.
+No function here reads a clock: times are handed in, in seconds.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-MOST_GUESSES = 15
-"""Unless the user names another number: with one more token, a step still counts as decoding to servers."""
+MAX_DRAFT_TOKENS = 15
+"""Unless the user gives another number: with one more token, servers still count a step as decoding."""
 
 ALLOWANCE = 0.03
-"""Of the time without speculation: what failed guesses may take."""
+"""The share of the time without speculation that wrong draft tokens may take."""
 
 DRAFTED = 0
-"""The kind of a guess that a draft model made; those of a lookup are of the kind of their match's length."""
+"""The kind of a token from a draft model; a token from a lookup is of the kind of its match's length."""
 LONGEST_MATCH = 4
-"""Matches of more tokens are taken for as good as one of so many."""
+"""Longer matches count as matches of so many tokens."""
 
 _PRIORS = (0.6, 0.2, 0.5, 0.7, 0.8)
-"""How likely a guess of each kind is right, before any was seen."""
+"""The probability that a draft token of each kind is right, before any was seen."""
 _PRIOR_WEIGHT = 2.0
 _MEMORY = 0.95
-"""What an observation still counts when the next one of its kind comes."""
+"""The weight of an observation when the next one of its kind comes."""
 
 _GAIN = 0.125
 _OUTLIER = 2.0
 _SAFETY = 1.25
-"""Times what guesses usually take: what they are taken to take at most."""
+"""By how much draft tokens are assumed to exceed their usual time at most."""
 _USUAL_SLOPE = 0.3
-"""Of what it takes to compute a token by itself: computing it beside another one, if that was never seen."""
+"""The time of a token beside another one, as a share of that of a token by itself, before any was seen."""
 _WORTHWHILE = 1.02
-"""How much faster guessing must be than not guessing."""
+"""How much faster decoding must be with draft tokens than without."""
 _PROBE_SHARE = 0.01
-"""Of the time: what may be spent to find out whether guesses that did not pay would pay now."""
+"""The share of the time that may be spent to find out whether draft tokens would pay now."""
 _REFRESH_AFTER = 32
-"""Steps with guesses, one after another, until one without shows again what that takes."""
+"""Successive steps with draft tokens until a step without any measures the plain time again."""
 
 
 class Acceptance:
-    """How often guesses of each kind are right, the latest counting most."""
+    """How often draft tokens of each kind are right; the latest count most."""
 
     def __init__(self) -> None:
         self._right = [prior * _PRIOR_WEIGHT for prior in _PRIORS]
@@ -66,12 +66,12 @@ class Acceptance:
         return other
 
     def observe(self, kind: int, right: bool) -> None:
-        """Note a guess whose predecessors in its step were right."""
+        """Note a draft token whose predecessors in its step were right."""
         self._right[kind] = self._right[kind] * _MEMORY + right
         self._seen[kind] = self._seen[kind] * _MEMORY + 1
 
     def observe_run(self, kind: int, outcomes: Sequence[bool]) -> None:
-        """Note the guesses of one step, up to the first wrong one."""
+        """Note the draft tokens of one step, up to the first wrong one."""
         for right in outcomes:
             self.observe(kind, right)
             if not right:
@@ -83,31 +83,31 @@ class Acceptance:
 
 
 def after(kind: int) -> int:
-    """The kind of the guess that follows a right one: a match is then one token longer."""
+    """The kind of the token that follows a right one: a match is then one token longer."""
     return DRAFTED if kind == DRAFTED else min(kind + 1, LONGEST_MATCH)
 
 
 @dataclass(frozen=True)
 class Round:
-    """One step and the guesses that went into it.
+    """One step and the draft tokens that went into it.
 
     Attributes:
-        tokens: of the step; 1 + guesses, but for the prompt's.
-        guesses: how many of them were guesses.
-        gained: new tokens: accepted guesses and one more.
-        step_s: the step.
-        way_s: the part of `step_s` spent between machines, which hardly grows with tokens; 0 if unknown.
-        finding_s: to find the guesses, or to find none; 0 if they were not looked for.
+        tokens: of the step; 1 + drafted, except for the prompt's.
+        drafted: how many of them were draft tokens.
+        gained: new tokens: the accepted draft tokens and one more.
+        step_s: the time of the step.
+        network_s: the part of `step_s` spent between machines, which hardly grows with tokens; 0 if unknown.
+        drafting_s: the time to draft, also if no token was found; 0 if none was looked for.
         is_prompt: whether it was the first step, over the prompt.
-        is_disturbed: whether a server was replaced, so that its time tells nothing.
+        is_disturbed: whether a server was replaced, so that the time means nothing.
     """
 
     tokens: int
-    guesses: int
+    drafted: int
     gained: int
     step_s: float
-    way_s: float = 0.0
-    finding_s: float = 0.0
+    network_s: float = 0.0
+    drafting_s: float = 0.0
     is_prompt: bool = False
     is_disturbed: bool = False
 
@@ -116,12 +116,12 @@ class Round:
 class StepCost:
     """What steps take, by their number of tokens: plain_s + (tokens - 1) · slope_s.
 
-    The slope is a weighted least-squares fit through the plain step. Before a step with guesses was seen, a
-    token more is taken to cost no more than a token of the prompt did, or than computing a token by itself.
+    The slope is a weighted least-squares fit through the plain step. Before a step with draft tokens,
+    a further token is assumed to cost no more than a token of the prompt did, or than a token by itself.
     """
 
     plain_s: float | None = None
-    """A step of one token; None = none seen."""
+    """The time of a step of one token; None = none seen."""
     plain_seen: int = 0
     growing_s: float = 0.0
     """The part of a plain step that may come once more with each token."""
@@ -132,15 +132,15 @@ class StepCost:
     def observe(self, round_: Round) -> None:
         if round_.is_disturbed:
             return
-        computing_s = max(round_.step_s - round_.way_s, 0.0)
+        computing_s = max(round_.step_s - round_.network_s, 0.0)
         if round_.is_prompt:
             if round_.tokens > 1:
                 self.prompt_token_s = computing_s / round_.tokens
-        elif not round_.guesses:
+        elif not round_.drafted:
             self._observe_plain(round_.step_s, computing_s)
         elif self.plain_s is not None:
             more = round_.tokens - 1
-            # Computing does not become cheaper by more of it; if it seems so, the plain step is another now.
+            # More computing is not cheaper; if it seems so, the plain step takes another time now.
             self._products = _MEMORY * self._products + more * max(round_.step_s - self.plain_s, 0.0)
             self._squares = _MEMORY * self._squares + more * more
 
@@ -150,20 +150,20 @@ class StepCost:
         if self.plain_s is None:
             self.plain_s, self.growing_s = step_s, computing_s
             return
-        seen_s = min(step_s, _OUTLIER * self.plain_s)  # a network's hiccup is not what steps take
+        seen_s = min(step_s, _OUTLIER * self.plain_s)  # a disturbance of the network is not the usual time
         self.plain_s += gain * (seen_s - self.plain_s)
         self.growing_s += gain * (min(computing_s, seen_s) - self.growing_s)
 
     @property
     def slope_s(self) -> float:
-        """What each further token of a step is likely to take."""
+        """The likely time of each further token of a step."""
         if self._squares:
             return self._products / self._squares
         return min(_USUAL_SLOPE * self.growing_s, self._prior_s)
 
     @property
     def most_slope_s(self) -> float:
-        """What it may well take at most."""
+        """The time that it is assumed to take at most."""
         return _SAFETY * (self.slope_s if self._squares else self._prior_s)
 
     @property
@@ -172,53 +172,53 @@ class StepCost:
 
 
 class Ledger:
-    """What speculation has won or lost so far, and so what it may still lose, in seconds."""
+    """The seconds that speculation has won or lost so far, and so those that it may still lose."""
 
     def __init__(self, allowance: float = ALLOWANCE) -> None:
         self._allowance = allowance
         self.balance_s = 0.0
 
     def covers(self, loss_s: float, plain_s: float) -> bool:
-        """Whether the next step may take `loss_s` more than a plain one and give no more than that."""
+        """Whether the next step may take `loss_s` longer than a plain one and give no more tokens."""
         return self.balance_s >= 0 and loss_s <= self.balance_s + self._allowance * plain_s
 
     def enter(self, round_: Round, plain_s: float | None) -> None:
-        """Note a round; `plain_s` is what a step of one token takes now."""
+        """Note a round; `plain_s` is the time of a step of one token now."""
         if round_.is_disturbed:
             return
-        if round_.is_prompt or not round_.guesses or plain_s is None:
-            self.balance_s += self._allowance * round_.step_s - round_.finding_s
+        if round_.is_prompt or not round_.drafted or plain_s is None:
+            self.balance_s += self._allowance * round_.step_s - round_.drafting_s
             return
-        took_s = round_.step_s + round_.finding_s
+        took_s = round_.step_s + round_.drafting_s
         # A plain step, taken now, would not have been longer than this one was.
         self.balance_s += (1 + self._allowance) * round_.gained * min(plain_s, round_.step_s) - took_s
 
 
 @dataclass
 class Learned:
-    """What one call of `generate()` can tell the next one."""
+    """What one call of `generate()` learned for the next one."""
 
     cost: StepCost = field(default_factory=StepCost)
     acceptance: Acceptance = field(default_factory=Acceptance)
-    finding_s: float | None = None
-    """To find one guess with a draft model, or all of a step by looking them up; None = not known."""
+    drafting_s: float | None = None
+    """The time of one token of a draft model, or of the lookup for a step; None = not known."""
 
     def copy(self) -> Learned:
-        """For a new call, whose way may be another: what it sees of steps soon outweighs what was seen."""
+        """For a new call, whose route may be another: its own steps soon outweigh earlier ones."""
         cost = replace(self.cost, plain_seen=min(self.cost.plain_seen, 1), prompt_token_s=None)
-        return Learned(cost, self.acceptance.copy(), self.finding_s)
+        return Learned(cost, self.acceptance.copy(), self.drafting_s)
 
 
 class Windows:
     """The choice of one call of `generate()`, step by step.
 
     Args:
-        learned: what is known; goes on to learn.
-        most: guesses in a step, at most.
-        drafting: whether a draft model makes the guesses, each of which takes time, or they are looked up.
+        learned: of earlier calls; is updated with each step.
+        most: draft tokens in a step, at most.
+        drafting: whether a draft model makes the tokens, each of which takes time, or they are looked up.
     """
 
-    def __init__(self, learned: Learned, *, most: int = MOST_GUESSES, drafting: bool = False) -> None:
+    def __init__(self, learned: Learned, *, most: int = MAX_DRAFT_TOKENS, drafting: bool = False) -> None:
         self.learned = learned
         self._most = most
         self._drafting = drafting
@@ -228,16 +228,16 @@ class Windows:
 
     @property
     def balance_s(self) -> float:
-        """What may still be lost."""
+        """The seconds that may still be lost."""
         return self._ledger.balance_s
 
     def may_look(self) -> bool:
-        """Whether the time to look guesses up is to be had; how good they are is seen only then."""
+        """Whether there is time for a lookup; only then is it known how good its tokens are."""
         plain_s = self.learned.cost.plain_s
-        return plain_s is not None and self._ledger.covers(self.learned.finding_s or 0.0, plain_s)
+        return plain_s is not None and self._ledger.covers(self.learned.drafting_s or 0.0, plain_s)
 
     def affordable(self) -> int:
-        """How many guesses may fail in the next step."""
+        """How many draft tokens may be wrong in the next step."""
         plain_s = self.learned.cost.plain_s
         if plain_s is None:
             return 0
@@ -245,10 +245,10 @@ class Windows:
         return sum(self._ledger.covers(self._loss_s(window), plain_s) for window in windows)
 
     def choose(self, kind: int, available: int) -> int:
-        """How many tokens to guess in the next step.
+        """How many tokens to draft in the next step.
 
         Args:
-            kind: of the first guess.
+            kind: of the first draft token.
             available: how many there are, or there is room for.
         """
         plain_s = self.learned.cost.plain_s
@@ -270,38 +270,38 @@ class Windows:
         """Learn from a step.
 
         Args:
-            kind: of its first guess.
-            outcomes: which guesses were right, also of those that were found but not made.
+            kind: of its first draft token.
+            outcomes: which draft tokens were right, including those that were found but not used.
         """
         learned = self.learned
         learned.acceptance.observe_run(kind, outcomes)
         learned.cost.observe(round_)
         self._ledger.enter(round_, learned.cost.plain_s)
         self._since_probe_s += round_.step_s
-        if round_.guesses:
+        if round_.drafted:
             self._in_a_row += 1
-            if round_.gained * (learned.cost.plain_s or 0.0) <= round_.step_s + round_.finding_s:
+            if round_.gained * (learned.cost.plain_s or 0.0) <= round_.step_s + round_.drafting_s:
                 self._since_probe_s = 0.0  # it won nothing
         else:
             self._in_a_row = 0
-        if round_.finding_s and not round_.is_prompt:
-            each_s = round_.finding_s / max(round_.guesses, 1) if self._drafting else round_.finding_s
-            known_s = learned.finding_s
-            learned.finding_s = each_s if known_s is None else known_s + _GAIN * (each_s - known_s)
+        if round_.drafting_s and not round_.is_prompt:
+            each_s = round_.drafting_s / max(round_.drafted, 1) if self._drafting else round_.drafting_s
+            known_s = learned.drafting_s
+            learned.drafting_s = each_s if known_s is None else known_s + _GAIN * (each_s - known_s)
 
     @property
     def _draft_s(self) -> float:
-        """To make one guess; what is looked up is here already when windows are chosen."""
-        return (self.learned.finding_s or 0.0) if self._drafting else 0.0
+        """The time of one draft token; tokens of a lookup are there already when windows are chosen."""
+        return (self.learned.drafting_s or 0.0) if self._drafting else 0.0
 
     def _more_s(self, window: int) -> float:
-        """What a step with so many guesses is likely to take beyond a plain one."""
+        """The likely time of a step with so many draft tokens beyond that of a plain one."""
         return window * (self.learned.cost.slope_s + self._draft_s)
 
     def _loss_s(self, window: int) -> float:
-        """What it may take at most."""
+        """The time that it may take at most."""
         return window * (self.learned.cost.most_slope_s + _SAFETY * self._draft_s)
 
     def _probe(self) -> int:
-        """Whether to make one guess though it does not seem to pay: only that shows if it does now."""
+        """Whether to draft one token though it does not seem to pay: only that shows if it does now."""
         return int(self._loss_s(1) <= _PROBE_SHARE * self._since_probe_s)

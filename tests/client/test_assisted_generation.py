@@ -1,4 +1,4 @@
-"""Guesses change how fast an answer comes, and neither greedy tokens nor what sampled ones are drawn from."""
+"""Draft tokens change how fast an answer comes, but no greedy tokens, and not what sampled ones follow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
 from swarmkit.bench.draft import load_first_blocks
-from swarmkit.client.speculation.assistants import GuessCount, Guesses, choose_way, match_length
+from swarmkit.client.speculation.assistants import SpeculationCount, Speculator, choose_way, match_length
 from swarmkit.errors import UsageError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
@@ -27,9 +27,9 @@ NEW_TOKENS = 40
 
 
 class Beat:
-    """A clock on which every step takes a second, and finding guesses no time at all.
+    """A clock on which every step takes a second, and finding draft tokens no time at all.
 
-    It is looked at when guesses are looked for, when they are found, and when the step is done.
+    It is read when draft tokens are looked for, when they are found, and when the step is done.
     """
 
     def __init__(self) -> None:
@@ -87,8 +87,8 @@ def swarm(tiny_llama: Checkpoint) -> Iterator[World]:
 
 @pytest.fixture
 def world(swarm: World) -> World:
-    """A swarm whose client knows nothing of guesses yet."""
-    swarm.model._guesses = Guesses(Beat())
+    """A swarm whose client knows nothing of draft tokens yet."""
+    swarm.model._speculator = Speculator(Beat())
     return swarm
 
 
@@ -102,7 +102,7 @@ def test_greedy_tokens_are_the_local_ones_without_asking_for_it(
     ids, _ = prompt(9, seed=seed)
     assert_same(greedy(world.model, ids), greedy(local, ids))
     count = world.model.speculation
-    assert 0 < count.accepted < count.guesses
+    assert 0 < count.accepted < count.drafted
 
 
 def test_steps_are_fewer_than_tokens(world: World) -> None:
@@ -117,7 +117,7 @@ def test_greedy_tokens_with_a_draft_are_the_local_ones(
     ids, _ = prompt(9)
     for _ in range(2):
         assert_same(greedy(world.model, ids, assistant_model=draft), greedy(local, ids))
-    assert world.model.speculation.guesses > 0
+    assert world.model.speculation.drafted > 0
 
 
 def test_a_draft_that_is_the_model_itself_is_always_right_also_after_steps_without_it(
@@ -126,16 +126,16 @@ def test_a_draft_that_is_the_model_itself_is_always_right_also_after_steps_witho
     ids, _ = prompt(9)
     assert_same(greedy(world.model, ids, assistant_model=local), greedy(local, ids))
     count = world.model.speculation
-    assert count.accepted == count.guesses > 8
+    assert count.accepted == count.drafted > 8
 
 
 def test_a_draft_that_was_wrong_goes_on_from_the_true_text(
     world: World, local: PreTrainedModel, draft: PreTrainedModel
 ) -> None:
-    """Steps without guesses come between: the draft must forget what it had guessed before them."""
+    """Steps without draft tokens come between: the draft must forget what it had drafted before them."""
     ids, _ = prompt(9)
     found: list[tuple[list[int], list[int]]] = []
-    adapt = world.model._guesses.adapt
+    adapt = world.model._speculator.adapt
 
     def adapted(*args: Any) -> Any:
         drafts: Any = adapt(*args)
@@ -145,13 +145,13 @@ def test_a_draft_that_was_wrong_goes_on_from_the_true_text(
 
         def noted(input_ids: Tensor) -> Any:
             candidates, scores = get(input_ids)
-            if guesses := candidates.shape[1] - input_ids.shape[1]:
+            if drafted := candidates.shape[1] - input_ids.shape[1]:
                 alone = draft.generate(
                     input_ids,
                     attention_mask=torch.ones_like(input_ids),
                     do_sample=False,
-                    max_new_tokens=guesses,
-                    min_new_tokens=guesses,
+                    max_new_tokens=drafted,
+                    min_new_tokens=drafted,
                 )
                 found.append((candidates[0].tolist(), alone[0].tolist()))
             return candidates, scores
@@ -159,48 +159,48 @@ def test_a_draft_that_was_wrong_goes_on_from_the_true_text(
         drafts.get_candidates = noted
         return drafts
 
-    world.model._guesses.adapt = adapted  # type: ignore[method-assign]
+    world.model._speculator.adapt = adapted  # type: ignore[method-assign]
     assert_same(greedy(world.model, ids, assistant_model=draft), greedy(local, ids))
     assert len(found) == 5
-    assert all(guessed == alone for guessed, alone in found)
+    assert all(drafted == alone for drafted, alone in found)
 
 
-@pytest.mark.parametrize("guesses", ["lookups", "draft"])
-def test_a_server_that_is_killed_between_guesses_changes_nothing(
-    world: World, local: PreTrainedModel, draft: PreTrainedModel, guesses: str
+@pytest.mark.parametrize("source", ["lookups", "draft"])
+def test_a_server_that_is_killed_between_draft_tokens_changes_nothing(
+    world: World, local: PreTrainedModel, draft: PreTrainedModel, source: str
 ) -> None:
     world.add(STAGES[1])
     ids, _ = prompt(9)
-    options = {"assistant_model": draft} if guesses == "draft" else {}
+    options = {"assistant_model": draft} if source == "draft" else {}
     lost = len(world.lost())
     watch = Watch({20: lambda: world.in_use(1).kill()})
     assert_same(greedy(world.model, ids, streamer=watch, **options), greedy(local, ids))
     assert len(world.lost()) == lost + 1
-    assert world.model.speculation.guesses > 0
+    assert world.model.speculation.drafted > 0
 
 
-@pytest.mark.parametrize("guesses", ["lookups", "draft"])
-def test_a_session_goes_on_after_guesses_and_with_them(
-    world: World, local: PreTrainedModel, draft: PreTrainedModel, guesses: str
+@pytest.mark.parametrize("source", ["lookups", "draft"])
+def test_a_session_goes_on_after_draft_tokens_and_with_them(
+    world: World, local: PreTrainedModel, draft: PreTrainedModel, source: str
 ) -> None:
     ids, _ = prompt(9)
-    options = {"assistant_model": draft} if guesses == "draft" else {}
+    options = {"assistant_model": draft} if source == "draft" else {}
     with world.model.session():
         more = torch.cat([greedy(world.model, ids, **options), prompt(3, seed=8)[0]], dim=1)
         world.client.trace.clear()
         assert_same(greedy(world.model, more, **options), greedy(local, more))
         assert world.client.trace[0].position > len(ids[0])  # what the session holds is not computed again
-    assert world.model.speculation.guesses > 0
+    assert world.model.speculation.drafted > 0
 
 
-def test_guesses_stay_within_what_a_session_may_hold(world: World, local: PreTrainedModel) -> None:
+def test_draft_tokens_stay_within_what_a_session_may_hold(world: World, local: PreTrainedModel) -> None:
     ids, _ = prompt(9)
     with world.model.session(max_length=9 + NEW_TOKENS - 1):
         assert_same(greedy(world.model, ids), greedy(local, ids))
     assert world.model.speculation.accepted > 0
 
 
-def test_the_number_that_a_user_names_is_the_most_that_are_guessed(world: World) -> None:
+def test_the_number_that_a_user_names_is_the_most_that_are_drafted(world: World) -> None:
     world.client.trace.clear()
     greedy(world.model, prompt(9)[0], prompt_lookup_num_tokens=2)
     assert max(step.tokens for step in list(world.client.trace)[1:]) == 3
@@ -210,7 +210,7 @@ def test_switched_off_every_token_has_its_step(world: World) -> None:
     world.client.trace.clear()
     greedy(world.model, prompt(9)[0], speculation="off")
     assert len(world.client.trace) == NEW_TOKENS
-    assert world.model.speculation == GuessCount()
+    assert world.model.speculation == SpeculationCount()
 
 
 # sampling
@@ -239,20 +239,20 @@ def bigrams(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, 
     return model(0), model(1)
 
 
-@pytest.mark.parametrize("guesses", ["lookups", "draft"])
-def test_what_is_sampled_is_distributed_as_without_guesses(
-    bigrams: tuple[PreTrainedModel, PreTrainedModel], guesses: str
+@pytest.mark.parametrize("source", ["lookups", "draft"])
+def test_what_is_sampled_is_distributed_as_without_draft_tokens(
+    bigrams: tuple[PreTrainedModel, PreTrainedModel], source: str
 ) -> None:
     """Pearson's test, on the tokens that follow each token in a long answer."""
     model, other = bigrams
-    guessing, plain = Guesses(Beat()), type(model)
+    speculator, plain = Speculator(Beat()), type(model)
 
     class Adaptive(plain):  # type: ignore[misc, valid-type]
         def _get_candidate_generator(self, **kwargs: Any) -> Any:
             inner = super()._get_candidate_generator(**kwargs)
-            return guessing.adapt(inner, None, kwargs["generation_config"].max_length)
+            return speculator.adapt(inner, None, kwargs["generation_config"].max_length)
 
-    way = {"assistant_model": other} if guesses == "draft" else {"prompt_lookup_num_tokens": 4}
+    way = {"assistant_model": other} if source == "draft" else {"prompt_lookup_num_tokens": 4}
     torch.manual_seed(0)
     model.__class__ = Adaptive
     try:
@@ -261,8 +261,8 @@ def test_what_is_sampled_is_distributed_as_without_guesses(
         )[0]
     finally:
         model.__class__ = plain
-    assert guessing.count.accepted > 100
-    assert guessing.count.guesses - guessing.count.accepted > 100
+    assert speculator.count.accepted > 100
+    assert speculator.count.drafted - speculator.count.accepted > 100
 
     expected = (model(torch.arange(4)[None], use_cache=False).logits[0] / 1.2).softmax(dim=-1)
     seen = torch.zeros(4, 4)
@@ -277,16 +277,16 @@ def test_what_is_sampled_is_distributed_as_without_guesses(
 
 def test_sampling_is_left_alone_unless_asked_for(world: World) -> None:
     greedy(world.model, prompt(9)[0], do_sample=True)
-    assert world.model.speculation == GuessCount()
+    assert world.model.speculation == SpeculationCount()
     greedy(world.model, prompt(9)[0], do_sample=True, temperature=0.2, speculation="prompt-lookup")
-    assert world.model.speculation.guesses > 0
+    assert world.model.speculation.drafted > 0
 
 
 # what does not go together
 
 
 def _asked(way: str | None, usual: str = "auto", rows: int | None = 1, **options: Any) -> bool:
-    """Whether guesses are looked up."""
+    """Whether draft tokens are looked up."""
     config = options.get("generation_config")
 
     def configured(name: str) -> Any:
@@ -326,7 +326,7 @@ def test_what_cannot_be_is_an_error_only_where_a_call_asks_for_it(options: dict[
 
 
 @pytest.mark.parametrize("options", OTHERWISE)
-def test_what_might_come_out_otherwise_is_guessed_only_where_asked_for(options: dict[str, Any]) -> None:
+def test_what_might_come_out_otherwise_is_drafted_only_where_asked_for(options: dict[str, Any]) -> None:
     assert not _asked(None, **options)
     assert _asked("prompt-lookup", **options)
 
@@ -335,7 +335,7 @@ def test_what_might_come_out_otherwise_is_guessed_only_where_asked_for(options: 
     "options",
     [{}, {"logits_processor": []}, {"streamer": Watch({})}, {"generation_config": GenerationConfig()}],
 )
-def test_greedy_answers_are_guessed(options: dict[str, Any]) -> None:
+def test_greedy_answers_are_drafted(options: dict[str, Any]) -> None:
     assert _asked(None, **options)
 
 
@@ -359,7 +359,7 @@ def test_wishes_that_make_no_sense_are_refused(way: str, options: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("text", "guess", "length"),
+    ("text", "token", "length"),
     [
         ([1, 2, 3, 9, 2, 3], 9, 2),
         ([1, 2, 3, 9, 1, 2, 3], 9, 3),
@@ -368,10 +368,10 @@ def test_wishes_that_make_no_sense_are_refused(way: str, options: dict[str, Any]
         ([4, 4, 4], 4, 2),
     ],
 )
-def test_a_match_is_as_long_as_the_longest_one_before_the_guess(
-    text: list[int], guess: int, length: int
+def test_a_match_is_as_long_as_the_longest_one_before_the_draft_token(
+    text: list[int], token: int, length: int
 ) -> None:
-    assert match_length(torch.tensor(text), guess) == length
+    assert match_length(torch.tensor(text), token) == length
 
 
 def test_no_match_is_longer_than_what_is_told_apart(tmp_path: Path) -> None:
