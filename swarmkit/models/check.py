@@ -41,7 +41,7 @@ from swarmkit.models.execution.full_sequences import FullSequencePass, FullSeque
 from swarmkit.models.execution.stage import Stage, StageCache
 from swarmkit.models.head import head
 from swarmkit.models.head.head import build_head, load_local
-from swarmkit.models.kv import cache
+from swarmkit.models.kv import cache, contiguous, state_history
 from swarmkit.models.loading import loader
 
 TOLERANCE = 1e-4
@@ -50,6 +50,8 @@ rounding of float32, some 1e-6; every wrong one that was ever seen by more than 
 
 _BLOCKS_AT_A_TIME = 2
 """Servers run backward passes in pieces, between which they run what is more urgent; so does a check."""
+_DECISIVE = (anatomy, cache, contiguous, full_sequences, head, loading, quirks, stage, state_history, view)
+"""Modules that a verdict depends on: it is found anew when one of them has changed."""
 _LONGEST = 8
 _VOCABULARY = 61
 _PROMPT = 9
@@ -153,7 +155,7 @@ def _identity(tiny: PreTrainedConfig) -> str:
     digest = hashlib.sha256(json.dumps(tiny.to_dict(), sort_keys=True, default=str).encode())
     for part in (__version__, transformers.__version__, torch.__version__, repr(family_of(tiny.model_type))):
         digest.update(f"\0{part}".encode())
-    for module in (anatomy, cache, full_sequences, head, loading, quirks, stage, view):
+    for module in _DECISIVE:
         digest.update(inspect.getsource(module).encode())
     return digest.hexdigest()[:32]
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedConfig
 from swarmkit.errors import UsageError
 from swarmkit.models.architecture.anatomy import block_numel, block_skeletons
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
-from swarmkit.models.kv.cache import MARKS
 from swarmkit.models.kv.measure import measure_block_cache
+from swarmkit.models.kv.state_history import MARKS
 from swarmkit.models.quantization.precision import Precision
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -132,9 +132,9 @@ class Rows:
             assert torch.equal(layer.values, block[1])
         limit = self.cache.pages_held() * PAGE * TOKEN_NUMEL * 4
         assert sum(map(memory_of, layers)) <= limit
-        if self.cache._paged is None:
+        if not isinstance(layers[0], PagedLayer):
             return
-        table = self.cache._paged.table
+        table = layers[0].table
         table.audit()
         assert not table.wasteful
         assert self.cache.nbytes() == limit

@@ -9,8 +9,8 @@ import torch
 
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.stage import Stage
-from swarmkit.models.kv.cache import MARKS
 from swarmkit.models.kv.measure import measure_block_cache
+from swarmkit.models.kv.state_history import MARKS
 from swarmkit.models.plan import cache_cost, plan_checkpoint
 from swarmkit.models.quantization.precision import Precision
 from swarmkit.server.cache.kv_budget import KVBudget

@@ -1,15 +1,15 @@
 """Steps of several sessions in one forward pass.
 
 A linear layer reads all its weights however few tokens it is given, so that eight sessions cost little more
-than one if their tokens go through it together. Only attention cannot be shared: every session looks at its
-own past. So the tokens of all sessions lie behind one another in a batch of one,
+than one if their tokens go through it together. Only attention cannot be shared: every session attends to its
+own past. So the tokens of all sessions lie behind one another in a batch of one, the *packed batch*::
 
-    hidden  [1, total, hidden]    total = sum of rows x tokens over the parts
+    hidden  [1, total, hidden]    total = sum of rows x tokens over the sessions
     row     |a a a a|b|c c|       a: prefill, b: decode, c: two rows that decode
 
-the cache that the blocks are handed appends to each session's own, and the attention function that they find
-in place of theirs (transformers' `AttentionInterface`) calls theirs for each session, with just the queries,
-keys, values and mask that it would have been called with for that session alone.
+The packed batch is also the cache that the blocks are given: it appends to each session's own. The attention
+function that they find in place of theirs (through transformers' `AttentionInterface`) calls theirs session
+by session, with just the queries, keys, values and mask that it would have for that session alone.
 """
 
 from __future__ import annotations
@@ -35,45 +35,46 @@ from swarmkit.models.execution.view import with_blocks
 from swarmkit.models.kv.cache import StageCache
 
 _FEW_TOKENS = 16
-"""For more than so many tokens, keys that are shared are read often enough as it is."""
+"""Steps of more tokens than this read keys that heads share often enough as it is."""
 _PACKED = "swarmkit-packed"
-"""Our attention implementation. transformers knows no mask function of that name, so it makes no mask."""
+"""Name of the attention implementation below. transformers has no mask function of that name, so it makes no
+mask."""
 
 
 @dataclass(frozen=True, eq=False)
 class StepPart:
-    """One session's step, or a chunk of it; the arguments of `Stage.forward`."""
+    """One session's step, or a chunk of it: the arguments of `Stage.forward`."""
 
     hidden: Tensor
-    """[rows, tokens, hidden]"""
+    """Hidden states of the new tokens, `[rows, tokens, hidden]`."""
     cache: StageCache
     attention_mask: Tensor | None = None
-    """[rows, past + tokens], false or 0 at padding; None: no padding."""
+    """`[rows, past + tokens]`, false or 0 at padding; None: no padding."""
     position_ids: Tensor | None = None
-    """[rows, tokens] or [1, tokens]; None: counted from the past."""
+    """`[rows, tokens]` or `[1, tokens]`; None: counted from the past."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> StepPart:
-        """The same with hidden states of this device and dtype."""
+        """The same step, with hidden states of this device and dtype."""
         return dataclasses.replace(self, hidden=self.hidden.to(device, dtype))
 
 
 def can_be_packed(config: PreTrainedConfig, anatomy: Anatomy) -> bool:
-    """Whether sessions may be run together in blocks without a recurrent state; not where it was never tried.
+    """Whether sessions may run together in blocks without a recurrent state: only where that was tried.
 
-    "longrope" turns all tokens of a batch by how far the furthest of them is: one session's length would
-    change another's keys.
+    With "longrope" all tokens of a batch are rotated by the position of the furthest: one session's length
+    would change the keys of another.
     """
     listed = config.model_type in FAMILIES and anatomy.uses_attention_interface
     return listed and "longrope" not in rope_types(getattr(config, "rope_parameters", None))
 
 
 class PackedView:
-    """Some blocks of a model, to be run over steps of several sessions at once."""
+    """Some blocks of a model, called with steps of several sessions at once."""
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, tuner: AdapterHooks) -> None:
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, adapters: AdapterHooks) -> None:
         self._forward = inspect.unwrap(type(model).forward)
         self._cache_argument = anatomy.cache_argument
-        self._tuner = tuner
+        self._adapters = adapters
         self._model = _with_attention(model, _PACKED, {})
         self._masks = _MaskMaker(model, anatomy)
         self.attention: str = model.config._attn_implementation
@@ -82,36 +83,36 @@ class PackedView:
         """Run checked parts, all of the device and dtype of the blocks, and append to their caches.
 
         Args:
-            need_masks: which parts do not see all of their past.
+            need_masks: for each part, whether it needs a mask, as it does not attend to all of its past.
 
         Returns:
-            [rows, tokens, hidden] for each part.
+            `[rows, tokens, hidden]` for each part.
         """
         asked = zip(parts, need_masks, strict=True)
         masks = [self._masks(part) if needed else None for part, needed in asked]
-        pack = _BatchParts(parts, masks, self.attention)
+        batch = _StepBatch(parts, masks, self.attention)
         positions = torch.cat([_positions(part) for part in parts])
         segments = [Segment.of(part.cache.adapter, part.hidden, part.cache.tokens) for part in parts]
         first = parts[0].cache
-        with self._tuner.applied(first.start, first.stop, segments):
-            out = self.run(torch.cat([part.hidden.flatten(0, 1) for part in parts]), positions, pack)
-        pieces = out.split(pack.sizes)
+        with self._adapters.applied(first.start, first.stop, segments):
+            out = self.run(torch.cat([part.hidden.flatten(0, 1) for part in parts]), positions, batch)
+        pieces = out.split(batch.sizes)
         return [piece.view(part.hidden.shape) for piece, part in zip(pieces, parts, strict=True)]
 
-    def run(self, hidden: Tensor, positions: Tensor, pack: PackedBatch) -> Tensor:
-        """The blocks over tokens [total, hidden] at these positions [total]; returns [total, hidden]."""
+    def run(self, hidden: Tensor, positions: Tensor, batch: PackedBatch) -> Tensor:
+        """Run the blocks over tokens `[total, hidden]` at positions `[total]`; returns `[total, hidden]`."""
         out: Tensor = self._forward(
             self._model,
             inputs_embeds=hidden[None],
             position_ids=positions[None],
             use_cache=True,
-            **{self._cache_argument: pack},
+            **{self._cache_argument: batch},
         ).last_hidden_state
         return out[0]
 
 
 def _positions(part: StepPart) -> Tensor:
-    """The position of each token, row after row."""
+    """The position of each token, row after row, `[rows x tokens]`."""
     rows, tokens, _ = part.hidden.shape
     device, past = part.hidden.device, part.cache.tokens
     if part.position_ids is None:
@@ -120,12 +121,14 @@ def _positions(part: StepPart) -> Tensor:
 
 
 class PackedBatch:
-    """What the blocks take for one cache: it hands each session's keys and values to its own.
+    """Tokens of several sessions, as the cache of one batch: each session's keys and values go to its own
+    cache.
 
     Attributes:
-        sizes: how many tokens each session has in it, rows x tokens.
-        attention: which function attends to them.
-        side_by_side: it is one token each of several sessions, as rows of one batch (see `recordings`).
+        sizes: number of tokens of each session, rows x tokens.
+        attention: name of the blocks' own attention implementation.
+        side_by_side: whether it has one token each of several sessions, as rows of one batch (see
+            `cuda_graphs`).
     """
 
     side_by_side = False
@@ -138,19 +141,19 @@ class PackedBatch:
         self._several_rows = any(rows > 1 for rows, _ in shapes)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Append [1, heads, total, dim]; returns what the attention function below is to be given."""
+        """Append `[1, heads, total, dim]`; returns what the attention function below is given."""
         raise NotImplementedError
 
     def mask(self, number: int, block: int) -> Tensor | None:
-        """What session `number` is given in a block, by its index in the stage."""
+        """The mask of session `number` in a block, by its index in the stage."""
         raise NotImplementedError
 
-    def places(self) -> Tensor:
-        """[total]; the how-manieth of its session each token is."""
+    def positions(self) -> Tensor:
+        """Index of each token within its session, `[total]`."""
         raise NotImplementedError
 
     def split(self, packed: Tensor) -> Sequence[Tensor]:
-        """[1, heads, total, dim] as [rows, heads, tokens, dim] for each session."""
+        """Split `[1, heads, total, dim]` into `[rows, heads, tokens, dim]` for each session."""
         pieces = packed.split(self.sizes, dim=2)
         if not self._several_rows:
             return pieces
@@ -160,18 +163,19 @@ class PackedBatch:
         ]
 
     def get_seq_length(self, layer_idx: int | None = None) -> Any:
-        """0 to a model, which is told all positions.
+        """What to add to 0, 1, 2, ... for the position of each token; 0 for a model, which is given
+        positions.
 
-        Attention modules ask by their index, and add the answer to 0, 1, 2, ... to get each token's place in
-        its session; so that is what they get: for each token, its place less its place in the pack.
+        Attention modules call this with their index. For each token they get its index within its session
+        less its index within the packed batch.
         """
         if layer_idx is None:
             return 0
-        places = self.places()
-        return places - torch.arange(len(places), device=places.device)
+        positions = self.positions()
+        return positions - torch.arange(len(positions), device=positions.device)
 
 
-class _BatchParts(PackedBatch):
+class _StepBatch(PackedBatch):
     """Steps of several sessions, each with a cache of its own."""
 
     def __init__(self, parts: Sequence[StepPart], masks: Sequence[list[Any] | None], attention: str) -> None:
@@ -188,21 +192,21 @@ class _BatchParts(PackedBatch):
         masks = self._masks[number]
         return None if masks is None else masks[block]
 
-    def places(self) -> Tensor:
+    def positions(self) -> Tensor:
         device = self._parts[0].hidden.device
-        places = [
+        positions = [
             torch.arange(part.cache.tokens, part.cache.tokens + tokens, device=device).repeat(rows)
             for part, (rows, tokens) in zip(self._parts, self._shapes, strict=True)
         ]
-        return torch.cat(places)
+        return torch.cat(positions)
 
 
 class BatchedKeys(list[Tensor]):
-    """Each session's keys or values [rows, heads, past + tokens, dim], and the pack that they are of."""
+    """Keys or values of each session, `[rows, heads, past + tokens, dim]`, and their packed batch."""
 
-    def __init__(self, pack: PackedBatch, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, batch: PackedBatch, tensors: Sequence[Tensor]) -> None:
         super().__init__(tensors)
-        self.pack = pack
+        self.batch = batch
 
 
 def _attend(
@@ -213,18 +217,18 @@ def _attend(
     attention_mask: None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of a pack: the module's own, session by session.
+    """Attend in a packed batch: call the module's own attention function, session by session.
 
     Returns:
-        [1, total, heads, dim], and no weights.
+        `[1, total, heads, dim]`, and no weights.
     """
-    pack = key.pack
+    batch = key.batch
     index: Any = module.layer_idx
-    attend = _own_attention(module, pack.attention)
-    quick = pack.attention == "sdpa" and (query.device.type == "cpu" or pack.side_by_side)
+    attend = _own_attention(module, batch.attention)
+    quick = batch.attention == "sdpa" and (query.device.type == "cpu" or batch.side_by_side)
     outputs = []
-    for number, (queries, keys, values) in enumerate(zip(pack.split(query), key, value, strict=True)):
-        mask = pack.mask(number, index)
+    for number, (queries, keys, values) in enumerate(zip(batch.split(query), key, value, strict=True)):
+        mask = batch.mask(number, index)
         if mask is None:
             shares, few = False, queries.shape[2] == 1
         else:
@@ -246,12 +250,12 @@ def _attend(
 def _attend_with_few_tokens(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor:
-    """Query heads that share their keys are asked as if they were more tokens of one head.
+    """Attend with query heads that share their keys as if they were more tokens of one head.
 
     It is the same sum, but reads each key once; on a CPU one token in bfloat16 takes a sixth of the time, and
     two in float32 half of it.
 
-    Args: mask: [rows, 1, tokens, past + tokens], or None.
+    Args: mask: `[rows, 1, tokens, past + tokens]`, or None.
     """
     rows, heads, tokens, _ = query.shape
     sharing = heads // keys.shape[1]
@@ -263,7 +267,7 @@ def _attend_with_few_tokens(
 
 
 def _shares_keys(query: Tensor, keys: Tensor, values: Tensor, options: Mapping[str, Any]) -> bool:
-    """Whether query heads share keys, and nothing else is asked for than what torch does by itself."""
+    """Whether query heads share keys, and torch's own attention can do all that is wanted."""
     return (
         query.shape[1] > keys.shape[1]
         and keys.shape[3] == values.shape[3]
@@ -275,7 +279,7 @@ AttentionInterface.register(_PACKED, _attend)
 
 
 def _own_attention(module: nn.Module, name: str) -> Callable[..., Any]:
-    """The function that the module would have called; "eager" is each architecture's own."""
+    """The attention function that the module would have called; "eager" is each architecture's own."""
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     return found
@@ -284,17 +288,17 @@ def _own_attention(module: nn.Module, name: str) -> Callable[..., Any]:
 def _expand_each(
     expand: Callable[..., tuple[Tensor, Tensor]], latent: BatchedKeys, rotary: BatchedKeys
 ) -> Any:
-    """Latent attention makes keys and values of what it has cached, after the cache: for each session."""
+    """Expand what latent attention has cached to keys and values, session by session."""
     made = [expand(one, other) for one, other in zip(latent, rotary, strict=True)]
-    return BatchedKeys(latent.pack, [keys for keys, _ in made]), BatchedKeys(
-        latent.pack, [values for _, values in made]
+    return BatchedKeys(latent.batch, [keys for keys, _ in made]), BatchedKeys(
+        latent.batch, [values for _, values in made]
     )
 
 
 def _with_attention(module: Any, name: str, configs: dict[int, Any]) -> Any:
     """A copy of a module that shares all weights and attends by another implementation.
 
-    What knows no config is not copied, unless something in it does.
+    Modules without a config are not copied, unless one inside them has one.
     """
     children = {
         path: None if child is None else _with_attention(child, name, configs)
@@ -318,7 +322,7 @@ def _with_attention(module: Any, name: str, configs: dict[int, Any]) -> Any:
 class _MaskMaker:
     """Finds the mask that each block would be given for one session's step, whatever the architecture.
 
-    It asks the model itself: its own function runs, with blocks that only take down the mask they are given.
+    The model's own forward function runs, with blocks that only note the mask that they are given.
     """
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
@@ -331,7 +335,7 @@ class _MaskMaker:
         self._model = with_blocks(model, anatomy.layers, model.config, [self._instead_of(b) for b in blocks])
 
     def __call__(self, part: StepPart) -> list[Any]:
-        """A mask (or None) for each block, by its index in the stage."""
+        """Return a mask (or None) for each block, by its index in the stage."""
         mask = part.attention_mask
         self._taken = [None] * part.cache.offset
         self._forward(

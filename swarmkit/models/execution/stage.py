@@ -80,12 +80,12 @@ class Stage:
             getattr(base.config, "rope_parameters", None)
         )
         self._packed_views: dict[tuple[int, int], PackedView] = {}
-        self._seats: StaticSlots | None = None
-        self._recordings: dict[tuple[int, int], CudaGraphs] = {}
+        self._slots: StaticSlots | None = None
+        self._graphs: dict[tuple[int, int], CudaGraphs] = {}
         layers: Any = base.get_submodule(anatomy.layers)
         blocks: dict[int, nn.Module] = dict(enumerate(layers, start))
         self.fittings = Fittings.of(blocks, self.hidden_size)
-        self._tuner = AdapterHooks(blocks, anatomy.arguments[0])
+        self._adapters = AdapterHooks(blocks, anatomy.arguments[0])
 
     @classmethod
     def load(
@@ -152,23 +152,23 @@ class Stage:
         return cls(base, anatomy, start, stop, precision)
 
     def enable_cuda_graphs(self, sessions: int, tokens: int) -> None:
-        """From now on, run single tokens as recorded work where that can be (see `recordings`).
+        """From now on, run single tokens as CUDA graphs where that can be (see `cuda_graphs`).
 
-        On a CPU nothing is recorded, but otherwise it is the same. In int8 it is as without: its kernels look
-        at values while they run.
+        On a CPU nothing is recorded, but otherwise it is the same. Where the precision does not allow it,
+        nothing changes.
 
         Args:
-            sessions: for how many at once; more than that run as without.
+            sessions: how many at once may run so; if more have a token at once, all run without.
             tokens: how long they may be; the keys and values of `sessions + 1` of that length are held.
         """
-        self._seats = StaticSlots(sessions, tokens) if self.precision.allows_cuda_graphs else None
-        self._recordings = {}
+        self._slots = StaticSlots(sessions, tokens) if self.precision.allows_cuda_graphs else None
+        self._graphs = {}
 
     def new_cache(self, start: int, stop: int, adapter: Adapter | None = None) -> StageCache:
         """An empty cache for one session that uses blocks `[start, stop)` of this stage.
 
         Args:
-            adapter: what the session's steps have in these blocks, all its life; its values are here
+            adapter: the adapter of all steps of the session; its values are on this device
                 (`adapter.to(stage.device)`).
 
         Raises:
@@ -182,7 +182,6 @@ class Stage:
         cache.adapter = self._fitting(adapter, start, stop)
         return cache
 
-    @torch.inference_mode()
     def forward(
         self,
         hidden: Tensor,
@@ -206,27 +205,15 @@ class Stage:
         Raises:
             UsageError: shapes do not fit each other, the cache or the model.
         """
-        past = cache.tokens
-        self._check(hidden, cache, past, attention_mask, position_ids)
-        view = self._view(cache.start, cache.stop)
-        hidden = hidden.to(self.device, self.dtype)
-        try:
-            self._catch_up(view, cache, attention_mask)
-            cache.before_step(hidden.shape[1])
-            with self._tuned(cache, hidden, past):
-                out = view(hidden, cache, past, attention_mask, position_ids)
-        except BaseException:
-            cache.rewind(past)
-            raise
-        cache.after_step(hidden, position_ids)
-        return out
+        self._check(hidden, cache, cache.tokens, attention_mask, position_ids)
+        return self._forward(StepPart(hidden, cache, attention_mask, position_ids))
 
     def forward_many(self, parts: Sequence[StepPart]) -> list[Tensor | Exception]:
         """Run steps of several sessions, in one pass over the weights where the architecture can do that.
 
-        Sessions over the same blocks go together, others one after the other. What comes out is what
-        `forward` gives for each alone, but for rounding: a matrix product may add up in another order when
-        it has more rows.
+        Sessions over the same blocks run together, others one after the other. The results are those of
+        `forward` for each alone, but for rounding: a matrix product may add up in another order when it has
+        more rows.
 
         Args:
             parts: each of another session.
@@ -236,7 +223,7 @@ class Stage:
             fails does not disturb the others.
         """
         results: dict[int, Tensor | Exception] = {}
-        packs: dict[tuple[int, int], list[int]] = {}
+        batches: dict[tuple[int, int], list[int]] = {}
         seen: set[StageCache] = set()
         for index, part in enumerate(parts):
             try:
@@ -250,14 +237,16 @@ class Stage:
                 continue
             seen.add(part.cache)
             can = self._can_pack and not part.cache.recurrent
-            packs.setdefault((part.cache.start, part.cache.stop) if can else (-1, index), []).append(index)
-        for indices in packs.values():
-            results |= zip(indices, self._run_pack([parts[index] for index in indices]), strict=True)
+            blocks = (part.cache.start, part.cache.stop) if can else (-1, index)
+            batches.setdefault(blocks, []).append(index)
+        for indices in batches.values():
+            results |= zip(indices, self._forward_batch([parts[index] for index in indices]), strict=True)
         return [results[index] for index in range(len(parts))]
 
-    def _run_pack(self, parts: list[StepPart]) -> list[Tensor] | list[Tensor | Exception]:
-        if (recorded := self._run_record(parts)) is not None:
-            return recorded
+    def _forward_batch(self, parts: list[StepPart]) -> list[Tensor] | list[Tensor | Exception]:
+        """Run checked parts over the same blocks, in the quickest way that there is for them."""
+        if self._slots is not None and (outputs := self._forward_graph(parts, self._slots)) is not None:
+            return outputs
         if len(parts) > 1 or self._is_quicker_packed(parts[0]):
             try:
                 return self._forward_packed(parts)
@@ -265,56 +254,74 @@ class Stage:
                 logger.warning("%d steps failed together, and are run one by one", len(parts), exc_info=True)
         return [self._forward_alone(part) for part in parts]
 
-    def _is_quicker_packed(self, part: StepPart) -> bool:
-        """Whether it is several tokens behind others, on a CPU, and heads share keys.
-
-        Alone, all keys would be copied for each head; a pack's attention reads them where they are.
-        """
-        several = part.hidden.shape[1] > 1 and part.cache.tokens > 0
-        return several and self._packs_lone_steps and not part.cache.recurrent
-
     def _forward_alone(self, part: StepPart) -> Tensor | Exception:
         try:
-            return self.forward(
-                part.hidden,
-                part.cache,
-                attention_mask=part.attention_mask,
-                position_ids=part.position_ids,
-            )
+            return self._forward(part)
         except Exception as error:  # noqa: BLE001 - it is the answer to this part
             return error
 
     @torch.inference_mode()
-    def _run_record(self, parts: Sequence[StepPart]) -> list[Tensor] | None:
-        """Checked parts over the same blocks as recorded work; None if that is not for them."""
-        seats = self._seats
-        if seats is None or not self._can_pack:
+    def _forward(self, part: StepPart) -> Tensor:
+        """Run one checked part by itself; if it raises, its cache is as it was."""
+        cache, mask = part.cache, part.attention_mask
+        past = cache.tokens
+        view = self._view(cache.start, cache.stop)
+        hidden = part.hidden.to(self.device, self.dtype)
+        try:
+            self._catch_up(view, cache, mask)
+            cache.before_step(hidden.shape[1])
+            with self._adapted(cache, hidden, past):
+                out = view(hidden, cache, past, mask, part.position_ids)
+        except BaseException:
+            cache.rewind(past)
+            raise
+        cache.after_step(hidden, part.position_ids)
+        return out
+
+    def _is_quicker_packed(self, part: StepPart) -> bool:
+        """Whether a lone part has several tokens behind others, on a CPU, and heads share keys.
+
+        By itself, all keys would be copied for each head; a packed batch's attention reads them where they
+        are.
+        """
+        several = part.hidden.shape[1] > 1 and part.cache.tokens > 0
+        return several and self._packs_lone_steps and not part.cache.recurrent
+
+    @torch.inference_mode()
+    def _forward_graph(self, parts: Sequence[StepPart], slots: StaticSlots) -> list[Tensor] | None:
+        """Run checked parts over the same blocks as a CUDA graph; None if they cannot be."""
+        if not self._can_pack:
             return None
         blocks = parts[0].cache.start, parts[0].cache.stop
         view = self._view(*blocks)
         if not all(_is_next_token(part, view) for part in parts):
             return None
         parts = [part.to(self.device, self.dtype) for part in parts]
-        recordings = self._recordings.get(blocks)
-        if recordings is None:
-            recordings = self._recordings[blocks] = CudaGraphs(self._packed(blocks), seats)
-        outputs = recordings.run(parts)
+        graphs = self._graphs.get(blocks)
+        if graphs is None:
+            graphs = self._graphs[blocks] = CudaGraphs(self._packed(blocks), slots)
+        outputs = graphs.run(parts)
         if outputs is not None:
             for part in parts:
                 part.cache.before_step(1)
                 part.cache.after_step(part.hidden, None)
+        elif not any(graphs.works for graphs in self._graphs.values()):
+            slots.release()
+            for part in parts:
+                part.cache.leave_slot()
+            self._slots, self._graphs = None, {}
         return outputs
 
     def _packed(self, blocks: tuple[int, int]) -> PackedView:
         packed = self._packed_views.get(blocks)
         if packed is None:
             model = self._view(*blocks).model
-            packed = self._packed_views[blocks] = PackedView(model, self._anatomy, self._tuner)
+            packed = self._packed_views[blocks] = PackedView(model, self._anatomy, self._adapters)
         return packed
 
     @torch.inference_mode()
     def _forward_packed(self, parts: Sequence[StepPart]) -> list[Tensor]:
-        """Checked parts at once, over the same blocks; if it raises, all caches are as they were."""
+        """Run checked parts over the same blocks at once; if it raises, all caches are as they were."""
         pasts = [part.cache.tokens for part in parts]
         blocks = parts[0].cache.start, parts[0].cache.stop
         view = self._view(*blocks)
@@ -338,7 +345,7 @@ class Stage:
 
     @cached_property
     def weights(self) -> frozenset[int]:
-        """The addresses of the memory that weights are in."""
+        """Addresses of the storages that weights are in."""
         parts = (*self._base.parameters(), *self._base.buffers())
         return frozenset(part.untyped_storage().data_ptr() for part in parts if part.layout == torch.strided)
 
@@ -351,9 +358,9 @@ class Stage:
         self.fittings.check(spec.within(start, stop))
         return adapter
 
-    def _tuned(self, cache: StageCache, hidden: Tensor, past: int) -> AbstractContextManager[None]:
+    def _adapted(self, cache: StageCache, hidden: Tensor, past: int) -> AbstractContextManager[None]:
         segment = Segment.of(cache.adapter, hidden, past)
-        return self._tuner.applied(cache.start, cache.stop, [segment])
+        return self._adapters.applied(cache.start, cache.stop, [segment])
 
     def check_full_sequences(
         self,
@@ -363,7 +370,7 @@ class Stage:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> None:
-        """Whether blocks `[start, stop)` can be run over whole sequences like these.
+        """Check that blocks `[start, stop)` can be run over full sequences like these.
 
         Raises:
             UsageError: shapes do not fit each other or the model, or the blocks are not in this stage.
@@ -379,25 +386,25 @@ class Stage:
         position_ids: Tensor | None = None,
         adapter: Tensors | None = None,
     ) -> Tensor:
-        """Blocks `[start, stop)` over whole sequences, without a cache, in the caller's gradient mode.
+        """Run blocks `[start, stop)` over full sequences, without a cache, in the caller's gradient mode.
 
         The arguments are those of `check_full_sequences`, which they have passed, of this stage's dtype and
         device.
 
-        Args: adapter: what the blocks have besides, differentiable too.
+        Args: adapter: of these blocks; differentiable too.
         """
         segment = Segment(adapter, hidden.shape[0], hidden.shape[1], 0)
-        with self._tuner.applied(start, stop, [segment]):
+        with self._adapters.applied(start, stop, [segment]):
             return self._view(start, stop)(hidden, None, 0, attention_mask, position_ids)
 
     def _catch_up(self, view: View, cache: StageCache, attention_mask: Tensor | None) -> None:
-        """Run again what a recurrent block had to be set back behind; in pieces, as one may be long."""
+        """Run the inputs again that recurrent blocks were cut back behind, in chunks."""
         while (missing := cache.missing()) is not None:
             inputs, positions = (part[:, :_CATCH_UP_TOKENS] for part in missing)
             held = cache.get_seq_length()
             end = held + inputs.shape[1]
             mask = None if attention_mask is None else attention_mask[:, :end]
-            with self._tuned(cache, inputs, held):
+            with self._adapted(cache, inputs, held):
                 view(inputs, cache, held, mask, positions)
             cache.caught_up(inputs.shape[1])
 
@@ -441,7 +448,7 @@ class Stage:
 
 
 def _is_next_token(part: StepPart, view: View) -> bool:
-    """Whether it is one more token of one row that sees all there is, and nothing else is asked for."""
+    """Whether it is one more token of one row that attends to all before it, without mask or adapter."""
     return (
         part.hidden.shape[:2] == (1, 1)
         and part.attention_mask is None

@@ -1,6 +1,6 @@
-"""Keys and values of several rows that share pages, in all blocks of a session.
+"""The layout of rows that share pages: keys and values of all blocks of a session.
 
-Rows of a batch come to share what they hold when one is chosen twice: beams, or several answers to a prompt.
+Rows of a batch begin to share what they hold when one is chosen twice: beams, or several answers to a prompt.
 From then on their keys and values lie in pages, and a table (`page_table`) tells which row is made of which::
 
     one row, or rows that stay as they are       rows of which one was chosen twice
@@ -9,18 +9,19 @@ From then on their keys and values lie in pages, and a table (`page_table`) tell
     row 1  [ keys of all tokens .... | room ]    row 0    0    1    2         4
                                                  row 1    0    1         3             the same for all blocks
 
-Why both. Attention on a CPU wants each row's keys behind one another, so pages have to be gathered in every
-block at every step. For one row, and for rows that never change places, that would be a copy of everything
-where now there is none: these stay in rooms of their own, to which a step only appends. Beams change places
-at nearly every step. With n rows of L tokens and b bytes per token of a block, such a step writes, per block,
+There are two layouts because attention on a CPU reads each row's keys behind one another, so that pages have
+to be gathered in every block at every step. For one row, and for rows that never change places, that would
+copy everything where now nothing is copied: these stay contiguous, and a step only appends to them. Beams
+change places at nearly every step. With n rows of L tokens and b bytes per token of a block, such a step
+writes, per block,
 
-    in rooms    n L b for the rows chosen, and n L b again into rooms with place for another token
+    contiguous  n L b for the rows chosen, and n L b again into memory with room for another token
     in pages    n L b gathered for the attention, and at most n PAGE_TOKENS b: copies of partly filled pages
 
-and holds n L b in rooms, but in pages only what differs: L b and the beams' own ends. What is gathered lives
-no longer than one block runs. A row that is alone again is given a room again.
+and holds n L b contiguous, but in pages only what differs: L b and the beams' own ends. What is gathered
+lives no longer than one block runs.
 
-What is gathered has the shape and strides that a room has, so that results are equal to the last bit.
+What is gathered has the shape and strides of contiguous rows, so that results are equal to the last bit.
 """
 
 from __future__ import annotations
@@ -32,28 +33,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swarmkit.models.kv.held_layer import HeldLayer, KeysAndValues
+from swarmkit.models.kv.layout import HeldLayer, KeysAndValues
 from swarmkit.models.kv.page_table import PAGE_TOKENS, PageTable, pages_for
 
 
 @dataclass(eq=False)
 class _Plan:
-    """Where the tokens of a step go, and which pages the rows have with them; the same for all blocks."""
+    """Where the tokens of a step are written, and the pages of each row with them, in all blocks."""
 
     new_tokens: int
     tokens: int
-    """With the new ones."""
+    """Held tokens and new ones, per row."""
     table: Tensor
-    """[rows, pages] of slots."""
+    """Slot of each page of each row, `[rows, pages]`."""
     slots: Tensor
-    """[rows x new tokens]"""
+    """Slot that each new token is written to, `[rows x new tokens]`."""
     places: Tensor
-    """[rows x new tokens], within the page"""
+    """Index within its slot of each new token, `[rows x new tokens]`."""
     _indices: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, table: PageTable, new_tokens: int, device: torch.device) -> _Plan:
-        """Args: table: new tokens are reserved in it, but not held yet."""
+        """Args: table: has reserved the new tokens, but does not hold them yet."""
         rows = torch.tensor(table.rows, device=device)
         positions = torch.arange(table.tokens, table.tokens + new_tokens, device=device)
         slots = rows[:, positions // PAGE_TOKENS].flatten()
@@ -61,7 +62,7 @@ class _Plan:
         return cls(new_tokens, table.tokens + new_tokens, rows, slots, places)
 
     def index(self, heads: int) -> Tensor:
-        """[rows x heads x pages]: where each row's pages are, of slots with so many heads one by one."""
+        """Indices of each row's pages in a pool whose heads lie one by one, `[rows x heads x pages]`."""
         if heads not in self._indices:
             each = torch.arange(heads, device=self.table.device)[:, None]
             self._indices[heads] = (self.table[:, None, :] * heads + each).flatten()
@@ -70,11 +71,11 @@ class _Plan:
 
 @dataclass(eq=False)
 class _Shared:
-    """What all blocks look at."""
+    """What the layers of all blocks share."""
 
     table: PageTable
     plan: _Plan | None = None
-    """Of the step that is under way."""
+    """The plan of the step that is under way."""
 
 
 class PagedLayer(HeldLayer):
@@ -86,13 +87,18 @@ class PagedLayer(HeldLayer):
         self._shared = shared
 
     @property
+    def table(self) -> PageTable:
+        """The page table, which all blocks share."""
+        return self._shared.table
+
+    @property
     def keys(self) -> Tensor:  # type: ignore[override]
-        """A copy of what the rows hold [rows, heads, tokens, dim]."""
+        """A copy of what the rows hold, `[rows, heads, tokens, dim]`."""
         return self._held()[0]
 
     @property
     def values(self) -> Tensor:  # type: ignore[override]
-        """A copy of what the rows hold [rows, heads, tokens, dim]."""
+        """A copy of what the rows hold, `[rows, heads, tokens, dim]`."""
         return self._held()[1]
 
     def _held(self) -> KeysAndValues:
@@ -103,7 +109,7 @@ class PagedLayer(HeldLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> KeysAndValues:
-        """Append [rows, heads, new tokens, dim]; returns all that the rows hold, gathered."""
+        """Append `[rows, heads, new tokens, dim]`, and return all that the rows hold, gathered."""
         plan = self._shared.plan
         if plan is None or plan.new_tokens != key_states.shape[-2]:
             raise RuntimeError(f"there is no room in the pages for {key_states.shape[-2]} tokens")
@@ -113,7 +119,7 @@ class PagedLayer(HeldLayer):
         return keys[..., : plan.tokens, :], values[..., : plan.tokens, :]
 
     def gather(self, plan: _Plan) -> KeysAndValues:
-        """Keys and values [rows, heads, tokens of whole pages, dim] of a plan's rows, contiguous."""
+        """Keys and values of a plan's rows, `[rows, heads, tokens of whole pages, dim]`, contiguous."""
         keys, values = (_gathered(pool, plan) for pool in self.pools)
         return keys, values
 
@@ -129,7 +135,7 @@ class PagedLayer(HeldLayer):
                 pool[copies[1]] = pool[copies[0]]
 
     def shrink(self, slots: int) -> None:
-        """Have no more than so many slots."""
+        """Have no more than `slots` slots."""
         self.pools = tuple(pool[:slots].clone() for pool in self.pools)
 
     def get_seq_length(self) -> int:
@@ -140,16 +146,16 @@ class PagedLayer(HeldLayer):
 
 
 class PagedRows:
-    """All rows of a session in pages.
+    """Rows that share pages; see `KVLayout`.
 
-    Whatever fails in here for want of memory, the table never names a page that some block does not have:
-    pages are copied and moved in all blocks before it is changed.
-
-    Attributes:
-        layers: one for each block.
+    If anything in here fails for want of memory, the table names no page that some block does not have: pages
+    are copied and moved in all blocks before it is changed.
     """
 
-    def __init__(self, layers: list[PagedLayer], shared: _Shared) -> None:
+    has_pages = False
+
+    def __init__(self, layers: list[Any], shared: _Shared) -> None:
+        """Args: layers: a `PagedLayer` for each block."""
         self.layers = layers
         self._shared = shared
 
@@ -158,7 +164,9 @@ class PagedRows:
     def of(cls, layers: list[Any], rows: Sequence[int]) -> PagedRows:
         """Some rows of a batch, none of them named twice.
 
-        Args: layers: with keys and values [batch, heads, tokens, dim]; each is replaced in the list.
+        Args:
+            layers: with keys and values `[batch, heads, tokens, dim]`. Each is replaced in the list, so that
+                its memory is freed before the next block's pages are made.
         """
         shared = _Shared(_shared_table([(layer.keys, layer.values) for layer in layers], rows))
         for index, layer in enumerate(layers):
@@ -168,51 +176,54 @@ class PagedRows:
 
     @property
     def table(self) -> PageTable:
-        """Of all blocks."""
+        """The page table of all blocks."""
         return self._shared.table
 
     @property
+    def pages(self) -> int:
+        return self.table.slots
+
+    @property
     def nbytes(self) -> int:
-        """All that the pages take, with those that are free."""
         return sum(pool.nbytes for layer in self.layers for pool in layer.pools)
 
     @torch.inference_mode()
-    def order(self, rows: Sequence[int]) -> None:
-        """Row i is from now on what row `rows[i]` was."""
+    def reserve(self, tokens: int) -> bool:
+        table = self.table.copy()
+        new_tokens = tokens - table.tokens
+        copies = self._copies(table.reserve(new_tokens))
+        plan = _Plan.of(table, new_tokens, self.layers[0].device)
+        for layer in self.layers:
+            layer.fit(table.slots, copies)
+        self._shared.table, self._shared.plan = table, plan
+        return True
+
+    def hold(self, rows: int, tokens: int) -> None:
+        self.table.advance(tokens - self.table.tokens)
         self._shared.plan = None
-        self.table.order(rows)
-        self._compact()
 
     @torch.inference_mode()
     def crop(self, tokens: int) -> None:
-        """Keep the first `tokens` tokens."""
         self._shared.plan = None
         self.table.crop(tokens)
         self._compact()
 
     @torch.inference_mode()
-    def reserve(self, tokens: int) -> None:
-        """Before a step of so many tokens."""
-        table = self.table.copy()
-        copies = self._copies(table.reserve(tokens))
-        plan = _Plan.of(table, tokens, self.layers[0].device)
-        for layer in self.layers:
-            layer.fit(table.slots, copies)
-        self._shared.table, self._shared.plan = table, plan
-
-    def advance(self, tokens: int) -> None:
-        """After it."""
-        self.table.advance(tokens)
+    def select(self, rows: Sequence[int]) -> None:
         self._shared.plan = None
+        self.table.order(rows)
+        self._compact()
 
     @torch.inference_mode()
     def into_rooms(self) -> Iterator[KeysAndValues]:
-        """Block by block keys and values [rows, heads, tokens of whole pages, dim]; frees the pages."""
         plan = _Plan.of(self.table, 0, self.layers[0].device)
         for layer in self.layers:
             rooms = layer.gather(plan)
             layer.pools = ()
             yield rooms
+
+    def shared_pages(self, order: Sequence[int] | None, tokens: int) -> int | None:
+        return self.table.slots
 
     def _compact(self) -> None:
         if not self.table.wasteful:
@@ -230,14 +241,14 @@ class PagedRows:
 
 
 def _shared_table(blocks: Sequence[KeysAndValues], rows: Sequence[int]) -> PageTable:
-    """The table of some rows of a batch.
+    """Make the table of some rows of a batch.
 
     Rows that began alike (beams of one prompt are computed side by side at first) hold the same keys and
     values up to where they part: full pages that equal those of the row before, to the last bit and in all
     blocks, are stored once.
 
     Args:
-        blocks: keys and values [batch, heads, tokens, dim] of each block.
+        blocks: keys and values of each block, `[batch, heads, tokens, dim]`.
         rows: none of them twice.
     """
     tokens = blocks[0][0].shape[-2]
@@ -252,7 +263,7 @@ def _shared_table(blocks: Sequence[KeysAndValues], rows: Sequence[int]) -> PageT
 
 
 def _pages_alike(blocks: Sequence[KeysAndValues], row: int, next_row: int) -> int:
-    """With how many equal full pages two rows begin."""
+    """Number of equal full pages that two rows begin with."""
     pages: int = blocks[0][0].shape[-2] // PAGE_TOKENS
     for block in blocks:
         for part in block:
@@ -265,7 +276,7 @@ def _pages_alike(blocks: Sequence[KeysAndValues], row: int, next_row: int) -> in
 
 
 def _pool(part: Tensor, rows: Sequence[int], table: PageTable) -> Tensor:
-    """Keys or values [batch, heads, tokens, dim] of the rows that a new table is of, in their slots."""
+    """Put keys or values `[batch, heads, tokens, dim]` of the rows of a new table into their slots."""
     _, heads, tokens, dim = part.shape
     full, rest = divmod(tokens, PAGE_TOKENS)
     pool = part.new_empty(table.slots, heads, PAGE_TOKENS, dim)

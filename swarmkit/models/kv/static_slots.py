@@ -1,63 +1,64 @@
-"""Places where the keys and values of some sessions lie side by side, in tensors that never move.
+"""The layout of sessions that decode through CUDA graphs: rows side by side, in tensors that never move.
 
-Work that was recorded for an accelerator (`recordings`) reads and writes the addresses that it was recorded
-with. So sessions that decode sit down in rows of tensors that stay where they are::
+A CUDA graph reads and writes the addresses that it was recorded with. So a session takes a *slot*, a row of
+tensors that stay where they are::
 
-    row 0    [ keys of session a ......            ]
-    row 1    [ keys of session b ...               ]     the same in every block
-    row 2    [ nobody's                            ]
+    slot 0   [ keys of session a ......            ]
+    slot 1   [ keys of session b ...               ]     the same in every block
+    slot 2   [ free                                ]
     spare    [ where rows without a token write    ]
-
-A session that grows longer than a row stands up, and has a room of its own as before.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from swarmkit.models.kv.held_layer import HeldLayer, KeysAndValues
+from swarmkit.models.kv.layout import HeldLayer, KeysAndValues, with_room
+from swarmkit.models.kv.page_table import PAGE_TOKENS, pages_for
 
 
 @dataclass(eq=False)
 class StaticSlot:
-    """One session's row. It is free again when nobody holds this; the session's cache and layers do."""
+    """A slot that is taken; it is free again when nothing refers to this object (a session's cache does)."""
 
     row: int
     length: int
-    """Tokens that there is place for."""
+    """Tokens that it has room for."""
     tokens: int
     """Tokens that it holds."""
 
 
 class StaticSlotLayer(HeldLayer):
-    """Keys and values of one block in a seat [1, heads, length, dim]."""
+    """Keys and values of one block in a slot, `[1, heads, length, dim]`."""
 
-    def __init__(self, rooms: KeysAndValues, seat: StaticSlot) -> None:
+    def __init__(self, rooms: KeysAndValues, slot: StaticSlot) -> None:
         super().__init__(rooms[0])
         self.rooms = rooms
-        self._seat = seat
+        self._slot = slot
 
     @property
     def keys(self) -> Tensor:  # type: ignore[override]
-        """[1, heads, tokens, dim]"""
-        return self.rooms[0][..., : self._seat.tokens, :]
+        """Keys that the slot holds, `[1, heads, tokens, dim]`."""
+        return self.rooms[0][..., : self._slot.tokens, :]
 
     @property
     def values(self) -> Tensor:  # type: ignore[override]
-        """[1, heads, tokens, dim]"""
-        return self.rooms[1][..., : self._seat.tokens, :]
+        """Values that the slot holds, `[1, heads, tokens, dim]`."""
+        return self.rooms[1][..., : self._slot.tokens, :]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> KeysAndValues:
-        """Write [1, heads, new tokens, dim] behind what the seat holds; returns all, with the new ones."""
-        start = self._seat.tokens
+        """Write `[1, heads, new tokens, dim]` behind what the slot holds, and return all, with the new
+        tokens.
+        """
+        start = self._slot.tokens
         stop = start + key_states.shape[-2]
         for room, new in zip(self.rooms, (key_states, value_states), strict=True):
             room[..., start:stop, :] = new
@@ -65,24 +66,70 @@ class StaticSlotLayer(HeldLayer):
         return keys, values
 
     @torch.inference_mode()
-    def forget(self, tokens: int) -> None:
-        """Keep so many tokens. What recorded work multiplies by 0 must not be infinity, or worse."""
+    def crop_to(self, tokens: int) -> None:
+        """Keep `tokens` tokens. The rest is set to 0: a graph multiplies it by 0, which infinity would
+        outlast.
+        """
         for room in self.rooms:
             room[..., tokens:, :] = 0
 
     def get_seq_length(self) -> int:
-        return self._seat.tokens
+        return self._slot.tokens
 
     def get_max_length(self) -> int:
-        return self._seat.length
+        return self._slot.length
+
+
+class SlotRow:
+    """One session's row in a static slot; see `KVLayout`."""
+
+    has_pages = True
+
+    def __init__(self, layers: list[StaticSlotLayer], slot: StaticSlot) -> None:
+        self.layers: list[Any] = list(layers)
+        self.slot = slot
+        self._pages = pages_for(slot.tokens)
+
+    @property
+    def pages(self) -> int:
+        return self._pages
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
+    def reserve(self, tokens: int) -> bool:
+        self._pages = max(self._pages, pages_for(tokens))
+        return tokens <= self.slot.length
+
+    def hold(self, rows: int, tokens: int) -> None:
+        self.slot.tokens, self._pages = tokens, pages_for(tokens)
+
+    def crop(self, tokens: int) -> None:
+        self.slot.tokens = tokens
+        for layer in self.layers:
+            layer.crop_to(tokens)
+
+    def select(self, rows: Sequence[int]) -> None:
+        raise NotImplementedError("a static slot holds one row")
+
+    def into_rooms(self) -> Iterator[KeysAndValues]:
+        tokens = pages_for(self.slot.tokens) * PAGE_TOKENS
+        for layer in self.layers:
+            yield with_room(layer.keys, tokens), with_room(layer.values, tokens)
+
+    def shared_pages(self, order: Sequence[int] | None, tokens: int) -> int | None:
+        if order is None or len(set(order)) == len(order):
+            return None
+        return len(set(order)) * pages_for(tokens)
 
 
 class StaticSlots:
-    """A stage's rows.
+    """The slots of a stage.
 
     Attributes:
-        rows: how many sessions may sit; the row of this number is the spare one.
-        length: tokens of a row.
+        rows: number of slots; the row of this number is the spare one.
+        length: tokens that each slot has room for.
     """
 
     def __init__(self, rows: int, length: int) -> None:
@@ -92,38 +139,44 @@ class StaticSlots:
         self._taken: list[weakref.ref[StaticSlot] | None] = [None] * rows
 
     def pool(self, block: int) -> KeysAndValues:
-        """Keys and values [rows + 1, heads, length, dim] of all rows in a block where somebody has sat."""
+        """Keys and values of a block's slots, `[rows + 1, heads, length, dim]`, once a session was in one."""
         return self._pools[block]
 
     @torch.inference_mode()
-    def take(
-        self, first: int, blocks: Sequence[Any], tokens: int
-    ) -> tuple[StaticSlot, list[StaticSlotLayer]] | None:
-        """A seat with what a session holds, and its cache layers from now on; None if none is free.
+    def take(self, first: int, blocks: Sequence[Any], tokens: int) -> SlotRow | None:
+        """Move what a session holds to a free slot; None if there is none.
 
         Args:
             first: number of the first of its blocks within the stage.
-            blocks: cache layers with keys and values [1, heads, tokens, dim].
+            blocks: cache layers with keys and values `[1, heads, tokens, dim]`.
             tokens: less than `length`.
         """
         row = next((row for row, ref in enumerate(self._taken) if ref is None or ref() is None), None)
         if row is None:
             return None
-        seat, layers = StaticSlot(row, self.length, tokens), []
+        slot, layers = StaticSlot(row, self.length, tokens), []
         for block, layer in enumerate(blocks, start=first):
             held = layer.keys, layer.values
             pool = self._pools.get(block)
             if pool is None:
-                pool = self._pools[block] = _pool(self, held[0]), _pool(self, held[1])
+                pool = self._pools[block] = self._new_pool(held[0]), self._new_pool(held[1])
             keys, values = (part[row : row + 1] for part in pool)
             for room, part in zip((keys, values), held, strict=True):
                 room[..., :tokens, :] = part
-            layers.append(StaticSlotLayer((keys, values), seat))
-            layers[-1].forget(tokens)  # what others have left
-        self._taken[row] = weakref.ref(seat)
-        return seat, layers
+            layers.append(StaticSlotLayer((keys, values), slot))
+            layers[-1].crop_to(tokens)  # what other sessions have left
+        self._taken[row] = weakref.ref(slot)
+        return SlotRow(layers, slot)
 
+    def release(self) -> None:
+        """Give out no slots any more, and hold no memory. Sessions leave their slots with their next step."""
+        for ref in self._taken:
+            slot = None if ref is None else ref()
+            if slot is not None:
+                slot.length = 0
+        self.rows = self.length = 0
+        self._taken, self._pools = [], {}
 
-def _pool(seats: StaticSlots, part: Tensor) -> Tensor:
-    _, heads, _, dim = part.shape
-    return part.new_zeros(seats.rows + 1, heads, seats.length, dim)
+    def _new_pool(self, part: Tensor) -> Tensor:
+        _, heads, _, dim = part.shape
+        return part.new_zeros(self.rows + 1, heads, self.length, dim)

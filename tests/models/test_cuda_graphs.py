@@ -1,27 +1,30 @@
-"""Single tokens as recorded work are the tokens that each session would have got alone.
+"""Single tokens that run as CUDA graphs are those that each session would have got alone.
 
-A CPU records nothing, but all else is the same there: seats, masks, rows without a token. Where there is an
-accelerator, the work is recorded.
+A CPU records nothing, but all else is the same there: slots, masks, rows without a token. Where there is an
+accelerator, graphs are recorded.
 """
 
 from __future__ import annotations
 
 import gc
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
-from swarmkit.models.execution.cuda_graphs import CudaGraphs, _Rows
+from swarmkit.models.execution.cuda_graphs import CudaGraphs, _SlotBatch
 from swarmkit.models.execution.stage import Stage, StepPart
+from swarmkit.models.kv.static_slots import StaticSlots
 
 from .tiny import ARCHITECTURES, make_checkpoint, model_type_of
 from .together import ONE_BY_ONE, Session, assert_equal, some_slowly, together
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-SEATS, LENGTH = 3, 48
+SLOTS, LENGTH = 3, 48
 
 
 @pytest.fixture(params=DEVICES)
@@ -33,7 +36,7 @@ def stage_of(checkpoints: Path, name: str, device: str) -> Stage:
     stage = Stage.load(
         Checkpoint.open(make_checkpoint(checkpoints, name)), 1, 4, dtype="float32", device=device
     )
-    stage.enable_cuda_graphs(SEATS, LENGTH)
+    stage.enable_cuda_graphs(SLOTS, LENGTH)
     return stage
 
 
@@ -48,8 +51,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     passes: list[int] = []
     run = CudaGraphs.run
 
-    def counted(recordings: CudaGraphs, parts: list[StepPart]) -> list[Tensor] | None:
-        outputs = run(recordings, parts)
+    def counted(graphs: CudaGraphs, parts: list[StepPart]) -> list[Tensor] | None:
+        outputs = run(graphs, parts)
         if outputs is not None:
             passes.append(len(outputs))
         return outputs
@@ -75,7 +78,7 @@ def test_tokens_of_several_sessions(checkpoints: Path, device: str, name: str, r
         print(f"{name} is not recorded on this accelerator")
 
 
-def test_a_token_beside_a_prompt_runs_as_usual(llama: Stage, recorded: list[int]) -> None:
+def test_a_token_beside_a_prompt_runs_without_graphs(llama: Stage, recorded: list[int]) -> None:
     sitting, coming = Session(llama, seed=1), Session(llama, seed=20)
     together([sitting], [5])
     together([sitting], [1])
@@ -84,46 +87,46 @@ def test_a_token_beside_a_prompt_runs_as_usual(llama: Stage, recorded: list[int]
     assert recorded == [1, 2]
 
 
-def test_more_sessions_than_seats_run_as_usual(llama: Stage, recorded: list[int]) -> None:
-    sessions = [Session(llama, seed=seed) for seed in range(0, 100 * (SEATS + 1), 100)]
+def test_more_sessions_than_slots_run_without_graphs(llama: Stage, recorded: list[int]) -> None:
+    sessions = [Session(llama, seed=seed) for seed in range(0, 100 * (SLOTS + 1), 100)]
     together(sessions, [3] * len(sessions))
     together(sessions, [1] * len(sessions))
     assert recorded == []
-    together(sessions[:SEATS], [1] * SEATS)
+    together(sessions[:SLOTS], [1] * SLOTS)
     together(sessions, [1] * len(sessions))
-    assert recorded == [SEATS]
+    assert recorded == [SLOTS]
 
 
-def test_who_leaves_makes_room(llama: Stage, recorded: list[int]) -> None:
-    for seed in range(SEATS + 2):
+def test_a_session_that_ends_frees_its_slot(llama: Stage, recorded: list[int]) -> None:
+    for seed in range(SLOTS + 2):
         session = Session(llama, seed=100 * seed)
         together([session], [4])
         together([session], [1])
         del session
-    assert recorded == [1] * (SEATS + 2)
+    assert recorded == [1] * (SLOTS + 2)
 
 
-def test_who_begins_anew_makes_room(llama: Stage) -> None:
-    sessions = [Session(llama, seed=100 * seed) for seed in range(SEATS)]
-    together(sessions, [4] * SEATS)
-    together(sessions, [1] * SEATS)
+def test_a_session_that_begins_anew_frees_its_slot(llama: Stage) -> None:
+    sessions = [Session(llama, seed=100 * seed) for seed in range(SLOTS)]
+    together(sessions, [4] * SLOTS)
+    together(sessions, [1] * SLOTS)
     sessions[1].cache.clear()
     newcomer = Session(llama, seed=500)
     together([newcomer], [3])
     together([newcomer], [1])
-    assert newcomer.cache.seat is not None
+    assert newcomer.cache.slot is not None
 
 
-def test_a_session_that_outgrows_its_seat_goes_on(llama: Stage, recorded: list[int]) -> None:
+def test_a_session_that_outgrows_its_slot_goes_on(llama: Stage, recorded: list[int]) -> None:
     session = Session(llama)
     together([session], [LENGTH - 3])
     for _ in range(6):
         together([session], [1])
-    assert session.cache.seat is None
+    assert session.cache.slot is None
     assert recorded == [1] * 3
 
 
-def test_a_session_is_set_back_in_its_seat(llama: Stage, recorded: list[int]) -> None:
+def test_a_session_is_cut_back_in_its_slot(llama: Stage, recorded: list[int]) -> None:
     session = Session(llama)
     together([session], [9])
     together([session], [1])
@@ -134,7 +137,7 @@ def test_a_session_is_set_back_in_its_seat(llama: Stage, recorded: list[int]) ->
     assert recorded == [1, 1, 1]
 
 
-def test_a_row_that_becomes_several_stands_up(llama: Stage) -> None:
+def test_a_row_that_becomes_several_leaves_its_slot(llama: Stage) -> None:
     session = Session(llama)
     together([session], [9])
     together([session], [1])
@@ -146,10 +149,10 @@ def test_a_row_that_becomes_several_stands_up(llama: Stage) -> None:
     session.rows = 1
     together([session], [1])
     together([session], [1])
-    assert session.cache.seat is not None
+    assert session.cache.slot is not None
 
 
-def test_what_a_session_leaves_behind_harms_nobody(llama: Stage) -> None:
+def test_what_a_session_leaves_in_a_slot_does_not_reach_the_next(llama: Stage) -> None:
     spoiled = Session(llama, seed=1)
     together([spoiled], [9])
     infinite = StepPart(torch.full((1, 1, 32), float("inf")), spoiled.cache)
@@ -160,8 +163,8 @@ def test_what_a_session_leaves_behind_harms_nobody(llama: Stage) -> None:
     session = Session(llama, seed=20)
     together([session], [3])
     together([session], [1])
-    assert session.cache.seat is not None
-    assert session.cache.seat.row == 0
+    assert session.cache.slot is not None
+    assert session.cache.slot.row == 0
 
 
 def test_a_session_recovers_from_a_token_that_was_too_large(llama: Stage) -> None:
@@ -173,33 +176,33 @@ def test_a_session_recovers_from_a_token_that_was_too_large(llama: Stage) -> Non
     together([session], [1])
 
 
-def test_a_seat_counts_as_what_it_holds(llama: Stage) -> None:
+def test_a_slot_counts_as_the_tokens_that_it_holds(llama: Stage) -> None:
     session = Session(llama)
     together([session], [9])
     together([session], [1])
-    assert session.cache.seat is not None
+    assert session.cache.slot is not None
     assert session.cache.nbytes() == session.twin.nbytes()
     assert session.cache.pages_held() == session.twin.pages_held()
     assert session.cache.has_pages
 
 
-def test_pages_are_taken_from_a_seat(llama: Stage) -> None:
+def test_pages_are_copied_from_a_slot(llama: Stage) -> None:
     session = Session(llama)
     together([session], [32])
     together([session], [1])
-    assert session.cache.seat is not None
+    assert session.cache.slot is not None
     for mine, others in zip(session.cache.page(0), session.twin.page(0), strict=True):
         for one, other in zip(mine, others, strict=True):
             assert torch.allclose(one, other, atol=1e-5)
 
 
-def test_blocks_that_cannot_be_recorded_run_as_usual(
+def test_blocks_that_cannot_be_recorded_run_without_graphs(
     llama: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(record: object) -> Tensor:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr("swarmkit.models.execution.cuda_graphs._Record._pass", fail)
+    monkeypatch.setattr("swarmkit.models.execution.cuda_graphs._CudaGraph._pass", fail)
     session = Session(llama)
     together([session], [5])
     together([session], [1])
@@ -207,18 +210,52 @@ def test_blocks_that_cannot_be_recorded_run_as_usual(
     assert sum("cannot be recorded" in line for line in caplog.messages) == 1
 
 
+def test_slots_are_freed_when_nothing_can_be_recorded(llama: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    pools: list[weakref.ref[Tensor]] = []
+    take = StaticSlots.take
+
+    def watched(slots: StaticSlots, *args: Any) -> Any:
+        taken = take(slots, *args)
+        pools.extend(weakref.ref(part) for part in slots.pool(0))
+        return taken
+
+    def fail(record: object) -> Tensor:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(StaticSlots, "take", watched)
+    monkeypatch.setattr("swarmkit.models.execution.cuda_graphs._CudaGraph._pass", fail)
+    session = Session(llama)
+    together([session], [5])
+    together([session], [1])
+    gc.collect()
+    assert pools
+    assert [pool() for pool in pools if pool() is not None] == []
+    assert session.cache.slot is None
+
+
+def test_a_session_leaves_a_slot_that_was_released(llama: Stage) -> None:
+    slots = StaticSlots(1, LENGTH)
+    session = Session(llama)
+    together([session], [5])
+    assert session.cache.acquire_slot(slots) is not None
+    slots.release()
+    together([session], [2])
+    assert session.cache.slot is None
+    assert session.cache.acquire_slot(slots) is None
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
 def test_a_record_that_fails_leaves_the_accelerator_as_it_was(
     checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = stage_of(checkpoints, "llama", "cuda")
-    see = _Rows.see
+    make_mask = _SlotBatch.make_mask
 
-    def look(pack: _Rows) -> None:
-        see(pack)
-        pack.places().sum().item()  # which waits, and so cannot be recorded
+    def look(batch: _SlotBatch) -> None:
+        make_mask(batch)
+        batch.positions().sum().item()  # which waits, and so cannot be recorded
 
-    monkeypatch.setattr(_Rows, "see", look)
+    monkeypatch.setattr(_SlotBatch, "make_mask", look)
     session = Session(stage)
     together([session], [5])
     together([session], [1])
