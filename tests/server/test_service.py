@@ -398,7 +398,7 @@ async def test_a_failing_step_is_the_servers_own_fault(
         raise RuntimeError("out\nof memory")
 
     client = await server.session()
-    monkeypatch.setattr(server.world.stage, "forward", fails)
+    monkeypatch.setattr(server.world.stage, "forward_many", fails)
     fault = await fault_of(client.try_step(TOKEN))
     assert (fault.code, "out of memory" in fault.message) == ("internal", True)
 
@@ -407,6 +407,6 @@ async def test_a_session_ends_with_a_failing_step(
     server: TinyServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = await server.session(max_length=MAX_LENGTH)
-    monkeypatch.setattr(server.world.stage, "forward", None)
+    monkeypatch.setattr(server.world.stage, "forward_many", None)
     await fault_of(client.try_step(TOKEN))
     await server.empty()
