@@ -369,7 +369,7 @@ class ModelServer:
 
     async def _measure(self, stage: Stage, engine: Engine) -> float:
         """Decode steps per second through all blocks of a stage."""
-        rate = (await engine.run(lambda: measure_decode_rate(stage, self._clock.now), BULK)).value
+        rate = (await engine.run(lambda: measure_decode_rate(stage, engine.now), BULK)).value
         await engine.run(trim_malloc, BULK)
         return rate
 

@@ -266,7 +266,8 @@ class Engine:
         self.limits = PassLimits(prefill_chunk_tokens, decode_slowdown)
         self.clock = clock
         self._worker = worker or ThreadWorker(f"swarmkit-engine-{name}", clock)
-        self._now = self._worker.now
+        self.now = self._worker.now
+        """Seconds on the clock that goes on during a turn; in a simulation `clock` stands still then."""
         self._stages: WeakKeyDictionary[Stage, _Learned] = WeakKeyDictionary()
         self._fair = FairShares()
         self._passed_over = {False: 0, True: 0}  # turns that interactive and bulk jobs have waited for
@@ -315,7 +316,7 @@ class Engine:
         Raises:
             EngineClosedError: the engine has been closed. Whatever the job raises is raised here too.
         """
-        return await self._submit(_Job(job, priority, self._now()))
+        return await self._submit(_Job(job, priority, self.now()))
 
     async def step(self, task: StepTask[T], patience_s: float = 0.0) -> Timed[T]:
         """Run a step, perhaps together with others, and wait for it.
@@ -330,7 +331,7 @@ class Engine:
             EngineClosedError: the engine has been closed. Whatever the step raises is raised here too.
             ExpiredError: its patience was over before its turn came.
         """
-        return await self._submit(_QueuedStep(task, patience_s, self._learned_of(task.stage), self._now()))
+        return await self._submit(_QueuedStep(task, patience_s, self._learned_of(task.stage), self.now()))
 
     def times_of(self, stage: Stage) -> PassTimes:
         """How long forward passes through a stage take, as far as measured."""
@@ -339,7 +340,7 @@ class Engine:
     def _learned_of(self, stage: Stage) -> _Learned:
         if (learned := self._stages.get(stage)) is None:
             with self._lock:
-                learned = self._stages.setdefault(stage, _Learned(stage, self._now))
+                learned = self._stages.setdefault(stage, _Learned(stage, self.now))
         return learned
 
     async def _submit(self, work: _Work) -> Timed[Any]:
@@ -424,7 +425,7 @@ class Engine:
 
     def _take_stock(self) -> tuple[list[_QueuedStep], list[_Job]]:
         steps, jobs = [], []
-        now = self._now()
+        now = self.now()
         for work in list(self._works):
             if work.cancelled:
                 # What has not begun is withdrawn by its caller.
@@ -442,7 +443,7 @@ class Engine:
         return steps, jobs
 
     def _schedule(self, steps: list[_QueuedStep], jobs: list[_Job]) -> Schedule | None:
-        now = self._now()
+        now = self.now()
         served = self._fair.of_present(step.task.client for step in steps)
         for step in steps:
             if not step.decode:
@@ -481,13 +482,13 @@ class Engine:
         self._passed_over[job.bulk] = 0
         if not job.claim.acquire(blocking=False):
             return
-        started = self._now()
+        started = self.now()
         try:
             value = job.run()
         except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
             self._resolve(job, None, error)
         else:
-            self._resolve(job, Timed(value, started - job.queued_at, self._now() - started), None)
+            self._resolve(job, Timed(value, started - job.queued_at, self.now() - started), None)
 
     def _run_pass(self, scheduled: Sequence[tuple[_QueuedStep, int]]) -> None:
         """One forward pass over the next tokens of some steps of one stage."""
@@ -528,7 +529,7 @@ class Engine:
         if not step.claim.acquire(blocking=False):
             return False
         try:
-            step.prepare(self._now())
+            step.prepare(self.now())
         except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
             self._resolve(step, None, error)
             return False
@@ -542,7 +543,7 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
             self._fail(step, error)
             return
-        now = self._now()
+        now = self.now()
         self._resolve(step, Timed(value, step.started_at - step.queued_at, now - step.started_at), None)
         if step.decode:
             step.learned.arrivals.decoded(step.task.session, step.rows * step.tokens, step.queued_at, now)

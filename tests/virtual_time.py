@@ -1,0 +1,201 @@
+"""An event loop whose time jumps to the next timer when nothing is ready, and what a simulation needs beside.
+
+Nothing waits: an hour of timers takes as long as what they start. In virtual time all code runs on the loop's
+thread, so that the same program does the same things in the same order, however busy the machine is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+import selectors
+from collections.abc import Callable, Coroutine
+from functools import cache
+from typing import Any, TypeVar
+
+import anyio.lowlevel
+import anyio.to_thread
+import pytest
+
+from swarmkit.clock import Clock
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.stage import Stage
+from swarmkit.net.registry.envelope import Envelope
+from swarmkit.net.transport.identity import Identity
+from swarmkit.server import model_server as server_module
+from swarmkit.server.engine import engine as engine_module
+
+T = TypeVar("T")
+
+EPOCH = 1_800_000_000.0
+"""Unix time at which virtual time begins."""
+
+
+class StalledError(AssertionError):
+    """Nothing is ready and no timer is set: the program would wait for ever."""
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """asyncio's loop, on which time passes only while it waits, and then at once."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        super().__init__(_Jump(self))
+
+    def time(self) -> float:
+        return self._now
+
+    def jump(self, seconds: float) -> None:
+        """Let so many seconds pass."""
+        self._now += seconds
+
+
+class _Jump(selectors.SelectSelector):
+    """Waits for no file for longer than an instant: the loop's time passes instead."""
+
+    def __init__(self, loop: VirtualTimeLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None:
+            raise StalledError("nothing is ready and no timer is set")
+        if timeout > 0:
+            self._loop.jump(timeout)
+            return []
+        return super().select(0)
+
+
+class VirtualClock:
+    """The loop's time as a `Clock`."""
+
+    def __init__(self, loop: VirtualTimeLoop) -> None:
+        self.now = loop.time
+        self.time = lambda: EPOCH + loop.time()
+
+
+class VirtualWorker:
+    """A `Worker` whose turns run on the loop in an instant, and whose outcomes arrive when they would have.
+
+    What runs in a turn says with `spend` how long it takes.
+    """
+
+    running: VirtualWorker | None = None
+    """Whose turn is running."""
+
+    def __init__(self, name: str, clock: Clock) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._spent_s = 0.0
+        self._free_at = 0.0
+        self._next: asyncio.TimerHandle | None = None
+        self._stopped = False
+
+    def now(self) -> float:
+        return self._loop.time() + self._spent_s
+
+    def spend(self, seconds: float) -> None:
+        """The turn that runs takes so much longer."""
+        self._spent_s += seconds
+
+    def start(self, turn: Callable[[], float | None], end: Callable[[], None]) -> None:
+        self._turn, self._end = turn, end
+
+    def ring(self) -> None:
+        self._schedule(max(self._loop.time(), self._free_at))
+
+    def stop(self) -> None:
+        if self._next is not None:
+            self._next.cancel()
+        if not self._stopped:
+            self._stopped = True
+            self._end()
+
+    def join(self) -> None:
+        pass
+
+    def deliver(self, loop: asyncio.AbstractEventLoop, act: Callable[..., object], *args: object) -> None:
+        loop.call_at(self.now(), act, *args)
+
+    def _schedule(self, at: float) -> None:
+        if self._stopped or (self._next is not None and self._next.when() <= at):
+            return
+        if self._next is not None:
+            self._next.cancel()
+        self._next = self._loop.call_at(at, self._run)
+
+    def _run(self) -> None:
+        self._next = None
+        VirtualWorker.running = self
+        try:
+            pause_s = self._turn()
+        finally:
+            VirtualWorker.running = None
+            self._free_at, self._spent_s = self.now(), 0.0
+        if pause_s is not None:
+            self._schedule(self._free_at + pause_s)
+
+
+class SharedStages:
+    """Loads each run of blocks once; servers get copies that share its weights and take virtual time."""
+
+    def __init__(self, checkpoint: Checkpoint, seconds: Callable[[int], float]) -> None:
+        """Args: seconds: that a forward pass over so many rows x tokens takes."""
+        self._checkpoint = checkpoint
+        self._seconds = seconds
+        self._load = Stage.load
+        self._loaded: dict[tuple[int, int], Stage] = {}
+
+    def decode_rate(self, stage: Stage, now: Callable[[], float]) -> float:
+        """As `measure_decode_rate`, of what would always be measured here."""
+        return 1 / self._seconds(1)
+
+    def load(self, checkpoint: Checkpoint, start: int, stop: int, **options: Any) -> Stage:
+        """As `Stage.load`."""
+        if checkpoint is not self._checkpoint:
+            return self._load(checkpoint, start, stop, **options)
+        if (start, stop) not in self._loaded:
+            options.pop("progress", None)
+            self._loaded[start, stop] = self._load(checkpoint, start, stop, **options)
+        shared = self._loaded[start, stop]
+        stage = object.__new__(Stage)
+        stage.__dict__.update(shared.__dict__)
+
+        def forward_many(parts: Any) -> Any:
+            worker = VirtualWorker.running
+            assert worker is not None, "a forward pass outside of an engine's turn"
+            worker.spend(self._seconds(sum(part.hidden.shape[0] * part.hidden.shape[1] for part in parts)))
+            return shared.forward_many(parts)
+
+        stage.forward_many = forward_many  # type: ignore[method-assign]
+        return stage
+
+
+def run(main: Callable[[VirtualClock], Coroutine[Any, Any, T]], stages: SharedStages, seed: int = 0) -> T:
+    """Run a coroutine in virtual time, with identities and secrets from a seed, and without threads."""
+    chance = random.Random(seed)
+    loop = VirtualTimeLoop()
+    with pytest.MonkeyPatch.context() as patch, asyncio.Runner(loop_factory=lambda: loop) as runner:
+        patch.setattr(engine_module, "ThreadWorker", VirtualWorker)
+        patch.setattr(anyio.to_thread, "run_sync", _run_here)
+        patch.setattr(Stage, "load", stages.load)
+        # Pure functions of many peers, all of which read the same records of the same model.
+        patch.setattr(Envelope, "read", cache(Envelope.read))
+        patch.setattr(server_module, "ensure_servable", lambda config: None)
+        patch.setattr(server_module, "measure_decode_rate", stages.decode_rate)
+        patch.setattr(secrets, "token_hex", lambda size=32: chance.randbytes(size).hex())
+        patch.setattr(Identity, "__init__", _seeded(Identity.__init__, chance))
+        return runner.run(main(VirtualClock(loop)))
+
+
+async def _run_here(act: Callable[..., T], *args: object, **options: object) -> T:
+    """In the place of `anyio.to_thread.run_sync`."""
+    await anyio.lowlevel.checkpoint()
+    return act(*args)
+
+
+def _seeded(init: Callable[..., None], chance: random.Random) -> Callable[..., None]:
+    def seeded(self: Identity, seed: bytes | None = None) -> None:
+        init(self, seed or chance.randbytes(32))
+
+    return seeded
