@@ -134,6 +134,12 @@ class NodeSettings(SettingsGroup):
         description="How many tokens of keys and values a server leaves room for when it counts the blocks "
         "that fit into its memory.",
     )
+    throughput: float | None = Field(
+        default=None,
+        gt=0,
+        description="How many decode steps per second the server announces that it computes. Without a "
+        "value, it measures this when it starts.",
+    )
     drain_timeout_s: float = Field(
         default=30.0, ge=0, description="How long a server that leaves waits for its sessions to move away."
     )

@@ -113,8 +113,7 @@ def ensure_servable(config: PreTrainedConfig) -> Verdict:
     """
     family_of(config.model_type)
     with _CHECKING:
-        tiny = shrink(config)
-        key = f"check:{_identity(tiny)}"
+        tiny, key = _shrunk_once(config)
         known = recall(key)
         try:
             verdict = Verdict(**known)
@@ -128,6 +127,18 @@ def ensure_servable(config: PreTrainedConfig) -> Verdict:
         )
     return verdict
 
+
+def _shrunk_once(config: PreTrainedConfig) -> tuple[PreTrainedConfig, str]:
+    """Return `shrink(config)` and the name under which its verdict is remembered."""
+    asked = f"{type(config)} {family_of(config.model_type)!r} {json.dumps(config.to_dict(), default=str)}"
+    if asked not in _SHRUNK:
+        tiny = shrink(config)
+        _SHRUNK[asked] = tiny, f"check:{_identity(tiny)}"
+    return _SHRUNK[asked]
+
+
+_SHRUNK: dict[str, tuple[PreTrainedConfig, str]] = {}
+"""What `shrink` made of each config in this process, as it makes a model to see that its config works."""
 
 _CHECKING = threading.Lock()
 """Several servers in one process need the verdict once."""

@@ -141,6 +141,18 @@ def test_a_verdict_is_found_once_and_remembered(monkeypatch: pytest.MonkeyPatch)
         ensure_servable(tiny_config("llama"))
 
 
+def test_a_config_is_made_small_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    ensure_servable(tiny_config("llama"))
+
+    def not_again(*args: object) -> None:
+        raise AssertionError("made small twice")
+
+    monkeypatch.setattr(check, "shrink", not_again)
+    ensure_servable(tiny_config("llama"))
+    with pytest.raises(AssertionError, match="made small twice"):
+        ensure_servable(tiny_config("llama", max_position_embeddings=77))
+
+
 def test_what_differs_is_not_servable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quirks, "FAMILIES", {**FAMILIES, "granite": Family()})
     for _ in range(2):

@@ -35,6 +35,7 @@ from swarmkit.node.node import Node
 from swarmkit.server.config import ServerConfig
 from swarmkit.settings import ServerSettings
 
+from ..conftest import THROUGHPUT
 from ..net.worlds import own_tasks
 from ..waiting import eventually
 from .worlds import HIDDEN, TinyClient, World, hidden_states
@@ -204,10 +205,22 @@ async def test_a_server_announces_what_it_computes_in(here: Neighbourhood) -> No
     assert announcement.dtype == "bfloat16"
 
 
-async def test_a_server_announces_how_fast_it_is_and_how_much_fits(here: Neighbourhood) -> None:
+async def test_a_server_measures_how_fast_it_is(here: Neighbourhood, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(THROUGHPUT)
     await here.start(num_blocks=1)
     (announcement,) = await here.seen()
-    assert announcement.throughput > 0
+    assert announcement.throughput not in (0, 1.0)  # it takes 1 to be typical until it has measured
+
+
+async def test_a_server_announces_the_throughput_of_its_settings(here: Neighbourhood) -> None:
+    await here.start(num_blocks=1, settings=ServerSettings().replace(throughput=12.5))
+    (announcement,) = await here.seen()
+    assert announcement.throughput == 12.5
+
+
+async def test_a_server_announces_how_much_fits(here: Neighbourhood) -> None:
+    await here.start(num_blocks=1)
+    (announcement,) = await here.seen()
     assert announcement.free_cache_tokens > 0
 
 
