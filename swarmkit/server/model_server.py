@@ -41,7 +41,7 @@ from swarmkit.server.adapters.service import load_hosted
 from swarmkit.server.announcer import Announcer
 from swarmkit.server.cache.kv_budget import KVBudget
 from swarmkit.server.config import ServerConfig
-from swarmkit.server.engine.engine import BULK, Engine
+from swarmkit.server.engine.engine import BULK, Engine, EngineClosedError
 from swarmkit.server.engine.throughput import measure_decode_rate
 from swarmkit.server.engine.trim_malloc import trim_malloc
 from swarmkit.server.placement import Served, choose_blocks
@@ -65,8 +65,15 @@ class _Run:
         self.drain_timeout = 0.0
 
     def leave(self, drain_timeout: float) -> None:
+        """End once all sessions have moved away, at the latest after `drain_timeout` seconds."""
         self.drain_timeout = drain_timeout
         self.told_to_leave.set()
+
+    async def end_within(self, drain_timeout: float) -> None:
+        """Wait for the end of a run that drains already, but for `drain_timeout` seconds at most."""
+        with anyio.move_on_after(drain_timeout):
+            await self.ended.wait()
+        self.serving.skip_drain()
 
 
 class ModelServer:
@@ -160,15 +167,16 @@ class ModelServer:
                 self._current = await self._begin(blocks)
                 old.leave(self.config.settings.node.drain_timeout_s)
             else:
-                await self._replace(old, blocks)
+                del old  # so that its stage can go
+                await self._replace(blocks)
 
-    async def _replace(self, old: _Run, blocks: tuple[int, int]) -> None:
-        """Move where there is no room for both."""
-        held = old.serving.blocks
-        old.leave(self.config.settings.node.drain_timeout_s)
-        await old.ended.wait()
+    async def _replace(self, blocks: tuple[int, int]) -> None:
+        """Move where there is no room for both the old and the new blocks."""
+        assert self._current is not None
+        held, ended = self._current.serving.blocks, self._current.ended
+        self._current.leave(self.config.settings.node.drain_timeout_s)
+        await ended.wait()
         self._current = None
-        del old  # with it goes the stage
         try:
             self._current = await self._begin(blocks)
         except Exception:
@@ -220,7 +228,10 @@ class ModelServer:
                 task_status.started()
                 await self._stop.wait()
                 for run in self._runs:
-                    run.leave(self._drain_timeout)
+                    if run.told_to_leave.is_set():
+                        self._tasks.start_soon(run.end_within, self._drain_timeout)
+                    else:
+                        run.leave(self._drain_timeout)
         self.events.emit(ServerLeft(**self._now()))
         self.events.close()
 
@@ -303,14 +314,16 @@ class ModelServer:
             del stage
             self._runs.append(run)
             run.serving.set_limits(self.limits)
+            ended = run.ended
             try:
                 async with run.serving:
                     await self._announce(run, announcer, rate, task_status)
             finally:
                 self._runs.remove(run)
-                run.ended.set()
-        del run
-        await engine.run(trim_malloc, BULK)
+                del run  # and with it the stage
+                with anyio.CancelScope(shield=True), contextlib.suppress(EngineClosedError):
+                    await engine.run(trim_malloc, BULK)
+                ended.set()
 
     async def _take_back(self, announcer: Announcer) -> None:
         """Tell the swarm that blocks which were announced will not come, but for a crash."""
