@@ -35,7 +35,12 @@ HIVEMIND_FILES = {
 }
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-each_source = pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+
+
+def offences(of: Callable[[Path], Iterable[str]]) -> dict[str, list[str]]:
+    """What `of(source)` finds in each file of the package, by the file's path, where it finds anything."""
+    found = {str(source.relative_to(PACKAGE)): sorted(of(source)) for source in SOURCES}
+    return {path: finds for path, finds in found.items() if finds}
 
 
 @cache
@@ -76,20 +81,23 @@ def test_every_room_has_its_floor() -> None:
     assert {room_of(source) for source in SOURCES} - {"__init__"} == ROOMS
 
 
-@each_source
-def test_imports_point_downwards(source: Path) -> None:
+def imported_upwards(source: Path) -> list[str]:
     own = room_of(source)
     if own == "__init__":
-        return  # the door of the package, which loads names from every room when they are asked for
+        return []  # the package's face loads names from every room when they are asked for
     named = {name.split(".")[1] for name in imported_by(source) if name.startswith("swarmkit.")}
-    upwards = [room for room in (named & ROOMS) - {own} if floor_of(room) >= floor_of(own)]
-    assert upwards == []
+    return [room for room in (named & ROOMS) - {own} if floor_of(room) >= floor_of(own)]
 
 
-@each_source
-def test_hivemind_is_imported_by_its_own_folder_only(source: Path) -> None:
-    uses = any(name.split(".")[0] == "hivemind" for name in imported_by(source))
-    assert not uses or source in HIVEMIND_FILES
+def test_imports_point_downwards() -> None:
+    assert offences(imported_upwards) == {}
+
+
+def test_hivemind_is_imported_by_its_own_folder_only() -> None:
+    def of_hivemind(source: Path) -> list[str]:
+        return [name for name in imported_by(source) if name.split(".")[0] == "hivemind"]
+
+    assert {PACKAGE / path for path in offences(of_hivemind)} <= HIVEMIND_FILES
 
 
 @pytest.mark.parametrize("room", ["net", "models"])
@@ -229,9 +237,18 @@ def undocumented(source: Path) -> Iterator[str]:
             yield node.name
 
 
-@each_source
-def test_what_is_public_says_what_it_is(source: Path) -> None:
-    assert list(undocumented(source)) == []
+def test_what_is_public_says_what_it_is() -> None:
+    assert offences(undocumented) == {}
+
+
+def test_no_two_classes_of_the_package_share_a_name() -> None:
+    """A name that stands for one thing can be searched for, and read without its module."""
+    places: dict[str, list[str]] = {}
+    for source in SOURCES:
+        for node in ast.walk(parsed(source)):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(f"{source.relative_to(PACKAGE)}:{node.lineno}")
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 
 # tests
