@@ -388,9 +388,17 @@ class StageReplica:
         """Where the time went that was waited for these answers."""
         # A server's own times are claims: they cannot be more than what passed here.
         hop, total_ms = self.hop, seconds * 1e3
-        compute_ms = min(max(sum(answer.done.compute_ms for answer in answers), 0.0), total_ms)
-        queue_ms = min(max(sum(answer.done.queue_ms for answer in answers), 0.0), total_ms - compute_ms)
-        hidden = [answer.done.hidden for answer in answers]
+        compute_ms = queue_ms = expected_ms = 0.0
+        received = ahead = 0
+        for answer in answers:
+            done = answer.done
+            compute_ms += done.compute_ms
+            queue_ms += done.queue_ms
+            expected_ms += done.expected_ms
+            received += done.hidden.nbytes
+            ahead = max(ahead, done.ahead)
+        compute_ms = min(max(compute_ms, 0.0), total_ms)
+        queue_ms = min(max(queue_ms, 0.0), total_ms - compute_ms)
         sent, self._sent_bytes = self._sent_bytes, 0
         return HopTrace(
             hop.server.peer_id,
@@ -401,11 +409,11 @@ class StageReplica:
             compute_ms,
             total_ms - compute_ms - queue_ms,
             sent,
-            sum(spec.nbytes for spec in hidden),
+            received,
             self._sent_codec if sent else "none",
-            hidden[-1].codec,
-            max(answer.done.ahead for answer in answers),
-            sum(answer.done.expected_ms for answer in answers),
+            answers[-1].done.hidden.codec,
+            ahead,
+            expected_ms,
         )
 
     def _connected(self) -> StageConnection:

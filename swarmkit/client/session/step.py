@@ -132,8 +132,9 @@ class StepExecution:
                 stage.drop()
             raise
         self._swarm.bans.worked(stage.hop.server.peer_id)
-        outputs = [result.output for result in results]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        if len(results) == 1:
+            return results[0].output
+        return torch.cat([result.output for result in results], dim=1)
 
     # ------------------------------------------------------------------ a stage that is sent its inputs
 
@@ -245,11 +246,11 @@ class StepExecution:
 
     def _account(self, stage: StageReplica, results: list[StepResult], size: int) -> None:
         """Note how long a stage took: since the outputs of the previous one were here."""
-        last = max(result.arrived_at for result in results)
+        last, at_work = results[-1].arrived_at, 0.0
+        for result in results:
+            at_work += (result.done.compute_ms + result.done.queue_ms) / 1e3
         seconds = max(last - self._arrived_at, 0.0)
         # While stages worked at once, each of them was at work for longer than it was waited for.
-        at_work = sum(result.done.compute_ms + result.done.queue_ms for result in results) / 1e3
-        whole = last - results[0].asked_at
-        stage.observe(size, max(seconds, min(at_work, whole)))
+        stage.observe(size, max(seconds, min(at_work, last - results[0].asked_at)))
         self.hops.append(stage.trace(results, seconds))
         self._arrived_at = max(last, self._arrived_at)

@@ -31,7 +31,8 @@ any            (end of stream)          `Unlinked`, to the session's client
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from functools import cache
+from typing import Annotated, Literal, get_args
 
 import msgspec
 
@@ -336,5 +337,19 @@ def printable(text: str) -> str:
 
 def tensor_specs(message: msgspec.Struct) -> list[TensorSpec]:
     """The tensors of a message, in the order in which their bytes stand in the payload."""
-    values = (getattr(message, field) for field in message.__struct_fields__)
-    return [value for value in values if isinstance(value, TensorSpec)]
+    specs = []
+    for name in _tensor_fields(type(message)):
+        spec = getattr(message, name)
+        if spec is not None:
+            specs.append(spec)
+    return specs
+
+
+@cache
+def _tensor_fields(kind: type[msgspec.Struct]) -> tuple[str, ...]:
+    """The fields of a message that hold a tensor, or None."""
+    return tuple(
+        field.name
+        for field in msgspec.structs.fields(kind)
+        if field.type is TensorSpec or TensorSpec in get_args(field.type)
+    )
