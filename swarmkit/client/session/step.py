@@ -131,7 +131,9 @@ class StepExecution:
             if not stage.survives(error):
                 stage.drop()
             raise
-        self._swarm.bans.worked(stage.hop.server.peer_id)
+        peer_id, bans = stage.hop.server.peer_id, self._swarm.bans
+        if peer_id in bans.failures:
+            bans.worked(peer_id)
         if len(results) == 1:
             return results[0].output
         return torch.cat([result.output for result in results], dim=1)

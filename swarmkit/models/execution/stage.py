@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
@@ -359,6 +359,8 @@ class Stage:
         return adapter
 
     def _adapted(self, cache: StageCache, hidden: Tensor, past: int) -> AbstractContextManager[None]:
+        if cache.adapter is None:
+            return nullcontext()
         segment = Segment.of(cache.adapter, hidden, past)
         return self._adapters.applied(cache.start, cache.stop, [segment])
 
