@@ -1,9 +1,9 @@
-"""Whether an architecture can be cut into blocks and still is the same model, found out by doing it.
+"""Checking that an architecture, cut into blocks, still is the same model.
 
 From a config alone a tiny random model of the same architecture is made: as narrow as the architecture
-allows, with the few consecutive blocks that show each kind of block it has. It is stored, loaded whole by
+allows, with the few consecutive blocks that show each kind of block it has. It is stored, loaded uncut by
 transformers, and loaded again in stages, cut at every boundary, exactly as servers and clients load theirs.
-Both must give the same logits and the same gradients.
+Both must give the same logits, and the same gradients by the backward pass that servers run.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from swarmkit.models.kv import cache, contiguous, state_history
 from swarmkit.models.loading import loader
 
 TOLERANCE = 1e-4
-"""The largest difference that counts as equal, relative to the largest value. A right cut differs by the
-rounding of float32, some 1e-6; every wrong one that was ever seen by more than 1e-2."""
+"""The largest difference that counts as equal, relative to the largest value. A correct cut differs by the
+rounding of float32, some 1e-6; all wrong ones seen so far differ by more than 1e-2."""
 
 _BLOCKS_AT_A_TIME = 2
 """Servers run backward passes in pieces, between which they run what is more urgent; so does a check."""
@@ -63,15 +63,15 @@ _Narrower: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check has found.
+    """The result of a check.
 
     Attributes:
         model_type: the architecture.
         agrees: whether every cut equals the uncut model.
-        cuts: how many ways to cut it were tried.
+        cuts: number of ways to cut it that were tried.
         worst_prefill, worst_decode, worst_backward: the largest difference, relative to the largest value.
-        reason: what is wrong, in a sentence for people; empty if it agrees.
-        seconds: how long it took.
+        reason: one sentence that says what is wrong; empty if it agrees.
+        seconds: duration of the check.
     """
 
     model_type: str
@@ -85,7 +85,7 @@ class Verdict:
 
 
 def config_of(model: str, *, revision: str | None = None, token: str | None = None) -> PreTrainedConfig:
-    """The config that `model` names: what `Checkpoint.open` takes, a config file, or a model type.
+    """Return the config that `model` names: what `Checkpoint.open` takes, a config file, or a model type.
 
     Raises:
         ModelError: there is no such thing.
@@ -109,7 +109,7 @@ def ensure_servable(config: PreTrainedConfig) -> Verdict:
     """Check an architecture, unless this machine has done so before with the same code.
 
     Raises:
-        ModelError: it is refused, or a cut model is not the same as the whole one.
+        ModelError: it is refused, or a cut model is not the same as the uncut one.
     """
     family_of(config.model_type)
     with _CHECKING:
@@ -141,13 +141,13 @@ _SHRUNK: dict[str, tuple[PreTrainedConfig, str]] = {}
 """What `shrink` made of each config in this process, as it makes a model to see that its config works."""
 
 _CHECKING = threading.Lock()
-"""Several servers in one process need the verdict once."""
+"""Held while checking: several servers in one process need the verdict once."""
 
 
 def check_architecture(config: PreTrainedConfig) -> Verdict:
-    """Make a tiny model like `config`, cut it at every boundary, and compare; takes seconds.
+    """Make a tiny model like `config`, cut it at every boundary, and compare, which takes seconds.
 
-    The random state is left as it was.
+    The state of the random generators is unchanged afterwards.
     """
     try:
         family_of(config.model_type)
@@ -162,7 +162,7 @@ def _disagrees(model_type: str, reason: str) -> Verdict:
 
 
 def _identity(tiny: PreTrainedConfig) -> str:
-    """A hash of all that a verdict depends on."""
+    """Return a hash of all that a verdict depends on."""
     digest = hashlib.sha256(json.dumps(tiny.to_dict(), sort_keys=True, default=str).encode())
     for part in (__version__, transformers.__version__, torch.__version__, repr(family_of(tiny.model_type))):
         digest.update(f"\0{part}".encode())
@@ -175,7 +175,7 @@ def _identity(tiny: PreTrainedConfig) -> str:
 
 
 def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A config of the same architecture that is as small as can be and still shows each kind of block.
+    """Make a config of the same architecture, as small as possible, that still shows each kind of block.
 
     Raises:
         ModelError: no small model of this architecture could be made.
@@ -202,7 +202,7 @@ def _is_known(config: PreTrainedConfig) -> bool:
 
 
 def _shrunk(config: PreTrainedConfig, narrower: _Narrower) -> PreTrainedConfig | Exception:
-    """One way to make a config small, or why that is no model of the architecture."""
+    """Make a config small in one way; returns the error if that is no model of the architecture."""
     try:
         values = narrower(config.to_dict() | _no_words(config))
         tiny = _some_blocks(type(config).from_dict(values))
@@ -251,7 +251,7 @@ _AT_MOST: Mapping[str, int] = {
 
 
 def _few_experts(values: dict[str, Any]) -> dict[str, Any]:
-    """Fewer experts and shorter windows, which few other numbers depend on."""
+    """Make experts fewer and windows shorter, which few other numbers depend on."""
     return values | {
         name: min(value, 4 if name in _EXPERTS else _AT_MOST[name])
         for name, value in values.items()
@@ -260,13 +260,13 @@ def _few_experts(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _narrow_keeping_heads(values: dict[str, Any]) -> dict[str, Any]:
-    """Narrow, with heads as many as there are."""
+    """Make a config narrow, with as many heads as it has."""
     return _narrow(values, heads=None)
 
 
 def _narrow(values: dict[str, Any], heads: int | None = 4) -> dict[str, Any]:
-    """A narrow model of `heads` heads, by what configs usually call their numbers."""
-    # What is left open means: as the heads have it.
+    """Make a config narrow, with `heads` heads, by the names that configs usually use."""
+    # An open value follows from the number of heads.
     values = values | {name: 1 for name in ("head_dim",) if name in values and values[name] is None}
     named = {name: value for name, value in values.items() if _is_count(value)}
     total = next((named[n] for n in ("num_attention_heads", "n_head", "n_heads") if n in named), 4)
@@ -305,7 +305,7 @@ def _narrow(values: dict[str, Any], heads: int | None = 4) -> dict[str, Any]:
 
 
 def _narrow_rope(rope: dict[str, Any], head_dim: int) -> dict[str, Any]:
-    """Factors that there are for each frequency, for fewer of them."""
+    """Shorten lists of factors that have one entry per frequency."""
     half = int(head_dim * (rope.get("partial_rotary_factor") or 1.0)) // 2
     shorter: dict[str, Any] = {}
     for name, value in rope.items():
@@ -321,7 +321,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _some_blocks(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The first run of consecutive blocks, at least four if there are, that has every kind of block."""
+    """Cut to the first consecutive blocks, at least four if there are, that have every kind of block."""
     kinds = _kinds(config)
     total = len(kinds)
     for length in range(min(4, total), min(_LONGEST, total) + 1):
@@ -339,7 +339,7 @@ def _some_blocks(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _kinds(config: PreTrainedConfig) -> list[str]:
-    """What each block is like: its parameters, and what lists with an entry per block say of it."""
+    """Describe each block by its parameters, modules and entries in lists that have one per block."""
     found = anatomy_of(config)
     blocks: Any = skeleton_of(found.base_class, config).get_submodule(found.layers)
     lists = [
@@ -357,7 +357,7 @@ def _kinds(config: PreTrainedConfig) -> list[str]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Anything random inside has no effect outside."""
+    """Keep random numbers that are used inside from having an effect outside."""
     with loader(), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         yield
@@ -380,7 +380,7 @@ def _store(config: PreTrainedConfig, folder: str) -> None:
 
 @dataclass
 class _Results:
-    """What a model, whole or cut, gives for the same inputs."""
+    """The outputs of a model, uncut or cut, for the same inputs."""
 
     prefill: list[Tensor]
     decode: list[Tensor]
@@ -388,7 +388,7 @@ class _Results:
 
 
 class _Chain(nn.Module):
-    """What a head calls: the stages of one cut, in this process, and one session of them."""
+    """The blocks of a head: the stages of one cut, in this process, and one session of them."""
 
     def __init__(self, stages: list[Stage]) -> None:
         super().__init__()
@@ -427,7 +427,7 @@ class _Chain(nn.Module):
 
 
 def _check(tiny: PreTrainedConfig) -> Verdict:
-    """Compare every cut of a tiny model with the whole one."""
+    """Compare every cut of a tiny model with the uncut one."""
     started = time.monotonic()
     cuts = 0
     worst = [0.0, 0.0, 0.0]
@@ -485,7 +485,7 @@ def _prompts() -> Iterator[tuple[Tensor, Tensor | None]]:
 
 
 def _run(model: Any, start: Callable[[], None]) -> _Results:
-    """Prefill and decode, with tokens that are always the same, so that one difference stays one."""
+    """Run prefill and decode steps with tokens that are always the same, so that one difference stays one."""
     results = _Results([], [])
     generator = torch.Generator().manual_seed(6)
     steps = torch.randint(3, _VOCABULARY, (2, _STEPS), generator=generator)
@@ -507,7 +507,7 @@ def _run(model: Any, start: Callable[[], None]) -> _Results:
                     **{cache_argument(type(model)): cache},
                 ).logits.float()
             if mask is not None:
-                # What a model says of padding means nothing.
+                # Outputs at padding mean nothing.
                 out = out * mask[:, past:, None]
             (results.decode if number else results.prefill).append(out)
             past, step = length, steps[:, number : number + 1]
@@ -516,7 +516,7 @@ def _run(model: Any, start: Callable[[], None]) -> _Results:
 
 
 def _run_local(local: Any, config: PreTrainedConfig) -> tuple[_Results, Tensor, Tensor]:
-    """The whole model's results, the gradient at its first block, and the one at its last that was given."""
+    """Return the uncut model's results, the gradient at its first block, and that given at its last."""
     found = anatomy_of(config)
     blocks: Any = local.get_submodule(found.prefix).get_submodule(found.layers)
     seen: dict[str, Tensor] = {}
@@ -554,6 +554,6 @@ def _gradient_of(chain: _Chain, model: Any, given: Tensor) -> Tensor:
 
 
 def _difference(found: list[Tensor], wanted: list[Tensor]) -> float:
-    """The largest difference relative to the largest value; infinite where something is not a number."""
+    """Return the largest difference, relative to the largest value; infinite if a value is not a number."""
     by = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True))
     return by if by == by else float("inf")

@@ -1,4 +1,4 @@
-"""Handing tensors to transformers' own loader, and refusing whatever it would have made up."""
+"""Loading tensors with transformers' own loader, and refusing models for which it would invent some."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def load_model(
     quantization: Any | None = None,
     name: str = "",
 ) -> PreTrainedModel:
-    """A frozen model in evaluation mode, made of exactly `tensors`.
+    """Make a frozen model in evaluation mode of exactly `tensors`.
 
-    transformers renames and fuses tensors as the architecture wants it (experts of a mixture, for instance).
+    transformers renames and fuses tensors as the architecture needs it (experts of a mixture, for instance).
 
     Raises:
         ModelError: a weight is missing, left over or of another shape; `name` says of which checkpoint.
@@ -92,7 +92,7 @@ def _shapes_that_differ(
 
 @contextmanager
 def loader() -> Iterator[None]:
-    """The right to use transformers' loader, without its progress bar and load report."""
+    """Hold the right to use transformers' loader, without its progress bar and load report."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def silent(record: logging.LogRecord) -> bool:

@@ -88,29 +88,29 @@ def weight_bytes(checkpoint: Checkpoint, precision: Precision) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """What fits into one machine's memory. Sizes in bytes."""
+    """What fits into the memory of one machine. Sizes are in bytes."""
 
     memory_bytes: int
     precision: str
     num_blocks: int
-    """Of the whole model."""
+    """Blocks of the model."""
     block_bytes: int
-    """Weights of the largest block in the precision."""
+    """Bytes of the weights of the largest block in the precision."""
     kv_bytes_per_block: int
     """Cache of `cache_tokens` tokens in one block, in sessions of `SESSION_TOKENS`, and static KV slots."""
     workspace_bytes: int
-    """The runtime, the activations of the largest step, and what training keeps."""
+    """Bytes of the runtime, the activations of the largest step, and what training keeps."""
     cache_tokens: int
 
     @property
     def blocks_that_fit(self) -> int:
-        """0 if not even one fits; never more than the model has."""
+        """Number of blocks that fit; at most as many as the model has."""
         left = self.memory_bytes - self.workspace_bytes
         return max(0, min(self.num_blocks, left // (self.block_bytes + self.kv_bytes_per_block)))
 
     @property
     def machines_needed(self) -> int | None:
-        """Machines of this size for one copy of the whole model; None if a block does not fit."""
+        """Number of such machines that one copy of the model takes; None if not one block fits."""
         fit = self.blocks_that_fit
         return -(-self.num_blocks // fit) if fit else None
 
@@ -130,9 +130,9 @@ def plan(
     row_tokens: int = 0,
     block_bytes: int | None = None,
 ) -> Plan:
-    """Weights in the precision + cache for `cache_tokens` + workspace, against `memory_bytes`.
+    """Compare weights in the precision, cache for `cache_tokens` and workspace with `memory_bytes`.
 
-    The skeletons of the blocks are built on the meta device: nothing is downloaded, nothing allocated.
+    The skeletons of the blocks are built on the meta device: nothing is downloaded or allocated.
 
     Args:
         kv_bytes_per_token_per_block: in the precision's dtype, from `cache_cost`.
@@ -200,8 +200,8 @@ def plan_checkpoint(
 
 
 def device_memory_bytes(device: str) -> int:
-    """Memory that a server may plan with: free memory of a CUDA device, half of a Mac's, what is available of
-    the machine's for a CPU.
+    """Return the bytes that a server may plan with: the free memory of a CUDA device, what Metal recommends
+    on a Mac, or the machine's available memory for a CPU.
     """
     kind = torch.device(device).type
     if kind == "cuda":
@@ -214,10 +214,10 @@ def device_memory_bytes(device: str) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """Read a size as people write it: "24GiB", "24 GB", "512MiB".
+    """Read a size such as "24GiB", "24 GB" or "512MiB".
 
     Raises:
-        UsageError: not a size.
+        UsageError: it is not a size.
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?I?B?)\s*", text.upper())
     if not found or found[2] not in _UNITS:
@@ -226,7 +226,7 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """A size for people, in binary units."""
+    """Write a size in binary units, such as "24.0 GiB"."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from swarmkit.errors import ModelError
+from swarmkit.models.checkpoint.byte_ranges import ByteRange, coalesce, merge, subtract
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.checkpoint.pickles import open_pickle
-from swarmkit.models.checkpoint.ranges import ByteRange, coalesce, merge, subtract
 from swarmkit.models.checkpoint.store import SPARE_BYTES, BlockStore
 from swarmkit.models.checkpoint.store_format import (
     FormatError,

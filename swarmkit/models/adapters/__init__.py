@@ -1,3 +1,1 @@
-"""LoRA adapters and deep prompts: their values, their files, and the hooks that apply them in a forward
-pass.
-"""
+"""LoRA adapters and deep prompts: their values, files, and the hooks that apply them in a forward pass."""

@@ -1,18 +1,19 @@
-"""An adapter: a few trained numbers that change what some blocks do, while their weights stay as they are.
+"""An adapter: a few trained numbers that change what some blocks compute, while their weights stay as they
+are.
 
-Two kinds, which may come together:
+There are two kinds, which may be combined:
 
 * LoRA (Hu et al., ICLR 2022, section 4.1): beside a linear layer W of a block, y = W x + s B A x, where A is
   [rank, in], B is [out, rank] and s is a number;
 * deep prompts (Liu et al., "P-Tuning v2", 2022; in the additive form of Petals): P vectors for each block,
   added to its inputs at the positions 0 .. P - 1 of the sequence.
 
-All values are one flat vector, block by block, so that what any run of blocks needs is one piece of it::
+All values are one flat vector, block by block, so that consecutive blocks need one piece of it::
 
     | A, B of each module, by name | prompts [P, hidden] | A, B of each module …
     └─────────────────── block a ──────────────────────┘ └── block a + 1 …
 
-Everything here is plain data; `tuner` applies it, `adapter_files` reads it.
+All of this is plain data; `hooks` applies it, `files` reads it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Lora(NamedTuple):
-    """What stands beside one linear layer: rank, and s; named as inside the block ("self_attn.q_proj")."""
+    """LoRA of one linear layer, by its name inside the block ("self_attn.q_proj"): its rank, and s."""
 
     block: int
     module: str
@@ -47,11 +48,11 @@ class Lora(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What an adapter for blocks [start, stop) is made of, without its values.
+    """The form of an adapter for blocks [start, stop), without its values.
 
     Attributes:
         lora: sorted by block and module, each at most once.
-        prompt_tokens: P; 0 for none.
+        prompt_tokens: P, the number of prompt vectors; 0 for none.
     """
 
     start: int
@@ -78,7 +79,7 @@ class AdapterSpec:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it changes nothing."""
+        """Whether the adapter changes nothing."""
         return not self.lora and not self.prompt_tokens
 
     @property
@@ -86,18 +87,18 @@ class AdapterSpec:
         return range(self.start, self.stop)
 
     def within(self, start: int, stop: int) -> AdapterSpec:
-        """The part for blocks [start, stop) of these."""
+        """The part of the spec for blocks [start, stop)."""
         lora = tuple(one for one in self.lora if start <= one.block < stop)
         return AdapterSpec(start, stop, lora, self.prompt_tokens)
 
 
 @dataclass(frozen=True)
 class Fittings:
-    """What blocks have for an adapter to attach to.
+    """The linear layers that an adapter can attach to.
 
     Attributes:
-        linears: by block, the linear layers by name: features in and out.
-        unfit: by block, linear layers that cannot have an adapter, and why.
+        linears: for each block, the features in and out of its linear layers, by name.
+        unfit: for each block, the linear layers that cannot have an adapter, and why.
     """
 
     hidden_size: int
@@ -106,7 +107,7 @@ class Fittings:
 
     @classmethod
     def of(cls, blocks: Mapping[int, nn.Module], hidden_size: int) -> Fittings:
-        """What some blocks of a model have, on whatever device, meta too."""
+        """Find those of some blocks of a model, on any device, the meta device too."""
         linears: dict[int, dict[str, tuple[int, int]]] = {}
         unfit: dict[int, dict[str, str]] = {}
         for number, block in blocks.items():
@@ -140,7 +141,9 @@ class Fittings:
         )
 
     def check(self, spec: AdapterSpec, max_rank: int | None = None) -> None:
-        """Raise AdapterError unless each of the spec's parts has a place here, of at most that rank."""
+        """Raise AdapterError unless each part of the spec has a linear layer here, and a rank that is
+        allowed.
+        """
         for one in spec.lora:
             self.size(one.block, one.module)
             if max_rank is not None and one.rank > max_rank:
@@ -149,12 +152,12 @@ class Fittings:
                 )
 
     def numel(self, spec: AdapterSpec) -> int:
-        """How many values an adapter of this spec has."""
+        """Number of values of an adapter of this spec."""
         lora = sum(one.rank * sum(self.size(one.block, one.module)) for one in spec.lora)
         return lora + len(spec.blocks) * spec.prompt_tokens * self.hidden_size
 
     def slots(self, spec: AdapterSpec) -> Iterator[Slot]:
-        """Where each tensor lies in the flat vector, in its order."""
+        """The place of each tensor in the flat vector, in its order."""
         offset = 0
         by_block: dict[int, list[Lora]] = {}
         for one in spec.lora:
@@ -180,12 +183,12 @@ class Slot(NamedTuple):
     offset: int
 
     def of(self, values: Tensor) -> Tensor:
-        """The tensor, as a view."""
+        """The tensor as a view of the flat vector."""
         return values[self.offset : self.offset + math.prod(self.shape)].view(self.shape)
 
 
 def linear_size(module: nn.Module) -> tuple[int, int] | None:
-    """Features in and out of a linear layer (however its weights are kept); None for anything else."""
+    """Features in and out of a linear layer, in whatever precision; None for other modules."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, Conv1D):
@@ -194,7 +197,7 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _unfit(block: nn.Module, name: str) -> str:
-    """Why a linear layer cannot have an adapter: it must be run once, over each token in its place."""
+    """Why a linear layer cannot have an adapter, as it is not run once over each token; "" if it can."""
     path = name.split(".")
     if any(part.isdigit() for part in path):
         return "it is one of several experts, and sees only some of the tokens"
@@ -208,11 +211,13 @@ class Adapter:
     """A spec and its values.
 
     Attributes:
-        values: [numel], floating; see the top of this file for their order.
+        values: `[numel]`, floating; see the top of this file for their order.
     """
 
     def __init__(self, spec: AdapterSpec, values: Tensor, fittings: Fittings) -> None:
-        """Raises: AdapterError: the values are not those of such an adapter."""
+        """Raises:
+        AdapterError: the spec asks for another number of values, or another dtype.
+        """
         expected = fittings.numel(spec)
         if values.shape != (expected,) or values.dtype not in DTYPES:
             raise AdapterError(
@@ -229,7 +234,7 @@ class Adapter:
 
     @cached_property
     def tensors(self) -> Tensors:
-        """The values, where they belong."""
+        """The values by block and module."""
         return Tensors.of(self.spec, self.slots, self.values)
 
     @property
@@ -238,16 +243,16 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
-        """64 hex digits that no other adapter has."""
+        """A hash of the adapter, 64 hex digits."""
         return digest_of(self.spec, self.values)
 
     def within(self, start: int, stop: int) -> Adapter:
-        """The part for blocks [start, stop); its values are a view of these."""
+        """The part of the adapter for blocks [start, stop); its values are a view."""
         low, high = extent(self.slots, start, stop)
         return Adapter(self.spec.within(start, stop), self.values[low:high], self.fittings)
 
     def to(self, device: torch.device) -> Adapter:
-        """The same with its values there."""
+        """The same adapter with its values on `device`."""
         if self.values.device == device:
             return self
         return Adapter(self.spec, self.values.to(device), self.fittings)
@@ -255,11 +260,11 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Tensors:
-    """An adapter's values by their places.
+    """An adapter's values by block and module.
 
     Attributes:
-        lora: by block and module: A [rank, in], B [out, rank], s.
-        prompts: by block: [P, hidden].
+        lora: for each block and module A, `[rank, in]`, B, `[out, rank]`, and s.
+        prompts: for each block, `[P, hidden]`.
     """
 
     lora: Mapping[tuple[int, str], tuple[Tensor, Tensor, float]]
@@ -267,7 +272,7 @@ class Tensors:
 
     @classmethod
     def of(cls, spec: AdapterSpec, slots: Sequence[Slot], values: Tensor) -> Tensors:
-        """Views of flat values."""
+        """Views of the flat values."""
         scales = {(one.block, one.module): one.scale for one in spec.lora}
         parts: dict[tuple[int, str], list[Tensor]] = {}
         for slot in slots:
@@ -277,7 +282,7 @@ class Tensors:
 
 
 def extent(slots: Sequence[Slot], start: int, stop: int) -> tuple[int, int]:
-    """Where the values of blocks [start, stop) begin and end in the flat vector."""
+    """Begin and end, in the flat vector, of the values of blocks [start, stop)."""
     inside = [slot for slot in slots if start <= slot.block < stop]
     if not inside:
         return 0, 0
@@ -285,7 +290,7 @@ def extent(slots: Sequence[Slot], start: int, stop: int) -> tuple[int, int]:
 
 
 def digest_of(spec: AdapterSpec, values: Tensor) -> str:
-    """A hash of all that an adapter is."""
+    """A hash of an adapter's spec and values, 64 hex digits."""
     said = [spec.start, spec.stop, [list(one) for one in spec.lora], spec.prompt_tokens, str(values.dtype)]
     digest = hashlib.sha256(b"swarmkit adapter 1\n" + json.dumps(said).encode() + b"\n")
     plain: Any = values.detach().cpu().contiguous().view(torch.uint8).numpy()

@@ -1,7 +1,7 @@
 """LoRA adapters as PEFT saves them: `adapter_config.json` and `adapter_model.safetensors`.
 
-Read without PEFT, so that a server needs nothing more to host one. What this version does not compute in the
-same way as PEFT is refused by name.
+They are read without PEFT, so that a server needs no more packages to host one. Settings that this version
+does not compute in the same way as PEFT are refused by name.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _MUST_BE_OFF = {
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
 }
-"""Settings of PEFT's `LoraConfig` which change what is computed, and what they are called to people."""
+"""Settings of PEFT's `LoraConfig` that change what is computed, and how error messages describe them."""
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -62,11 +62,11 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """A saved adapter: what its config says, and where its tensors lie.
+    """A saved adapter: its config, and the names of its tensors.
 
     Attributes:
-        digest: 64 hex digits; of both files, so that equal ones are equal adapters.
-        places: by block and module: the names of A and B in the file.
+        digest: a hash of both files, 64 hex digits; equal ones mean equal adapters.
+        places: for each block and module, the names of A and B in the file.
     """
 
     folder: Path
@@ -76,7 +76,7 @@ class SavedAdapter:
 
     @classmethod
     def open(cls, folder: Path, anatomy: Anatomy) -> SavedAdapter:
-        """Look into a folder, without reading tensors.
+        """Read the config and the names of the tensors in a folder.
 
         Raises:
             AdapterError: files are missing or malformed, or it is of a kind that is not supported.
@@ -104,7 +104,7 @@ class SavedAdapter:
         return cls(folder, config, _digest(folder), places)
 
     def read(self, fittings: Fittings, start: int, stop: int, max_rank: int | None = None) -> Adapter:
-        """Its part for blocks [start, stop), checked against these; may be empty.
+        """Read the part for blocks [start, stop), which may be empty, and check that it fits them.
 
         Raises:
             AdapterError: it does not fit, or its values are not numbers.
@@ -141,7 +141,7 @@ class SavedAdapter:
 
 
 def scaling_of(config: Mapping[str, Any], path: str, rank: int) -> float:
-    """s of the linear layer at `path`: alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023)."""
+    """Return s of the linear layer at `path`: alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023)."""
     alpha = config.get("lora_alpha", 8)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", path):
@@ -151,9 +151,10 @@ def scaling_of(config: Mapping[str, Any], path: str, rank: int) -> float:
 
 
 def fetch_adapter(name: str | os.PathLike[str], **hub: Any) -> Path:
-    """The folder of a saved adapter: a local one, or a Hub repository, of which two files are read.
+    """Return the folder of a saved adapter: a local one, or a Hub repository, of which two files are fetched.
 
-    Args: hub: `revision` and `token`.
+    Args:
+        hub: `revision` and `token`.
 
     Raises:
         AdapterError: there is none.

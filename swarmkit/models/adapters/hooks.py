@@ -1,12 +1,13 @@
-"""Adapters in a forward pass: for as long as it runs, hooks on the blocks' linear layers add what they add.
+"""Adapters in a forward pass: while it runs, hooks on the blocks' linear layers add the adapters' outputs.
 
-Weights are not touched, so that one pass serves sessions with different adapters and with none. Where the
-tokens of many sessions lie behind one another (`packed`), each adapter is given just its sessions' rows:
+Weights stay as they are, so that one pass serves sessions with different adapters and with none. Where the
+tokens of many sessions lie behind one another (`packed`), each adapter is given just the rows of its
+sessions:
 
     row     |a a a a|b|c c|d|     a and d have the same adapter, b has another, c none:
     W x     one product for all;  + B1 A1 x over the rows of a and d;  + B2 A2 x over those of b
 
-What has no adapter passes through the same operations as without any, and is equal to the last bit.
+Rows without an adapter pass through the same operations as without any, and are equal to the last bit.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from swarmkit.models.adapters.adapter import Adapter, Tensors
 
 @dataclass(frozen=True)
 class Segment:
-    """One session's tokens in a pass: `rows` x `tokens`, behind `past` that it holds already."""
+    """One session's tokens in a pass: `rows` x `tokens`, behind `past` tokens that it holds already."""
 
     tensors: Tensors | None
     rows: int
@@ -35,7 +36,9 @@ class Segment:
 
     @classmethod
     def of(cls, adapter: Adapter | None, hidden: Tensor, past: int) -> Segment:
-        """Hidden states [rows, tokens, hidden] of a session, and the adapter that it has."""
+        """Make the segment of hidden states `[rows, tokens, hidden]` of a session with an adapter, or
+        without.
+        """
         return cls(None if adapter is None else adapter.tensors, hidden.shape[0], hidden.shape[1], past)
 
 
@@ -45,21 +48,22 @@ class AdapterHooks:
     def __init__(self, blocks: Mapping[int, nn.Module], first_argument: str) -> None:
         """Args:
         blocks: by number.
-        first_argument: what a block calls its hidden states.
+        first_argument: name of a block's argument for its hidden states.
         """
         self._blocks = blocks
         self._first = first_argument
 
     @contextmanager
     def applied(self, start: int, stop: int, segments: Sequence[Segment]) -> Iterator[None]:
-        """Within this context, a pass through blocks [start, stop) over these segments has their adapters.
+        """Apply the segments' adapters to passes through blocks [start, stop) within this context.
 
-        Args: segments: one, with hidden states as they are; or several, packed into a batch of one.
+        Args:
+            segments: one, with hidden states as they are; or several, packed into a batch of one.
         """
         if all(segment.tensors is None for segment in segments):
             yield
             return
-        pack = _PackedAdapters(segments)
+        packed = _PackedAdapters(segments)
         handles = []
         try:
             for block, module in {
@@ -70,9 +74,9 @@ class AdapterHooks:
                 if start <= place[0] < stop
             }:
                 layer = self._blocks[block].get_submodule(module)
-                handles.append(layer.register_forward_hook(pack.lora(block, module)))
+                handles.append(layer.register_forward_hook(packed.lora(block, module)))
             for block in range(start, stop):
-                hook = pack.prompts(block, self._first)
+                hook = packed.prompts(block, self._first)
                 if hook is not None:
                     # A copy of a block, as views have them, shares its hooks.
                     handles.append(self._blocks[block].register_forward_pre_hook(hook, with_kwargs=True))
@@ -83,7 +87,7 @@ class AdapterHooks:
 
 
 class _PackedAdapters:
-    """Where the rows of each session lie in one pass."""
+    """Adapters of several sessions, and the rows of each session in one pass."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self._segments = segments
@@ -96,7 +100,7 @@ class _PackedAdapters:
         self._total = begin
 
     def lora(self, block: int, module: str) -> Callable[..., Tensor]:
-        """A forward hook for a linear layer."""
+        """Make a forward hook for a linear layer."""
         work: list[tuple[tuple[Tensor, Tensor, float], list[tuple[int, int]]]] = []
         known: dict[int, int] = {}
         for segment, span in zip(self._segments, self._spans, strict=True):
@@ -130,7 +134,7 @@ class _PackedAdapters:
         return alone if self._alone else packed
 
     def prompts(self, block: int, first: str) -> Callable[..., Any] | None:
-        """A forward pre-hook for a block; None if no token of the pass has a prompt there."""
+        """Make a forward pre-hook for a block; None if no token of the pass has a prompt there."""
         work = []
         for segment, (low, high) in zip(self._segments, self._spans, strict=True):
             prompt = None if segment.tensors is None else segment.tensors.prompts.get(block)
@@ -152,5 +156,5 @@ class _PackedAdapters:
 
 
 def _delta(given: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """s B A x, computed in the adapter's dtype, as PEFT does."""
+    """Return s B A x, computed in the adapter's dtype, as PEFT does."""
     return functional.linear(functional.linear(given.to(a.dtype), a), b) * scale

@@ -1,3 +1,1 @@
-"""What an architecture is made of: where its parts are, what it needs beyond being cut, and its language
-model inside others.
-"""
+"""The parts of an architecture, what it needs beyond being cut, and language models inside other models."""

@@ -1,7 +1,7 @@
-"""Where an architecture keeps its parts, found by looking at a skeleton of it; and cutting its config.
+"""The parts of an architecture, found by looking at a skeleton of it, and cutting its config.
 
-Nothing here is written per architecture: a one-block skeleton on the meta device (no memory, a few
-milliseconds) shows what the list of blocks is called and what lies around it.
+Nothing here is written per architecture: a skeleton of one block on the meta device (no memory, a few
+milliseconds) shows the name of the list of blocks and the modules around it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from swarmkit.errors import ModelError
 from swarmkit.models.architecture.quirks import BLOCK_INDICES, FAMILIES, LEADING_BLOCKS, family_of
 
 CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params", "layer_past", "past_key_value")
-"""What models and their blocks call the cache that they are given; `past_key_values` became `cache` in
-transformers 5.24, of most."""
+"""Names of the argument by which models and their blocks are given a cache; in transformers 5.24
+`past_key_values` became `cache` in most of them."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Anatomy:
         causal_class: e.g. `LlamaForCausalLM`.
         prefix: the base model's name inside the causal model, e.g. "model".
         layers: the path of the list of blocks inside the base model, e.g. "layers" or "decoder.layers".
-        outside: paths inside the base model of what works before and after the blocks: embeddings, norms and
+        outside: paths inside the base model of the modules before and after the blocks: embeddings, norms and
             projections. They belong to the head.
-        arguments: what a block's positional arguments are called, the hidden states first.
+        arguments: names of a block's positional arguments, the hidden states first.
         returns_tuple: whether the base model expects a tuple from a block, rather than a tensor.
-        cache_argument: what the base model calls the cache that it is given.
+        cache_argument: name of the argument by which the base model is given a cache.
     """
 
     base_class: type[PreTrainedModel]
@@ -58,18 +58,18 @@ class Anatomy:
 
     @property
     def uses_attention_interface(self) -> bool:
-        """Whether its attention is transformers' exchangeable one, which can do without a mask."""
+        """Whether it attends through transformers' attention interface, which can do without a mask."""
         return bool(self.base_class._supports_attention_backend)
 
     def neutralise(self, base: PreTrainedModel) -> None:
-        """Take away what works outside the blocks, which is the head's: what a stage is given passes."""
+        """Let hidden states pass the modules outside the blocks unchanged; those are the head's."""
         for path in self.outside:
             part = base.get_submodule(path)
             replace(base, path, _NoEmbedding() if isinstance(part, nn.Embedding) else nn.Identity())
 
 
 class _NoEmbedding(nn.Module):
-    """Instead of learned positions: nothing is added."""
+    """Stands in place of learned positions, and adds nothing."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         given = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
@@ -77,20 +77,20 @@ class _NoEmbedding(nn.Module):
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at a dotted path."""
+    """Put `module` at a dotted path in `model`."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
 
 
 def anatomy_of(config: PreTrainedConfig) -> Anatomy:
-    """The parts of the architecture that `config` describes.
+    """Return the parts of the architecture that `config` describes.
 
     Raises:
         ModelError: the architecture is not supported.
     """
     family_of(config.model_type)
     if "dynamic" in rope_types(getattr(config, "rope_parameters", None)):
-        # Their state is the model's, not a session's: one session would change the next one's keys.
+        # Their state belongs to the model, not to a session: one session would change the keys of the next.
         raise ModelError(
             f"This {config.model_type!r} model has rotary embeddings of the type 'dynamic', which change "
             "while a session grows, so that its blocks cannot be shared. Choose a model with another type, "
@@ -159,7 +159,9 @@ def _look(config: PreTrainedConfig) -> Anatomy:
 
 
 def cache_argument(model_class: type[nn.Module]) -> str:
-    """What the model's own function calls the cache, whatever old names its decorators still let pass.
+    """Return the name by which the model's own forward function takes a cache.
+
+    Its decorators may allow older names besides.
 
     Raises:
         ModelError: it takes none.
@@ -172,7 +174,7 @@ def cache_argument(model_class: type[nn.Module]) -> str:
 
 
 def skeleton_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of `config` without memory for its weights."""
+    """Make a model of `config` without memory for its weights."""
     with torch.device("meta"):
         return model_class(config)
 
@@ -204,7 +206,7 @@ def slice_config(config: PreTrainedConfig, start: int, stop: int) -> PreTrainedC
 def stage_config(config: PreTrainedConfig, start: int, stop: int) -> PreTrainedConfig:
     """The config of the truncated base model that serves blocks `[start, stop)`.
 
-    A stage has no vocabulary: its embedding table is one row, which nobody reads.
+    A stage has no vocabulary: its embedding table is one row, which is never read.
     """
     cut = slice_config(config, start, stop)
     cut.vocab_size = 1
@@ -215,13 +217,13 @@ def stage_config(config: PreTrainedConfig, start: int, stop: int) -> PreTrainedC
 
 
 def block_numel(config: PreTrainedConfig) -> int:
-    """Parameters of the largest block."""
+    """Number of parameters of the largest block."""
     blocks = block_skeletons(config)
     return max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
 
 
 def block_skeletons(config: PreTrainedConfig) -> list[nn.Module]:
-    """Blocks without memory for their weights, one of each kind: they may differ (dense and sparse)."""
+    """Make one block of each kind (dense and sparse, for instance), without memory for its weights."""
     anatomy = anatomy_of(config)
     return [
         skeleton_of(anatomy.base_class, cut).get_submodule(anatomy.layers) for cut in block_configs(config)
@@ -229,7 +231,7 @@ def block_skeletons(config: PreTrainedConfig) -> list[nn.Module]:
 
 
 def block_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """The configs of stages of one block, one for each kind of block."""
+    """Return the configs of stages of one block, one for each kind of block."""
     kinds: dict[str, PreTrainedConfig] = {}
     for block in range(config.num_hidden_layers):
         cut = stage_config(config, block, block + 1)
@@ -238,7 +240,7 @@ def block_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, config: Any, device: str | torch.device) -> torch.dtype:
-    """The dtype to compute in: "auto" is float32 on a CPU and the checkpoint's own on an accelerator.
+    """Return the dtype to compute in: "auto" is float32 on a CPU and the checkpoint's own on an accelerator.
 
     Raises:
         ModelError: `dtype` is not a floating point dtype.

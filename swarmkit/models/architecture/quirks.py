@@ -1,10 +1,10 @@
-"""What an architecture needs beyond being cut: one table.
+"""One table of what architectures need beyond being cut into blocks.
 
-Most need nothing but their name here, which says that the tests have found them equal to the local model.
-The generic cut serves every base model that embeds, makes masks and rotary embeddings, runs its blocks one
-after the other and normalises; whatever it does outside its blocks is the head's, and a stage leaves it out.
-What an architecture does otherwise is said in `FAMILIES`, or why it cannot be cut in `REFUSED`. An
-architecture in neither is tried by `swarmkit check`, and served if that agrees.
+Most need only their name in it, which says that the tests have found them equal to the local model. The
+generic cut serves every base model that embeds, makes masks and rotary embeddings, runs its blocks one after
+the other and normalises; what it does outside its blocks belongs to the head, and a stage leaves it out.
+`FAMILIES` says what an architecture does otherwise, `REFUSED` why one cannot be cut. An architecture in
+neither is tried by `swarmkit check`, and served if that agrees.
 
 To add one: put it into `FAMILIES`, its tiny config into `tests/models/tiny.py` and a row into
 `docs/models.md`, and run the tests.
@@ -21,7 +21,7 @@ from swarmkit.errors import ModelError
 
 @dataclass(frozen=True)
 class Family:
-    """What one `model_type` needs.
+    """What one `model_type` needs beyond being cut.
 
     Attributes:
         stage_config: config values that a stage overrides, because the head has already done that work.
@@ -98,13 +98,13 @@ REFUSED: Mapping[str, str] = {
 # Where a config says by block *index* which blocks are of which kind, these are rewritten for a cut that
 # counts its blocks from 0. (Lists with one entry per block are sliced, and need no mention.)
 LEADING_BLOCKS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
-"""How many blocks at the beginning are dense."""
+"""Names of the number of dense blocks at the beginning."""
 BLOCK_INDICES = ("moe_layers",)
-"""Which blocks are of a kind, by their indices."""
+"""Names of lists of the indices of blocks of one kind."""
 
 
 def family_of(model_type: str) -> Family:
-    """What `model_type` needs; an unlisted one is taken to need nothing, which a check has to confirm.
+    """Return what `model_type` needs; for an unlisted one nothing, which a check has to confirm.
 
     Raises:
         ModelError: that architecture cannot be cut into blocks; the message says why.

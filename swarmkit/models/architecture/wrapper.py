@@ -22,7 +22,7 @@ _OUTPUT = "lm_head."
 
 
 def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the language model: that itself, unless it wraps one.
+    """Return the config of the language model inside `config`, which is itself unless it wraps one.
 
     Raises:
         ModelError: it wraps one that cannot be used alone.
@@ -36,7 +36,7 @@ def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
             f"their text part ({text.model_type!r}) alone. Choose a model of text only, or one of those that "
             "docs/models.md names."
         )
-    # The output layer is the whole model's.
+    # The output layer belongs to the wrapping model.
     text.tie_word_embeddings = config.tie_word_embeddings
     if getattr(text, "dtype", None) is None:
         text.dtype = getattr(config, "dtype", None)
@@ -46,7 +46,7 @@ def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def text_names(keys: Iterable[str]) -> dict[str, str]:
-    """Of a wrapper's tensors, those that may be the language model's, to their names in that model."""
+    """Map those of a wrapper's tensors that may be the language model's to their names in that model."""
     keys = list(keys)
     if not any(_PART in key.split(".") for key in keys):
         return {key: key for key in keys}
@@ -54,5 +54,5 @@ def text_names(keys: Iterable[str]) -> dict[str, str]:
 
 
 def plain_name(name: str) -> str:
-    """What a part of the wrapped language model is called in a language model alone."""
+    """Return the name in a language model alone of a part of a wrapped one."""
     return ".".join(part for part in name.split(".") if part != _PART) or name

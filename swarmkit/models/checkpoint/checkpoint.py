@@ -1,4 +1,4 @@
-"""A checkpoint: where a model's files are and which tensor lies in which file."""
+"""A checkpoint: a model's config, its files, and the file that each tensor lies in."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from swarmkit.models.checkpoint.store import key_of
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Where a model's files are and which tensor lies in which file; reads no weights until asked.
+    """A model's config, its files, and the file that each tensor lies in; reads no weights until asked.
 
     Attributes:
-        name: what the user wrote.
+        name: the model as the user named it.
         config: the whole language model's config. Shared; do not change it.
         files: the folder or Hub repository.
-        is_part: whether the language model is a part of what is there (see `wrapper.py`).
+        is_part: whether the language model is a part of another model (see `wrapper.py`).
     """
 
     name: str
@@ -61,8 +61,8 @@ class Checkpoint:
                 A checkpoint is returned as it is.
             revision: branch, tag or commit on the Hub; the default is its main branch.
             token: for private and gated models; the default is HF_TOKEN or the one saved by logging in.
-            fingerprint: what the model must be, as `Checkpoint.fingerprint` says elsewhere. If its manifest
-                is in the store, the Hub is asked for nothing but weights.
+            fingerprint: the fingerprint that the model must have. If its manifest is in the store, the Hub is
+                asked for nothing but weights.
             progress: show a bar while large files are hashed for the fingerprint, and while weights are
                 fetched.
 
@@ -89,7 +89,7 @@ class Checkpoint:
             raise ModelError(f"The config.json of {name} cannot be used: {error}") from error
         config = text_part(whole)
         family_of(config.model_type)
-        # Whoever looks for an adapter's base finds the packaged model by its folder, and nothing by its name.
+        # The base model of an adapter is looked up by this: the packaged model is found by its folder only.
         config._name_or_path = str(config_file.parent) if name == PACKAGED else name
         checkpoint = cls(name, config, files, is_part=config is not whole)
         _ = checkpoint._listing  # which raises if there are no weights
@@ -98,7 +98,7 @@ class Checkpoint:
 
     @property
     def model_type(self) -> str:
-        """The architecture, as transformers calls it: "llama", "qwen3", ..."""
+        """The architecture by transformers' name: "llama", "qwen3", ..."""
         return str(self.config.model_type)
 
     @property
@@ -113,7 +113,7 @@ class Checkpoint:
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
-        """Every tensor's name, to the name of the file it lies in.
+        """The name of each tensor, to the name of the file it lies in.
 
         Raises:
             ModelError: the index or the only file cannot be fetched or read.
@@ -129,9 +129,9 @@ class Checkpoint:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """What a server has to know of this model before it has weights.
+        """What a server has to know of this model before it has weights; see `manifest.py`.
 
-        Needs the index and every weight file's hash, but on the Hub not the files. See `fingerprint.py`.
+        On the Hub this needs the index and the hash of each file of weights, but not these files.
 
         Raises:
             ModelError: a file that the index names does not exist, or the Hub cannot be reached.
@@ -143,7 +143,7 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """32 hex characters that are equal for peers that mean the same weights and config.
+        """A hash of weights and config, 32 hex characters, by which peers agree on the model.
 
         Raises:
             ModelError: see `manifest`.
@@ -155,7 +155,7 @@ class Checkpoint:
             raise ModelError(
                 f"{self.name} has the fingerprint {self.fingerprint}, not {fingerprint}: it has changed, or "
                 "the fingerprint is that of another model. Leave the fingerprint out to take what is there, "
-                "or ask whoever gave it to you."
+                "or ask for the right one where you got it."
             )
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
@@ -169,13 +169,12 @@ class Checkpoint:
         return {key: tensors[key] for key in wanted}
 
     def fetch(self, start: int, stop: int, *, head: bool = False, on_bytes: OnBytes | None = None) -> None:
-        """Bring the weights of blocks `[start, stop)` onto this machine, in one go; does nothing for a
-        folder.
+        """Fetch the weights of blocks `[start, stop)` in one go; does nothing for a folder.
 
-        From the Hub come only the bytes of these blocks, into the store, and only those that it lacks.
+        Only the bytes of these blocks are fetched from the Hub, and only those that the store lacks.
 
         Args:
-            head: also what is in no block.
+            head: fetch also the tensors that are in no block.
             on_bytes: called with (bytes here, bytes in all), from this thread.
 
         Raises:
@@ -188,7 +187,7 @@ class Checkpoint:
         self.files.fetch(parts, on_bytes)
 
     def block_parts(self, start: int, stop: int) -> list[Part]:
-        """Blocks `[start, stop)` as the store knows them, one part each.
+        """The parts in which the store keeps blocks `[start, stop)`, one for each.
 
         Raises:
             UsageError, ModelError: as `block_keys`.
@@ -196,7 +195,9 @@ class Checkpoint:
         return self._parts_with(self.block_keys(start, stop))
 
     def block_content(self, block: int) -> str | None:
-        """The SHA-256 of a block's file in the store, the same for everybody; None if it has none there."""
+        """The SHA-256 of a block's file in the store, which is the same on all machines; None if there is
+        none.
+        """
         return self.files.content(self.block_parts(block, block + 1)[0])
 
     def block_keys(self, start: int, stop: int) -> dict[str, str]:
@@ -274,7 +275,7 @@ class Checkpoint:
 
     @cached_property
     def _by_block(self) -> dict[int, dict[str, str]]:
-        """For each block, its tensors' names in the checkpoint, to their names inside the block."""
+        """For each block, the names of its tensors in the checkpoint, to their names inside the block."""
         anatomy = anatomy_of(self.config)
         blocks: dict[int, dict[str, str]] = {}
         for key, name in self._names.items():
@@ -285,7 +286,7 @@ class Checkpoint:
 
     @cached_property
     def _names(self) -> dict[str, str]:
-        """The language model's tensors, to their names in a model that is nothing else."""
+        """The names of the language model's tensors, to their names in a language model alone."""
         return text_names(self.weight_map) if self.is_part else {key: key for key in self.weight_map}
 
     @cached_property

@@ -21,46 +21,46 @@ PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 
 
 class Files(Protocol):
-    """The files of one model, at one fixed state.
+    """The files of one model, in one fixed state.
 
     Attributes:
-        commit: of a repository; None where there is none.
+        commit: the commit of a repository; None for a folder.
     """
 
     commit: str | None
 
     def find(self, name: str) -> Path | None:
-        """The file on this machine, fetched as a whole if need be; None if the model has no such file."""
+        """Return a file on this machine, fetched if need be; None if the model has no such file."""
 
     def exists(self, name: str) -> bool:
         """Whether the model has such a file, without fetching it."""
 
     def sha256(self, name: str) -> str:
-        """The file's SHA-256 in hex, without fetching it where that can be."""
+        """Return the SHA-256 of a file in hex, without fetching it where that is possible."""
 
     def keys(self, name: str) -> Iterable[str]:
-        """The names of the tensors in a file of weights, without fetching more than its header where that can
-        be.
-        """
+        """Return the names of the tensors in a shard; only its header is fetched where that is possible."""
 
     def fetch(self, parts: Sequence[Part], on_bytes: OnBytes | None = None) -> None:
-        """Bring these tensors onto this machine, if they are not here."""
+        """Fetch these tensors, if they are not on this machine."""
 
     def read(self, parts: Sequence[Part]) -> dict[str, Tensor]:
-        """These tensors, fetched if need be."""
+        """Read these tensors, fetched if need be."""
 
     def nbytes(self, part: Part) -> int:
-        """Bytes of a part's tensors, as they are stored; without fetching them where that can be."""
+        """Return the bytes of a part's tensors as they are stored, without fetching them where that is
+        possible.
+        """
 
     def content(self, part: Part) -> str | None:
-        """The SHA-256 of a part's file in the store, if it has one there."""
+        """Return the SHA-256 of a part's file in the store; None if it has none there."""
 
     def pretrained(self) -> tuple[str, dict[str, Any]]:
-        """The arguments with which transformers' `from_pretrained` loads from the same place."""
+        """Return the arguments with which transformers' `from_pretrained` loads from the same place."""
 
 
 class LocalFiles:
-    """A folder, as `save_pretrained` writes it. Read as it is; nothing of it is copied."""
+    """A folder as `save_pretrained` writes it, read where it is."""
 
     def __init__(self, folder: Path, *, progress: bool = True) -> None:
         self.folder = folder
@@ -87,7 +87,7 @@ class LocalFiles:
         return keys_in(self._path(name), str(self.folder))
 
     def fetch(self, parts: Sequence[Part], on_bytes: OnBytes | None = None) -> None:
-        """All of it is here."""
+        """Do nothing: all tensors are on this machine."""
 
     def read(self, parts: Sequence[Part]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
@@ -115,9 +115,9 @@ class LocalFiles:
 
 
 def weights_listing(files: Files, name: str) -> str:
-    """The file that says where the weights are: an index, or the only file of weights there is.
+    """Return the name of the file that lists the weights: an index, or the only shard there is.
 
-    Safetensors are preferred; files of PyTorch's own format will do.
+    Safetensors are preferred to files of PyTorch's own format.
 
     Raises:
         ModelError: there are none.

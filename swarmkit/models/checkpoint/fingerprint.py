@@ -1,8 +1,8 @@
-"""What two peers compare to know that they mean the same model: a hash of its config and weights.
+"""A hash of a model's config and weights, by which peers know that they mean the same model.
 
-Weights are hashed by file, with the list of which tensor lies in which. A file's SHA-256 is often known
-without reading it (the Hub names its blobs by it); where it must be computed, it is remembered in the user's
-cache folder for as long as the file stays untouched.
+Weights are hashed by file, with the list of the file that each tensor lies in. A file's SHA-256 is often
+known without reading it (the Hub names its blobs by it); where it must be computed, it is remembered in the
+user's cache folder until the file changes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _VOLATILE = frozenset(
 
 
 def fingerprint(config: Mapping[str, Any], files: Mapping[str, str], weights: Mapping[str, str]) -> str:
-    """32 hex characters that identify a model.
+    """Return 32 hex characters that identify a model.
 
     Args:
         config: the content of its config.json. The file itself is used, not transformers' view of it, so
@@ -44,7 +44,7 @@ def fingerprint(config: Mapping[str, Any], files: Mapping[str, str], weights: Ma
 
 
 def without_volatile(value: Any) -> Any:
-    """A config without what transformers adds to it by itself, or a user may choose."""
+    """Return a config without the entries that transformers adds to it, or that a user may choose."""
     if isinstance(value, Mapping):
         return {key: without_volatile(inner) for key, inner in value.items() if key not in _VOLATILE}
     if isinstance(value, list):
@@ -53,7 +53,7 @@ def without_volatile(value: Any) -> Any:
 
 
 def file_sha256(path: Path, *, progress: bool = True) -> str:
-    """The SHA-256 of a file, in hex; from memory if the file is the very one that was hashed before.
+    """Return the SHA-256 of a file in hex; it is not computed again while the file is unchanged.
 
     Args:
         progress: show a bar while hashing a file of more than 256 MB.
@@ -95,7 +95,7 @@ def _memory() -> dict[str, Any]:
 
 
 def recall(key: str) -> Any:
-    """What was remembered under `key`; None if nothing was."""
+    """Return the value that was remembered under `key`; None if there is none."""
     return _memory().get(key)
 
 

@@ -1,10 +1,10 @@
-"""What a server has to know of a model before it has any weights: one small file that peers hand on.
+"""What a server has to know of a model before it has any weights: one small file that peers pass on.
 
-A manifest is what a fingerprint is a hash of (config, the hashes of the files of weights, and which tensor
-lies in which file). So one from anybody can be checked against a fingerprint from somebody who is trusted,
-and a server that was given a fingerprint need not ask the Hub for anything. What a fingerprint does not
-cover is taken for a hint, and only in a form that can do no harm: the dtype that the weights were published
-in, and the commit at which the Hub has them.
+A fingerprint is a hash of a manifest: config, the hashes of the files of weights, and the file that each
+tensor lies in. So a manifest from any peer can be checked against a fingerprint from a trusted source, and a
+server that was given a fingerprint need not ask the Hub for anything. What a fingerprint does not cover is
+only a hint, and accepted only in a form that can do no harm: the dtype that the weights were published in,
+and the commit at which the Hub has them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from swarmkit.errors import ModelError
 from swarmkit.models.checkpoint.fingerprint import fingerprint, without_volatile
 
 MAX_MANIFEST_BYTES = 32 * 1024 * 1024
-"""Enough for two hundred thousand tensors; more is not taken into memory on a stranger's word."""
+"""Largest size that is accepted from a peer; enough for two hundred thousand tensors."""
 
 _FIELDS = {"commit", "config", "files", "weights"}
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -37,13 +37,13 @@ class ManifestError(ModelError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """A model, before any weights.
+    """A model without its weights.
 
     Attributes:
         config: the content of its config.json.
         files: every file of weights, to its SHA-256 in hex.
         weights: every tensor, to the file that it lies in.
-        commit: of the Hub, where these files can be had; 40 hex characters.
+        commit: the commit at which the Hub has these files; 40 hex characters.
     """
 
     config: Mapping[str, Any] = field(repr=False)
@@ -53,12 +53,12 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What this is the manifest of."""
+        """The fingerprint of the model that this is the manifest of."""
         return fingerprint(self.config, self.files, self.weights)
 
     @cached_property
     def encoded(self) -> bytes:
-        """As it is stored and sent: the same bytes for everybody who has the same manifest."""
+        """The manifest as it is stored and sent; equal manifests have equal bytes."""
         content = {
             "commit": self.commit,
             "config": portable_config(self.config),
@@ -74,7 +74,7 @@ class Manifest:
 
     @classmethod
     def decode(cls, encoded: bytes, expected: str) -> Manifest:
-        """Read one that may come from anybody.
+        """Read a manifest, which any peer may have sent.
 
         Args:
             expected: the fingerprint that it must have.
@@ -104,7 +104,7 @@ class Manifest:
 
     @property
     def can_be_shared(self) -> bool:
-        """Whether `decode` would take it: of safetensors files at a commit, and not too large."""
+        """Whether `decode` would accept it: it is of safetensors files at a commit, and not too large."""
         return (
             bool(_COMMIT.fullmatch(self.commit))
             and _maps(self.files, _FILE, _SHA256)
@@ -113,14 +113,14 @@ class Manifest:
 
 
 def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a config a stranger's word is good enough for: what the fingerprint covers, and a dtype."""
+    """Return the part of a config that is accepted from a peer: what the fingerprint covers, and a dtype."""
     content: dict[str, Any] = without_volatile(config)
     dtype = config.get("dtype", config.get("torch_dtype"))
     return {**content, "dtype": dtype} if dtype in _DTYPES else content
 
 
 def is_fingerprint(text: str) -> bool:
-    """Whether this is the form of a fingerprint."""
+    """Whether `text` has the form of a fingerprint."""
     return _FINGERPRINT.fullmatch(text) is not None
 
 

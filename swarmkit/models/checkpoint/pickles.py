@@ -16,7 +16,7 @@ from swarmkit.errors import ModelError
 
 
 def open_pickle(path: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of a file, which stay on disk until they are used.
+    """Open the tensors of a file, which stay on disk until they are used.
 
     Raises:
         ModelError: it is damaged, or holds anything but tensors.

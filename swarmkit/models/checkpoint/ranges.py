@@ -1,9 +1,9 @@
-"""Only the wanted bytes of a file on the Hub: range requests that survive cuts, and what they may not assume.
+"""Reading only the wanted bytes of a file on the Hub, by range requests.
 
-A connection may be cut in the middle (the rest is asked for from the byte where it stopped), the server may
+A connection may be cut in the middle (the rest is requested from the byte where it stopped). The server may
 know no ranges (the file is streamed through and only the wanted bytes are kept), answer another range than
-was asked, or hold another file than before (its ETag tells). What a range contains cannot be checked here:
-the Hub publishes hashes of whole files only. So a file that was read as a whole is compared with its hash,
+requested, or hold another file than before (its ETag tells). The content of a range cannot be checked here,
+as the Hub publishes hashes of whole files only. So a file that was read as a whole is compared with its hash,
 and `store_fetch` does what can be done for parts.
 """
 
@@ -12,12 +12,13 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from swarmkit.errors import ModelError
+from swarmkit.models.checkpoint.byte_ranges import ByteRange
 from swarmkit.models.checkpoint.store_format import (
     LENGTH_BYTES,
     FormatError,
@@ -34,67 +35,15 @@ _PROGRESS_BYTES = 64 * 1024
 _MAX_RETRY_AFTER_S = 60.0
 
 Sink = Callable[[int, memoryview], None]
-"""`sink(offset, data)`: takes wanted bytes of the file; overlapping calls only ever repeat earlier ones."""
+"""`sink(offset, data)` takes wanted bytes of the file; overlapping calls only repeat earlier bytes."""
 
 Pieces = Generator[tuple[int, memoryview, bool], None, None]
-"""(offset, data, whether the whole file has come and was verified)."""
-
-
-class ByteRange(NamedTuple):
-    """Bytes `[start, stop)` of a file."""
-
-    start: int
-    stop: int
-
-
-def merge(spans: Iterable[ByteRange]) -> list[ByteRange]:
-    """The same bytes as few spans, in order."""
-    merged: list[ByteRange] = []
-    for span in sorted(span for span in spans if span.start < span.stop):
-        if merged and span.start <= merged[-1].stop:
-            merged[-1] = ByteRange(merged[-1].start, max(merged[-1].stop, span.stop))
-        else:
-            merged.append(span)
-    return merged
-
-
-def subtract(wanted: Iterable[ByteRange], had: Iterable[ByteRange]) -> list[ByteRange]:
-    """The bytes of `wanted` that are not in `had`, in order."""
-    rest: list[ByteRange] = []
-    holes = merge(had)
-    for span in merge(wanted):
-        start = span.start
-        for hole in holes:
-            if hole.stop <= start or hole.start >= span.stop:
-                continue
-            if hole.start > start:
-                rest.append(ByteRange(start, hole.start))
-            start = hole.stop
-        if start < span.stop:
-            rest.append(ByteRange(start, span.stop))
-    return rest
-
-
-def coalesce(spans: Iterable[ByteRange], spare_bytes: int) -> list[ByteRange]:
-    """Fewer, longer requests that hold all of `spans` and at most `spare_bytes` besides.
-
-    The smallest gaps are bridged first: each costs its bytes and saves one request.
-    """
-    apart = merge(spans)
-    gaps = sorted(range(1, len(apart)), key=lambda i: apart[i].start - apart[i - 1].stop)
-    bridged = []
-    for i in gaps:
-        gap = ByteRange(apart[i - 1].stop, apart[i].start)
-        spare_bytes -= gap.stop - gap.start
-        if spare_bytes < 0:
-            break
-        bridged.append(gap)
-    return merge([*apart, *bridged])
+"""(offset, data, whether the whole file was read and has its hash)."""
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often a request that gets nowhere is made again, and how long to wait before.
+    """How often a request that brings nothing is repeated, and how long to wait before.
 
     `attempts` counts requests in a row that brought nothing new.
     """
@@ -105,7 +54,7 @@ class RetryPolicy:
     sleep: Callable[[float], None] = time.sleep
 
     def wait(self, failures: int, advised_s: float | None) -> None:
-        """Wait after so many failures in a row; `advised_s` is the server's own wish."""
+        """Wait after `failures` failures in a row; `advised_s` is what the server asks for."""
         usual = min(self.first_wait_s * 2 ** (failures - 1), self.longest_wait_s)
         self.sleep(max(usual, min(advised_s or 0.0, _MAX_RETRY_AFTER_S)))
 
@@ -123,18 +72,18 @@ class _CorruptError(_TryAgainError):
 
 
 class RemoteFile:
-    """A file behind a URL of the Hub, at a fixed state of it.
+    """A file behind a URL of the Hub, in a fixed state.
 
     Not safe for use by several threads at once.
 
     Args:
         url: from `hf_hub_url`.
-        label: what error messages call it.
+        label: its name in error messages.
         size, etag: from `get_hf_file_metadata`; the ETag is the SHA-256 for large files.
         headers: from `build_hf_headers`, with authorization.
 
     Attributes:
-        received: bytes of content that came over the wire, wanted or not.
+        received: bytes of content that were received, wanted or not.
         ranges: false once the server has shown that it ignores ranges.
     """
 
@@ -145,7 +94,7 @@ class RemoteFile:
         size: int,
         etag: str,
         headers: dict[str, str],
-        patience: RetryPolicy | None = None,
+        retry: RetryPolicy | None = None,
     ) -> None:
         self.label = label
         self.size = size
@@ -155,11 +104,11 @@ class RemoteFile:
         self._url = url
         # Compressed, a range would be one of other bytes.
         self._headers = {**headers, "Accept-Encoding": "identity"}
-        self._patience = patience or RetryPolicy()
-        self._validator: str | None = None  # the ETag of whoever sends the bytes, which may not be the Hub
+        self._retry = retry or RetryPolicy()
+        self._validator: str | None = None  # the ETag of the host that sends the bytes, perhaps not the Hub
 
     def header(self) -> Header:
-        """The safetensors header, by two small ranges.
+        """Read the safetensors header, by two small ranges.
 
         Raises:
             ModelError: it cannot be fetched, or is no safetensors header, even when asked for once more.
@@ -181,7 +130,7 @@ class RemoteFile:
         return parse_header(first + self.read(ByteRange(LENGTH_BYTES, LENGTH_BYTES + length)), self.size)
 
     def read(self, span: ByteRange) -> bytes:
-        """These bytes.
+        """Read some bytes.
 
         Raises:
             ModelError: see `stream`.
@@ -224,19 +173,19 @@ class RemoteFile:
                 failures = 1 if reached - began >= _PROGRESS_BYTES and not corrupt else failures + 1
                 if corrupt:
                     reached = 0
-                if failures >= self._patience.attempts:
+                if failures >= self._retry.attempts:
                     raise ModelError(
                         f"{self.label} could not be fetched from the Hub: {error}, after {failures} "
                         "attempts. What came is kept; check the connection and start again to go on from "
                         "there."
                     ) from error
-                self._patience.wait(failures, error.advised_s)
+                self._retry.wait(failures, error.advised_s)
             else:
                 failures = 0
         return False
 
     def _attempt(self, span: ByteRange, todo: Sequence[ByteRange], to_the_end: bool) -> Pieces:
-        """One request: pieces of `span`, or of all of `todo` where the server sends the whole file."""
+        """Make one request: pieces of `span`, or of all of `todo` where the server sends the whole file."""
         with self._response(span) as response:
             if response.status_code == 206:
                 yield from self._of_range(response, span)
@@ -290,7 +239,7 @@ class RemoteFile:
             yield offset, memoryview(b""), True
 
     def _body(self, response: Any) -> Iterator[memoryview]:
-        """The content as it comes; whatever the HTTP library raises means that the connection was cut."""
+        """Yield the content as it arrives; errors of the HTTP library mean that the connection was cut."""
         pieces = response.iter_raw()  # in a chunk of a fixed size, what came before a cut would be lost
         while True:
             try:
@@ -302,16 +251,33 @@ class RemoteFile:
             self.received += len(data)
             yield memoryview(data)
 
-    def _response(self, span: ByteRange) -> _Opened:
+    @contextmanager
+    def _response(self, span: ByteRange) -> Iterator[Any]:
+        """Stream a checked response; leaving the context closes the connection unless all was read."""
+        from huggingface_hub import constants, get_session
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
         headers = dict(self._headers)
         if self.ranges:
             headers["Range"] = f"bytes={span.start}-{span.stop - 1}"
             if self._validator is not None:
                 headers["If-Range"] = self._validator
-        return _Opened(self, self._url, headers)
+        with ExitStack() as connection:
+            try:
+                # The session is the Hub client's own: its proxies and certificates, and on redirects no token
+                # to other hosts.
+                timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+                request = get_session().stream("GET", self._url, headers=headers, timeout=timeout)
+                response = connection.enter_context(request)
+            except (OfflineModeIsEnabled, HfHubHTTPError):
+                raise
+            except Exception as error:
+                raise _TryAgainError(f"it could not be reached ({type(error).__name__}: {error})") from error
+            self._check(response)
+            yield response
 
-    def check(self, response: Any) -> None:
-        """Whether a response is of the file that was asked for and can be used.
+    def _check(self, response: Any) -> None:
+        """Check that a response is of the file that was requested and can be used.
 
         Raises:
             ModelError: the file changed.
@@ -341,44 +307,10 @@ class RemoteFile:
         )
 
 
-class _Opened:
-    """A streamed response that has been looked at, in a `with` block."""
-
-    def __init__(self, file: RemoteFile, url: str, headers: dict[str, str]) -> None:
-        self._file = file
-        self._url = url
-        self._headers = headers
-        self._context: Any = None
-
-    def __enter__(self) -> Any:
-        from huggingface_hub import constants, get_session
-        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-        # The session is the Hub client's own: its proxies and certificates, and no token to strangers on
-        # redirects.
-        self._context = get_session().stream(
-            "GET", self._url, headers=self._headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-        )
-        try:
-            response = self._context.__enter__()
-        except (OfflineModeIsEnabled, HfHubHTTPError):
-            raise
-        except Exception as error:
-            raise _TryAgainError(f"it could not be reached ({type(error).__name__}: {error})") from error
-        try:
-            self._file.check(response)
-        except BaseException:
-            self._context.__exit__(None, None, None)
-            raise
-        return response
-
-    def __exit__(self, *exception: object) -> None:
-        # Closes the connection if the body was not read to its end.
-        self._context.__exit__(None, None, None)
-
-
 def _etags(response: Any) -> list[str]:
-    """The file's ETag as the Hub gives it; empty where only a storage host, with its own names, spoke."""
+    """Return the file's ETags as the Hub gives them; none where only a storage host answered, which has
+    others.
+    """
     steps = (*response.history, response)
     linked = [_bare(step.headers["X-Linked-ETag"]) for step in steps if "X-Linked-ETag" in step.headers]
     if response.history and not linked:

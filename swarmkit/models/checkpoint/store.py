@@ -45,7 +45,7 @@ from swarmkit.settings import SettingsGroup, read_from
 logger = logging.getLogger(__name__)
 
 SPARE_BYTES = 1024**3
-"""Without a limit of its own, the store leaves this much of the disk free."""
+"""Bytes of the disk that a store without a limit leaves free."""
 
 _SUFFIX = ".safetensors"
 Origin = Literal["hub", "peers"]
@@ -69,14 +69,14 @@ class StoreSettings(SettingsGroup):
 
 @dataclass(frozen=True)
 class StoreEntry:
-    """What is known of one part of one source, whether or not its file is here now.
+    """An entry of the index: one part of one source, whether or not its file is here now.
 
     Attributes:
         source: repository and commit, `name@commit`.
         part: e.g. "block 3".
         content: SHA-256 of its file, in hex.
         size: of its file.
-        origin: who said that this is the part's content.
+        origin: the source of the part's content.
         read_at: when it was last opened, Unix time.
     """
 
@@ -89,7 +89,7 @@ class StoreEntry:
 
 
 def key_of(*names: str) -> str:
-    """A file name for something that is identified by `names`."""
+    """Return a file name for something that is identified by `names`."""
     return hashlib.sha256("\0".join(names).encode()).hexdigest()[:40]
 
 
@@ -121,11 +121,11 @@ class BlockStore:
     # ------------------------------------------------------------------ reading
 
     def entry(self, source: str, part: str) -> StoreEntry | None:
-        """What is known of a part."""
+        """Return the entry of a part; None if there is none."""
         return _read_entry(self._index(source, part))
 
     def find(self, source: str, part: str) -> Path | None:
-        """A part's file, verified and protected from eviction until `release`; None if it is not here."""
+        """Return a part's file, verified, and protected from eviction until `release`; None without one."""
         entry = self.entry(source, part)
         if entry is None:
             return None
@@ -136,10 +136,9 @@ class BlockStore:
         return path
 
     def open(self, content: str) -> Path | None:
-        """The file with this content, verified and protected from eviction until `release`; None if it is not
-        here.
+        """Return the file with this content, verified and protected from eviction until `release`.
 
-        One that is not what its name says is put aside.
+        None if it is not here. A file whose content is not what its name says is put aside.
         """
         path = self.blob(content)
         with self._alone():
@@ -158,23 +157,23 @@ class BlockStore:
         return path
 
     def release(self, content: str) -> None:
-        """This process needs the file no longer; it may be evicted."""
+        """Let a file be evicted that this process needs no longer."""
         with self._alone():
             self._used.discard(content)
             self._write_used()
 
     def blob(self, content: str) -> Path:
-        """Where the file with this content is, if it is here."""
+        """Return the path of the file with this content, whether or not it is here."""
         return self.root / "blobs" / f"{content}{_SUFFIX}"
 
     def entries(self) -> list[StoreEntry]:
-        """Everything that is known, also of files that are not here now."""
+        """Return all entries, also of files that are not here now."""
         found = [_read_entry(path) for path in sorted((self.root / "index").glob("*.json"))]
         return [entry for entry in found if entry is not None]
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of all files, those under way at their full size."""
+        """Bytes of all files; partial files count with their full size."""
         folders = ("blobs", "partial", "quarantine")
         return sum(size for folder in folders for _, size, _ in _files(self.root / folder))
 
@@ -182,7 +181,7 @@ class BlockStore:
 
     @contextmanager
     def fetching(self, *names: str) -> Iterator[None]:
-        """The right to fetch one part; another process or thread that wants it waits."""
+        """Hold the right to fetch one part; other processes and threads that want it wait."""
         lock = self.fetch_lock(*names)
         try:
             lock.acquire(blocking=False)
@@ -195,11 +194,11 @@ class BlockStore:
             lock.release()
 
     def fetch_lock(self, *names: str) -> FileLock:
-        """What `fetching` holds, for those who must not wait on their thread."""
+        """Return the lock that `fetching` holds, for callers that must not block their thread."""
         return self._lock(key_of(*names))
 
     def partial(self, *names: str) -> Path:
-        """Where the part is built; its journal lies beside it as `.json`."""
+        """Return the path at which a part is built; its journal lies beside it as `.json`."""
         return self.root / "partial" / f"{key_of(*names)}.part"
 
     def reserve(self, partial: Path, size: int) -> None:
@@ -217,7 +216,7 @@ class BlockStore:
                     file.truncate(size)
 
     def keep(self, partial: Path, source: str, part: str, content: str, origin: Origin) -> Path:
-        """Take over a finished part, whose SHA-256 the caller knows; it is protected until `release`."""
+        """Take over a finished part with its SHA-256 `content`; its file is protected until `release`."""
         blob = self.blob(content)
         with self._alone():
             blob.parent.mkdir(parents=True, exist_ok=True)
@@ -230,7 +229,7 @@ class BlockStore:
         return blob
 
     def link(self, source: str, part: str, content: str, origin: Origin) -> Path | None:
-        """Note that a part has this content, if a file with it is here."""
+        """Add an entry for a part with this content, if a file with it is here, and return that file."""
         path = self.open(content)
         if path is not None:
             with self._alone():
@@ -239,21 +238,21 @@ class BlockStore:
         return path
 
     def discard(self, partial: Path) -> None:
-        """Forget a part that was being fetched."""
+        """Delete a part that was being fetched."""
         partial.unlink(missing_ok=True)
         partial.with_suffix(".json").unlink(missing_ok=True)
 
     # ------------------------------------------------------------------ notes about files on the Hub
 
     def note(self, name: str, content: bytes) -> Path:
-        """Keep something small that never changes; returns the file that it is in."""
+        """Keep something small that never changes; returns its file."""
         path = self.root / "about" / name
         if self.noted(name) != content:
             _replace(path, content)
         return path
 
     def noted(self, name: str) -> bytes | None:
-        """What was kept under `name`."""
+        """Return what was kept under `name`; None if nothing was."""
         try:
             return (self.root / "about" / name).read_bytes()
         except OSError:
@@ -350,7 +349,7 @@ class BlockStore:
         with self._alone():
             target = self.root / "quarantine" / f"{path.name}.{uuid.uuid4().hex[:8]}"
             target.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(OSError):  # somebody else was quicker
+            with contextlib.suppress(OSError):  # another process was quicker
                 path.replace(target)
 
     def _lock(self, name: str) -> FileLock:
@@ -360,7 +359,7 @@ class BlockStore:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Nobody else changes what the store consists of. Held for moments only, never while bytes move."""
+        """Keep other processes from changing the store. Held for moments only, never while bytes move."""
         with self._lock("store"):
             yield
 

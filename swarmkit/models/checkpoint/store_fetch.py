@@ -1,20 +1,21 @@
-"""Parts of a model from the Hub into the store: the wanted ranges of its shards, written where they belong.
+"""Fetching parts of a model from the Hub into the store: only the wanted ranges of its shards.
 
-The file of a part is made at its full size, and each tensor's bytes go straight to their place in it::
+The file of a part is made at its full size, and each tensor's bytes are written straight to their place in
+it::
 
     shard 2 on the Hub    | header | … | block 3: q k v | … | block 4: up down | …
                                             └──────┐            └───────┐
     partial files         block 3: | header | … q k v |   block 4: | header | up down … |
 
-A journal beside each says which bytes of which shard are there, so that a cut or a crash costs at most
+A journal beside each file says which bytes of which shard are there, so that a cut or a crash costs at most
 `JOURNAL_BYTES`.
 
-What is checked: that every range is the one asked for, of a file of the same size and ETag; the Hub's SHA-256
-of a shard, when its whole content was wanted or sent; and the SHA-256 of the part, where an earlier fetch
+These are checked: that every range is the one requested, of a file of the same size and ETag; the Hub's
+SHA-256 of a shard, if its whole content was wanted or sent; and the SHA-256 of the part, if an earlier fetch
 from the Hub has left it in the store's index. What does not fit is fetched again, at most `ATTEMPTS` times in
-all. For a part that is fetched for the first time, the Hub publishes no hash; what others claim it to have is
-no proof, but reason for doubt: a part with none of the claimed hashes is fetched once more, and taken if it
-comes out the same twice. Where nobody claims anything, it is taken as it comes over TLS.
+all. The Hub publishes no hash for a part that is fetched for the first time. Hashes that peers claim are no
+proof, but reason for doubt: a part with none of the claimed hashes is fetched once more, and accepted if it
+is the same twice. Without claims, it is accepted as it arrives over TLS.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ import json
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from swarmkit.errors import ModelError
-from swarmkit.models.checkpoint.ranges import SHA256, ByteRange, RemoteFile, coalesce, merge, subtract
+from swarmkit.models.checkpoint.byte_ranges import ByteRange, coalesce, length, merge, subtract
+from swarmkit.models.checkpoint.ranges import SHA256, RemoteFile
 from swarmkit.models.checkpoint.shards import OnBytes, Part
 from swarmkit.models.checkpoint.store import BlockStore
 from swarmkit.models.checkpoint.store_format import Header, Place, lay_out, sha256_of
@@ -38,32 +40,34 @@ from swarmkit.models.checkpoint.store_format import Header, Place, lay_out, sha2
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-"""Times that bytes which turn out to be wrong are fetched."""
+"""How often bytes that turn out to be wrong are fetched."""
 
 JOURNAL_BYTES = 32 * 1024 * 1024
-"""What may have to be fetched again after a crash."""
+"""Most bytes that have to be fetched again after a crash."""
 
 SPARE = 1 / 256
-"""Of the wanted bytes, how many unwanted ones may be fetched beside them to save requests."""
+"""Share of unwanted bytes that may be fetched beside wanted ones to save requests."""
 
 _CHUNK_BYTES = 4 * 1024 * 1024
 
 Claims = Mapping[str, Collection[str]]
-"""Labels of parts, to SHA-256 hashes that somebody says their files have."""
+"""Labels of parts, to SHA-256 hashes that peers say their files have."""
 
 
 class Shards(Protocol):
     """The safetensors files that parts are cut from."""
 
     def header(self, name: str, *, fresh: bool = False) -> Header:
-        """The header of a shard; `fresh`: fetched again, because something is wrong with the known one."""
+        """Return the header of a shard; `fresh`: fetch it again, because something is wrong with the known
+        one.
+        """
 
     def remote(self, name: str) -> RemoteFile:
-        """A shard's bytes."""
+        """Return a shard whose bytes can be read."""
 
 
 class _Building:
-    """A part on its way: its partial file and its journal."""
+    """A part that is being fetched: its partial file and its journal."""
 
     def __init__(self, part: Part, shards: Shards, path: Path) -> None:
         self.part = part
@@ -80,8 +84,8 @@ class _Building:
             self.origin[name] = places[name]
         self.layout = lay_out(self.origin.values())
         self.done: dict[str, list[ByteRange]] = {}
+        self._file: BinaryIO
         self.etags = {shard: shards.remote(shard).etag for shard in sorted(set(part.shards.values()))}
-        self._file: BinaryIO | None = None
         self._since_journal = 0
 
     def wanted(self, shard: str) -> list[ByteRange]:
@@ -92,25 +96,23 @@ class _Building:
     def missing(self, shard: str) -> list[ByteRange]:
         return subtract(self.wanted(shard), self.done.get(shard, []))
 
-    def __enter__(self) -> _Building:
-        self._file = self.path.open("r+b")
-        self._read_journal()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            self.save()
-            self.close()
+    @contextmanager
+    def opened(self) -> Iterator[_Building]:
+        """While this lasts, bytes can be written; at its end the journal says which are there."""
+        with self.path.open("r+b") as self._file:
+            self._read_journal()
+            try:
+                yield self
+            finally:
+                if not self._file.closed:
+                    self.save()
 
     def close(self) -> None:
-        """The file is complete and will move."""
-        assert self._file is not None
+        """Close the complete file, which will be moved."""
         self._file.close()
-        self._file = None
 
     def write(self, shard: str, place: Place, offset: int, data: memoryview) -> None:
-        """Bytes of the shard from `offset` on, all of them inside one tensor of this part."""
-        assert self._file is not None
+        """Write bytes of the shard from `offset` on, all of them inside one tensor of this part."""
         target = self.layout.places[place.name].start + offset - place.start
         self._file.seek(target)
         self._file.write(data)
@@ -120,8 +122,7 @@ class _Building:
             self.save()
 
     def save(self) -> None:
-        """Write the journal, after the bytes that it speaks of."""
-        assert self._file is not None
+        """Write the journal, after the bytes that it lists."""
         self._file.flush()
         os.fsync(self._file.fileno())
         journal = {"layout": self._layout_hash(), "etags": self.etags, "done": self.done}
@@ -131,12 +132,11 @@ class _Building:
         self._since_journal = 0
 
     def forget(self, shard: str | None = None) -> None:
-        """Everything, or everything from one shard, is to be fetched again."""
+        """Have everything, or everything from one shard, fetched again."""
         self.done = {} if shard is None else {name: had for name, had in self.done.items() if name != shard}
 
     def sha256(self) -> str:
-        """Finish the file; the SHA-256 of what it holds."""
-        assert self._file is not None
+        """Finish the file, and return its SHA-256."""
         self._file.seek(0)
         self._file.write(self.layout.front)
         self.save()
@@ -144,8 +144,7 @@ class _Building:
         return sha256_of(self._file)
 
     def hash_into(self, digest: Any, place: Place) -> None:
-        """Let `digest` take in the bytes of a tensor, as they were written."""
-        assert self._file is not None
+        """Add the bytes of a tensor, as they were written, to `digest`."""
         target = self.layout.places[place.name]
         self._file.seek(target.start)
         for start in range(target.start, target.stop, _CHUNK_BYTES):
@@ -161,7 +160,7 @@ class _Building:
             if journal["layout"] == self._layout_hash() and journal["etags"] == self.etags:
                 self.done = done
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # nothing that can be used is there: all of it is fetched
+            pass  # there is no journal that can be used: all of it is fetched
 
 
 def fetch_parts(
@@ -172,10 +171,10 @@ def fetch_parts(
     on_bytes: OnBytes | None = None,
     claims: Claims | None = None,
 ) -> None:
-    """Have these parts in the store, fetching what it lacks.
+    """Fetch those of these parts that the store lacks.
 
     Args:
-        claims: the hashes that others say parts have.
+        claims: the hashes that peers say parts have.
 
     Raises:
         ModelError: bytes did not come, were wrong again and again, or there is no room for them.
@@ -183,20 +182,20 @@ def fetch_parts(
     """
     ordered = sorted({part.label: part for part in parts}.values(), key=lambda part: part.label)
     with ExitStack() as held:
-        for part in ordered:  # everybody takes them in the same order, so that nobody waits in a circle
+        for part in ordered:  # all take them in the same order, so that none wait in a circle
             held.enter_context(store.fetching(source, part.label))
         lacking = [part for part in ordered if store.find(source, part.label) is None]
         buildings: list[_Building] = []
         for part in lacking:
             building = _Building(part, shards, store.partial(source, part.label))
             store.reserve(building.path, building.layout.size)
-            buildings.append(held.enter_context(building))
+            buildings.append(held.enter_context(building.opened()))
         if buildings:
             _Fetch(store, source, shards, buildings, on_bytes, claims or {}).run()
 
 
 class _Fetch:
-    """Fetching some parts together, shard by shard."""
+    """Fetches some parts together, shard by shard."""
 
     def __init__(
         self,
@@ -213,8 +212,8 @@ class _Fetch:
         self._shards = shards
         self._buildings = buildings
         self._on_bytes = on_bytes or (lambda done, total: None)
-        self._total = sum(_length(b.wanted(s)) for b in buildings for s in b.etags)
-        self._have = self._total - sum(_length(b.missing(s)) for b in buildings for s in b.etags)
+        self._total = sum(length(b.wanted(s)) for b in buildings for s in b.etags)
+        self._have = self._total - sum(length(b.missing(s)) for b in buildings for s in b.etags)
 
     def run(self) -> None:
         for shard in sorted({shard for building in self._buildings for shard in building.etags}):
@@ -231,7 +230,7 @@ class _Fetch:
                 return
             logger.warning("what came of %s does not have its hash; it is fetched again", remote.label)
             for building in concerned:
-                self._have -= _length(building.wanted(shard))
+                self._have -= length(building.wanted(shard))
                 building.forget(shard)
         raise ModelError(
             f"{remote.label} was fetched {ATTEMPTS} times and never had the hash that the Hub publishes. "
@@ -239,7 +238,7 @@ class _Fetch:
         )
 
     def _stream(self, shard: str, concerned: Sequence[_Building]) -> bool:
-        """Fetch what is missing of one shard; whether its hash was checked on the way."""
+        """Fetch what is missing of one shard; returns whether its hash was checked on the way."""
         targets = sorted(
             ((building.origin[name], building) for building in concerned for name in building.part.shards
              if building.part.shards[name] == shard and building.origin[name].nbytes),
@@ -255,17 +254,19 @@ class _Fetch:
                 place, building = targets[at]
                 low, high = max(place.start, offset), min(place.stop, offset + len(data))
                 if low < high:
-                    fresh = _length(subtract([ByteRange(low, high)], building.done.get(shard, [])))
+                    fresh = length(subtract([ByteRange(low, high)], building.done.get(shard, [])))
                     building.write(shard, place, low, data[low - offset : high - offset])
                     self._have += fresh
                 at += 1
             self._on_bytes(self._have, self._total)
 
-        spare = int(_length(missing) * SPARE)
+        spare = int(length(missing) * SPARE)
         return bool(missing) and self._shards.remote(shard).stream(coalesce(missing, spare), keep)
 
     def _has_right_hash(self, shard: str, concerned: Sequence[_Building], remote: RemoteFile) -> bool:
-        """False if all of the shard is here, in whatever parts, and is not what the Hub says."""
+        """Whether all of the shard is here, in whatever parts, and has the Hub's hash; True if that is
+        unknown.
+        """
         header = self._shards.header(shard)
         where = {name: b for b in concerned for name, of in b.part.shards.items() if of == shard}
         places = sorted(header.places.values(), key=lambda place: (place.start, place.stop))
@@ -292,7 +293,7 @@ class _Fetch:
             if expected is None:
                 good.add(content)  # as good as a claim, if it comes again
             logger.warning("%s of %s is not what it should be; it is fetched again", label, source)
-            self._have -= sum(_length(building.wanted(shard)) for shard in building.etags)
+            self._have -= sum(length(building.wanted(shard)) for shard in building.etags)
             building.forget()
             for shard in building.etags:
                 self._stream(shard, [building])
@@ -307,7 +308,3 @@ class _Fetch:
             )
         building.close()
         self._store.keep(building.path, source, label, content, "hub")
-
-
-def _length(spans: Iterable[ByteRange]) -> int:
-    return sum(span.stop - span.start for span in spans)

@@ -4,11 +4,9 @@ A safetensors file is 8 bytes (the header's length, little-endian), a JSON heade
 
     {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, ..., "__metadata__": {...}}
 
-A part of a model (a block, or what is in no block) is stored as one such file whose every byte follows from
-its
-tensors: order, header and padding are fixed here. So whoever stores the same tensors gets the same file, and
-    its
-SHA-256 names the part wherever it came from.
+A part of a model (a block, or the tensors in no block) is stored as one such file, whose every byte follows
+from its tensors: order, header and padding are fixed here. So the same tensors make the same file on every
+machine, and its SHA-256 names the part wherever it came from.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from swarmkit.errors import ModelError
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 32 * 1024 * 1024
-"""Enough for two hundred thousand tensors; more is not taken into memory on a stranger's word."""
+"""Largest header that is read into memory; enough for two hundred thousand tensors."""
 
 _LENGTH = struct.Struct("<Q")
 _HASH_CHUNK_BYTES = 4 * 1024 * 1024
@@ -63,7 +61,7 @@ class FormatError(ModelError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where one tensor lies: bytes `[start, stop)` of its file."""
+    """One tensor in a file: bytes `[start, stop)`."""
 
     name: str
     dtype: str
@@ -92,7 +90,7 @@ class Header:
 
 
 def header_length(first: bytes, file_size: int) -> int:
-    """Bytes of the header, from the file's first 8.
+    """Read the length of the header from the first 8 bytes of a file.
 
     Raises:
         FormatError: longer than the file or than `MAX_HEADER_BYTES`.
@@ -135,7 +133,7 @@ def parse_header(front: bytes, file_size: int) -> Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a file on this machine.
+    """Read the header of a file on this machine.
 
     Raises:
         FormatError: it is not a safetensors file.
@@ -148,7 +146,7 @@ def read_header(path: Path) -> Header:
 
 
 def lay_out(tensors: Iterable[Place]) -> Header:
-    """The one file that holds exactly these tensors; only name, dtype and shape of each are looked at.
+    """Lay out the file that holds exactly these tensors, of which only name, dtype and shape matter.
 
     Wider dtypes come first, so that every tensor is aligned, and names in order after that.
     """
@@ -168,7 +166,7 @@ def lay_out(tensors: Iterable[Place]) -> Header:
 
 
 def bytes_of(dtype: str, shape: Iterable[int]) -> int:
-    """Bytes of a tensor.
+    """Return the bytes of a tensor.
 
     Raises:
         FormatError: an unknown dtype, or values that do not fill whole bytes.
@@ -182,7 +180,7 @@ def bytes_of(dtype: str, shape: Iterable[int]) -> int:
 
 
 def sha256_of(file: BinaryIO) -> str:
-    """The SHA-256 in hex of what is left of an open file."""
+    """Return the SHA-256, in hex, of an open file from its present position on."""
     digest = hashlib.sha256()
     while chunk := file.read(_HASH_CHUNK_BYTES):
         digest.update(chunk)

@@ -15,8 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from swarmkit.errors import ModelError
+from swarmkit.models.checkpoint.byte_ranges import ByteRange
 from swarmkit.models.checkpoint.fingerprint import file_sha256, recall, remember
-from swarmkit.models.checkpoint.ranges import SHA256, ByteRange, RemoteFile, RetryPolicy
+from swarmkit.models.checkpoint.ranges import SHA256, RemoteFile, RetryPolicy
 from swarmkit.models.checkpoint.shards import OnBytes, Part, by_shard, bytes_in, keys_in, read_from
 from swarmkit.models.checkpoint.store import BlockStore, key_of
 from swarmkit.models.checkpoint.store_fetch import Claims, fetch_parts
@@ -33,7 +34,7 @@ class HubFiles:
     Weights that the Hub's cache on this machine holds already are read from there.
 
     Attributes:
-        commit: the pinned commit.
+        commit: the commit, which never changes.
         store: where parts of the weights are kept.
         received: bytes of weights that came from the Hub so far.
     """
@@ -46,7 +47,7 @@ class HubFiles:
         *,
         progress: bool = True,
         store: BlockStore | None = None,
-        patience: RetryPolicy | None = None,
+        retry: RetryPolicy | None = None,
     ) -> None:
         """Fetch config.json, which tells the commit.
 
@@ -58,7 +59,7 @@ class HubFiles:
         self.commit: str | None
         self._token = token
         self._progress = progress
-        self._patience = patience
+        self._retry = retry
         self._headers: dict[str, Header] = {}
         self._remotes = (
             threading.local()
@@ -78,7 +79,7 @@ class HubFiles:
 
     @property
     def source(self) -> str:
-        """What the store calls this repository at this commit."""
+        """The store's name for this repository at this commit."""
         return f"{self.repo}@{self.commit}"
 
     @property
@@ -87,7 +88,7 @@ class HubFiles:
 
     @cached_property
     def is_public(self) -> bool:
-        """Whether anybody may read it: without a token, and without having accepted terms."""
+        """Whether it can be read without a token, and without having accepted terms."""
         return self._is_public_on_the_hub()
 
     def _is_public_on_the_hub(self) -> bool:
@@ -156,10 +157,10 @@ class HubFiles:
     def fetch(
         self, parts: Sequence[Part], on_bytes: OnBytes | None = None, claims: Claims | None = None
     ) -> None:
-        """Bring these parts into the store, or find them in the Hub's cache.
+        """Fetch these parts into the store, unless they are there or in the Hub's cache.
 
         Args:
-            claims: the hashes that others say parts have; see `store_fetch`.
+            claims: the hashes that peers say parts have; see `store_fetch`.
 
         Raises:
             ModelError: see `store_fetch.fetch_parts`; when offline, the error names the parts that are
@@ -222,16 +223,16 @@ class HubFiles:
         return self.store.find(self.source, part.label) is not None or self._is_cached(part)
 
     def is_pickled(self, part: Part) -> bool:
-        """Whether a part lies in PyTorch's own files, which can only be had whole."""
+        """Whether a part lies in PyTorch's own files, which can only be fetched as a whole."""
         return any(not shard.endswith(".safetensors") for shard in part.shards.values())
 
     def content(self, part: Part) -> str | None:
-        """The SHA-256 of a part's file, if it is in the store."""
+        """Return the SHA-256 of a part's file; None if it is not in the store."""
         entry = self.store.entry(self.source, part.label)
         return entry.content if entry is not None and self.store.blob(entry.content).is_file() else None
 
     def header(self, name: str, *, fresh: bool = False) -> Header:
-        """The header of one of its safetensors files, which is kept; `fresh`: fetched whatever is kept."""
+        """Return the header of a safetensors file, which is kept; `fresh`: fetch it again."""
         if fresh or name not in self._headers:
             key = key_of(self.source, name, "header")
             front, about = self.store.noted(key), self._about(name)
@@ -251,7 +252,7 @@ class HubFiles:
         return self._headers[name]
 
     def remote(self, name: str) -> RemoteFile:
-        """One of its files, to be read by ranges."""
+        """Return a file that can be read by ranges."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers
 
@@ -266,22 +267,22 @@ class HubFiles:
                 about[1],
                 about[0],
                 build_hf_headers(token=self._token, library_name="swarmkit"),
-                self._patience,
+                self._retry,
             )
             self._opened.append(mine[name])
         return mine[name]
 
     def read_range(self, name: str, span: ByteRange) -> bytes:
-        """Some bytes of one of its files.
+        """Read some bytes of a file.
 
         Raises:
-            ModelError: they cannot be had.
+            ModelError: they cannot be fetched.
         """
         with self._explained(f"{name} of {self.repo}"):
             return self.remote(name).read(span)
 
     def _convert(self, part: Part) -> None:
-        """Put a part from PyTorch's own files, which can only be had whole, into the store."""
+        """Put a part from PyTorch's own files, which can only be fetched as a whole, into the store."""
         with self.store.fetching(self.source, part.label):
             if self.store.find(self.source, part.label) is not None:
                 return
@@ -304,7 +305,7 @@ class HubFiles:
         return Path(path) if isinstance(path, str) else None
 
     def _about(self, name: str) -> tuple[str, int] | None:
-        """(ETag, size) of a file, asked for once; None if there is no such file."""
+        """Return (ETag, size) of a file, which the Hub is asked for once; None if there is no such file."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -327,7 +328,7 @@ class HubFiles:
 
     @contextmanager
     def _bar(self, on_bytes: OnBytes | None) -> Iterator[OnBytes]:
-        """What is told how many bytes have come: the caller, and a bar if there are many."""
+        """Yield a function that reports bytes to the caller, and shows a bar if there are many."""
         bar: Any = None
 
         def report(done: int, total: int) -> None:
@@ -349,9 +350,7 @@ class HubFiles:
 
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:
-        """Turns the Hub client's many errors into one that says what to do, unless it is about an absent
-        file.
-        """
+        """Turn the Hub client's errors into one that says what to do, except those about absent files."""
         from huggingface_hub import errors
 
         try:

@@ -1,7 +1,7 @@
-"""A repository whose state is known from a manifest: the Hub is asked for nothing that is in there.
+"""A repository whose state is known from a manifest, so that the Hub is not asked for what the manifest has.
 
-The manifest has the fingerprint that the user gave, so config, index and hashes are the right ones whoever
-sent them. Weights come from peers; what of them comes from the Hub after all is only taken from files that
+The manifest has the fingerprint that the user gave, so config, index and hashes are the right ones, whichever
+peer sent them. Weights come from peers; if some have to come from the Hub, they are only read from files that
 have the manifest's hashes.
 """
 
@@ -27,7 +27,7 @@ _MANIFEST = "manifest.json"
 
 
 class PinnedFiles(HubFiles):
-    """The repository as a manifest describes it."""
+    """A repository as a manifest describes it."""
 
     def __init__(
         self,
@@ -52,13 +52,15 @@ class PinnedFiles(HubFiles):
 
     @property
     def source(self) -> str:
-        """Not the commit, which is a hint: what is stored under it must be what the fingerprint means."""
+        """The store's name for the repository, by its fingerprint; the commit is only a hint."""
         return f"{self.repo}@{self.manifest.fingerprint}"
 
     @cached_property
     def is_public(self) -> bool:
-        """Whoever handed its blocks to us has found that anybody may read them. If any came from the Hub,
-        where a token may have opened the door, the Hub is asked.
+        """Whether it can be read without a token.
+
+        Peers pass on only blocks for which that is so. If a block came from the Hub, perhaps with a token,
+        the Hub is asked.
         """
         entries = [entry for entry in self.store.entries() if entry.source == self.source]
         return all(entry.origin == "peers" for entry in entries) or self._is_public_on_the_hub()
@@ -88,8 +90,9 @@ class PinnedFiles(HubFiles):
         super().fetch(parts, on_bytes, claims)
 
     def _adopt(self, part: Part) -> None:
-        """Use what an earlier start without a fingerprint has left in the store, if the Hub itself said that
-        the files at that commit have the manifest's hashes.
+        """Use a part that an earlier start without a fingerprint has left in the store.
+
+        Only if the Hub itself said that the files at that commit have the manifest's hashes.
         """
         before = f"{self.repo}@{self.commit}"
         known = self.store.entry(before, part.label)
@@ -125,7 +128,7 @@ class PinnedFiles(HubFiles):
 def open_pinned(
     repo: str, fingerprint: str, token: str | None, *, progress: bool = True, store: BlockStore | None = None
 ) -> PinnedFiles | None:
-    """The repository as the manifest in the store describes it; None if there is no such manifest."""
+    """Open the repository as the manifest in the store describes it; None if there is no such manifest."""
     manifest = find_manifest(store or BlockStore(), fingerprint)
     return PinnedFiles(repo, manifest, token, progress=progress, store=store) if manifest else None
 
@@ -133,7 +136,7 @@ def open_pinned(
 def open_last_pinned(
     repo: str, token: str | None, *, progress: bool = True, store: BlockStore | None = None
 ) -> PinnedFiles | None:
-    """The repository as it was last opened with a fingerprint; None if it never was, or there is a Hub."""
+    """Open the repository by the last fingerprint that was used for it; None without one, or when online."""
     from huggingface_hub import constants
 
     noted = (store or BlockStore()).noted(key_of(repo, "pinned"))
@@ -143,7 +146,7 @@ def open_last_pinned(
 
 
 def find_manifest(store: BlockStore, fingerprint: str) -> Manifest | None:
-    """The manifest with this fingerprint, if it is in the store."""
+    """Return the manifest with this fingerprint; None if it is not in the store."""
     encoded = store.noted(f"{fingerprint}/{_MANIFEST}")
     if encoded is None:
         return None
@@ -155,5 +158,5 @@ def find_manifest(store: BlockStore, fingerprint: str) -> Manifest | None:
 
 
 def keep_manifest(store: BlockStore, manifest: Manifest) -> Path:
-    """Have a manifest in the store; returns its file."""
+    """Keep a manifest in the store; returns its file."""
     return store.note(f"{manifest.fingerprint}/{_MANIFEST}", manifest.encoded)

@@ -28,7 +28,7 @@ _NAMES = {
 
 
 def keep_tensors(store: BlockStore, source: str, part: str, tensors: Mapping[str, Tensor]) -> None:
-    """Put a part that is in memory (or mapped into it) into the store.
+    """Keep a part whose tensors are in memory, or mapped into it, in the store.
 
     Raises:
         ModelError: a dtype that safetensors does not know, or no room.

@@ -2,10 +2,8 @@
 
 Launching the few hundred kernels of a token takes Python several times as long as they take the accelerator.
 So a pass over single tokens is recorded once, and from then on launched as one graph. A graph has fixed
-shapes and
-addresses: so many rows, each a session in its static slot (see `static_slots`), and attention over so many
-    tokens
-of each; what is not there yet is masked::
+shapes and addresses: so many rows, each a session in its static slot (see `static_slots`), and attention over
+so many tokens of each. Tokens that are not there yet are masked::
 
     positions   [ 17 | 403 | -- ]      position of each row's token within its session
     rows        a, b, and one that has no token this time, whose output is not used

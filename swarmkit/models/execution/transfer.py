@@ -1,4 +1,4 @@
-"""From the host's memory to a device, without waiting for what the device does."""
+"""Copies from the host's memory to a device that do not wait for the device."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The same tensor there.
+    """Return the same tensor on `device`.
 
-    A plain copy to an accelerator waits until all work that it was given is done. One from memory that stays
-    where it is (pinned) takes its turn behind that work.
+    A plain copy to an accelerator waits until the accelerator has done all its work. A copy from pinned
+    memory is queued behind that work.
     """
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)

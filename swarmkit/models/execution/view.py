@@ -1,4 +1,4 @@
-"""Some blocks of a loaded model, called as a model of just those."""
+"""Some blocks of a loaded model, called as if the model had only those."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Only the base model's copy of the config carries it; the attention modules keep 
 def with_blocks(
     base: PreTrainedModel, layers: str, config: PreTrainedConfig, blocks: Sequence[nn.Module]
 ) -> PreTrainedModel:
-    """A copy of a model that shares everything with it but its config and its blocks."""
+    """Copy a model, sharing everything but its config and its blocks."""
     model = _shallow(base, layers, config)
     replace(model, layers, _Blocks(blocks))
     return model
 
 
 def _shallow(base: PreTrainedModel, layers: str, config: PreTrainedConfig) -> PreTrainedModel:
-    """A copy of a model that shares everything but its config and the modules on the path to its blocks."""
+    """Copy a model, sharing everything but its config and the modules on the path to its blocks."""
     model = _shallow_module(base, config)
     parent: nn.Module = model
     for name in layers.split(".")[:-1]:
@@ -48,7 +48,9 @@ def _shallow_module(module: Any, config: PreTrainedConfig) -> Any:
 
 
 class _Blocks(nn.ModuleList):
-    """Base models loop over `self.layers[:n]`; a plain list would build a new module list at every step."""
+    """A list of blocks. Base models loop over `self.layers[:n]`, which else would make a new list at every
+    step.
+    """
 
     def __getitem__(self, index: Any) -> Any:
         return self if index == slice(None, len(self)) else super().__getitem__(index)
@@ -57,8 +59,8 @@ class _Blocks(nn.ModuleList):
 class View:
     """The base model with only some of its blocks, sharing all weights with it, and called quickly.
 
-    `forward` is the architecture's own function without transformers' decorators around it: these collect
-    intermediate results, which nobody asks for here, and cost as much as a rotary embedding at each step.
+    It calls the architecture's own forward function without transformers' decorators around it: these collect
+    intermediate results, which are not needed here, and cost as much as a rotary embedding at each step.
     """
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
@@ -77,7 +79,7 @@ class View:
         self._maskless = _shallow(model, anatomy.layers, config)
 
     def needs_no_mask(self, hidden: Tensor, past: int) -> bool:
-        """Whether these tokens, if nothing is padding, see all that there is: one, within every window."""
+        """Whether these tokens, if none is padding, attend to all others: it is one, within every window."""
         return hidden.shape[1] == 1 and past < self._maskless_until
 
     def __call__(

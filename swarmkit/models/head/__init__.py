@@ -1,1 +1,1 @@
-"""The part of a model that stays with its user: embeddings, final norm and output layer."""
+"""The part of a model that stays with the client: embeddings, final norm and output layer."""

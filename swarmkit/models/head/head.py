@@ -1,7 +1,7 @@
-"""The part of a model that stays with its user: embeddings, final norm, output layer, and `generate`.
+"""The part of a model that stays with the client: embeddings, final norm, output layer, and `generate`.
 
-It is the ordinary causal language model of the architecture, except that its list of decoder layers holds
-one module which stands for all of them.
+It is the ordinary causal language model of the architecture, except that its list of decoder layers holds one
+module that stands for all of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from swarmkit.models.quantization.precision import Precision
 from swarmkit.models.quantization.stored import StoredQuantisation
 
 ATTENTION = "swarmkit"
-"""The attention implementation of a head: it has no attention, and hands padding masks on as they are."""
+"""Name of a head's attention implementation, which has no attention, and passes padding masks on unchanged.
+"""
 _ATTENTION_WITH_MASK = "swarmkit-with-mask"
 
 
@@ -44,7 +45,7 @@ def _no_attention(*args: Any, **kwargs: Any) -> Any:
 
 
 def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """Instead of a `[batch, 1, tokens, past + tokens]` mask, the padding mask that it would be made from."""
+    """Return the padding mask, instead of a `[batch, 1, tokens, past + tokens]` mask made from it."""
     return attention_mask
 
 
@@ -55,7 +56,7 @@ def _always_a_mask(
     device: torch.device | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """The same for base models that work on the mask themselves, and so cannot do without one."""
+    """Return the padding mask, or one of ones: some base models work on the mask, and need one."""
     if attention_mask is None:
         return torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     return attention_mask
@@ -79,22 +80,23 @@ def build_head(
     mixin: type | None = None,
     kind: HeadKind = CAUSAL,
 ) -> PreTrainedModel:
-    """The architecture's own language model, or another of its models, with `blocks` in place of all layers.
+    """Build the architecture's own language model, or another of its models, with `blocks` in place of all
+    layers.
 
-    Reads only the tensors that are in no block. Parameters are frozen, the model is in evaluation mode, and
-    its generation config is the checkpoint's where it has one.
+    Only the tensors that are in no block are read. Parameters are frozen, the model is in evaluation mode,
+    and its generation config is the checkpoint's where it has one.
 
     Args:
         blocks: called as `blocks(hidden, **kwargs)` with `hidden` of `[batch, tokens, hidden]` and what
-            transformers hands to a decoder layer, among it `past_key_values` (None without a cache; so called
-            whatever the architecture calls it),
+            transformers passes to a decoder layer, among it `past_key_values` (None without a cache; by this
+            name in all architectures),
             `attention_mask`: bool `[batch, past + tokens]`, false at padding, or None, and `position_ids`
             (`[batch or 1, tokens]`, or missing where blocks need none). Returns a tensor of the shape of
             `hidden`.
         dtype: "auto" is float32 on a CPU and the checkpoint's own dtype on an accelerator.
-        mixin: a class put before the architecture's in a subclass made for the purpose, so that the model is
-            an instance of both. Its `__init__` is not called.
-        kind: which of the architecture's models; a causal language model if not given. Parameters that the
+        mixin: a class that the model is an instance of besides, before the architecture's own. Its `__init__`
+            is not called.
+        kind: one of the architecture's models; its causal language model if not given. Parameters that the
             checkpoint does not have (a classifier's) are new, and trainable.
 
     Raises:
@@ -102,7 +104,7 @@ def build_head(
     """
     anatomy = anatomy_of(checkpoint.config)
     model_class = kind.class_of(checkpoint.config, anatomy)
-    # Lists with an entry per layer stay whole: models look at them to see which masks they will ever need.
+    # Lists with an entry per layer are not cut: models look at them for the masks that they will need.
     config = copy.deepcopy(checkpoint.config)
     config.num_hidden_layers = 0
     for name, value in kind.config.items():
@@ -146,7 +148,7 @@ def build_head(
     part: Any
     for part in (model, base, holder):
         part.config.num_hidden_layers = checkpoint.num_blocks
-    # The config has the name that people use; PEFT asks the model itself for a place to load it from.
+    # The config has the name that users write; PEFT asks the model itself for a place to load it from.
     model.config._name_or_path = checkpoint.name
     model.name_or_path = checkpoint.config._name_or_path
     if model.can_generate():
@@ -164,7 +166,7 @@ def build_head(
 
 
 def _speak_for_blocks(blocks: nn.Module, anatomy: Anatomy) -> None:
-    """Let `blocks` be called in the architecture's way, and answer in it."""
+    """Let `blocks` be called, and return, in the architecture's way."""
 
     def usual_names(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -174,7 +176,7 @@ def _speak_for_blocks(blocks: nn.Module, anatomy: Anatomy) -> None:
         caches = [named.pop(name) for name in CACHE_ARGUMENTS if name in named]
         given = [cache for cache in caches if cache is not None]
         if len(given) > 1:
-            # What a model does not know it hands on, beside the empty cache that it has made.
+            # A model passes on arguments that it does not know, beside the empty cache that it has made.
             raise UsageError(
                 f"this model's cache is given as {anatomy.cache_argument}=…, and by no other name"
             )
@@ -193,9 +195,10 @@ def load_local(
     dtype: torch.dtype | str = "auto",
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
-    """The whole ordinary model on this machine, as transformers loads it; what a swarm must agree with.
+    """Load the ordinary model on this machine, as transformers does; a swarm must agree with it.
 
-    Args: dtype: or another precision (`int8`, `nf4`), in which all of it is kept but the output layer.
+    Args:
+        dtype: or another precision (`int8`, `nf4`), in which all of it is kept but the output layer.
 
     Raises:
         ModelError: transformers cannot load it.
@@ -221,12 +224,12 @@ def load_local(
         model.to(device)
     model.eval()
     model.requires_grad_(False)
-    whole: PreTrainedModel = model
-    return whole
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _load_part(checkpoint: Checkpoint, precision: Precision, device: str | torch.device) -> PreTrainedModel:
-    """A language model that is a part of what the checkpoint holds."""
+    """Load a language model that is a part of the model in the checkpoint."""
     anatomy = anatomy_of(checkpoint.config)
     names = checkpoint.head_keys()
     for key, name in checkpoint.block_keys(0, checkpoint.num_blocks).items():

@@ -1,4 +1,4 @@
-"""Which of an architecture's models a head is: its causal language model, or its classifier."""
+"""The kinds of heads: an architecture's causal language model, or its classifier."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ class HeadKind:
     """One of the models that an architecture has.
 
     Attributes:
-        config: what its config says that the checkpoint's does not, such as `num_labels`.
+        config: entries that its config has besides the checkpoint's, such as `num_labels`.
     """
 
     name: Literal["causal", "classifier"]
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def taken_from(self, options: Mapping[str, Any]) -> tuple[HeadKind, dict[str, Any]]:
-        """This kind with those of `options` that a classifier's config may have; and the other options."""
+        """Return this kind with those of `options` that belong into a classifier's config, and the other
+        options.
+        """
         own = {} if self.name == "causal" else {key: options[key] for key in _CONFIG if key in options}
         return HeadKind(self.name, own), {key: value for key, value in options.items() if key not in own}
 
     def class_of(self, config: PreTrainedConfig, anatomy: Anatomy) -> type[PreTrainedModel]:
-        """The architecture's own class.
+        """Return the architecture's own class.
 
         Raises:
             ModelError: transformers has none.
@@ -53,7 +55,7 @@ class HeadKind:
     def keys(
         self, checkpoint: Checkpoint, model_class: type[PreTrainedModel], config: PreTrainedConfig
     ) -> dict[str, str]:
-        """The checkpoint's tensors that this model has outside its blocks, to their names in it."""
+        """Map the checkpoint's tensors that this model has outside its blocks to their names in it."""
         keys = checkpoint.head_keys()
         if self.name == "causal":
             return keys
@@ -69,7 +71,7 @@ class HeadKind:
     def fresh(
         self, model_class: type[PreTrainedModel], config: PreTrainedConfig, tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """New values for a classifier's own parameters that a checkpoint does not have."""
+        """Make new values for a classifier's own parameters that a checkpoint does not have."""
         if self.name == "causal":
             return {}
         spread = getattr(config, "initializer_range", 0.02)

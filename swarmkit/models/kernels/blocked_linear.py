@@ -1,11 +1,12 @@
-"""Linear layers whose weights lie in memory as oneDNN wants them.
+"""Linear layers whose weights are in oneDNN's blocked order.
 
-torch multiplies float32 matrices on a CPU with a library that on some processors uses half of what they can
-do, and gives oneDNN its bfloat16 weights in an order that it must change at every call. torch can also keep
-the weights in oneDNN's own blocked order, as it does itself when it freezes a compiled model. Where that
-gives the same numbers, faster, the layers of a stage are exchanged; each shape is tried out once.
+torch multiplies float32 matrices on a CPU with a library that uses half of what some processors can do, and
+gives oneDNN its bfloat16 weights in an order that it must change at every call. torch can also keep the
+weights in oneDNN's own blocked order, as it does itself when it freezes a compiled model. Where that gives
+the same numbers faster, the layers of a stage are replaced; each shape is tried once.
 
-The two operations used are not part of torch's public face; where they are missing, all stays as it is.
+The two operations used are not part of torch's public interface; where they are missing, no layer is
+replaced.
 """
 
 from __future__ import annotations
@@ -19,27 +20,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from swarmkit.models.kernels.replace_linear import exchange_linear, may_be_exchanged, median_seconds
+from swarmkit.models.kernels.replace_linear import can_be_replaced, median_seconds, replace_linear
 
 logger = logging.getLogger(__name__)
 
-_ROWS = 8  # for which oneDNN lays the weights out; the layout serves other numbers of rows as well
+_ROWS = 8  # oneDNN orders weights for so many rows; the order serves other numbers of rows as well
 _TRIED_ROWS = (1, 3, 8, 33)
 _FASTER = 1.1
 _AS_FAST = 1.05
 _CACHE_BYTES = 2**26
-"""More than a processor's cache holds."""
+"""Bytes that are more than a processor's cache holds."""
 _TRIALS = 9
 _BOUND = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""Largest difference that is put down to the order of additions, where values are about 1."""
+"""Largest difference that the order of additions may make, where values are about 1."""
 
 
 class BlockedLinear(nn.Linear):
-    """A frozen linear layer; `weight` [out, in] is a tensor of oneDNN's, which `to_dense()` turns back."""
+    """A frozen linear layer whose `weight`, `[out, in]`, is in oneDNN's order; `to_dense()` turns it back."""
 
     @classmethod
     def of(cls, layer: nn.Linear) -> BlockedLinear:
-        """A layer with the values of another."""
+        """Make a layer with the values of another."""
         same = cls(layer.in_features, layer.out_features, bias=False, device="meta")
         same.weight = nn.Parameter(_blocked(layer.weight.detach()), requires_grad=False)
         same.bias = layer.bias
@@ -53,7 +54,7 @@ class BlockedLinear(nn.Linear):
 
 
 class _Multiply(torch.autograd.Function):
-    """The product, and its gradient with respect to the input; the weights are frozen."""
+    """The product with frozen weights, and its gradient with respect to the input."""
 
     @staticmethod
     def forward(ctx: Any, given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -66,20 +67,20 @@ class _Multiply(torch.autograd.Function):
 
 
 def use_blocked(model: nn.Module) -> int:
-    """Exchange the large linear layers of a frozen model on a CPU where that is faster; returns how many."""
-    return exchange_linear(model, lambda layer: BlockedLinear.of(layer) if _is_better(layer) else None)
+    """Replace large linear layers of a frozen model on a CPU where that is faster; returns how many."""
+    return replace_linear(model, lambda layer: BlockedLinear.of(layer) if _is_better(layer) else None)
 
 
 def _is_better(layer: nn.Linear) -> bool:
     weight = layer.weight
-    if not may_be_exchanged(layer) or weight.dtype not in _BOUND or weight.is_mkldnn:
+    if not can_be_replaced(layer) or weight.dtype not in _BOUND or weight.is_mkldnn:
         return False
     return _is_faster(layer.out_features, layer.in_features, weight.dtype, torch.get_num_threads())
 
 
 @functools.cache
 def _is_faster(rows: int, columns: int, dtype: torch.dtype, threads: int) -> bool:
-    """Whether a blocked weight gives the same products, of several rows sooner, and of one not later."""
+    """Whether a blocked weight gives the same products, faster for several rows, and for one as fast."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(rows, columns, generator=generator) / columns**0.5).to(dtype)
     try:

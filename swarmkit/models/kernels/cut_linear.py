@@ -2,12 +2,12 @@
 
 One row is a product of a matrix and a vector, which reads each weight once. For two rows and more, matrix
 libraries first copy the weights into an order of their own, which pays for many rows: on a processor without
-AVX512, two rows were seen to take 2.2 times as long as one, eight 3.5 times. Where the copy is made of a few
-of the outputs at a time, it stays in the cache, and that takes 1.4 and 2.3 times as long. A few rows are what
-an engine has most of the time: some clients' tokens, some guessed ones, a bit of a prompt beside them.
+AVX512, two rows took 2.2 times as long as one, eight 3.5 times. If a few of the outputs are copied at a time,
+the copy stays in the cache, and two and eight rows take 1.4 and 2.3 times as long. An engine has a few rows
+most of the time: tokens of some clients, some draft tokens, a chunk of a prompt beside them.
 
-Which cut is the fastest, if any is, is tried out once for each shape. The weights stay as they are, and the
-products are the same but for rounding.
+The fastest cut, if any is worthwhile, is found once for each shape by trying. The weights stay as they are,
+and the products are the same but for rounding.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from swarmkit.models.kernels.replace_linear import exchange_linear, may_be_exchanged, median_seconds
+from swarmkit.models.kernels.replace_linear import can_be_replaced, median_seconds, replace_linear
 
 CUTS = (16, 128)
-"""Outputs of one part."""
+"""Numbers of outputs of one part that are tried."""
 _UP_TO_ROWS = (4, 12, 24, 48)
-"""The last of each span of rows that are cut alike; more rows are worth the copy."""
+"""The largest number of rows in each range that is cut alike; more rows are worth the copy."""
 _TRIED_ROWS = (2, 8, 16, 32)
 _FASTER = 1.15
 _TRIALS = 3
 _TRIED_VALUES = 2**22
-"""A part of a large weight is tried, so that nobody waits for it."""
+"""Of a larger weight only a part is tried, so that loading does not take longer."""
 
 
 class CutLinear(nn.Linear):
-    """A frozen linear layer that cuts its product where it is told to."""
+    """A frozen linear layer that cuts its product, depending on the number of rows."""
 
     _cut_of: Sequence[int]
-    """By the number of rows: outputs of one part, 0 for a product in one."""
+    """For each number of rows, outputs of one part; 0: the product is not cut."""
 
     @classmethod
     def of(cls, layer: nn.Linear, cut_of: Sequence[int]) -> CutLinear:
-        """A layer with the very weights of another."""
+        """Make a layer that shares the weights of another."""
         same = cls(layer.in_features, layer.out_features, bias=False, device="meta")
         same.weight, same.bias = layer.weight, layer.bias
         same._cut_of = cut_of
@@ -58,7 +58,7 @@ class CutLinear(nn.Linear):
 
 
 def cut_product(given: Tensor, weight: Tensor, cut: int) -> Tensor:
-    """`given` [rows, in] by `weight` [out, in], `cut` outputs at a time; `out` is a multiple of it."""
+    """Multiply `[rows, in]` by `weight`, `[out, in]`, `cut` outputs at a time; `out` is a multiple of it."""
     outputs, inputs = weight.shape
     parts = weight.view(outputs // cut, cut, inputs).transpose(1, 2)
     product = torch.bmm(given.expand(outputs // cut, *given.shape), parts)
@@ -66,15 +66,15 @@ def cut_product(given: Tensor, weight: Tensor, cut: int) -> Tensor:
 
 
 def use_cuts(model: nn.Module) -> int:
-    """Exchange the large linear layers of a frozen model on a CPU where that is faster; returns how many."""
-    return exchange_linear(
+    """Replace large linear layers of a frozen model on a CPU where that is faster; returns how many."""
+    return replace_linear(
         model, lambda layer: CutLinear.of(layer, cut_of) if any(cut_of := _cuts(layer)) else None
     )
 
 
 def _cuts(layer: nn.Linear) -> Sequence[int]:
     weight = layer.weight
-    if not may_be_exchanged(layer) or weight.dtype is not torch.float32 or not weight.is_contiguous():
+    if not can_be_replaced(layer) or weight.dtype is not torch.float32 or not weight.is_contiguous():
         return ()
     return _fastest_cuts(layer.out_features, layer.in_features, torch.get_num_threads())
 
@@ -82,7 +82,7 @@ def _cuts(layer: nn.Linear) -> Sequence[int]:
 @functools.cache
 @torch.inference_mode()
 def _fastest_cuts(outputs: int, inputs: int, threads: int) -> Sequence[int]:
-    """By the number of rows, from 0 on: the cut that takes the least time, 0 where none is worth it."""
+    """For each number of rows from 0 on, the cut that takes the least time; 0: none is worthwhile."""
     possible = [cut for cut in CUTS if outputs % cut == 0]
     most = max(possible, default=1)
     tried = min(outputs, max(_TRIED_VALUES // inputs // most, 1) * most)

@@ -1,4 +1,4 @@
-"""Exchanging a model's linear layers for others with the same products, where these are sooner done."""
+"""Replacing a model's linear layers by others that compute the same products faster."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from collections.abc import Callable
 from torch import nn
 
 SMALLEST = 2**18
-"""Weights with fewer values stay as they are: their products take no time to speak of."""
+"""Layers with fewer weights stay as they are: their products take next to no time."""
 
 
-def exchange_linear(model: nn.Module, other: Callable[[nn.Linear], nn.Linear | None]) -> int:
-    """Put `other(layer)` in the place of each plain linear layer, unless it is None; returns how many."""
-    exchanged = 0
+def replace_linear(model: nn.Module, make: Callable[[nn.Linear], nn.Linear | None]) -> int:
+    """Replace each plain linear layer by `make(layer)`, unless that is None; returns how many."""
+    replaced = 0
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and (new := other(child)) is not None:
+            if type(child) is nn.Linear and (new := make(child)) is not None:
                 setattr(module, name, new)
-                exchanged += 1
-    return exchanged
+                replaced += 1
+    return replaced
 
 
-def may_be_exchanged(layer: nn.Linear) -> bool:
-    """Whether it is large and frozen, and on a CPU."""
+def can_be_replaced(layer: nn.Linear) -> bool:
+    """Whether a layer is large, frozen and on a CPU."""
     weight = layer.weight
     return weight.device.type == "cpu" and not weight.requires_grad and weight.numel() >= SMALLEST
 
 
 def median_seconds(work: Callable[[], object], trials: int) -> float:
-    """How long some work takes."""
+    """Median of the seconds that `trials` calls of `work` take."""
     times = []
     for _ in range(trials):
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Which pages the rows of a batch are made of, where rows share some: plain numbers, no tensors.
+"""The pages of each row of a batch whose rows share some: plain numbers, no tensors.
 
 ::
 
@@ -11,9 +11,9 @@ What always holds (`audit`):
 
 - every row has a page for each `PAGE_TOKENS` of `tokens`, or part of them;
 - a slot has as many owners as rows name it, and is free with none: used + free = slots;
-- a page that is about to be written to (`reserve`) has one owner: who shares it gets a copy first.
+- a page that is about to be written to (`reserve`) has one owner: a row that shares it gets a copy first.
 
-Choosing rows (beams that go on, are repeated or dropped) only changes who owns what.
+Choosing rows (beams that go on, are repeated or dropped) only changes the owners.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 PAGE_TOKENS = 32
-"""Memory for keys and values grows by so many tokens of each row."""
+"""Tokens of one row by which memory for keys and values grows."""
 
 
 def pages_for(tokens: int) -> int:
-    """How many pages so many tokens of one row take."""
+    """Number of pages that `tokens` tokens of one row take."""
     return -(-tokens // PAGE_TOKENS)
 
 
@@ -34,7 +34,7 @@ class PageTable:
 
     Attributes:
         rows: for each row the slots of its pages, in order.
-        tokens: how many each row holds.
+        tokens: number of tokens that each row holds.
     """
 
     def __init__(self, rows: Sequence[Sequence[int]], tokens: int) -> None:
@@ -48,28 +48,28 @@ class PageTable:
 
     @property
     def slots(self) -> int:
-        """Pages that there must be memory for."""
+        """Number of pages that there must be memory for."""
         return len(self._owners)
 
     @property
     def spare(self) -> int:
-        """How many of them are free."""
+        """Number of slots that are free."""
         return len(self._free)
 
     @property
     def wasteful(self) -> bool:
-        """Whether more are free than there are rows; so many are soon used again."""
+        """Whether more slots are free than there are rows; so many will soon be used again."""
         return self.spare > len(self.rows)
 
     def copy(self) -> PageTable:
-        """Another table, to try something on."""
+        """A copy of the table, to try something on."""
         same = PageTable([], self.tokens)
         same.rows = [row.copy() for row in self.rows]
         same._owners, same._free = self._owners.copy(), self._free.copy()
         return same
 
     def order(self, rows: Sequence[int]) -> None:
-        """Row i is from now on what row `rows[i]` was."""
+        """Let row i be what row `rows[i]` was."""
         old, self.rows = self.rows, [self.rows[row].copy() for row in rows]
         for row in self.rows:
             self._own(row)
@@ -85,7 +85,7 @@ class PageTable:
         self.tokens = tokens
 
     def reserve(self, tokens: int) -> list[tuple[int, int]]:
-        """Have room for so many more tokens in each row, in pages that nobody shares.
+        """Have room for `tokens` more tokens in each row, in pages that no other row shares.
 
         Returns: (slot, new slot) of the partly filled pages that must be copied first.
         """
@@ -103,7 +103,7 @@ class PageTable:
         return copies
 
     def advance(self, tokens: int) -> None:
-        """What was reserved is held now."""
+        """Hold `tokens` of the tokens that were reserved."""
         self.tokens += tokens
 
     def compact(self) -> list[tuple[int, int]]:

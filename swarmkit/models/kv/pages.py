@@ -1,7 +1,7 @@
-"""Names of pages: what a stage was given, up to the end of so many tokens.
+"""Names of pages, which are hashes of a stage's inputs up to the end of the page.
 
 A page's name is a hash of the name before it and of the page's inputs, so that equal names mean equal inputs
-from the very first token on. Who asks and who keeps must take the inputs in the same dtype: the stage's own.
+from the very first token on. Client and server must hash the inputs in the same dtype, the stage's own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAME_BYTES = 32
 
 
 def names_of(before: Name, inputs: Tensor) -> list[Name]:
-    """Names of the full pages that inputs [tokens, hidden] make, behind the page (or root) `before`."""
+    """Name the full pages that inputs `[tokens, hidden]` make, behind the page (or root) `before`."""
     plain: Any = inputs.contiguous().view(torch.uint8).numpy()
     names = []
     for first in range(0, len(plain) - PAGE_TOKENS + 1, PAGE_TOKENS):

@@ -1,9 +1,9 @@
-"""In what precision a server keeps and computes its blocks.
+"""The precisions in which a server keeps and computes its blocks.
 
-`float32`, `bfloat16` and `float16` are what they say. `int8` (LLM.int8, Dettmers et al. 2022) and `nf4`
-(QLoRA, Dettmers et al. 2023) keep the weights of linear layers in 8 and 4 bits and compute in a 16- or 32-bit
-dtype; they are bitsandbytes' work, through transformers' `quantization_config`. A checkpoint whose weights
-are stored quantised has no other precision than that (see `quantised.py`): only the dtype can be chosen.
+`float32`, `bfloat16` and `float16` are dtypes of weights and computations. `int8` (LLM.int8, Dettmers et al.
+2022) and `nf4` (QLoRA, Dettmers et al. 2023) keep the weights of linear layers in 8 and 4 bits and compute in
+a 16- or 32-bit dtype; bitsandbytes does that, through transformers' `quantization_config`. A checkpoint whose
+weights are stored quantised has no other precision than that (see `stored.py`): only the dtype can be chosen.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from swarmkit.models.quantization.stored import StoredQuantisation
 
 QUANTIZED = ("int8", "nf4")
 PRECISIONS = ("float32", "bfloat16", "float16", "int8", "nf4")
-"""What a server can choose for a checkpoint with unquantised weights."""
+"""Precisions that a server can choose for a checkpoint with unquantised weights."""
 
 # bitsandbytes' defaults: an 8-bit constant per 64 weights, themselves in blocks of 256 with a float32
 # constant each (QLoRA, section 3, double quantisation): 4 + 8/64 + 32/(64 x 256) bits.
@@ -33,10 +33,10 @@ _INT8_ROW_BYTES = 4  # a float32 scale per row of the matrix
 
 @dataclass(frozen=True)
 class Precision:
-    """How weights are kept (`name`) and in what dtype is computed, and the cache kept.
+    """How weights are kept, and the dtype of computations and caches.
 
     Attributes:
-        name: as it is announced.
+        name: the name that servers announce.
         stored: how the checkpoint's own weights are quantised; None if they are not.
     """
 
@@ -51,7 +51,7 @@ class Precision:
 
     @property
     def keeps_stored(self) -> bool:
-        """Whether weights take the bytes in memory that they take in the checkpoint."""
+        """Whether weights take as many bytes in memory as in the checkpoint."""
         return self.stored is not None and not self.stored.is_expanded
 
     @property
@@ -63,10 +63,10 @@ class Precision:
     def parse(
         cls, name: str | torch.dtype | None, config: PreTrainedConfig, device: str | torch.device = "cpu"
     ) -> Precision:
-        """Read a precision as people write it; "auto" is float32 on a CPU and the checkpoint's own elsewhere.
+        """Read a precision as users write it; "auto" is float32 on a CPU and the checkpoint's own elsewhere.
 
         Raises:
-            ModelError: no such precision, or not of this checkpoint.
+            ModelError: there is no such precision, or not for this checkpoint.
         """
         stored = StoredQuantisation.of(config)
         if stored is not None and (
@@ -89,21 +89,21 @@ class Precision:
             raise ModelError(f"{name!r} is no precision; choose auto, {', '.join(PRECISIONS)}") from None
 
     def ensure_available(self, checkpoint: str, device: str | torch.device) -> None:
-        """Find out whether this machine has what loading takes, before weights are fetched.
+        """Check that this machine has what loading takes, before weights are fetched.
 
         Raises:
-            ModelError: it has not; what to do is said. `checkpoint` is how the message calls the model.
+            ModelError: it has not. The message calls the model `checkpoint`, and says what to do.
         """
         if self.stored is not None:
             self.stored.ensure_loadable(checkpoint, device)
         elif self.quantized and importlib.util.find_spec("bitsandbytes") is None:
             raise ModelError(f"{self.name} needs bitsandbytes; install it with: pip install bitsandbytes")
         if self.name == "int8":
-            # It says at every step of every layer that float32 is cast: that is what was asked for.
+            # It warns at every step of every layer that float32 is cast, which is what was asked for.
             logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
     def quantization_config(self) -> Any | None:
-        """How transformers' loader shall quantise; None if it shall not."""
+        """Return how transformers' loader is to quantise; None if it is not to."""
         if not self.quantized:
             return None
         if self.name == "int8":
@@ -116,7 +116,7 @@ class Precision:
         )
 
     def weight_bytes(self, module: nn.Module) -> int:
-        """Bytes of a module's weights in this precision; the module may be on the meta device."""
+        """Return the bytes of a module's weights in this precision; the module may be on the meta device."""
         matrices = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear)}
         total = 0.0
         for parameter in module.parameters():
@@ -131,6 +131,6 @@ class Precision:
 
 
 def choices(config: PreTrainedConfig, device: str | torch.device = "cpu") -> list[Precision]:
-    """The precisions that a server on this device can choose for a checkpoint."""
+    """List the precisions that a server on this device can choose for a checkpoint."""
     names = ("auto",) if StoredQuantisation.of(config) else PRECISIONS
     return [Precision.parse(name, config, device) for name in names]

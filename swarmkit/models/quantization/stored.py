@@ -1,10 +1,10 @@
 """Checkpoints whose weights are stored quantised: GPTQ, AWQ, FP8, MXFP4, compressed-tensors, bitsandbytes, …
 
 transformers' quantizers do the work: the config's `quantization_config` names one, and a stage's config has
-it as the whole model's does. Known here is only what a cut needs besides: how such a precision is called,
-which packages it takes, that lists of modules count blocks from the stage's first one, and which methods are
-undone on loading. The latter are those whose kernels need a GPU (or are fetched when they first run): their
-weights are expanded to the dtype that is computed in, so that they run everywhere.
+the same. This file adds what a cut needs besides: the name of such a precision, the packages that it takes,
+lists of modules that count blocks from the stage's first one, and the methods that are undone on loading. The
+last are those whose kernels need a GPU (or are fetched when they first run): their weights are expanded to
+the dtype of computations, so that they run everywhere.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = {
     "compressed-tensors": ("compressed-tensors",),
     "gptq": ("optimum", "gptqmodel"),
 }
-"""What transformers imports for a method, by the names on PyPI; it names one at a time, or none."""
+"""Packages that transformers imports for a method, by their names on PyPI; its own errors name one or none.
+"""
 
 _EXPANDED = frozenset({"compressed-tensors", "fp8", "mxfp4", "mxfp8"})
 _LABELS = {"compressed-tensors": "compressed"}
@@ -41,7 +42,7 @@ class StoredQuantisation:
     """How the weights of a checkpoint are quantised.
 
     Attributes:
-        method: as transformers calls it.
+        method: the method's name in transformers.
         content: the config's `quantization_config`.
     """
 
@@ -50,17 +51,19 @@ class StoredQuantisation:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> StoredQuantisation | None:
-        """What a whole model's config says; None if its weights are stored as plain numbers."""
+        """Read it from a model's config; None if its weights are stored as plain numbers."""
         content = getattr(config, "quantization_config", None)
         if not content:
             return None
         content = dict(content) if isinstance(content, Mapping) else content.to_dict()
-        bits = content.get("load_in_4bit") or content.get("load_in_8bit")  # as older ones say it
+        bits = content.get("load_in_4bit") or content.get("load_in_8bit")  # as older configs have it
         return cls("bitsandbytes" if bits else str(content.get("quant_method", "unknown")), content)
 
     @property
     def label(self) -> str:
-        """What it is announced as; where a server could have chosen it itself, by that name."""
+        """The name that servers announce; for methods that a server can choose too, the name of that
+        precision.
+        """
         if self.method != "bitsandbytes":
             return _LABELS.get(self.method, self.method)[:16]
         return (
@@ -75,10 +78,10 @@ class StoredQuantisation:
         return self.method in _EXPANDED
 
     def ensure_loadable(self, name: str, device: str | torch.device) -> None:
-        """Find out whether this machine can load such weights; no weights are needed for that.
+        """Check that this machine can load such weights; no weights are needed for that.
 
         Raises:
-            ModelError: it lacks packages or a device; what to do is said.
+            ModelError: it lacks packages or a device; the message says what to do.
         """
         missing = [package for package in _PACKAGES.get(self.method, ()) if not _is_installed(package)]
         if missing:
@@ -98,14 +101,14 @@ class StoredQuantisation:
             ) from error
 
     def loading(self) -> dict[str, Any]:
-        """What transformers' loader is told."""
+        """Return the `quantization_config` for transformers' loader."""
         return {**self.content, **({"dequantize": True} if self.is_expanded else {})}
 
     def of_blocks(self, start: int, stop: int, anatomy: Anatomy) -> dict[str, Any]:
-        """The same for a base model that has only these blocks, renumbered from 0.
+        """Return the `quantization_config` of a base model that has only these blocks, renumbered from 0.
 
         Raises:
-            ModelError: it speaks of single blocks in a way that cannot be renumbered.
+            ModelError: it names single blocks in a way that cannot be renumbered.
         """
         content: dict[str, Any] = _renumbered(self.loading(), start, stop, anatomy)
         if self.method == "bitsandbytes":
@@ -117,12 +120,12 @@ class StoredQuantisation:
         return content
 
     def prepare(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """Tensors of a checkpoint in a form in which transformers reads them rightly.
+        """Change tensors of a checkpoint so that transformers reads them correctly.
 
         In FP8 a scale holds for a tile of `weight_block_size`, and for less at the right and lower edges of a
-        matrix that is not made of whole tiles (DeepSeek-V3 has one in every block). transformers divides
-        such a matrix evenly among its scales; with a scale per row and column there is nothing to divide.
-        And what is not quantised it leaves in the dtype that it is stored in, whatever is computed in.
+        matrix that is not made of whole tiles (DeepSeek-V3 has one in every block). transformers divides such
+        a matrix evenly among its scales; with a scale per row and column there is nothing to divide. Tensors
+        that are not quantised it leaves in the dtype that they are stored in, so these are converted here.
         """
         ready = dict(tensors)
         if self.method != "fp8":
@@ -146,11 +149,11 @@ def _is_installed(package: str) -> bool:
 
 
 class _Elsewhere(Exception):
-    """A name is that of a part of a block that is not in the stage."""
+    """The name of a module in a block that is not in the stage."""
 
 
 def _renumbered(value: Any, start: int, stop: int, anatomy: Anatomy) -> Any:
-    """Names of modules, wherever they are, as the stage calls them; those of other blocks are left out."""
+    """Rename all names of modules in `value` to the stage's, and leave out those of other blocks."""
     if isinstance(value, Mapping):
         items: dict[Any, Any] = {}
         for key, inner in value.items():

@@ -28,7 +28,7 @@ class CacheFullError(SwarmkitError):
 
 
 class CacheLease:
-    """One session's share of a budget."""
+    """The bytes of a budget that one session holds."""
 
     def __init__(self, budget: KVBudget, bytes_per_token: int, extra_bytes: int) -> None:
         self._budget = budget
@@ -40,10 +40,10 @@ class CacheLease:
     def resize(self, rows: int, tokens: int, pages: int | None = None) -> None:
         """Hold what `rows` x `tokens` need.
 
-        Args: pages: of one row, where some rows share theirs; None: every row has its own.
+        Args: pages: the pages of all rows, where some are shared; None: every row has its own.
 
         Raises:
-            CacheFullError: the budget has not that much left; the lease stays as it was.
+            CacheFullError: the budget has less than that left; the lease stays as it was.
         """
         self._budget._set(self, self.needed(rows, tokens, pages))
 
@@ -52,7 +52,7 @@ class CacheLease:
         self._budget._set(self, max(self.nbytes, self.needed(rows, tokens, pages)))
 
     def needed(self, rows: int, tokens: int, pages: int | None = None) -> int:
-        """Bytes of what `resize` is told."""
+        """Return the bytes that `resize` would hold."""
         if not tokens:
             return 0
         if pages is None:

@@ -1,11 +1,11 @@
-"""Full pages of what sessions held, kept after use for sessions that begin alike.
+"""Full pages of sessions, kept after use for later sessions that begin alike.
 
-A page is the keys and values of `PAGE_TOKENS` tokens in some blocks, and what came out of these blocks. Its
-name (`models.pages`) is a hash of all that went into them up to its end, so that it fits only where
-everything before it was the same; whose pages a session may find is part of the name, too (`root_of`).
+A page is the keys and values of `PAGE_TOKENS` tokens in some blocks, and the output of these blocks. Its name
+(`models.kv.pages`) is a hash of all their inputs up to its end, so that it fits only where everything before
+it was the same. The name also depends on the client whose pages a session may find (`root_of`).
 
-Pages take what memory the leases of sessions leave, and give it back, least recently used first, as soon as a
-session needs it. Used from the engine's thread and from the event loop's.
+Pages take the memory that the leases of sessions leave, and give it back, least recently used first, as soon
+as a session needs it. Used on the engine's thread and on the event loop's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from swarmkit.models.kv.pages import Name
 
 @dataclass(frozen=True, eq=False)
 class Page:
-    """Keys and values of each block, [1, heads, PAGE_TOKENS, dim], and the output [PAGE_TOKENS, hidden]."""
+    """Keys and values of each block, `[1, heads, PAGE_TOKENS, dim]`, and output, `[PAGE_TOKENS, hidden]`."""
 
     states: tuple[tuple[Tensor, Tensor], ...]
     output: Tensor
@@ -35,12 +35,15 @@ class Page:
 
 
 def root_of(owner: str, start: int, stop: int) -> Name:
-    """What the names of pages of blocks [start, stop) begin with; `owner` = "" for pages that all may use."""
+    """Return the root of the names of pages of blocks [start, stop).
+
+    Args: owner: the client whose sessions may find the pages; "" for all clients.
+    """
     return hashlib.sha256(f"swarmkit pages 1\n{owner}\n{start}:{stop}".encode()).digest()
 
 
 class PrefixCache:
-    """Pages by name, within `limit` bytes; the least recently used go first."""
+    """Pages by name, within `limit` bytes; the least recently used are dropped first."""
 
     def __init__(self, limit: int = 0) -> None:
         self._lock = threading.Lock()
@@ -48,7 +51,7 @@ class PrefixCache:
         self._limit = limit
         self._nbytes = 0
         self.found_tokens = 0
-        """Tokens that were found here and not computed again, since the beginning."""
+        """Tokens that were found here and not computed again, since the start."""
 
     @property
     def nbytes(self) -> int:
@@ -61,13 +64,13 @@ class PrefixCache:
         return name in self._pages
 
     def set_limit(self, limit: int) -> None:
-        """From now on take no more than that; what is too much goes at once."""
+        """Take `limit` bytes at most from now on, and drop pages beyond that at once."""
         with self._lock:
             self._limit = limit
             self._shrink(limit)
 
     def put(self, name: Name, page: Page) -> None:
-        """Keep a page as the one that was used last, if it fits at all."""
+        """Keep a page as the most recently used one, if it fits at all."""
         with self._lock:
             if name in self._pages or page.nbytes > self._limit:
                 return
@@ -76,7 +79,7 @@ class PrefixCache:
             self._nbytes += page.nbytes
 
     def find(self, names: Sequence[Name]) -> list[Page]:
-        """The pages of the first so many names, up to the first that is not here."""
+        """Return the pages of `names`, up to the first one that is not here."""
         with self._lock:
             found = []
             for name in names:
@@ -84,14 +87,14 @@ class PrefixCache:
                 if page is None:
                     break
                 found.append(page)
-            # The last page of a text is of no use without those before it, so it is the first to go.
+            # The last page of a text is of no use without those before it, so it is dropped first.
             for name in reversed(names[: len(found)]):
                 self._pages.move_to_end(name)
             self.found_tokens += len(found) * PAGE_TOKENS
             return found
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Drop all pages."""
         with self._lock:
             self._shrink(0)
 

@@ -1,12 +1,12 @@
-"""What one session was given, followed page by page: to find pages that are kept, and to keep new ones.
+"""The pages of one session, tracked to find pages that are kept, and to keep new ones.
 
 ::
 
     0 ──────── full pages: their names ──────── tokens
                                    │ tail: inputs and outputs since the last page but one
 
-Only sessions of one row are followed, without padding and with the usual positions: others begin alike too
-rarely. A session that goes back behind its tail, to within a page, is followed no further.
+Only sessions of one row are tracked, without padding and with the usual positions: others begin alike too
+rarely. A session that goes back behind its tail, to within a page, is tracked no further.
 
 Used on the engine's thread only.
 """
@@ -26,19 +26,19 @@ _TAIL_PAGES = 2
 
 
 def tail_bytes(hidden_size: int, itemsize: int) -> int:
-    """What a trail holds at most, between two steps."""
+    """Return the bytes that a tracker holds at most between two steps."""
     return 2 * _TAIL_PAGES * PAGE_TOKENS * hidden_size * itemsize
 
 
 class PrefixTracker:
-    """One session's trail through the pages of a server; all names begin with `root`."""
+    """Tracks one session's pages, whose names all begin with `root`."""
 
     def __init__(self, pages: PrefixCache, root: Name) -> None:
         self._pages = pages
         self.root = root
         self._names: list[Name] = []
         self._tail: list[tuple[Tensor, Tensor]] = []
-        """Inputs and outputs [tokens, hidden] of steps, from position `_tail_from` on."""
+        """Inputs and outputs of steps, `[tokens, hidden]`, from position `_tail_from` on."""
         self._tail_from = 0
         self._coming: tuple[Tensor, list[Name]] | None = None
         """Inputs of the step that runs, and the names of the pages that it fills."""
@@ -46,12 +46,12 @@ class PrefixTracker:
         self.lost = False
 
     def lose(self) -> None:
-        """Follow the session no further, until it begins anew."""
+        """Track the session no further, until it begins anew."""
         self.lost = True
         self._names, self._tail, self._coming = [], [], None
 
     def cut(self, tokens: int) -> None:
-        """The session keeps its first `tokens` tokens."""
+        """Note that the session keeps its first `tokens` tokens."""
         if tokens == 0:
             self.lost = False
         if self.lost or tokens >= self.tokens:
@@ -67,18 +67,18 @@ class PrefixTracker:
 
     @torch.inference_mode()
     def find(self, inputs: Tensor, cache: StageCache) -> Tensor | None:
-        """Before a step: put into the cache what is kept of the step's first tokens.
+        """Put kept pages of a step's first tokens into the cache, before the step runs.
 
         Args:
-            inputs: [tokens, hidden], on the CPU, as the blocks are given them.
-            cache: it holds what this trail has followed.
+            inputs: `[tokens, hidden]`, on the CPU, as the blocks are given them.
+            cache: holds the tokens that were tracked.
 
-        Returns: outputs [tokens found, hidden], None if nothing was found.
+        Returns: outputs `[tokens found, hidden]`; None if nothing was found.
         """
         self._coming = None
         if self.lost:
             return None
-        # Inputs of the page that the step begins in; it is named as a whole.
+        # The page that the step begins in is named by all of its inputs.
         full = len(self._names) * PAGE_TOKENS
         begun = self.tokens - full
         if begun + len(inputs) < PAGE_TOKENS:
@@ -95,9 +95,9 @@ class PrefixTracker:
 
     @torch.inference_mode()
     def recall(self, names: Sequence[Name], cache: StageCache) -> int:
-        """Put the pages of these names, up to the first that is not kept, into an empty cache.
+        """Put the pages of these names, up to the first that is not kept, into a cleared cache.
 
-        Returns: how many tokens it holds now.
+        Returns: the number of tokens that it holds now.
         """
         cache.clear()
         self.cut(0)
@@ -110,9 +110,9 @@ class PrefixTracker:
 
     @torch.inference_mode()
     def follow(self, outputs: Tensor, cache: StageCache) -> None:
-        """After a step: keep the pages that it has filled, unless they are kept already.
+        """Keep the pages that a step has filled, unless they are kept already.
 
-        Args: outputs: [tokens, hidden] of the whole step, also of what was found.
+        Args: outputs: of all tokens of the step, also those found, `[tokens, hidden]`.
         """
         if self.lost or self._coming is None:
             return
@@ -121,7 +121,7 @@ class PrefixTracker:
         self.tokens += len(inputs)
         self._names += names
         if not names:
-            # What was computed together with others would keep all of that.
+            # A view of an output that was computed with others would keep all of it.
             self._tail.append((inputs, outputs.clone()))
             return
         self._tail.append((inputs, outputs))
@@ -147,7 +147,7 @@ class PrefixTracker:
 
 
 def _first(parts: list[tuple[Tensor, Tensor]], tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """The first so many tokens of some parts."""
+    """Return the first `tokens` tokens of some steps."""
     kept = []
     for given, out in parts:
         if tokens <= 0:
@@ -158,7 +158,7 @@ def _first(parts: list[tuple[Tensor, Tensor]], tokens: int) -> list[tuple[Tensor
 
 
 def _joined(pages: list[Page], skip: int) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each block over all pages, without the first `skip` tokens."""
+    """Join the keys and values of each block over all pages, without the first `skip` tokens."""
     blocks = range(len(pages[0].states))
     return [
         (

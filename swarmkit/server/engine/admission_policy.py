@@ -1,4 +1,4 @@
-"""When is a server full, for how long, and whose idle session makes room? Decisions only, over plain data."""
+"""When a server is full, for how long, and which idle sessions make room: decisions only, over plain data."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from swarmkit.server.engine.scheduler import PassTimes
 
 LEAST_RETRY_S = 0.1
 MOST_RETRY_S = 30.0
-"""Nobody is sent away for longer: who leaves a server is not known long before."""
+"""Longest time that a client is told to wait: it is not known for longer ahead which sessions end."""
 _UNMEASURED_TENURE_S = 1.0
 
 
 @dataclass(frozen=True)
 class Ahead:
-    """What a step finds when it comes."""
+    """The work that a step finds when it arrives."""
 
     steps: int = 0
-    """Steps and jobs that run or wait."""
+    """Number of steps and jobs that run or wait."""
     wait_s: float = 0.0
-    """How long it is expected to wait for them."""
+    """Seconds that the step is expected to wait for them."""
 
 
 NOTHING_AHEAD = Ahead()
@@ -29,11 +29,11 @@ NOTHING_AHEAD = Ahead()
 def expected_wait_s(
     tokens: int, decode: bool, ahead: Sequence[int], times: PassTimes, chunk_tokens: int
 ) -> float:
-    """How long a step waits for others, before its own work or in between.
+    """Estimate the seconds that a step waits for others, before its own work or in between.
 
-    A decode step waits for the forward pass that runs, and is in the next one. A longer one shares the device
-    with all others, in equal parts: each of them has as many tokens run as it has itself before it is done,
-    or as many as are left (processor sharing).
+    A decode step waits for the forward pass that runs, and is in the next one. A longer step shares the
+    device with all others in equal parts (processor sharing): of each, as many tokens run before it is done
+    as it has itself, or as many as are left.
 
     Args:
         tokens: rows x tokens of the step.
@@ -49,15 +49,15 @@ def expected_wait_s(
 
 
 def retry_after_s(seconds: float) -> float:
-    """What a client is told that had better be back in `seconds`."""
+    """Return the seconds that a client is told to wait, if there is room again in `seconds`."""
     return min(max(seconds, LEAST_RETRY_S), MOST_RETRY_S)
 
 
 class Tenures:
-    """How long sessions hold what they hold, learnt from those that have ended.
+    """How long sessions last, learned from those that have ended.
 
-    Sessions that come and go independently of each other end at random times: of n that usually last t
-    seconds the next one ends in t / n, however long each has been here.
+    Sessions that begin and end independently of each other end at random times: of n that usually last t
+    seconds the next one ends in t / n, however long each has lasted so far.
     """
 
     _WEIGHT = 0.1  # of the latest one
@@ -66,19 +66,19 @@ class Tenures:
         self._usual_s: float | None = None
 
     def ended(self, seconds: float) -> None:
-        """A session that held something ended after so long."""
+        """A session that held memory ended after `seconds`."""
         usual = self._usual_s
         self._usual_s = seconds if usual is None else usual + self._WEIGHT * (seconds - usual)
 
     def next_end_s(self, sessions: int) -> float:
-        """In how many seconds one of so many is expected to end, as clients are told."""
+        """Return the seconds until one of `sessions` sessions is expected to end, as clients are told."""
         usual = _UNMEASURED_TENURE_S if self._usual_s is None else self._usual_s
         return retry_after_s(usual / max(sessions, 1))
 
 
 @dataclass(frozen=True)
 class Holding:
-    """What a session holds, and for how long it has done nothing."""
+    """The bytes that a session holds, and for how long it has been idle."""
 
     key: str
     nbytes: int

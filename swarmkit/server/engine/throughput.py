@@ -1,4 +1,4 @@
-"""How fast is this stage, measured rather than claimed."""
+"""Measuring the speed of a stage."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ _STEPS = 12
 
 
 def measure_decode_rate(stage: Stage, now: Callable[[], float]) -> float:
-    """Decode steps of one row (tokens) per second through all blocks of the stage.
+    """Measure decode steps of one row (tokens) per second through all blocks of the stage.
 
-    The median of a few single-token steps with a short cache, on the device and with the threads that will
-    serve. Call it on the engine's thread. The hidden states are seeded noise: their values do not matter.
+    The result is the median of a few single-token steps with a short cache, on the device and with the
+    threads that will serve. Call it in a job of the engine. The hidden states are seeded noise, as their
+    values do not matter.
     """
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 1, stage.hidden_size, generator=generator).to(stage.device, stage.dtype)

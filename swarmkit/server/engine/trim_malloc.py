@@ -1,4 +1,4 @@
-"""Memory that is free, and still this process's."""
+"""Returning memory that this process has freed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import sys
 
 
 def trim_malloc() -> None:
-    """Return to the system what loading took for a while; where the C library cannot, do nothing.
+    """Return freed memory to the system; does nothing where the C library cannot do that.
 
-    glibc keeps freed pieces for later ones of their size. After eight blocks of M had been loaded and tried
-    out, these were 135 MB.
+    glibc keeps freed pieces for later ones of their size. After loading and measuring eight blocks of M,
+    these were 135 MB.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):

@@ -34,8 +34,8 @@ import anyio.to_thread
 
 from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import ModelError, PeerError, ProtocolError, TransportError
+from swarmkit.models.checkpoint.byte_ranges import ByteRange
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
-from swarmkit.models.checkpoint.ranges import ByteRange
 from swarmkit.models.checkpoint.shards import OnBytes, Part
 from swarmkit.models.checkpoint.store_format import FormatError, Place, lay_out, read_header, sha256_of
 from swarmkit.models.checkpoint.store_hub import HubFiles
