@@ -109,7 +109,11 @@ class Node:
                 Engines(self._clock) as self._engines,
                 anyio.create_task_group() as self._parts,
             ):
-                self._weights = WeightsService(self._weights_settings, busy=lambda: self._engines.waiting > 0)
+                self._weights = WeightsService(
+                    self._weights_settings,
+                    busy=lambda: self._engines.waiting > 0,
+                    clock=self._clock.now,
+                )
                 for server in self.servers:
                     await self._parts.start(self._run_server, server)
                 task_status.started()

@@ -5,7 +5,7 @@ A server may end one and begin another while its peer stays: see `ModelServer.mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from types import TracebackType
 
@@ -72,7 +72,7 @@ class Serving:
             cache_cost(checkpoint, stage.dtype).token_bytes,
             engine,
             settings,
-            self._links(settings),
+            self._links(settings, engine.clock.now),
             budget=cache,
             intake=receive_budget,
         )
@@ -143,7 +143,7 @@ class Serving:
         with anyio.CancelScope(shield=True):
             await unlisten(self._transport, protocol, self.service)
 
-    def _links(self, settings: ServerSettings) -> Links | None:
+    def _links(self, settings: ServerSettings, now: Callable[[], float]) -> Links | None:
         """The ways to servers with the next blocks, if outputs may go straight there."""
         timeout_s = settings.sessions.link_timeout_s
         if not settings.sessions.push:
@@ -153,4 +153,4 @@ class Serving:
             name = endpoint_of(PUSH.endpoint, link.service)
             return await self._transport.open(link.peer_id, name, link.addresses, timeout_s)
 
-        return Links(dial, timeout_s, settings.requests.message_timeout_s)
+        return Links(dial, timeout_s, settings.requests.message_timeout_s, now)

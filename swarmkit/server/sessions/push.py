@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 import anyio
 import msgspec
 
+from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import PeerError, RemoteError
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.messages import PUSH, Attach, Attached, Link, Step
@@ -56,11 +57,24 @@ class Downstream:
 class Links:
     """Makes the ways to next servers."""
 
-    def __init__(self, dial: Dial, link_timeout: float, message_timeout: float) -> None:
-        """Args: link_timeout: seconds to reach the next server; message_timeout: for it to take a step."""
+    def __init__(
+        self,
+        dial: Dial,
+        link_timeout: float,
+        message_timeout: float,
+        now: Callable[[], float] = SYSTEM_CLOCK.now,
+    ) -> None:
+        """Prepare to link sessions.
+
+        Args:
+            link_timeout: seconds to reach the next server.
+            message_timeout: seconds for the next server to take a step.
+            now: seconds on this server's clock.
+        """
         self._dial = dial
         self._link_timeout = link_timeout
         self._message_timeout = message_timeout
+        self._now = now
         self._dials = anyio.Semaphore(_DIALS_AT_A_TIME)
 
     async def make(self, link: Link) -> Downstream:
@@ -73,7 +87,7 @@ class Links:
         try:
             with anyio.fail_after(self._link_timeout):
                 async with self._dials:
-                    stream = ClientStream(await self._dial(link), PUSH)
+                    stream = ClientStream(await self._dial(link), PUSH, clock=self._now)
                     await stream.ask(Attach(link.inlet), Attached)
             downstream, stream = Downstream(stream, self._message_timeout), None
             return downstream

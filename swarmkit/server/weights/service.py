@@ -111,6 +111,7 @@ class WeightsService:
             WEIGHTS,
             max_payload_bytes=0,
             message_timeout=self._settings.idle_timeout_s,
+            clock=self._clock,
         )
         full = self._streams >= _MAX_STREAMS
         self._streams += 1
