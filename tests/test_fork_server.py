@@ -121,7 +121,7 @@ def test_without_it_servers_start_anew() -> None:
     dead = ForkServer()
     dead.close()
     process = ServerProcess("tiny-chat", [], (0, 1), fork_server=dead)
-    process.wait_until_ready(PATIENCE_S)
+    process.start(PATIENCE_S)
     process.stop(0.0)
     assert process.exit_code == 0
 
@@ -129,7 +129,7 @@ def test_without_it_servers_start_anew() -> None:
 def test_the_last_words_of_a_copy_are_kept(server: ForkServer) -> None:
     process = ServerProcess("tiny-chat", [], (3, 99), fork_server=server)
     with pytest.raises(ServerStartError, match="99"):
-        process.wait_until_ready(PATIENCE_S)
+        process.start(PATIENCE_S)
 
 
 OWNER = """

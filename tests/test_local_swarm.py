@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from anyio.abc import TaskStatus
 
 from swarmkit import LocalSwarm, SwarmModelForCausalLM
 from swarmkit.errors import UsageError
 from swarmkit.events import PeerLost
+from swarmkit.local.member import Place
 from swarmkit.local.swarm import even_split
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
+from swarmkit.net import portal
+from swarmkit.net.connect import joined
+from swarmkit.net.registry.records import Announcement
+from swarmkit.net.transport.identity import Identity
 
 from .client.answers import answer, at, prompt
 from .models.tiny import make_checkpoint
@@ -154,3 +163,78 @@ def test_blocks_are_split_evenly(num_blocks: int, num_stages: int, lengths: list
     assert stages[0][0] == 0
     assert stages[-1][1] == num_blocks
     assert all(one[1] == following[0] for one, following in itertools.pairwise(stages))
+
+
+# members of other kinds
+
+
+class Liar:
+    """A member that announces every block, as the fastest server of all, and serves none."""
+
+    def __init__(self, place: Place, model: Checkpoint) -> None:
+        self._place = place
+        self._model = model
+        self._identity = Identity()
+        self._end = asyncio.Event()
+        self.addresses: Sequence[str] = ()
+
+    @property
+    def peer_id(self) -> str:
+        return self._identity.peer_id
+
+    def start(self) -> None:
+        self._lease = portal.lease()
+        self._running, _ = self._lease.start_task(self._live)
+
+    def stop(self, drain_timeout: float | None = None) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        self._lease.call_soon(self._end.set)
+        self._running.result(60)
+        self._lease.close()
+
+    async def _live(self, *, task_status: TaskStatus[None]) -> None:
+        async with joined(self._place.transport, self._identity) as (transport, registry):
+            self.addresses = transport.addresses
+            lie = Announcement(
+                peer_id=self.peer_id,
+                fingerprint=self._model.fingerprint,
+                model="tiny",
+                num_blocks=self._model.num_blocks,
+                start=0,
+                stop=self._model.num_blocks,
+                state="online",
+                throughput=1e9,
+                free_cache_tokens=2**30,
+                dtype="float32",
+                addresses=tuple(transport.addresses),
+                public_name=self._place.name,
+                sequence=1,
+                expires_at=time.time() + 60,
+            )
+            await registry.announce(lie)
+            task_status.started()
+            await self._end.wait()
+
+
+def test_a_member_may_be_of_any_kind(tiny: Checkpoint) -> None:
+    with LocalSwarm(tiny, transport="memory") as swarm:
+        liar = swarm.add(lambda place: Liar(place, swarm.checkpoint))
+        model = swarm.model()
+        tokens = answer(model, prompt(5)[0], new_tokens=4)
+        assert liar.peer_id in {event.peer_id for event in model.events if isinstance(event, PeerLost)}
+    assert tokens.tolist() == answer(load_local(tiny), prompt(5)[0], new_tokens=4).tolist()
+    assert threads() == set()
+
+
+def test_members_are_servers_and_others(tiny: Checkpoint) -> None:
+    with LocalSwarm(tiny, transport="memory", num_stages=1) as swarm:
+        liar = swarm.add(lambda place: Liar(place, swarm.checkpoint))
+        assert swarm.members == [*swarm.servers, liar]
+        assert all(member.addresses for member in swarm.members)
+
+
+def test_a_member_comes_to_a_swarm_that_has_started(tiny: Checkpoint) -> None:
+    with pytest.raises(UsageError, match="start the swarm first"):
+        LocalSwarm(tiny, transport="memory").add(lambda place: Liar(place, tiny))

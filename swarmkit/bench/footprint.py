@@ -71,7 +71,7 @@ def _start_once(subject: Subject, blocks: int, threads: int, dtype: str) -> Foot
         subject.checkpoint.name, [], (0, blocks), public_name="measured", threads=threads, dtype=dtype
     )
     try:
-        server.wait_until_ready()
+        server.start()
         ready_s = time.perf_counter() - began
         root = psutil.Process(server.pid)
         family = [root, *root.children(recursive=True)]

@@ -96,8 +96,8 @@ class ServerProcess:
         """How it ended: 0 = cleanly, below 0 = by that signal; None while it runs."""
         return self._process.poll()
 
-    def wait_until_ready(self, timeout: float = 120.0) -> None:
-        """Wait until it serves.
+    def start(self, timeout: float = 120.0) -> None:
+        """Wait until it serves. The process began with this object, so that several can begin at once.
 
         Raises:
             ServerStartError: it ended or said nothing for `timeout` seconds; with its last words.

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from swarmkit.errors import UsageError
 from swarmkit.local import fork_server
+from swarmkit.local.member import LocalServer, Member, Place
 from swarmkit.local.server_process import ServerProcess
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.net import portal
@@ -39,19 +40,7 @@ if TYPE_CHECKING:
 _HOST = "127.0.0.1"
 
 
-class LocalServer(Protocol):
-    """What a server of a local swarm can do, whether it is in this process or in one of its own."""
-
-    peer_id: str
-
-    @property
-    def blocks(self) -> tuple[int, int]: ...
-
-    def stop(self, drain_timeout: float | None = None) -> None:
-        """Leave cleanly."""
-
-    def kill(self) -> None:
-        """End as a crashed machine would."""
+M = TypeVar("M", bound=Member)
 
 
 class LocalSwarm:
@@ -108,6 +97,8 @@ class LocalSwarm:
                 "an emulated link stands between sockets; use transport='hivemind', or the memory network's "
                 "own set_link()"
             )
+        self.members: list[Member] = []
+        """All that take part: servers, and what `add` was told to make."""
         self.servers: list[LocalServer] = []
         self.network = MemoryNetwork() if transport == "memory" else None
         self._stages = even_split(self.checkpoint.num_blocks, num_stages)
@@ -117,13 +108,13 @@ class LocalSwarm:
         self._threads = threads
         self._device = device
         self._link = link
-        self._links: dict[LocalServer, LinkEmulator] = {}
+        self._links: dict[Member, LinkEmulator] = {}
         self._server_settings = server_settings or ServerSettings()
         self._client_settings = client_settings
         self._on_progress = on_progress
         self._owned = ExitStack()
         self._under_links = ExitStack()
-        """What links need; ends after the servers, which leave over their links."""
+        """What links need; ends after the members, which leave over their links."""
         self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._bootstrap: Transport | None = None
         self._fork_server: fork_server.ForkServer | None = None
@@ -142,13 +133,13 @@ class LocalSwarm:
             if self._processes:
                 self._fork_server = self._owned.enter_context(fork_server.shared())
             self._owned.enter_context(self._under_links)
-            self._owned.callback(self._stop_servers)
+            self._owned.callback(self._stop_members)
             self._owned.callback(self._close_models)
             wanted = [blocks for _ in range(self._replicas) for blocks in self._stages]
             self._on_progress(0, len(wanted))
             launched = [self._launch(blocks) for blocks in wanted]
             for ready, server in enumerate(launched, start=1):
-                self._wait_until_ready(server)
+                server.start()
                 self._on_progress(ready, len(wanted))
         except BaseException:
             self.close()
@@ -156,7 +147,7 @@ class LocalSwarm:
         return self
 
     def close(self) -> None:
-        """End every model, server and process of this swarm. May be called twice."""
+        """End every model, member and process of this swarm. May be called twice."""
         self._owned.close()
 
     def __repr__(self) -> str:
@@ -204,17 +195,28 @@ class LocalSwarm:
         if not self._started:
             raise UsageError("start the swarm first, with start() or a `with` block")
         server = self._launch(blocks or (0, self.checkpoint.num_blocks), **kwargs)
-        self._wait_until_ready(server)
+        server.start()
         return server
 
-    def link_of(self, server: LocalServer) -> LinkEmulator:
-        """The emulated link in front of a server, to be changed or cut.
+    def add(self, make: Callable[[Place], M]) -> M:
+        """Start one more member of any kind, such as a trainer, and wait until it takes part.
+
+        Args: make: called with the member's `Place`; returns the member, which has not started yet.
+        """
+        if not self._started:
+            raise UsageError("start the swarm first, with start() or a `with` block")
+        member = self._admit(make, f"member-{len(self.members)}")
+        member.start()
+        return member
+
+    def link_of(self, member: Member) -> LinkEmulator:
+        """The emulated link in front of a member, to be changed or cut.
 
         Raises:
             UsageError: this swarm has no links.
         """
         try:
-            return self._links[server]
+            return self._links[member]
         except KeyError:
             raise UsageError(
                 "this swarm has no links; make it with LocalSwarm(…, link=EmulatedLink(…))"
@@ -234,40 +236,52 @@ class LocalSwarm:
         return over_memory(self.network)
 
     def _launch(self, blocks: tuple[int, int], **kwargs: Any) -> LocalServer:
-        kwargs.setdefault("dtype", self._dtype)
-        kwargs.setdefault("device", self._device)
-        name = f"server-{len(self.servers)}"
+        """A server that may be started."""
+        kwargs = {"dtype": self._dtype, "device": self._device, **kwargs}
+
+        def make(place: Place) -> LocalServer:
+            if not self._processes:
+                options = {"settings": self._server_settings, **kwargs}
+                return Server(
+                    self.checkpoint,
+                    blocks=blocks,
+                    transport=place.transport,
+                    public_name=place.name,
+                    **options,
+                )
+            return ServerProcess(
+                self.checkpoint.name,
+                place.initial_peers,
+                blocks,
+                public_name=place.name,
+                threads=self._threads,
+                port=place.port,
+                announce=place.announce,
+                settings=self._server_settings,
+                fork_server=self._fork_server,
+                **kwargs,
+            )
+
+        server = self._admit(make, f"server-{len(self.servers)}")
+        self.servers.append(server)
+        return server
+
+    def _admit(self, make: Callable[[Place], M], name: str) -> M:
+        """A new member, which ends with the swarm, behind a link of its own if this swarm has links."""
         port, link = 0, None
         if self._link is not None:
             port = _reserve_port(self._under_links)
             link = self._lay_link(port, self._link)
         announce = () if link is None else (link.address,)
-        server: LocalServer
-        if self._processes:
-            server = ServerProcess(
-                self.checkpoint.name,
-                self.initial_peers,
-                blocks,
-                public_name=name,
-                threads=self._threads,
-                port=port,
-                announce=announce,
-                settings=self._server_settings,
-                fork_server=self._fork_server,
-                **kwargs,
-            )
+        if self.network is not None:
+            transport = over_memory(self.network)
         else:
-            kwargs.setdefault("settings", self._server_settings)
-            transport = (
-                over_memory(self.network)
-                if self.network
-                else over_hivemind(self.initial_peers, port=port, announce=announce)
-            )
-            server = Server(self.checkpoint, blocks=blocks, transport=transport, public_name=name, **kwargs)
+            transport = over_hivemind(self.initial_peers, port=port, announce=announce)
+        member = make(Place(name, transport, tuple(self.initial_peers), port, announce))
         if link is not None:
-            self._links[server] = link
-        self.servers.append(server)
-        return server
+            self._links[member] = link
+        self.members.append(member)
+        return member
 
     def _lay_link(self, port: int, link: EmulatedLink) -> LinkEmulator:
         """A link in front of a port, on the event loop until the swarm ends."""
@@ -281,17 +295,11 @@ class LocalSwarm:
         for connection in list(self._connections):
             connection.close()
 
-    def _stop_servers(self) -> None:
-        with ThreadPoolExecutor(max(1, len(self.servers)), "swarmkit-stop") as pool:
-            stopping = [pool.submit(server.stop, 0.0) for server in self.servers]
+    def _stop_members(self) -> None:
+        with ThreadPoolExecutor(max(1, len(self.members)), "swarmkit-stop") as pool:
+            stopping = [pool.submit(member.stop, 0.0) for member in self.members]
         for stopped in stopping:
             stopped.result()
-
-    def _wait_until_ready(self, server: LocalServer) -> None:
-        if isinstance(server, ServerProcess):
-            server.wait_until_ready()
-        elif isinstance(server, Server):
-            server.start()
 
 
 def _reserve_port(owned: ExitStack) -> int:
