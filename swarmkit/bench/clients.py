@@ -13,31 +13,19 @@ import torch
 from swarmkit.bench.load import Load, Steps, start_loads, together
 from swarmkit.bench.measure import (
     PATIENT,
-    Progress,
     median_ratio,
     must_be_equal,
-    quiet,
     random_prompt,
     timed_generate,
 )
+from swarmkit.bench.options import Clients
+from swarmkit.bench.progress import Progress, quiet
 from swarmkit.bench.subject import Subject
 from swarmkit.local.swarm import LocalSwarm
 from swarmkit.models.head.head import load_local
 
 
-def bench_clients(
-    subject: Subject,
-    clients: Sequence[int] = (1, 8, 32),
-    *,
-    stages: int = 2,
-    dtypes: Sequence[str] = ("float32", "bfloat16"),
-    tokens: int = 32,
-    prompt_tokens: int = 16,
-    rounds: int = 3,
-    threads: int = 1,
-    load_processes: int = 2,
-    on_progress: Progress = quiet,
-) -> dict[str, Any]:
+def measure(options: Clients, subject: Subject, on_progress: Progress = quiet) -> dict[str, Any]:
     """Tokens per second of so many clients at once, and the ratio to one client in the same round.
 
     The clients send random hidden states from `load_processes` processes, and begin to count when all of them
@@ -46,44 +34,42 @@ def bench_clients(
     was measured. At the end, `generate()` runs in as many threads as the second number says, and each answer
     is compared with the local model's.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(options.threads)
     results = []
-    for dtype in dtypes:
-        seen: dict[int, list[Steps]] = {count: [] for count in clients}
-        on_progress(dtype, 0, rounds + 2)
+    for dtype in options.dtype:
+        seen: dict[int, list[Steps]] = {count: [] for count in options.clients}
+        on_progress(dtype, 0, options.rounds + 2)
         with LocalSwarm(
             subject.checkpoint,
-            num_stages=stages,
+            num_stages=options.stages,
             processes=True,
-            threads=threads,
+            threads=options.threads,
             dtype=dtype,
             client_settings=PATIENT,
         ) as swarm:
-            with start_loads(subject, swarm, min(load_processes, max(clients)), dtype) as loads:
-                for number in range(rounds + 1):
-                    for count in clients:
-                        steps = _run(loads, count, tokens, prompt_tokens)
+            with start_loads(
+                subject, swarm, min(options.load_processes, max(options.clients)), dtype
+            ) as loads:
+                for number in range(options.rounds + 1):
+                    for count in options.clients:
+                        steps = _run(loads, count, options.tokens, options.prompt_tokens)
                         if number:
                             seen[count].append(steps)
-                    on_progress(dtype, number + 1, rounds + 2)
-            callers = sorted(clients)[min(1, len(clients) - 1)]
-            equal = _generate_at_once(subject, swarm, dtype, callers, tokens)
-            on_progress(dtype, rounds + 2, rounds + 2)
+                    on_progress(dtype, number + 1, options.rounds + 2)
+            callers = sorted(options.clients)[min(1, len(options.clients) - 1)]
+            equal = _generate_at_once(subject, swarm, dtype, callers, options.tokens)
+            on_progress(dtype, options.rounds + 2, options.rounds + 2)
         results.append(
             {
                 "dtype": dtype,
                 "generate": {"clients": callers, "equal": equal},
-                "clients": [_row(count, seen[count], seen[min(clients)]) for count in clients],
+                "clients": [
+                    _row(count, seen[count], seen[min(options.clients)]) for count in options.clients
+                ],
             }
         )
     return {
-        "model": subject.label,
-        "stages": stages,
-        "tokens": tokens,
-        "prompt_tokens": prompt_tokens,
-        "rounds": rounds,
-        "threads": threads,
-        "load_processes": load_processes,
+        **options.values("stages", "tokens", "prompt_tokens", "rounds", "threads", "load_processes"),
         "results": results,
     }
 

@@ -21,13 +21,13 @@ import torch
 from swarmkit.bench.measure import (
     PATIENT,
     Generated,
-    Progress,
     median_ratio,
     must_be_equal,
-    quiet,
     random_prompt,
     timed_generate,
 )
+from swarmkit.bench.options import Codecs
+from swarmkit.bench.progress import Progress, quiet
 from swarmkit.bench.subject import Subject
 from swarmkit.events import StepFinished
 from swarmkit.local.swarm import LocalSwarm
@@ -47,42 +47,21 @@ _MOST_TOKENS = 64
 _RANDOM_PROMPT_TOKENS = 24
 
 
-def bench_codecs(
-    subject: Subject,
-    *,
-    questions: int = 100,
-    stages: int = 4,
-    round_trip_s: float = 0.02,
-    bandwidth: float = 2e6,
-    prompt_tokens: int = 128,
-    tokens: int = 24,
-    rounds: int = 3,
-    threads: int = 1,
-    on_progress: Progress = quiet,
-) -> dict[str, Any]:
-    """Both parts.
-
-    Args:
-        questions: how many are asked for the agreement.
-        round_trip_s, bandwidth: of the links of the second part; bit/s of each server's, in each direction.
-        prompt_tokens, tokens: of the answers that are timed; the first round is not counted.
-    """
-    torch.set_num_threads(threads)
-    agreement = measure_agreement(subject, questions, stages, on_progress)
+def measure(options: Codecs, subject: Subject, on_progress: Progress = quiet) -> dict[str, Any]:
+    """Compare answers over fast links, then time others over slow ones; the first round is not counted."""
+    torch.set_num_threads(options.threads)
+    agreement = measure_agreement(subject, options.questions, options.stages, on_progress)
     speed = _measure_speed(
-        subject, stages, EmulatedLink(delay_s=round_trip_s / 2, bandwidth=bandwidth), prompt_tokens, tokens,
-        rounds, threads, on_progress,
-    )  # fmt: skip
+        subject,
+        options,
+        EmulatedLink(delay_s=options.round_trip_ms / 2e3, bandwidth=options.megabits * 1e6),
+        on_progress,
+    )
     return {
-        "model": subject.label,
-        "stages": stages,
-        "questions": questions,
-        "round_trip_ms": round(round_trip_s * 1e3, 3),
-        "bandwidth": bandwidth,
-        "prompt_tokens": prompt_tokens,
-        "tokens": tokens,
-        "rounds": rounds,
-        "threads": threads,
+        **options.values("stages", "questions"),
+        "round_trip_ms": options.round_trip_ms,
+        "bandwidth": options.megabits * 1e6,
+        **options.values("prompt_tokens", "tokens", "rounds", "threads"),
         "dtype": "float32",
         "agreement": agreement,
         "speed": speed,
@@ -192,39 +171,34 @@ def _logits(model: Any, prompt: torch.Tensor, answer: torch.Tensor) -> torch.Ten
 
 
 def _measure_speed(
-    subject: Subject,
-    stages: int,
-    link: EmulatedLink,
-    prompt_tokens: int,
-    tokens: int,
-    rounds: int,
-    threads: int,
-    on_progress: Progress,
+    subject: Subject, options: Codecs, link: EmulatedLink, on_progress: Progress
 ) -> list[dict[str, Any]]:
     names = [*CODECS, WHERE_IT_PAYS]
-    prompt = random_prompt(subject.vocab_size, prompt_tokens)
-    wanted = timed_generate(load_local(subject.checkpoint, dtype=torch.float32), prompt, tokens).tokens
+    prompt = random_prompt(subject.vocab_size, options.prompt_tokens)
+    wanted = timed_generate(
+        load_local(subject.checkpoint, dtype=torch.float32), prompt, options.tokens
+    ).tokens
     timed: dict[str, list[Generated]] = {name: [] for name in names}
     used: dict[str, list[str]] = {}
-    on_progress("starting", 0, rounds + 1)
+    on_progress("starting", 0, options.rounds + 1)
     with LocalSwarm(
         subject.checkpoint,
-        num_stages=stages,
+        num_stages=options.stages,
         processes=True,
-        threads=threads,
+        threads=options.threads,
         dtype="float32",
         link=link,
         server_settings=ServerSettings().replace(prefix_cache="off"),
     ) as swarm:
         models = {name: swarm.model(dtype="float32", settings=settings_of(name)) for name in names}
-        for number in range(rounds + 1):
+        for number in range(options.rounds + 1):
             for name, model in models.items():
-                one = timed_generate(model, prompt, tokens)
+                one = timed_generate(model, prompt, options.tokens)
                 if name == "none":
                     must_be_equal(wanted, one.tokens, "float32")
                 if number:
                     timed[name].append(one)
-            on_progress("decoded over narrow links", number + 1, rounds + 1)
+            on_progress("decoded over narrow links", number + 1, options.rounds + 1)
         for name, model in models.items():
             used[name] = _codecs_of(model.trace[-1])
     return [_speed_row(name, timed[name], timed["none"], used[name]) for name in names]

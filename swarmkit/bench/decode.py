@@ -11,14 +11,14 @@ import torch
 
 from swarmkit.bench.measure import (
     PATIENT,
-    Progress,
     fit_line,
     median_ratio,
     must_be_equal,
-    quiet,
     random_prompt,
     timed_generate,
 )
+from swarmkit.bench.options import Decode
+from swarmkit.bench.progress import Progress, quiet
 from swarmkit.bench.subject import Subject
 from swarmkit.local.swarm import LocalSwarm
 from swarmkit.models.head.head import load_local
@@ -50,18 +50,7 @@ class DecodeResult:
     compute_ms_per_token: float
 
 
-def bench_decode(
-    subject: Subject,
-    stages: Sequence[int],
-    *,
-    tokens: int = 64,
-    rounds: int = 5,
-    threads: int = 1,
-    dtype: str = "float32",
-    device: str = "cpu",
-    records: bool = True,
-    on_progress: Progress = quiet,
-) -> dict[str, Any]:
+def measure(options: Decode, subject: Subject, on_progress: Progress = quiet) -> dict[str, Any]:
     """Measure greedy decoding of one row, servers as processes on loopback, `threads` torch threads each.
 
     Local and swarm take turns, round by round, so that a drift of the machine meets both. The first round of
@@ -69,44 +58,41 @@ def bench_decode(
     (`models.recordings`), unless `records` is false. Over several chain lengths, the time beyond local is
     fitted as base + per server.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(options.threads)
     checkpoint = subject.checkpoint
-    computed = Precision.parse(dtype, checkpoint.config, device).dtype
-    local = load_local(checkpoint, dtype=dtype, device=device)
-    prompt = random_prompt(subject.vocab_size, _PROMPT_TOKENS).to(device)
+    computed = Precision.parse(options.dtype, checkpoint.config, options.device).dtype
+    local = load_local(checkpoint, dtype=options.dtype, device=options.device)
+    prompt = random_prompt(subject.vocab_size, _PROMPT_TOKENS).to(options.device)
     results = []
-    for count in stages:
-        total = rounds + 1
+    for count in options.stages:
+        total = options.rounds + 1
         on_progress(f"{count} stages", 0, total)
         with LocalSwarm(
             checkpoint,
             num_stages=count,
             processes=True,
-            threads=threads,
-            dtype=dtype,
-            device=device,
-            server_settings=ServerSettings() if records else ServerSettings().replace(cuda_graph_slots=0),
+            threads=options.threads,
+            dtype=options.dtype,
+            device=options.device,
+            server_settings=ServerSettings()
+            if options.records
+            else ServerSettings().replace(cuda_graph_slots=0),
         ) as swarm:
-            remote = swarm.model(dtype=computed, device=device, settings=PATIENT)
+            remote = swarm.model(dtype=computed, device=options.device, settings=PATIENT)
             times_local, times_swarm, hops = [], [], []
             for number in range(total):
-                here = timed_generate(local, prompt, tokens)
-                there = timed_generate(remote, prompt, tokens)
-                must_be_equal(here.tokens, there.tokens, dtype)
+                here = timed_generate(local, prompt, options.tokens)
+                there = timed_generate(remote, prompt, options.tokens)
+                must_be_equal(here.tokens, there.tokens, options.dtype)
                 if number:
                     times_local.append(here.ms_per_token)
                     times_swarm.append(there.ms_per_token)
-                    hops += [step.hops for step in remote.trace[-(tokens - 1) :] if step.tokens == 1]
+                    hops += [step.hops for step in remote.trace[-(options.tokens - 1) :] if step.tokens == 1]
                 on_progress(f"{count} stages", number + 1, total)
             results.append(_result(count, times_local, times_swarm, hops))
     return {
-        "model": subject.label,
-        "tokens": tokens,
-        "rounds": rounds,
-        "threads": threads,
-        "dtype": dtype,
-        "device": device,
-        "records": records and device != "cpu",
+        **options.values("tokens", "rounds", "threads", "dtype", "device"),
+        "records": options.records and options.device != "cpu",
         "fit": fit_beyond_local(results),
         "results": [asdict(result) for result in results],
     }

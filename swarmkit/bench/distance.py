@@ -40,13 +40,13 @@ from swarmkit.bench.draft import load_first_blocks
 from swarmkit.bench.measure import (
     PATIENT,
     Generated,
-    Progress,
     median_ratio,
     must_be_equal,
-    quiet,
     random_prompt,
     timed_generate,
 )
+from swarmkit.bench.options import Distance
+from swarmkit.bench.progress import Progress, quiet
 from swarmkit.bench.subject import Subject
 from swarmkit.client.speculation.assistants import SpeculationCount
 from swarmkit.client.speculation.window import MAX_DRAFT_TOKENS
@@ -76,28 +76,8 @@ def relayed_bound(stages: int, one_way_s: float, compute_s: float) -> float:
     return 1 / (2 * stages * one_way_s + compute_s)
 
 
-def bench_distance(
-    subject: Subject,
-    *,
-    round_trip_s: float = 0.1,
-    bandwidth: float = 100e6,
-    stages: int = 3,
-    tokens: int = 32,
-    rounds: int = 3,
-    threads: int = 1,
-    dtype: str = "float32",
-    prompt_lookup: int = 0,
-    draft_blocks: int = 0,
-    on_progress: Progress = quiet,
-) -> dict[str, Any]:
+def measure(options: Distance, subject: Subject, on_progress: Progress = quiet) -> dict[str, Any]:
     """Decode over emulated links: local, chain and relayed take turns; the first round is not counted.
-
-    Args:
-        round_trip_s: between any two peers.
-        bandwidth: bit/s of each server's link, in each direction.
-        prompt_lookup: if above 0, also decode with draft tokens that are looked up in the text so far,
-            so many at most.
-        draft_blocks: if above 0, also with draft tokens of the model's own first blocks.
 
     Returns: JSON. `chain` and `relayed` have `tokens_per_s`, `ratio_to_chain_bound` and
         `ratio_to_relayed_bound`. The rows with speculation are None if not asked for, and have besides:
@@ -105,61 +85,62 @@ def bench_distance(
         `drafted`, `accepted` and `speculative_steps` of all rounds that count; `max_draft_tokens`;
         `prompt_tokens`; `predictable`. `local_ms_per_token` is what the bounds take for c.
     """
-    torch.set_num_threads(threads)
-    local = load_local(subject.checkpoint, dtype=dtype)
+    torch.set_num_threads(options.threads)
+    delay_s = options.round_trip_ms / 2e3
+    local = load_local(subject.checkpoint, dtype=options.dtype)
     prompt = random_prompt(subject.vocab_size, _PROMPT_TOKENS)
-    drafting = load_first_blocks(subject.checkpoint, draft_blocks, dtype=dtype) if draft_blocks else None
+    drafting = (
+        load_first_blocks(subject.checkpoint, options.draft_blocks, dtype=options.dtype)
+        if options.draft_blocks
+        else None
+    )
     here: list[Generated] = []
     chain: list[Generated] = []
     relayed: list[Generated] = []
     speculative: dict[str, _SpeculativeText] = {}
-    if prompt_lookup:
-        most = {"prompt_lookup_num_tokens": prompt_lookup}
-        text = _own_text(local, prompt, room=tokens)
-        speculative["prompt_lookup"] = _SpeculativeText(text, {}, most, prompt_lookup)
+    if options.prompt_lookup:
+        most = {"prompt_lookup_num_tokens": options.prompt_lookup}
+        text = _own_text(local, prompt, room=options.tokens)
+        speculative["prompt_lookup"] = _SpeculativeText(text, {}, most, options.prompt_lookup)
         speculative["prompt_lookup_without_repeats"] = _SpeculativeText(
-            prompt, {"no_repeat_ngram_size": 3}, most, prompt_lookup
+            prompt, {"no_repeat_ngram_size": 3}, most, options.prompt_lookup
         )
     if drafting is not None:
         speculative["draft"] = _SpeculativeText(prompt, {}, {"assistant_model": drafting}, MAX_DRAFT_TOKENS)
     emulator_ms = measure_emulator_ms()
-    on_progress("starting", 0, rounds + 1)
+    on_progress("starting", 0, options.rounds + 1)
     with LocalSwarm(
         subject.checkpoint,
-        num_stages=stages,
+        num_stages=options.stages,
         processes=True,
-        threads=threads,
-        dtype=dtype,
-        link=EmulatedLink(delay_s=round_trip_s / 2, bandwidth=bandwidth),
+        threads=options.threads,
+        dtype=options.dtype,
+        link=EmulatedLink(delay_s=delay_s, bandwidth=options.megabits * 1e6),
     ) as swarm:
-        pushing = swarm.model(dtype=dtype, settings=PATIENT)
-        through_client = swarm.model(dtype=dtype, settings=PATIENT.replace(push=False))
-        for number in range(rounds + 1):
-            one = timed_generate(local, prompt, tokens)
-            two = timed_generate(pushing, prompt, tokens)
-            three = timed_generate(through_client, prompt, tokens)
-            must_be_equal(one.tokens, two.tokens, dtype)
-            must_be_equal(one.tokens, three.tokens, dtype)
+        pushing = swarm.model(dtype=options.dtype, settings=PATIENT)
+        through_client = swarm.model(dtype=options.dtype, settings=PATIENT.replace(push=False))
+        for number in range(options.rounds + 1):
+            one = timed_generate(local, prompt, options.tokens)
+            two = timed_generate(pushing, prompt, options.tokens)
+            three = timed_generate(through_client, prompt, options.tokens)
+            must_be_equal(one.tokens, two.tokens, options.dtype)
+            must_be_equal(one.tokens, three.tokens, options.dtype)
             if number:
                 here.append(one)
                 chain.append(two)
                 relayed.append(three)
             for each in speculative.values():
-                each.decode(pushing, local, tokens, dtype, counts=bool(number))
-            on_progress("decoded over a distance", number + 1, rounds + 1)
+                each.decode(pushing, local, options.tokens, options.dtype, counts=bool(number))
+            on_progress("decoded over a distance", number + 1, options.rounds + 1)
         carried = sum(_carried(swarm.link_of(server)) for server in swarm.servers)
     compute_s = statistics.median(each.ms_per_token for each in here) / 1e3
-    bound = chain_bound(stages, round_trip_s / 2, compute_s)
-    bound_relayed = relayed_bound(stages, round_trip_s / 2, compute_s)
+    bound = chain_bound(options.stages, delay_s, compute_s)
+    bound_relayed = relayed_bound(options.stages, delay_s, compute_s)
     return {
-        "model": subject.label,
-        "stages": stages,
-        "round_trip_ms": round(round_trip_s * 1e3, 3),
-        "bandwidth": bandwidth,
-        "tokens": tokens,
-        "rounds": rounds,
-        "threads": threads,
-        "dtype": dtype,
+        **options.values("stages"),
+        "round_trip_ms": options.round_trip_ms,
+        "bandwidth": options.megabits * 1e6,
+        **options.values("tokens", "rounds", "threads", "dtype"),
         "emulator_ms": emulator_ms,
         "link_bytes": carried,
         "local_ms_per_token": round(compute_s * 1e3, 3),

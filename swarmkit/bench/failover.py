@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from swarmkit.bench.measure import Progress, quiet, random_prompt
+from swarmkit.bench.measure import random_prompt
+from swarmkit.bench.options import Failover
+from swarmkit.bench.progress import Progress, quiet
 from swarmkit.bench.subject import Subject
 from swarmkit.events import PeerReplaced
 from swarmkit.local.server_process import ServerProcess
@@ -57,61 +59,56 @@ class _KillAfter:
         return max(b - a for a, b in pairwise(later)) * 1e3
 
 
-def bench_failover(
-    subject: Subject,
-    *,
-    trials: int = 5,
-    tokens: int = 64,
-    threads: int = 1,
-    seed: int = 0,
-    on_progress: Progress = quiet,
-) -> dict[str, Any]:
+def measure(options: Failover, subject: Subject, on_progress: Progress = quiet) -> dict[str, Any]:
     """Kill a random server of the route with SIGKILL after a random token; two stages, two replicas each."""
-    torch.set_num_threads(threads)
-    chance = random.Random(seed)
+    torch.set_num_threads(options.threads)
+    chance = random.Random(options.seed)
     stalls, usual, replayed, equal = [], [], [], 0
-    on_progress("starting", 0, trials)
-    with LocalSwarm(subject.checkpoint, num_stages=2, replicas=2, processes=True, threads=threads) as swarm:
+    on_progress("starting", 0, options.trials)
+    with LocalSwarm(
+        subject.checkpoint, num_stages=2, replicas=2, processes=True, threads=options.threads
+    ) as swarm:
         remote = swarm.model()
         prompt = random_prompt(subject.vocab_size, _PROMPT_TOKENS)
-        options: dict[str, Any] = {
+        generation: dict[str, Any] = {
             "attention_mask": torch.ones_like(prompt),
-            "max_new_tokens": tokens,
-            "min_new_tokens": tokens,
+            "max_new_tokens": options.tokens,
+            "min_new_tokens": options.tokens,
             "do_sample": False,
         }
-        undisturbed = remote.generate(prompt, **options)
-        for trial in range(trials):
+        undisturbed = remote.generate(prompt, **generation)
+        for trial in range(options.trials):
             stage = chance.randrange(2)
             streamer = _KillAfter(
-                chance.randrange(tokens // 4, tokens * 3 // 4),
+                chance.randrange(options.tokens // 4, options.tokens * 3 // 4),
                 lambda stage=stage: _server(swarm, remote.trace[-1].hops[stage].peer_id),  # type: ignore[misc]
             )
             known = len(remote.events)
-            disturbed = remote.generate(prompt, streamer=streamer, **options)
+            disturbed = remote.generate(prompt, streamer=streamer, **generation)
             equal += int(torch.equal(undisturbed, disturbed))
             stalls.append(streamer.stall_ms)
             usual.append(
-                statistics.median(step.total_ms for step in remote.trace[-tokens:] if step.tokens == 1)
+                statistics.median(
+                    step.total_ms for step in remote.trace[-options.tokens :] if step.tokens == 1
+                )
             )
             replaced = [event for event in remote.events[known:] if isinstance(event, PeerReplaced)]
             replayed.append(replaced[-1].replayed_tokens if replaced else 0)
-            on_progress("killed and recovered", trial + 1, trials)
-            if trial + 1 < trials:
+            on_progress("killed and recovered", trial + 1, options.trials)
+            if trial + 1 < options.trials:
                 dead = next(s for s in swarm.servers if isinstance(s, ServerProcess) and not s.alive)
                 swarm.servers.remove(dead)
                 swarm.add_server(dead.blocks)
                 remote.connection.call(remote.connection.client.refresh)
     return {
-        "model": subject.label,
-        "trials": trials,
+        **options.values("trials"),
         "equal": equal,
         "stall_ms": [round(stall, 1) for stall in stalls],
         "stall_ms_median": round(statistics.median(stalls), 1),
         "stall_ms_max": round(max(stalls), 1),
         "usual_ms_per_token": round(statistics.median(usual), 2),
         "replayed_tokens": replayed,
-        "threads": threads,
+        **options.values("threads"),
     }
 
 

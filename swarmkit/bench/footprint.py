@@ -11,7 +11,8 @@ from typing import Any
 import psutil
 import torch
 
-from swarmkit.bench.measure import Progress, quiet
+from swarmkit.bench.options import FootprintBenchmark
+from swarmkit.bench.progress import Progress, quiet
 from swarmkit.bench.subject import Subject
 from swarmkit.local.server_process import ServerProcess
 from swarmkit.models.plan import block_bytes
@@ -26,35 +27,23 @@ class Footprint:
     ready_s: float
 
 
-def bench_footprint(
-    subject: Subject,
-    *,
-    blocks: int = 8,
-    rounds: int = 3,
-    threads: int = 1,
-    dtype: str = "float32",
-    on_progress: Progress = quiet,
-) -> dict[str, Any]:
+def measure(options: FootprintBenchmark, subject: Subject, on_progress: Progress = quiet) -> dict[str, Any]:
     """Start a server of the first `blocks` blocks, look at it, end it; medians over rounds.
 
     It has measured its own speed by the time it serves, so that all of its weights have been used. The first
     round, which finds the files of the model cold, is not counted.
     """
     found = []
-    for number in range(rounds + 1):
-        on_progress("starting a server", number, rounds + 1)
-        footprint = _start_once(subject, blocks, threads, dtype)
+    for number in range(options.rounds + 1):
+        on_progress("starting a server", number, options.rounds + 1)
+        footprint = _start_once(subject, options.blocks, options.threads, options.dtype)
         if number:
             found.append(footprint)
-    on_progress("done", rounds + 1, rounds + 1)
-    weights = blocks * block_bytes(subject.checkpoint, getattr(torch, dtype))
+    on_progress("done", options.rounds + 1, options.rounds + 1)
+    weights = options.blocks * block_bytes(subject.checkpoint, getattr(torch, options.dtype))
     memory = statistics.median(each.memory_bytes for each in found)
     return {
-        "model": subject.label,
-        "blocks": blocks,
-        "rounds": rounds,
-        "threads": threads,
-        "dtype": dtype,
+        **options.values("blocks", "rounds", "threads", "dtype"),
         "processes": max(each.processes for each in found),
         "memory_kind": _memory_kind(),
         "memory_bytes": int(memory),

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from swarmkit.bench.load import Load, Steps, start_loads
-from swarmkit.bench.measure import PATIENT, Progress, median_ratio, percentile, quiet
+from swarmkit.bench.measure import PATIENT, median_ratio, percentile
+from swarmkit.bench.options import Interference
+from swarmkit.bench.progress import Progress, quiet
 from swarmkit.bench.subject import Subject
 from swarmkit.local.swarm import LocalSwarm
 
@@ -17,54 +19,39 @@ _ROOM = 65_536
 """The longest that the decoding session may become while the other one's prompt lasts."""
 
 
-def bench_interference(
-    subject: Subject,
-    *,
-    prefill_tokens: int = 4096,
-    stages: int = 2,
-    tokens: int = 128,
-    rounds: int = 3,
-    threads: int = 1,
-    dtype: str = "float32",
-    on_progress: Progress = quiet,
-) -> dict[str, Any]:
+def measure(options: Interference, subject: Subject, on_progress: Progress = quiet) -> dict[str, Any]:
     """One client decodes alone for `tokens` tokens, then while another one's prompt is computed, in turns.
 
     Of the second part those steps count that overlap with the prompt. Both clients are processes of their
     own, and send random hidden states. The first round is not counted; percentiles are taken of each round,
     then their median, and over all rounds as well.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(options.threads)
     alone, beside, prompt_s = [], [], []
-    on_progress("starting", 0, rounds + 1)
+    on_progress("starting", 0, options.rounds + 1)
     with (
         LocalSwarm(
             subject.checkpoint,
-            num_stages=stages,
+            num_stages=options.stages,
             processes=True,
-            threads=threads,
-            dtype=dtype,
+            threads=options.threads,
+            dtype=options.dtype,
             client_settings=PATIENT,
         ) as swarm,
-        start_loads(subject, swarm, 2, dtype) as (patient, greedy),
+        start_loads(subject, swarm, 2, options.dtype) as (patient, greedy),
     ):
-        for number in range(rounds + 1):
-            quiet_steps = _decode(patient, tokens)
-            disturbed_steps, seconds = _decode_beside(patient, greedy, prefill_tokens)
+        for number in range(options.rounds + 1):
+            quiet_steps = _decode(patient, options.tokens)
+            disturbed_steps, seconds = _decode_beside(patient, greedy, options.prefill_tokens)
             if number:
                 alone.append(quiet_steps)
                 beside.append(disturbed_steps)
                 prompt_s.append(seconds)
-            on_progress("decoded beside a prompt", number + 1, rounds + 1)
+            on_progress("decoded beside a prompt", number + 1, options.rounds + 1)
     p99_alone = [percentile(steps.latencies_ms, 0.99) for steps in alone]
     p99_beside = [percentile(steps.latencies_ms, 0.99) for steps in beside]
     return {
-        "model": subject.label,
-        "stages": stages,
-        "prefill_tokens": prefill_tokens,
-        "rounds": rounds,
-        "threads": threads,
-        "dtype": dtype,
+        **options.values("stages", "prefill_tokens", "rounds", "threads", "dtype"),
         "prefill_s": round(statistics.median(prompt_s), 3),
         "alone": _summary(alone),
         "beside": _summary(beside),

@@ -6,26 +6,19 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
 from swarmkit.settings import ClientSettings
 
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
-
 PATIENT = ClientSettings().replace(
     first_step_timeout_s=600.0, min_step_timeout_s=120.0, trace_steps=4096, speculation="off"
 )
 """A machine that is measured is busy: its servers must not be taken for lost. Nothing is guessed."""
-
-
-def quiet(what: str, done: int, total: int) -> None:
-    """Progress that nobody is shown."""
 
 
 @dataclass(frozen=True)

@@ -9,59 +9,49 @@ import torch
 
 from swarmkit.bench.measure import (
     PATIENT,
-    Progress,
     median_ratio,
     must_be_equal,
-    quiet,
     random_prompt,
     timed_generate,
 )
+from swarmkit.bench.options import Recovery
+from swarmkit.bench.progress import Progress, quiet
 from swarmkit.bench.subject import Subject
 from swarmkit.local.swarm import LocalSwarm
 
 _PROMPT_TOKENS = 16
 
 
-def bench_recovery(
-    subject: Subject,
-    *,
-    tokens: int = 256,
-    stages: int = 2,
-    rounds: int = 5,
-    threads: int = 1,
-    dtype: str = "float32",
-    on_progress: Progress = quiet,
-) -> dict[str, Any]:
+def measure(options: Recovery, subject: Subject, on_progress: Progress = quiet) -> dict[str, Any]:
     """Generate with recovery kept ready and with it switched off, in turns, over the same servers.
 
     Without it, the client keeps no inputs of any stage, and servers that hand their outputs on do not send
     them to the client. The first round is not counted.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(options.threads)
     prompt = random_prompt(subject.vocab_size, _PROMPT_TOKENS)
     ready_s, without_s = [], []
-    on_progress("starting", 0, rounds + 1)
+    on_progress("starting", 0, options.rounds + 1)
     with LocalSwarm(
-        subject.checkpoint, num_stages=stages, processes=True, threads=threads, dtype=dtype
+        subject.checkpoint,
+        num_stages=options.stages,
+        processes=True,
+        threads=options.threads,
+        dtype=options.dtype,
     ) as swarm:
-        ready = swarm.model(dtype=dtype, settings=PATIENT)
-        without = swarm.model(dtype=dtype, settings=PATIENT.replace(recovery=False))
-        for number in range(rounds + 1):
-            one = timed_generate(ready, prompt, tokens)
-            other = timed_generate(without, prompt, tokens)
-            must_be_equal(one.tokens, other.tokens, dtype)
+        ready = swarm.model(dtype=options.dtype, settings=PATIENT)
+        without = swarm.model(dtype=options.dtype, settings=PATIENT.replace(recovery=False))
+        for number in range(options.rounds + 1):
+            one = timed_generate(ready, prompt, options.tokens)
+            other = timed_generate(without, prompt, options.tokens)
+            must_be_equal(one.tokens, other.tokens, options.dtype)
             if number:
                 ready_s.append(one.total_s)
                 without_s.append(other.total_s)
-            on_progress("generated with and without recovery", number + 1, rounds + 1)
+            on_progress("generated with and without recovery", number + 1, options.rounds + 1)
     return {
-        "model": subject.label,
-        "stages": stages,
-        "tokens": tokens,
-        "rounds": rounds,
-        "threads": threads,
-        "dtype": dtype,
-        "tokens_per_s": round(tokens / statistics.median(ready_s), 2),
-        "tokens_per_s_without": round(tokens / statistics.median(without_s), 2),
+        **options.values("stages", "tokens", "rounds", "threads", "dtype"),
+        "tokens_per_s": round(options.tokens / statistics.median(ready_s), 2),
+        "tokens_per_s_without": round(options.tokens / statistics.median(without_s), 2),
         "ratio_to_without": round(median_ratio(without_s, ready_s), 3),
     }

@@ -22,7 +22,9 @@ from typing import Any
 import msgspec
 import torch
 
-from swarmkit.bench.measure import Progress, quiet, random_prompt
+from swarmkit.bench.measure import random_prompt
+from swarmkit.bench.options import Soak
+from swarmkit.bench.progress import Progress, quiet
 from swarmkit.bench.subject import Subject
 from swarmkit.errors import SwarmkitError
 from swarmkit.local.server_process import ServerProcess
@@ -61,31 +63,21 @@ _GROWN = ("streams", "tasks", "threads", "descriptors")
 """What must not be more than before."""
 
 
-def bench_soak(
-    subject: Subject,
-    *,
-    minutes: float = 15.0,
-    clients: int = 16,
-    processes: int = 4,
-    kill_every_s: float = 10.0,
-    threads: int = 1,
-    seed: int = 0,
-    on_progress: Progress = quiet,
-) -> dict[str, Any]:
+def measure(options: Soak, subject: Subject, on_progress: Progress = quiet) -> dict[str, Any]:
     """Let so many clients loose on two stages with two servers each; `sound` says whether nothing was left.
 
     The clients are threads of so many processes; every `kill_every_s` seconds one of these is killed with
     SIGKILL, and another one comes.
     """
-    torch.set_num_threads(threads)
-    chance = random.Random(seed)
+    torch.set_num_threads(options.threads)
+    chance = random.Random(options.seed)
     on_progress("computing what is right", 0, 1)
     answers = clear_answers(subject)
     bytes_per_token = cache_cost(subject.checkpoint, torch.float32).token_bytes
-    cache_tokens = max(_LEAST_CACHE_TOKENS, clients * _CACHE_TOKENS)
+    cache_tokens = max(_LEAST_CACHE_TOKENS, options.clients * _CACHE_TOKENS)
     settings = ServerSettings().replace(
         cache_bytes=cache_tokens * bytes_per_token * subject.checkpoint.num_blocks // _STAGES,
-        max_sessions=max(2, int(clients * _SESSIONS)),
+        max_sessions=max(2, int(options.clients * _SESSIONS)),
         evict_after_s=1.0,
         report_resources=True,
     )
@@ -95,24 +87,27 @@ def bench_soak(
         num_stages=_STAGES,
         replicas=_REPLICAS,
         processes=True,
-        threads=threads,
+        threads=options.threads,
         dtype="float32",
         server_settings=settings,
     ) as swarm:
         counts: Counter[str] = Counter()
         errors: list[str] = []
-        shares = [clients // processes + (n < clients % processes) for n in range(min(processes, clients))]
+        shares = [
+            options.clients // options.processes + (n < options.clients % options.processes)
+            for n in range(min(options.processes, options.clients))
+        ]
         with _counting(swarm) as take_census:
             on_progress("warming up", 0, 1)
-            with _crowd(subject, swarm, answers, shares, seed=seed) as crowd:
+            with _crowd(subject, swarm, answers, shares, seed=options.seed) as crowd:
                 crowd.live(_WARM_UP_S, 0.0, chance, lambda done: None)
             before = _baseline(take_census)
-            with _crowd(subject, swarm, answers, shares, seed=seed + 1) as crowd:
+            with _crowd(subject, swarm, answers, shares, seed=options.seed + 1) as crowd:
                 crowd.live(
-                    minutes * 60,
-                    kill_every_s,
+                    options.minutes * 60,
+                    options.kill_every_s,
                     chance,
-                    lambda done: on_progress("soaking", int(done), int(minutes * 60)),
+                    lambda done: on_progress("soaking", int(done), int(options.minutes * 60)),
                 )
             counts, errors = crowd.counts, crowd.errors
             on_progress("waiting until all is quiet", 0, 1)
@@ -120,13 +115,9 @@ def bench_soak(
     left = [line for name in before for line in what_is_left(name, before[name], after.get(name))]
     wrong = counts["answered wrongly"] + counts["failed"] + counts["stuck"] + counts["unasked end"]
     return {
-        "model": subject.label,
-        "minutes": minutes,
-        "clients": clients,
-        "processes": processes,
+        **options.values("minutes", "clients", "processes"),
         "servers": _STAGES * _REPLICAS,
-        "threads": threads,
-        "seed": seed,
+        **options.values("threads", "seed"),
         "counts": dict(sorted(counts.items())),
         "errors": errors[:20],
         "before": {name: msgspec.to_builtins(census) for name, census in before.items()},

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from swarmkit.bench.measure import Progress, quiet
+from swarmkit.bench.progress import Progress, quiet
 from swarmkit.bench.random_llama import make_random_llama
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 

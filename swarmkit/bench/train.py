@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from swarmkit.bench.measure import PATIENT, Progress, median_ratio, quiet
+from swarmkit.bench.measure import PATIENT, median_ratio
+from swarmkit.bench.options import Train
+from swarmkit.bench.progress import Progress, quiet
 from swarmkit.bench.subject import Subject
 from swarmkit.local.swarm import LocalSwarm
 from swarmkit.models.head.head import load_local
@@ -59,18 +61,7 @@ class _Compared:
         }
 
 
-def bench_train(
-    subject: Subject,
-    replicas: Sequence[int],
-    *,
-    stages: int = 2,
-    batch: int = 8,
-    tokens: int = 128,
-    rounds: int = 5,
-    threads: int = 1,
-    dtype: str = "float32",
-    on_progress: Progress = quiet,
-) -> dict[str, Any]:
+def measure(options: Train, subject: Subject, on_progress: Progress = quiet) -> dict[str, Any]:
     """A training step of prompts: swarm against local, in turns; each round has a batch of its own.
 
     What is trained is the input of the first block. The loss is the usual one, so that the output layer takes
@@ -81,34 +72,34 @@ def bench_train(
     Raises:
         AssertionError: in float32 the gradients differ, so that what was timed is not the same work.
     """
-    torch.set_num_threads(threads)
-    local = load_local(subject.checkpoint, dtype=dtype)
+    torch.set_num_threads(options.threads)
+    local = load_local(subject.checkpoint, dtype=options.dtype)
     results = []
-    for count in replicas:
-        whole, blocks = _Compared(dtype), _Compared(dtype)
-        what = f"{count} replicas of {stages} stages"
-        on_progress(what, 0, rounds + 1)
+    for count in options.replicas:
+        whole, blocks = _Compared(options.dtype), _Compared(options.dtype)
+        what = f"{count} replicas of {options.stages} stages"
+        on_progress(what, 0, options.rounds + 1)
         with LocalSwarm(
             subject.checkpoint,
-            num_stages=stages,
+            num_stages=options.stages,
             replicas=count,
             processes=True,
-            threads=threads,
-            dtype=dtype,
+            threads=options.threads,
+            dtype=options.dtype,
             client_settings=PATIENT,
         ) as swarm:
-            remote = swarm.model(dtype=dtype)
-            for number in range(rounds + 1):
-                ids = _ids(subject.vocab_size, batch, tokens, number)
+            remote = swarm.model(dtype=options.dtype)
+            for number in range(options.rounds + 1):
+                ids = _ids(subject.vocab_size, options.batch, options.tokens, number)
                 before = replace(remote.traffic)
                 whole.add(_step(local, ids), _step(remote, ids), counts=bool(number))
                 after = replace(remote.traffic)
                 blocks.add(_step(local, ids, head=False), _step(remote, ids, head=False), counts=bool(number))
-                on_progress(what, number + 1, rounds + 1)
+                on_progress(what, number + 1, options.rounds + 1)
         results.append(
             {
                 "replicas": count,
-                "servers": count * stages,
+                "servers": count * options.stages,
                 **whole.ratios(),
                 "forward_s": _median([there.forward_s for _, there in whole.steps]),
                 "both_s": _median([there.both_s for _, there in whole.steps]),
@@ -122,13 +113,7 @@ def bench_train(
             }
         )
     return {
-        "model": subject.label,
-        "stages": stages,
-        "batch": batch,
-        "tokens": tokens,
-        "rounds": rounds,
-        "threads": threads,
-        "dtype": dtype,
+        **options.values("stages", "batch", "tokens", "rounds", "threads", "dtype"),
         "results": results,
     }
 

@@ -17,12 +17,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from swarmkit.bench.options import Weights
+from swarmkit.bench.progress import Progress, quiet
 from swarmkit.errors import SwarmkitError
 
 _REPO = "bench/model"
@@ -112,14 +114,7 @@ def _serving(folder: Path) -> Iterator[tuple[str, _Hub]]:
         server.server_close()
 
 
-def bench_weights(
-    *,
-    num_blocks: int = 8,
-    hidden_size: int = 1024,
-    serve_blocks: int = 4,
-    threads: int = 1,
-    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> dict[str, Any]:
+def measure(options: Weights, on_progress: Progress = quiet, num_blocks: int = 8) -> dict[str, Any]:
     """Start two servers of the same blocks of a random Llama; what each had from the Hub and from its peer.
 
     `hub_bytes_*` are weights, `hub_other_bytes_*` config and index; `hub_requests_*` counts also questions
@@ -132,15 +127,15 @@ def bench_weights(
         on_progress("writing a random Llama", 0, 3)
         folder = make_random_llama(
             home / "model",
-            hidden_size=hidden_size,
+            hidden_size=options.hidden_size,
             num_blocks=num_blocks,
             num_heads=8,
             num_kv_heads=4,
-            intermediate_size=hidden_size * 11 // 4,
+            intermediate_size=options.hidden_size * 11 // 4,
             vocab_size=4096,
         )
         with _serving(folder) as (first_url, first_hub), _serving(folder) as (second_url, second_hub):
-            common = {"stop": serve_blocks, "threads": threads}
+            common = {"stop": options.blocks, "threads": options.threads}
             on_progress("the first server fetches from the hub", 1, 3)
             with _server(home / "first", first_url, {**common, "source": "hub", "peers": []}) as first:
                 on_progress("the second server fetches from the first", 2, 3)
@@ -150,7 +145,7 @@ def bench_weights(
                     pass
         on_progress("done", 3, 3)
     return {
-        "blocks": serve_blocks,
+        **options.values("blocks"),
         "block_bytes": first["block_bytes"],
         "hub_bytes_first": first_hub.sent["weights"],
         "hub_bytes_second": second_hub.sent["weights"],
@@ -166,7 +161,7 @@ def bench_weights(
         "load_seconds_first": first["load_s"],
         "load_seconds_second": second["load_s"],
         "same_fingerprint": first["fingerprint"] == second["fingerprint"],
-        "threads": threads,
+        **options.values("threads"),
     }
 
 

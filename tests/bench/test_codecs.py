@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from swarmkit.bench.codecs import common_share, wire_bytes
-from swarmkit.events import HopTrace, StepFinished
+from swarmkit.events import HopTrace, Owner, StepFinished
 
 
 def step(*carried: tuple[int, int]) -> StepFinished:
     """A step over hops that were sent, and gave back, so many bytes."""
     hops = tuple(HopTrace("peer", "label", 0, 1, 0.0, 0.0, 0.0, sent, received) for sent, received in carried)
-    return StepFinished(0, 1, 1, 0.0, hops, False)
+    return StepFinished(0, 1, 1, 0.0, hops, False, time=0.0, owner=Owner("session", "peer"))
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 
-from swarmkit.bench.weights import bench_weights
+from swarmkit.bench.options import Weights
+from swarmkit.bench.weights import measure
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
-    return bench_weights(num_blocks=2, hidden_size=64, serve_blocks=2)
+    return measure(Weights(blocks=2, hidden_size=64), num_blocks=2)
 
 
 def test_the_second_server_asks_the_hub_for_nothing(result: dict[str, Any]) -> None:
