@@ -355,7 +355,7 @@ def test_the_cache_of_a_local_model_is_refused(world: World) -> None:
     ids, _ = prompt(6)
     name = cache_argument(type(world.local))
     cache = world.local(ids, use_cache=True)[name]
-    with pytest.raises(UsageError, match="local model"):
+    with pytest.raises(UsageError, match="not computed by the servers"):
         world.model(ids[:, :1], **{name: cache})
 
 
