@@ -139,14 +139,6 @@ SUBROOMS = {"net", "models", "client", "server"}
 """Rooms whose folders and files import one way, as the rooms of the package do."""
 
 
-KNOWN_CIRCULAR_IMPORTS = {
-    # A pinned store is found by way of the Hub, whose files it may hold.
-    ("swarmkit.models.checkpoint.store_hub", "swarmkit.models.checkpoint.files"),
-    ("swarmkit.models.checkpoint.store_pinned", "swarmkit.models.checkpoint.files"),
-}
-"""Imports that close a circle, of an importer and the module or folder that it imports; none may be added."""
-
-
 def module_of(source: Path) -> str:
     return ".".join(source.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
@@ -159,13 +151,7 @@ def modules_imported_by(module: str) -> set[str]:
     named = {name for name in imported_by(MODULES[module]) if name in MODULES}
     # `from swarmkit.net import portal` names the folder too, from which nothing but the module is imported
     folders = {name for name in named if any(other.startswith(f"{name}.") for other in named)}
-    known = {
-        name
-        for name in named
-        for importer, imported in KNOWN_CIRCULAR_IMPORTS
-        if importer == module and f"{name}.".startswith(f"{imported}.")
-    }
-    return named - folders - known - {module}
+    return named - folders - {module}
 
 
 def circle_in(graph: Mapping[str, Iterable[str]]) -> list[str]:

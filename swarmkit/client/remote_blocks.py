@@ -41,13 +41,13 @@ class RemoteBlocks(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: object,
     ) -> torch.Tensor:
-        """Send hidden states [batch, tokens, hidden] through the swarm.
+        """Send hidden states `[batch, tokens, hidden]` through the swarm.
 
         Full sequences without a cache go through in micro-batches, and gradients come back; tokens that
         follow a cache are a step of a session.
 
         Args:
-            attention_mask: the padding mask [batch, past + tokens], not the 4-D one.
+            attention_mask: the padding mask `[batch, past + tokens]`, not the 4-D one.
             past_key_values: a `SwarmCache`; an empty cache of transformers' own, which is turned into one
                 unless gradients are wanted; or None.
         """

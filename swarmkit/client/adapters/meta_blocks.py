@@ -2,12 +2,12 @@
 
 PEFT puts an adapter beside each linear layer that it finds by its name. So the model is given its blocks
 back, under their usual names and with layers of the usual shapes, whose weights are views of a single zero.
-Nobody calls them; the numbers that PEFT puts beside them are ordinary parameters on this machine.
+They are never called; the numbers that PEFT puts beside them are ordinary parameters on this machine.
 
 ::
 
     model.layers      what the base model runs: [RemoteBlocks], one module for all blocks
-        .0 .1 .2 …    what PEFT (and anybody who looks for modules) finds: meta_blocks
+        .0 .1 .2 …    what PEFT (and other code that looks for modules) finds: meta_blocks
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def make_meta_blocks(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[dict
 
 
 def _empty(module: Any, dtype: torch.dtype) -> None:
-    """Let a module's own parameters and buffers take no memory, and be saved, loaded and moved by nobody."""
+    """Let a module's own parameters and buffers take no memory, and never be saved, loaded or moved."""
     if not module._parameters and not module._buffers:
         return
     for name, parameter in module._parameters.items():

@@ -71,7 +71,7 @@ class AdapterMixin:
 
         Args:
             prompts: becomes a part of the model, in the place of earlier prompts.
-            values: its parameter [blocks, P, hidden].
+            values: its parameter `[blocks, P, hidden]`.
         """
         self.prepare_adapters()
         model: Any = self
@@ -97,7 +97,7 @@ class AdapterMixin:
             name: what it is called, or (the beginning of) its hash where several are called so.
 
         Raises:
-            UsageError: nobody hosts it, or not for all blocks.
+            UsageError: no server hosts it, or not for all blocks.
         """
         if self._remote_adapters.hosted is not None:
             raise UsageError(f"the hosted adapter {self._remote_adapters.hosted.label} is in use already")

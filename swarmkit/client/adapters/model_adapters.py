@@ -26,16 +26,16 @@ class ClientAdapter:
     """An adapter of this client's own, as it is now.
 
     Attributes:
-        values: [numel], on the CPU; part of an autograd graph where parameters are trained.
+        values: `[numel]`, on the CPU; part of an autograd graph where parameters are trained.
     """
 
     spec: AdapterSpec
     values: Tensor
     fittings: Fittings
     _sources: tuple[tuple[Tensor, int], ...] = ()
-    """Parameters, and their versions."""
+    """The parameters, and their versions."""
     _layers: tuple[tuple[Any, tuple[str, ...]], ...] = ()
-    """LoRA layers, and which adapters were active there."""
+    """The LoRA layers, and the adapters that were active in each."""
     _parts: dict[tuple[int, int], Adapter] = field(default_factory=dict)
     hosted_name = ""
 
@@ -53,7 +53,7 @@ class ClientAdapter:
         return self.values.requires_grad
 
     def extent(self, start: int, stop: int) -> tuple[int, int]:
-        """Where the values of blocks [start, stop) begin and end among all."""
+        """The first and last index of the values of blocks [start, stop) in `values`."""
         return extent(self._whole.slots, start, stop)
 
     @cached_property
@@ -61,7 +61,7 @@ class ClientAdapter:
         return Adapter(self.spec, self.values.detach(), self.fittings)
 
     def part(self, start: int, stop: int) -> Adapter | None:
-        """What blocks [start, stop) get; None if that is nothing. Is quick; its name takes a hash."""
+        """The adapter of blocks [start, stop); None if they have none. Is quick, but for its name, a hash."""
         known = self._parts.get((start, stop))
         if known is None:
             known = self._parts[start, stop] = self._whole.within(start, stop)
@@ -91,7 +91,7 @@ class ServerAdapter:
 
 
 class ModelAdapters:
-    """Where a model looks for what changes its blocks."""
+    """The adapters of a model's remote blocks: its own on the meta blocks, and the hosted one."""
 
     def __init__(self) -> None:
         self._meta_blocks: Mapping[int, nn.Module] = {}
@@ -100,14 +100,14 @@ class ModelAdapters:
         self._slots: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
         """Where the meta_blocks keep each module that PEFT may replace, and which one was there at first."""
         self._own: set[int] = set()
-        """Identities of the meta_blocks' parameters."""
+        """The ids of the meta blocks' own parameters."""
         self.prompts: nn.Parameter | None = None
-        """[blocks, P, hidden]."""
+        """`[blocks, P, hidden]`."""
         self.hosted: ServerAdapter | None = None
 
     @property
     def is_prepared(self) -> bool:
-        """Whether there are meta_blocks."""
+        """Whether there are meta blocks."""
         return self._fittings is not None
 
     def prepare(
@@ -116,7 +116,7 @@ class ModelAdapters:
         fittings: Fittings,
         peft_configs: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
-        """Look at these meta_blocks from now on.
+        """Look for adapters on these meta blocks from now on.
 
         Args: peft_configs: returns the configs of PEFT's adapters that the model has now, by their names.
         """
@@ -144,13 +144,13 @@ class ModelAdapters:
                     layer.merge = _refuse_to_merge  # type: ignore[assignment]
 
     def is_unchanged_since(self, last: ClientAdapter | ServerAdapter | None) -> bool:
-        """Whether `current()` would certainly give what it gave before; quick, for every token."""
+        """Whether `current()` would return what it did before; quick, since every step asks."""
         if self.hosted is not None or last is None:
             return last == self.hosted and self.is_untouched
         return isinstance(last, ClientAdapter) and last.unchanged
 
     def current(self) -> ClientAdapter | ServerAdapter | None:
-        """What there is now; None if nothing changes the blocks.
+        """The adapter of the blocks now; None if there is none.
 
         Raises:
             AdapterError: something is on the meta_blocks that cannot work in remote blocks.
@@ -261,7 +261,7 @@ def _refuse_to_merge(*args: Any, **kwargs: Any) -> None:
 
 
 def _flat(parameters: Sequence[Tensor]) -> Tensor:
-    """All values one after the other, on the CPU, differentiable."""
+    """The parameters' values in one vector on the CPU, differentiable."""
     dtype = parameters[0].dtype
     for parameter in parameters:
         dtype = torch.promote_types(dtype, parameter.dtype)

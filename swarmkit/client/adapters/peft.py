@@ -111,7 +111,7 @@ class DeepPrompts(nn.Module):
     """
 
     values: nn.Parameter
-    """[blocks, num_tokens, hidden]"""
+    """`[blocks, num_tokens, hidden]`"""
 
     def __init__(self, model: Any, num_tokens: int, std: float = 0.0) -> None:
         super().__init__()

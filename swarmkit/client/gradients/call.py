@@ -1,9 +1,9 @@
 """One call, forward or back: its micro-batches go through the swarm at the same time.
 
 One loop gives them out. A micro-batch is planned when it is its turn, by what is known then of the servers:
-their pace, what they have been sent, and who failed. So replicas share the work in proportion to their
-measured throughput, stages of a chain work on different micro-batches at once, and a server that is lost
-costs its own part only::
+their pace, what they have been sent, and which of them failed. So replicas share the work in proportion to
+their measured throughput, stages of a chain work on different micro-batches at once, and a lost server costs
+its own part only::
 
     ready ──(a server has room)──> asked ──(answer)──> ready for the next blocks, or done
       └──────────────(server lost: banned, planned again)──┘
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
 _REFUSALS = 2
-"""Who is refused by so many servers is wrong himself."""
+"""A micro-batch that so many servers refuse is malformed."""
 
 
 class Training:
@@ -75,7 +75,7 @@ class _Place:
 
 @dataclass(eq=False)
 class _Stuck:
-    """A micro-batch that nobody can take, or only those who failed lately."""
+    """A micro-batch that no server can take, except those that failed lately."""
 
     give_up_at: float
     pause_s: float = _FIRST_PAUSE_S
@@ -121,7 +121,7 @@ class Call:
         """Bring all micro-batches to their end.
 
         Raises:
-            NoRouteError: nobody served some blocks for `route_timeout_s` seconds.
+            NoRouteError: no server had some blocks for `route_timeout_s` seconds.
             RemoteError: two servers refused a micro-batch as malformed.
         """
         try:
@@ -146,7 +146,7 @@ class Call:
         if self._error is not None:
             raise self._error
 
-    # ------------------------------------------------------------------ who takes what
+    # ------------------------------------------------------------------ which server takes what
 
     def _place(self, flow: Flow) -> Hop | None:
         """Where a micro-batch goes next, if it can go there now."""
@@ -306,7 +306,7 @@ class Call:
     # ------------------------------------------------------------------ no server is there
 
     async def _wait(self) -> None:
-        """Until something happens, or the first of those who wait for a server gives up."""
+        """Wait until something happens, or the first micro-batch that waits for a server gives up."""
         until = min((stuck.give_up_at for stuck in self._stuck.values()), default=float("inf"))
         with anyio.move_on_after(until - self._swarm.clock.now()):
             await self._changed.wait()
@@ -314,7 +314,7 @@ class Call:
         self._error = self._gave_up()
 
     async def _look(self) -> None:
-        """See who serves now, after a pause."""
+        """Look up the servers anew, after a pause."""
         swarm = self._swarm
         try:
             await anyio.sleep(min(stuck.pause_s for stuck in self._stuck.values()))

@@ -5,8 +5,9 @@
     forward   x0 ─[a, b)─> x1 ─[b, c)─> x2 ─[c, d)─> output          kept: (a, b, x0), (b, c, x1), (c, d, x2)
     backward  gradient of x0 <─(a, b, x0)─ <─(b, c, x1)─ <─(c, d, x2)─ gradient of the output
 
-Whoever has the blocks [b, c) can do that part of the way back. Where only servers with other boundaries are
-left, say of [b, m) and [m, c), the first one runs its blocks forward over x1, and the part is two from then.
+Any server with the blocks [b, c) can do that part of the backward pass. Where only servers with other
+boundaries are left, say of [b, m) and [m, c), the first one runs its blocks forward over x1, and the part is
+two from then.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ class Side:
     """What goes beside the hidden states of some rows."""
 
     mask: Tensor | None = None
-    """[rows, tokens], uint8; None = no padding."""
+    """`[rows, tokens]`, uint8; None = no padding."""
     positions: Tensor | None = None
-    """[rows, tokens], int64; None = 0, 1, …"""
+    """`[rows, tokens]`, int64; None = 0, 1, …"""
 
     def rows(self, low: int, high: int) -> Side:
         return Side(
@@ -46,9 +47,9 @@ class Span:
     start: int
     stop: int
     given: Tensor
-    """[rows, tokens, hidden]."""
+    """`[rows, tokens, hidden]`."""
     by: str = ""
-    """Who ran it, and may have kept what the way back needs; a peer id."""
+    """The peer that ran it, and may have kept its activations; a peer id."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Flow(Protocol):
 
     @property
     def kept_by(self) -> str:
-        """The peer that may have kept half of the work; empty: nobody has."""
+        """The peer that may have kept the activations; "" = none has."""
 
     def most_blocks(self) -> int | None:
         """How many blocks a request may have; None = any number."""
@@ -124,7 +125,7 @@ class Flow(Protocol):
         """What the server is asked that takes blocks [start, stop), the beginning of `wanted`."""
 
     def take(self, question: PassRequest, answer: Tensor, of_adapter: Tensor | None, peer_id: str) -> None:
-        """A peer's answer came, and the gradient of the adapter's values [numel] for the blocks asked."""
+        """A peer's answer came, and the gradient of the adapter's values `[numel]` for the blocks asked."""
 
 
 @dataclass(eq=False)
@@ -144,7 +145,7 @@ class ForwardFlow:
     """There will be a way back, for the adapter too if it is trained."""
     spans: list[Span] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
-    """Of all blocks, [blocks, rows, tokens, hidden] for each span, if these are wanted."""
+    """Of all blocks, `[blocks, rows, tokens, hidden]` for each span, if these are wanted."""
 
     @property
     def wanted(self) -> tuple[int, int] | None:
@@ -186,7 +187,7 @@ class ForwardFlow:
 
     @property
     def output(self) -> Tensor:
-        """[rows, tokens, hidden], or of all blocks [blocks, rows, tokens, hidden]."""
+        """`[rows, tokens, hidden]`, or of all blocks `[blocks, rows, tokens, hidden]`."""
         return torch.cat(self.outputs) if self.states else self.hidden
 
 
@@ -257,7 +258,7 @@ class BackwardFlow:
 
     @property
     def result(self) -> Tensor:
-        """With respect to the micro-batch's input [rows, tokens, hidden]."""
+        """With respect to the micro-batch's input `[rows, tokens, hidden]`."""
         if not self.states:
             return self.gradient
         assert self.behind is not None

@@ -39,7 +39,7 @@ class _SavedPass:
     low: int
     high: int
     blocks: tuple[tuple[int, int, str], ...]
-    """And who ran them."""
+    """The blocks of each span, and the peer that ran them."""
 
 
 class RemotePass:
@@ -51,9 +51,9 @@ class RemotePass:
         self.training = Training()
 
     def __call__(self, hidden: Tensor, whole: FullPass) -> Tensor:
-        """Run the blocks over `hidden` [batch, tokens, hidden].
+        """Run the blocks over `hidden`, `[batch, tokens, hidden]`.
 
-        Returns: their output, or with `states` that of every block [blocks, batch, tokens, hidden]; in the
+        Returns: their output, or with `states` that of every block `[blocks, batch, tokens, hidden]`; in the
             dtype and on the device of `hidden`, and differentiable with respect to it.
 
         Raises:
@@ -202,10 +202,10 @@ class _Through(torch.autograd.Function):
 
 
 def side_of(hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Side:
-    """What goes beside hidden states [batch, tokens, hidden]; what says nothing is left out.
+    """What goes beside hidden states `[batch, tokens, hidden]`; what says nothing is left out.
 
     Args:
-        attention_mask: [batch, tokens], nonzero = attend.
+        attention_mask: `[batch, tokens]`, nonzero = attend.
         position_ids: [batch or 1, tokens].
 
     Raises:

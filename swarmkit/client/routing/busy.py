@@ -1,7 +1,7 @@
 """Peers that said they have no room are left alone for as long as they said. Takes a clock.
 
-To be busy is no failure, and nobody is lost by it. A busy peer costs a route the time until it has room, so
-that another one is used if it is worth it, and else the one that is free first.
+To be busy is no failure, and no session is lost by it. A busy peer costs a route the time until it has
+room, so that another one is used if it is worth it, and else the one that is free first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 _LEAST_S = 0.1
 _MOST_S = 60.0
 _FORGOTTEN_S = 10.0
-"""Who was not busy again for so long begins anew."""
+"""A peer that was not busy for so long is treated as if it had never been."""
 
 
 @dataclass
@@ -22,7 +22,7 @@ class _Busy:
 
 
 class BusyPeers:
-    """Who is busy, and until when."""
+    """Which peers are busy, and until when."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -31,7 +31,7 @@ class BusyPeers:
     def note(self, peer_id: str, retry_after_s: float) -> float:
         """A peer says that it has no room before so many seconds; returns for how long it is left alone.
 
-        Who says so again and again is asked less often, whatever it says: 0.1, 0.2, 0.4, … seconds at least.
+        A peer that says so repeatedly is asked less often, whatever it says: 0.1, 0.2, 0.4, … seconds at least.
         """
         old = self._peers.get(peer_id)
         now = self._clock()

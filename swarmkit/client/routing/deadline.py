@@ -14,7 +14,7 @@ from swarmkit.ewma import Ewma
 
 _GAIN = 0.125
 _VARIATIONS = 4.0
-_MOST_PATIENCE = 64.0
+_MAX_BACKOFF = 64.0
 _UNMEASURED_S = 5.0
 """Added to what a peer claims about itself while nothing was measured: it may be busy, or warming up."""
 
@@ -42,7 +42,7 @@ class StepTimes:
         self._claimed_rate = claimed_rate
         self._single: Ewma | None = None
         self._per_token: Ewma | None = None
-        self._patience = 1.0
+        self._backoff = 1.0
 
     @property
     def round_trip_s(self) -> float | None:
@@ -57,7 +57,7 @@ class StepTimes:
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Note a step of `tokens` (batch x tokens)."""
-        self._patience = 1.0
+        self._backoff = 1.0
         if tokens <= 1:
             if self._single is None:
                 self._single = _ewma(seconds)
@@ -69,22 +69,22 @@ class StepTimes:
 
     def timed_out(self) -> None:
         """Note that a deadline passed: the next is twice as long, for a peer that only became slower."""
-        self._patience = min(2 * self._patience, _MOST_PATIENCE)
+        self._backoff = min(2 * self._backoff, _MAX_BACKOFF)
 
     def deadline_s(self, tokens: int, policy: DeadlinePolicy) -> float:
         """Seconds to wait for a step of `tokens`."""
         single, per_token = self._single, self._per_token
         if single is None and per_token is None:
             if not self._claimed_rate:
-                return self._patience * policy.first_s
+                return self._backoff * policy.first_s
             claimed = _UNMEASURED_S + policy.factor * tokens / self._claimed_rate
-            return max(policy.min_s, self._patience * min(policy.first_s, claimed))
+            return max(policy.min_s, self._backoff * min(policy.first_s, claimed))
         if tokens <= 1 and single is not None:
             usual = _upper(single)
         else:
             # One token cannot take longer than one token by itself, whichever of the two was measured.
             usual = _upper(single) + tokens * _upper(per_token or single)
-        return max(policy.min_s, self._patience * policy.factor * usual)
+        return max(policy.min_s, self._backoff * policy.factor * usual)
 
 
 def _ewma(first: float) -> Ewma:

@@ -28,7 +28,7 @@ def one_of(servers: Sequence[Announcement], num_blocks: int, name: str) -> tuple
     if not meant:
         known = ", ".join(sorted({label for label, _ in hosted.values()})) or "none"
         raise UsageError(
-            f"nobody hosts an adapter called {name!r} for this model; hosted are: {known}. "
+            f"no server hosts an adapter called {name!r} for this model; hosted are: {known}. "
             "Start a server with `swarmkit serve MODEL --adapter FOLDER_OR_REPO`"
         )
     whole = {digest for digest in meant if not hosted[digest][1](num_blocks)}

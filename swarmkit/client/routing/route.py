@@ -35,7 +35,7 @@ def find_route(start: int, stop: int, servers: Sequence[Announcement], cost: Cos
     block boundaries is found in one sweep: best(b) = min over servers that hold [a, b) of best(a) + cost.
 
     Raises:
-        NoRouteError: nobody serves some of the blocks; the error names them.
+        NoRouteError: no server has some of the blocks; the error names them.
     """
     cuts = {start, stop}
     for server in servers:
@@ -116,9 +116,9 @@ def route_cost(
     Args:
         round_trip_s: measured or assumed seconds to a peer and back, by peer id.
         penalty_s: seconds added for each block at a peer, such as one that failed lately; far above all else,
-            so that it is used only where nobody else holds the block.
+            so that it is used only where no other server has the block.
         wait_s: seconds until a peer has room, by peer id; 0 for one that is not busy.
-        tokens: rows x tokens that caches must hold soon; who said lately to have less room is a little worse.
+        tokens: rows x tokens that caches must hold soon; a server that announced less costs a little more.
         salt: this client's own; spreads clients over servers that are equally good.
     """
 

@@ -111,11 +111,11 @@ class ChainSession:
         """Run the session's blocks over new positions. A step that is cancelled stops at the servers too.
 
         Args:
-            hidden: [batch, tokens, hidden], on the CPU.
-            mask: [batch, position + tokens], uint8, 1 = attend; None = no padding.
-            positions: [batch, tokens], int64; None = position, position + 1, …
+            hidden: `[batch, tokens, hidden]`, on the CPU.
+            mask: `[batch, position + tokens]`, uint8, 1 = attend; None = no padding.
+            positions: `[batch, tokens]`, int64; None = position, position + 1, …
 
-        Returns: [batch, tokens, hidden], in the dtype of `hidden`.
+        Returns: `[batch, tokens, hidden]`, in the dtype of `hidden`.
 
         Raises:
             SessionError: the session is closed, or would become longer than `max_length`.
@@ -212,7 +212,7 @@ class ChainSession:
         return output.to(hidden.dtype)
 
     def _merged_positions(self, rows: int, end: int, positions: torch.Tensor | None) -> torch.Tensor | None:
-        """Position ids of the whole session [batch, end], or None while they are the default ones."""
+        """Position ids of the whole session `[batch, end]`, or None while they are the default ones."""
         if self.position == 0:
             return positions
         if positions is None and self._positions is None:
@@ -227,7 +227,7 @@ class ChainSession:
     async def _restore_prefix(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """Begin where an earlier session was, as far as servers have kept its pages.
 
-        Returns: the outputs [1, tokens, hidden] of all that need not be sent; None if there is no such thing.
+        Returns: the outputs `[1, tokens, hidden]` of all that need not be sent; None if all must be.
         """
         route = self._route
         found = await restore_prefix(self._swarm.prefix_cache, hidden[0], route)

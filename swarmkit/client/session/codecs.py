@@ -1,15 +1,15 @@
 """In which codec hidden states cross each boundary of a chain, so that a lost server can still be replaced.
 
 A boundary is where a stage begins, or where the last one ends. All that crosses it in one step does so in one
-codec, whichever ways it takes: from the client to a stage, from a server to the next one, and from a server
-back to the client, who decides. What a codec makes of the values is what counts from there on:
+codec, whichever links it takes: from the client to a stage, from a server to the next one, and from a server
+back to the client, which decides. From there on the values count as the codec changed them:
 
 * a server encodes its outputs once, and the next server and the client get the same bytes;
 * what the client sends goes into the history as its receiver decodes it;
 * what was sent before goes unchanged: in the boundary's codec where that changes nothing, else as it is.
 
 So a stage's history is bit by bit what its server computed on, and a replay gives the same keys and values. A
-boundary keeps its codec when a server is replaced, whose links nobody has measured yet.
+boundary keeps its codec when a server is replaced, whose links are not measured yet.
 """
 
 from __future__ import annotations

@@ -18,17 +18,17 @@ class DuplicateRows:
     """Which rows of a batch are repetitions of others."""
 
     first: Sequence[int]
-    """The rows that are none."""
+    """The rows that repeat no other."""
     order: Sequence[int]
-    """For each row of the batch its place among `first`."""
+    """The index in `first` of each row of the batch."""
 
 
 def alike_rows(hidden: Tensor, *others: Tensor | None) -> DuplicateRows | None:
     """Find the rows that equal the one before them, to the last bit; None if there are none.
 
     Args:
-        hidden: [batch, tokens, hidden]
-        others: what else goes with each row, [batch, tokens].
+        hidden: `[batch, tokens, hidden]`
+        others: what else goes with each row, `[batch, tokens]`.
     """
     if hidden.shape[0] == 1:
         return None

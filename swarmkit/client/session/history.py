@@ -12,7 +12,7 @@ from swarmkit.net.protocol.codec import CodecName, TensorSpec
 
 
 class History:
-    """The inputs [batch, tokens, hidden] of one stage of a session, on the CPU, in the order of positions.
+    """The inputs `[batch, tokens, hidden]` of one stage of a session, on the CPU, in the order of positions.
 
     Kept in one buffer that grows by doubling, because it is cropped and reordered as the session is.
     """
@@ -21,7 +21,7 @@ class History:
         self._buffer: torch.Tensor | None = None
         self.tokens = 0
         self.codec: CodecName = "none"
-        """In what these inputs travel now; see `client.codecs`."""
+        """The codec in which these inputs are sent now; see `codecs.py`."""
 
     @property
     def nbytes(self) -> int:
@@ -29,7 +29,7 @@ class History:
         return 0 if self._buffer is None else self._buffer.nbytes
 
     def write(self, position: int, hidden: torch.Tensor) -> None:
-        """Forget everything from `position` on, then append `hidden` [batch, tokens, hidden]."""
+        """Forget everything from `position` on, then append `hidden`, `[batch, tokens, hidden]`."""
         if position > self.tokens:
             raise ValueError(f"position {position} is beyond the {self.tokens} tokens of this history")
         rows, tokens, width = hidden.shape
@@ -70,33 +70,31 @@ class History:
             self._buffer = self._buffer.index_select(0, torch.tensor(order, dtype=torch.int64))
 
     def row(self, tokens: int) -> torch.Tensor | None:
-        """The first `tokens` positions of the only row, [tokens, hidden], not copied; None if there are more
-        rows, or fewer tokens.
-        """
+        """A view of the only row, `[tokens, hidden]`; None if there are more rows, or fewer tokens."""
         if self._buffer is None or self._buffer.shape[0] != 1 or self.tokens < tokens:
             return None
         return self._buffer[0, :tokens]
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Positions [start, stop) as [batch, stop - start, hidden], contiguous."""
+        """Positions [start, stop) as `[batch, stop - start, hidden]`, contiguous."""
         if self._buffer is None or stop > self.tokens:
             raise ValueError(f"positions {start}:{stop} are not in a history of {self.tokens} tokens")
         return self._buffer[:, start:stop].contiguous()
 
 
 class NoHistory(History):
-    """What is sent now, and nothing of what was sent before: a session that keeps no more cannot survive."""
+    """The inputs of the present step only: a session with this history does not survive a lost server."""
 
     def __init__(self) -> None:
         super().__init__()
         self._from = 0
-        """The position of the first token that is here."""
+        """The position of the first token that is kept."""
 
     def write(self, position: int, hidden: torch.Tensor) -> None:
         self._buffer, self._from, self.tokens = hidden, position, position + hidden.shape[1]
 
     def skip_to(self, tokens: int) -> None:
-        """The server got its inputs up to there from another one."""
+        """The server got its inputs up to `tokens` from another server."""
         self._buffer, self._from, self.tokens = None, tokens, tokens
 
     def encode(self, start: int, stop: int, new_from: int, name: CodecName) -> tuple[TensorSpec, memoryview]:

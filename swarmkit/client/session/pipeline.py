@@ -1,4 +1,4 @@
-"""A long step in pieces, so that all stages of a chain that hand on to each other work at once.
+"""A long step in pieces, so that all linked stages of a chain work at once.
 
 With n pieces over k stages the last one is done after n + k - 1 turns instead of n * k::
 

@@ -59,9 +59,9 @@ class StepInputs:
     end: int
     rows: int
     mask: torch.Tensor | None
-    """[rows, end], uint8; None = no padding."""
+    """`[rows, end]`, uint8; None = no padding."""
     positions: torch.Tensor | None
-    """[rows, end], int64; None = 0, 1, …"""
+    """`[rows, end]`, int64; None = 0, 1, …"""
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Request:
 
 @dataclass
 class StepResult:
-    """The output [rows, keep, hidden] of a request, and what the server said with it."""
+    """The output `[rows, keep, hidden]` of a request, and what the server said with it."""
 
     output: torch.Tensor
     done: StepDone
@@ -188,7 +188,7 @@ class StageReplica:
         return await anyio.to_thread.run_sync(lambda: part.digest), part
 
     async def restore_prefix(self, states: torch.Tensor) -> int:
-        """Have the session begin with what the server has kept of these inputs [tokens, hidden].
+        """Have the session begin with what the server has kept of these inputs `[tokens, hidden]`.
 
         Returns: how many tokens the server holds now.
 
@@ -272,7 +272,7 @@ class StageReplica:
     # ------------------------------------------------------------------ history
 
     def note_inputs(self, position: int, hidden: torch.Tensor, end: int) -> None:
-        """Keep the inputs [batch, tokens, hidden] from `position` on of a step to `end`.
+        """Keep the inputs `[batch, tokens, hidden]` from `position` on of a step to `end`.
 
         They are empty where the previous server pushed them and kept nothing for the client.
         """

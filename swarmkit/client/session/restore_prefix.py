@@ -20,7 +20,7 @@ async def restore_prefix(
 
     At least one token is left to be sent, because its output is needed.
 
-    Args: hidden: [tokens, hidden], what the first step of a session brings.
+    Args: hidden: `[tokens, hidden]`, what the first step of a session brings.
 
     Returns: the earlier session's hidden states, the token from which on the step is to be sent, and how many
         tokens each server holds; None if the whole step is to be sent.

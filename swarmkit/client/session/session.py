@@ -79,10 +79,10 @@ class Session:
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run all remote blocks over `hidden` [batch, tokens, hidden], appending to the session.
+        """Run all remote blocks over `hidden`, `[batch, tokens, hidden]`, appending to the session.
 
         Args:
-            attention_mask: [batch, position + tokens], nonzero = attend.
+            attention_mask: `[batch, position + tokens]`, nonzero = attend.
             position_ids: [batch or 1, tokens]; position, position + 1, … if not given.
 
         Raises: see `ChainSession.step`.
@@ -112,7 +112,11 @@ class Session:
         return output.to(hidden.device)
 
     def _follow_adapters(self, adapters: ModelAdapters) -> None:
-        """Have what changes the model's blocks now, unless keys and values were computed with another."""
+        """Use the adapter that the model has now.
+
+        Raises:
+            SessionError: the session holds keys and values of another one.
+        """
         chain = self.chain
         if adapters.is_unchanged_since(chain.adapter):
             return
@@ -159,7 +163,7 @@ class Session:
             self.reorder([row for row in range(self.chain.rows) for _ in range(times)])
 
     def align(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> int:
-        """Roll back to where `tokens` [batch, length] departs from what the session has seen.
+        """Roll back to where `tokens`, `[batch, length]` departs from what the session has seen.
 
         At least one token of `tokens` stays to be computed, because its output is needed.
 
@@ -176,7 +180,7 @@ class Session:
         return kept
 
     def remember(self, tokens: torch.Tensor | None) -> None:
-        """Note which token ids [batch, length] the session's positions hold; None = not known."""
+        """Note the token ids `[batch, length]` of the session's positions; None = not known."""
         self._tokens = None if tokens is None else tokens.detach().to("cpu").clone()
 
     def close(self) -> None:
@@ -268,7 +272,7 @@ class SwarmCache(Cache):
 
 
 def session_of(cache: Cache | None) -> Session | None:
-    """The session behind a cache, or None if it is not ours."""
+    """The session behind a cache; None if the cache is not a `SwarmCache`."""
     layers = getattr(cache, "layers", None)
     return layers[0].session if layers and isinstance(layers[0], SwarmCacheLayer) else None
 

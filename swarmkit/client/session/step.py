@@ -78,7 +78,7 @@ class StepExecution:
     async def run(self, hidden: torch.Tensor) -> torch.Tensor:
         """Bring all stages to the step's end.
 
-        Args: hidden: inputs [batch, tokens, hidden] of positions [position, end).
+        Args: hidden: inputs `[batch, tokens, hidden]` of positions [position, end).
 
         Returns: the outputs of the last stage, of the same shape.
         """

@@ -249,7 +249,7 @@ class _Adaptive(CandidateGenerator, ABC):  # type: ignore[misc]
     def get_candidates(  # type: ignore[override]
         self, input_ids: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The text [1, tokens] with the draft tokens behind it, and their scores [1, drafted, vocabulary]."""
+        """The text `[1, tokens]` and the draft tokens behind it; their scores `[1, drafted, vocabulary]`."""
         began = self._clock()
         self._length = input_ids.shape[1]
         found = self._find(input_ids)
@@ -262,7 +262,7 @@ class _Adaptive(CandidateGenerator, ABC):  # type: ignore[misc]
     def update_candidate_strategy(
         self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int
     ) -> None:
-        """Learn from a step after which the text is `input_ids` [1, tokens]."""
+        """Learn from a step after which the text is `input_ids`, `[1, tokens]`."""
         step_s = self._clock() - self._began
         self._inner.update_candidate_strategy(input_ids, scores, num_matches)
         new = input_ids[0, self._length :].tolist()
@@ -351,7 +351,7 @@ class _Drafts(_Adaptive):
 
 
 def match_length(text: torch.Tensor, token: int) -> int:
-    """How many of the last tokens of `text` [tokens] came before `token` at an earlier place, at most.
+    """How many of the last tokens of `text`, `[tokens]` came before `token` at an earlier place, at most.
 
     From 1, which is what a lookup needs, to `LONGEST_MATCH`.
     """

@@ -50,7 +50,7 @@ class AdapterSender:
         self._sent.pop((server.peer_id, name), None)
 
     async def ensure(self, server: Announcement, adapter: Adapter) -> None:
-        """Send an adapter to a server, unless it was sent there before. Who comes meanwhile waits for it.
+        """Send an adapter to a server, unless it was sent there before. Other calls for it wait meanwhile.
 
         Raises:
             PeerError: the server failed, or refuses it.

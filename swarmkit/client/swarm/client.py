@@ -122,11 +122,11 @@ class SwarmClient:
         self._stop.set()
 
     async def refresh(self) -> SwarmMap:
-        """Look up who serves the model now."""
+        """Look up the servers of the model."""
         assert self._registry is not None
         looks = self._looks
         async with self._looking:
-            if self._looks == looks:  # else somebody began to look after we asked, and has the answer
+            if self._looks == looks:  # else another call began to look meanwhile, and has the answer
                 self._looks += 1
                 try:
                     found = await self._registry.look_up(self.model.fingerprint, self.model.num_blocks)
@@ -179,7 +179,7 @@ class SwarmClient:
             hosted_adapter: use only servers that host the adapter of this hash.
 
         Raises:
-            NoRouteError: nobody serves some of them.
+            NoRouteError: no server has some of them.
         """
         servers = [server for server in self.servers(hosted_adapter) if server.peer_id not in without]
         cost = route_cost(
@@ -255,7 +255,7 @@ class SwarmClient:
         return servers
 
     def unserved(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
-        """The blocks that nobody serves, but for peers that are left aside because they failed."""
+        """The blocks that no server has, apart from peers that are avoided because they failed."""
         servers = [s for s in self._known() if not self.bans.is_banned(s.peer_id)]
         return tuple(uncovered(start, stop, [(server.start, server.stop) for server in servers]))
 

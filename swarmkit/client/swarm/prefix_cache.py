@@ -1,6 +1,6 @@
-"""What sessions that have ended had sent and got: a session that begins alike need not send it again.
+"""Hidden states of sessions that have ended: a session with the same first tokens need not send them again.
 
-At every boundary of the route that a session took, its hidden states are remembered. With these a later one
+At every boundary of the route that a session took, its hidden states are kept. With these a later session
 asks each server which pages it has kept (`models.pages`), sends only the rest, and can still rebuild the
 cache of any server that is lost.
 """
@@ -22,7 +22,7 @@ from swarmkit.models.kv.pages import Name, names_of
 
 @dataclass(frozen=True, eq=False)
 class CachedPrefix:
-    """One session's hidden states [tokens, hidden] at the block boundaries of its route, both ends too."""
+    """One session's hidden states `[tokens, hidden]` at the block boundaries of its route, both ends too."""
 
     names: tuple[Name, ...]
     states: Mapping[int, Tensor]
@@ -33,7 +33,7 @@ class CachedPrefix:
 
 
 class ClientPrefixCache:
-    """Sessions of one model, within `limit` bytes; those that were used least recently go first."""
+    """Prefixes of sessions of one model, within `limit` bytes; the least recently used are dropped first."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -55,7 +55,7 @@ class ClientPrefixCache:
         return len(self._entries) + len(self._new)
 
     def keep(self, states: Mapping[int, Tensor], inputs: Tensor | None = None) -> None:
-        """Remember a session by its states [tokens, hidden], of equal length at all boundaries. Is quick.
+        """Keep a session by its states `[tokens, hidden]`, of equal length at all boundaries. Is quick.
 
         Args: inputs: by which it is found, where a codec made others of them at the first boundary.
         """
@@ -68,7 +68,7 @@ class ClientPrefixCache:
         return sum(_nbytes(states) for states, _ in self._new)
 
     def find(self, inputs: Tensor, boundaries: Sequence[int]) -> tuple[CachedPrefix, int] | None:
-        """The session that shares most full pages with `inputs` [tokens, hidden] at the first boundary.
+        """The session that shares most full pages with `inputs`, `[tokens, hidden]` at the first boundary.
 
         Takes time, for what is new and for the inputs; may be called from any thread.
 
@@ -121,12 +121,12 @@ def _goes_on_from(entry: CachedPrefix, before: CachedPrefix) -> bool:
 
 
 def names_for(root: bytes, states: Tensor, dtype: str) -> list[Name]:
-    """The names by which a server knows pages of these states [tokens, hidden]."""
+    """The names by which a server knows pages of these states `[tokens, hidden]`."""
     return names_of(root, states.to(getattr(torch, dtype)))
 
 
 def best_start(held: Sequence[int], known: int, tokens: int) -> int:
-    """From which token on a step of `tokens` is sent: stages hold `held` tokens each, `known` are known here.
+    """The token from which on a step of `tokens` is best sent: stages hold `held` tokens, the client `known`.
 
     Where all stages hold what comes before, they work on the rest at once; else one after the other, each on
     what it lacks.

@@ -18,7 +18,7 @@ _LONGEST_PAUSE_S = 1.0
 
 
 class RouteSearch:
-    """One step's patience: `route_timeout_s` seconds from when nobody was found, anew after any progress."""
+    """One step's search, which has `route_timeout_s` seconds, counted anew after any progress."""
 
     def __init__(self, swarm: SwarmClient, owner: Owner, hosted_adapter: str = "") -> None:
         """Make a search.
@@ -43,15 +43,15 @@ class RouteSearch:
     async def find(self, start: int, stop: int, tokens: int, error: PeerError | None) -> list[Hop]:
         """A route for some blocks.
 
-        Where nobody has them, it waits for a newcomer. Servers that are left aside are used only if nobody
-        else has the blocks, and after a pause; busy ones when they said they have room, if that is soonest.
+        Where no server has them, it waits for a new one. Servers that are avoided are used only if no other
+        has the blocks, and after a pause; busy ones when they said they have room, if that is soonest.
 
         Args:
             tokens: rows x tokens that the servers' caches will have to hold.
             error: why others are needed.
 
         Raises:
-            NoRouteError: nobody was found in time.
+            NoRouteError: no server was found in time.
         """
         swarm = self._swarm
         while True:
@@ -92,7 +92,7 @@ class RouteSearch:
             )
 
     async def _look_up(self, give_up_at: float) -> None:
-        """See who serves now, if that can be seen in time."""
+        """Look up the servers anew, if there is time for it."""
         try:
             with anyio.move_on_after(give_up_at - self._swarm.clock.now()):
                 await self._swarm.refresh()
