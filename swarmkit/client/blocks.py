@@ -58,8 +58,8 @@ class Blocks(nn.Module):
             position_ids: [batch or 1, tokens]; 0, 1, … if not given.
             output_hidden_states: also return the output of every block.
 
-        Returns: `[batch, tokens, hidden]`; with `output_hidden_states` this and a tuple with one for each block,
-            the last of which is the same.
+        Returns: `[batch, tokens, hidden]`; with `output_hidden_states` also a tuple with one for each
+            block, the last of which is the same.
         """
         side = side_of(hidden_states, attention_mask, position_ids)
         output = self._remote(hidden_states, FullPass(self.start, self.stop, side, output_hidden_states))
