@@ -291,12 +291,14 @@ class ServingStarted(Event, frozen=True):
 
 
 class DrainStarted(Event, frozen=True):
-    """A server takes no new sessions, and waits for the ones that it has to move to others."""
+    """A server takes no new sessions of blocks [start, stop), and waits until the open ones have moved."""
 
+    start: int
+    stop: int
     sessions: int
 
     def __str__(self) -> str:
-        return f"leaving; {self.sessions} sessions are moving away"
+        return f"leaving blocks {self.start}:{self.stop}; {self.sessions} sessions are moving away"
 
 
 class ServerLeft(Event, frozen=True):

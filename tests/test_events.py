@@ -25,7 +25,7 @@ LIMIT_S = 20.0
 
 
 def drained(sessions: int) -> DrainStarted:
-    return DrainStarted(sessions, time=5.0, owner=OWNER)
+    return DrainStarted(0, 4, sessions, time=5.0, owner=OWNER)
 
 
 def step(position: int) -> StepFinished:

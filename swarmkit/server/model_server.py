@@ -354,7 +354,7 @@ class ModelServer:
 
         await announcer.announce_until(run.told_to_leave, news)
         serving.sessions.leaving = True
-        self._emit(DrainStarted, serving.sessions.num_sessions)
+        self._emit(DrainStarted, low, high, serving.sessions.num_sessions)
         try:
             await announcer.announce(state="leaving", **news())
         except TransportError as error:
