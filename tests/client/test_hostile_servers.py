@@ -324,3 +324,32 @@ def test_the_server_that_took_over_is_left_with_nothing(swarm: LocalSwarm, stage
     wait_until(lambda: service.num_sessions == 0, "the session has ended")
     service.budget.audit()
     assert service.budget.leased_bytes == 0
+
+
+class OldServer(HostileServer):
+    """A server of protocol version 1, which serves sessions under that version's name."""
+
+    async def start(self) -> None:
+        assert self._swarm.network is not None
+        self._transport = self._swarm.network.transport()
+        await self._transport.listen("swarmkit/1/session", self._wait)
+        await self._announce("online")
+
+    async def _wait(self, stream: Stream) -> None:
+        await stream.receive()
+
+
+def test_a_server_of_an_older_protocol_version_is_left_aside_and_named_as_such(
+    swarm: LocalSwarm, stage: Stage, undisturbed: torch.Tensor
+) -> None:
+    old = OldServer(swarm, stage, silence, 0)
+    with portal.lease() as lease:
+        lease.call(old.start)
+        try:
+            with swarm.model() as model:
+                assert torch.equal(generated(model), undisturbed)
+                reasons = [event.reason for event in model.events if isinstance(event, PeerLost)]
+        finally:
+            lease.call(old.stop)
+    assert len(reasons) == 1
+    assert "version 1 is not 2: the peer with version 1 needs an update" in reasons[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from swarmkit.errors import PeerError, PeerUnreachableError, TransportError, UsageError
+from swarmkit.errors import NotServedError, PeerError, PeerUnreachableError, TransportError, UsageError
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.seam import MAX_FRAME_BYTES, Stream, Transport
 
@@ -163,7 +163,7 @@ async def test_a_peer_may_open_a_stream_to_itself(shared: Any) -> None:
 
 async def test_a_name_that_is_not_served_is_unreachable(shared: Any) -> None:
     server, client = await shared.peer(), await shared.peer()
-    with pytest.raises(PeerUnreachableError, match="does not serve"):
+    with pytest.raises(NotServedError, match="does not serve"):
         await client.open(server.peer_id, "nothing", server.addresses)
 
 
