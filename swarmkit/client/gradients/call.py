@@ -57,7 +57,7 @@ class Training:
 
     def times_of(self, server: Announcement, direction: Direction) -> StepTimes:
         """How long a server's answers take, by units."""
-        key = server.peer_id, direction
+        key = server.service_id, direction
         if key not in self._times:
             self._times[key] = StepTimes(1.0 / claimed_pace(server))
         return self._times[key]
@@ -156,7 +156,7 @@ class Call:
             hop = self._plan(flow, start, stop)
         except NoRouteError:
             hop = None
-        if hop is None or self._swarm.bans.is_banned(hop.server.peer_id):
+        if hop is None or self._swarm.bans.is_banned(hop.server.service_id):
             stuck = self._stuck.get(flow.index)
             if stuck is None:
                 timeout = self._swarm.settings.routing.route_timeout_s
@@ -173,7 +173,7 @@ class Call:
             if hop is None or not stuck.looked:
                 return None
             stuck.looked = False
-        if len(self._places[hop.server.peer_id].units) >= IN_FLIGHT:
+        if len(self._places[hop.server.service_id].units) >= IN_FLIGHT:
             return None
         return hop
 
@@ -181,12 +181,12 @@ class Call:
         """The first hop of the way on which the micro-batch is done earliest, as things stand."""
         swarm = self._swarm
         servers = swarm.servers(self._hosted_adapter)
-        claims = {server.peer_id: claimed_pace(server) for server in servers}
+        claims = {server.service_id: claimed_pace(server) for server in servers}
         paces = {kind: paces.of(claims) for kind, paces in self._training.paces.items()}
 
-        def backlog_s(peer_id: str) -> float:
-            waiting = self._places[peer_id].units.values() if peer_id in self._places else ()
-            return sum(paces[kind].get(peer_id, 0.0) * units for kind, units in waiting)
+        def backlog_s(service_id: str) -> float:
+            waiting = self._places[service_id].units.values() if service_id in self._places else ()
+            return sum(paces[kind].get(service_id, 0.0) * units for kind, units in waiting)
 
         cost = finish_cost(
             tokens=flow.tokens,
@@ -206,12 +206,12 @@ class Call:
     def _ask(self, flow: Flow, hop: Hop, tasks: anyio.abc.TaskGroup) -> None:
         question = flow.question(hop.start, hop.stop)
         self._asked.add(flow.index)
-        self._places[hop.server.peer_id].units[flow] = question.direction, question.units
+        self._places[hop.server.service_id].units[flow] = question.direction, question.units
         tasks.start_soon(self._exchange, flow, hop)
 
     async def _exchange(self, flow: Flow, hop: Hop) -> None:
-        peer_id = hop.server.peer_id
-        place = self._places[peer_id]
+        service_id = hop.server.service_id
+        place = self._places[service_id]
         question = flow.question(hop.start, hop.stop)
         direction, units = question.direction, question.units
         times = self._training.times_of(hop.server, direction)
@@ -226,13 +226,13 @@ class Call:
                 await self._swarm.adapters.ensure(hop.server, question.adapter)
                 asked_at = self._swarm.clock.now()
             answer, of_adapter = await self._ask_line(line, hop.server, question, deadline_s)
-            flow.take(question, answer, of_adapter, peer_id)
+            flow.take(question, answer, of_adapter, service_id)
             now = self._swarm.clock.now()
             seconds = now - max(asked_at, place.answered_at)
             place.answered_at = now
             times.observe(units, seconds)
-            self._training.paces[direction].observe(peer_id, units, seconds)
-            self._swarm.bans.worked(peer_id)
+            self._training.paces[direction].observe(service_id, units, seconds)
+            self._swarm.bans.worked(service_id)
             self._stuck.pop(flow.index, None)
             self._note(flow, hop)
             place.idle.append(line)
@@ -269,7 +269,7 @@ class Call:
 
     def _lost(self, flow: Flow, hop: Hop, error: PeerError) -> None:
         """A server failed: its part of this micro-batch is for another one."""
-        swarm, peer_id = self._swarm, hop.server.peer_id
+        swarm, service_id = self._swarm, hop.server.service_id
         self._last_loss = hop, error
         self._progress[flow.index].lost += 1
         if isinstance(error, RemoteError) and error.code in SENDERS_FAULT:
@@ -277,12 +277,12 @@ class Call:
             if self._refusals[flow.index] >= _REFUSALS:
                 self._error = error
                 return
-        if not swarm.bans.is_banned(peer_id):
+        if not swarm.bans.is_banned(service_id):
             swarm.note_loss(hop, _reason(error), self._owner)
-        swarm.bans.failed(peer_id)
-        for line in self._places[peer_id].idle:
+        swarm.bans.failed(service_id)
+        for line in self._places[service_id].idle:
             line.close()
-        self._places[peer_id].idle.clear()
+        self._places[service_id].idle.clear()
 
     def _note(self, flow: Flow, hop: Hop) -> None:
         """A server did its part of a micro-batch; where that was the last one, tell so."""

@@ -93,7 +93,7 @@ def finish_cost(
     """
 
     def cost(server: Announcement, start: int, stop: int) -> float:
-        peer = server.peer_id
+        peer = server.service_id
         work = tokens * (stop - start) * pace_s(peer) * (2 if kept_by and peer != kept_by else 1)
         tie = work * 0.01 * _unit_hash(salt + peer) + 1e-9
         return round_trip_s(peer) + backlog_s(peer) + work + tie + penalty_s(peer) * (stop - start)

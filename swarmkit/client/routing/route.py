@@ -127,9 +127,9 @@ def route_cost(
         work = share / max(server.throughput, 1e-3)
         crowded = 0.5 if server.free_cache_tokens < max(tokens, 1) else 0.0
         # Equal servers differ by their hash with this client: at most 10 % of the work, never zero.
-        tie = work * 0.1 * _unit_hash(salt + server.peer_id) + 1e-9
-        avoided = penalty_s(server.peer_id) * (stop - start)  # so that every block that can is spared
-        return round_trip_s(server.peer_id) + work + tie + crowded + wait_s(server.peer_id) + avoided
+        tie = work * 0.1 * _unit_hash(salt + server.service_id) + 1e-9
+        avoided = penalty_s(server.service_id) * (stop - start)  # so that every block that can is spared
+        return round_trip_s(server.service_id) + work + tie + crowded + wait_s(server.service_id) + avoided
 
     return cost
 

@@ -175,7 +175,7 @@ class SessionRoute:
     def _move_away(self, stage: StageReplica, changes: RouteChanges) -> None:
         """Route a leaving server's blocks anew if others hold them; else stay, and look around meanwhile."""
         hop, swarm = stage.hop, self._swarm
-        leaving = frozenset(other.hop.server.peer_id for other in self.stages if other.leaving)
+        leaving = frozenset(other.hop.server.service_id for other in self.stages if other.leaving)
         try:
             hops = swarm.plan(hop.start, hop.stop, leaving, changes.size, changes.hosted_adapter)
         except NoRouteError:
@@ -214,7 +214,7 @@ class SessionRoute:
         if isinstance(error, PeerTimeoutError) and index:
             # Perhaps the previous server never pushed what it said it pushed: it is not asked to again.
             self._swarm.cannot_link(self.stages[index - 1].hop.server, stage.hop.server)
-        self._swarm.bans.failed(stage.hop.server.peer_id)
+        self._swarm.bans.failed(stage.hop.server.service_id)
         self._lose(stage, changes, _reason(error))
         hops = await changes.find(stage.hop.start, stage.hop.stop, error)
         self._splice(index, hops)
@@ -225,7 +225,7 @@ class SessionRoute:
         self._swarm.note_refusal(hop, error, self._owner)
         hops = await changes.find(hop.start, hop.stop, error)
         self.check_open()
-        if [(other.server.peer_id, other.stop) for other in hops] == [(hop.server.peer_id, hop.stop)]:
+        if [(other.server.service_id, other.stop) for other in hops] == [(hop.server.service_id, hop.stop)]:
             return  # it may have kept what it holds of the session
         stage.drop()
         changes.losses.append(_Loss(hop, since, busy=True))

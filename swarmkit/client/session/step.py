@@ -131,9 +131,9 @@ class StepExecution:
             if not stage.survives(error):
                 stage.drop()
             raise
-        peer_id, bans = stage.hop.server.peer_id, self._swarm.bans
-        if peer_id in bans.failures:
-            bans.worked(peer_id)
+        service_id, bans = stage.hop.server.service_id, self._swarm.bans
+        if service_id in bans.failures:
+            bans.worked(service_id)
         if len(results) == 1:
             return results[0].output
         return torch.cat([result.output for result in results], dim=1)

@@ -47,7 +47,7 @@ class AdapterSender:
 
     def forget(self, server: Announcement, name: str) -> None:
         """The server has not kept it."""
-        self._sent.pop((server.peer_id, name), None)
+        self._sent.pop((server.service_id, name), None)
 
     async def ensure(self, server: Announcement, adapter: Adapter) -> None:
         """Send an adapter to a server, unless it was sent there before. Other calls for it wait meanwhile.
@@ -57,7 +57,7 @@ class AdapterSender:
             AdapterError: it has too many parts to be sent.
         """
         name = await anyio.to_thread.run_sync(lambda: adapter.digest)
-        key = server.peer_id, name
+        key = server.service_id, name
         lock = self._locks.setdefault(key, anyio.Lock())
         try:
             async with lock:

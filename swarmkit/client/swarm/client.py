@@ -181,7 +181,7 @@ class SwarmClient:
         Raises:
             NoRouteError: no server has some of them.
         """
-        servers = [server for server in self.servers(hosted_adapter) if server.peer_id not in without]
+        servers = [server for server in self.servers(hosted_adapter) if server.service_id not in without]
         cost = route_cost(
             round_trip_s=self.round_trip_s,
             penalty_s=self.bans.penalty_s,
@@ -193,13 +193,13 @@ class SwarmClient:
 
     def may_use(self, hop: Hop) -> bool:
         """Whether nothing is known that speaks against a server: it has not failed lately, nor is it busy."""
-        peer_id = hop.server.peer_id
-        return not self.bans.is_banned(peer_id) and not self.busy.wait_s(peer_id)
+        service_id = hop.server.service_id
+        return not self.bans.is_banned(service_id) and not self.busy.wait_s(service_id)
 
     def note_refusal(self, hop: Hop, error: RemoteError, owner: Owner) -> None:
         """Leave a server alone for as long as it said that it has no room, and tell so."""
         server = hop.server
-        seconds = self.busy.note(server.peer_id, error.retry_after_s)
+        seconds = self.busy.note(server.service_id, error.retry_after_s)
         self.events.emit(
             PeerRefused(
                 server.peer_id,
@@ -256,7 +256,7 @@ class SwarmClient:
 
     def unserved(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
         """The blocks that no server has, apart from peers that are avoided because they failed."""
-        servers = [s for s in self._known() if not self.bans.is_banned(s.peer_id)]
+        servers = [s for s in self._known() if not self.bans.is_banned(s.service_id)]
         return tuple(uncovered(start, stop, [(server.start, server.stop) for server in servers]))
 
     def no_route(self, start: int, stop: int) -> Exception:
@@ -267,20 +267,20 @@ class SwarmClient:
 
     def times_of(self, server: Announcement) -> StepTimes:
         """How long this server's steps take, as seen by all sessions here."""
-        if server.peer_id not in self._times:
-            self._times[server.peer_id] = StepTimes(server.throughput)
-        return self._times[server.peer_id]
+        if server.service_id not in self._times:
+            self._times[server.service_id] = StepTimes(server.throughput)
+        return self._times[server.service_id]
 
     def may_link(self, server: Announcement, following: Announcement) -> bool:
         """Whether one server may hand its outputs on to the other, as far as is known."""
-        pair = (server.peer_id, following.peer_id)
+        pair = (server.service_id, following.service_id)
         return self.settings.transfer.push and self._unlinked.get(pair, -math.inf) <= self.clock.now()
 
     def cannot_link(self, server: Announcement, following: Announcement) -> None:
         """Note that it cannot, or did it badly; it is asked again after a while."""
         now = self.clock.now()
         self._unlinked = {pair: until for pair, until in self._unlinked.items() if until > now}
-        self._unlinked[server.peer_id, following.peer_id] = now + _UNLINKED_S
+        self._unlinked[server.service_id, following.service_id] = now + _UNLINKED_S
 
     async def connect(self, server: Announcement, protocol: Protocol) -> ClientStream:
         """Open a stream to a server.

@@ -59,8 +59,8 @@ class RouteSearch:
                 route = swarm.plan(start, stop, tokens=tokens, hosted_adapter=self._hosted_adapter)
             except NoRouteError:
                 route = []
-            banned = any(swarm.bans.is_banned(hop.server.peer_id) for hop in route)
-            busy_s = max((swarm.busy.wait_s(hop.server.peer_id) for hop in route), default=0.0)
+            banned = any(swarm.bans.is_banned(hop.server.service_id) for hop in route)
+            busy_s = max((swarm.busy.wait_s(hop.server.service_id) for hop in route), default=0.0)
             if route and not banned and not busy_s:
                 return route
             left_s = self._left_s()
