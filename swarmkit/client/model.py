@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from swarmkit.client.adapters.mixin import AdapterMixin
 from swarmkit.client.adapters.model_adapters import ModelAdapters
 from swarmkit.client.blocks import Blocks
+from swarmkit.client.generation import LengthLimit, prompt_length, without_cache_implementation
 from swarmkit.client.gradients.exchange import Traffic
 from swarmkit.client.gradients.function import RemotePass
 from swarmkit.client.refusals import RefusalsMixin, hub_options
@@ -236,23 +237,57 @@ class SwarmModelForCausalLM(SwarmModel):
                 `prompt_lookup_num_tokens=` do what they do in transformers; otherwise these say where draft
                 tokens come from, and how many there are at most. As in `ClientSettings` if not given.
 
+        Where the answer would become longer than the session can hold, it ends there, with a warning.
+
         Raises:
             UsageError: speculation is wished for where it is impossible.
+            SessionError: the prompt is longer than the session can hold.
         """
         usual = self._swarm.client.settings.sessions.speculation
         session = kwargs.pop("session", None) or active_session(self._swarm)
         kwargs = named_arguments(args, kwargs)
         name = self._name_cache(kwargs)
         tokens = inputs if inputs is not None else kwargs.get("input_ids")
+        if session is not None and tokens is None and kwargs.get("inputs_embeds") is None:
+            inputs = tokens = self._first_token(kwargs)
+        options = kwargs
+
+        def configured(name: str) -> Any:
+            return self._configured(options, name)
+
+        kwargs = without_cache_implementation(kwargs, configured, self.generation_config)
+        limit = self._limit(session, name, tokens, kwargs)
+        if limit is not None:
+            kwargs = limit.apply(kwargs, configured)
         rows = tokens.shape[0] if tokens is not None else None
         kwargs = choose_way(
             speculation, usual, kwargs, lambda name: self._configured(kwargs, name), rows, self._is_stateful
         )
         token = _call.set(_GenerateCall(speculation or usual))
         try:
-            return self._generate(session, name, inputs, tokens, kwargs)
+            output = self._generate(session, name, inputs, tokens, kwargs)
         finally:
             _call.reset(token)
+        if limit is not None:
+            sequences = output if isinstance(output, torch.Tensor) else output.sequences
+            limit.tell(sequences.shape[1] - (0 if tokens is None else tokens.shape[1]), configured)
+        return output
+
+    def _first_token(self, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """What transformers begins with where no prompt is given; None if the model has no such token."""
+        first = self._configured(kwargs, "bos_token_id")
+        return None if first is None else torch.tensor([[int(first)]], device=self.device)
+
+    def _limit(
+        self, session: Session | None, name: str, tokens: torch.Tensor | None, kwargs: dict[str, Any]
+    ) -> LengthLimit | None:
+        """What the call's session can hold; None where there is none."""
+        session = session or session_of(kwargs.get(name))
+        if session is None and kwargs.get("use_cache") is False:
+            return None
+        most = _length_limit(self.config)
+        held = most if session is None else session.max_length
+        return LengthLimit(prompt_length(tokens, kwargs.get("inputs_embeds")), held, held >= most)
 
     def _generate(
         self,
@@ -315,7 +350,9 @@ class SwarmModelForCausalLM(SwarmModel):
             return inner
         return self._speculator.adapt(inner, session, kwargs["generation_config"].max_length)
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """What a step computes. An assisted call's first one would compute what its session holds again."""
         call, text = _call.get(), input_ids.shape[1]
         if call is not None and call.held:
@@ -324,6 +361,8 @@ class SwarmModelForCausalLM(SwarmModel):
             is_whole = mask is None or mask.shape[1] == text
             if kwargs.get("next_sequence_length") is None and held < text and is_whole:
                 kwargs["next_sequence_length"] = text - held
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds
         return super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
 
     def _configured(self, kwargs: dict[str, Any], name: str) -> Any:
@@ -340,7 +379,7 @@ class SwarmModelForCausalLM(SwarmModel):
         self, session: Session, sequences: torch.Tensor, tokens: torch.Tensor, kwargs: dict[str, Any]
     ) -> bool:
         """Whether the cache's rows hold the very tokens of the sequences: not so after beam search."""
-        same_rows = sequences.shape[0] == tokens.shape[0] == session.chain.rows
+        same_rows = sequences.shape[0] == tokens.shape[0] == session.rows
         return self._option(kwargs, "num_beams") == 1 and same_rows and sequences.shape[1] >= session.position
 
 

@@ -242,12 +242,35 @@ class ChainSession:
         self._outputs.write(0, outputs)
         return outputs
 
-    def _keep_prefix(self) -> None:
+    def inputs(self) -> torch.Tensor:
+        """What the session's blocks were given so far, [batch, position, hidden], for another session.
+
+        Call on the event loop's thread. Where servers have kept the pages, the other session finds them.
+
+        Raises:
+            SessionError: the session keeps nothing to survive a lost server with.
+        """
+        if self._inputs is not None and self._is_plain:
+            given = self._inputs.read(0, self.position)
+        else:
+            given = self._route.stages[0].history.read(0, self.position)
+        if self._is_plain:
+            self._keep_prefix(copy=True)  # this session goes on, in the same buffers
+        return given.clone()
+
+    @property
+    def positions(self) -> torch.Tensor | None:
+        """Position ids of the whole session [batch, position]; None while they are the default ones."""
+        return self._positions
+
+    def _keep_prefix(self, copy: bool = False) -> None:
         """Keep this session's hidden states for later ones that begin with the same tokens."""
         parts = {stage.hop.start: stage.history for stage in self._route.stages}
         parts[self._route.stop] = self._outputs
         states = {boundary: history.row(self.position) for boundary, history in parts.items()}
         found = {boundary: part for boundary, part in states.items() if part is not None}
         if self.position and len(found) == len(states):
+            if copy:
+                found = {boundary: part.clone() for boundary, part in found.items()}
             inputs = None if self._inputs is None else self._inputs.row(self.position)
             self._swarm.prefix_cache.keep(found, inputs)

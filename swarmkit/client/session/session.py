@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 import weakref
 from collections.abc import Sequence
 from contextvars import ContextVar, Token
+from dataclasses import dataclass
 from types import TracebackType
 
 import torch
@@ -18,6 +21,8 @@ from swarmkit.client.swarm.connection import Connection
 from swarmkit.errors import SessionError, UsageError
 
 _active: ContextVar[tuple[Session, ...]] = ContextVar("swarmkit_sessions", default=())
+_threads: weakref.WeakKeyDictionary[Session, int] = weakref.WeakKeyDictionary()
+"""Sessions whose `with` blocks are open, and in which threads, until a call in another thread is warned."""
 
 
 class Session:
@@ -44,6 +49,7 @@ class Session:
         self._connection = connection
         self._adapters = adapters
         self.chain = ChainSession(connection.client, max_length)
+        self._unsent: Unsent | None = None
         self._tokens: torch.Tensor | None = None
         self._mask: torch.Tensor | None = None
         self._entered: Token[tuple[Session, ...]] | None = None
@@ -57,7 +63,12 @@ class Session:
     @property
     def position(self) -> int:
         """Tokens per row that it holds."""
-        return self.chain.position
+        return self.chain.position if self._unsent is None else self._unsent.hidden.shape[1]
+
+    @property
+    def rows(self) -> int:
+        """Sequences that it holds; 0 before the first step."""
+        return self.chain.rows if self._unsent is None else self._unsent.hidden.shape[0]
 
     @property
     def connection(self) -> Connection:
@@ -92,6 +103,8 @@ class Session:
         if self._adapters is not None:
             self._follow_adapters(self._adapters)
         rows, tokens, _ = hidden.shape
+        if not tokens:
+            raise UsageError("a step has at least one new token, and this one has none")
         end = self.position + tokens
         mask = None
         if attention_mask is not None:
@@ -107,7 +120,12 @@ class Session:
             given = position_ids.to("cpu", torch.int64).expand(rows, tokens)
             if not torch.equal(given, torch.arange(self.position, end).expand(rows, -1)):
                 positions = given
-        output = self._run(hidden.detach().to("cpu"), mask, positions)
+        new = hidden.detach().to("cpu")
+        if self._unsent is None:
+            output = self._run(new, mask, positions)
+        else:
+            output = self._run(*self._unsent.followed_by(new, mask, positions))[:, -tokens:]
+            self._unsent = None
         self._mask = mask
         return output.to(hidden.device)
 
@@ -136,7 +154,7 @@ class Session:
     def _run(
         self, hidden: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
     ) -> torch.Tensor:
-        alike = None if self.position else alike_rows(hidden, mask, positions)
+        alike = None if self.chain.position else alike_rows(hidden, mask, positions)
         if alike is None:
             return self._connection.call(self.chain.step, hidden, mask, positions)
         parts = (None if part is None else part[alike.first] for part in (hidden, mask, positions))
@@ -146,13 +164,19 @@ class Session:
 
     def crop(self, tokens: int) -> None:
         """Forget every position from `tokens` on; reaches the servers with the next step."""
-        self.chain.crop(tokens)
+        if self._unsent is None:
+            self.chain.crop(tokens)
+        else:
+            self._unsent = self._unsent.cropped(tokens)
         if self._tokens is not None:
             self._tokens = self._tokens[:, :tokens]
 
     def reorder(self, order: Sequence[int]) -> None:
         """Row i becomes what row order[i] was; reaches the servers with the next step."""
-        self.chain.reorder(order)
+        if self._unsent is None:
+            self.chain.reorder(order)
+        else:
+            self._unsent = self._unsent.reordered(order)
         self._tokens = None
         if self._mask is not None:
             self._mask = self._mask[list(order)]
@@ -160,7 +184,7 @@ class Session:
     def repeat(self, times: int) -> None:
         """Row i becomes rows i * times to (i + 1) * times - 1."""
         if times > 1:
-            self.reorder([row for row in range(self.chain.rows) for _ in range(times)])
+            self.reorder([row for row in range(self.rows) for _ in range(times)])
 
     def align(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> int:
         """Roll back to where `tokens`, `[batch, length]` departs from what the session has seen.
@@ -183,6 +207,28 @@ class Session:
         """Note the token ids `[batch, length]` of the session's positions; None = not known."""
         self._tokens = None if tokens is None else tokens.detach().to("cpu").clone()
 
+    def fork(self) -> Session:
+        """A session that holds what this one holds; from here on the two are independent.
+
+        Its first step sends what this one was given, except where servers have kept the pages of this one.
+
+        Raises:
+            SessionError: it is closed, or keeps nothing to survive a lost server with.
+        """
+        if self.closed:
+            raise SessionError("the session is closed; open a new one with model.session()")
+        other = Session(self._connection, self.max_length, self._adapters)
+        other.chain.renew_adapter(self.chain.adapter)
+        other._tokens, other._mask = self._tokens, self._mask
+        if self._unsent is not None:
+            other._unsent = self._unsent
+        elif self.position:
+            other._unsent = Unsent(self._connection.call(self._inputs), self.chain.positions)
+        return other
+
+    async def _inputs(self) -> torch.Tensor:
+        return self.chain.inputs()
+
     def close(self) -> None:
         """End the session; the servers free their caches. May be called twice."""
         self._end()
@@ -196,6 +242,7 @@ class Session:
         if self.closed:
             raise SessionError("the session is closed; open a new one with model.session()")
         self._entered = _active.set((*_active.get(), self))
+        _threads[self] = threading.get_ident()
         return self
 
     def __exit__(
@@ -204,7 +251,49 @@ class Session:
         if self._entered is not None:
             _active.reset(self._entered)
             self._entered = None
+        _threads.pop(self, None)
         self.close()
+
+
+@dataclass(frozen=True)
+class Unsent:
+    """What a forked session holds before its first step: inputs that its servers have not been given.
+
+    Attributes:
+        hidden: [batch, tokens, hidden], on the CPU.
+        positions: [batch, tokens]; None = 0, 1, …
+    """
+
+    hidden: torch.Tensor
+    positions: torch.Tensor | None
+
+    def followed_by(
+        self, hidden: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """One step with all of it and new tokens behind."""
+        rows, held, _ = self.hidden.shape
+        if hidden.shape[0] != rows:
+            raise SessionError(f"the session holds {rows} rows, the step has {hidden.shape[0]}")
+        whole = torch.cat([self.hidden.to(hidden.dtype), hidden], dim=1)
+        if positions is None and self.positions is None:
+            return whole, mask, None
+        default = torch.arange(whole.shape[1]).expand(rows, -1)
+        before = default[:, :held] if self.positions is None else self.positions
+        after = default[:, held:] if positions is None else positions
+        return whole, mask, torch.cat([before, after], dim=1)
+
+    def cropped(self, tokens: int) -> Unsent | None:
+        """The first `tokens` positions; None if that is nothing."""
+        held = self.hidden.shape[1]
+        if not 0 <= tokens <= held:
+            raise SessionError(f"cannot keep {tokens} of {held} tokens")
+        positions = None if self.positions is None else self.positions[:, :tokens]
+        return Unsent(self.hidden[:, :tokens], positions) if tokens else None
+
+    def reordered(self, order: Sequence[int]) -> Unsent:
+        """Row i becomes what row order[i] was."""
+        rows = list(order)
+        return Unsent(self.hidden[rows], None if self.positions is None else self.positions[rows])
 
 
 def active_session(connection: Connection) -> Session | None:
@@ -212,6 +301,14 @@ def active_session(connection: Connection) -> Session | None:
     for session in reversed(_active.get()):
         if session.connection is connection:
             return session
+    for session, thread in list(_threads.items()):
+        if session.connection is connection and thread != threading.get_ident():
+            del _threads[session]  # once is enough
+            warnings.warn(
+                "generate() does not use the session whose `with` block is open in another thread; give it "
+                "as generate(…, session=session) if it is meant",
+                stacklevel=3,
+            )
     return None
 
 
@@ -224,6 +321,10 @@ class SwarmCacheLayer(CacheLayerMixin):
     def __init__(self, session: Session) -> None:
         super().__init__()
         self.session = session
+
+    def __deepcopy__(self, memo: dict[int, object]) -> SwarmCacheLayer:
+        """transformers' recipe for many answers to one prompt: a copy of its cache for each of them."""
+        return SwarmCacheLayer(self.session.fork())
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         raise UsageError("keys and values live on the servers; nothing is cached here")
