@@ -72,6 +72,19 @@ class RefusalsMixin:
             "set_attn_implementation() out"
         )
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise: continuous batching is the servers' work.
+
+        Raises:
+            UsageError: always; it says what to call instead.
+        """
+        raise UsageError(
+            "continuous batching runs where the blocks are: servers batch all sessions that wait for them. "
+            "Call generate() with the rows of a batch, or from several threads"
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UsageError(
             "a model with remote blocks is connected to a swarm and cannot be copied or pickled; make "
