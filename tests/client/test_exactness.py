@@ -306,7 +306,7 @@ def test_a_session_cannot_hold_more_than_its_length(world: World) -> None:
         with pytest.raises(SessionError, match="max_length of 8"):
             session.step(torch.zeros(1, 9, 32))
         with pytest.raises(SessionError, match="larger max_length"):
-            answer(world.model, prompt(6)[0], new_tokens=5)
+            answer(world.model, prompt(9)[0], new_tokens=5)
         session.crop(0)
         assert session.step(torch.zeros(1, 8, 32)).shape == (1, 8, 32)
 
