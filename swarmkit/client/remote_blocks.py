@@ -131,7 +131,7 @@ def record_states(model: PreTrainedModel, blocks: RemoteBlocks) -> None:
 
 def _not_ours() -> UsageError:
     return UsageError(
-        "this cache holds keys and values of a local model, or of PEFT; use model.session(), or no "
+        "this cache holds keys and values that were not computed by the servers; use model.session(), or no "
         f"past_key_values. If PEFT made it: {NO_PREFIXES}"
     )
 

@@ -244,7 +244,7 @@ REFUSED: dict[str, tuple[Act, str]] = {
     ),
     "a cache that holds keys and values of another model": (
         lambda world, model: continued_elsewhere(world, model),
-        "keys and values of a local model",
+        "not computed by the servers",
     ),
     "inputs_embeds within a session": (within_a_session(from_embeddings()), "a session needs token ids"),
     "past_key_values within a session": (
