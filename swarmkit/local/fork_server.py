@@ -1,17 +1,23 @@
 """A process that has imported all that a server needs, and forks one server after the other.
 
-torch and transformers take seconds to import. Where one machine starts several servers, that is done once,
+torch and transformers take seconds to import. Where one machine starts several servers, this is done once,
 and each server begins as a copy of the process that did it::
 
     owner ──(arguments, environment, 3 files)──> fork server ──fork──> server: a session of its own
       │ <──────────────(pid)──────────────────────┘   └──(pid, exit code)──> owner
 
-What comes out is what `python -m swarmkit.cli` would have been, with a pid, signals and an end of its own.
-The fork server computes nothing, so that no library has threads yet when it forks; and it ends with its
-owner, whose end of the socket closes then.
+The copy behaves like `python -m swarmkit.cli`, with a pid, signals and an end of its own. The fork server
+computes nothing, so that no library has threads yet when it forks. It ends with its owner, whose end of the
+socket closes then.
 
-Linux only: elsewhere libraries do not survive a fork, or there is none. There, and where the environment has
-changed since the fork server read it, servers are started the usual way.
+`multiprocessing`'s fork server cannot replace this one, for three reasons. It runs the owner's main module
+again in every child, so that `LocalSwarm(processes=True)` in a plain script without a `__main__` guard would
+fail. It has no public way to end: it and its resource tracker stay until the owner exits, while nothing may
+be left when a swarm is closed. And what it preloads is set for the whole process, which belongs to the user's
+program.
+
+It works on Linux only: elsewhere libraries do not survive a fork, or there is no fork. There, and where the
+environment has changed since the fork server read it, servers are started the usual way.
 """
 
 from __future__ import annotations
@@ -298,7 +304,8 @@ def _run_program() -> int:
     except BaseException:  # noqa: BLE001 - as the interpreter itself would end
         traceback.print_exc()
         code = 1
-    # What the interpreter does at its end, before it takes itself to pieces.
+    # What the interpreter does at its end before it frees its objects. `multiprocessing` ends its children
+    # with the same call.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
