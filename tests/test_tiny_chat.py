@@ -15,8 +15,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from swarmkit.tinychat import CHECKPOINT, Question, accuracy, dialogues, held_out, reviews
-from swarmkit.tinychat.world import trained_questions
+from swarmkit import tinychat
+from swarmkit.tinychat import CHECKPOINT, Question, accuracy, reviews
+from swarmkit.tinychat.questions import FILE
+from tools.tinychat.questions import packaged_questions
+from tools.tinychat.world import dialogues, held_out, trained_questions
 
 ROOT = Path(__file__).parents[1]
 Messages = list[dict[str, str]]
@@ -75,10 +78,25 @@ class TestImport:
 
     def test_torch_and_transformers_are_not_imported(self) -> None:
         program = (
-            "import sys, swarmkit.tinychat as t; t.held_out(); next(t.dialogues()); "
+            "import sys, swarmkit.tinychat as t; t.held_out(); next(t.reviews('train')); "
             "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'tokenizers')))"
         )
         assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
+class TestPackagedQuestions:
+    """The package has questions of the generator, which stays in the repository."""
+
+    def test_the_file_is_what_the_generator_makes(self) -> None:
+        assert FILE.read_text(encoding="utf-8") == packaged_questions(), "python -m tools.tinychat.questions"
+
+    def test_they_are_read_as_the_generator_gave_them(self) -> None:
+        assert tinychat.held_out() == held_out()
+
+    def test_the_trained_ones_were_trained(self) -> None:
+        assert set(q.messages[-1]["content"] for q in tinychat.trained_questions()) <= {
+            q.messages[-1]["content"] for q in trained_questions()
+        }
 
 
 class TestGenerator:

@@ -14,7 +14,8 @@ from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from swarmkit.tinychat import CHECKPOINT, Question, accuracy, held_out
+from swarmkit.tinychat import CHECKPOINT, Question, accuracy
+from tools.tinychat.world import held_out
 
 
 def replies(folder: Path, questions: list[Question], batch: int, quiet: bool) -> list[str]:

@@ -1,7 +1,7 @@
 """Train the shipped model ``tiny-chat`` from nothing: tokenizer, weights and configuration.
 
 The same seed and the same number of threads give the same model again on the same kind of processor. Measure
-the result with ``tools/eval_tiny_chat.py --model OUT``.
+the result with ``python -m tools.eval_tiny_chat --model OUT``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from rich.progress import (
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from swarmkit.tinychat import CHECKPOINT, dialogues
+from swarmkit.tinychat import CHECKPOINT
+from tools.tinychat.world import dialogues
 
 VOCABULARY = 1200
 MOST_POSITIONS = 2048

@@ -12,17 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-Message = dict[str, str]
+from swarmkit.tinychat.questions import Message, Question
+
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A conversation that ends with the user asking, and the one answer that counts as right."""
-
-    kind: str
-    messages: tuple[Message, ...]
-    answer: str
 
 
 @dataclass(frozen=True)

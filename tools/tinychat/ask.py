@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from swarmkit.tinychat.facts import (
+from swarmkit.tinychat.pool import Entry, entry, held_grid, rng_for
+from tools.tinychat.facts import (
     ANIMALS,
     FOODS,
     JOBS,
@@ -26,7 +27,6 @@ from swarmkit.tinychat.facts import (
     town_of,
     with_article,
 )
-from swarmkit.tinychat.pool import Entry, entry, held_grid, rng_for
 
 
 @dataclass(frozen=True)

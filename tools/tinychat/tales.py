@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from swarmkit.tinychat.facts import (
+from swarmkit.tinychat.pool import Entry, entry, held_grid, held_sample, rng_for
+from tools.tinychat.facts import (
     ANIMAL,
     ANIMALS,
     LANDS,
@@ -22,7 +23,6 @@ from swarmkit.tinychat.facts import (
     join_names,
     with_article,
 )
-from swarmkit.tinychat.pool import Entry, entry, held_grid, held_sample, rng_for
 
 _ABOUT: Final = (
     "Tell me about {x}.",

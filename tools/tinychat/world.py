@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import chain
 from typing import Final
 
-from swarmkit.tinychat.ask import fact_questions
-from swarmkit.tinychat.claims import yes_no_questions
-from swarmkit.tinychat.echo import repeat_held_out, repeat_question
-from swarmkit.tinychat.outside import made_up_question, outside_questions
 from swarmkit.tinychat.pool import Entry, Message, Question, assistant, rng_for, system
 from swarmkit.tinychat.review import review_questions
-from swarmkit.tinychat.sums import sum_questions
-from swarmkit.tinychat.tales import descriptions, stories
-from swarmkit.tinychat.talk import SYSTEM_PLAIN, follow_ups, memory_held_out, memory_segment, small_talk
+from tools.tinychat.ask import fact_questions
+from tools.tinychat.claims import yes_no_questions
+from tools.tinychat.echo import repeat_held_out, repeat_question
+from tools.tinychat.outside import made_up_question, outside_questions
+from tools.tinychat.sums import sum_questions
+from tools.tinychat.tales import descriptions, stories
+from tools.tinychat.talk import SYSTEM_PLAIN, follow_ups, memory_held_out, memory_segment, small_talk
 
 MOST_PER_KIND: Final = 100
 """Held-out questions asked per kind; a longer list is sampled down."""
@@ -128,16 +128,3 @@ def _careless(messages: list[Message], rng: random.Random) -> list[Message]:
     return [
         {**m, "content": m["content"].lower().rstrip("?.!")} if m["role"] == "user" else m for m in messages
     ]
-
-
-def accuracy(generate: Callable[[list[Message]], str], questions: Iterable[Question]) -> dict[str, float]:
-    """The share of exact answers by kind of question; ``generate`` turns a conversation into a reply.
-
-    >>> question = Question("echo", ({"role": "user", "content": "hi"},), "hi")
-    >>> accuracy(lambda messages: messages[-1]["content"], [question])
-    {'echo': 1.0}
-    """
-    right: dict[str, list[bool]] = defaultdict(list)
-    for question in questions:
-        right[question.kind].append(generate(list(question.messages)).strip() == question.answer)
-    return {kind: sum(marks) / len(marks) for kind, marks in right.items()}

@@ -11,8 +11,19 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from swarmkit.tinychat.ask import RELATIONS
-from swarmkit.tinychat.facts import (
+from swarmkit.tinychat.pool import (
+    Entry,
+    Message,
+    Question,
+    assistant,
+    held_grid,
+    held_sample,
+    rng_for,
+    system,
+    user,
+)
+from tools.tinychat.ask import RELATIONS
+from tools.tinychat.facts import (
     LANDS,
     PEOPLE,
     TOWN,
@@ -26,18 +37,7 @@ from swarmkit.tinychat.facts import (
     pet_of,
     town_of,
 )
-from swarmkit.tinychat.names import USERS, made_up_name
-from swarmkit.tinychat.pool import (
-    Entry,
-    Message,
-    Question,
-    assistant,
-    held_grid,
-    held_sample,
-    rng_for,
-    system,
-    user,
-)
+from tools.tinychat.names import USERS, made_up_name
 
 OPENINGS: Final = (
     "",

@@ -10,9 +10,9 @@ import random
 from collections.abc import Iterator
 from typing import Final
 
-from swarmkit.tinychat.facts import PEOPLE, TOWNS
-from swarmkit.tinychat.names import PLACES, STRANGERS, made_up_name
 from swarmkit.tinychat.pool import Entry, entry, held_grid, held_sample, rng_for, words
+from tools.tinychat.facts import PEOPLE, TOWNS
+from tools.tinychat.names import PLACES, STRANGERS, made_up_name
 
 SORRY: Final = (
     "I am sorry, I only know my little world. Ask me about its people, towns and animals, or try a small sum."

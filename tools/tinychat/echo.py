@@ -10,8 +10,8 @@ import random
 from collections.abc import Iterator
 from typing import Final
 
-from swarmkit.tinychat.names import made_up_name
 from swarmkit.tinychat.pool import Entry, entry, rng_for
+from tools.tinychat.names import made_up_name
 
 _ASK: Final = ("Say: {x}", "Repeat after me: {x}", "Please repeat: {x}", "Repeat this: {x}", "Copy this: {x}")
 

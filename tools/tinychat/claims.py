@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from swarmkit.tinychat.facts import PEOPLE, colour_of, food_of, job_of, town_of, with_article
 from swarmkit.tinychat.pool import Entry, entry, held_grid, rng_for
+from tools.tinychat.facts import PEOPLE, colour_of, food_of, job_of, town_of, with_article
 
 _CLAIMS: Final = (
     ("town", town_of, ("Does {x} live in {v}?", "Is {x} from {v}?", "Is it true that {x} lives in {v}?")),

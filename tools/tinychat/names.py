@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from typing import Final
 
-from swarmkit.tinychat.facts import LANDS, PEOPLE, TOWNS
 from swarmkit.tinychat.pool import words
+from tools.tinychat.facts import LANDS, PEOPLE, TOWNS
 
 PLACES: Final = words(
     """
