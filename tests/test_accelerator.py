@@ -17,7 +17,7 @@ from torch import Tensor
 from swarmkit import LocalSwarm
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.stage import Stage, StepPart
-from swarmkit.models.execution.transfer import to_device
+from swarmkit.models.execution.view import to_device
 from swarmkit.models.head.head import load_local
 
 from .client.answers import answer, at, prompt

@@ -23,7 +23,7 @@ from swarmkit.models.checkpoint.pickles import open_pickle
 from swarmkit.models.checkpoint.store import SPARE_BYTES, BlockStore
 from swarmkit.models.checkpoint.store_format import (
     FormatError,
-    Place,
+    TensorPlace,
     header_length,
     lay_out,
     parse_header,
@@ -373,4 +373,4 @@ def test_a_damaged_pickle_says_so(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_place_knows_its_bytes() -> None:
-    assert Place("a", "F32", (2,), 10, 18).nbytes == 8
+    assert TensorPlace("a", "F32", (2,), 10, 18).nbytes == 8

@@ -35,7 +35,7 @@ from swarmkit.models.checkpoint.byte_ranges import ByteRange, coalesce, length, 
 from swarmkit.models.checkpoint.ranges import SHA256, RemoteFile
 from swarmkit.models.checkpoint.shards import OnBytes, Part
 from swarmkit.models.checkpoint.store import BlockStore
-from swarmkit.models.checkpoint.store_format import Header, Place, lay_out, sha256_of
+from swarmkit.models.checkpoint.store_format import Header, TensorPlace, lay_out, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class _Building:
     def __init__(self, part: Part, shards: Shards, path: Path) -> None:
         self.part = part
         self.path = path
-        self.origin: dict[str, Place] = {}
+        self.origin: dict[str, TensorPlace] = {}
         for name, shard in part.shards.items():
             places = shards.header(shard).places
             if name not in places:
@@ -111,7 +111,7 @@ class _Building:
         """Close the complete file, which will be moved."""
         self._file.close()
 
-    def write(self, shard: str, place: Place, offset: int, data: memoryview) -> None:
+    def write(self, shard: str, place: TensorPlace, offset: int, data: memoryview) -> None:
         """Write bytes of the shard from `offset` on, all of them inside one tensor of this part."""
         target = self.layout.places[place.name].start + offset - place.start
         self._file.seek(target)
@@ -143,7 +143,7 @@ class _Building:
         self._file.seek(0)
         return sha256_of(self._file)
 
-    def hash_into(self, digest: Any, place: Place) -> None:
+    def hash_into(self, digest: Any, place: TensorPlace) -> None:
         """Add the bytes of a tensor, as they were written, to `digest`."""
         target = self.layout.places[place.name]
         self._file.seek(target.start)

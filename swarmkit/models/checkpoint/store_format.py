@@ -60,7 +60,7 @@ class FormatError(ModelError):
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """One tensor in a file: bytes `[start, stop)`."""
 
     name: str
@@ -86,7 +86,7 @@ class Header:
 
     front: bytes = field(repr=False)
     size: int
-    places: Mapping[str, Place] = field(repr=False)
+    places: Mapping[str, TensorPlace] = field(repr=False)
 
 
 def header_length(first: bytes, file_size: int) -> int:
@@ -145,7 +145,7 @@ def read_header(path: Path) -> Header:
         return parse_header(first + file.read(header_length(first, size)), size)
 
 
-def lay_out(tensors: Iterable[Place]) -> Header:
+def lay_out(tensors: Iterable[TensorPlace]) -> Header:
     """Lay out the file that holds exactly these tensors, of which only name, dtype and shape matter.
 
     Wider dtypes come first, so that every tensor is aligned, and names in order after that.
@@ -187,7 +187,7 @@ def sha256_of(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _place(name: str, entry: Any, front: int, file_size: int) -> Place:
+def _place(name: str, entry: Any, front: int, file_size: int) -> TensorPlace:
     if not isinstance(entry, dict):
         raise FormatError(f"tensor {name!r} is not described by an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
@@ -200,7 +200,7 @@ def _place(name: str, entry: Any, front: int, file_size: int) -> Place:
         raise FormatError(f"tensor {name!r} lies outside the file")
     if bytes_of(dtype, shape) != stop - start:
         raise FormatError(f"tensor {name!r} of {dtype} {shape} cannot have {stop - start} bytes")
-    return Place(name, dtype, tuple(shape), front + start, front + stop)
+    return TensorPlace(name, dtype, tuple(shape), front + start, front + stop)
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from swarmkit.errors import ModelError
 from swarmkit.models.checkpoint.store import BlockStore
-from swarmkit.models.checkpoint.store_format import FormatError, Place, lay_out, sha256_of
+from swarmkit.models.checkpoint.store_format import FormatError, TensorPlace, lay_out, sha256_of
 
 _NAMES = {
     torch.bool: "BOOL",
@@ -34,7 +34,9 @@ def keep_tensors(store: BlockStore, source: str, part: str, tensors: Mapping[str
         ModelError: a dtype that safetensors does not know, or no room.
     """
     try:
-        places = [Place(key, _NAMES[value.dtype], tuple(value.shape), 0, 0) for key, value in tensors.items()]
+        places = [
+            TensorPlace(key, _NAMES[value.dtype], tuple(value.shape), 0, 0) for key, value in tensors.items()
+        ]
         layout = lay_out(places)
     except (KeyError, FormatError) as error:
         raise ModelError(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from swarmkit.models.execution.packed import BatchedKeys, PackedBatch, PackedView, StepPart
-from swarmkit.models.execution.transfer import to_device
+from swarmkit.models.execution.view import to_device
 from swarmkit.models.kv.static_slots import StaticSlots
 
 logger = logging.getLogger(__name__)

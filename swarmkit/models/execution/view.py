@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -108,3 +109,14 @@ class View:
         )
         result: Tensor = out.last_hidden_state
         return result.contiguous()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the same tensor on `device`.
+
+    A plain copy to an accelerator waits until the accelerator has done all its work. A copy from pinned
+    memory is queued behind that work.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

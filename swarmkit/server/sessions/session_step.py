@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from swarmkit.models.execution.stage import Stage, StepPart
-from swarmkit.models.execution.transfer import to_device
+from swarmkit.models.execution.view import to_device
 from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.messages import Step

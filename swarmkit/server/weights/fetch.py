@@ -37,7 +37,7 @@ from swarmkit.errors import ModelError, PeerError, ProtocolError, TransportError
 from swarmkit.models.checkpoint.byte_ranges import ByteRange
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.checkpoint.shards import OnBytes, Part
-from swarmkit.models.checkpoint.store_format import FormatError, Place, lay_out, read_header, sha256_of
+from swarmkit.models.checkpoint.store_format import FormatError, TensorPlace, lay_out, read_header, sha256_of
 from swarmkit.models.checkpoint.store_hub import HubFiles
 from swarmkit.models.plan import block_bytes
 from swarmkit.net.registry import offers
@@ -253,7 +253,7 @@ class PeerWeights:
             logger.warning("blocks from peers are not compared with the Hub any more: %s", error)
 
     def _compare(
-        self, part: Part, file: BinaryIO, here: Mapping[str, Place], origin: Mapping[str, Place]
+        self, part: Part, file: BinaryIO, here: Mapping[str, TensorPlace], origin: Mapping[str, TensorPlace]
     ) -> None:
         names = sorted(name for name in here if here[name].nbytes)
         weights = [here[name].nbytes for name in names]
