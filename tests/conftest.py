@@ -21,7 +21,7 @@ LONGEST_FIRST = (
     "models/test_equality.py",
     "client/test_recovery.py",
 )
-"""Workers take files in order, so that none of these, which take longest, is left to one of them at the end."""
+"""Workers take files in order, so that none of these, which take longest, is left to one at the end."""
 
 
 def pytest_configure() -> None:

@@ -39,6 +39,7 @@ class Serving:
     Attributes:
         service: the number of the service at this peer; the names of its endpoints contain it.
         sessions, gradients, adapters: what answers the requests of each kind.
+        engine: computes what they ask for.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Serving:
             weights: offers the blocks' files to other servers.
         """
         self.stage = stage
+        self.engine = engine
         self.service = service
         self.sessions = BlockService(
             stage,

@@ -18,7 +18,7 @@ from swarmkit.models.execution.stage import Stage
 from swarmkit.models.head.head import load_local
 from swarmkit.net import portal
 from swarmkit.node.server import Server
-from swarmkit.server.sessions.service import BlockService
+from swarmkit.server.serving import Serving
 from swarmkit.settings import ServerSettings
 
 from ..waiting import wait_until
@@ -71,24 +71,28 @@ def world(tiny_llama: Checkpoint, request: pytest.FixtureRequest) -> Iterator[Wo
         yield world
 
 
-def services(world: World) -> list[BlockService]:
-    found = [server.serving.sessions for server in world.swarm.servers if isinstance(server, Server)]
-    return [service for service in found if service is not None]
+def servings(world: World) -> list[Serving]:
+    found = [server.serving for server in world.swarm.servers if isinstance(server, Server)]
+    return [serving for serving in found if serving is not None]
+
+
+def holds_nothing(serving: Serving) -> bool:
+    """Whether a server holds nothing for a session, a stream or a request."""
+    held = serving.sessions.resources()
+    assert held.accounted
+    return not any(
+        (held.sessions, held.streams, held.pushers, held.works, held.leased_bytes, held.receive_budget_bytes)
+    )
 
 
 def idle(world: World) -> bool:
-    """Whether no server holds anything for anybody."""
-    for service in services(world):
-        service.budget.audit()
-        held = (service.num_sessions, service.budget.leased_bytes, service.intake.held_bytes)
-        if any(held) or service._streams or service._sources or service._engine.holds:
-            return False
-    return True
+    """Whether no server holds anything."""
+    return all(map(holds_nothing, servings(world)))
 
 
-def nobody_is_waited_for(world: World) -> bool:
-    """Whether all that servers still have to do was given up by those who asked for it."""
-    return all(work.cancelled for service in services(world) for work in list(service._engine._works))
+def all_is_withdrawn(world: World) -> bool:
+    """Whether the callers of all that servers still have to do have given it up."""
+    return all(serving.engine.is_withdrawn for serving in servings(world))
 
 
 def stands_still(world: World, brake: Brake) -> bool:
@@ -96,11 +100,11 @@ def stands_still(world: World, brake: Brake) -> bool:
 
     So nothing of the prompt is on its way between them, which would begin another pass when it comes.
     """
-    for service in services(world):
-        start = service._stage.start
+    for serving in servings(world):
+        start, _ = serving.blocks
         if start in brake.stopped:
             continue
-        if service._engine.holds or (world.client.settings.transfer.push and not has_caught_up(start, brake)):
+        if serving.engine.holds or (world.client.settings.transfer.push and not has_caught_up(start, brake)):
             return False
     return True
 
@@ -123,9 +127,7 @@ def closed(world: World, session: Session, step: Any) -> None:
 
 
 def killed(world: World, session: Session, step: Any) -> None:
-    assert world.client._transport is not None
-    peer_id = world.client._transport.peer_id
-    world.on_loop(lambda: world.network.kill(peer_id))
+    world.on_loop(lambda: world.network.kill(world.client.peer_id))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_a_prefill_that_is_broken_off_is_computed_no_further(
         assert brake.reached.wait(60)
         wait_until(lambda: stands_still(world, brake), "servers stand still")
         way(world, session, step)
-        wait_until(lambda: nobody_is_waited_for(world), "servers hear of it")
+        wait_until(lambda: all_is_withdrawn(world), "servers hear of it")
         passes = brake.passes.copy()
         brake.release()
         if way is closed:
@@ -203,9 +205,7 @@ def test_a_client_that_falls_silent_is_forgotten_after_a_while(tiny_llama: Check
     with a_world(tiny_llama, replicas=1, server_settings=settings) as world:
         session = world.model.session()
         session.step(PROMPT[:, :40])
-        assert world.client._transport is not None
-        peer_id = world.client._transport.peer_id
-        world.on_loop(lambda: world.network.hang(peer_id))
+        world.on_loop(lambda: world.network.hang(world.client.peer_id))
         wait_until(lambda: idle(world), "servers are idle")
 
 
@@ -216,7 +216,5 @@ def test_a_server_that_falls_silent_leaves_nothing_with_those_it_hands_on_to(tin
         session = world.model.session()
         session.step(PROMPT[:, :40])
         world.hang(world.in_use(0))
-        others = services(world)[1:]
-        wait_until(
-            lambda: not any(o._sources or o.num_sessions or o._streams for o in others), "all is freed"
-        )
+        others = servings(world)[1:]
+        wait_until(lambda: all(map(holds_nothing, others)), "all is freed")

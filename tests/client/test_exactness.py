@@ -478,10 +478,8 @@ def test_a_forgotten_model_leaves_the_swarm_without_blocking(world: World, on_th
     assert network is not None
     model = world.swarm.model()
     answer(model, prompt(4)[0], new_tokens=2)
-    transport = model.connection.client._transport
-    assert transport is not None
-    peer_id, held, alive = transport.peer_id, [model], weakref.ref(model)
-    assert peer_id in network._peers
+    peer_id, held, alive = model.connection.client.peer_id, [model], weakref.ref(model)
+    assert peer_id in network.peers
     del model
 
     async def forget() -> None:
@@ -495,7 +493,7 @@ def test_a_forgotten_model_leaves_the_swarm_without_blocking(world: World, on_th
             held.clear()
             gc.collect()
     assert alive() is None
-    wait_until(lambda: peer_id not in network._peers, "the client left")
+    wait_until(lambda: peer_id not in network.peers, "the client left")
     assert_same(answer(world.model, prompt(6)[0]), answer(world.local, prompt(6)[0]))
 
 

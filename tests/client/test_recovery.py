@@ -264,10 +264,8 @@ def test_a_swarm_that_was_never_whole(tiny_llama: Checkpoint) -> None:
 
 def test_servers_that_always_fail_are_given_up(tiny_llama: Checkpoint) -> None:
     with a_world(tiny_llama, replicas=1, route_timeout_s=0.3) as world:
-        assert world.client._transport is not None
-        own = world.client._transport.peer_id
         for server in world.swarm.servers:
-            world.network.set_link(own, server.peer_id, fail_rate=1.0)
+            world.network.set_link(world.client.peer_id, server.peer_id, fail_rate=1.0)
         with pytest.raises(NoRouteError, match="kept failing"):
             world.answer()
 
@@ -304,11 +302,9 @@ def lossy(tiny_llama: Checkpoint, request: pytest.FixtureRequest) -> Iterator[Wo
 def test_every_send_may_fail(
     lossy: World, undisturbed: Callable[..., Tensor], seed: int, fail_rate: float
 ) -> None:
-    assert lossy.client._transport is not None
-    own = lossy.client._transport.peer_id
-    lossy.network._random.seed(seed)
+    lossy.network.seed(seed)
     for server in lossy.swarm.servers:
-        lossy.network.set_link(own, server.peer_id, fail_rate=fail_rate)
+        lossy.network.set_link(lossy.client.peer_id, server.peer_id, fail_rate=fail_rate)
     way = list(WAYS)[seed % len(WAYS)]
     assert_same(lossy.answer(way), undisturbed(way))
 
@@ -532,7 +528,7 @@ def test_one_crash_bans_a_peer_once_however_many_sessions_met_it(
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda session: session.step(torch.zeros(1, 1, 32)), sessions))
         assert len(world.lost()) == 8
-        assert {failures.count for failures in world.client.bans._failures.values()} == {1}
+        assert {failures.count for failures in world.client.bans.failures.values()} == {1}
 
 
 def test_the_events_of_a_recovery_tell_what_happened(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from swarmkit.models.architecture.anatomy import cache_argument
+from swarmkit.models.architecture.anatomy import anatomy_of, cache_argument
 from swarmkit.models.architecture.quirks import FAMILIES
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.stage import Stage
@@ -172,7 +172,7 @@ def test_a_token_takes_the_bytes_that_the_checkpoint_tells(opened: Checkpoint, s
 
 def test_blocks_weigh_what_the_checkpoint_tells(opened: Checkpoint, stages: list[Stage]) -> None:
     def bytes_of(stage: Stage) -> list[int]:
-        blocks = stage._base.get_submodule(stage._anatomy.layers)
+        blocks = stage.base.get_submodule(anatomy_of(opened.config).layers)
         return [sum(p.nbytes for p in block.parameters()) for block in blocks.children()]
 
     weights = [size for stage in stages for size in bytes_of(stage)]
@@ -186,7 +186,7 @@ def test_a_checkpoint_with_quantised_experts_equals_the_local_model(tmp_path: Pa
     opened = Checkpoint.open(folder)
     stages = [Stage.load(opened, start, stop) for start, stop in CUTS]
     assert_same(build_head(opened, StageChain(stages)), load_local(opened), *prompts(2))
-    blocks = stages[0]._base.get_submodule("layers")
+    blocks = stages[0].base.get_submodule("layers")
     assert sum(p.nbytes for p in blocks.parameters()) == block_bytes(opened, torch.float32)
 
 

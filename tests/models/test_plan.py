@@ -54,7 +54,7 @@ def test_the_planned_bytes_of_a_block_are_those_of_a_loaded_one(tmp_path: Path, 
     planned = plan(checkpoint.config, 1, 2**40, precision).block_bytes
 
     stage = Stage.load(checkpoint, 0, 1, dtype=name)
-    loaded = sum(p.nbytes for p in stage._base.layers.parameters())  # type: ignore[attr-defined, union-attr]
+    loaded = sum(p.nbytes for p in stage.base.layers.parameters())  # type: ignore[attr-defined, union-attr]
     assert planned == pytest.approx(loaded, abs=1)
 
 

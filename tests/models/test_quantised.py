@@ -71,7 +71,7 @@ def test_fp8_means_what_its_publisher_meant(tmp_path: Path, model_type: str) -> 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """The matrices of the first two blocks, as a stage has them."""
     stage = Stage.load(Checkpoint.open(folder), 0, 2)
-    return {name: weight for name, weight in stage._base.named_parameters() if name.endswith("_proj.weight")}
+    return {name: weight for name, weight in stage.base.named_parameters() if name.endswith("_proj.weight")}
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_the_dtype_to_compute_in_can_be_chosen(tmp_path: Path) -> None:
     to_fp8(folder)
     stage = Stage.load(Checkpoint.open(folder), 1, 3, dtype="bfloat16")
     assert (stage.precision.name, stage.dtype) == ("fp8", torch.bfloat16)
-    assert {p.dtype for p in stage._base.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in stage.base.parameters()} == {torch.bfloat16}
 
 
 def test_gradients_pass_through_weights_of_four_bits(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_expanded_weights_are_planned_with_the_bytes_that_they_take_once_loaded(
     to_fp8(folder)
     opened = Checkpoint.open(folder)
     stage = Stage.load(opened, 0, 1)
-    loaded = sum(p.nbytes for p in stage._base.get_submodule("layers").parameters())
+    loaded = sum(p.nbytes for p in stage.base.get_submodule("layers").parameters())
     assert weight_bytes(opened, Precision.parse("auto", opened.config)) == pytest.approx(loaded, abs=1)
 
 

@@ -70,9 +70,7 @@ def read_keys(into: list[str], keys: object) -> list[str]:
 
 
 def test_a_stage_keeps_no_embedding_and_no_norm(stage: Stage) -> None:
-    outside = {
-        name: p.numel() for name, p in stage._base.named_parameters() if not name.startswith("layers.")
-    }
+    outside = {name: p.numel() for name, p in stage.base.named_parameters() if not name.startswith("layers.")}
     assert outside == {}
 
 
@@ -204,7 +202,7 @@ def test_a_step_that_fails_half_way_leaves_the_cache(stage: Stage, monkeypatch: 
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(stage._base.layers[2], "forward", broken)
+        patched.setattr(stage.base.layers[2], "forward", broken)
         with pytest.raises(RuntimeError, match="out of memory"):
             stage.forward(hidden(2, 1), cache)
     assert (cache.tokens, cache.nbytes()) == (5, size)
@@ -376,7 +374,7 @@ def test_a_step_that_fails_leaves_the_state(recurrent: Stage, monkeypatch: pytes
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(recurrent._base.layers[2], "forward", broken)
+        patched.setattr(recurrent.base.layers[2], "forward", broken)
         with pytest.raises(RuntimeError, match="out of memory"):
             recurrent.forward(hidden(1, 2), session.cache)
     assert session.cache.tokens == 7

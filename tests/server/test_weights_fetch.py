@@ -49,14 +49,14 @@ class Town:
         self.hub = hub
         self.network = MemoryNetwork()
         self.transports: list[Transport] = []
-        self._home = home
-        self._monkeypatch = monkeypatch
+        self.home = home
+        self.monkeypatch = monkeypatch
         self._tasks: list[asyncio.Task[None]] = []
 
     def server(
         self, name: str, token: str | None = None, **settings: Any
     ) -> tuple[Checkpoint, SharedWeights]:
-        self._monkeypatch.setenv("SWARMKIT_STORE_DIR", str(self._home / name))
+        self.monkeypatch.setenv("SWARMKIT_STORE_DIR", str(self.home / name))
         checkpoint = Checkpoint.open("some/llama", progress=False, token=token)
         transport = self.network.transport(record_check=acceptable_now)
         self.transports.append(transport)
@@ -72,10 +72,10 @@ class Town:
     async def share(self, weights: SharedWeights, start: int, stop: int) -> None:
         """Let a server offer its blocks; returns when it has."""
         self._tasks.append(asyncio.create_task(weights.run(start, stop)))
-        key = offers.claim_key(weights._checkpoint.fingerprint, start)
+        key = offers.claim_key(weights.checkpoint.fingerprint, start)
 
         async def offered() -> bool:
-            return weights._transport.peer_id in (await weights._transport.fetch([key])).get(key, {})
+            return weights.transport.peer_id in (await weights.transport.fetch([key])).get(key, {})
 
         await eventually(offered, "the server offers its blocks")
 
@@ -87,7 +87,7 @@ class Town:
         tensors = {key: value.clone() for key, value in checkpoint.read(checkpoint.block_keys(0, 1)).items()}
         for value in tensors.values():
             value.view(-1)[: max(1, int(value.numel() * change))] += 1
-        store = BlockStore(self._home / name)
+        store = BlockStore(self.home / name)
         keep_tensors(store, "lies@1", "block 0", tensors)
         path = store.find("lies@1", "block 0")
         assert path is not None
@@ -182,7 +182,7 @@ async def test_blocks_come_from_peers_and_hub_as_it_happens(town: Town, folder: 
 async def test_what_was_fetched_from_a_peer_is_offered_in_turn(town: Town) -> None:
     first = await town.offering("first", 0, 1)
     second = await town.offering("second", 0, 1)
-    await first._transport.close()
+    await first.transport.close()
     _, third = town.server("third", source="peers")
     assert (await third.fetch(0, 1)).from_peers == [0]
     assert second.service.sent_bytes > 0
@@ -238,7 +238,7 @@ async def test_a_liar_is_not_asked_again(town: Town, folder: Path) -> None:
     checkpoint, second = town.server("second")
     files = checkpoint.files
     assert isinstance(files, HubFiles)
-    peers = PeerWeights(second._transport, checkpoint, files, WeightsSettings())
+    peers = PeerWeights(second.transport, checkpoint, files, WeightsSettings())
     part = checkpoint.block_parts(0, 1)[0]
     for _ in range(2):
         offered = await peers._look_up([0])
@@ -297,7 +297,7 @@ async def test_what_is_claimed_by_an_honest_peer_is_fetched_once(town: Town, fol
 
 async def test_a_broken_transfer_is_taken_up_with_another_holder(town: Town, folder: Path) -> None:
     honest = await town.offering("honest", 0, 1)
-    content = honest._checkpoint.block_content(0)
+    content = honest.checkpoint.block_content(0)
     assert content is not None
     truth = honest.service._files[content].read_bytes()
 
@@ -310,7 +310,7 @@ async def test_a_broken_transfer_is_taken_up_with_another_holder(town: Town, fol
     lazy = town.network.transport(record_check=acceptable_now)
     town.transports.append(lazy)
     await lazy.listen(WEIGHTS.endpoint, half)
-    await town.claim(lazy, honest._checkpoint.fingerprint, content, len(truth))
+    await town.claim(lazy, honest.checkpoint.fingerprint, content, len(truth))
     checkpoint, second = town.server("second", source="peers")
 
     class LazyFirst(random.Random):
@@ -319,7 +319,7 @@ async def test_a_broken_transfer_is_taken_up_with_another_holder(town: Town, fol
 
     files = checkpoint.files
     assert isinstance(files, HubFiles)
-    peers = PeerWeights(second._transport, checkpoint, files, second.settings, chance=LazyFirst())
+    peers = PeerWeights(second.transport, checkpoint, files, second.settings, chance=LazyFirst())
     report = await peers.fetch(0, 1)
     assert report.peer_bytes == len(truth)
     assert honest.service.sent_bytes == len(truth) - 10_000
@@ -401,7 +401,7 @@ async def test_gated_weights_are_not_handed_out(town: Town) -> None:
     _, first = town.server("first", token=TOKEN)
     await first.fetch(0, 1)
     await first.run(0, 1)  # returns at once
-    assert await first._transport.fetch([offers.claim_key(first._checkpoint.fingerprint, 0)]) == {}
+    assert await first.transport.fetch([offers.claim_key(first.checkpoint.fingerprint, 0)]) == {}
 
 
 async def test_a_folder_is_neither_fetched_nor_handed_out(folder: Path) -> None:

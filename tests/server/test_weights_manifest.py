@@ -36,7 +36,7 @@ __all__ = ["folder", "hub", "town"]
 
 async def joining(town: Town, name: str, fingerprint: str) -> tuple[Checkpoint, SharedWeights]:
     """A server that was given the fingerprint; peers are its only source."""
-    town._monkeypatch.setenv("SWARMKIT_STORE_DIR", str(town._home / name))
+    town.monkeypatch.setenv("SWARMKIT_STORE_DIR", str(town.home / name))
     transport = town.network.transport()
     town.transports.append(transport)
     await fetch_manifest(transport, BlockStore(), fingerprint)
@@ -52,7 +52,7 @@ async def offering_bytes(
     town.transports.append(transport)
     service = WeightsService(WeightsSettings())
     content = hashlib.sha256(encoded).hexdigest()
-    path = town._home / f"offered-{len(town.transports)}"
+    path = town.home / f"offered-{len(town.transports)}"
     path.write_bytes(encoded)
     service.offer(content, path)
     await transport.listen(WEIGHTS.endpoint, service.serve)
@@ -75,7 +75,7 @@ async def test_a_second_server_starts_without_a_single_request_to_the_hub(town: 
     first = await town.offering("first", 0, 3)
     requests = len(town.hub.requests)
 
-    checkpoint, second = await joining(town, "second", first._checkpoint.fingerprint)
+    checkpoint, second = await joining(town, "second", first.checkpoint.fingerprint)
     report = await second.fetch(0, 3)
 
     assert report.from_peers == [0, 1, 2]
@@ -85,11 +85,11 @@ async def test_a_second_server_starts_without_a_single_request_to_the_hub(town: 
 
 async def test_a_server_that_started_from_peers_is_one_for_the_next(town: Town, folder: Path) -> None:
     first = await town.offering("first", 0, 1)
-    checkpoint, second = await joining(town, "second", first._checkpoint.fingerprint)
+    checkpoint, second = await joining(town, "second", first.checkpoint.fingerprint)
     await second.fetch(0, 1)
     requests = len(town.hub.requests)
     await town.share(second, 0, 1)
-    await first._transport.close()
+    await first.transport.close()
 
     checkpoint, third = await joining(town, "third", checkpoint.fingerprint)
 
@@ -100,7 +100,7 @@ async def test_a_server_that_started_from_peers_is_one_for_the_next(town: Town, 
 
 async def test_a_manifest_in_the_store_needs_nobody(town: Town) -> None:
     first = await town.offering("first", 0, 1)
-    fingerprint = first._checkpoint.fingerprint
+    fingerprint = first.checkpoint.fingerprint
     await joining(town, "second", fingerprint)
 
     async def nobody(identity: Identity, check: RecordCheck) -> Transport:
@@ -112,23 +112,23 @@ async def test_a_manifest_in_the_store_needs_nobody(town: Town) -> None:
 
 async def test_the_manifest_of_another_model_is_refused(town: Town) -> None:
     first = await town.offering("first", 0, 1)
-    real = first._checkpoint.manifest
+    real = first.checkpoint.manifest
     lie = Manifest({**real.config, "rope_theta": 1.0}, real.files, real.weights, real.commit)
     _, second = town.server("second")
     for _ in range(3):
         await offering_bytes(town, real.fingerprint, lie.encoded)
-    await first._transport.close()
-    assert await fetch_manifest(second._transport, BlockStore(), real.fingerprint) is None
+    await first.transport.close()
+    assert await fetch_manifest(second.transport, BlockStore(), real.fingerprint) is None
     assert find_manifest(BlockStore(), real.fingerprint) is None
 
 
 async def test_among_liars_an_honest_peer_is_found(town: Town) -> None:
     first = await town.offering("first", 0, 1)
-    fingerprint = first._checkpoint.fingerprint
+    fingerprint = first.checkpoint.fingerprint
     _, second = town.server("second")
     for encoded in (b"nonsense", b"{}", b"x" * 100_000):
         await offering_bytes(town, fingerprint, encoded)
-    manifest = await fetch_manifest(second._transport, BlockStore(), fingerprint)
+    manifest = await fetch_manifest(second.transport, BlockStore(), fingerprint)
     assert manifest is not None
     assert manifest.fingerprint == fingerprint
 
@@ -145,27 +145,27 @@ async def test_a_manifest_that_is_too_large_is_not_asked_for(
         dialled.append(peer_id)
         raise PeerUnreachableError("not today", peer_id)
 
-    monkeypatch.setattr(second._transport, "open", open_nothing)
-    assert await fetch_manifest(second._transport, BlockStore(), "ab" * 16) is None
+    monkeypatch.setattr(second.transport, "open", open_nothing)
+    assert await fetch_manifest(second.transport, BlockStore(), "ab" * 16) is None
     assert bool(dialled) is asked
 
 
 async def test_nothing_is_left_of_a_transfer(town: Town) -> None:
     _, second = town.server("second")
     await offering_bytes(town, "ab" * 16, b"nonsense")
-    await fetch_manifest(second._transport, BlockStore(), "ab" * 16)
+    await fetch_manifest(second.transport, BlockStore(), "ab" * 16)
     assert list((BlockStore().root / "partial").glob("*")) == []
 
 
 async def test_blocks_that_came_with_a_token_are_not_handed_on(town: Town) -> None:
     """A manifest says that somebody found the model public; what the Hub gave us, the Hub must say so of."""
     first = await town.offering("first", 0, 1)
-    checkpoint, second = await joining(town, "second", first._checkpoint.fingerprint)
+    checkpoint, second = await joining(town, "second", first.checkpoint.fingerprint)
     await asyncio.to_thread(checkpoint.fetch, 1, 2)  # from the Hub
     town.hub.gated = {"some/llama"}
     await second.run(0, 2)  # returns at once
     key = offers.claim_key(checkpoint.fingerprint, 1)
-    assert await second._transport.fetch([key]) == {}
+    assert await second.transport.fetch([key]) == {}
 
 
 class TensorPlace:

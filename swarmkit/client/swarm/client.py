@@ -94,6 +94,11 @@ class SwarmClient:
 
     # ------------------------------------------------------------------ life
 
+    @property
+    def peer_id(self) -> str:
+        """Of the peer whose part it is; empty before it runs."""
+        return self._peer_id
+
     async def run(
         self,
         *,

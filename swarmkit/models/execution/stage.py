@@ -87,6 +87,11 @@ class Stage:
         self.fittings = Fittings.of(blocks, self.hidden_size)
         self._adapters = AdapterHooks(blocks, anatomy.arguments[0])
 
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model whose only layers are these blocks."""
+        return self._base
+
     @classmethod
     def load(
         cls,

@@ -86,6 +86,15 @@ class MemoryNetwork:
         self._peers[transport.peer_id] = transport
         return transport
 
+    @property
+    def peers(self) -> frozenset[str]:
+        """The ids of all peers that are here."""
+        return frozenset(self._peers)
+
+    def seed(self, seed: int) -> None:
+        """Begin again with what is random."""
+        self._random.seed(seed)
+
     def kill(self, peer_id: str) -> None:
         """The peer vanishes without a word: its streams end at both ends, its tasks are cancelled."""
         self._peer(peer_id).kill()

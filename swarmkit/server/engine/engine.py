@@ -290,6 +290,11 @@ class Engine:
         """Number of steps and jobs that have not ended."""
         return len(self._works)
 
+    @property
+    def is_withdrawn(self) -> bool:
+        """Whether the callers of all steps and jobs that have not ended have given them up."""
+        return all(work.cancelled for work in list(self._works))
+
     def ahead(self, rows: int, tokens: int) -> Ahead:
         """What a step of `rows` x `tokens` would have to wait for if it came now."""
         if not self._works:

@@ -235,7 +235,10 @@ class BlockService:
             case GetInfo():
                 await client.send(self._info())
             case GetResources():
-                await client.send(self._census())
+                if not self._settings.node.report_resources:
+                    reason = "this server's owner wants nobody to count what it holds"
+                    raise Refusal("illegal_message", reason)
+                await client.send(self.resources())
 
     def _info(self) -> ServerInfo:
         return ServerInfo(
@@ -250,9 +253,8 @@ class BlockService:
             expected_wait_ms=self._engine.ahead(1, self._settings.requests.max_step_tokens).wait_s * 1e3,
         )
 
-    def _census(self) -> Resources:
-        if not self._settings.node.report_resources:
-            raise Refusal("illegal_message", "this server's owner wants nobody to count what it holds")
+    def resources(self) -> Resources:
+        """Count what this service, its engine and its process hold now."""
         try:
             self.budget.audit()
             accounted = True

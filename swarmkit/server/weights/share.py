@@ -50,8 +50,8 @@ class SharedWeights:
         self.service = service or WeightsService(self.settings)
         self._shared: list[tuple[int, int]] = []
         """The runs of blocks that are shared now."""
-        self._transport = transport
-        self._checkpoint = checkpoint
+        self.transport = transport
+        self.checkpoint = checkpoint
         self._files = checkpoint.files if isinstance(checkpoint.files, HubFiles) else None
         self._clock = clock
         self._peers: PeerWeights | None = None
@@ -95,7 +95,7 @@ class SharedWeights:
         if not await anyio.to_thread.run_sync(lambda: files.is_public, abandon_on_cancel=True):
             logger.info("%s is not public: its blocks are not offered to other servers", files.repo)
             return
-        await listen(self._transport, WEIGHTS, self.service.serve)
+        await listen(self.transport, WEIGHTS, self.service.serve)
         while True:
             try:
                 await self.offer(start, stop)
@@ -105,7 +105,7 @@ class SharedWeights:
 
     async def offer(self, start: int, stop: int) -> int:
         """Announce once which files are handed out; how many blocks these are."""
-        fingerprint = await anyio.to_thread.run_sync(lambda: self._checkpoint.fingerprint)
+        fingerprint = await anyio.to_thread.run_sync(lambda: self.checkpoint.fingerprint)
         expires_at = self._clock() + self.settings.offer_lifetime_s
         records: list[tuple[str, bytes]] = []
         offered = 0
@@ -115,19 +115,19 @@ class SharedWeights:
                 continue
             content, size = held
             offer = WeightsOffer(
-                peer_id=self._transport.peer_id,
+                peer_id=self.transport.peer_id,
                 fingerprint=fingerprint,
                 block=block,
                 content=content,
                 size=size,
-                addresses=tuple(self._transport.addresses)[:MAX_ADDRESSES],
+                addresses=tuple(self.transport.addresses)[:MAX_ADDRESSES],
                 expires_at=expires_at,
             )
-            value = offers.sign(offer, self._transport.identity)
+            value = offers.sign(offer, self.transport.identity)
             records += [(key, value) for key in offers.keys_of(offer)]
             offered += block is not None
         if records:
-            await self._transport.store(records, expires_at)
+            await self.transport.store(records, expires_at)
         return offered
 
     def _withdraw(self, start: int, stop: int) -> None:
@@ -135,7 +135,7 @@ class SharedWeights:
         if self._files is None:
             return
         for block in range(start, stop):
-            content = self._checkpoint.block_content(block)
+            content = self.checkpoint.block_content(block)
             if content is not None and not any(low <= block < high for low, high in self._shared):
                 self.service.withdraw(content)
 
@@ -144,14 +144,14 @@ class SharedWeights:
         handed out.
         """
         assert self._files is not None
-        manifest = self._checkpoint.manifest
+        manifest = self.checkpoint.manifest
         path: Path | None
         if block is None:
             if not manifest.can_be_shared:
                 return None
             content, path = manifest.content, keep_manifest(self._files.store, manifest)
         else:
-            known = self._checkpoint.block_content(block)
+            known = self.checkpoint.block_content(block)
             path = self._files.store.open(known) if known is not None else None
             if known is None or path is None:
                 return None
