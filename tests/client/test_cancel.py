@@ -17,6 +17,7 @@ from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.stage import Stage
 from swarmkit.models.head.head import load_local
 from swarmkit.net import portal
+from swarmkit.net.protocol.messages import Resources
 from swarmkit.node.server import Server
 from swarmkit.server.serving import Serving
 from swarmkit.settings import ServerSettings
@@ -78,7 +79,12 @@ def servings(world: World) -> list[Serving]:
 
 def holds_nothing(serving: Serving) -> bool:
     """Whether a server holds nothing for a session, a stream or a request."""
-    held = serving.sessions.resources()
+
+    async def resources() -> Resources:
+        return serving.sessions.resources()
+
+    with portal.lease() as lease:
+        held = lease.call(resources)
     assert held.accounted
     return not any(
         (held.sessions, held.streams, held.pushers, held.works, held.leased_bytes, held.receive_budget_bytes)

@@ -254,7 +254,7 @@ class BlockService:
         )
 
     def resources(self) -> Resources:
-        """Count what this service, its engine and its process hold now."""
+        """Count what this service, its engine and its process hold now. Call it on the event loop."""
         try:
             self.budget.audit()
             accounted = True
