@@ -71,9 +71,13 @@ class Node:
         """Have a server begin with the node, which does not run yet."""
         if self._parts is not None:
             raise UsageError("this node runs already; use `await node.serve(config)`")
-        server = ModelServer(config, self.peer_id, self._clock)
+        server = self.new_server(config)
         self.servers.append(server)
         return server
+
+    def new_server(self, config: ServerConfig) -> ModelServer:
+        """A server for `start`."""
+        return ModelServer(config, self.peer_id, self._clock)
 
     def request_stop(self, drain_timeout: float | None = None) -> None:
         """End all parts, servers after their sessions have had `drain_timeout` seconds to move away, and then
@@ -152,17 +156,22 @@ class Node:
 
     async def serve(self, config: ServerConfig) -> ModelServer:
         """Serve one more model; returns when clients can use it."""
+        server = self.new_server(config)
+        await self.start(server)
+        return server
+
+    async def start(self, server: ModelServer) -> None:
+        """Run one more server, made by `new_server`; returns when clients can use it."""
         self._check_running()
         assert self._parts is not None
-        server = ModelServer(config, self.peer_id, self._clock)
         self.servers.append(server)
         await self._parts.start(self._run_server, server)
-        return server
 
     async def _end_clients(self) -> None:
         for client in self._clients:
             client.request_stop()
         if self._clients:
+            self._no_clients = anyio.Event()
             await self._no_clients.wait()
 
     def _check_running(self) -> None:

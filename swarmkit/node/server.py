@@ -50,6 +50,8 @@ class Server:
         weights: where the blocks' weights may come from, and what is handed on to others.
         adapters: folders or Hub repositories of LoRA adapters (as PEFT saves them) to host for everybody.
         transport: how to reach the swarm; over hivemind on loopback if not given.
+        node: runs this server beside others, over its connection to the swarm, such as `other_server.node`; a
+            node of its own if not given. Then `initial_peers`, `identity_path` and `transport` are not used.
 
     Raises:
         UsageError: blocks outside the model.
@@ -70,6 +72,7 @@ class Server:
         fingerprint: str | None = None,
         identity_path: str | os.PathLike[str] | None = None,
         transport: TransportFactory | None = None,
+        node: Node | None = None,
         weights: WeightsSettings | None = None,
         settings: ServerSettings | None = None,
         adapters: Sequence[str | os.PathLike[str]] = (),
@@ -90,12 +93,17 @@ class Server:
             settings=settings or ServerSettings(),
         )
         self._name = config.checkpoint.name
-        identity = Identity.load_or_create(Path(identity_path)) if identity_path else Identity()
-        self._node = Node(transport or over_hivemind(initial_peers), identity, weights=config.weights)
-        self._server = self._node.add(config)
+        self._is_guest = node is not None
+        if node is None:
+            identity = Identity.load_or_create(Path(identity_path)) if identity_path else Identity()
+            node = Node(transport or over_hivemind(initial_peers), identity, weights=config.weights)
+            self._server = node.add(config)
+        else:
+            self._server = node.new_server(config)
+        self._node = node
         self._lease: portal.PortalLease | None = None
         self._running: Future[None] | None = None
-        self.peer_id = identity.peer_id
+        self.peer_id = node.peer_id
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -128,7 +136,11 @@ class Server:
             raise UsageError("this server was started before; make a new one")
         self._lease = portal.lease()
         try:
-            self._running, _ = self._lease.start_task(self._node.run)
+            if self._is_guest:
+                self._lease.call(self._node.start, self._server)
+                self._running = self._lease.start_task_soon(self._server.ended.wait)
+            else:
+                self._running, _ = self._lease.start_task(self._node.run)
         except BaseException:
             self._lease.close()
             raise
@@ -172,19 +184,20 @@ class Server:
         """
         if self._lease is None or self._running is None:
             return
-        self._lease.call_soon(lambda: self._node.request_stop(drain_timeout))
+        part = self._server if self._is_guest else self._node
+        self._lease.call_soon(lambda: part.request_stop(drain_timeout))
         self._finish()
 
     def skip_drain(self) -> None:
         """While `stop` waits in another thread: wait for sessions no longer."""
         if self._lease is not None:
-            self._lease.call_soon(self._node.skip_drain)
+            self._lease.call_soon(self._server.skip_drain)
 
     def kill(self) -> None:
         """End at once, as a crash would: nothing is announced, streams just end."""
         if self._lease is None or self._running is None:
             return
-        self._lease.call_soon(self._node.crash)
+        self._lease.call_soon(self._server.crash if self._is_guest else self._node.crash)
         self._finish()
 
     def wait(self, timeout: float | None = None) -> None:

@@ -62,6 +62,7 @@ class _Run:
         self.serving = serving
         self.told_to_leave = anyio.Event()
         self.ended = anyio.Event()
+        """Set when `run` ends, however it does."""
         self.drain_timeout = 0.0
 
     def leave(self, drain_timeout: float) -> None:
@@ -91,6 +92,8 @@ class ModelServer:
         self._rates = Rates(clock.now)
         self._engine: Engine | None = None
         self._owner = Owner("server", peer_id)
+        self.ended = anyio.Event()
+        """Set when `run` ends, however it does."""
         self._stop = anyio.Event()
         self._drain_timeout = config.settings.node.drain_timeout_s
         self._life: anyio.CancelScope | None = None
@@ -217,23 +220,26 @@ class ModelServer:
             engine: of the device that is to compute.
             weights: hands out the files of blocks to other servers.
         """
-        with anyio.CancelScope() as self._life, unwrapped():
-            self.events.emit(ServerJoined(tuple(transport.addresses), **self._now()))
-            await self._prepare(transport, registry, engine, weights)
-            blocks = await self._choose(registry)
-            async with anyio.create_task_group() as self._tasks:
-                with anyio.CancelScope() as self._loading:
-                    self._current = await self._tasks.start(self._serve, blocks)
-                self._loading = None
-                task_status.started()
-                await self._stop.wait()
-                for run in self._runs:
-                    if run.told_to_leave.is_set():
-                        self._tasks.start_soon(run.end_within, self._drain_timeout)
-                    else:
-                        run.leave(self._drain_timeout)
-        self.events.emit(ServerLeft(**self._now()))
-        self.events.close()
+        try:
+            with anyio.CancelScope() as self._life, unwrapped():
+                self.events.emit(ServerJoined(tuple(transport.addresses), **self._now()))
+                await self._prepare(transport, registry, engine, weights)
+                blocks = await self._choose(registry)
+                async with anyio.create_task_group() as self._tasks:
+                    with anyio.CancelScope() as self._loading:
+                        self._current = await self._tasks.start(self._serve, blocks)
+                    self._loading = None
+                    task_status.started()
+                    await self._stop.wait()
+                    for run in self._runs:
+                        if run.told_to_leave.is_set():
+                            self._tasks.start_soon(run.end_within, self._drain_timeout)
+                        else:
+                            run.leave(self._drain_timeout)
+            self.events.emit(ServerLeft(**self._now()))
+            self.events.close()
+        finally:
+            self.ended.set()
 
     async def _prepare(
         self, transport: Transport, registry: Registry, engine: Engine, weights: WeightsService

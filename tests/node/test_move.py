@@ -123,6 +123,13 @@ def test_a_move_that_fails_leaves_the_old_blocks_served(
     assert blocks_seen(swarm, mover) == [HERE]
 
 
+@pytest.mark.parametrize(("memory_bytes", "fits"), [(2**40, True), (2**20, False)])
+def test_whether_there_is_room_for_both_follows_the_memory_to_plan_with(
+    checkpoint: Checkpoint, memory_bytes: int, fits: bool
+) -> None:
+    assert ServerConfig(checkpoint, memory_bytes=memory_bytes).fits_beside(HERE, THERE) is fits
+
+
 def test_without_room_for_both_the_old_blocks_go_first(
     swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:

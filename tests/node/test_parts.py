@@ -23,6 +23,7 @@ from swarmkit.net.registry.records import Announcement
 from swarmkit.net.rpc.server_info import ask
 from swarmkit.net.transport.identity import Identity
 from swarmkit.node.node import Node
+from swarmkit.node.server import Server
 from swarmkit.server.config import ServerConfig
 
 from ..client.answers import answer, prompt
@@ -177,6 +178,20 @@ def test_a_model_whose_node_has_stopped_says_so(models: dict[str, Checkpoint], s
         with pytest.raises(Exception, match="left the swarm"):
             answer(model, prompt(5)[0], new_tokens=2)
         model.close()
+
+
+def test_a_server_may_be_run_by_the_node_of_another(models: dict[str, Checkpoint], swarm: LocalSwarm) -> None:
+    before = daemons(), threads()
+    with Server(models["first"], initial_peers=swarm.initial_peers) as one:
+        with Server(models["second"], node=one.node) as other:
+            assert len(daemons() - before[0]) == 1
+            assert other.peer_id == one.peer_id
+            with SwarmModelForCausalLM.from_pretrained(models["second"], node=one.node) as model:
+                tokens = answer(model, prompt(5)[0], new_tokens=3)
+        with SwarmModelForCausalLM.from_pretrained(models["first"], node=one.node) as model:
+            answer(model, prompt(5)[0], new_tokens=1)
+    assert tokens.tolist() == answer(load_local(models["second"]), prompt(5)[0], new_tokens=3).tolist()
+    assert (daemons(), threads()) == before
 
 
 def test_a_server_that_cannot_start_leaves_the_others(street: Street) -> None:
