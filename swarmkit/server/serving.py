@@ -76,7 +76,7 @@ class Serving:
             settings,
             self._links(settings, engine.clock.now),
             budget=cache,
-            intake=receive_budget,
+            receive_budget=receive_budget,
         )
         for digest, label, adapter in hosted:
             self.sessions.adapters.host(digest, label, adapter)

@@ -140,7 +140,7 @@ OPENING = [
     Attack("terminal codes", "bad_message", r"unknown field ` \[2J x`", altered(OPEN, **{"\x1b[2J\nx": 1})),
     Attack("Open with a payload", "bad_message", "0 bytes.*payload of 4", [frame(OPEN, b"1234")]),
     Attack("unknown field in GetInfo", "bad_message", "unknown field.*x", altered(GetInfo(), x=1)),
-    Attack("a census nobody wants", "illegal_message", "owner", [frame(GetResources())]),
+    Attack("a count that the owner does not allow", "illegal_message", "owner", [frame(GetResources())]),
     Attack("unknown field in GetResources", "bad_message", "unknown field.*x", altered(GetResources(), x=1)),
     Attack("GetInfo with a payload", "bad_message", "0 bytes.*payload of 1", [frame(GetInfo(), b"1")]),
     Attack("unknown session", "illegal_message", "Step in state 'new'.*Open", [STEP]),

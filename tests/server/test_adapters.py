@@ -95,7 +95,12 @@ async def server(world: World, nbytes: int) -> AsyncIterator[TinyServer]:
     server = await TinyServer(world, settings).start()
     service = server.service
     adapters = AdapterService(
-        world.stage, world.checkpoint.fingerprint, server.engine, settings, service.intake, service.adapters
+        world.stage,
+        world.checkpoint.fingerprint,
+        server.engine,
+        settings,
+        service.receive_budget,
+        service.adapters,
     )
     await server.transport.listen(ADAPTER.endpoint, adapters.serve)
     yield server

@@ -221,9 +221,9 @@ async def test_a_step_learns_how_many_were_ahead_and_the_wait_that_was_expected(
     await server.close()
 
 
-async def test_a_large_step_does_not_wait_long_at_the_door(world: World) -> None:
+async def test_a_large_step_waits_for_room_no_longer_than_allowed(world: World) -> None:
     server = await started(world, max_admission_wait_s=0.01, max_step_tokens=2**14, max_session_length=2**15)
-    await server.service.intake.take(server.service.intake.capacity_bytes)
+    await server.service.receive_budget.take(server.service.receive_budget.capacity_bytes)
     client = await server.session(max_length=2**15)
     fault = await fault_of(client.try_step(hidden_states(1, 2**14)))
     assert fault.code == "busy"

@@ -54,7 +54,7 @@ class TrainingServer(TinyServer):
             world.checkpoint.fingerprint,
             self.engine,
             small_settings(**settings),
-            service.intake,
+            service.receive_budget,
             lambda: service.leaving,
         )
 

@@ -241,7 +241,7 @@ async def half_sent(server: TinyServer) -> TinyClient:
 
 async def test_large_messages_in_arrival_are_counted(roomy: TinyServer) -> None:
     await half_sent(roomy)
-    await eventually(lambda: roomy.service.intake.held_bytes, "the payload has arrived")
+    await eventually(lambda: roomy.service.receive_budget.held_bytes, "the payload has arrived")
     assert roomy.used() == (1, 0, LARGE.nbytes)
 
 
@@ -252,7 +252,7 @@ async def test_no_more_large_messages_arrive_than_fit(roomy: TinyServer) -> None
 
 
 async def test_who_waits_for_room_in_vain_is_told_that_the_server_is_busy(roomy: TinyServer) -> None:
-    await roomy.service.intake.take(2 * LARGE.nbytes)
+    await roomy.service.receive_budget.take(2 * LARGE.nbytes)
     client = await half_sent(roomy)
     await client.send_frames(bytes(CHUNK_BYTES))
     assert (await fault_of(client.answer())).code == "busy"

@@ -72,7 +72,7 @@ def of_a_swarm(swarm: LocalSwarm) -> Resources:
             tasks=lease.call(tasks),
             sessions=sum(service.num_sessions for service in services),
             leased_bytes=sum(service.budget.leased_bytes for service in services),
-            receive_budget_bytes=sum(service.intake.held_bytes for service in services),
+            receive_budget_bytes=sum(service.receive_budget.held_bytes for service in services),
         )
 
 

@@ -128,7 +128,11 @@ class TinyServer:
     def used(self) -> tuple[int, int, int]:
         """Sessions, leased bytes, and bytes of large messages; also checks that all adds up."""
         self.service.audit()
-        return self.service.num_sessions, self.service.budget.leased_bytes, self.service.intake.held_bytes
+        return (
+            self.service.num_sessions,
+            self.service.budget.leased_bytes,
+            self.service.receive_budget.held_bytes,
+        )
 
     async def empty(self) -> None:
         """Wait until nobody is left."""

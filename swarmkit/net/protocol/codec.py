@@ -1,7 +1,7 @@
 """Tensors to bytes and back.
 
 A tensor travels as a `TensorSpec` in the message header and its raw little-endian bytes in the payload. The
-spec is checked before one byte of the payload is read, so that nobody can make a peer allocate more than it
+spec is checked before one byte of the payload is read, so that no peer can make another allocate more than it
 allows. `codec` names how the values were written; the receiver restores `dtype`.
 
 ==========  ===============  =================================================================================

@@ -58,7 +58,7 @@ class Forward(_Request, frozen=True, kw_only=True):
     """Run the blocks.
 
     Attributes:
-        returns: the client means to go back through them; who keeps the pass spares itself half of that.
+        returns: the client will ask for the backward pass; activations that are kept save half of it.
     """
 
     returns: bool = False

@@ -7,7 +7,7 @@ message tells what lies between them, transfer apart; a large one is late by wha
     receiver      ├─ offset + delay ─┼── bytes / speed ──┤ arrived_at
                   └── small messages: the least seen     └── behind a message that arrived later: from there
 
-A message that was there before anybody looked tells nothing: who reads must have waited for most of it.
+A message that had arrived before it was received tells nothing: the receiver must have waited for most of it.
 """
 
 from __future__ import annotations

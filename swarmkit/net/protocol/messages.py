@@ -194,7 +194,7 @@ class Step(_Message, frozen=True):
         answers: in which codec this server gives its outputs, to the client as to the next server, and then
             in which the servers do that they are pushed on to; `none` for those it does not name.
         patience_s: how long its client waits for the answer, counted from when the step comes; 0 = not said.
-        lean: a server that has pushed its outputs on need not send them to the client too, who keeps none.
+        lean: a server that has pushed its outputs on need not send them to the client, which keeps none.
     """
 
     position: Count

@@ -164,7 +164,7 @@ class MessageStream:
 
     @property
     def in_message(self) -> bool:
-        """Whether a message has begun to come and is not complete: who stops to receive now loses it."""
+        """Whether a message has come in part: to stop receiving now would lose it."""
         return self._unread is not None
 
     async def send(self, message: msgspec.Struct, payload: Sequence[Buffer] = ()) -> None:
@@ -279,7 +279,7 @@ class MessageStream:
 
 
 def version_mismatch(version: int) -> str:
-    """What peers of another protocol version are told, and what users read who meet one."""
+    """The text that a peer of another protocol version is sent, and that users read about such a peer."""
     older = min(version, PROTOCOL_VERSION)
     return (
         f"protocol version {version} is not {PROTOCOL_VERSION}: "

@@ -63,14 +63,14 @@ class AdapterService:
         fingerprint: str,
         engine: Engine,
         settings: ServerSettings,
-        intake: ReceiveBudget,
+        receive_budget: ReceiveBudget,
         store: AdapterStore,
     ) -> None:
         self._stage = stage
         self._fingerprint = fingerprint
         self._engine = engine
         self._settings = settings
-        self._intake = intake
+        self._receive_budget = receive_budget
         self._store = store
         self.streams = 0
 
@@ -98,7 +98,7 @@ class AdapterService:
     async def _answer(self, caller: ServerStream, incoming: IncomingMessage) -> None:
         message: PutAdapter = incoming.message
         self._check(message)
-        with ReceiveReservation(self._intake) as room, _refusing_for_room():
+        with ReceiveReservation(self._receive_budget) as room, _refusing_for_room():
             self._store.check_room(caller.peer_id, incoming.nbytes)
             try:
                 await room.take(incoming.nbytes, self._settings.requests.message_timeout_s)

@@ -6,8 +6,8 @@
     bytes of all clients' ones    <= capacity_bytes        (what `audit` checks)
 
 What is in use (a session has it, or a request for training) stays. Of the rest, the least recently used go
-when there is no room: first the same client's, then anybody's. Whoever misses one sends it again. Hosted ones
-are the server's own choice; they count towards nobody's quota and never go.
+when there is no room: first the same client's, then any client's. A client that misses one sends it again.
+Hosted ones are the server's own choice; they count towards no quota and never go.
 
 Used by the event loop's thread only.
 """

@@ -1,4 +1,4 @@
-"""Who is let in, and who is told at once to come back later."""
+"""Admission control: which sessions and steps a server takes, and which it refuses at once as busy."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class AdmissionControl:
             self._tenures.ended(self._engine.clock.now() - session.opened_at)
 
     def too_many(self, what: str, sessions: int) -> Refusal:
-        """There is no place for one more stream or session."""
+        """The refusal of a stream or session beyond the allowed number."""
         return Refusal("busy", f"{what}; try another server", self._tenures.next_end_s(sessions))
 
     def cache_full(self, error: CacheFullError, sessions: int) -> Refusal:
-        """A session cannot grow."""
+        """The refusal of a step for which a session's cache cannot grow."""
         return Refusal("busy", f"{error}; try another server", self._tenures.next_end_s(sessions))
 
     def check_queue(self, step: Step) -> None:
@@ -74,7 +74,7 @@ class AdmissionControl:
             ) from None
 
     def expired(self, step: Step, why: SwarmkitError) -> Refusal:
-        """A step was not begun in time."""
+        """The refusal of a step that was not begun in time."""
         rows, tokens, _ = step.hidden.shape
         return Refusal("busy", str(why), retry_after_s(self._engine.ahead(rows, tokens).wait_s))
 

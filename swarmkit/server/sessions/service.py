@@ -1,10 +1,11 @@
-"""The protocol's server half: one client per stream, one session per stream.
+"""Serves sessions: one client per stream, one session per stream.
 
-Everything in a message is checked before it touches a cache; what is refused is refused with a `Fault` that
-names what was wrong, and changes nothing. Whatever ends a stream ends its session and returns its lease.
+Everything in a message is checked before it touches a cache. A request that is refused changes nothing, and
+the `Fault` that answers it names what was wrong. Whatever ends a stream ends its session and returns its
+lease.
 
-A session's steps may also come from the server with the blocks before (`serve_pushes`); whatever becomes of
-those is told to the session's client.
+A session's steps may also come from the server with the blocks before (`serve_pushes`). Their results, and
+the refusals of them, go to the session's client.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ logger = logging.getLogger(__name__)
 
 # A step may also bring a mask over all its past, and positions: small beside hidden states, but bounded too.
 _SIDE_BYTES = 16 * 1024 * 1024
-# Streams beyond the number of sessions, for those who only ask, or must be told that the server is full.
+# Streams beyond the number of sessions, for clients that only ask, or must be told that the server is full.
 _SPARE_STREAMS = 64
 
 
@@ -105,13 +106,13 @@ class BlockService:
         links: Links | None = None,
         *,
         budget: KVBudget | None = None,
-        intake: ReceiveBudget | None = None,
+        receive_budget: ReceiveBudget | None = None,
     ) -> None:
         """Make a service.
 
         Args:
             links: how to reach the servers with the next blocks; none = outputs go to clients only.
-            budget, intake: memory for keys and values, and for large messages; its own if not given.
+            budget, receive_budget: memory for keys and values, and for large messages; its own if not given.
         """
         self._stage = stage
         self._fingerprint = fingerprint
@@ -127,8 +128,8 @@ class BlockService:
         self._idle = asyncio.Event()
         self._idle.set()
         self.budget = budget or KVBudget(settings.limits.cache_bytes)
-        self.intake = intake or ReceiveBudget(settings.requests.receive_budget_bytes)
-        self._door = AdmissionControl(settings, engine)
+        self.receive_budget = receive_budget or ReceiveBudget(settings.requests.receive_budget_bytes)
+        self._admission = AdmissionControl(settings, engine)
         self.adapters = AdapterStore(settings.adapters.adapter_bytes, settings.adapters.client_adapter_bytes)
         self.leaving = False
         self.steps = 0
@@ -194,7 +195,7 @@ class BlockService:
         try:
             with client.life:
                 if self._streams > self._limits.max_sessions + _SPARE_STREAMS:
-                    await client.refuse(self._door.too_many("too many streams are open", self._streams))
+                    await client.refuse(self._admission.too_many("too many streams are open", self._streams))
                 else:
                     await client.answer_all(lambda incoming: self._answer(client, incoming))
             self._end(client)
@@ -227,7 +228,7 @@ class BlockService:
                 await client.send(Opened(most, session.inlet, root, dtype, codecs))
             case RestorePrefix():
                 assert client.session is not None
-                await client.send(PrefixRestored(await self._recall(client.session, message)))
+                await client.send(PrefixRestored(await self._restore_prefix(client.session, message)))
             case Link():
                 assert client.session is not None
                 await self._link(client.session, message)
@@ -236,7 +237,7 @@ class BlockService:
                 await client.send(self._info())
             case GetResources():
                 if not self._settings.node.report_resources:
-                    reason = "this server's owner wants nobody to count what it holds"
+                    reason = "this server's owner does not let clients count what it holds"
                     raise Refusal("illegal_message", reason)
                 await client.send(self.resources())
 
@@ -269,7 +270,7 @@ class BlockService:
             leased_bytes=self.budget.leased_bytes,
             kept_bytes=self.budget.pages.nbytes,
             capacity_bytes=self.budget.capacity_bytes,
-            receive_budget_bytes=self.intake.held_bytes,
+            receive_budget_bytes=self.receive_budget.held_bytes,
             works=self._engine.holds,
             accounted=accounted,
             tasks=tasks,
@@ -300,7 +301,9 @@ class BlockService:
                 f"a session may hold 1 to {self._settings.sessions.max_session_length} tokens a row",
             )
         if len(self._clients) >= self._limits.max_sessions and not self._make_room(1, of_bytes=False):
-            raise self._door.too_many(f"{len(self._clients)} sessions are open already", len(self._clients))
+            raise self._admission.too_many(
+                f"{len(self._clients)} sessions are open already", len(self._clients)
+            )
         hold = held(self.adapters, message.adapter, message.start, message.stop)
         cache = stage.new_cache(message.start, message.stop, None if hold is None else hold.adapter)
         bytes_per_token = self._bytes_per_token(message.start, message.stop)
@@ -324,7 +327,7 @@ class BlockService:
             hold,
         )
 
-    async def _recall(self, session: ServedSession, message: RestorePrefix) -> int:
+    async def _restore_prefix(self, session: ServedSession, message: RestorePrefix) -> int:
         """Let a session that is at its beginning hold what is kept of these pages; returns its tokens."""
         async with session.taking_turn():
             if session.cache.tokens:
@@ -347,7 +350,7 @@ class BlockService:
         Args: at_once: end sessions that have been idle only for a short time, too.
         """
         sessions = {key: each.session for key, each in self._clients.items() if each.session is not None}
-        chosen = self._door.to_evict(sessions, needed, of_bytes=of_bytes, at_once=at_once)
+        chosen = self._admission.to_evict(sessions, needed, of_bytes=of_bytes, at_once=at_once)
         for key in chosen:
             client = self._clients[key]
             client.last_words = evicted(self._engine.clock.now() - sessions[key].used_at)
@@ -361,12 +364,12 @@ class BlockService:
             session.lease_for(step)
         except CacheFullError as error:
             if not self._make_room(error.lacking_bytes):
-                raise self._door.cache_full(error, len(self._clients)) from None
+                raise self._admission.cache_full(error, len(self._clients)) from None
             session.lease_for(step)
 
     def _end(self, client: _Client) -> None:
         if client.session is not None:
-            self._door.left(client.session)
+            self._admission.left(client.session)
             self._clients.pop(client.session.inlet, None)
             client.session.end()
             client.session = None
@@ -474,9 +477,9 @@ class BlockService:
             settings.sessions.codecs,
         )
         checked = session.steps
-        self._door.check_queue(step)
-        with ReceiveReservation(self.intake) as room:
-            await self._door.take(incoming, room)
+        self._admission.check_queue(step)
+        with ReceiveReservation(self.receive_budget) as room:
+            await self._admission.take(incoming, room)
             await incoming.payload()
             async with session.taking_turn():
                 if source is not None and step.number <= session.number:
@@ -509,7 +512,7 @@ class BlockService:
             work = SessionStep(self._stage, client.peer_id, session, step, incoming)
             timed = await self._engine.step(work, step.patience_s)
         except ExpiredError as error:
-            raise self._door.expired(step, error) from None
+            raise self._admission.expired(step, error) from None
         finally:
             session.after_step(self._engine.clock.now())
         self.steps += 1

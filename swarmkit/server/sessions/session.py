@@ -1,4 +1,4 @@
-"""One client's session on this server, and what a step must be like to be let into it."""
+"""One client's session on this server, and the checks that a step must pass before it is received."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ServedSession:
     """How many were done or failed: a step that was checked before others ran must be checked again."""
     downstream: Downstream | None = None
     sources: set[anyio.CancelScope] = field(default_factory=set)
-    """Around whoever pushes steps into this session."""
+    """Around each stream that pushes steps into this session."""
     ended: bool = False
     used_at: float = field(init=False)
     """When it last did something."""
@@ -67,7 +67,7 @@ class ServedSession:
 
     @asynccontextmanager
     async def taking_turn(self) -> AsyncIterator[None]:
-        """While this lasts nobody else uses the session; who has it when it ends lets go of what it held."""
+        """Use the session alone. If it ends meanwhile, what it held is given back at the end of the block."""
         async with self.turn:
             try:
                 yield
@@ -76,7 +76,7 @@ class ServedSession:
                     self._release()
 
     def end(self) -> None:
-        """Let go of everything; whoever has the turn lets go of the cache when it is over."""
+        """Give everything back; if a step has the turn, the cache is given back when that is over."""
         self.ended = True
         self.link(None)
         for source in self.sources:

@@ -1,8 +1,8 @@
-"""Forward passes of training whose graphs are kept until their way back, as long as there is room.
+"""Activations of forward passes, kept for the backward pass as long as there is room.
 
-Nobody depends on it: a request for the way back brings all that it needs, and where the pass is not kept
-(another server ran it, there was no room, it took too long) the blocks are run forward again. Where it is,
-that half of the work is saved.
+No request depends on them: a backward request brings all that it needs, and where the activations are not
+kept (another server ran the forward pass, there was no room, it took too long) the blocks are run forward
+again. Where they are kept, that half of the work is saved.
 """
 
 from __future__ import annotations

@@ -58,12 +58,12 @@ class GradientService:
         fingerprint: str,
         engine: Engine,
         settings: ServerSettings,
-        intake: ReceiveBudget,
+        receive_budget: ReceiveBudget,
         leaving: Callable[[], bool] = lambda: False,
         adapters: AdapterStore | None = None,
     ) -> None:
         """Args:
-        intake: memory for large messages, which sessions use as well.
+        receive_budget: memory for large messages, which sessions use as well.
         adapters: those that requests may name; none if not given.
         leaving: whether the server is about to stop.
         """
@@ -71,7 +71,7 @@ class GradientService:
         self._fingerprint = fingerprint
         self._engine = engine
         self._settings = settings
-        self._intake = intake
+        self._receive_budget = receive_budget
         self._leaving = leaving
         self._adapters = AdapterStore(0, 0) if adapters is None else adapters
         self._times = SliceTimes(settings.training.gradient_slice_s)
@@ -113,7 +113,7 @@ class GradientService:
             raise Refusal("leaving", "this server is about to stop; use another one")
         check_request(request, self._stage, self._fingerprint, settings.requests.max_step_tokens)
         hold = held(self._adapters, request.adapter, request.start, request.stop)
-        with hold or nullcontext(), ReceiveReservation(self._intake) as room:
+        with hold or nullcontext(), ReceiveReservation(self._receive_budget) as room:
             try:
                 await room.take(incoming.nbytes, settings.requests.message_timeout_s)
             except TimeoutError:

@@ -1,7 +1,7 @@
 """A request for training, between wire and device: checked, and cut into what the device does at a time.
 
-A job keeps the device until it is done, so that somebody's next token would wait for all of it. So the rows
-go through in groups, and each group through a few blocks at a time: as many as fit into a slice of time.
+A job keeps the device until it is done, so that other clients' next tokens would wait for all of it. So the
+rows go through in groups, and each group through a few blocks at a time: as many as fit into a slice of time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Getting a file that a peer offers: who offers it, and its bytes, whose hash the caller checks."""
+"""Receives a file that a peer offers: finds the offers, and takes bytes whose hash the caller checks."""
 
 from __future__ import annotations
 

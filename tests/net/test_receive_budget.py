@@ -9,8 +9,8 @@ import pytest
 from swarmkit.net.rpc.receive_budget import ReceiveBudget
 
 
-async def asking(intake: ReceiveBudget, *sizes: int) -> list[asyncio.Task[None]]:
-    tasks = [asyncio.create_task(intake.take(size)) for size in sizes]
+async def asking(receive_budget: ReceiveBudget, *sizes: int) -> list[asyncio.Task[None]]:
+    tasks = [asyncio.create_task(receive_budget.take(size)) for size in sizes]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     return tasks
@@ -29,11 +29,11 @@ async def test_what_does_not_fit_waits() -> None:
 
 
 async def test_it_goes_in_when_there_is_room_again() -> None:
-    intake = ReceiveBudget(10)
-    _, second = await asking(intake, 4, 7)
-    intake.give_back(4)
+    receive_budget = ReceiveBudget(10)
+    _, second = await asking(receive_budget, 4, 7)
+    receive_budget.give_back(4)
     await second
-    assert intake.held_bytes == 7
+    assert receive_budget.held_bytes == 7
 
 
 async def test_nobody_overtakes() -> None:
@@ -45,18 +45,18 @@ async def test_what_is_larger_than_all_of_it_goes_in_alone() -> None:
 
 
 async def test_whoever_gives_up_lets_those_behind_it_in() -> None:
-    intake = ReceiveBudget(10)
-    _, second, third = await asking(intake, 4, 7, 1)
+    receive_budget = ReceiveBudget(10)
+    _, second, third = await asking(receive_budget, 4, 7, 1)
     second.cancel()
     await third
-    assert intake.held_bytes == 5
+    assert receive_budget.held_bytes == 5
 
 
 async def test_whoever_gives_up_when_its_turn_has_come_gives_its_room_back() -> None:
-    intake = ReceiveBudget(10)
-    _, second = await asking(intake, 4, 7)
-    intake.give_back(4)
+    receive_budget = ReceiveBudget(10)
+    _, second = await asking(receive_budget, 4, 7)
+    receive_budget.give_back(4)
     second.cancel()
     with pytest.raises(asyncio.CancelledError):
         await second
-    assert intake.held_bytes == 0
+    assert receive_budget.held_bytes == 0
