@@ -41,9 +41,10 @@ from swarmkit.server.adapters.service import load_hosted
 from swarmkit.server.announcer import Announcer
 from swarmkit.server.cache.kv_budget import KVBudget
 from swarmkit.server.config import ServerConfig
-from swarmkit.server.engine.engine import BULK, Engine, EngineClosedError
+from swarmkit.server.engine.engine import Engine
 from swarmkit.server.engine.throughput import measure_decode_rate
 from swarmkit.server.engine.trim_malloc import trim_malloc
+from swarmkit.server.engine.work import BULK, EngineClosedError
 from swarmkit.server.placement import Served, choose_blocks
 from swarmkit.server.serving import Serving
 from swarmkit.server.weights.service import WeightsService

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from swarmkit.server.engine.engine import BULK, INTERACTIVE, Engine, EngineClosedError
+from swarmkit.server.engine.engine import Engine
+from swarmkit.server.engine.work import BULK, INTERACTIVE, EngineClosedError
 
 from ..waiting import eventually
 

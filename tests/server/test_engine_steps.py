@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from swarmkit.models.execution.stage import StepPart
-from swarmkit.server.engine.engine import Engine, EngineClosedError, ExpiredError
+from swarmkit.server.engine.engine import Engine
+from swarmkit.server.engine.work import EngineClosedError, ExpiredError
 
 from ..waiting import eventually
 

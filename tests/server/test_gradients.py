@@ -24,7 +24,7 @@ from swarmkit.net.protocol.gradient_messages import (
 )
 from swarmkit.net.protocol.messages import Fault, Open, Step
 from swarmkit.net.rpc.message_stream import MessageStream
-from swarmkit.server.engine.engine import BULK, Engine
+from swarmkit.server.engine.engine import Engine
 from swarmkit.server.engine.scheduler import (
     ExpectedArrivals,
     PassLimits,
@@ -33,6 +33,7 @@ from swarmkit.server.engine.scheduler import (
     WaitingStep,
     next_schedule,
 )
+from swarmkit.server.engine.work import BULK
 from swarmkit.server.sessions.session_step import SessionStep
 from swarmkit.server.training.activation_cache import ActivationCache, PassKey
 from swarmkit.server.training.service import GradientService

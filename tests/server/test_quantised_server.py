@@ -21,7 +21,7 @@ from tests.models.quantise import to_fp8, to_gptq, with_bitsandbytes
 from tests.models.tiny import make_checkpoint
 
 
-class TensorPlace:
+class Place:
     """A network in this process."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ def a_folder(home: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
 def test_a_server_announces_how_its_weights_are_stored(tmp_path: Path, kind: str) -> None:
-    folder, place = a_folder(tmp_path), TensorPlace()
+    folder, place = a_folder(tmp_path), Place()
     to_fp8(folder) if kind == "fp8" else with_bitsandbytes(folder, kind)
     with Server(folder, transport=place):
         assert place.announced() == [kind]
@@ -70,7 +70,7 @@ def test_what_a_machine_lacks_is_said_before_weights_are_fetched(
     hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantised, "_is_installed", lambda package: package == "optimum")
-    server = Server("some/gptq", transport=TensorPlace())
+    server = Server("some/gptq", transport=Place())
     with pytest.raises(ModelError, match=r"some/gptq are stored quantised \(gptq\).*pip install gptqmodel"):
         server.start()
     assert hub.sent(".safetensors") < 10_000  # its header

@@ -168,7 +168,7 @@ async def test_blocks_that_came_with_a_token_are_not_handed_on(town: Town) -> No
     assert await second.transport.fetch([key]) == {}
 
 
-class TensorPlace:
+class Place:
     """A network in this process, for servers with threads of their own."""
 
     def __init__(self) -> None:
@@ -197,7 +197,7 @@ class TensorPlace:
 def test_a_server_with_the_fingerprint_serves_without_the_hub(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = TensorPlace()
+    place = Place()
     checkpoint = Checkpoint.open("some/llama", progress=False)
     with Server(checkpoint, transport=place, blocks=(0, 2)):
         place.wait_until_offered(checkpoint.fingerprint)
@@ -212,7 +212,7 @@ def test_a_server_with_the_fingerprint_serves_without_the_hub(
 def test_the_hub_is_asked_where_no_peer_has_the_manifest(
     hub: LocalHub, caplog: pytest.LogCaptureFixture
 ) -> None:
-    create = TensorPlace()
+    create = Place()
     right = Checkpoint.open("some/llama", progress=False).fingerprint
     assert open_with_fingerprint("some/llama", right, create).fingerprint == right
     with pytest.raises(ModelError, match="has the fingerprint"):

@@ -15,27 +15,18 @@ other.
 from __future__ import annotations
 
 import asyncio
-import logging
-import math
 import threading
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-import anyio
 import torch
-from torch import Tensor
 
 from swarmkit.clock import SYSTEM_CLOCK, Clock
-from swarmkit.errors import SwarmkitError
-from swarmkit.models.execution.stage import Stage, StepPart
-from swarmkit.net.rpc.faults import Refusal
+from swarmkit.models.execution.stage import Stage
 from swarmkit.server.engine.admission_policy import NOTHING_AHEAD, Ahead, expected_wait_s
-from swarmkit.server.engine.device_watch import DeviceWatch, marks_of
 from swarmkit.server.engine.scheduler import (
     DECODE_TOKENS,
-    ArrivalPredictor,
     ExpectedArrivals,
     FairShares,
     PassLimits,
@@ -46,191 +37,23 @@ from swarmkit.server.engine.scheduler import (
     next_schedule,
     next_stage,
 )
+from swarmkit.server.engine.work import (
+    INTERACTIVE,
+    EngineClosedError,
+    ExpiredError,
+    Job,
+    LearnedTimes,
+    QueuedStep,
+    StepTask,
+    Timed,
+    Work,
+)
 from swarmkit.server.engine.worker import ThreadWorker, Worker
 
-logger = logging.getLogger(__name__)
-
-
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
-
-INTERACTIVE = 0
-"""Priority of a job that a user is waiting for."""
-BULK = 1
-"""Priority of every other job."""
 
 _PAUSE_S = 0.001
 """Seconds until the scheduler is asked again, when it had nothing to run just then."""
-
-
-class EngineClosedError(Refusal):
-    """The engine was closed before the work's turn came. A client is told that the server leaves."""
-
-    def __init__(self) -> None:
-        super().__init__("leaving", "this server has stopped computing; use another one")
-
-
-@dataclass(frozen=True)
-class Timed(Generic[T]):
-    """A result, and the seconds that its work waited and ran."""
-
-    value: T
-    queue_s: float
-    compute_s: float
-
-
-class ExpiredError(SwarmkitError):
-    """The step had not begun when its client's patience ended, and was dropped."""
-
-
-class StepTask(Protocol[T_co]):
-    """One step of a session, as the engine needs it."""
-
-    @property
-    def stage(self) -> Stage:
-        """The stage that the step runs on."""
-
-    @property
-    def client(self) -> str:
-        """The client's peer id; clients are served alike, however many sessions they have."""
-
-    @property
-    def session(self) -> Hashable:
-        """A key that tells the step's session from others."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and tokens per row."""
-
-    @property
-    def cached_output(self) -> Tensor | None:
-        """After `prepare`: outputs [rows, cached tokens, hidden] of first tokens that the cache holds
-        already.
-        """
-
-    def prepare(self) -> StepPart:
-        """Return all of the step. Called in a turn, before the first chunk; an exception ends the step."""
-
-    def result(self, output: Tensor) -> T_co:
-        """Turn `output` [rows, tokens, hidden] into the step's result. Called in a turn, after the last
-        chunk.
-        """
-
-    def after_result(self, output: Tensor) -> None:
-        """Do what may wait until the result is on its way. Called in a turn; must not raise."""
-
-
-class _Work:
-    """A step or job on its way from the event loop to the engine and back.
-
-    `claim` is taken once: by the engine to begin the work, or by its caller to withdraw it. `ended`, `done`
-    and `after` belong to the event loop's thread.
-    """
-
-    def __init__(self, now: float) -> None:
-        self.claim = threading.Lock()
-        self.cancelled = False
-        self.loop = asyncio.get_running_loop()
-        self.done: asyncio.Future[Timed[Any]] = self.loop.create_future()
-        self.ended = False
-        self.after: asyncio.Future[None] | None = None
-        self.queued_at = now
-
-    def resolve(self, value: Timed[Any] | None, error: BaseException | None) -> None:
-        """Give the caller the outcome. Called on the event loop."""
-        self.ended = True
-        if self.after is not None and not self.after.done():
-            self.after.set_result(None)
-        if self.done.done():
-            return  # its caller was cancelled meanwhile
-        if error is not None:
-            self.done.set_exception(error)
-        else:
-            assert value is not None
-            self.done.set_result(value)
-
-    async def wait_until_ended(self) -> None:
-        """Wait for the end of work that has begun, even if the waiting task is cancelled meanwhile."""
-        with anyio.CancelScope(shield=True):
-            while not self.ended:
-                if self.after is None or self.after.done():
-                    self.after = self.loop.create_future()
-                try:
-                    await self.after
-                except asyncio.CancelledError:
-                    continue
-
-
-class _Job(_Work):
-    def __init__(self, run: Callable[[], Any], priority: int, now: float) -> None:
-        super().__init__(now)
-        self.run = run
-        self.bulk = priority == BULK
-
-
-class _Learned:
-    """What the engine has learned of one stage: how long its passes take, and when its sessions are back."""
-
-    def __init__(self, stage: Stage, clock: Callable[[], float]) -> None:
-        self.times = PassTimes()
-        self.arrivals = ArrivalPredictor()
-        self.watch: DeviceWatch[int] = DeviceWatch(marks_of(stage.device, clock), self.times.learn)
-
-
-class _QueuedStep(_Work):
-    """A step and its progress. All but what a `_Work` has belongs to the engine's turns."""
-
-    def __init__(self, task: StepTask[Any], patience_s: float, learned: _Learned, now: float) -> None:
-        super().__init__(now)
-        self.task = task
-        self.learned = learned
-        self.expires_at = now + patience_s if patience_s else math.inf
-        self.rows, self.tokens = task.shape
-        self.decode = self.tokens <= DECODE_TOKENS
-        self.passed_over = 0
-        self.tokens_done = 0
-        self.part: StepPart | None = None
-        """All of the step, once it was prepared."""
-        self.past = 0
-        """Tokens that its cache held before the step."""
-        self.outputs: list[Tensor] = []
-        self.started_at = 0.0
-
-    @property
-    def tokens_left(self) -> int:
-        return self.tokens - self.tokens_done
-
-    def prepare(self, now: float) -> None:
-        self.started_at = now
-        self.part = self.task.prepare()
-        self.past = self.part.cache.tokens
-        if (cached := self.task.cached_output) is not None:
-            self.past -= cached.shape[1]
-            self.add_output(cached)
-
-    def chunk(self, tokens: int) -> StepPart:
-        """The step's next `tokens` tokens per row."""
-        part = self.part
-        assert part is not None
-        if tokens == self.tokens:
-            return part
-        start, stop = self.tokens_done, self.tokens_done + tokens
-        mask, positions = part.attention_mask, part.position_ids
-        return StepPart(
-            part.hidden[:, start:stop],
-            part.cache,
-            None if mask is None else mask[:, : self.past + stop],
-            None if positions is None else positions[:, start:stop],
-        )
-
-    def add_output(self, output: Tensor) -> None:
-        self.outputs.append(output)
-        self.tokens_done += output.shape[1]
-
-    def rewind(self) -> None:
-        """Leave the cache as it was before the step, which is done as a whole or not at all."""
-        if self.part is not None:
-            self.part.cache.rewind(self.past)
 
 
 class Engine:
@@ -268,11 +91,11 @@ class Engine:
         self._worker = worker or ThreadWorker(f"swarmkit-engine-{name}", clock)
         self.now = self._worker.now
         """Seconds on the clock that goes on during a turn; in a simulation `clock` stands still then."""
-        self._stages: WeakKeyDictionary[Stage, _Learned] = WeakKeyDictionary()
+        self._stages: WeakKeyDictionary[Stage, LearnedTimes] = WeakKeyDictionary()
         self._fair = FairShares()
         self._passed_over = {False: 0, True: 0}  # turns that interactive and bulk jobs have waited for
         # In order of arrival. Both threads add and remove single entries, which a dict lets them.
-        self._works: dict[_Work, None] = {}
+        self._works: dict[Work, None] = {}
         self._closed = False
         self._lock = threading.Lock()  # no work may slip in behind `close`
         self._threads: int | None = None
@@ -300,9 +123,9 @@ class Engine:
         if not self._works:
             return NOTHING_AHEAD
         works = list(self._works)
-        left: dict[_Learned, list[int]] = {}
+        left: dict[LearnedTimes, list[int]] = {}
         for work in works:
-            if isinstance(work, _QueuedStep):
+            if isinstance(work, QueuedStep):
                 left.setdefault(work.learned, []).append(work.rows * work.tokens_left)
         decode = tokens <= DECODE_TOKENS
         wait_s = sum(
@@ -321,7 +144,7 @@ class Engine:
         Raises:
             EngineClosedError: the engine has been closed. Whatever the job raises is raised here too.
         """
-        return await self._submit(_Job(job, priority, self.now()))
+        return await self._submit(Job(job, priority, self.now()))
 
     async def step(self, task: StepTask[T], patience_s: float = 0.0) -> Timed[T]:
         """Run a step, perhaps together with others, and wait for it.
@@ -336,19 +159,19 @@ class Engine:
             EngineClosedError: the engine has been closed. Whatever the step raises is raised here too.
             ExpiredError: its patience was over before its turn came.
         """
-        return await self._submit(_QueuedStep(task, patience_s, self._learned_of(task.stage), self.now()))
+        return await self._submit(QueuedStep(task, patience_s, self._learned_of(task.stage), self.now()))
 
     def times_of(self, stage: Stage) -> PassTimes:
         """How long forward passes through a stage take, as far as measured."""
         return self._learned_of(stage).times
 
-    def _learned_of(self, stage: Stage) -> _Learned:
+    def _learned_of(self, stage: Stage) -> LearnedTimes:
         if (learned := self._stages.get(stage)) is None:
             with self._lock:
-                learned = self._stages.setdefault(stage, _Learned(stage, self.now))
+                learned = self._stages.setdefault(stage, LearnedTimes(stage, self.now))
         return learned
 
-    async def _submit(self, work: _Work) -> Timed[Any]:
+    async def _submit(self, work: Work) -> Timed[Any]:
         with self._lock:
             if self._closed:
                 raise EngineClosedError()
@@ -416,7 +239,7 @@ class Engine:
         torch.set_num_threads(self._threads or self._usual_threads)
         self._threads_in_use = self._threads
 
-    def _lone_decode_step(self) -> _QueuedStep | None:
+    def _lone_decode_step(self) -> QueuedStep | None:
         """The only work there is, if it is a decode step of the only session that decodes on its stage.
 
         Then there is nothing to schedule, and finding that out at length would be most of what the engine
@@ -424,36 +247,36 @@ class Engine:
         """
         works = list(self._works)
         work = works[0] if len(works) == 1 else None
-        if not isinstance(work, _QueuedStep) or not work.decode or work.cancelled:
+        if not isinstance(work, QueuedStep) or not work.decode or work.cancelled:
             return None
         return work if work.learned.arrivals.has_no_other(work.task.session) else None
 
-    def _take_stock(self) -> tuple[list[_QueuedStep], list[_Job]]:
+    def _take_stock(self) -> tuple[list[QueuedStep], list[Job]]:
         steps, jobs = [], []
         now = self.now()
         for work in list(self._works):
             if work.cancelled:
                 # What has not begun is withdrawn by its caller.
-                if isinstance(work, _QueuedStep) and work.part is not None:
+                if isinstance(work, QueuedStep) and work.part is not None:
                     self._fail(work, asyncio.CancelledError())
-            elif isinstance(work, _QueuedStep):
+            elif isinstance(work, QueuedStep):
                 if work.part is None and now > work.expires_at:
                     if work.claim.acquire(blocking=False):
                         late = ExpiredError("its client's patience was over before its turn came")
                         self._resolve(work, None, late)
                 else:
                     steps.append(work)
-            elif isinstance(work, _Job):
+            elif isinstance(work, Job):
                 jobs.append(work)
         return steps, jobs
 
-    def _schedule(self, steps: list[_QueuedStep], jobs: list[_Job]) -> Schedule | None:
+    def _schedule(self, steps: list[QueuedStep], jobs: list[Job]) -> Schedule | None:
         now = self.now()
         served = self._fair.of_present(step.task.client for step in steps)
         for step in steps:
             if not step.decode:
                 step.learned.arrivals.leave(step.task.session)
-        by_stage: dict[_Learned, list[WaitingStep]] = {}
+        by_stage: dict[LearnedTimes, list[WaitingStep]] = {}
         for key, step in enumerate(steps):
             waiting = WaitingStep(
                 key,
@@ -483,7 +306,7 @@ class Engine:
             expected = ExpectedArrivals()  # nothing is gained by a pause while another stage has work
         return next_schedule(by_stage[learned], waiting_jobs, expected, learned.times, self.limits)
 
-    def _run_job(self, job: _Job) -> None:
+    def _run_job(self, job: Job) -> None:
         self._passed_over[job.bulk] = 0
         if not job.claim.acquire(blocking=False):
             return
@@ -495,9 +318,9 @@ class Engine:
         else:
             self._resolve(job, Timed(value, started - job.queued_at, self.now() - started), None)
 
-    def _run_pass(self, scheduled: Sequence[tuple[_QueuedStep, int]]) -> None:
+    def _run_pass(self, scheduled: Sequence[tuple[QueuedStep, int]]) -> None:
         """One forward pass over the next tokens of some steps of one stage."""
-        group: list[tuple[_QueuedStep, int]] = []
+        group: list[tuple[QueuedStep, int]] = []
         for step, tokens in scheduled:
             if step.part is None and not self._prepare(step):
                 continue
@@ -529,7 +352,7 @@ class Engine:
         for step, tokens in group:
             self._fair.serve(step.task.client, step.rows * tokens)
 
-    def _prepare(self, step: _QueuedStep) -> bool:
+    def _prepare(self, step: QueuedStep) -> bool:
         """Whether the step may run: it was not withdrawn, and nothing is wrong with it."""
         if not step.claim.acquire(blocking=False):
             return False
@@ -540,7 +363,7 @@ class Engine:
             return False
         return True
 
-    def _finish(self, step: _QueuedStep) -> None:
+    def _finish(self, step: QueuedStep) -> None:
         try:
             outputs = step.outputs
             output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -554,16 +377,16 @@ class Engine:
             step.learned.arrivals.decoded(step.task.session, step.rows * step.tokens, step.queued_at, now)
         step.task.after_result(output)
 
-    def _fail(self, step: _QueuedStep, error: BaseException) -> None:
+    def _fail(self, step: QueuedStep, error: BaseException) -> None:
         step.rewind()
         self._resolve(step, None, error)
 
-    def _resolve(self, work: _Work, value: Timed[Any] | None, error: BaseException | None) -> None:
+    def _resolve(self, work: Work, value: Timed[Any] | None, error: BaseException | None) -> None:
         self._works.pop(work, None)
         self._worker.deliver(work.loop, work.resolve, value, error)
 
     def _fail_all(self) -> None:
         """End the steps that had begun when the engine was closed."""
         for work in list(self._works):
-            if isinstance(work, _QueuedStep) and work.part is not None:
+            if isinstance(work, QueuedStep) and work.part is not None:
                 self._fail(work, EngineClosedError())

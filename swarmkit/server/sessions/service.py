@@ -54,7 +54,8 @@ from swarmkit.server.cache.kv_budget import CacheFullError, KVBudget
 from swarmkit.server.cache.prefix_cache import root_of
 from swarmkit.server.cache.prefix_tracker import PrefixTracker, tail_bytes
 from swarmkit.server.engine.admission_policy import Ahead
-from swarmkit.server.engine.engine import Engine, ExpiredError, Timed
+from swarmkit.server.engine.engine import Engine
+from swarmkit.server.engine.work import ExpiredError, Timed
 from swarmkit.server.sessions.admission import AdmissionControl, evicted, process_counts
 from swarmkit.server.sessions.push import Links, NotLinkedError
 from swarmkit.server.sessions.session import LateStepError, ServedSession, check_place, check_step

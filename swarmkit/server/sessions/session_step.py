@@ -24,7 +24,7 @@ _MAX_POSITION = 2**24
 
 @dataclass(eq=False)
 class SessionStep:
-    """A step that was received, and the session that it is for; see `engine.StepTask`."""
+    """A step that was received, and the session that it is for; see `work.StepTask`."""
 
     stage: Stage
     client: str

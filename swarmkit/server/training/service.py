@@ -29,7 +29,8 @@ from swarmkit.net.rpc.server_stream import ServerStream
 from swarmkit.net.transport.seam import Stream
 from swarmkit.server.adapters.service import held
 from swarmkit.server.adapters.store import AdapterStore
-from swarmkit.server.engine.engine import BULK, Engine
+from swarmkit.server.engine.engine import Engine
+from swarmkit.server.engine.work import BULK
 from swarmkit.server.training.activation_cache import ActivationCache
 from swarmkit.server.training.work import STATES_FACTOR, GradientWork, SliceTimes, check_request
 from swarmkit.settings import ServerSettings

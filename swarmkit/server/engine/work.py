@@ -1,0 +1,199 @@
+"""What an engine runs: steps of sessions and jobs, with the progress and the outcome of each."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import anyio
+from torch import Tensor
+
+from swarmkit.errors import SwarmkitError
+from swarmkit.models.execution.stage import Stage, StepPart
+from swarmkit.net.rpc.faults import Refusal
+from swarmkit.server.engine.device_watch import DeviceWatch, marks_of
+from swarmkit.server.engine.scheduler import DECODE_TOKENS, ArrivalPredictor, PassTimes
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+INTERACTIVE = 0
+"""Priority of a job that a user is waiting for."""
+BULK = 1
+"""Priority of every other job."""
+
+
+class EngineClosedError(Refusal):
+    """The engine was closed before the work's turn came. A client is told that the server leaves."""
+
+    def __init__(self) -> None:
+        super().__init__("leaving", "this server has stopped computing; use another one")
+
+
+@dataclass(frozen=True)
+class Timed(Generic[T]):
+    """A result, and the seconds that its work waited and ran."""
+
+    value: T
+    queue_s: float
+    compute_s: float
+
+
+class ExpiredError(SwarmkitError):
+    """The step had not begun when its client's patience ended, and was dropped."""
+
+
+class StepTask(Protocol[T_co]):
+    """One step of a session, as the engine needs it."""
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that the step runs on."""
+
+    @property
+    def client(self) -> str:
+        """The client's peer id; clients are served alike, however many sessions they have."""
+
+    @property
+    def session(self) -> Hashable:
+        """A key that tells the step's session from others."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and tokens per row."""
+
+    @property
+    def cached_output(self) -> Tensor | None:
+        """After `prepare`: outputs [rows, cached tokens, hidden] of first tokens that the cache holds
+        already.
+        """
+
+    def prepare(self) -> StepPart:
+        """Return all of the step. Called in a turn, before the first chunk; an exception ends the step."""
+
+    def result(self, output: Tensor) -> T_co:
+        """Turn `output` [rows, tokens, hidden] into the step's result. Called in a turn, after the last
+        chunk.
+        """
+
+    def after_result(self, output: Tensor) -> None:
+        """Do what may wait until the result is on its way. Called in a turn; must not raise."""
+
+
+class Work:
+    """A step or job on its way from the event loop to the engine and back.
+
+    `claim` is taken once: by the engine to begin the work, or by its caller to withdraw it. `ended`, `done`
+    and `after` belong to the event loop's thread.
+    """
+
+    def __init__(self, now: float) -> None:
+        self.claim = threading.Lock()
+        self.cancelled = False
+        self.loop = asyncio.get_running_loop()
+        self.done: asyncio.Future[Timed[Any]] = self.loop.create_future()
+        self.ended = False
+        self.after: asyncio.Future[None] | None = None
+        self.queued_at = now
+
+    def resolve(self, value: Timed[Any] | None, error: BaseException | None) -> None:
+        """Give the caller the outcome. Called on the event loop."""
+        self.ended = True
+        if self.after is not None and not self.after.done():
+            self.after.set_result(None)
+        if self.done.done():
+            return  # its caller was cancelled meanwhile
+        if error is not None:
+            self.done.set_exception(error)
+        else:
+            assert value is not None
+            self.done.set_result(value)
+
+    async def wait_until_ended(self) -> None:
+        """Wait for the end of work that has begun, even if the waiting task is cancelled meanwhile."""
+        with anyio.CancelScope(shield=True):
+            while not self.ended:
+                if self.after is None or self.after.done():
+                    self.after = self.loop.create_future()
+                try:
+                    await self.after
+                except asyncio.CancelledError:
+                    continue
+
+
+class Job(Work):
+    """A function that runs in a turn of its own."""
+
+    def __init__(self, run: Callable[[], Any], priority: int, now: float) -> None:
+        super().__init__(now)
+        self.run = run
+        self.bulk = priority == BULK
+
+
+class LearnedTimes:
+    """What the engine has learned of one stage: how long its passes take, and when its sessions are back."""
+
+    def __init__(self, stage: Stage, clock: Callable[[], float]) -> None:
+        self.times = PassTimes()
+        self.arrivals = ArrivalPredictor()
+        self.watch: DeviceWatch[int] = DeviceWatch(marks_of(stage.device, clock), self.times.learn)
+
+
+class QueuedStep(Work):
+    """A step and its progress. All but what a `Work` has belongs to the engine's turns."""
+
+    def __init__(self, task: StepTask[Any], patience_s: float, learned: LearnedTimes, now: float) -> None:
+        super().__init__(now)
+        self.task = task
+        self.learned = learned
+        self.expires_at = now + patience_s if patience_s else math.inf
+        self.rows, self.tokens = task.shape
+        self.decode = self.tokens <= DECODE_TOKENS
+        self.passed_over = 0
+        self.tokens_done = 0
+        self.part: StepPart | None = None
+        """All of the step, once it was prepared."""
+        self.past = 0
+        """Tokens that its cache held before the step."""
+        self.outputs: list[Tensor] = []
+        self.started_at = 0.0
+
+    @property
+    def tokens_left(self) -> int:
+        return self.tokens - self.tokens_done
+
+    def prepare(self, now: float) -> None:
+        self.started_at = now
+        self.part = self.task.prepare()
+        self.past = self.part.cache.tokens
+        if (cached := self.task.cached_output) is not None:
+            self.past -= cached.shape[1]
+            self.add_output(cached)
+
+    def chunk(self, tokens: int) -> StepPart:
+        """The step's next `tokens` tokens per row."""
+        part = self.part
+        assert part is not None
+        if tokens == self.tokens:
+            return part
+        start, stop = self.tokens_done, self.tokens_done + tokens
+        mask, positions = part.attention_mask, part.position_ids
+        return StepPart(
+            part.hidden[:, start:stop],
+            part.cache,
+            None if mask is None else mask[:, : self.past + stop],
+            None if positions is None else positions[:, start:stop],
+        )
+
+    def add_output(self, output: Tensor) -> None:
+        self.outputs.append(output)
+        self.tokens_done += output.shape[1]
+
+    def rewind(self) -> None:
+        """Leave the cache as it was before the step, which is done as a whole or not at all."""
+        if self.part is not None:
+            self.part.cache.rewind(self.past)
