@@ -31,7 +31,7 @@ class BusyPeers:
     def note(self, peer_id: str, retry_after_s: float) -> float:
         """A peer says that it has no room before so many seconds; returns for how long it is left alone.
 
-        A peer that says so repeatedly is asked less often than it says: after 0.1, 0.2, 0.4, … seconds at least.
+        A peer that says so repeatedly is asked less often than that: after 0.1, 0.2, 0.4, … seconds at least.
         """
         old = self._peers.get(peer_id)
         now = self._clock()
