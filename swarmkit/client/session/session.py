@@ -7,7 +7,6 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
 from types import TracebackType
 
 import torch
@@ -17,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 from swarmkit.client.adapters.model_adapters import ModelAdapters
 from swarmkit.client.session.chain import ChainSession
 from swarmkit.client.session.duplicate_rows import alike_rows
+from swarmkit.client.session.unsent import Unsent
 from swarmkit.client.swarm.connection import Connection
 from swarmkit.errors import SessionError, UsageError
 
@@ -253,47 +253,6 @@ class Session:
             self._entered = None
         _threads.pop(self, None)
         self.close()
-
-
-@dataclass(frozen=True)
-class Unsent:
-    """What a forked session holds before its first step: inputs that its servers have not been given.
-
-    Attributes:
-        hidden: [batch, tokens, hidden], on the CPU.
-        positions: [batch, tokens]; None = 0, 1, …
-    """
-
-    hidden: torch.Tensor
-    positions: torch.Tensor | None
-
-    def followed_by(
-        self, hidden: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """One step with all of it and new tokens behind."""
-        rows, held, _ = self.hidden.shape
-        if hidden.shape[0] != rows:
-            raise SessionError(f"the session holds {rows} rows, the step has {hidden.shape[0]}")
-        whole = torch.cat([self.hidden.to(hidden.dtype), hidden], dim=1)
-        if positions is None and self.positions is None:
-            return whole, mask, None
-        default = torch.arange(whole.shape[1]).expand(rows, -1)
-        before = default[:, :held] if self.positions is None else self.positions
-        after = default[:, held:] if positions is None else positions
-        return whole, mask, torch.cat([before, after], dim=1)
-
-    def cropped(self, tokens: int) -> Unsent | None:
-        """The first `tokens` positions; None if that is nothing."""
-        held = self.hidden.shape[1]
-        if not 0 <= tokens <= held:
-            raise SessionError(f"cannot keep {tokens} of {held} tokens")
-        positions = None if self.positions is None else self.positions[:, :tokens]
-        return Unsent(self.hidden[:, :tokens], positions) if tokens else None
-
-    def reordered(self, order: Sequence[int]) -> Unsent:
-        """Row i becomes what row order[i] was."""
-        rows = list(order)
-        return Unsent(self.hidden[rows], None if self.positions is None else self.positions[rows])
 
 
 def active_session(connection: Connection) -> Session | None:

@@ -131,9 +131,9 @@ class StepExecution:
             if not stage.survives(error):
                 stage.drop()
             raise
-        service_id, bans = stage.hop.server.service_id, self._swarm.bans
-        if service_id in bans.failures:
-            bans.worked(service_id)
+        bans = self._swarm.bans
+        if bans.failures:
+            bans.worked(stage.hop.server.service_id)
         if len(results) == 1:
             return results[0].output
         return torch.cat([result.output for result in results], dim=1)
