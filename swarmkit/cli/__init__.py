@@ -18,12 +18,18 @@ from swarmkit.cli import demo, serve, generate, chat, status, bootstrap, plan, c
 __all__ = ["app", "main"]
 
 
+def _leave_quickly() -> None:
+    """Let the interpreter's end walk no garbage, unless a module would report all that as leaked."""
+    if "triton" not in sys.modules:  # its nanobind prints a line for each object that is never collected
+        gc.freeze()
+
+
 def main() -> None:
     """Run the command line; our own errors are one line for people, not a traceback."""
     # transformers makes a million objects that stay: walking them costs half a second of every start and a
     # second of every end.
     gc.set_threshold(100_000, 50, 100)
-    atexit.register(gc.freeze)
+    atexit.register(_leave_quickly)
     try:
         app()
     except SwarmkitError as error:

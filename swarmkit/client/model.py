@@ -35,6 +35,7 @@ from swarmkit.errors import UsageError
 from swarmkit.events import Event, StepFinished, Subscription
 from swarmkit.models.architecture.anatomy import cache_argument
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.device import ensure_device
 from swarmkit.models.head.head import build_head
 from swarmkit.models.head.head_kind import HeadKind
 from swarmkit.net.connect import TransportFactory, over_hivemind
@@ -109,6 +110,7 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
                 "which swarm? give initial_peers=[…] (the address that `swarmkit serve` prints), "
                 "or start one here with swarmkit.LocalSwarm(…)"
             )
+        ensure_device(device)
         kind, others = cls._head.taken_from(hub)
         checkpoint = Checkpoint.open(model, **hub_options(others))
         reference = ModelRef(

@@ -175,6 +175,8 @@ class LocalSwarm:
         """A client of this swarm; ends with the swarm at the latest."""
         from swarmkit.client.model import SwarmModelForCausalLM
 
+        if not self._started:
+            raise UsageError("start the swarm first, with start() or a `with` block")
         kwargs.setdefault("settings", self._client_settings)
         kwargs.setdefault("transport", self._client_transport())
         model = SwarmModelForCausalLM.from_pretrained(self.checkpoint, **kwargs)

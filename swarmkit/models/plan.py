@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from swarmkit.errors import UsageError
 from swarmkit.models.architecture.anatomy import block_numel, block_skeletons
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.device import ensure_device
 from swarmkit.models.kv.measure import measure_block_cache
 from swarmkit.models.kv.state_history import MARKS
 from swarmkit.models.quantization.precision import Precision
@@ -203,7 +204,7 @@ def device_memory_bytes(device: str) -> int:
     """Return the bytes that a server may plan with: the free memory of a CUDA device, what Metal recommends
     on a Mac, or the machine's available memory for a CPU.
     """
-    kind = torch.device(device).type
+    kind = ensure_device(device).type
     if kind == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if kind == "mps":

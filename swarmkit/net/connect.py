@@ -54,6 +54,8 @@ def over_hivemind(
         use_relay: be reachable through other peers when behind a NAT.
     """
     limits = settings or NetSettings()
+    if isinstance(initial_peers, str):  # one address, not a list of letters
+        initial_peers = [initial_peers]
 
     async def create(identity: Identity, record_check: RecordCheck) -> Transport:
         from swarmkit.net.hivemind.transport import HivemindTransport

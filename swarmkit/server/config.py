@@ -9,6 +9,7 @@ import torch
 
 from swarmkit.errors import UsageError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.device import ensure_device
 from swarmkit.models.plan import Plan, device_memory_bytes, format_bytes, plan_checkpoint
 from swarmkit.models.quantization.precision import Precision
 from swarmkit.net.registry.records import MAX_HOSTED_ADAPTERS
@@ -36,6 +37,7 @@ class ServerConfig:
     settings: ServerSettings = field(default_factory=ServerSettings)
 
     def __post_init__(self) -> None:
+        ensure_device(self.device)
         total = self.checkpoint.num_blocks
         if self.blocks is not None:
             self.check_blocks(self.blocks)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,15 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments, pipeline
 
+import swarmkit
 from swarmkit import LocalSwarm, SwarmModelForCausalLM
-from swarmkit.errors import UsageError
+from swarmkit.errors import NoRouteError, UsageError
+from swarmkit.local.swarm import over_memory
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
+from swarmkit.settings import ClientSettings
 
+from ..models.tiny import make_checkpoint
 from .test_tuning import Texts, batch
 
 
@@ -162,3 +168,53 @@ def test_a_compiled_model_generates_what_the_local_one_does(swarm: LocalSwarm, l
     ids = torch.tensor([[5, 9, 33]])
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
     assert torch.equal(model.generate(ids, **options), local.generate(ids, **options))
+
+
+# messages
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [("gpu", "'gpu' is not a device; use cpu, cuda"), ("cuda", "torch finds no cuda device")],
+)
+def test_a_device_that_is_not_there_is_named(swarm: LocalSwarm, device: str, words: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(UsageError, match=words):
+        swarm.model(device=device)
+    with pytest.raises(UsageError, match=words):
+        swarmkit.Server("tiny-chat", device=device)
+
+
+def test_peers_of_another_model_are_named(swarm: LocalSwarm, tmp_path: Path) -> None:
+    assert swarm.network is not None
+    other = make_checkpoint(tmp_path, "llama")
+    hasty = ClientSettings().replace(route_timeout_s=0.1)
+    model = SwarmModelForCausalLM.from_pretrained(other, transport=over_memory(swarm.network), settings=hasty)
+    with (
+        model,
+        pytest.raises(NoRouteError, match=r"no server of this swarm has .*: its servers have tiny-chat"),
+    ):
+        model.generate(torch.tensor([[5, 9]]), max_new_tokens=2)
+
+
+def test_a_swarm_that_was_not_started_says_so_at_once() -> None:
+    with pytest.raises(UsageError, match="start the swarm first"):
+        LocalSwarm("tiny-chat", num_stages=2, transport="memory").model()
+
+
+@pytest.mark.parametrize(("loaded", "frozen"), [("json", True), ("triton", False)])
+def test_commands_leave_garbage_to_the_interpreter_where_triton_would_call_it_leaked(
+    loaded: str, frozen: bool
+) -> None:
+    code = (
+        "import sys, types, gc, atexit; import swarmkit.cli as cli; from unittest import mock\n"
+        f"sys.modules.setdefault({loaded!r}, types.ModuleType({loaded!r}))\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 0))\n"
+        "sys.argv = ['swarmkit', '--version']\n"
+        "cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.split()[-1] == str(frozen)

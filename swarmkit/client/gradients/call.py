@@ -311,6 +311,7 @@ class Call:
         with anyio.move_on_after(until - self._swarm.clock.now()):
             await self._changed.wait()
             return
+        await self._swarm.look_for_other_models()
         self._error = self._gave_up()
 
     async def _look(self) -> None:

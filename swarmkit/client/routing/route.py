@@ -81,8 +81,22 @@ def lost_contact(start: int, stop: int, since: float | None) -> NoRouteError:
     )
 
 
-def no_route(start: int, stop: int, servers: Sequence[Announcement]) -> NoRouteError:
-    """The error that names the blocks of [start, stop) which none of `servers` holds."""
+def no_route(
+    start: int, stop: int, servers: Sequence[Announcement], name: str = "", others: Sequence[str] = ()
+) -> NoRouteError:
+    """The error that names the blocks of [start, stop) which none of `servers` holds.
+
+    Args:
+        name: of the model.
+        others: the models that the swarm's servers have, where none has this one.
+    """
+    if others:
+        same = f"; those of {name} there have other weights or another config" if name in others else ""
+        return NoRouteError(
+            f"no server of this swarm has the model {name}: its servers have {', '.join(others)}{same}. Join "
+            "the swarm of your model, or start a server for it",
+            [(start, stop)],
+        )
     missing = uncovered(start, stop, [(server.start, server.stop) for server in servers])
     named = ", ".join(f"{low}:{high}" for low, high in missing) or f"{start}:{stop}"
     return NoRouteError(

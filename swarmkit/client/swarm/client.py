@@ -33,6 +33,8 @@ from swarmkit.settings import ClientSettings, NetSettings
 
 logger = logging.getLogger(__name__)
 
+_OTHERS_TIMEOUT_S = 5.0
+
 _ASSUMED_ROUND_TRIP_S = 0.02
 _LOOK_PAUSE_S = 0.5
 _UNLINKED_S = 600.0
@@ -81,6 +83,7 @@ class SwarmClient:
         self._transport: Transport | None = None
         self._streams: weakref.WeakSet[ClientStream] = weakref.WeakSet()
         self._registry: Registry | None = None
+        self._other_models: list[str] = []
         self._stop = anyio.Event()
         self._look_now = anyio.Event()
         self._looking = anyio.Lock()
@@ -268,7 +271,18 @@ class SwarmClient:
         """The error that says which of these blocks no server has now, or that this client cannot know it."""
         if self._no_contact is not None:
             return lost_contact(start, stop, self._no_contact.since)
-        return no_route(start, stop, self._known())
+        return no_route(start, stop, self._known(), self.model.name, self._other_models)
+
+    async def look_for_other_models(self) -> None:
+        """Where no server of the model is known, find out what the swarm serves instead, for the error."""
+        if self._known() or self._no_contact is not None or self._registry is None:
+            return
+        try:
+            with anyio.move_on_after(_OTHERS_TIMEOUT_S):
+                found = await self._registry.look_up_all()
+                self._other_models = sorted({each.model for each in found.servers(self.clock.time())})
+        except SwarmkitError as error:
+            logger.debug("could not look up the swarm's models: %s", error)
 
     def times_of(self, server: Announcement) -> StepTimes:
         """How long this server's steps take, as seen by all sessions here."""

@@ -65,6 +65,7 @@ class RouteSearch:
                 return route
             left_s = self._left_s()
             if left_s <= 0:
+                await swarm.look_for_other_models()
                 raise self._gave_up(start, stop, route, error, busy=not banned) from error
             only_busy = bool(route) and not banned
             self._tell(((start, stop),) if only_busy else swarm.unserved(start, stop), left_s, only_busy)
