@@ -218,3 +218,14 @@ def test_commands_leave_garbage_to_the_interpreter_where_triton_would_call_it_le
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.split()[-1] == str(frozen)
+
+
+def test_gradient_checkpointing_changes_no_gradient(swarm: LocalSwarm, local: Any) -> None:
+    gradients = []
+    for model in (swarm.model(), local):
+        model.gradient_checkpointing_enable()
+        embeddings = model.get_input_embeddings()(batch()["input_ids"]).detach().requires_grad_()
+        model(inputs_embeds=embeddings, labels=batch()["labels"], use_cache=False).loss.backward()
+        gradients.append(embeddings.grad)
+    local.gradient_checkpointing_disable()
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
