@@ -116,7 +116,7 @@ def test_gradients_are_those_of_the_local_model(tiny: Checkpoint, local: Any) ->
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "nf4"])
-def test_every_precision(dtype: str) -> None:
+def test_every_precision_gives_the_local_models_tokens(dtype: str) -> None:
     checkpoint = Checkpoint.open("tiny-chat")
     ids = checkpoint.tokenizer()("What is the capital of France?", return_tensors="pt").input_ids.to(DEVICE)
     with swarm_of(checkpoint, dtype=dtype) as swarm:

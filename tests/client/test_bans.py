@@ -25,7 +25,7 @@ def bans(clock: Clock) -> Bans:
     return Bans(2.0, 10.0, clock)
 
 
-def test_nobody_is_banned_at_first(bans: Bans) -> None:
+def test_no_peer_is_banned_at_first(bans: Bans) -> None:
     assert not bans.is_banned("peer")
 
 
@@ -34,7 +34,7 @@ def test_a_peer_that_failed_is_banned(bans: Bans) -> None:
     assert bans.is_banned("peer")
 
 
-def test_others_are_not(bans: Bans) -> None:
+def test_a_failure_of_one_peer_bans_no_other(bans: Bans) -> None:
     bans.failed("peer")
     assert not bans.is_banned("other")
 

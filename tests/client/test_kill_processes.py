@@ -42,7 +42,7 @@ CHUNK_TOKENS = 16
 NEW_TOKENS = 24
 
 
-class World:
+class ProcessSwarm:
     def __init__(self, swarm: LocalSwarm) -> None:
         self.swarm = swarm
         self.model = swarm.model()
@@ -119,7 +119,7 @@ class World:
         pytest.param(False, id="through-the-client", marks=pytest.mark.slow),
     ],
 )
-def world(tiny_llama: Checkpoint, request: pytest.FixtureRequest) -> Iterator[World]:
+def world(tiny_llama: Checkpoint, request: pytest.FixtureRequest) -> Iterator[ProcessSwarm]:
     swarm = LocalSwarm(
         tiny_llama,
         num_stages=2,
@@ -131,7 +131,7 @@ def world(tiny_llama: Checkpoint, request: pytest.FixtureRequest) -> Iterator[Wo
     )
     with swarm:
         assert sorted({server.blocks for server in swarm.servers}) == STAGES
-        world = World(swarm)
+        world = ProcessSwarm(swarm)
         yield world
         world.close()
 
@@ -150,7 +150,7 @@ def undisturbed(tiny_llama: Checkpoint) -> Callable[..., list[list[int]]]:
 
 
 def kill_at_answer(
-    world: World, monkeypatch: pytest.MonkeyPatch, start: int, number: int, delay_s: float
+    world: ProcessSwarm, monkeypatch: pytest.MonkeyPatch, start: int, number: int, delay_s: float
 ) -> list[str]:
     """Have the server of the stage that begins at block `start` killed while or after it is waited for its
     answer `number`.
@@ -183,7 +183,10 @@ def kill_at_answer(
     "seed", [pytest.param(seed, marks=() if seed < 6 else pytest.mark.slow) for seed in range(20)]
 )
 def test_sigkill_at_a_random_moment(
-    world: World, undisturbed: Callable[..., list[list[int]]], monkeypatch: pytest.MonkeyPatch, seed: int
+    world: ProcessSwarm,
+    undisturbed: Callable[..., list[list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
 ) -> None:
     """Even seeds kill in the prefill, odd ones in decoding."""
     world.two_of_each()
@@ -212,7 +215,7 @@ def test_sigkill_at_a_random_moment(
 
 @pytest.mark.parametrize("tokens", [0, 9])
 def test_two_stages_are_killed_at_once(
-    world: World, undisturbed: Callable[..., list[list[int]]], tokens: int
+    world: ProcessSwarm, undisturbed: Callable[..., list[list[int]]], tokens: int
 ) -> None:
     world.two_of_each()
     before = len(world.lost())
@@ -227,7 +230,7 @@ def test_two_stages_are_killed_at_once(
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_stopped_process_is_left_after_the_deadline(
-    world: World, undisturbed: Callable[..., list[list[int]]], stage: int
+    world: ProcessSwarm, undisturbed: Callable[..., list[list[int]]], stage: int
 ) -> None:
     world.two_of_each()
     stopped: list[ServerProcess] = []
@@ -245,14 +248,14 @@ def test_a_stopped_process_is_left_after_the_deadline(
 
 
 def test_a_process_that_goes_on_after_it_was_stopped_serves_again(
-    world: World, undisturbed: Callable[..., list[list[int]]]
+    world: ProcessSwarm, undisturbed: Callable[..., list[list[int]]]
 ) -> None:
     world.two_of_each()
     assert world.answer().tolist() == undisturbed()
 
 
 def test_all_replicas_are_killed_and_one_comes_back(
-    world: World, undisturbed: Callable[..., list[list[int]]]
+    world: ProcessSwarm, undisturbed: Callable[..., list[list[int]]]
 ) -> None:
     world.all_started()
     events = len(world.model.events)
@@ -269,7 +272,7 @@ def test_all_replicas_are_killed_and_one_comes_back(
 
 
 def test_a_process_that_is_asked_to_leave_lets_its_session_move(
-    world: World, undisturbed: Callable[..., list[list[int]]]
+    world: ProcessSwarm, undisturbed: Callable[..., list[list[int]]]
 ) -> None:
     world.two_of_each()
     left: list[tuple[ServerProcess, list[psutil.Process]]] = []
@@ -296,7 +299,7 @@ def test_a_process_that_is_asked_to_leave_lets_its_session_move(
 
 
 def test_replacements_with_other_boundaries(
-    world: World, undisturbed: Callable[..., list[list[int]]]
+    world: ProcessSwarm, undisturbed: Callable[..., list[list[int]]]
 ) -> None:
     world.all_started()
     others = [world._pool.submit(world.swarm.add_server, blocks) for blocks in [(0, 1), (1, 4), (3, 5)]]

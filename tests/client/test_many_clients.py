@@ -35,7 +35,7 @@ ARCHITECTURES = [
 
 
 @dataclass
-class World:
+class SharedSwarm:
     """A model here, the same in a swarm of two stages, and eight clients of that."""
 
     swarm: LocalSwarm
@@ -50,7 +50,7 @@ class World:
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedSwarm]:
     folder = make_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
     checkpoint = Checkpoint.open(folder)
     swarm = LocalSwarm(
@@ -61,7 +61,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         client_settings=ClientSettings().replace(min_step_timeout_s=60),
     )
     with swarm:
-        yield World(swarm, load_local(checkpoint), [swarm.model() for _ in range(CLIENTS)])
+        yield SharedSwarm(swarm, load_local(checkpoint), [swarm.model() for _ in range(CLIENTS)])
 
 
 def prompts() -> list[Tensor]:
@@ -69,7 +69,7 @@ def prompts() -> list[Tensor]:
     return [prompt(3 + 6 * number, seed=number)[0] for number in range(CLIENTS)]
 
 
-def test_each_client_gets_the_tokens_that_it_gets_alone(world: World) -> None:
+def test_each_client_gets_the_tokens_that_it_gets_alone(world: SharedSwarm) -> None:
     all_run = threading.Barrier(CLIENTS, timeout=60)
 
     def talk(model: SwarmModelForCausalLM, ids: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def test_each_client_gets_the_tokens_that_it_gets_alone(world: World) -> None:
     assert [tokens.tolist() for tokens in found] == [tokens.tolist() for tokens in wanted]
 
 
-def test_clients_that_break_off_change_nothing_for_the_others(world: World) -> None:
+def test_clients_that_break_off_change_nothing_for_the_others(world: SharedSwarm) -> None:
     all_run = threading.Barrier(CLIENTS, timeout=60)
 
     def break_off() -> None:

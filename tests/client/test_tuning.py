@@ -29,7 +29,7 @@ PROMPT_TOKENS = 4
 
 
 @dataclass
-class World:
+class TunedSwarm:
     swarm: LocalSwarm
     checkpoint: Checkpoint
 
@@ -51,10 +51,10 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TunedSwarm]:
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path_factory.mktemp("tuned"), "llama"))
     with LocalSwarm(checkpoint, num_stages=2, transport="memory") as swarm:
-        yield World(swarm, checkpoint)
+        yield TunedSwarm(swarm, checkpoint)
 
 
 class Texts(Dataset[dict[str, Tensor]]):
@@ -102,7 +102,7 @@ def trained(model: Any, steps: int = 3) -> list[float]:
     return losses
 
 
-def test_prompt_tuning_has_the_local_models_loss_and_gradient(world: World) -> None:
+def test_prompt_tuning_has_the_local_models_loss_and_gradient(world: TunedSwarm) -> None:
     found, wanted = (with_prompts(model) for model in (world.model(), load_local(world.checkpoint)))
     losses = [model(**batch()).loss for model in (found, wanted)]
     for loss in losses:
@@ -111,13 +111,15 @@ def test_prompt_tuning_has_the_local_models_loss_and_gradient(world: World) -> N
     assert_close(prompts(found).grad, prompts(wanted).grad)
 
 
-def test_a_loop_of_ones_own_learns_what_it_learns_locally(world: World) -> None:
+def test_a_loop_of_ones_own_learns_what_it_learns_locally(world: TunedSwarm) -> None:
     found, wanted = (trained(with_prompts(m)) for m in (world.model(), load_local(world.checkpoint)))
     assert found == pytest.approx(wanted, rel=1e-4)
     assert found[-1] < found[0]
 
 
-def test_a_saved_adapter_is_plain_pefts_and_training_goes_on_from_it(world: World, tmp_path: Path) -> None:
+def test_a_saved_adapter_is_plain_pefts_and_training_goes_on_from_it(
+    world: TunedSwarm, tmp_path: Path
+) -> None:
     model = with_prompts(world.model())
     trained(model)
     model.save_pretrained(tmp_path)
@@ -148,7 +150,7 @@ def trainer(model: Any, folder: Path, steps: int) -> Trainer:
     return Trainer(model=model, args=arguments, train_dataset=Texts())
 
 
-def test_the_trainer_trains_saves_and_resumes(world: World, tmp_path: Path) -> None:
+def test_the_trainer_trains_saves_and_resumes(world: TunedSwarm, tmp_path: Path) -> None:
     whole = with_prompts(world.model())
     trainer(whole, tmp_path / "whole", 4).train()
     local = with_prompts(load_local(world.checkpoint))
@@ -161,7 +163,7 @@ def test_the_trainer_trains_saves_and_resumes(world: World, tmp_path: Path) -> N
     torch.testing.assert_close(prompts(resumed), prompts(whole), rtol=1e-3, atol=1e-4)
 
 
-def test_prompts_help_to_generate(world: World) -> None:
+def test_prompts_help_to_generate(world: TunedSwarm) -> None:
     found, wanted = (with_prompts(model) for model in (world.model(), load_local(world.checkpoint)))
     ids = Texts()[0]["input_ids"][None, :5]
     tokens = [m.generate(input_ids=ids, max_new_tokens=4, do_sample=False) for m in (found, wanted)]
@@ -178,7 +180,7 @@ def labelled() -> dict[str, Tensor]:
     return {**inputs, "labels": torch.tensor([0, 2, 1, 2])}
 
 
-def test_a_classifier_is_the_local_one_and_its_score_learns(world: World) -> None:
+def test_a_classifier_is_the_local_one_and_its_score_learns(world: TunedSwarm) -> None:
     found, wanted = world.classifier(), world.local_classifier()
     wanted.requires_grad_(False)
     wanted.score.load_state_dict(found.score.state_dict())
@@ -191,7 +193,9 @@ def test_a_classifier_is_the_local_one_and_its_score_learns(world: World) -> Non
     assert [name for name, p in found.named_parameters() if p.requires_grad] == ["score.weight"]
 
 
-def test_a_classifier_with_prompts_comes_back_from_where_it_was_saved(world: World, tmp_path: Path) -> None:
+def test_a_classifier_with_prompts_comes_back_from_where_it_was_saved(
+    world: TunedSwarm, tmp_path: Path
+) -> None:
     config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=PROMPT_TOKENS)
     model = peft.get_peft_model(world.classifier(), config)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)

@@ -32,7 +32,7 @@ def test_the_tokens_are_the_same(world: World, wanted: Tensor) -> None:
 
 
 @pytest.mark.parametrize("way", ["beams", "left-padded batch", "prompt lookup"])
-def test_every_way_works(world: World, way: str) -> None:
+def test_every_way_to_generate_works_without_recovery(world: World, way: str) -> None:
     assert world.answer(way).shape[1] == 7 + NEW_TOKENS
 
 
@@ -42,7 +42,7 @@ def test_only_the_last_server_sends_its_outputs_here(world: World) -> None:
     assert [[bool(nbytes) for nbytes in step] for step in received] == [[False, False, True]] * len(received)
 
 
-def test_nothing_is_kept(world: World) -> None:
+def test_a_client_without_recovery_keeps_no_history(world: World) -> None:
     with world.model.session() as session:
         world.answer()
         assert session.chain.history_bytes <= prompt(7)[0].shape[1] * world.client.model.hidden_size * 4

@@ -106,7 +106,7 @@ def test_large_layers_are_exchanged_wherever_they_are() -> None:
     ],
     ids=["small", "trainable", "of another dtype", "elsewhere", "of another kind"],
 )
-def test_other_layers_stay(kept: nn.Linear) -> None:
+def test_layers_of_any_other_kind_stay_plain(kept: nn.Linear) -> None:
     model = nn.Sequential(kept)
     assert use_blocked(model) == 0
     assert model[0] is kept

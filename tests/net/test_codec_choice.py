@@ -76,5 +76,7 @@ def test_a_better_codec_replaces_one_that_pays() -> None:
         ((), "float32", "none"),
     ],
 )
-def test_the_smallest(allowed: tuple[CodecName, ...], dtype: str, wanted: CodecName) -> None:
+def test_the_smallest_codec_that_saves_bytes_is_found(
+    allowed: tuple[CodecName, ...], dtype: str, wanted: CodecName
+) -> None:
     assert smallest(allowed, replace(TOKEN, dtype=dtype)) == wanted

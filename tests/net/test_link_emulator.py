@@ -62,7 +62,7 @@ class Line:
 
 
 @dataclass
-class World:
+class EmulatedNetwork:
     """A port where lines come in, and links in front of it."""
 
     port: int = 0
@@ -89,8 +89,8 @@ class World:
 
 
 @pytest.fixture
-async def world() -> AsyncIterator[World]:
-    world = World()
+async def world() -> AsyncIterator[EmulatedNetwork]:
+    world = EmulatedNetwork()
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await world.incoming.put(Line(reader, writer))
@@ -125,7 +125,7 @@ async def seconds_to_arrive(sender: Line, receiver: Line, data: bytes = b"x") ->
     ],
     ids=["plain", "delay", "jitter", "everything"],
 )
-async def test_bytes_arrive_whole_and_in_order(world: World, link: EmulatedLink) -> None:
+async def test_bytes_arrive_whole_and_in_order(world: EmulatedNetwork, link: EmulatedLink) -> None:
     near, far = await world.connect(await world.link(link))
     data = bytes(range(256)) * 2000
     for start in range(0, len(data), 10_000):
@@ -134,14 +134,14 @@ async def test_bytes_arrive_whole_and_in_order(world: World, link: EmulatedLink)
     assert await far.read(len(data)) == data
 
 
-async def test_what_is_sent_before_the_other_side_is_there_arrives(world: World) -> None:
+async def test_what_is_sent_before_the_other_side_is_there_arrives(world: EmulatedNetwork) -> None:
     near = await world.dial(await world.link(DELAY))
     near.writer.write(b"early")
     near.writer.close()
     assert await (await world.incoming.get()).rest() == b"early"
 
 
-async def test_each_direction_counts_its_bytes(world: World) -> None:
+async def test_each_direction_counts_its_bytes(world: EmulatedNetwork) -> None:
     link = await world.link(EmulatedLink())
     near, far = await world.connect(link)
     near.writer.write(b"12345")
@@ -154,18 +154,18 @@ async def test_each_direction_counts_its_bytes(world: World) -> None:
 # how long it takes: never less than was asked for
 
 
-async def test_a_delay_is_kept_in_each_direction(world: World) -> None:
+async def test_a_delay_is_kept_in_each_direction(world: EmulatedNetwork) -> None:
     near, far = await world.connect(await world.link(EmulatedLink(delay_s=0.05), EmulatedLink(delay_s=0.1)))
     assert await seconds_to_arrive(near, far) >= 0.05
     assert await seconds_to_arrive(far, near) >= 0.1
 
 
-async def test_a_narrow_link_takes_its_time(world: World) -> None:
+async def test_a_narrow_link_takes_its_time(world: EmulatedNetwork) -> None:
     near, far = await world.connect(await world.link(EmulatedLink(bandwidth=8e5)))
     assert await seconds_to_arrive(near, far, bytes(20_000)) >= 0.2
 
 
-async def test_connections_share_the_bandwidth(world: World) -> None:
+async def test_connections_share_the_bandwidth(world: EmulatedNetwork) -> None:
     link = await world.link(EmulatedLink(bandwidth=8e5))
     (one, other_one), (two, other_two) = [await world.connect(link) for _ in range(2)]
     began = time.perf_counter()
@@ -175,14 +175,14 @@ async def test_connections_share_the_bandwidth(world: World) -> None:
     assert time.perf_counter() - began >= 0.2
 
 
-async def test_a_link_can_be_changed_while_it_is_used(world: World) -> None:
+async def test_a_link_can_be_changed_while_it_is_used(world: EmulatedNetwork) -> None:
     link = await world.link(EmulatedLink())
     near, far = await world.connect(link)
     link.change(inbound=DELAY)
     assert await seconds_to_arrive(near, far) >= 0.05
 
 
-async def test_a_faster_link_does_not_overtake_what_is_under_way(world: World) -> None:
+async def test_a_faster_link_does_not_overtake_what_is_under_way(world: EmulatedNetwork) -> None:
     link = await world.link(EmulatedLink(delay_s=0.2))
     near, far = await world.connect(link)
     near.writer.write(b"first")
@@ -192,7 +192,7 @@ async def test_a_faster_link_does_not_overtake_what_is_under_way(world: World) -
     assert await far.read(11) == b"firstsecond"
 
 
-async def test_a_new_connection_waits_for_a_round_trip(world: World) -> None:
+async def test_a_new_connection_waits_for_a_round_trip(world: EmulatedNetwork) -> None:
     link = await world.link(EmulatedLink(delay_s=0.05), EmulatedLink(delay_s=0.1))
     began = time.perf_counter()
     await world.connect(link)
@@ -202,19 +202,19 @@ async def test_a_new_connection_waits_for_a_round_trip(world: World) -> None:
 # backpressure
 
 
-async def test_a_full_link_holds_up_the_sender(world: World) -> None:
+async def test_a_full_link_holds_up_the_sender(world: EmulatedNetwork) -> None:
     near, _ = await world.connect(await world.link(EmulatedLink(bandwidth=1e4, queue_bytes=1000)))
     near.writer.write(bytes(64 * 1024 * 1024))
     assert await near.is_held_up()
 
 
-async def test_a_receiver_that_does_not_read_holds_up_the_sender(world: World) -> None:
+async def test_a_receiver_that_does_not_read_holds_up_the_sender(world: EmulatedNetwork) -> None:
     near, _ = await world.connect(await world.link(EmulatedLink()))
     near.writer.write(bytes(64 * 1024 * 1024))
     assert await near.is_held_up()
 
 
-async def test_a_sender_that_was_held_up_goes_on_when_it_is_read(world: World) -> None:
+async def test_a_sender_that_was_held_up_goes_on_when_it_is_read(world: EmulatedNetwork) -> None:
     near, far = await world.connect(await world.link(EmulatedLink(delay_s=0.01, queue_bytes=1000)))
     data = bytes(8 * 1024 * 1024)
     near.writer.write(data)
@@ -224,14 +224,14 @@ async def test_a_sender_that_was_held_up_goes_on_when_it_is_read(world: World) -
 # ends and cuts
 
 
-async def test_the_end_of_a_connection_arrives_after_what_was_sent(world: World) -> None:
+async def test_the_end_of_a_connection_arrives_after_what_was_sent(world: EmulatedNetwork) -> None:
     near, far = await world.connect(await world.link(DELAY))
     near.writer.write(b"bye")
     near.writer.close()
     assert await far.rest() == b"bye"
 
 
-async def test_half_a_connection_may_end(world: World) -> None:
+async def test_half_a_connection_may_end(world: EmulatedNetwork) -> None:
     near, far = await world.connect(await world.link(DELAY))
     near.writer.write(b"question")
     near.writer.write_eof()
@@ -241,7 +241,7 @@ async def test_half_a_connection_may_end(world: World) -> None:
     assert (question, await near.rest()) == (b"question", b"answer")
 
 
-async def test_an_ended_connection_is_forgotten(world: World) -> None:
+async def test_an_ended_connection_is_forgotten(world: EmulatedNetwork) -> None:
     link = await world.link(DELAY)
     near, far = await world.connect(link)
     near.writer.close()
@@ -251,14 +251,14 @@ async def test_an_ended_connection_is_forgotten(world: World) -> None:
     assert own_tasks() == set()
 
 
-async def test_nobody_behind_the_link_is_the_end_of_the_connection(world: World) -> None:
+async def test_nobody_behind_the_link_is_the_end_of_the_connection(world: EmulatedNetwork) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         async with await LinkEmulator.open(unused.getsockname(), EmulatedLink()) as link:
             assert await (await world.dial(link)).rest() == b""
 
 
-async def test_a_drop_ends_both_sides_and_loses_what_is_under_way(world: World) -> None:
+async def test_a_drop_ends_both_sides_and_loses_what_is_under_way(world: EmulatedNetwork) -> None:
     link = await world.link(EmulatedLink())
     near, far = await world.connect(link)
     link.change(inbound=EmulatedLink(delay_s=10))
@@ -267,7 +267,7 @@ async def test_a_drop_ends_both_sides_and_loses_what_is_under_way(world: World) 
     assert (await near.rest(), await far.rest()) == (b"", b"")
 
 
-async def test_after_a_drop_new_connections_are_welcome(world: World) -> None:
+async def test_after_a_drop_new_connections_are_welcome(world: EmulatedNetwork) -> None:
     link = await world.link(EmulatedLink())
     await world.connect(link)
     link.drop()
@@ -276,7 +276,7 @@ async def test_after_a_drop_new_connections_are_welcome(world: World) -> None:
     assert await far.read(1) == b"x"
 
 
-async def test_a_refusing_link_ends_connections_old_and_new(world: World) -> None:
+async def test_a_refusing_link_ends_connections_old_and_new(world: EmulatedNetwork) -> None:
     link = await world.link(EmulatedLink())
     old, _ = await world.connect(link)
     link.refuse()
@@ -285,7 +285,7 @@ async def test_a_refusing_link_ends_connections_old_and_new(world: World) -> Non
 
 
 @pytest.mark.parametrize("how", ["time", "heal"])
-async def test_a_refusal_ends(world: World, how: str) -> None:
+async def test_a_refusal_ends(world: EmulatedNetwork, how: str) -> None:
     link = await world.link(EmulatedLink())
     link.refuse(0.05 if how == "time" else 1000)
     if how == "heal":
@@ -297,7 +297,7 @@ async def test_a_refusal_ends(world: World, how: str) -> None:
     assert await far.read(1) == b"x"
 
 
-async def test_a_silent_link_delivers_nothing_and_ends_nothing(world: World) -> None:
+async def test_a_silent_link_delivers_nothing_and_ends_nothing(world: EmulatedNetwork) -> None:
     link = await world.link(EmulatedLink())
     near, far = await world.connect(link)
     link.silence()
@@ -306,7 +306,7 @@ async def test_a_silent_link_delivers_nothing_and_ends_nothing(world: World) -> 
     assert (await near.is_quiet(), await far.is_quiet()) == (True, True)
 
 
-async def test_a_silent_link_does_not_even_tell_of_the_end(world: World) -> None:
+async def test_a_silent_link_does_not_even_tell_of_the_end(world: EmulatedNetwork) -> None:
     link = await world.link(EmulatedLink())
     near, far = await world.connect(link)
     link.silence()
@@ -314,7 +314,7 @@ async def test_a_silent_link_does_not_even_tell_of_the_end(world: World) -> None
     assert await far.is_quiet()
 
 
-async def test_a_link_may_be_silent_in_one_direction(world: World) -> None:
+async def test_a_link_may_be_silent_in_one_direction(world: EmulatedNetwork) -> None:
     link = await world.link(EmulatedLink())
     near, far = await world.connect(link)
     link.silence(outbound=False)
@@ -323,7 +323,7 @@ async def test_a_link_may_be_silent_in_one_direction(world: World) -> None:
     assert (await near.read(1), await far.is_quiet()) == (b"y", True)
 
 
-async def test_what_a_silent_link_held_arrives_when_it_heals(world: World) -> None:
+async def test_what_a_silent_link_held_arrives_when_it_heals(world: EmulatedNetwork) -> None:
     link = await world.link(DELAY)
     near, far = await world.connect(link)
     link.silence()
@@ -333,7 +333,7 @@ async def test_what_a_silent_link_held_arrives_when_it_heals(world: World) -> No
     assert await far.read(4) == b"held"
 
 
-async def test_a_silent_link_holds_up_the_sender(world: World) -> None:
+async def test_a_silent_link_holds_up_the_sender(world: EmulatedNetwork) -> None:
     link = await world.link(EmulatedLink())
     near, _ = await world.connect(link)
     link.silence()
@@ -344,7 +344,7 @@ async def test_a_silent_link_holds_up_the_sender(world: World) -> None:
 # life
 
 
-async def test_a_link_is_programmed_from_another_thread(world: World) -> None:
+async def test_a_link_is_programmed_from_another_thread(world: EmulatedNetwork) -> None:
     link = await world.link(EmulatedLink())
     near, _ = await world.connect(link)
     thread = threading.Thread(target=link.drop)
@@ -354,7 +354,7 @@ async def test_a_link_is_programmed_from_another_thread(world: World) -> None:
     assert ended == b""
 
 
-async def test_closing_ends_all_connections_and_tasks(world: World) -> None:
+async def test_closing_ends_all_connections_and_tasks(world: EmulatedNetwork) -> None:
     link = await world.link(DELAY)
     near, far = await world.connect(link)
     await world.dial(link)  # which is still on its way
@@ -363,7 +363,7 @@ async def test_closing_ends_all_connections_and_tasks(world: World) -> None:
     assert (link.num_connections, own_tasks()) == (0, set())
 
 
-async def test_a_closed_link_says_so(world: World) -> None:
+async def test_a_closed_link_says_so(world: EmulatedNetwork) -> None:
     link = await world.link(EmulatedLink())
     await link.close()
     await link.close()
@@ -371,11 +371,11 @@ async def test_a_closed_link_says_so(world: World) -> None:
         link.drop()
 
 
-async def test_a_port_in_use_is_named(world: World) -> None:
+async def test_a_port_in_use_is_named(world: EmulatedNetwork) -> None:
     with pytest.raises(TransportError, match=str(world.port)):
         await world.link(EmulatedLink(), port=world.port)
 
 
-async def test_the_address_is_what_peers_dial(world: World) -> None:
+async def test_the_address_is_what_peers_dial(world: EmulatedNetwork) -> None:
     link = await world.link(EmulatedLink())
     assert link.address == f"/ip4/127.0.0.1/tcp/{link.port}"

@@ -36,7 +36,7 @@ async def test_it_goes_in_when_there_is_room_again() -> None:
     assert receive_budget.held_bytes == 7
 
 
-async def test_nobody_overtakes() -> None:
+async def test_a_message_that_fits_waits_behind_one_that_does_not() -> None:
     assert let_in(await asking(ReceiveBudget(10), 4, 7, 1)) == [True, False, False]
 
 

@@ -125,7 +125,7 @@ def test_a_record_is_believed_until_it_expires(age: float, believed: bool) -> No
 
 
 @pytest.mark.parametrize(("ahead", "believed"), [(MAX_LIFETIME_S, True), (MAX_LIFETIME_S + 1, False)])
-def test_nobody_is_immortal(ahead: float, believed: bool) -> None:
+def test_a_record_that_would_live_too_long_is_not_believed(ahead: float, believed: bool) -> None:
     assert is_acceptable(KEY, MINE.peer_id, signed(expires_at=NOW + ahead), NOW, NOW) is believed
 
 

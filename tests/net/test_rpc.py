@@ -79,7 +79,7 @@ async def answer_kindly(stream: ServerStream, incoming: IncomingMessage) -> None
 
 
 @dataclass
-class World:
+class ServerAndClient:
     """A server and a client of an in-memory network, and the server's sides of its streams."""
 
     network: MemoryNetwork
@@ -113,9 +113,9 @@ class World:
 
 
 @pytest.fixture
-async def world() -> AsyncIterator[World]:
+async def world() -> AsyncIterator[ServerAndClient]:
     network = MemoryNetwork()
-    world = World(network, network.transport(), network.transport(), [])
+    world = ServerAndClient(network, network.transport(), network.transport(), [])
     await listen(world.server, TALK, world.serve)
     yield world
     await world.client.close()
@@ -154,20 +154,20 @@ def test_an_endpoint_has_the_same_name_in_every_version() -> None:
 # requests and answers
 
 
-async def test_a_request_is_answered(world: World) -> None:
+async def test_a_request_is_answered(world: ServerAndClient) -> None:
     assert await (await world.stream()).ask(Greet(), Welcome) == Welcome()
 
 
-async def test_a_request_with_a_tensor_is_answered_with_one(world: World) -> None:
+async def test_a_request_with_a_tensor_is_answered_with_one(world: ServerAndClient) -> None:
     assert torch.equal(await doubled(await world.known(), torch.ones(2, 3)), torch.full((2, 3), 2.0))
 
 
-async def test_an_answer_of_another_type_is_the_servers_mistake(world: World) -> None:
+async def test_an_answer_of_another_type_is_the_servers_mistake(world: ServerAndClient) -> None:
     with pytest.raises(ProtocolError, match="expected Doubled as an answer, got Welcome"):
         await (await world.stream()).ask(Greet(), Doubled)
 
 
-async def test_a_message_out_of_turn_is_a_fault_and_ends_the_stream(world: World) -> None:
+async def test_a_message_out_of_turn_is_a_fault_and_ends_the_stream(world: ServerAndClient) -> None:
     stream = await world.stream()
     error = await remote_error(doubled(stream, torch.ones(1)))
     assert (error.code, "Double in state 'strange'" in str(error)) == ("illegal_message", True)
@@ -175,7 +175,7 @@ async def test_a_message_out_of_turn_is_a_fault_and_ends_the_stream(world: World
         await stream.receive()
 
 
-async def test_a_refused_request_does_not_advance_the_state(world: World) -> None:
+async def test_a_refused_request_does_not_advance_the_state(world: ServerAndClient) -> None:
     async def refuse(stream: ServerStream, incoming: IncomingMessage) -> None:
         raise Refusal("busy", "come back later", 1.5)
 
@@ -185,7 +185,7 @@ async def test_a_refused_request_does_not_advance_the_state(world: World) -> Non
     assert (error.code, error.retry_after_s, world.streams[0].state) == ("busy", 1.5, "strange")
 
 
-async def test_after_a_refusal_the_stream_goes_on(world: World) -> None:
+async def test_after_a_refusal_the_stream_goes_on(world: ServerAndClient) -> None:
     async def refuse(stream: ServerStream, incoming: IncomingMessage) -> None:
         world.answer = answer_kindly
         raise Refusal("busy", "come back later")
@@ -196,7 +196,7 @@ async def test_after_a_refusal_the_stream_goes_on(world: World) -> None:
     assert await stream.ask(Greet(), Welcome) == Welcome()
 
 
-async def test_the_fault_of_a_refused_request_has_its_number(world: World) -> None:
+async def test_the_fault_of_a_refused_request_has_its_number(world: ServerAndClient) -> None:
     async def refuse(stream: ServerStream, incoming: IncomingMessage) -> None:
         stream.number = incoming.message.number
         raise Refusal("busy", "come back later")
@@ -208,7 +208,7 @@ async def test_the_fault_of_a_refused_request_has_its_number(world: World) -> No
     assert (await stream.receive()).message == Fault("busy", "come back later", 7)
 
 
-async def test_a_failure_of_the_server_is_told_and_ends_the_stream(world: World) -> None:
+async def test_a_failure_of_the_server_is_told_and_ends_the_stream(world: ServerAndClient) -> None:
     async def fail(stream: ServerStream, incoming: IncomingMessage) -> None:
         raise ZeroDivisionError("oh")
 
@@ -220,13 +220,13 @@ async def test_a_failure_of_the_server_is_told_and_ends_the_stream(world: World)
         await stream.receive()
 
 
-async def test_a_server_that_takes_no_more_streams_says_so(world: World) -> None:
+async def test_a_server_that_takes_no_more_streams_says_so(world: ServerAndClient) -> None:
     world.refusal = Refusal("busy", "too many streams")
     stream = await world.stream()
     assert (await remote_error(stream.ask(Greet(), Welcome))).is_busy
 
 
-async def test_why_a_stream_ended_is_told_to_a_client_that_goes_on_sending(world: World) -> None:
+async def test_why_a_stream_ended_is_told_to_a_client_that_goes_on_sending(world: ServerAndClient) -> None:
     world.refusal = Refusal("busy", "too many streams")
     stream = await world.stream()
     await asyncio.wait_for(world.served.wait(), 5)
@@ -237,7 +237,9 @@ async def test_why_a_stream_ended_is_told_to_a_client_that_goes_on_sending(world
 # payloads
 
 
-async def test_a_payload_is_received_into_a_given_buffer_without_a_further_copy(world: World) -> None:
+async def test_a_payload_is_received_into_a_given_buffer_without_a_further_copy(
+    world: ServerAndClient,
+) -> None:
     stream = await world.known()
     sent = torch.arange(MiB, dtype=torch.float32)
     spec, data = codec.encode(sent)
@@ -250,7 +252,7 @@ async def test_a_payload_is_received_into_a_given_buffer_without_a_further_copy(
     assert incoming.tensor(incoming.message.values).data_ptr() == buffer.data_ptr()
 
 
-async def test_a_buffer_of_another_size_is_the_callers_mistake(world: World) -> None:
+async def test_a_buffer_of_another_size_is_the_callers_mistake(world: ServerAndClient) -> None:
     stream = await world.known()
     spec, data = codec.encode(torch.ones(4))
     await stream.send(Double(spec), [data])
@@ -260,7 +262,7 @@ async def test_a_buffer_of_another_size_is_the_callers_mistake(world: World) -> 
 
 @pytest.mark.parametrize("values", [1, CHUNK_BYTES // 4, CHUNK_BYTES // 4 + 1, MiB])
 async def test_a_payload_that_is_not_taken_is_dropped_before_the_next_message(
-    world: World, values: int
+    world: ServerAndClient, values: int
 ) -> None:
     async def drop(stream: ServerStream, incoming: IncomingMessage) -> None:
         raise Refusal("busy", "no room for so much")
@@ -272,7 +274,7 @@ async def test_a_payload_that_is_not_taken_is_dropped_before_the_next_message(
     assert torch.equal(await doubled(stream, torch.ones(1)), torch.full((1,), 2.0))
 
 
-async def test_tensors_are_not_there_before_they_were_received(world: World) -> None:
+async def test_tensors_are_not_there_before_they_were_received(world: ServerAndClient) -> None:
     found: list[IncomingMessage] = []
 
     async def look(stream: ServerStream, incoming: IncomingMessage) -> None:
@@ -285,7 +287,7 @@ async def test_tensors_are_not_there_before_they_were_received(world: World) -> 
     assert "await payload() first" in str(error)
 
 
-async def test_a_message_over_the_limit_is_refused_by_its_head(world: World) -> None:
+async def test_a_message_over_the_limit_is_refused_by_its_head(world: ServerAndClient) -> None:
     world.max_payload_bytes = 3
     error = await remote_error(doubled(await world.known(), torch.ones(1)))
     assert (error.code, "4 bytes of tensors are more than the 3" in str(error)) == ("too_large", True)
@@ -294,7 +296,7 @@ async def test_a_message_over_the_limit_is_refused_by_its_head(world: World) -> 
 # time
 
 
-async def test_a_server_that_is_silent_beyond_the_deadline_is_given_up(world: World) -> None:
+async def test_a_server_that_is_silent_beyond_the_deadline_is_given_up(world: ServerAndClient) -> None:
     async def be_silent(stream: ServerStream, incoming: IncomingMessage) -> None:
         await asyncio.Event().wait()
 
@@ -304,7 +306,7 @@ async def test_a_server_that_is_silent_beyond_the_deadline_is_given_up(world: Wo
         await stream.ask(Greet(), Welcome)
 
 
-async def test_a_deadline_holds_for_all_that_is_done_within_it(world: World) -> None:
+async def test_a_deadline_holds_for_all_that_is_done_within_it(world: ServerAndClient) -> None:
     stream = await world.stream()
 
     async def greet_very_often() -> None:
@@ -317,7 +319,7 @@ async def test_a_deadline_holds_for_all_that_is_done_within_it(world: World) -> 
         await asyncio.wait_for(greet_very_often(), 5)
 
 
-async def test_progress_may_move_the_deadline(world: World) -> None:
+async def test_progress_may_move_the_deadline(world: ServerAndClient) -> None:
     stream = await world.stream()
     with stream.within(0.2):
         for _ in range(4):
@@ -326,7 +328,7 @@ async def test_progress_may_move_the_deadline(world: World) -> None:
             stream.extend(0.2)
 
 
-async def test_after_a_deadline_was_met_the_stream_lives(world: World) -> None:
+async def test_after_a_deadline_was_met_the_stream_lives(world: ServerAndClient) -> None:
     stream = await world.stream()
     with stream.within(0.05):
         await stream.ask(Greet(), Welcome)
@@ -334,7 +336,7 @@ async def test_after_a_deadline_was_met_the_stream_lives(world: World) -> None:
     assert await stream.ask(Greet(), Welcome) == Welcome()
 
 
-async def test_a_client_that_is_silent_for_too_long_loses_the_stream(world: World) -> None:
+async def test_a_client_that_is_silent_for_too_long_loses_the_stream(world: ServerAndClient) -> None:
     world.message_timeout = 0.1
     with pytest.raises(PeerUnreachableError):
         await (await world.stream()).receive()
@@ -345,7 +347,7 @@ async def test_a_client_that_is_silent_for_too_long_loses_the_stream(world: Worl
 OLD_HEAD = ">2sBIQ"
 
 
-async def test_a_message_of_a_later_version_is_refused_with_both_versions(world: World) -> None:
+async def test_a_message_of_a_later_version_is_refused_with_both_versions(world: ServerAndClient) -> None:
     stream = await world.stream()
     later = PROTOCOL_VERSION + 1
     await stream.stream.send(HEAD.pack(b"SK", later, 0, 0, 0.0))
@@ -355,7 +357,7 @@ async def test_a_message_of_a_later_version_is_refused_with_both_versions(world:
 
 
 @pytest.mark.parametrize("sent_at", [math.nan, -1.0, math.inf])
-async def test_a_message_that_was_sent_at_no_time_is_refused(world: World, sent_at: float) -> None:
+async def test_a_message_that_was_sent_at_no_time_is_refused(world: ServerAndClient, sent_at: float) -> None:
     stream = await world.stream()
     await stream.stream.send(HEAD.pack(b"SK", PROTOCOL_VERSION, 0, 0, sent_at))
     assert "cannot have been sent" in str(await remote_error(stream.answer(Welcome)))
@@ -365,7 +367,7 @@ RECORDED_REQUEST = bytes.fromhex("534b01") + (14).to_bytes(4, "big") + bytes(8) 
 """What a client of version 1 sends to ask a server what it is doing."""
 
 
-async def test_a_client_of_version_1_is_told_that_it_needs_an_update(world: World) -> None:
+async def test_a_client_of_version_1_is_told_that_it_needs_an_update(world: ServerAndClient) -> None:
     stream = await world.client.open(world.server.peer_id, "swarmkit/1/talk")
     await stream.send(RECORDED_REQUEST)
     answer = await stream.receive()
@@ -375,7 +377,7 @@ async def test_a_client_of_version_1_is_told_that_it_needs_an_update(world: Worl
     assert "version 1 is not 2: the peer with version 1 needs an update" in fault["message"]
 
 
-async def test_a_server_of_version_1_is_named_as_such(world: World) -> None:
+async def test_a_server_of_version_1_is_named_as_such(world: ServerAndClient) -> None:
     old = world.network.transport()
 
     async def serve(stream: Stream) -> None:
@@ -387,6 +389,6 @@ async def test_a_server_of_version_1_is_named_as_such(world: World) -> None:
     assert caught.value.peer_id == old.peer_id
 
 
-async def test_a_server_of_no_version_does_not_serve_the_protocol(world: World) -> None:
+async def test_a_server_of_no_version_does_not_serve_the_protocol(world: ServerAndClient) -> None:
     with pytest.raises(NotServedError, match="does not serve 'swarmkit/talk'"):
         await connect(world.client, TALK, world.network.transport().peer_id)

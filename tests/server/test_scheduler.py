@@ -84,7 +84,7 @@ def test_a_stage_that_was_passed_over_twice_is_next() -> None:
 # what goes together
 
 
-def test_nothing_to_do() -> None:
+def test_without_work_there_is_no_schedule() -> None:
     assert turn_of() is None
 
 
