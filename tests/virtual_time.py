@@ -25,6 +25,7 @@ from swarmkit.net.registry.envelope import Envelope
 from swarmkit.net.transport.identity import Identity
 from swarmkit.server import model_server as server_module
 from swarmkit.server.engine import engine as engine_module
+from swarmkit.server.engine.engine import Engine
 
 T = TypeVar("T")
 
@@ -146,7 +147,7 @@ class SharedStages:
         self._load = Stage.load
         self._loaded: dict[tuple[int, int], Stage] = {}
 
-    def decode_rate(self, stage: Stage, now: Callable[[], float]) -> float:
+    async def decode_rate(self, stage: Stage, engine: Engine) -> float:
         """As `measure_decode_rate`, of what would always be measured here."""
         return 1 / self._seconds(1)
 

@@ -391,7 +391,7 @@ class ModelServer:
         """Decode steps per second through all blocks of a stage, measured unless the settings name them."""
         rate = self.config.settings.node.throughput
         if rate is None:
-            rate = (await engine.run(lambda: measure_decode_rate(stage, engine.now), BULK)).value
+            rate = await measure_decode_rate(stage, engine)
         await engine.run(trim_malloc, BULK)
         return rate
 
