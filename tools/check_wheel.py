@@ -29,7 +29,7 @@ def build() -> Path:
     """The one wheel in `dist/`, made anew."""
     shutil.rmtree(DIST, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
-        # A copy of what belongs into it: setuptools would leave a build folder here, and find old files there.
+        # A copy of what belongs into it: setuptools would leave a build folder here, and use old files in it.
         shutil.copytree(
             ROOT / "swarmkit", Path(folder) / "swarmkit", ignore=shutil.ignore_patterns("__pycache__")
         )
