@@ -36,7 +36,7 @@ $(LIBRARIES): $(DEV)
 demo: $(READY) ## four servers, a chat, and a server that dies in the middle of an answer
 	@$(BIN)/swarmkit demo
 
-test: $(DEV) ## the tests; about 4 minutes on 2 cores
+test: $(DEV) ## the tests; under 10 minutes on 2 cores
 	@$(PYTEST) -m "not slow and not notebook"
 
 test-all: $(LIBRARIES) ## the slow tests and the notebooks too
