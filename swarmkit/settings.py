@@ -317,6 +317,13 @@ class RoutingSettings(SettingsGroup):
         description="The precisions, such as `float32`, of which the client accepts servers. An empty list "
         "accepts all.",
     )
+    allowed_servers: tuple[str, ...] = Field(
+        default=(),
+        description="The peer ids of the only servers that the client uses. An empty list allows all.",
+    )
+    blocked_servers: tuple[str, ...] = Field(
+        default=(), description="The peer ids of servers that the client never uses."
+    )
 
 
 class DeadlineSettings(SettingsGroup):

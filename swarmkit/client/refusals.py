@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from swarmkit.errors import UsageError
 
-_PRECISION = "each server chooses the precision of its blocks; see ClientSettings(precisions=…)"
+_PRECISION = "each server chooses the precision of its blocks; see the setting `precisions`"
 _OPTIONS = {
     "attn_implementation": "the attention runs on the servers, which choose its implementation",
     "device_map": "only embeddings and head are on this machine; give device='cuda' to have them on a GPU",

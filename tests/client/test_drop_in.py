@@ -229,3 +229,25 @@ def test_gradient_checkpointing_changes_no_gradient(swarm: LocalSwarm, local: An
         gradients.append(embeddings.grad)
     local.gradient_checkpointing_disable()
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+# which servers
+
+
+@pytest.fixture(scope="module")
+def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
+    checkpoint = make_checkpoint(tmp_path_factory.mktemp("replicas"), "llama")
+    with LocalSwarm(checkpoint, num_stages=1, replicas=2, transport="memory") as swarm:
+        yield swarm
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+@pytest.mark.parametrize("setting", ["allowed_servers", "blocked_servers"])
+def test_a_client_uses_only_the_servers_that_its_user_allows(
+    replicas: LocalSwarm, setting: str, wanted: int
+) -> None:
+    named = replicas.servers[wanted if setting == "allowed_servers" else 1 - wanted].peer_id
+    model = replicas.model(settings=ClientSettings().replace(**{setting: (named,)}))
+    with model.session(max_length=16) as session:
+        model.generate(torch.tensor([[5, 9, 33]]), max_new_tokens=2)
+        assert session.route == [f"server-{wanted} [0:5]"]

@@ -247,9 +247,15 @@ class SwarmClient:
         return self.events.kept(StepFinished)
 
     def _known(self) -> list[Announcement]:
-        """The servers in the view; without contact to the swarm, those that there were when it was lost."""
+        """The servers in the view that the user allows; those at its loss where there is no contact."""
         now = self.clock.time() if self._no_contact is None else self._looked_at
-        return list(self.view.servers(now))
+        routing = self.settings.routing
+        return [
+            server
+            for server in self.view.servers(now)
+            if server.peer_id not in routing.blocked_servers
+            and (not routing.allowed_servers or server.peer_id in routing.allowed_servers)
+        ]
 
     def servers(self, hosted_adapter: str = "") -> list[Announcement]:
         """Those in the view as it is that may be used.
@@ -275,7 +281,11 @@ class SwarmClient:
 
     async def look_for_other_models(self) -> None:
         """Where no server of the model is known, find out what the swarm serves instead, for the error."""
-        if self._known() or self._no_contact is not None or self._registry is None:
+        if (
+            list(self.view.servers(self.clock.time()))
+            or self._no_contact is not None
+            or self._registry is None
+        ):
             return
         try:
             with anyio.move_on_after(_OTHERS_TIMEOUT_S):
