@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from swarmkit.client.gradients.function import FullPass, RemotePass, side_of
+from swarmkit.client.session.session import Session
 from swarmkit.errors import UsageError
 
 
@@ -67,6 +68,13 @@ class Blocks(nn.Module):
             return output
         states = output.unbind(0)
         return states[-1], states
+
+    def session(self, max_length: int) -> Session:
+        """A session over these blocks alone: `session.step(hidden)` takes [batch, tokens, hidden].
+
+        Args: max_length: tokens per row that it may hold.
+        """
+        return Session(self._remote.connection, max_length, self._remote.adapters, (self.start, self.stop))
 
     def extra_repr(self) -> str:
         return f"{self.start}:{self.stop}"

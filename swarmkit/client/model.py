@@ -247,6 +247,8 @@ class SwarmModelForCausalLM(SwarmModel):
         """
         usual = self._swarm.client.settings.sessions.speculation
         session = kwargs.pop("session", None) or active_session(self._swarm)
+        if session is not None and not session.is_whole:
+            raise UsageError("a session over some blocks has step() only; generate() needs model.session()")
         kwargs = named_arguments(args, kwargs)
         name = self._name_cache(kwargs)
         tokens = inputs if inputs is not None else kwargs.get("input_ids")

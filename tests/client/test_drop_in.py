@@ -251,3 +251,25 @@ def test_a_client_uses_only_the_servers_that_its_user_allows(
     with model.session(max_length=16) as session:
         model.generate(torch.tensor([[5, 9, 33]]), max_new_tokens=2)
         assert session.route == [f"server-{wanted} [0:5]"]
+
+
+def test_a_session_over_some_blocks_runs_those_alone(swarm: LocalSwarm, model: Any) -> None:
+    states = torch.randn(1, 6, 256, generator=torch.Generator().manual_seed(3))
+    with model.blocks[2:6].session(max_length=16) as session, torch.no_grad():
+        found = torch.cat([session.step(states[:, :4]), session.step(states[:, 4:])], dim=1)
+        assert session.route == ["server-0 [2:4]", "server-1 [4:6]"]
+    torch.testing.assert_close(found, model.blocks[2:6](states), rtol=1e-4, atol=1e-4)
+
+
+def test_generate_does_not_use_a_session_over_some_blocks(swarm: LocalSwarm, model: Any, local: Any) -> None:
+    ids = torch.tensor([[5, 9, 33]])
+    with model.blocks[2:6].session(max_length=16) as session:
+        found = model.generate(ids, max_new_tokens=3, do_sample=False)
+        assert session.position == 0
+    assert torch.equal(found, local.generate(ids, max_new_tokens=3, do_sample=False))
+
+
+def test_generate_refuses_a_session_over_some_blocks(model: Any) -> None:
+    session = model.blocks[2:6].session(max_length=16)
+    with session, pytest.raises(UsageError, match=r"needs model.session"):
+        model.generate(torch.tensor([[5, 9, 33]]), session=session)

@@ -41,14 +41,24 @@ class Session:
     """
 
     def __init__(
-        self, connection: Connection, max_length: int, adapters: ModelAdapters | None = None
+        self,
+        connection: Connection,
+        max_length: int,
+        adapters: ModelAdapters | None = None,
+        blocks: tuple[int, int] | None = None,
     ) -> None:
-        """Args: adapters: where each step looks for the adapter of the blocks."""
+        """Open a session; servers hear of it with its first step.
+
+        Args:
+            adapters: where each step looks for the adapter of the blocks.
+            blocks: the blocks [a, b) that it runs; all of the model's if not given.
+        """
         if max_length < 1:
             raise UsageError(f"a session needs room for at least one token; max_length is {max_length}")
         self._connection = connection
         self._adapters = adapters
-        self.chain = ChainSession(connection.client, max_length)
+        self._blocks = blocks or (0, connection.client.model.num_blocks)
+        self.chain = ChainSession(connection.client, max_length, *self._blocks)
         self._unsent: Unsent | None = None
         self._tokens: torch.Tensor | None = None
         self._mask: torch.Tensor | None = None
@@ -74,6 +84,11 @@ class Session:
     def connection(self) -> Connection:
         """The connection that the session runs over."""
         return self._connection
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it runs all blocks of the model, so that `generate()` can use it."""
+        return self._blocks == (0, self._connection.client.model.num_blocks)
 
     @property
     def closed(self) -> bool:
@@ -217,7 +232,7 @@ class Session:
         """
         if self.closed:
             raise SessionError("the session is closed; open a new one with model.session()")
-        other = Session(self._connection, self.max_length, self._adapters)
+        other = Session(self._connection, self.max_length, self._adapters, self._blocks)
         other.chain.renew_adapter(self.chain.adapter)
         other._tokens, other._mask = self._tokens, self._mask
         if self._unsent is not None:
@@ -258,10 +273,10 @@ class Session:
 def active_session(connection: Connection) -> Session | None:
     """The innermost session of this connection whose `with` block encloses the call."""
     for session in reversed(_active.get()):
-        if session.connection is connection:
+        if session.connection is connection and session.is_whole:
             return session
     for session, thread in list(_threads.items()):
-        if session.connection is connection and thread != threading.get_ident():
+        if session.connection is connection and session.is_whole and thread != threading.get_ident():
             del _threads[session]  # once is enough
             warnings.warn(
                 "generate() does not use the session whose `with` block is open in another thread; give it "
