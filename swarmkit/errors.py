@@ -9,7 +9,7 @@
     │   └── SessionError      a session used after its end or beyond its length
     ├── TransportError        this machine's own networking could not start or has ended
     │   └── NoContactError        no other peer of the swarm answers
-    ├── NoRouteError          nobody serves some blocks of the model
+    ├── NoRouteError          no server has some blocks of the model
     ├── DeadlineError         a step took longer than the user allows
     └── PeerError             another peer is at fault; the library goes on without it where it can
         ├── PeerUnreachableError  it cannot be dialled, or the connection ended
@@ -63,7 +63,7 @@ class TransportError(SwarmkitError):
 
 
 class NoContactError(TransportError):
-    """No other peer of the swarm answers at present, so that nothing is known about who serves what.
+    """No other peer of the swarm answers at present, so that nothing is known about the servers.
 
     Attributes:
         since: Unix time in seconds at which a peer answered last; None = none has ever answered.
@@ -78,7 +78,7 @@ class NoRouteError(SwarmkitError):
     """No server is known for some of the blocks that are needed.
 
     Attributes:
-        missing: half-open ranges of block indices that nobody serves.
+        missing: half-open ranges of block indices that no server has.
     """
 
     def __init__(self, message: str, missing: Sequence[tuple[int, int]] = ()) -> None:

@@ -1,4 +1,5 @@
-"""Clients that load a swarm, in processes of their own, so that they do not slow down who measures.
+"""Clients that load a swarm, in processes of their own, so that they do not slow down the process that
+measures.
 
 Such a client has no model: it sends random hidden states through the servers, as the blocks of a real one
 would, and checks that what comes back is finite. The child's life is in `load_process.py`.

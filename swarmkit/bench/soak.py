@@ -58,7 +58,7 @@ _SETTLE_S = 90.0
 _BASELINE_LOOKS = 5
 _ASK_TIMEOUT_S = 10.0
 _LEFT = ("sessions", "pushers", "leased_bytes", "receive_budget_bytes", "works")
-"""What must be nothing when nobody is there."""
+"""The resources that must be zero when no client is there."""
 _GROWN = ("streams", "tasks", "threads", "descriptors")
 """What must not be more than before."""
 
@@ -355,7 +355,7 @@ def _counting(swarm: LocalSwarm) -> Iterator[Any]:
 
 
 def _baseline(take_census: Any) -> dict[str, Resources]:
-    """The most that servers have of everything in five seconds in which nobody is there."""
+    """The most that servers have of everything in five seconds in which no client is there."""
     give_up_at = time.monotonic() + _SETTLE_S
     seen: list[dict[str, Resources]] = []
     while len(seen) < _BASELINE_LOOKS:

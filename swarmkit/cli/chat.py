@@ -32,7 +32,8 @@ def chat(
     threads: Threads = None,
     verbose: Verbose = False,
 ) -> None:
-    """Talk to a model. `/route` shows who computed the last answer, `/new` starts over, `/quit` ends.
+    """Talk to a model. `/route` shows which servers computed the last answer, `/new` starts over, `/quit`
+    ends.
 
     Examples:
 

@@ -140,7 +140,7 @@ class _Demo:
         self._messages: list[dict[str, str]] = []
 
     def play(self) -> _Killed:
-        """The short conversation, without anybody at the keyboard."""
+        """The short conversation, without a person at the keyboard."""
         killed: _Killed | None = None
         for number, question in enumerate(_CONVERSATION):
             console.out.print(f"\n[bold green]you  ›[/] {question}")

@@ -148,7 +148,7 @@ def _count(text: str | None) -> int | Literal["auto"] | None:
 
 
 def _serve_until(server: object, end: EndRequest) -> None:
-    """Wait for the end, then leave: at once if nobody is there to wait, else when sessions have moved."""
+    """Wait for the end, then leave: at once if no client has a session, else when sessions have moved."""
     import threading
 
     from swarmkit.node.server import Server

@@ -1,4 +1,4 @@
-"""Wait until somebody wants the program to end."""
+"""Wait until the program is asked to end."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ _PRELOADED = (
     "transformers.models.llama.modeling_llama",
 )
 _NOT_AT_IMPORT = ("SWARMKIT_SERVER_", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "PYTEST_")
-"""How variables begin that a server reads when it runs, or nobody; libraries read others when imported."""
+"""How environment variables begin that no library reads when it is imported."""
 _MOST_BYTES = 2**20
 _FILES = 3
 
@@ -163,7 +163,7 @@ class ForkServer:
     def _code(self, pid: int) -> int | None:
         if pid in self._exits:
             return self._exits[pid]
-        # Without the fork server nobody tells how its children end.
+        # Without the fork server nothing tells how its children end.
         return -signal.SIGKILL if self._gone and not _exists(pid) else None
 
     def _read(self) -> None:
@@ -187,7 +187,9 @@ _leases = 0
 
 @contextlib.contextmanager
 def shared() -> Iterator[ForkServer | None]:
-    """The process's fork server; there is one as long as somebody is in such a block. None: not here."""
+    """The process's fork server; there is one as long as a caller is in such a block; None where it does not
+    work.
+    """
     global _leases
     if sys.platform != "linux":
         yield None

@@ -29,7 +29,7 @@ _provider = BlockingPortalProvider(backend="asyncio")
 
 
 def lease() -> PortalLease:
-    """Hold the background loop, which is started if nobody holds it yet. Close the lease when done."""
+    """Hold the background loop, which is started if it is not held yet. Close the lease when done."""
     return PortalLease()
 
 
@@ -213,7 +213,7 @@ class _Call(Generic[_T]):
     def _finish(self, task: asyncio.Task[_T]) -> None:
         if task.cancelled():
             self.future.cancel()
-        error = None if task.cancelled() else task.exception()  # fetched even if nobody will ask for it
+        error = None if task.cancelled() else task.exception()  # fetched even if no caller asks for it
         self._on_end(self)
         self.ended.set()
         if self.future.set_running_or_notify_cancel():

@@ -44,7 +44,7 @@ class Server:
         dtype: a precision: float32, bfloat16, float16, int8 or nf4; `"auto"` = float32 on CPU, the
             checkpoint's own elsewhere.
         public_name: how this server is called in status pages.
-        fingerprint: of the model, from somebody you trust. With it the config comes from peers, not the Hub,
+        fingerprint: of the model, from a trusted source. With it the config comes from peers, not the Hub,
             and with weights from peers only (`WeightsSettings(source="peers")`) the Hub is asked nothing.
         identity_path: a file that keeps this server's key, so that its name and address stay the same.
         weights: where the blocks' weights may come from, and what is handed on to others.

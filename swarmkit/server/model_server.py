@@ -57,7 +57,9 @@ _TAKE_BACK_S = 2.0
 
 
 class _Run:
-    """One run of blocks, from loading to the end of its last session, and who is told what about it."""
+    """One run of blocks, from loading to the end of its last session, and what other peers are told about
+    it.
+    """
 
     def __init__(self, serving: Serving) -> None:
         self.serving = serving

@@ -100,7 +100,7 @@ def no_route(
     missing = uncovered(start, stop, [(server.start, server.stop) for server in servers])
     named = ", ".join(f"{low}:{high}" for low, high in missing) or f"{start}:{stop}"
     return NoRouteError(
-        f"nobody serves blocks {named}; start a server for them (`swarmkit serve MODEL --blocks "
+        f"no server has blocks {named}; start a server for them (`swarmkit serve MODEL --blocks "
         f"{named.split(',')[0]} --join ADDRESS`), or wait for one with a larger route_timeout_s",
         missing,
     )

@@ -8,7 +8,7 @@ content.
     <store>/partial/<key>.part, .json      a part that is being fetched, and which of its bytes are there
     <store>/about/<key>                    headers and hashes of files on the Hub
     <store>/about/<fingerprint>/…          a model's manifest (see `manifest.py`), and what is in it
-    <store>/locks, users, quarantine       one fetcher per part; who uses what; what turned out to be wrong
+    <store>/locks, users, quarantine       locks of parts; users of parts; parts that were wrong
 
 Any number of processes share a store. Files appear in `blobs` by renaming, complete. A file is hashed when a
 process first opens it, and put aside if it is not what its name says. Above the limit, the parts that were
@@ -303,7 +303,7 @@ class BlockStore:
         with contextlib.suppress(Timeout), lock.acquire(blocking=False):  # otherwise it is being fetched
             self.discard(path)
 
-    # ------------------------------------------------------------------ who uses what
+    # ------------------------------------------------------------------ which process uses which part
 
     def _use(self, content: str) -> None:
         if content not in self._used:

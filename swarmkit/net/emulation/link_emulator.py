@@ -1,6 +1,6 @@
 """A link of a chosen quality before a listening port: a TCP relay with delay, jitter, bandwidth and cuts.
 
-Nothing of the machine's network is changed: whoever shall be met over the link *announces* the relay's
+Nothing of the machine's network is changed: a peer that is to be met over the link *announces* the relay's
 address instead of its own (`over_hivemind(announce=[link.address])`), so that all other peers dial the relay.
 
 **What others see.** Between a peer with a link and one without, a message arrives
@@ -8,7 +8,7 @@ address instead of its own (`over_hivemind(announce=[link.address])`), so that a
     delay + 8 · bytes / bandwidth            (+ up to jitter)
 
 later than it would, and a round trip of small messages takes `inbound.delay_s + outbound.delay_s` longer.
-Two peers that both have a link meet over one of the two, that of the one who was dialled, so that a pair of
+Two peers that both have a link meet over one of the two, that of the peer that was dialled, so that a pair of
 peers is never further apart than one link. A new connection waits for one more round trip, as for TCP's
 handshake. What TCP itself does over a long way (slow start, losses) is not emulated: a link is like a
 connection that has been in use for a while.
@@ -84,7 +84,7 @@ class LinkEmulator:
         """Listen at `host` and `port` (0 = any free one) for connections that are passed on to `target`.
 
         Args:
-            target: host and port; nobody needs to listen there before the first connection comes.
+            target: host and port; nothing needs to listen there before the first connection comes.
             inbound, outbound: the quality towards the target and back; the same in both if one is given.
             seed: of the jitter.
 
@@ -230,7 +230,7 @@ class LinkEmulator:
             await asyncio.sleep(sum(lane.schedule.link.delay_s for lane in self._lanes))
             await self._loop.create_connection(lambda: connection.far, *self.target)
         except OSError as error:
-            logger.debug("nobody behind the link at %s: %s", self.target, error)
+            logger.debug("nothing listens behind the link at %s: %s", self.target, error)
             connection.reset()
         except BaseException:
             connection.reset()
@@ -430,7 +430,7 @@ class _Flow:
         self._append(None, self._lane.schedule.admit(0, self._loop.time()))
 
     def forget(self) -> None:
-        """Nobody receives this any more."""
+        """The receiver is gone."""
         self._queue.clear()
         self._queued_bytes = 0
         if self._timer is not None:

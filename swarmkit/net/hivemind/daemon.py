@@ -4,7 +4,7 @@ hivemind ships the daemon (a Go program) and can start it, but what it starts ha
 process is killed, the daemon and its sockets stay. Here the daemon lives in a private folder and
 
 * on Linux dies with its Python process, even if that is killed with SIGKILL (`PR_SET_PDEATHSIG`);
-* elsewhere ends by its own idle timeout once nobody is connected to it;
+* elsewhere ends by its own idle timeout once no process is connected to it;
 * folders of owners that were killed are swept by the next start.
 
 **The parent, to Linux, is the thread that started the child.** Start a daemon from a thread that lives as
@@ -106,7 +106,8 @@ class P2PDaemon:
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=asyncio.subprocess.PIPE,
                     stderr=asyncio.subprocess.STDOUT,
-                    # A Ctrl-C in the terminal is for its owner, who still needs it to say that it leaves.
+                    # A Ctrl-C in the terminal is meant for the program, which still needs the daemon to
+                    # announce that it leaves.
                     start_new_session=True,
                     env=_environment(options),
                 )
@@ -163,7 +164,7 @@ class P2PDaemon:
         try:
             await asyncio.shield(stopping)
         except asyncio.CancelledError:
-            self.kill()  # whoever waits has no time; the process must be reaped all the same
+            self.kill()  # the caller has no time; the process must be reaped all the same
             await stopping
             raise
 
@@ -219,8 +220,8 @@ def _environment(options: DaemonOptions) -> dict[str, str]:
     # daemon hands over less, which saved about a fifth of a hop where it was measured.
     defaults = {"GOLOG_LOG_LEVEL": "error", "GOMAXPROCS": "1"}
     if options.announce_maddrs:
-        # Else it dials from the port that it listens at, and whoever is dialled sees, keeps and tells others
-        # the very address that shall not be used.
+        # Else it dials from the port that it listens at, and the peer that is dialled sees, keeps and tells
+        # others the very address that shall not be used.
         defaults["LIBP2P_TCP_REUSEPORT"] = "false"
     return defaults | dict(os.environ)
 

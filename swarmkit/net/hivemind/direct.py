@@ -1,10 +1,10 @@
 """Streams that leave the p2p daemons aside, where two peers can reach each other by plain TCP.
 
 A frame over libp2p passes through two daemons, one on each side: four more process switches, which on a fast
-link is most of what a token's step costs on its way. So whoever serves a stream offers, over it, another
-way: a port of its own, a ticket that admits one connection, and a key for each direction. libp2p has
-authenticated both ends of the stream and encrypts what passes there, so whoever shows the ticket, and knows
-the keys, is the peer that the daemon has named.
+link is most of what a token's step costs on its way. So the peer that serves a stream offers, over it,
+another way: a port of its own, a ticket that admits one connection, and a key for each direction. libp2p has
+authenticated both ends of the stream and encrypts what passes there, so a peer that shows the ticket, and
+knows the keys, is the peer that the daemon has named.
 
 ::
 
@@ -55,7 +55,7 @@ Secret = Annotated[bytes, msgspec.Meta(min_length=_SECRET_BYTES, max_length=_SEC
 
 
 class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """The other way to the one who serves a stream."""
+    """The direct connection to the peer that serves a stream."""
 
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     ticket: Secret
@@ -89,7 +89,7 @@ class SealedStream(FrameStream):
         """From now on frames are encrypted: those that go with one key, those that come with the other.
 
         Raises:
-            ProtocolError: something has come already that nobody has sealed.
+            ProtocolError: bytes have come already that were not sealed.
         """
         if not self.nothing_waits:
             raise ProtocolError("a peer sent more than its ticket before it was welcome", self.peer_id)
@@ -169,7 +169,7 @@ class DirectListener:
         """Listen at a free port of these hosts.
 
         Args:
-            own: called with every stream; whoever owns it ends it.
+            own: called with every stream; its owner ends it.
             spawn: runs a coroutine as a task that ends with its owner.
 
         Returns: None where that cannot be: then nothing is offered.
@@ -236,7 +236,7 @@ async def connect_directly(
     """Take up an offer at the first of these hosts that answers to it; None if none does in time.
 
     Args:
-        own: called with every stream; whoever owns it ends it.
+        own: called with every stream; its owner ends it.
     """
     attempts = {
         asyncio.ensure_future(_connect(peer_id, offer, host, own)) for host in list(hosts)[:_MOST_HOSTS]

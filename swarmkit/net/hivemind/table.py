@@ -57,7 +57,7 @@ def load_hivemind() -> None:
     """Import hivemind, and undo what that does to the rest of the program.
 
     It changes how torch shares tensors between processes, renames a log level and installs a log handler;
-    and it starts tasks that nobody owns, which `owning` then collects. Takes seconds: call it in a thread.
+    and it starts tasks without an owner, which `owning` then collects. Takes seconds: call it in a thread.
     """
     with _import_lock:
         if "hivemind" not in sys.modules:
@@ -328,7 +328,7 @@ class HivemindTable:
                     values=[_sealed(self._identity, key, value, expires_at) for key, value in pairs],
                     expiration_time=float(expires_at),
                     subkeys=[service_id(self._identity.peer_id, service)] * len(pairs),
-                    exclude_self=self._node.protocol.client_mode,  # nobody could ask it for them
+                    exclude_self=self._node.protocol.client_mode,  # no peer could ask a client for them
                 )
         except TimeoutError:
             return 0
@@ -366,7 +366,7 @@ class HivemindTable:
         return found
 
     def close(self) -> None:
-        """Stop; the tasks are ended by whoever owns them (see `owning`)."""
+        """Stop; the tasks are ended by their owner (see `owning`)."""
         self._node.is_alive = False
 
     def _values(self, key: str, result: Any) -> dict[str, bytes]:

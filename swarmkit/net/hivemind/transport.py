@@ -54,9 +54,10 @@ _T = TypeVar("_T")
 
 _LOCAL_HOSTS = ("127.", "::1", "localhost")
 _ACCEPTED = b""
-"""The first frame of every stream, sent by the one who serves it. A daemon may open a stream towards a peer
-that has just died or that is no longer able to answer; only this tells that somebody is there. With an offer
-(`direct`) in its place, the opener's first frame is one of the next two."""
+"""The first frame of every stream, sent by the peer that serves it. A daemon may open a stream towards a
+peer that has just died or that is no longer able to answer; only this frame tells that the peer is there.
+With an offer (`direct`) in its place, the opener's first frame is one of the next two.
+"""
 _STAY = b"stay"
 _DIRECT = b"direct"
 _LONGEST_DIRECT_S = 1.0
@@ -124,7 +125,7 @@ class HivemindTransport(Transport):
 
         Args:
             initial_peers: addresses (`/ip4/…/tcp/…/p2p/…`) of some peers of the swarm; none = a new swarm.
-            identity: who this peer is; a fresh random identity if not given.
+            identity: the key pair that names this peer; a fresh random one if not given.
             host, port: where to listen; port 0 = any free one. Use "0.0.0.0" to be reachable from outside.
             host_maddrs: where to listen, as multiaddresses, in place of `host` and `port`.
             announce_maddrs: how others see this peer, if that differs from where it listens.
@@ -486,7 +487,9 @@ class HivemindTransport(Transport):
             stream.close()
 
     async def _agree_on_way(self, stream: FrameStream) -> FrameStream:
-        """Say that somebody is here, and offer the direct way if there is one; the stream to go on with."""
+        """Accept a stream, and offer the direct connection if there is one. Returns the stream to go on
+        with.
+        """
         if self._direct is None:
             await stream.send(_ACCEPTED)
             return stream
@@ -514,7 +517,7 @@ class HivemindTransport(Transport):
         return stream, await self._accepted(stream)
 
     async def _accepted(self, stream: FrameStream) -> Offer | None:
-        """Wait for whoever serves the stream; what it offers."""
+        """Wait until the peer accepts the stream. Returns the direct connection that it offers."""
         try:
             answer = await stream.receive()
             if answer == _ACCEPTED:

@@ -1,1 +1,1 @@
-"""Who serves what: signed records in the shared table, and the view that is made of them."""
+"""Which servers have which blocks: signed records in the shared table, and the view that is made of them."""

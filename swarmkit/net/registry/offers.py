@@ -1,14 +1,15 @@
-"""Who holds which block's file, or a model's manifest: signed, dated records beside the announcements.
+"""Which peers hold which block's file, or a model's manifest: signed, dated records beside the announcements.
 
 An offer says two things at once: that its peer hands out the file with a certain content hash, and that this
 file is a certain block of a certain model, or its manifest. It stands under a key for each::
 
-    swarmkit/1/weights/<content hash>              who holds these bytes
-    swarmkit/1/weights/<fingerprint>/<block>       who says which bytes the block is
-    swarmkit/1/weights/<fingerprint>/manifest      who says which bytes the manifest is
+    swarmkit/1/weights/<content hash>              which peers hold these bytes
+    swarmkit/1/weights/<fingerprint>/<block>       what peers say the bytes of the block are
+    swarmkit/1/weights/<fingerprint>/manifest      what peers say the bytes of the manifest are
 
-The first can be checked by whoever fetches the file, and the last too (a manifest is what a fingerprint is a
-hash of). What a block is, is a claim and treated as one: see `swarmkit/server/weights/fetch.py`.
+The first can be checked by the peer that fetches the file, and the last too (a manifest is what a
+fingerprint is a hash of). What a block is, is a claim and treated as one: see
+`swarmkit/server/weights/fetch.py`.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def read(key: str, subkey: str, value: bytes, now: float) -> WeightsOffer:
     """The offer in a record that was found at `key`, `subkey`.
 
     Raises:
-        ProtocolError: too large, malformed, unsigned, signed by somebody else, stored where it does not
+        ProtocolError: too large, malformed, unsigned, signed by another peer, stored where it does not
             belong, expired, or dated too far ahead.
     """
     offer = _envelope.read(value, subkey)

@@ -36,7 +36,7 @@ Rate = Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]
 
 
 class HostedAdapter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """An adapter that a server has for whoever asks: what people call it, and its hash."""
+    """An adapter that a server offers to every client: its name for people, and its hash."""
 
     label: Annotated[str, msgspec.Meta(max_length=96, pattern=PRINTABLE)]
     name: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -120,7 +120,7 @@ def read(
         known: records whose signature was checked before; read and added to.
 
     Raises:
-        ProtocolError: too large, malformed, unsigned, signed by somebody else, stored where it does not
+        ProtocolError: too large, malformed, unsigned, signed by another peer, stored where it does not
             belong, expired, or dated too far ahead.
     """
     announcement = known.get(value) if known is not None else None

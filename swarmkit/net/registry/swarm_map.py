@@ -18,7 +18,7 @@ from swarmkit.net.registry.records import Announcement, ServerState
 
 @dataclass(frozen=True)
 class SwarmMap:
-    """Who serves what, as far as this peer knows."""
+    """Which servers have which blocks, as far as this peer knows."""
 
     announcements: Mapping[str, Announcement] = field(default_factory=lambda: MappingProxyType({}))
     """The announcement that counts, by service id; expired ones included."""

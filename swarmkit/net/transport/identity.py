@@ -2,8 +2,8 @@
 
 The private key file has libp2p's own format (a protobuf of key type and bytes), so that the p2p daemon can
 authenticate its connections with the very key that signs our records, and a record can be tied to a peer
-without asking anybody. Peer id of an Ed25519 key: base58btc(identity multihash of the protobuf public key),
-as in the libp2p peer-id specification.
+without asking another peer. Peer id of an Ed25519 key: base58btc(identity multihash of the protobuf public
+key), as in the libp2p peer-id specification.
 """
 
 from __future__ import annotations

@@ -302,7 +302,7 @@ class MemoryStream(Stream):
         self._queued = 0
         self._wake_reader()
         self._tell_end()
-        for end in (self, self._other):  # whoever waits for room at either end has lost the conversation
+        for end in (self, self._other):  # senders that wait for room at either end have lost the conversation
             while end._writers:
                 end._wake_writer()
 

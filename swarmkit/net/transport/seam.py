@@ -52,9 +52,10 @@ class Stream(Protocol):
         """
 
     def on_end(self, call: Callable[[], object]) -> None:
-        """Have `call` called once the conversation has ended, at whichever end, although nobody receives.
+        """Have `call` called once the conversation has ended, at whichever end, even while no `receive` is
+        waiting.
 
-        One who has more to say than was read of it may have gone without that being seen.
+        A peer that has sent more than was read may have gone without the end being noticed.
         """
 
     def close(self) -> None:

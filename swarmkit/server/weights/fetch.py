@@ -4,13 +4,13 @@ What is believed, and how far:
 
 * **The bytes are those of the asked hash**: checked here, always. Bytes that are not are thrown away, and the
   peer that sent them is not asked again.
-* **The hash is that of the block**: a signed claim of whoever offers it. Among different claims the one that
+* **The hash is that of the block**: a signed claim of its offerer. Among different claims the one that
   the most peers make is tried first. That is no proof: identities cost nothing, and a majority of liars can
   agree. So:
 * **A sample is compared with the Hub**: `samples` small ranges at random places of each block, a few
   kilobytes. What offsets, shapes and dtypes must be is known exactly from the Hub's headers, and compared
-  too. Whoever changed a share f of a block's bytes is found with probability 1 - (1 - f)^samples. One that
-  differs convicts all who claim it. A change of a few bytes may pass: a server to which that matters sets
+  too. A peer that changes a share f of a block's bytes is found with probability 1 - (1 - f)^samples. One that
+  differs convicts all peers that claim it. A change of a few bytes may pass: a server to which that matters sets
   `SWARMKIT_WEIGHTS_SOURCE=hub`.
 * Without the Hub (offline, unreachable, or `source="peers"`) only names of tensors, sizes and the majority's
   word remain.
@@ -71,7 +71,7 @@ class FetchReport:
 
 
 class _OtherThanHubError(Exception):
-    """A file with the claimed hash is not the block: all who claim it are wrong."""
+    """A file with the claimed hash is not the block: all peers that claim it are wrong."""
 
 
 class PeerWeights:
@@ -101,7 +101,7 @@ class PeerWeights:
         """Have blocks `[start, stop)` in the store: from peers where that is possible, else from the Hub.
 
         Raises:
-            ModelError: a block could not be had from anybody that the settings allow.
+            ModelError: a block could not be fetched from any source that the settings allow.
         """
         report = FetchReport()
         parts = {block: self._checkpoint.block_parts(block, block + 1)[0] for block in range(start, stop)}
@@ -126,7 +126,7 @@ class PeerWeights:
         return report
 
     def _claims(self, offered: Sequence[WeightsOffer]) -> set[str]:
-        """What those who have not lied yet say a block is."""
+        """The hashes that a block has by the claims of peers that have not lied yet."""
         return {offer.content for offer in offered if offer.peer_id not in self.liars}
 
     async def _fetch_from_hub(
@@ -159,7 +159,7 @@ class PeerWeights:
         try:
             return await look_up(self._transport, fingerprint, blocks, self._clock())
         except TransportError as error:
-            logger.warning("could not look up who has blocks: %s", error)
+            logger.warning("could not look up which peers have blocks: %s", error)
             return {}
 
     async def _fetch_block(

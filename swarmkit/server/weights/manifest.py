@@ -1,6 +1,6 @@
-"""Starting without the Hub: a model's manifest from peers, for whoever was given a fingerprint.
+"""Starting without the Hub: a model's manifest from peers, for a server that was given a fingerprint.
 
-A fingerprint can be believed from the Hub or from the user, never from peers; with one, anybody's manifest
+A fingerprint can be believed from the Hub or from the user, never from peers; with one, any peer's manifest
 can be checked (see `swarmkit/models/checkpoint/manifest.py`).
 """
 
@@ -31,7 +31,7 @@ from swarmkit.server.weights.transfer import locked, look_up, receive_file
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 8
-"""Offers that are tried. More is no use: who fills the table with lies has more of them."""
+"""Offers that are tried. More are no use: a peer that fills the table with lies has more of them."""
 
 
 async def fetch_manifest(

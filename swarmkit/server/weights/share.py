@@ -33,7 +33,7 @@ class SharedWeights:
     """One server's part in passing a model's blocks around.
 
     Only blocks in the store are offered: those that came from the Hub or from peers, of a repository that
-    anybody may read. Weights in a folder are somebody's own, and gated ones are their owner's to give.
+    every peer may read. Weights in a folder are private, and gated ones are their owner's to give.
     """
 
     def __init__(
