@@ -9,9 +9,9 @@ What is believed, and how far:
   agree. So:
 * **A sample is compared with the Hub**: `samples` small ranges at random places of each block, a few
   kilobytes. What offsets, shapes and dtypes must be is known exactly from the Hub's headers, and compared
-  too. A peer that changes a share f of a block's bytes is found with probability 1 - (1 - f)^samples. One that
-  differs convicts all peers that claim it. A change of a few bytes may pass: a server to which that matters sets
-  `SWARMKIT_WEIGHTS_SOURCE=hub`.
+  too. A peer that changes a share f of a block's bytes is found with probability 1 - (1 - f)^samples. One
+  that differs convicts all peers that claim it. A change of a few bytes may pass: a server to which that
+  matters sets `SWARMKIT_WEIGHTS_SOURCE=hub`.
 * Without the Hub (offline, unreachable, or `source="peers"`) only names of tensors, sizes and the majority's
   word remain.
 
