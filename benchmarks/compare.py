@@ -37,12 +37,15 @@ def main() -> int:
     options = parser.parse_args()
     older = options.older.resolve()
 
+    machine: Any = None
     ratios: dict[str, list[float]] = {}
     figures: dict[str, tuple[list[float], list[float]]] = {}
     for turn in range(options.turns):
         # The order alternates, so that a machine that slows down steadily favours neither of the two.
         order = [older, HERE] if turn % 2 == 0 else [HERE, older]
-        found = {checkout: dict(numbers(run(checkout, options.command))) for checkout in order}
+        outputs = {checkout: run(checkout, options.command) for checkout in order}
+        machine = outputs[HERE].pop("machine", None)
+        found = {checkout: dict(numbers(output)) for checkout, output in outputs.items()}
         for name in found[older].keys() & found[HERE].keys():
             old, new = found[older][name], found[HERE][name]
             figures.setdefault(name, ([], []))[0].append(old)
@@ -70,6 +73,7 @@ def main() -> int:
             "older_commit": commit_of(older),
             "newer_commit": commit_of(HERE),
             "turns": options.turns,
+            "machine": machine,
             "figures": rows,
         }
         options.output.write_text(json.dumps(result, indent=2) + "\n")
