@@ -31,7 +31,7 @@ FLOORS = [
 
 HIVEMIND_FILES = {
     PACKAGE / "net" / "hivemind" / name
-    for name in ("transport.py", "table.py", "daemon.py", "protocol.py", "storage.py")
+    for name in ("transport.py", "table.py", "daemon.py", "protocol.py", "storage.py", "addresses.py")
 }
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

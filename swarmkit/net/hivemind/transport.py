@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import ipaddress
 import logging
 import math
 import re
@@ -33,6 +32,14 @@ from swarmkit.errors import (
     TransportError,
     UsageError,
 )
+from swarmkit.net.hivemind.addresses import (
+    dialable,
+    ip_of,
+    is_local,
+    multiaddr,
+    multiaddr_type,
+    tcp_port_of,
+)
 from swarmkit.net.hivemind.contact import Contact
 from swarmkit.net.hivemind.daemon import DaemonOptions, P2PDaemon
 from swarmkit.net.hivemind.direct import DirectListener, Offer, SealedStream, connect_directly
@@ -52,7 +59,6 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-_LOCAL_HOSTS = ("127.", "::1", "localhost")
 _ACCEPTED = b""
 """The first frame of every stream, sent by the peer that serves it. A daemon may open a stream towards a
 peer that has just died or that is no longer able to answer; only this frame tells that the peer is there.
@@ -147,10 +153,10 @@ class HivemindTransport(Transport):
         if host_maddrs is None:
             host_maddrs = (f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}",)
         for address in initial_peers:
-            if _multiaddr(address) is None or "/p2p/" not in address:
+            if multiaddr(address) is None or "/p2p/" not in address:
                 raise UsageError(f"{address!r} is no peer's address; it should look like /ip4/…/tcp/…/p2p/…")
         for address in (*host_maddrs, *announce_maddrs):
-            if _multiaddr(address) is None:
+            if multiaddr(address) is None:
                 raise UsageError(f"{address!r} is not a multiaddress such as /ip4/0.0.0.0/tcp/31330")
         options = DaemonOptions(
             host_maddrs=host_maddrs,
@@ -158,7 +164,7 @@ class HivemindTransport(Transport):
             initial_peers=initial_peers,
             listen=not client_mode,
             serve_routing=not client_mode,
-            nat=not client_mode and not all(_is_local(address) for address in host_maddrs),
+            nat=not client_mode and not all(is_local(address) for address in host_maddrs),
             use_relay=use_relay,
             use_auto_relay=use_auto_relay,
         )
@@ -169,7 +175,7 @@ class HivemindTransport(Transport):
         try:
             with anyio.fail_after(startup_timeout):
                 if direct and not client_mode and not announce_maddrs:
-                    hosts = [ip for address in host_maddrs if (ip := _ip_of(address))]
+                    hosts = [ip for address in host_maddrs if (ip := ip_of(address))]
                     self._direct = await DirectListener.open(hosts, self._streams.add, self._spawn)
                 await self._attach(initial_peers)
         except TimeoutError:
@@ -193,7 +199,7 @@ class HivemindTransport(Transport):
         await self._refresh_addresses()
         with owning(self._hivemind_tasks):
             self._p2p = await _p2p_type(self._daemon.folder).replicate(
-                _multiaddr(f"/unix{self._daemon.control_socket}")
+                multiaddr(f"/unix{self._daemon.control_socket}")
             )
             self._table = await HivemindTable.join(
                 self._p2p,
@@ -214,7 +220,7 @@ class HivemindTransport(Transport):
         while True:
             await anyio.sleep(_WATCH_PERIOD_S)
             try:
-                if not self._daemon.is_running:
+                if not self._daemon.is_running or self._table is None:
                     logger.warning("the p2p daemon has ended; starting it again")
                     await self._replace_daemon()
                 elif self._is_lost and not await self._rejoin():
@@ -234,13 +240,9 @@ class HivemindTransport(Transport):
 
         async def meet(peer_id: str, addresses: Sequence[str]) -> None:
             nonlocal met
-            pb = _messages()
             with anyio.move_on_after(_REQUEST_TIMEOUT_S):
                 try:
-                    connect = pb.ConnectRequest(
-                        peer=base58.b58decode(peer_id), addrs=_dialable(peer_id, addresses), timeout=5
-                    )
-                    await self._ask(pb.Request(type=pb.Request.CONNECT, connect=connect))
+                    await self._connect(peer_id, addresses, _REQUEST_TIMEOUT_S)
                     met |= await table.meet(peer_id)
                 except (SwarmkitError, _DaemonRefusal, ValueError) as error:
                     logger.debug("peer %s does not answer: %s", peer_id, error)
@@ -262,10 +264,9 @@ class HivemindTransport(Transport):
         self._daemon = await P2PDaemon.start(
             self._identity, options, startup_timeout=self._timeouts.startup_s
         )
-        handlers, self._handlers = self._handlers, {}
         await self._attach(())
-        for name, handler in handlers.items():
-            await self.listen(name, handler)
+        for name in self._handlers:
+            await self._accept_streams(name)
         await self._rejoin()
 
     async def _detach(self) -> None:
@@ -282,7 +283,7 @@ class HivemindTransport(Transport):
 
     def _listened_at(self) -> Sequence[str]:
         """Where the daemon listened, with the ports that the system chose for it."""
-        ports = {port for address in self._addresses if (port := _tcp_port_of(address))}
+        ports = {port for address in self._addresses if (port := tcp_port_of(address))}
         if len(ports) != 1:
             return self._options.host_maddrs
         (port,) = ports
@@ -311,16 +312,22 @@ class HivemindTransport(Transport):
         self._check_running()
         is_new = name not in self._handlers
         self._handlers[name] = handler
-        if not is_new:
-            return
+        if is_new:
+            try:
+                await self._accept_streams(name)
+            except TransportError:
+                del self._handlers[name]
+                raise
+
+    async def _accept_streams(self, name: str) -> None:
+        """Have the daemon hand over the streams of this name."""
         pb = _messages()
-        address = _multiaddr(f"/unix{self._stream_socket}").to_bytes()
+        address = multiaddr(f"/unix{self._stream_socket}").to_bytes()
         request = pb.StreamHandlerRequest(addr=address, proto=[name], balanced=False)
         try:
             with anyio.fail_after(_REQUEST_TIMEOUT_S):
                 await self._ask(pb.Request(type=pb.Request.STREAM_HANDLER, streamHandler=request))
         except (TimeoutError, _DaemonRefusal) as error:
-            del self._handlers[name]
             raise TransportError(
                 f"the p2p daemon does not accept streams called {name!r}: {error}"
             ) from error
@@ -330,7 +337,7 @@ class HivemindTransport(Transport):
         if self._handlers.pop(name, None) is None:
             return
         pb = _messages()
-        address = _multiaddr(f"/unix{self._stream_socket}").to_bytes()
+        address = multiaddr(f"/unix{self._stream_socket}").to_bytes()
         request = pb.RemoveStreamHandlerRequest(addr=address, proto=[name])
         try:
             with anyio.fail_after(_REQUEST_TIMEOUT_S):
@@ -353,14 +360,11 @@ class HivemindTransport(Transport):
         except ValueError:
             raise PeerUnreachableError(f"{peer_id!r} is not a peer id", peer_id) from None
         pb = _messages()
-        seconds = max(1, math.ceil(timeout))
         began = self._clock.now()
         try:
             with anyio.fail_after(timeout):
-                if dialable := _dialable(peer_id, addresses):
-                    connect = pb.ConnectRequest(peer=raw_id, addrs=dialable, timeout=seconds)
-                    await self._ask(pb.Request(type=pb.Request.CONNECT, connect=connect))
-                request = pb.StreamOpenRequest(peer=raw_id, proto=[name], timeout=seconds)
+                await self._connect(peer_id, addresses, timeout)
+                request = pb.StreamOpenRequest(peer=raw_id, proto=[name], timeout=_whole_seconds(timeout))
                 stream, offer = await self._ask_for_stream(
                     pb.Request(type=pb.Request.STREAM_OPEN, streamOpen=request), peer_id
                 )
@@ -504,6 +508,15 @@ class HivemindTransport(Transport):
 
     # outgoing requests
 
+    async def _connect(self, peer_id: str, addresses: Sequence[str], timeout: float) -> None:
+        """Have the daemon connect to a peer, if it can be dialled at any of these addresses."""
+        if known := dialable(peer_id, addresses):
+            pb = _messages()
+            connect = pb.ConnectRequest(
+                peer=base58.b58decode(peer_id), addrs=known, timeout=_whole_seconds(timeout)
+            )
+            await self._ask(pb.Request(type=pb.Request.CONNECT, connect=connect))
+
     async def _ask(self, request: Any) -> Any:
         """Have the daemon do one thing; its answer."""
         connection, response = await self._exchange(request)
@@ -538,7 +551,7 @@ class HivemindTransport(Transport):
         """
         peer_id, now = stream.peer_id, self._clock.now()
         direct: SealedStream | None = None
-        hosts = list(dict.fromkeys(ip for address in addresses if (ip := _ip_of(address))))
+        hosts = list(dict.fromkeys(ip for address in addresses if (ip := ip_of(address))))
         try:
             if hosts and self._not_direct.get(peer_id, 0.0) <= now:
                 patience_s = min(max(open_s, 0.1), _LONGEST_DIRECT_S)
@@ -597,8 +610,8 @@ class HivemindTransport(Transport):
         pb = _messages()
         with anyio.fail_after(_REQUEST_TIMEOUT_S):
             response = await self._ask(pb.Request(type=pb.Request.IDENTIFY))
-        multiaddr_type = _multiaddr_type()
-        found = [str(multiaddr_type(raw)) for raw in response.identify.addrs]
+        parse = multiaddr_type()
+        found = [str(parse(raw)) for raw in response.identify.addrs]
         self._addresses = tuple(f"{address}/p2p/{self.peer_id}" for address in found)
 
 
@@ -606,6 +619,11 @@ class HivemindTransport(Transport):
 class _Timeouts:
     startup_s: float
     table_s: float
+
+
+def _whole_seconds(timeout: float) -> int:
+    """A timeout as the daemon takes it."""
+    return max(1, math.ceil(timeout))
 
 
 class _DaemonRefusal(Exception):
@@ -619,58 +637,6 @@ def _unreachable(peer_id: str, name: str, why: str) -> PeerUnreachableError | Pe
     if "deadline exceeded" in why:
         return PeerTimeoutError(f"peer {peer_id} did not answer in time: {why}", peer_id)
     return PeerUnreachableError(f"peer {peer_id} cannot be reached: {why}", peer_id)
-
-
-def _dialable(peer_id: str, addresses: Sequence[str]) -> list[bytes]:
-    """The addresses that are well-formed and this peer's, as the daemon wants them."""
-    suffix = f"/p2p/{peer_id}"
-    found = []
-    for address in addresses:
-        head, _, tail = address.rpartition("/p2p/")
-        if head and "/" not in tail:
-            if not address.endswith(suffix):
-                continue  # another peer's
-            address = head
-        if address.strip("/") and (multiaddr := _multiaddr(address)) is not None:
-            found.append(bytes(multiaddr.to_bytes()))
-    return found
-
-
-def _ip_of(address: str) -> str | None:
-    """The IP address in a multiaddress that is dialled over TCP without a relay; None for other kinds."""
-    parts = address.split("/")
-    plain = (
-        len(parts) >= 5 and parts[1] in ("ip4", "ip6") and parts[3] == "tcp" and "p2p-circuit" not in parts
-    )
-    if not plain:
-        return None
-    try:
-        return str(ipaddress.ip_address(parts[2]))
-    except ValueError:
-        return None
-
-
-def _tcp_port_of(address: str) -> int | None:
-    """The port in a multiaddress that is dialled over TCP without a relay."""
-    parts = address.split("/")
-    return int(parts[4]) if _ip_of(address) and parts[4].isdigit() else None
-
-
-def _is_local(address: str) -> bool:
-    return any(address.split("/")[2:3] and address.split("/")[2].startswith(host) for host in _LOCAL_HOSTS)
-
-
-def _multiaddr(address: str) -> Any:
-    """The parsed address, or None: addresses come from foreign peers."""
-    try:
-        return _multiaddr_type()(address)
-    except Exception as error:  # noqa: BLE001 - its parser raises many kinds
-        logger.debug("not a multiaddress: %r (%r)", address, error)
-        return None
-
-
-def _multiaddr_type() -> Any:
-    return importlib.import_module("hivemind.utils.multiaddr").Multiaddr
 
 
 def _messages() -> Any:

@@ -1,0 +1,67 @@
+"""Multiaddresses of peers: which are well-formed, and what stands in them."""
+
+from __future__ import annotations
+
+import importlib
+import ipaddress
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_LOCAL_HOSTS = ("127.", "::1", "localhost")
+
+
+def dialable(peer_id: str, addresses: Sequence[str]) -> list[bytes]:
+    """The addresses that are well-formed and this peer's, as the daemon wants them."""
+    suffix = f"/p2p/{peer_id}"
+    found = []
+    for address in addresses:
+        head, _, tail = address.rpartition("/p2p/")
+        if head and "/" not in tail:
+            if not address.endswith(suffix):
+                continue  # another peer's
+            address = head
+        if address.strip("/") and (parsed := multiaddr(address)) is not None:
+            found.append(bytes(parsed.to_bytes()))
+    return found
+
+
+def ip_of(address: str) -> str | None:
+    """The IP address in a multiaddress that is dialled over TCP without a relay; None for other kinds."""
+    parts = address.split("/")
+    plain = (
+        len(parts) >= 5 and parts[1] in ("ip4", "ip6") and parts[3] == "tcp" and "p2p-circuit" not in parts
+    )
+    if not plain:
+        return None
+    try:
+        return str(ipaddress.ip_address(parts[2]))
+    except ValueError:
+        return None
+
+
+def tcp_port_of(address: str) -> int | None:
+    """The port in a multiaddress that is dialled over TCP without a relay."""
+    parts = address.split("/")
+    return int(parts[4]) if ip_of(address) and parts[4].isdigit() else None
+
+
+def is_local(address: str) -> bool:
+    """Whether a multiaddress is of this machine only."""
+    return any(address.split("/")[2:3] and address.split("/")[2].startswith(host) for host in _LOCAL_HOSTS)
+
+
+def multiaddr(address: str) -> Any:
+    """The parsed address, or None: addresses come from foreign peers."""
+    try:
+        return multiaddr_type()(address)
+    except Exception as error:  # noqa: BLE001 - its parser raises many kinds
+        logger.debug("not a multiaddress: %r (%r)", address, error)
+        return None
+
+
+def multiaddr_type() -> Any:
+    """hivemind's class for multiaddresses."""
+    return importlib.import_module("hivemind.utils.multiaddr").Multiaddr
