@@ -20,7 +20,7 @@ import threading
 import types
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 
@@ -153,25 +153,20 @@ class RecordGuard:
 
     def open(self, key_id: bytes, subkey: Any, envelope: Any, expires_at: float) -> tuple[str, bytes] | None:
         """Key and value from an envelope, or None if anything about it is wrong."""
-        if not isinstance(subkey, str) or not isinstance(envelope, bytes) or len(envelope) < _ENVELOPE.size:
+        sealed = _Sealed.read(envelope)
+        if sealed is None or not isinstance(subkey, str):
             return None
-        version, signature, signed_expiry, key_bytes = _ENVELOPE.unpack_from(envelope)
-        end_of_key = _ENVELOPE.size + key_bytes
-        if version != _ENVELOPE_VERSION or signed_expiry != expires_at or not math.isfinite(expires_at):
+        if sealed.expires_at != expires_at or not math.isfinite(expires_at):
             return None
         if expires_at > self._clock.time() + MAX_LIFETIME_S + _CLOCK_TOLERANCE_S:
             return None
-        if len(envelope) < end_of_key or len(envelope) - end_of_key > MAX_VALUE_BYTES:
+        if self._key_id(sealed.key).to_bytes() != key_id:
             return None
-        key = _key_in(envelope)
-        value = envelope[end_of_key:]
-        if key is None or self._key_id(key).to_bytes() != key_id:
+        if not self._authentic(peer_of(subkey), _signed_part(expires_at, sealed.value), sealed.signature):
             return None
-        if not self._authentic(peer_of(subkey), _signed_part(expires_at, value), signature):
+        if self._check is not None and not self._check(sealed.key, subkey, sealed.value, expires_at):
             return None
-        if self._check is not None and not self._check(key, subkey, value, expires_at):
-            return None
-        return key, value
+        return sealed.key, sealed.value
 
     def want(self, keys: Iterable[str]) -> None:
         """Note that this peer itself uses records of these keys' kinds, and keeps them before others."""
@@ -181,20 +176,17 @@ class RecordGuard:
         self, subkey: Any, serialized: bytes, expires_at: float, packed_subkey: bool
     ) -> None:
         """Verify the signature of a record; its validation, which follows, finds the result."""
-        with contextlib.suppress(
-            Exception
-        ):  # foreign bytes may break a decoder in any way; validation says so
+        with contextlib.suppress(Exception):  # foreign bytes may break a decoder; validation says so
             name = self._loads(subkey) if packed_subkey else subkey
-            envelope = self._loads(serialized)
-            _, signature, _, key_bytes = _ENVELOPE.unpack_from(envelope)
-            value = envelope[_ENVELOPE.size + key_bytes :]
-            if isinstance(name, str) and len(value) <= MAX_VALUE_BYTES:
-                self._authentic(peer_of(name), _signed_part(expires_at, value), signature)
+            sealed = _Sealed.read(self._loads(serialized))
+            if sealed is not None and isinstance(name, str):
+                self._authentic(peer_of(name), _signed_part(expires_at, sealed.value), sealed.signature)
 
     def key_of(self, serialized: bytes) -> str:
         """The key under which a kept record stands; empty if it has none."""
         try:
-            return _key_in(self._loads(serialized)) or ""
+            sealed = _Sealed.read(self._loads(serialized))
+            return "" if sealed is None else sealed.key
         except Exception as error:  # noqa: BLE001 - foreign bytes may break a decoder in any way
             logger.debug("a record has no key: %r", error)
             return ""
@@ -385,14 +377,28 @@ def kind_of(key: str) -> str:
     return key.rpartition("/")[0] or key
 
 
-def _key_in(envelope: bytes) -> str | None:
-    if len(envelope) < _ENVELOPE.size:
-        return None
-    key_bytes = _ENVELOPE.unpack_from(envelope)[3]
-    try:
-        return bytes(envelope[_ENVELOPE.size : _ENVELOPE.size + key_bytes]).decode()
-    except UnicodeDecodeError:
-        return None
+class _Sealed(NamedTuple):
+    """What stands in an envelope, of which nothing is believed yet."""
+
+    signature: bytes
+    expires_at: float
+    key: str
+    value: bytes
+
+    @classmethod
+    def read(cls, envelope: Any) -> _Sealed | None:
+        """The parts of an envelope; None if it is not one of this version."""
+        if not isinstance(envelope, bytes) or len(envelope) < _ENVELOPE.size:
+            return None
+        version, signature, expires_at, key_bytes = _ENVELOPE.unpack_from(envelope)
+        end_of_key = _ENVELOPE.size + key_bytes
+        if version != _ENVELOPE_VERSION or not 0 <= len(envelope) - end_of_key <= MAX_VALUE_BYTES:
+            return None
+        try:
+            key = envelope[_ENVELOPE.size : end_of_key].decode()
+        except UnicodeDecodeError:
+            return None
+        return cls(signature, expires_at, key, envelope[end_of_key:])
 
 
 def _sealed(identity: Identity, key: str, value: bytes, expires_at: float) -> bytes:
