@@ -33,6 +33,7 @@ class StoredRecord:
     key: Hashable
     subkey: Hashable
     nbytes: int
+    """Of the value."""
     stored_by: str
     """The peer that asked this one to keep it; empty = this peer itself."""
     expires_at: float
@@ -40,12 +41,16 @@ class StoredRecord:
     """Whether this peer itself announces or looks up records of this kind."""
 
 
-def choose_dropped(records: Iterable[StoredRecord], max_records: int, max_bytes: int) -> list[StoredRecord]:
+def choose_dropped(
+    records: Iterable[StoredRecord], max_records: int, max_bytes: int, overhead_bytes: int = 0
+) -> list[StoredRecord]:
     """Choose which records go, so that those that stay keep within both bounds.
 
     Records that are wanted stay before those that are not. Among equals every storing peer may keep its
     first record before any may keep its second, and so on; of one peer's records the longest-lasting stay.
     This peer's own records always stay.
+
+    Args: overhead_bytes: what each record counts besides its value.
     """
     ordered = sorted(records, key=lambda record: (not record.wanted, -record.expires_at))
     rank: Counter[str] = Counter()
@@ -57,12 +62,13 @@ def choose_dropped(records: Iterable[StoredRecord], max_records: int, max_bytes:
     dropped: list[StoredRecord] = []
     kept_records = kept_bytes = 0
     for foreign, _, _, record in ranked:
-        fits = kept_records < max_records and kept_bytes + record.nbytes <= max_bytes
+        nbytes = record.nbytes + overhead_bytes
+        fits = kept_records < max_records and kept_bytes + nbytes <= max_bytes
         if foreign and not fits:
             dropped.append(record)
         else:
             kept_records += 1
-            kept_bytes += record.nbytes
+            kept_bytes += nbytes
     return dropped
 
 
@@ -105,7 +111,6 @@ def bounded_storage(
                 after = self._size_of(key, subkey)
                 self.nbytes += after - before
                 self.records += bool(after) - bool(before)
-            if stored:
                 stored = self._bound_key(key, subkey)
             # hivemind's heaps grow with every write, also with those that replace a record or are refused.
             if self.records > max_records or self.nbytes > max_bytes or self._writes > 2 * max_records:
@@ -116,22 +121,20 @@ def bounded_storage(
         def _bound_key(self, key: Any, subkey: Any) -> bool:
             """Drop what exceeds the bounds of one key. Returns whether the record of `subkey` stays."""
             dictionary = self.data[key].value
-            if len(dictionary.data) <= MAX_KEY_RECORDS and self._key_bytes(dictionary) <= MAX_KEY_BYTES:
+            nbytes = sum(len(entry.value) for entry in dictionary.data.values())
+            if len(dictionary.data) <= MAX_KEY_RECORDS and nbytes <= MAX_KEY_BYTES:
                 return True
             limits = int(MAX_KEY_RECORDS * _SHRINK_TO), int(MAX_KEY_BYTES * _SHRINK_TO)
             dropped = choose_dropped(self._records_under(key), *limits)
             self._drop(dropped)
             return subkey not in {record.subkey for record in dropped}
 
-        def _key_bytes(self, dictionary: Any) -> int:
-            return sum(len(entry.value) for entry in dictionary.data.values())
-
         def _records_under(self, key: Any) -> list[StoredRecord]:
             return [
                 StoredRecord(
                     key,
                     subkey,
-                    len(value) + _RECORD_OVERHEAD_BYTES,
+                    len(value),
                     self._stored_by.get((key, subkey), ""),
                     expires_at,
                     is_wanted(value),
@@ -145,7 +148,7 @@ def bounded_storage(
                 del dictionary[record.subkey]
                 self._stored_by.pop((record.key, record.subkey), None)
                 self.records -= 1
-                self.nbytes -= record.nbytes
+                self.nbytes -= record.nbytes + _RECORD_OVERHEAD_BYTES
                 if not dictionary.data:
                     del self[record.key]
 
@@ -160,13 +163,13 @@ def bounded_storage(
             records = self._counted()
             if self.records > max_records or self.nbytes > max_bytes:
                 limits = int(max_records * _SHRINK_TO), int(max_bytes * _SHRINK_TO)
-                self._drop(choose_dropped(records, *limits))
+                self._drop(choose_dropped(records, *limits, _RECORD_OVERHEAD_BYTES))
                 self._counted()
 
         def _counted(self) -> list[StoredRecord]:
             records = [record for key, _ in list(self.items()) for record in self._records_under(key)]
             self.records = len(records)
-            self.nbytes = sum(record.nbytes for record in records)
+            self.nbytes = sum(record.nbytes + _RECORD_OVERHEAD_BYTES for record in records)
             self._stored_by = {(record.key, record.subkey): record.stored_by for record in records}
             self._writes = 0
             for storage in (self, *(found.value for found in self.data.values())):
