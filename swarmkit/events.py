@@ -164,8 +164,8 @@ class PeerLost(Event, frozen=True):
         return f"lost {self.label} [{self.start}:{self.stop}]: {self.reason}"
 
 
-class PeerReplaced(Event, frozen=True):
-    """Other servers serve the blocks of a lost one, and now hold what it held."""
+class _BlocksTakenOver(Event, frozen=True):
+    """Other servers serve the blocks of one that a session used, and now hold what it held."""
 
     peer_id: str
     label: str
@@ -174,7 +174,11 @@ class PeerReplaced(Event, frozen=True):
     route: tuple[str, ...]
     replayed_tokens: int
     stall_ms: float
-    """From noticing the loss to having the output of the replacement."""
+    """From leaving the server to having the output of the replacement."""
+
+
+class PeerReplaced(_BlocksTakenOver, frozen=True):
+    """Other servers serve the blocks of a lost one, and now hold what it held."""
 
     def __str__(self) -> str:
         return (
@@ -199,16 +203,8 @@ class PeerRefused(Event, frozen=True):
         )
 
 
-class Rerouted(Event, frozen=True):
+class Rerouted(_BlocksTakenOver, frozen=True):
     """Other servers serve the blocks of a busy one, and now hold what it held."""
-
-    peer_id: str
-    label: str
-    replaced_by: tuple[str, ...]
-    """Peer ids."""
-    route: tuple[str, ...]
-    replayed_tokens: int
-    stall_ms: float
 
     def __str__(self) -> str:
         return (
