@@ -158,8 +158,8 @@ def check_step(
         raise Refusal(
             "bad_shape", f"a step that is forwarded keeps all of its {tokens} outputs, not {step.keep}"
         )
-    _check_side(step.mask, "mask", "uint8", (rows, step.position + tokens))
-    _check_side(step.positions, "positions", "int64", (rows, tokens))
+    check_plain(step.mask, "mask", "uint8", (rows, step.position + tokens))
+    check_plain(step.positions, "positions", "int64", (rows, tokens))
 
 
 def check_place(session: ServedSession, step: Step) -> None:
@@ -187,7 +187,8 @@ def check_place(session: ServedSession, step: Step) -> None:
         raise Refusal("bad_shape", f"the step has {rows} rows, the session {expected_rows}")
 
 
-def _check_side(spec: TensorSpec | None, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+def check_plain(spec: TensorSpec | None, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor that goes with hidden states, such as a mask, unless it has this dtype and shape."""
     if spec is None:
         return
     if spec.shape != shape:

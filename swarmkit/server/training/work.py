@@ -24,6 +24,7 @@ from swarmkit.net.protocol.gradient_messages import Backward, GradientRequest
 from swarmkit.net.protocol.messages import HIDDEN_DTYPES
 from swarmkit.net.rpc.faults import Refusal
 from swarmkit.net.rpc.message_stream import IncomingMessage
+from swarmkit.server.sessions.session import check_plain
 from swarmkit.server.training.activation_cache import ActivationCache, PassKey
 
 STATES_FACTOR = 4
@@ -83,19 +84,10 @@ def check_request(request: GradientRequest, stage: Stage, fingerprint: str, max_
             raise Refusal(
                 "bad_dtype", f"the gradient must be one of {HIDDEN_DTYPES}, not {request.gradient.dtype}"
             )
-    _check_plain(request.mask, "mask", "uint8", (rows, tokens))
-    _check_plain(request.positions, "positions", "int64", (rows, tokens))
+    check_plain(request.mask, "mask", "uint8", (rows, tokens))
+    check_plain(request.positions, "positions", "int64", (rows, tokens))
     if request.trains and not request.adapter:
         raise Refusal("bad_value", "the gradient of an adapter was asked for, but no adapter is named")
-
-
-def _check_plain(spec: TensorSpec | None, name: str, dtype: str, shape: tuple[int, ...]) -> None:
-    if spec is None:
-        return
-    if spec.shape != shape:
-        raise Refusal("bad_shape", f"{name} must be {list(shape)}, got {list(spec.shape)}")
-    if spec.dtype != dtype or spec.codec != "none":
-        raise Refusal("bad_dtype", f"{name} must be plain {dtype}, not {spec.dtype} as {spec.codec}")
 
 
 def row_groups(rows: int, tokens: int, most_tokens: int) -> list[tuple[int, int]]:
