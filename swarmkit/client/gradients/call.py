@@ -30,7 +30,6 @@ from swarmkit.errors import (
     NoRouteError,
     PeerError,
     PeerTimeoutError,
-    PeerUnreachableError,
     RemoteError,
     SwarmkitError,
 )
@@ -278,7 +277,7 @@ class Call:
                 self._error = error
                 return
         if not swarm.bans.is_banned(service_id):
-            swarm.note_loss(hop, _reason(error), self._owner)
+            swarm.note_loss(hop, error, self._owner)
         swarm.bans.failed(service_id)
         for line in self._places[service_id].idle:
             line.close()
@@ -343,11 +342,3 @@ class Call:
             "start another server for them, or try again later",
             [(hop.start, hop.stop)],
         )
-
-
-def _reason(error: PeerError) -> str:
-    if isinstance(error, PeerUnreachableError):
-        return "connection lost"
-    if isinstance(error, RemoteError):
-        return f"{error.code}: {error}"
-    return str(error)

@@ -19,7 +19,6 @@ from swarmkit.errors import (
     NoRouteError,
     PeerError,
     PeerTimeoutError,
-    PeerUnreachableError,
     RemoteError,
     SessionError,
     SwarmkitError,
@@ -215,7 +214,7 @@ class SessionRoute:
             # Perhaps the previous server never pushed what it said it pushed: it is not asked to again.
             self._swarm.cannot_link(self.stages[index - 1].hop.server, stage.hop.server)
         self._swarm.bans.failed(stage.hop.server.service_id)
-        self._lose(stage, changes, _reason(error))
+        self._lose(stage, changes, error)
         hops = await changes.find(stage.hop.start, stage.hop.stop, error)
         self._splice(index, hops)
 
@@ -231,11 +230,11 @@ class SessionRoute:
         changes.losses.append(_Loss(hop, since, busy=True))
         self._splice(index, hops)
 
-    def _lose(self, stage: StageReplica, changes: RouteChanges, reason: str) -> None:
+    def _lose(self, stage: StageReplica, changes: RouteChanges, cause: PeerError | str) -> None:
         hop = stage.hop
         stage.drop()
         changes.losses.append(_Loss(hop, self._swarm.clock.now()))
-        self._swarm.note_loss(hop, reason, self._owner)
+        self._swarm.note_loss(hop, cause, self._owner)
 
     def _splice(self, index: int, hops: Sequence[Hop]) -> None:
         """Replace a stage by others; the first of them inherits its history."""
@@ -289,11 +288,3 @@ async def at_once(
     if ours:
         raise ours[0]
     return errors
-
-
-def _reason(error: PeerError) -> str:
-    if isinstance(error, PeerUnreachableError):
-        return "connection lost"
-    if isinstance(error, RemoteError):
-        return f"{error.code}: {error}"
-    return str(error)

@@ -20,7 +20,14 @@ from swarmkit.client.routing.route import Hop, find_route, lost_contact, no_rout
 from swarmkit.client.swarm.adapter_sender import AdapterSender
 from swarmkit.client.swarm.prefix_cache import ClientPrefixCache
 from swarmkit.clock import SYSTEM_CLOCK, Clock
-from swarmkit.errors import NoContactError, RemoteError, SwarmkitError, TransportError
+from swarmkit.errors import (
+    NoContactError,
+    PeerError,
+    PeerUnreachableError,
+    RemoteError,
+    SwarmkitError,
+    TransportError,
+)
 from swarmkit.events import EventStream, MicroBatchFinished, Owner, PeerLost, PeerRefused, StepFinished
 from swarmkit.net.protocol.protocol import Protocol
 from swarmkit.net.registry.records import Announcement
@@ -221,8 +228,11 @@ class SwarmClient:
             )
         )
 
-    def note_loss(self, hop: Hop, reason: str, owner: Owner) -> None:
-        """Tell that a server failed or leaves."""
+    def note_loss(self, hop: Hop, cause: PeerError | str, owner: Owner) -> None:
+        """Tell that a server failed or leaves.
+
+        Args: cause: the error, or what people are told about it.
+        """
         server = hop.server
         self.events.emit(
             PeerLost(
@@ -230,7 +240,7 @@ class SwarmClient:
                 server.label,
                 hop.start,
                 hop.stop,
-                reason,
+                cause if isinstance(cause, str) else _reason(cause),
                 time=self.clock.time(),
                 owner=owner,
             )
@@ -335,3 +345,11 @@ class SwarmClient:
         """Measured or assumed seconds to a peer and back."""
         times = self._times.get(peer_id)
         return (times.round_trip_s if times else None) or _ASSUMED_ROUND_TRIP_S
+
+
+def _reason(error: PeerError) -> str:
+    if isinstance(error, PeerUnreachableError):
+        return "connection lost"
+    if isinstance(error, RemoteError):
+        return f"{error.code}: {error}"
+    return str(error)
