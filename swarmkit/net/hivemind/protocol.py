@@ -34,6 +34,7 @@ class Guard(Protocol):
 
     storage: Any
     cache: Any
+    verifying: asyncio.Lock
 
     def note_heard(self) -> None: ...
 
@@ -86,7 +87,7 @@ def guarded_protocol() -> type:
 
         async def _verify(self, signed: Iterable[SignedRecord]) -> None:
             # One request at a time: many of them would otherwise take a slice each in every turn of the loop.
-            async with self.__dict__.setdefault("_verifying", asyncio.Lock()):
+            async with self.record_validator.verifying:
                 await in_slices(self.record_validator.verify_signature, signed)
 
         def _signed_in(self, tag: bytes, value: bytes, expires_at: float) -> Iterable[SignedRecord]:

@@ -145,6 +145,8 @@ class RecordGuard:
         self._key_id = routing.DHTID.generate
         self._loads = serializer.MSGPackSerializer.loads
         self._authentic = functools.lru_cache(maxsize=_VERIFIED_RECORDS)(verify)
+        self.verifying = asyncio.Lock()
+        """Held while the signatures of one request or answer are verified."""
         self._wanted: set[str] = set()
         self.storage = bounded_storage(
             storing_peer, lambda value: kind_of(self.key_of(value)) in self._wanted
