@@ -30,6 +30,7 @@ from swarmkit.net.transport.identity import Identity
 
 from .client.answers import answer, at, prompt
 from .models.tiny import make_checkpoint
+from .waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,8 @@ def test_a_start_that_fails_leaves_nothing(tiny: Checkpoint, tmp_path: Path) -> 
     swarm = LocalSwarm(tiny, transport="memory", dtype="no-such-dtype")
     with pytest.raises(Exception, match="no-such-dtype"):
         swarm.start()
-    assert threads() == set()
+    # anyio tells its worker threads to end with the loop, and does not wait for them.
+    wait_until(lambda: threads() == set(), "the end of all threads", within=5.0)
 
 
 def test_a_killed_server_is_like_one_that_crashed(tiny: Checkpoint) -> None:
