@@ -135,6 +135,8 @@ class PortalLease:
                 call.ended.wait(_CLEANUP_TIMEOUT_S)
         finally:
             self._provider.__exit__(None, None, None)
+            if self._loop.is_closed():
+                _join_worker_threads(self._loop)
 
     def __enter__(self) -> PortalLease:
         return self
@@ -238,6 +240,16 @@ def _introduce_loop_thread() -> tuple[threading.Thread, asyncio.AbstractEventLoo
     thread = threading.current_thread()
     thread.name = THREAD_NAME
     return thread, asyncio.get_running_loop()
+
+
+def _join_worker_threads(loop: asyncio.AbstractEventLoop) -> None:
+    """Wait for the threads in which anyio ran functions for this loop.
+
+    anyio tells them to end with the loop, and does not wait until they have.
+    """
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and getattr(thread, "loop", None) is loop:
+            thread.join(_CLEANUP_TIMEOUT_S)
 
 
 def _forget_parent() -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import gc
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import anyio.to_thread
 import pytest
 
 from swarmkit.errors import UsageError
@@ -85,6 +88,22 @@ def test_the_loop_outlives_a_lease_that_is_not_the_last() -> None:
 def test_the_last_lease_ends_the_thread() -> None:
     portal.lease().close()
     assert loop_threads() == []
+
+
+def test_the_last_lease_waits_for_threads_that_worked_for_the_loop() -> None:
+    running = threading.Event()
+
+    def work() -> threading.Thread:
+        running.set()
+        time.sleep(0.2)  # still at work when the loop has ended
+        return threading.current_thread()
+
+    with portal.lease() as lease:
+        lease.start_task_soon(functools.partial(anyio.to_thread.run_sync, work, abandon_on_cancel=True))
+        assert running.wait(5)
+        workers = [t for t in threading.enumerate() if getattr(t, "loop", None) is lease.loop]
+    assert workers
+    assert not any(worker.is_alive() for worker in workers)
 
 
 def test_a_new_lease_starts_a_new_loop() -> None:
