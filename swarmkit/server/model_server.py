@@ -47,6 +47,7 @@ from swarmkit.server.engine.trim_malloc import trim_malloc
 from swarmkit.server.engine.work import BULK, EngineClosedError
 from swarmkit.server.placement import Served, choose_blocks
 from swarmkit.server.serving import Serving
+from swarmkit.server.sessions.links import Links, NextServers
 from swarmkit.server.weights.service import WeightsService
 from swarmkit.server.weights.share import SharedWeights
 from swarmkit.settings import Limits
@@ -317,6 +318,7 @@ class ModelServer:
                     cache=self._cache,
                     receive_budget=self._receive_budget,
                     weights=self._weights,
+                    links=self._links(),
                     settings=config.settings,
                 )
             )
@@ -333,6 +335,15 @@ class ModelServer:
                 with anyio.CancelScope(shield=True), contextlib.suppress(EngineClosedError):
                     await engine.run(trim_malloc, BULK)
                 ended.set()
+
+    def _links(self) -> Links | None:
+        """The ways to servers with the next blocks, if outputs may go straight there."""
+        settings = self.config.settings
+        if not settings.sessions.push:
+            return None
+        find = NextServers(self._registry, self._fingerprint, self._clock).find
+        times = settings.sessions.link_timeout_s, settings.requests.message_timeout_s
+        return Links(lambda: self._transport, find, *times, self._clock.now)
 
     async def _take_back(self, announcer: Announcer) -> None:
         """Tell the swarm that blocks which were announced will not come, but for a crash."""

@@ -5,7 +5,7 @@ A server may end one and begin another while its peer stays: see `ModelServer.mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AsyncExitStack
 from types import TracebackType
 
@@ -17,16 +17,16 @@ from swarmkit.models.execution.stage import Stage
 from swarmkit.models.plan import cache_cost
 from swarmkit.net.protocol.adapter_messages import ADAPTER
 from swarmkit.net.protocol.gradient_messages import GRADIENT
-from swarmkit.net.protocol.messages import PUSH, SESSION, Link, printable
+from swarmkit.net.protocol.messages import PUSH, SESSION, printable
 from swarmkit.net.protocol.protocol import Protocol
 from swarmkit.net.registry.records import HostedAdapter
 from swarmkit.net.rpc.endpoints import listen, unlisten
 from swarmkit.net.rpc.receive_budget import ReceiveBudget
-from swarmkit.net.transport.seam import Handler, Stream, Transport, endpoint_of
+from swarmkit.net.transport.seam import Handler, Transport
 from swarmkit.server.adapters.service import AdapterService
 from swarmkit.server.cache.kv_budget import KVBudget
 from swarmkit.server.engine.engine import Engine
-from swarmkit.server.sessions.push import Links
+from swarmkit.server.sessions.links import Links
 from swarmkit.server.sessions.service import BlockService
 from swarmkit.server.training.service import GradientService
 from swarmkit.server.weights.share import SharedWeights
@@ -55,6 +55,7 @@ class Serving:
         cache: KVBudget,
         receive_budget: ReceiveBudget,
         weights: SharedWeights,
+        links: Links | None,
         settings: ServerSettings,
     ) -> None:
         """Prepare to serve a stage.
@@ -64,6 +65,7 @@ class Serving:
             engine: runs all that is computed.
             cache, receive_budget: memory that servings of the same model share.
             weights: offers the blocks' files to other servers.
+            links: how to reach servers with the next blocks; None: outputs go to clients only.
         """
         self.stage = stage
         self.engine = engine
@@ -74,7 +76,7 @@ class Serving:
             cache_cost(checkpoint, stage.dtype).token_bytes,
             engine,
             settings,
-            self._links(settings, engine.clock.now),
+            links,
             budget=cache,
             receive_budget=receive_budget,
         )
@@ -144,15 +146,3 @@ class Serving:
         """End all streams of a protocol, even while this task is being cancelled."""
         with anyio.CancelScope(shield=True):
             await unlisten(self._transport, protocol, self.service)
-
-    def _links(self, settings: ServerSettings, now: Callable[[], float]) -> Links | None:
-        """The ways to servers with the next blocks, if outputs may go straight there."""
-        timeout_s = settings.sessions.link_timeout_s
-        if not settings.sessions.push:
-            return None
-
-        async def dial(link: Link) -> Stream:
-            name = endpoint_of(PUSH.endpoint, link.service)
-            return await self._transport.open(link.peer_id, name, link.addresses, timeout_s)
-
-        return Links(dial, timeout_s, settings.requests.message_timeout_s, now)

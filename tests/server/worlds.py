@@ -31,9 +31,9 @@ from swarmkit.net.protocol.protocol import PROTOCOL_VERSION
 from swarmkit.net.rpc.endpoints import listen
 from swarmkit.net.rpc.message_stream import HEAD, MessageStream
 from swarmkit.net.transport.memory import MemoryNetwork
-from swarmkit.net.transport.seam import Stream, Transport
+from swarmkit.net.transport.seam import Transport
 from swarmkit.server.engine.engine import Engine
-from swarmkit.server.sessions.push import Links
+from swarmkit.server.sessions.links import Links
 from swarmkit.server.sessions.service import BlockService
 from swarmkit.settings import ServerSettings
 
@@ -91,7 +91,7 @@ class TinyServer:
             world.kv_bytes,
             self.engine,
             settings or small_settings(),
-            Links(self._dial, 0.5, 1.0),
+            Links(lambda: self.transport, self._find, 0.5, 1.0),
         )
         self.network = MemoryNetwork()
         self.transports: list[Transport] = []
@@ -103,8 +103,9 @@ class TinyServer:
         await listen(self.transport, PUSH, self.service.serve_pushes)
         return self
 
-    async def _dial(self, link: Link) -> Stream:
-        return await self.transport.open(link.peer_id, PUSH.endpoint, link.addresses)
+    async def _find(self, link: Link, block: int) -> Sequence[str]:
+        """Every server of the network has announced every block."""
+        return (f"/memory/{link.peer_id}",)
 
     async def _join(self) -> Transport:
         transport = self.network.transport()

@@ -147,7 +147,10 @@ class PrefixRestored(_Message, frozen=True):
 
 
 class Link(_Message, frozen=True):
-    """From now on, the outputs of steps with `forward` go on to the session `inlet` at a peer's service."""
+    """From now on, the outputs of steps with `forward` go on to the session `inlet` at a peer's service.
+
+    The server dials the addresses that the peer has announced, and not those that stand here.
+    """
 
     peer_id: ShortText
     addresses: Addresses

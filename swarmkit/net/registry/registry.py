@@ -72,6 +72,10 @@ class Registry:
         found = [r for r in await self._read(keys) if r.num_blocks == num_blocks]
         return SwarmMap().apply(*found)
 
+    async def look_up_block(self, fingerprint: str, block: int) -> SwarmMap:
+        """The servers that announce one block of the model."""
+        return SwarmMap().apply(*await self._read([block_key(fingerprint, block)]))
+
     async def look_up_all(self) -> SwarmMap:
         """All servers that announce anything."""
         return SwarmMap().apply(*await self._read([MODELS_KEY]))

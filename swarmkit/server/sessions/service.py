@@ -57,7 +57,7 @@ from swarmkit.server.engine.admission_policy import Ahead
 from swarmkit.server.engine.engine import Engine
 from swarmkit.server.engine.work import ExpiredError, Timed
 from swarmkit.server.sessions.admission import AdmissionControl, evicted, process_counts
-from swarmkit.server.sessions.push import Links, NotLinkedError
+from swarmkit.server.sessions.links import Links, NotLinkedError
 from swarmkit.server.sessions.session import LateStepError, ServedSession, check_place, check_step
 from swarmkit.server.sessions.session_step import SessionStep
 from swarmkit.settings import Limits, ServerSettings
@@ -232,7 +232,7 @@ class BlockService:
                 await client.send(PrefixRestored(await self._restore_prefix(client.session, message)))
             case Link():
                 assert client.session is not None
-                await self._link(client.session, message)
+                await self._link(client, client.session, message)
                 await client.send(Linked())
             case GetInfo():
                 await client.send(self._info())
@@ -377,12 +377,12 @@ class BlockService:
         if not self._clients:
             self._idle.set()
 
-    async def _link(self, session: ServedSession, message: Link) -> None:
+    async def _link(self, client: _Client, session: ServedSession, message: Link) -> None:
         session.link(None)
         if self._links is None:
             raise Refusal("not_linked", "this server hands outputs to clients only")
         try:
-            session.link(await self._links.make(message))
+            session.link(await self._links.make(message, session.stop, client.peer_id))
         except NotLinkedError as error:
             raise Refusal("not_linked", str(error)) from None
 
