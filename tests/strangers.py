@@ -217,7 +217,6 @@ class _Flooding(Manner):
         output = talk.output(received, step)
         while True:
             await talk.answer(msgspec.structs.replace(step, number=step.number + 1000), output)
-            await asyncio.sleep(0)
 
 
 class _Replaying(Manner):
