@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from swarmkit.errors import PeerUnreachableError
 from swarmkit.net.connect import TransportFactory
 from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.rates import Rates
 from swarmkit.net.transport.seam import Buffer, Handler, RecordCheck, Stream, Transport
 
 
@@ -38,6 +39,14 @@ class FaultyStream:
     @property
     def peer_id(self) -> str:
         return self._stream.peer_id
+
+    @property
+    def rates(self) -> Rates | None:
+        return self._stream.rates
+
+    @rates.setter
+    def rates(self, rates: Rates | None) -> None:
+        self._stream.rates = rates
 
     async def send(self, *parts: Buffer) -> None:
         """See `Stream.send`."""

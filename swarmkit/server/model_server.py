@@ -35,7 +35,8 @@ from swarmkit.models.plan import cache_cost
 from swarmkit.net.registry.records import Announcement
 from swarmkit.net.registry.registry import Registry
 from swarmkit.net.rpc.receive_budget import ReceiveBudget
-from swarmkit.net.transport.rates import PacedTransport, Rates
+from swarmkit.net.transport.paced import PacedTransport
+from swarmkit.net.transport.rates import Rates
 from swarmkit.net.transport.seam import Transport
 from swarmkit.server.adapters.service import load_hosted
 from swarmkit.server.announcer import Announcer

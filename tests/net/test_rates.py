@@ -9,7 +9,8 @@ import anyio
 import pytest
 
 from swarmkit.net.transport.memory import MemoryNetwork
-from swarmkit.net.transport.rates import PacedTransport, Rates
+from swarmkit.net.transport.paced import PacedTransport
+from swarmkit.net.transport.rates import Rates
 from swarmkit.net.transport.seam import Stream
 
 FRAME = bytes(100_000)

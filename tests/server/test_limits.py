@@ -12,7 +12,8 @@ import torch
 from swarmkit.local.swarm import LocalSwarm
 from swarmkit.models.kv.page_table import PAGE_TOKENS
 from swarmkit.net.protocol.messages import Fault, StepDone
-from swarmkit.net.transport.rates import PacedTransport, Rates
+from swarmkit.net.transport.paced import PacedTransport
+from swarmkit.net.transport.rates import Rates
 from swarmkit.node.server import Server
 from swarmkit.server.cache.kv_budget import CacheFullError, KVBudget
 from swarmkit.settings import Limits

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from swarmkit.errors import PeerUnreachableError, ProtocolError, SwarmkitError, UsageError
-from swarmkit.net.transport.limits import frame_size
+from swarmkit.net.transport.limits import frame_too_large
+from swarmkit.net.transport.rates import Rates
 from swarmkit.net.transport.seam import MAX_FRAME_BYTES, Buffer
 
 _HEADER_BYTES = 4
@@ -43,6 +44,7 @@ class FrameStream(asyncio.Protocol):
         on_connected: Callable[[FrameStream], None] | None = None,
     ) -> None:
         self.peer_id = ""
+        self.rates: Rates | None = None
         self.frame_limit = MAX_FRAME_BYTES
         self.overhead = 0
         self._on_connected = on_connected
@@ -63,7 +65,11 @@ class FrameStream(asyncio.Protocol):
 
     async def send(self, *parts: Buffer) -> None:
         """Send one frame; see `Stream.send`. The parts must not change until this returns."""
-        size = frame_size(parts)
+        size = sum(part.nbytes if isinstance(part, memoryview) else len(part) for part in parts)
+        if size > MAX_FRAME_BYTES:
+            raise frame_too_large(size)
+        if self.rates is not None and (bucket := self.rates.upload) is not None:
+            await self.rates.wait(bucket, size)
         if self._end is not None:
             raise self._fresh_end()
         assert self._transport is not None
@@ -97,6 +103,9 @@ class FrameStream(asyncio.Protocol):
             self._reading_paused = False
             assert self._transport is not None
             self._transport.resume_reading()
+        if self.rates is not None and (bucket := self.rates.download) is not None:
+            # To hold the frame back keeps the next ones from being read, and so slows the sender.
+            await self.rates.wait(bucket, len(frame))
         return frame
 
     def on_end(self, call: Callable[[], object]) -> None:

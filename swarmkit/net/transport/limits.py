@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from swarmkit.errors import UsageError
-from swarmkit.net.transport.seam import MAX_FRAME_BYTES, Buffer
+from swarmkit.net.transport.seam import MAX_FRAME_BYTES
 
 MAX_VALUE_BYTES = 64 * 1024
 """A record's value is no larger: every peer keeps other peers' records in memory."""
@@ -17,18 +17,9 @@ MAX_LIFETIME_S = 3600.0
 """Records that would last longer are refused: a mistaken or lying peer shall not be immortal."""
 
 
-def frame_size(parts: Sequence[Buffer]) -> int:
-    """Bytes of the frame made of `parts`.
-
-    Raises:
-        UsageError: it is larger than a frame may be.
-    """
-    size = sum(part.nbytes if isinstance(part, memoryview) else len(part) for part in parts)
-    if size > MAX_FRAME_BYTES:
-        raise UsageError(
-            f"a frame of {size} bytes is larger than {MAX_FRAME_BYTES}; send it as several frames"
-        )
-    return size
+def frame_too_large(size: int) -> UsageError:
+    """The error of a frame that is larger than `MAX_FRAME_BYTES`."""
+    return UsageError(f"a frame of {size} bytes is larger than {MAX_FRAME_BYTES}; send it as several frames")
 
 
 def checked_records(records: Iterable[tuple[str, bytes]], expires_at: float) -> list[tuple[str, bytes]]:

@@ -31,8 +31,17 @@ from swarmkit.errors import (
     UsageError,
 )
 from swarmkit.net.transport.identity import Identity
-from swarmkit.net.transport.limits import checked_records, frame_size
-from swarmkit.net.transport.seam import Buffer, Handler, RecordCheck, Stream, Transport, service_id
+from swarmkit.net.transport.limits import checked_records, frame_too_large
+from swarmkit.net.transport.rates import Rates
+from swarmkit.net.transport.seam import (
+    MAX_FRAME_BYTES,
+    Buffer,
+    Handler,
+    RecordCheck,
+    Stream,
+    Transport,
+    service_id,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -209,6 +218,7 @@ class MemoryStream(Stream):
         self._network = network
         self._own_id = own_id
         self._peer_id = peer_id
+        self.rates: Rates | None = None
         self._other: MemoryStream = self
         self._frames: deque[tuple[float, bytes]] = deque()  # when each arrives (loop time), and it
         self._queued = 0
@@ -231,8 +241,12 @@ class MemoryStream(Stream):
 
     async def send(self, *parts: Buffer) -> None:
         """See `Stream.send`."""
-        size = frame_size(parts)
         frame = b"".join(parts)
+        size = len(frame)
+        if size > MAX_FRAME_BYTES:
+            raise frame_too_large(size)
+        if self.rates is not None and (bucket := self.rates.upload) is not None:
+            await self.rates.wait(bucket, size)
         self._check_sendable()
         if self._network._fails(self._own_id, self._peer_id):
             self.abort(
@@ -258,12 +272,16 @@ class MemoryStream(Stream):
                 if self._frames:
                     remaining = self._frames[0][0] - asyncio.get_running_loop().time()
                     if remaining <= 0:
-                        return self._take()
+                        break
                     await self._wait(remaining)
                     continue
                 if self._farewell is not None:
                     raise _again(self._farewell)
             await self._wait()
+        frame = self._take()
+        if self.rates is not None and (bucket := self.rates.download) is not None:
+            await self.rates.wait(bucket, len(frame))
+        return frame
 
     def on_end(self, call: Callable[[], object]) -> None:
         """See `Stream.on_end`."""

@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.rates import Rates
 
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 """No frame is larger: hivemind's daemon refuses messages above 4 MiB, and a reader's memory is bounded."""
@@ -29,7 +30,13 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 @runtime_checkable
 class Stream(Protocol):
-    """A two-way conversation with one peer, in frames."""
+    """A two-way conversation with one peer, in frames.
+
+    Attributes:
+        rates: what it keeps to, from the next frame on; None sets no limits.
+    """
+
+    rates: Rates | None
 
     @property
     def peer_id(self) -> str:
