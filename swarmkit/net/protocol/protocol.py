@@ -39,16 +39,9 @@ class Protocol:
         """The name under which a transport opens and serves such streams."""
         return f"swarmkit/{self.name}"
 
-    def next_state(self, state: str, message: object) -> str:
-        """The state of a stream after a message from the peer that opened it.
-
-        Raises:
-            IllegalMessageError: the message is not legal in `state`.
-        """
-        try:
-            return self.legal[state][type(message)]
-        except KeyError:
-            legal = ", ".join(kind.__name__ for kind in self.legal[state])
-            raise IllegalMessageError(
-                f"a peer may not send {type(message).__name__} in state '{state}'; legal here: {legal}"
-            ) from None
+    def illegal(self, state: str, message: object) -> IllegalMessageError:
+        """The error of a message that is not one of `legal[state]`."""
+        legal = ", ".join(kind.__name__ for kind in self.legal[state])
+        return IllegalMessageError(
+            f"a peer may not send {type(message).__name__} in state '{state}'; legal here: {legal}"
+        )

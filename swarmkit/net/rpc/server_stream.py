@@ -72,7 +72,10 @@ class ServerStream(MessageStream):
             incoming = await MessageStream.next(self)
         finally:
             self._idle.stop()
-        self._following = self.protocol.next_state(self.state, incoming.message)
+        following = self.protocol.legal[self.state].get(type(incoming.message))
+        if following is None:
+            raise self.protocol.illegal(self.state, incoming.message)
+        self._following = following
         return incoming
 
     async def send(self, message: msgspec.Struct, payload: Sequence[Buffer] = ()) -> None:
