@@ -104,7 +104,7 @@ class AdapterMixin:
         client = self._swarm.client
         servers = self._swarm.call(client.look)
         digest, label = one_of(servers, client.model.num_blocks, name)
-        self._remote_adapters.hosted = ServerAdapter(label, digest)
+        self._remote_adapters.use_hosted(ServerAdapter(label, digest))
         try:
             yield
         finally:

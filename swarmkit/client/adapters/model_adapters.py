@@ -104,11 +104,18 @@ class ModelAdapters:
         self.prompts: nn.Parameter | None = None
         """`[blocks, P, hidden]`."""
         self.hosted: ServerAdapter | None = None
+        self.may_exist = False
+        """Whether there is an adapter, or may have been one; most models never have any."""
 
     @property
     def is_prepared(self) -> bool:
         """Whether there are meta blocks."""
         return self._fittings is not None
+
+    def use_hosted(self, adapter: ServerAdapter) -> None:
+        """Have an adapter that servers host, until `hosted` is None again."""
+        self.may_exist = True
+        self.hosted = adapter
 
     def prepare(
         self,
@@ -120,6 +127,7 @@ class ModelAdapters:
 
         Args: peft_configs: returns the configs of PEFT's adapters that the model has now, by their names.
         """
+        self.may_exist = True
         self._meta_blocks, self._fittings, self._peft_configs = meta_blocks, fittings, peft_configs
         self._own = {id(parameter) for block in meta_blocks.values() for parameter in block.parameters()}
         self._slots = [

@@ -115,7 +115,7 @@ class Session:
         """
         if self.closed:
             raise SessionError("the session is closed; open a new one with model.session()")
-        if self._adapters is not None:
+        if self._adapters is not None and self._adapters.may_exist:
             self._follow_adapters(self._adapters)
         rows, tokens, _ = hidden.shape
         if not tokens:
