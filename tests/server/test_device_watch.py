@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
-from swarmkit.server.engine.device_watch import DeviceWatch, marks_of
+from swarmkit.server.engine.device_watch import DeviceWatch
+from swarmkit.server.engine.work import LearnedTimes
 
 
 class Device:
@@ -102,12 +101,9 @@ def test_a_piece_that_failed_is_not_told_of() -> None:
 
 
 def test_on_a_cpu_all_is_known_at_once() -> None:
-    learnt: list[tuple[str, float]] = []
-    watch = DeviceWatch[str](
-        marks_of(torch.device("cpu"), time.perf_counter), lambda what, seconds: learnt.append((what, seconds))
-    )
-    watch.end(watch.begin(), "a")
-    watch.catch_up()
-    [(what, seconds)] = learnt
-    assert what == "a"
-    assert 0 <= seconds < 10
+    now = iter((1.0, 3.5))
+    learned = LearnedTimes(torch.device("cpu"), lambda: next(now))
+    learned.begin_pass()
+    learned.end_pass(8)
+    learned.learn()
+    assert learned.times.of(8) == 2.5

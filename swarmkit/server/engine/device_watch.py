@@ -7,7 +7,7 @@ work ready. So the host puts *marks* between pieces of work, and reads them once
     device      |── work 1 ──|── work 2 ──|── work 3 ──|
     marks       ^            ^ ^          ^
 
-A CPU has done its work when the call returns, and a mark there is the time.
+A CPU has done its work when the call returns, and needs no marks.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
-
-import torch
 
 K = TypeVar("K")
 
@@ -38,33 +36,6 @@ class Mark(Protocol):
 
     def elapsed_time(self, end_event: Any) -> float:
         """Milliseconds from this mark to a later one, both of which the device has passed."""
-
-
-class _HostMark:
-    """A mark in work that is done when its call returns: the time on the host's clock."""
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self._now = now
-        self.at = 0.0
-
-    def record(self) -> None:
-        self.at = self._now()
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed_time(self, end_event: _HostMark) -> float:
-        return (end_event.at - self.at) * 1e3
-
-
-def marks_of(device: torch.device, now: Callable[[], float]) -> Callable[[], Mark]:
-    """Return a function that makes marks for a device; those of a CPU take their time from `now`."""
-    if device.type == "cpu":
-        return lambda: _HostMark(now)
-    return lambda: torch.Event(device, enable_timing=True)
 
 
 class DeviceWatch(Generic[K]):

@@ -168,7 +168,7 @@ class Engine:
     def _learned_of(self, stage: Stage) -> LearnedTimes:
         if (learned := self._stages.get(stage)) is None:
             with self._lock:
-                learned = self._stages.setdefault(stage, LearnedTimes(stage, self.now))
+                learned = self._stages.setdefault(stage, LearnedTimes(stage.device, self.now))
         return learned
 
     async def _submit(self, work: Work) -> Timed[Any]:
@@ -330,11 +330,11 @@ class Engine:
                 self._finish(step)
         if not group:
             return
-        stage, watch = group[0][0].task.stage, group[0][0].learned.watch
+        stage, learned = group[0][0].task.stage, group[0][0].learned
         try:
-            begun = watch.begin()
+            learned.begin_pass()
             results = stage.forward_many([step.chunk(tokens) for step, tokens in group])
-            watch.end(begun, sum(step.rows * tokens for step, tokens in group))
+            learned.end_pass(sum(step.rows * tokens for step, tokens in group))
         except BaseException as error:  # noqa: BLE001 - it is raised where the steps were asked for
             for step, _ in group:
                 self._fail(step, error)
@@ -348,7 +348,7 @@ class Engine:
             if not step.tokens_left:
                 self._finish(step)
         # What follows is noted when the results are on their way.
-        watch.catch_up()
+        learned.learn()
         for step, tokens in group:
             self._fair.serve(step.task.client, step.rows * tokens)
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import anyio
+import torch
 from torch import Tensor
 
 from swarmkit.errors import SwarmkitError
 from swarmkit.models.execution.stage import Stage, StepPart
 from swarmkit.net.rpc.faults import Refusal
-from swarmkit.server.engine.device_watch import DeviceWatch, marks_of
+from swarmkit.server.engine.device_watch import DeviceWatch
 from swarmkit.server.engine.scheduler import DECODE_TOKENS, ArrivalPredictor, PassTimes
 
 T = TypeVar("T")
@@ -135,12 +136,40 @@ class Job(Work):
 
 
 class LearnedTimes:
-    """What the engine has learned of one stage: how long its passes take, and when its sessions are back."""
+    """What the engine has learned of one stage: how long its passes take, and when its sessions are back.
 
-    def __init__(self, stage: Stage, clock: Callable[[], float]) -> None:
+    On a CPU a pass is done when its call returns. An accelerator is watched, and not waited for.
+    """
+
+    def __init__(self, device: torch.device, now: Callable[[], float]) -> None:
         self.times = PassTimes()
         self.arrivals = ArrivalPredictor()
-        self.watch: DeviceWatch[int] = DeviceWatch(marks_of(stage.device, clock), self.times.learn)
+        self._now = now
+        self._begun_at = 0.0
+        self._latest = 0, 0.0
+        self._mark: Any = None
+        self._watch: DeviceWatch[int] | None = None
+        if device.type != "cpu":
+            self._watch = DeviceWatch(lambda: torch.Event(device, enable_timing=True), self.times.learn)
+
+    def begin_pass(self) -> None:
+        """Note that a pass begins; waits while the device has as many under way as it may have."""
+        self._begun_at = self._now()
+        if self._watch is not None:
+            self._mark = self._watch.begin()
+
+    def end_pass(self, tokens: int) -> None:
+        """Note that the device was given all of a pass over `tokens` tokens."""
+        self._latest = tokens, self._now() - self._begun_at
+        if self._watch is not None:
+            self._watch.end(self._mark, tokens)
+
+    def learn(self) -> None:
+        """Learn from the pass that has ended, or on an accelerator from those that are done by now."""
+        if self._watch is None:
+            self.times.learn(*self._latest)
+        else:
+            self._watch.catch_up()
 
 
 class QueuedStep(Work):
