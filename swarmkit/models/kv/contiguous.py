@@ -52,11 +52,14 @@ class ContiguousRows:
         return sum(nbytes_of(layer) for layer in self.layers)
 
     def reserve(self, tokens: int) -> bool:
-        self._pages = max(self._pages, pages_for(tokens))
+        if tokens > self._pages * PAGE_TOKENS:
+            self._pages = pages_for(tokens)
         return True
 
     def hold(self, rows: int, tokens: int) -> None:
-        self._rows, self._pages = rows, pages_for(tokens)
+        self._rows = rows
+        if not 0 <= self._pages * PAGE_TOKENS - tokens < PAGE_TOKENS:
+            self._pages = pages_for(tokens)
 
     def crop(self, tokens: int) -> None:
         for layer in self.layers:

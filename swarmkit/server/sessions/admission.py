@@ -12,7 +12,7 @@ from swarmkit.errors import SwarmkitError
 from swarmkit.net.protocol.messages import Step
 from swarmkit.net.rpc.faults import Refusal
 from swarmkit.net.rpc.message_stream import IncomingMessage
-from swarmkit.net.rpc.receive_budget import ReceiveReservation
+from swarmkit.net.rpc.receive_budget import ReceiveBudget, ReceiveReservation
 from swarmkit.server.cache.kv_budget import CacheFullError
 from swarmkit.server.engine.admission_policy import Holding, Tenures, retry_after_s, to_evict
 from swarmkit.server.engine.engine import Engine
@@ -23,9 +23,10 @@ from swarmkit.settings import ServerSettings
 class AdmissionControl:
     """Refuses what a server has no room for, and says when it expects to have some."""
 
-    def __init__(self, settings: ServerSettings, engine: Engine) -> None:
+    def __init__(self, settings: ServerSettings, engine: Engine, receive_budget: ReceiveBudget) -> None:
         self._settings = settings
         self._engine = engine
+        self._receive_budget = receive_budget
         self._tenures = Tenures()
 
     def left(self, session: ServedSession) -> None:
@@ -41,10 +42,11 @@ class AdmissionControl:
         """The refusal of a step for which a session's cache cannot grow."""
         return Refusal("busy", f"{error}; try another server", self._tenures.next_end_s(sessions))
 
-    def check_queue(self, step: Step) -> None:
-        """Refuse a step that would wait for longer than its client, or this server, wants it to."""
-        rows, tokens, _ = step.hidden.shape
-        wait_s = self._engine.ahead(rows, tokens).wait_s
+    def check_queue(self, step: Step, wait_s: float) -> None:
+        """Refuse a step that would wait for longer than its client, or this server, wants it to.
+
+        Args: wait_s: seconds for which it would wait for others.
+        """
         allowed_s = min(self._settings.requests.max_queue_s, step.patience_s or math.inf)
         if wait_s > allowed_s:
             raise Refusal(
@@ -54,18 +56,20 @@ class AdmissionControl:
                 retry_after_s(wait_s - allowed_s),
             )
 
-    async def take(self, incoming: IncomingMessage, room: ReceiveReservation) -> None:
+    async def room_for(self, incoming: IncomingMessage) -> ReceiveReservation:
         """Have memory for a large step to arrive in.
 
         It waits a little for those that are arriving: most are through in no time. A client that would wait
         longer had better know, and go elsewhere.
         """
         step: Step = incoming.message
+        room = ReceiveReservation(self._receive_budget)
         try:
             await room.take(
                 incoming.nbytes,
                 min(self._settings.requests.max_admission_wait_s, step.patience_s or math.inf),
             )
+            return room
         except TimeoutError:
             rows, tokens, _ = step.hidden.shape
             wait_s = self._engine.ahead(rows, tokens).wait_s

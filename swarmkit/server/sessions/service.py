@@ -14,6 +14,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import anyio
 import msgspec
@@ -44,8 +45,8 @@ from swarmkit.net.protocol.messages import (
     printable,
 )
 from swarmkit.net.rpc.faults import Refusal, refusal_of
-from swarmkit.net.rpc.message_stream import IncomingMessage
-from swarmkit.net.rpc.receive_budget import ReceiveBudget, ReceiveReservation
+from swarmkit.net.rpc.message_stream import CHUNK_BYTES, IncomingMessage
+from swarmkit.net.rpc.receive_budget import ReceiveBudget
 from swarmkit.net.rpc.server_stream import ServerStream
 from swarmkit.net.transport.seam import Stream
 from swarmkit.server.adapters.service import held
@@ -130,7 +131,7 @@ class BlockService:
         self._idle.set()
         self.budget = budget or KVBudget(settings.limits.cache_bytes)
         self.receive_budget = receive_budget or ReceiveBudget(settings.requests.receive_budget_bytes)
-        self._admission = AdmissionControl(settings, engine)
+        self._admission = AdmissionControl(settings, engine, self.receive_budget)
         self.adapters = AdapterStore(settings.adapters.adapter_bytes, settings.adapters.client_adapter_bytes)
         self.leaving = False
         self.steps = 0
@@ -338,7 +339,7 @@ class BlockService:
             if trail is None or not names:
                 return 0
             try:
-                session.lease.grow(1, len(names) * PAGE_TOKENS)
+                session.lease_pages(1, len(names) * PAGE_TOKENS)
                 return (await self._engine.run(lambda: trail.recall(names, session.cache))).value
             except CacheFullError:
                 return 0
@@ -478,9 +479,11 @@ class BlockService:
             settings.sessions.codecs,
         )
         checked = session.steps
-        self._admission.check_queue(step)
-        with ReceiveReservation(self.receive_budget) as room:
-            await self._admission.take(incoming, room)
+        rows, tokens, _ = step.hidden.shape
+        if wait_s := self._engine.ahead(rows, tokens).wait_s:
+            self._admission.check_queue(step, wait_s)
+        is_large = incoming.nbytes > CHUNK_BYTES
+        with await self._admission.room_for(incoming) if is_large else nullcontext():
             await incoming.payload()
             async with session.taking_turn():
                 if source is not None and step.number <= session.number:

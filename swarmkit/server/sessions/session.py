@@ -12,6 +12,7 @@ import anyio
 
 from swarmkit.errors import SwarmkitError
 from swarmkit.models.execution.stage import StageCache
+from swarmkit.models.kv.cache import PAGE_TOKENS
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.messages import HIDDEN_DTYPES, Step
 from swarmkit.net.rpc.faults import Refusal
@@ -53,6 +54,8 @@ class ServedSession:
     sources: set[anyio.CancelScope] = field(default_factory=set)
     """Around each stream that pushes steps into this session."""
     ended: bool = False
+    _leased: tuple[int, int] = (0, 0)
+    """Rows and pages of the cache that the lease is for; (-1, -1) while it is for more."""
     used_at: float = field(init=False)
     """When it last did something."""
 
@@ -95,8 +98,10 @@ class ServedSession:
         """
         self.steps += 1
         self.used_at = now
-        if not self.ended:
-            self.lease.resize(self.cache.batch, self.cache.tokens, self.cache.pages_held())
+        cache = self.cache
+        if not self.ended and self._leased != (held := (cache.batch, cache.pages_held())):
+            self.lease.resize(cache.batch, cache.tokens, held[1])
+            self._leased = held
 
     def lease_for(self, step: Step) -> None:
         """Before a checked step: lease all that the cache may take until the step has been done.
@@ -105,8 +110,19 @@ class ServedSession:
             CacheFullError: there is not that much left.
         """
         rows, tokens, _ = step.hidden.shape
-        pages = self.cache.pages_after(step.position, step.order, rows, tokens)
-        self.lease.grow(rows, step.position + tokens, pages)
+        end = step.position + tokens
+        if self._leased[0] == rows == 1 and end <= self._leased[1] * PAGE_TOKENS:
+            return  # the tokens go into a page that the only row has
+        self.lease_pages(rows, end, self.cache.pages_after(step.position, step.order, rows, tokens))
+
+    def lease_pages(self, rows: int, tokens: int, pages: int | None = None) -> None:
+        """Lease what `rows` x `tokens` need, until a step has been done; see `CacheLease.grow`.
+
+        Raises:
+            CacheFullError: there is not that much left.
+        """
+        self._leased = -1, -1
+        self.lease.grow(rows, tokens, pages)
 
     def audit(self) -> None:
         """Between two steps: raise AssertionError unless the lease is just what the cache takes."""
