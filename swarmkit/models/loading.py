@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from swarmkit.errors import ModelError
+from swarmkit.models.quantization.packed_4bit import prepare_4bit
 
 _LOADING = threading.Lock()
 """transformers' loader sets process-wide state (default dtype, weight initialisers) while it works, and
@@ -68,6 +69,8 @@ def load_model(
             )
     model.train(False)
     model.requires_grad_(False)
+    if getattr(model, "is_loaded_in_4bit", False):
+        prepare_4bit(model)
     return model
 
 

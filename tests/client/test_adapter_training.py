@@ -304,28 +304,35 @@ def test_a_gradient_with_nan_is_not_sent_and_others_go_on(swarm: LocalSwarm) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_gradients_through_quantised_blocks_are_those_of_peft_on_them(tmp_path: Path, kind: str) -> None:
-    """Within 1 % of the largest: the same quantised weights, and here as there float32 otherwise."""
+@pytest.mark.parametrize(("kind", "tolerance"), [("int8", 0.01), ("nf4", 0.04)])
+def test_gradients_through_quantised_blocks_are_those_of_peft_on_them(
+    tmp_path: Path, kind: str, tolerance: float
+) -> None:
+    """The same quantised weights, and here as there float32 otherwise. Where bitsandbytes packs NF4 weights
+    for a CPU, it rounds their scales to bfloat16.
+    """
     folder = make_checkpoint(tmp_path, "llama", num_blocks=3, hidden_size=64, intermediate_size=128)
     with_bitsandbytes(folder, kind)
     checkpoint = Checkpoint.open(folder)
     targets = KINDS["llama"][1]
     reference = peft_model(checkpoint, targets)
+    # Without it bitsandbytes computes in bfloat16 what comes before the first adapter, on some processors.
+    reference.enable_input_require_grads()
     reference(**BATCH).loss.backward()
     with LocalSwarm(checkpoint, num_stages=2, transport="memory") as swarm:
         model = swarmkit.get_peft_model(swarm.model(), lora(targets))
         randomise(model)
+        model.generate(input_ids=IDS, max_new_tokens=2)  # for which bitsandbytes may pack weights anew
         model(**BATCH).loss.backward()
     for name, parameter in trained(reference).items():
         found, wanted = trained(model)[name].grad, parameter.grad
         assert found is not None
         assert wanted is not None
-        assert (found - wanted).abs().max() <= 0.01 * wanted.abs().max(), name
+        assert (found - wanted).abs().max() <= tolerance * wanted.abs().max(), name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "least"), [("int8", 0.95), ("nf4", 0.8), ("bfloat16", 0.99)])
+@pytest.mark.parametrize(("precision", "least"), [("int8", 0.95), ("bfloat16", 0.99)])
 def test_gradients_through_rounded_blocks_point_where_those_of_whole_ones_do(
     checkpoint: Checkpoint, precision: str, least: float
 ) -> None:
@@ -339,3 +346,23 @@ def test_gradients_through_rounded_blocks_point_where_those_of_whole_ones_do(
     found = torch.cat([p.grad.flatten() for p in trained(model).values() if p.grad is not None])
     wanted = torch.cat([p.grad.flatten() for p in trained(reference).values()])
     assert torch.nn.functional.cosine_similarity(found, wanted, dim=0) > least
+
+
+@pytest.mark.slow
+def test_gradients_through_nf4_blocks_are_those_through_their_rounded_weights(checkpoint: Checkpoint) -> None:
+    from bitsandbytes import functional as bnb
+
+    targets = KINDS["llama"][1]
+    reference = peft_model(checkpoint, targets)
+    with torch.no_grad():
+        for name, weight in reference.named_parameters():
+            if ".layers." in name and weight.ndim == 2 and "lora_" not in name:
+                packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+                weight.copy_(bnb.dequantize_4bit(packed, state))
+    reference(**BATCH).loss.backward()
+    with LocalSwarm(checkpoint, num_stages=2, transport="memory", dtype="nf4") as swarm:
+        model = swarmkit.get_peft_model(swarm.model(), lora(targets))
+        randomise(model)
+        model(**BATCH).loss.backward()
+    grads = {name: p.grad for name, p in trained(model).items()}
+    assert_alike(grads, {name: p.grad for name, p in trained(reference).items()}, atol=1e-4)  # type: ignore[arg-type, misc]
