@@ -203,6 +203,28 @@ class PeerRefused(Event, frozen=True):
         )
 
 
+class OutputsDiffered(Event, frozen=True):
+    """Two servers computed outputs of blocks [start, stop) that honest servers cannot both compute."""
+
+    peer_ids: tuple[str, str]
+    labels: tuple[str, str]
+    start: int
+    stop: int
+    excess: float
+    """How far the outputs are apart, as a multiple of what rounding explains."""
+    loser: str = ""
+    """The peer id of the one that is left aside; empty where it is not known which of them is wrong."""
+
+    def __str__(self) -> str:
+        first, second = self.labels
+        which = dict(zip(self.peer_ids, self.labels, strict=True)).get(self.loser)
+        verdict = f"{which} is left aside" if which else "it is not known which of them is wrong"
+        return (
+            f"{first} and {second} differ in blocks {self.start}:{self.stop} by {self.excess:.1f} times what "
+            f"rounding explains; {verdict}"
+        )
+
+
 class Rerouted(_BlocksTakenOver, frozen=True):
     """Other servers serve the blocks of a busy one, and now hold what it held."""
 

@@ -194,6 +194,10 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
         length = _length_limit(self.config) if max_length is None else max_length
         return Session(self._swarm, length, self._remote_adapters)
 
+    def clear_prefix_cache(self) -> None:
+        """Forget what ended sessions sent and received: the next session sends all of its tokens."""
+        self._swarm.client.prefix_cache.clear()
+
     def close(self) -> None:
         """Leave the swarm. Done by itself when the model is forgotten or the program ends."""
         self._swarm.close()

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from swarmkit.client.swarm.prefix_cache import ClientPrefixCache, best_start
+from swarmkit.client.swarm.prefix_cache import Chain, ClientPrefixCache, best_start
 from swarmkit.models.kv.cache import PAGE_TOKENS
 
 BOUNDARIES = [0, 2, 4]
+CHAIN = (("a", 0, 2), ("b", 2, 4))
 WIDTH = 4
 
 
@@ -24,54 +25,78 @@ def nbytes(pages: float) -> int:
     return 3 * int(pages * PAGE_TOKENS) * WIDTH * 4
 
 
-def found(memory: ClientPrefixCache, pages: float, seed: int = 0, boundaries: list[int] = BOUNDARIES) -> int:
+def found(memory: ClientPrefixCache, pages: float, seed: int = 0, chain: Chain = CHAIN) -> int:
     """How many tokens are remembered of a session that begins so."""
-    entry = memory.find(states(pages, seed)[0], boundaries)
+    entry = memory.find(chain, states(pages, seed)[0])
     return 0 if entry is None else entry[1]
 
 
 def test_what_was_kept_is_found() -> None:
     memory = ClientPrefixCache(nbytes(9))
-    memory.keep(states(2))
+    memory.keep(CHAIN, states(2))
     assert found(memory, 2) == 2 * PAGE_TOKENS
 
 
 def test_only_full_pages_count() -> None:
     memory = ClientPrefixCache(nbytes(9))
-    memory.keep(states(2.5))
+    memory.keep(CHAIN, states(2.5))
     assert found(memory, 3) == 2 * PAGE_TOKENS
 
 
 def test_what_begins_in_another_way_is_not_found() -> None:
     memory = ClientPrefixCache(nbytes(9))
-    memory.keep(states(2))
+    memory.keep(CHAIN, states(2))
     assert found(memory, 2, seed=1) == 0
 
 
 def test_the_states_found_are_those_that_were_kept() -> None:
     memory = ClientPrefixCache(nbytes(9))
-    memory.keep(states(2))
-    entry = memory.find(states(3)[0], BOUNDARIES)
+    memory.keep(CHAIN, states(2))
+    entry = memory.find(CHAIN, states(3)[0])
     assert entry is not None
     assert torch.equal(entry[0].states[2], states(2)[2])
 
 
-def test_a_session_over_other_boundaries_is_of_no_use() -> None:
+@pytest.mark.parametrize(
+    "other",
+    [
+        (("a", 0, 3), ("b", 3, 4)),  # other blocks
+        (("c", 0, 2), ("b", 2, 4)),  # another server in front
+        (("a", 0, 2), ("c", 2, 4)),  # another one behind
+        (("a", 0, 4),),
+    ],
+)
+def test_what_some_servers_computed_is_not_used_with_others(other: Chain) -> None:
     memory = ClientPrefixCache(nbytes(9))
-    memory.keep(states(2))
-    assert found(memory, 2, boundaries=[0, 3, 4]) == 0
+    memory.keep(CHAIN, states(2))
+    assert found(memory, 2, chain=other) == 0
 
 
-def test_a_session_over_fewer_boundaries_is_served() -> None:
+@pytest.mark.parametrize("look_between", [False, True])
+def test_what_a_dropped_server_took_part_in_is_forgotten(look_between: bool) -> None:
     memory = ClientPrefixCache(nbytes(9))
-    memory.keep(states(2))
-    assert found(memory, 2, boundaries=[0, 4]) == 2 * PAGE_TOKENS
+    memory.keep(CHAIN, states(2, seed=0))
+    memory.keep((("a", 0, 4),), states(2, seed=1))
+    if look_between:
+        found(memory, 1)
+    memory.drop("b")
+    assert [found(memory, 2), found(memory, 2, seed=1, chain=(("a", 0, 4),))] == [0, 2 * PAGE_TOKENS]
+    assert memory.nbytes == nbytes(2)
+
+
+def test_a_cleared_memory_holds_nothing() -> None:
+    memory = ClientPrefixCache(nbytes(9))
+    memory.keep(CHAIN, states(2, seed=0))
+    found(memory, 2)
+    memory.keep(CHAIN, states(2, seed=1))
+    memory.clear()
+    assert (found(memory, 2), found(memory, 2, seed=1), memory.nbytes, len(memory)) == (0, 0, 0, 0)
 
 
 def test_a_session_that_went_on_takes_the_place_of_its_beginning() -> None:
     memory = ClientPrefixCache(nbytes(9))
-    memory.keep(states(2))
-    memory.keep(states(3))
+    memory.keep(CHAIN, states(2))
+    memory.keep(CHAIN, states(3))
     assert found(memory, 9) == 3 * PAGE_TOKENS
     assert len(memory) == 1
 
@@ -80,7 +105,7 @@ def test_a_session_that_went_on_takes_the_place_of_its_beginning() -> None:
 def test_it_never_takes_more_than_its_limit(look_between: bool) -> None:
     memory = ClientPrefixCache(nbytes(3))
     for seed in range(4):
-        memory.keep(states(1.5, seed))
+        memory.keep(CHAIN, states(1.5, seed))
         if look_between:
             found(memory, 1)
     assert memory.nbytes <= nbytes(3)
@@ -88,16 +113,16 @@ def test_it_never_takes_more_than_its_limit(look_between: bool) -> None:
 
 def test_the_least_recently_used_goes_first() -> None:
     memory = ClientPrefixCache(nbytes(2))
-    memory.keep(states(1, 0))
-    memory.keep(states(1, 1))
+    memory.keep(CHAIN, states(1, 0))
+    memory.keep(CHAIN, states(1, 1))
     found(memory, 1, 0)
-    memory.keep(states(1, 2))
+    memory.keep(CHAIN, states(1, 2))
     assert [found(memory, 1, seed) > 0 for seed in (0, 1, 2)] == [True, False, True]
 
 
 def test_what_is_larger_than_the_limit_is_not_kept() -> None:
     memory = ClientPrefixCache(nbytes(2) - 1)
-    memory.keep(states(2))
+    memory.keep(CHAIN, states(2))
     assert len(memory) == 0
 
 

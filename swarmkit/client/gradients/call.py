@@ -278,7 +278,7 @@ class Call:
                 return
         if not swarm.bans.is_banned(service_id):
             swarm.note_loss(hop, error, self._owner)
-        swarm.bans.failed(service_id)
+        swarm.ban(service_id)
         for line in self._places[service_id].idle:
             line.close()
         self._places[service_id].idle.clear()

@@ -40,8 +40,8 @@ class ChainSession:
         """Whether servers may hold pages of this session's first tokens from an earlier one."""
         self._positions: torch.Tensor | None = None
         self._is_plain = swarm.prefix_cache.enabled
-        """Whether later sessions can begin with this one: it has always had one row, no padding, and the
-        default positions.
+        """Whether later sessions can begin with this one: it has always had one row, no padding, the default
+        positions, and servers that computed all of it, or the same as those whose places they took.
         """
         self._outputs = History()
         """The outputs of the last stage, as long as the session is plain."""
@@ -190,6 +190,7 @@ class ChainSession:
         execution = StepExecution(swarm, route, self._outputs, inputs, changes, self._numbers)
         output = await execution.run(hidden[:, skipped:])
 
+        self._is_plain = self._is_plain and not changes.mixed
         if self._is_plain:
             self._outputs.write(changes.position, output)
         self.position, self.rows, self._positions = end, rows, all_positions
@@ -273,4 +274,4 @@ class ChainSession:
             if copy:
                 found = {boundary: part.clone() for boundary, part in found.items()}
             inputs = None if self._inputs is None else self._inputs.row(self.position)
-            self._swarm.prefix_cache.keep(found, inputs)
+            self._swarm.prefix_cache.keep(self._route.chain, found, inputs)

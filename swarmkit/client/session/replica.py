@@ -112,6 +112,14 @@ class Failed:
     """Those without an answer, as far as one may still come."""
 
 
+@dataclass(frozen=True)
+class Predecessor:
+    """A server that has left a session, and the history of its inputs, which another one has now."""
+
+    hop: Hop
+    inputs: History
+
+
 class StageReplica:
     """One hop of a session's route: history and cache of its blocks."""
 
@@ -131,6 +139,8 @@ class StageReplica:
         self.connection: StageConnection | None = None
         self.held = 0
         """Tokens that the server's cache holds, as far as they are still wanted."""
+        self.predecessor: Predecessor | None = None
+        """The server whose outputs the stages behind still hold, until this one's are compared with them."""
         self.order: tuple[int, ...] | None = None
         """Reordering of rows that the server has not been told yet."""
         self.progress: InFlight | Failed | None = None
@@ -282,6 +292,7 @@ class StageReplica:
             self.history.write(position, hidden)
 
     def crop(self, tokens: int) -> None:
+        """Forget every position from `tokens` on."""
         self.history.crop(tokens)
         self.held = min(self.held, tokens)
 

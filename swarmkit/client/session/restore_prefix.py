@@ -27,8 +27,7 @@ async def restore_prefix(
     """
     if not cache:
         return None
-    boundaries = [*(stage.hop.start for stage in route.stages), route.stop]
-    found = await anyio.to_thread.run_sync(cache.find, hidden[:-1], boundaries)
+    found = await anyio.to_thread.run_sync(cache.find, route.chain, hidden[:-1])
     if found is None:
         return None
     entry, known = found

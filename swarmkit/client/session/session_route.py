@@ -12,8 +12,9 @@ import anyio
 
 from swarmkit.client.adapters.model_adapters import ClientAdapter, ServerAdapter
 from swarmkit.client.routing.route import Hop
-from swarmkit.client.session.replica import StageReplica
+from swarmkit.client.session.replica import Predecessor, StageReplica
 from swarmkit.client.swarm.client import SwarmClient
+from swarmkit.client.swarm.prefix_cache import Chain
 from swarmkit.client.swarm.route_search import RouteSearch
 from swarmkit.errors import (
     NoRouteError,
@@ -53,6 +54,8 @@ class RouteChanges:
     size: int
     hosted_adapter: str
     losses: list[_Loss] = field(default_factory=list)
+    mixed: bool = False
+    """Whether what was computed before is not all by the present servers, nor like what they compute."""
     refusals: int = 0
     _search: RouteSearch | None = None
 
@@ -93,6 +96,11 @@ class SessionRoute:
     @property
     def hops(self) -> list[Hop]:
         return [stage.hop for stage in self.stages]
+
+    @property
+    def chain(self) -> Chain:
+        """The servers, as the memory of prefixes names them."""
+        return tuple((hop.server.service_id, hop.start, hop.stop) for hop in self.hops)
 
     def drop(self) -> None:
         """End the streams to all servers."""
@@ -213,7 +221,7 @@ class SessionRoute:
         if isinstance(error, PeerTimeoutError) and index:
             # Perhaps the previous server never pushed what it said it pushed: it is not asked to again.
             self._swarm.cannot_link(self.stages[index - 1].hop.server, stage.hop.server)
-        self._swarm.bans.failed(stage.hop.server.service_id)
+        self._swarm.ban(stage.hop.server.service_id)
         self._lose(stage, changes, error)
         hops = await changes.find(stage.hop.start, stage.hop.stop, error)
         self._splice(index, hops)
@@ -237,9 +245,14 @@ class SessionRoute:
         self._swarm.note_loss(hop, cause, self._owner)
 
     def _splice(self, index: int, hops: Sequence[Hop]) -> None:
-        """Replace a stage by others; the first of them inherits its history."""
-        new = [self._replica(hop) for hop in hops]
-        new[0].history = self.stages[index].history
+        """Replace a stage by others; the first of them inherits its history.
+
+        The stages behind hold what the old server computed: the last new one will be compared with it.
+        """
+        old, new = self.stages[index], [self._replica(hop) for hop in hops]
+        new[0].history = old.history
+        if old.history.tokens and self._swarm.settings.sessions.recovery:
+            new[-1].predecessor = old.predecessor or Predecessor(old.hop, old.history)
         self.stages[index : index + 1] = new
 
     def tell_replacements(self, changes: RouteChanges) -> None:

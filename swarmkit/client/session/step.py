@@ -12,7 +12,11 @@ For stage i of the chain, at a step that extends the session from `position` n t
                     │ want ─ what stage i + 1 lacks ────│      wanted: [want, end),  want <= n
 
 In the usual step held = want = n on every stage. A replacement has held = 0; one that has no history of its
-own makes its predecessor's want 0 too. So replay, split and the step itself are one and the same operation.
+own makes the want of the one before it 0 too. So replay, split and the step itself are one and the same
+operation.
+
+What the stages behind a replacement hold comes from the lost server. So the outputs of the whole replay are
+wanted, and compared with it: stages behind that hold something else begin anew, with these outputs.
 
 Where successive stages are equal (held = want = n) and their servers are linked, only the first of them is
 sent its inputs: each server pushes its outputs to the next one and sends them to the client, which keeps them
@@ -26,12 +30,14 @@ from collections.abc import Iterator
 
 import torch
 
+from swarmkit.client.checks.agreement import Comparison
 from swarmkit.client.session.codecs import answer_codecs
 from swarmkit.client.session.history import History
 from swarmkit.client.session.pipeline import pieces, run_pipeline
 from swarmkit.client.session.replica import (
     Failed,
     InFlight,
+    Predecessor,
     Request,
     StageReplica,
     StepInputs,
@@ -100,6 +106,8 @@ class StepExecution:
                     await route.replace(index, error, self._changes)
                 continue
             self._changes.progressed()
+            if stage.predecessor is not None:
+                output, want = await self._succeed(index, stage.predecessor, output)
             arrived, arrived_from = output, want
             index += 1
         return arrived
@@ -109,7 +117,38 @@ class StepExecution:
         stages = self._route.stages
         if index + 1 == len(stages):
             return self._position
+        if stages[index].predecessor is not None:
+            return 0
         return min(self._position, stages[index + 1].history.tokens)
+
+    async def _succeed(
+        self, index: int, before: Predecessor, output: torch.Tensor
+    ) -> tuple[torch.Tensor, int]:
+        """Keep what the stages behind a new server hold only if it computes the same.
+
+        Args: output: of the new server, from position 0 on, or from the step's if it is the last.
+
+        Returns: the outputs that the next stage lacks, and the position of the first of them.
+        """
+        stages, position = self._route.stages, self._position
+        stage = stages[index]
+        stage.predecessor = None
+        if index + 1 == len(stages):
+            self._changes.mixed = self._changes.mixed or position > 0
+            return output, position
+        following = stages[index + 1].history
+        known = min(position, following.tokens)
+        if known:
+            outputs = following.read(0, known), output[:, :known]
+            part = Comparison(before.hop, stage.hop, outputs, before.inputs.read(0, known))
+            mask = None if self._inputs.mask is None else self._inputs.mask[:, :known]
+            apart = await off_loop(output.nbytes, lambda: part.excess(following.codec, mask))
+            if apart > 1:
+                known, self._changes.mixed = 0, True
+                for behind in stages[index + 1 :]:
+                    behind.crop(0)
+                self._swarm.note_difference(part, apart, self._changes.owner)
+        return output[:, known:], known
 
     async def _run_stage(self, index: int, want: int) -> torch.Tensor:
         """Bring a stage to the step's end; returns its outputs of positions [want, end)."""

@@ -13,6 +13,7 @@ from typing import Literal
 import anyio
 from anyio.abc import TaskStatus
 
+from swarmkit.client.checks.agreement import Comparison
 from swarmkit.client.routing.bans import Bans
 from swarmkit.client.routing.busy import BusyPeers
 from swarmkit.client.routing.deadline import DeadlinePolicy, StepTimes
@@ -28,7 +29,15 @@ from swarmkit.errors import (
     SwarmkitError,
     TransportError,
 )
-from swarmkit.events import EventStream, MicroBatchFinished, Owner, PeerLost, PeerRefused, StepFinished
+from swarmkit.events import (
+    EventStream,
+    MicroBatchFinished,
+    OutputsDiffered,
+    Owner,
+    PeerLost,
+    PeerRefused,
+    StepFinished,
+)
 from swarmkit.net.protocol.protocol import Protocol
 from swarmkit.net.registry.records import Announcement
 from swarmkit.net.registry.registry import Registry
@@ -211,6 +220,11 @@ class SwarmClient:
         service_id = hop.server.service_id
         return not self.bans.is_banned(service_id) and not self.busy.wait_s(service_id)
 
+    def ban(self, service_id: str) -> None:
+        """Avoid a server for a while, and use nothing any more that it took part in."""
+        self.bans.failed(service_id)
+        self.prefix_cache.drop(service_id)
+
     def note_refusal(self, hop: Hop, error: RemoteError, owner: Owner) -> None:
         """Leave a server alone for as long as it said that it has no room, and tell so."""
         server = hop.server
@@ -241,6 +255,27 @@ class SwarmClient:
                 hop.start,
                 hop.stop,
                 cause if isinstance(cause, str) else _reason(cause),
+                time=self.clock.time(),
+                owner=owner,
+            )
+        )
+
+    def note_difference(self, found: Comparison, excess: float, owner: Owner, loser: str = "") -> None:
+        """Tell that two servers computed different outputs for the same inputs.
+
+        Args:
+            excess: how far these are apart; see `agreement.excess`.
+            loser: the peer that is left aside for it.
+        """
+        first, second = found.first.server, found.second.server
+        self.events.emit(
+            OutputsDiffered(
+                (first.peer_id, second.peer_id),
+                (first.label, second.label),
+                found.first.start,
+                found.first.stop,
+                excess,
+                loser,
                 time=self.clock.time(),
                 owner=owner,
             )

@@ -3,15 +3,18 @@
 At every boundary of the route that a session took, its hidden states are kept. With these a later session
 asks each server which pages it has kept (`models.pages`), sends only the rest, and can still rebuild the
 cache of any server that is lost.
+
+What servers computed is used only with the same servers in the same places of a route: a server that lies
+deceives the sessions that use it, and no others. What a server took part in is dropped when it is banned.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,11 +22,15 @@ from torch import Tensor
 from swarmkit.models.kv.cache import PAGE_TOKENS
 from swarmkit.models.kv.pages import Name, names_of
 
+Chain: TypeAlias = tuple[tuple[str, int, int], ...]
+"""The servers that a session's tokens went through, in order: service id, and blocks [start, stop)."""
+
 
 @dataclass(frozen=True, eq=False)
 class CachedPrefix:
     """One session's hidden states `[tokens, hidden]` at the block boundaries of its route, both ends too."""
 
+    chain: Chain
     names: tuple[Name, ...]
     states: Mapping[int, Tensor]
 
@@ -32,13 +39,20 @@ class CachedPrefix:
         return _nbytes(self.states)
 
 
+@dataclass(frozen=True, eq=False)
+class _NewPrefix:
+    chain: Chain
+    states: Mapping[int, Tensor]
+    inputs: Tensor
+
+
 class ClientPrefixCache:
     """Prefixes of sessions of one model, within `limit` bytes; the least recently used are dropped first."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._new: deque[tuple[Mapping[int, Tensor], Tensor]] = deque()
-        self._lock = threading.Lock()
+        self._new: deque[_NewPrefix] = deque()
+        self._lock = threading.Lock()  # held for moments only: nothing is hashed meanwhile
         self._entries: OrderedDict[CachedPrefix, None] = OrderedDict()
         self._by_name: dict[Name, CachedPrefix] = {}
         self._nbytes = 0
@@ -49,48 +63,72 @@ class ClientPrefixCache:
 
     @property
     def nbytes(self) -> int:
-        return self._nbytes + self._new_nbytes()
+        with self._lock:
+            return self._nbytes + self._new_nbytes()
 
     def __len__(self) -> int:
         return len(self._entries) + len(self._new)
 
-    def keep(self, states: Mapping[int, Tensor], inputs: Tensor | None = None) -> None:
+    def keep(self, chain: Chain, states: Mapping[int, Tensor], inputs: Tensor | None = None) -> None:
         """Keep a session by its states `[tokens, hidden]`, of equal length at all boundaries. Is quick.
 
-        Args: inputs: by which it is found, where a codec made others of them at the first boundary.
+        Args:
+            chain: the servers that computed all of these states.
+            inputs: by which it is found, where a codec made others of them at the first boundary.
         """
-        if min(map(len, states.values())) >= PAGE_TOKENS and _nbytes(states) <= self._limit:
-            self._new.append((states, states[min(states)] if inputs is None else inputs))
-        while self._new_nbytes() > self._limit:
-            self._new.popleft()
+        if min(map(len, states.values())) < PAGE_TOKENS or _nbytes(states) > self._limit:
+            return
+        with self._lock:
+            self._new.append(_NewPrefix(chain, states, states[min(states)] if inputs is None else inputs))
+            while self._new_nbytes() > self._limit:
+                self._new.popleft()
+
+    def drop(self, service_id: str) -> None:
+        """Forget all that a server took part in. Is quick; may be called from any thread."""
+        with self._lock:
+            self._new = deque(new for new in self._new if not _uses(new.chain, service_id))
+            for entry in [entry for entry in self._entries if _uses(entry.chain, service_id)]:
+                self._forget(entry)
+
+    def clear(self) -> None:
+        """Forget everything. Is quick; may be called from any thread."""
+        with self._lock:
+            self._new.clear()
+            self._entries.clear()
+            self._by_name.clear()
+            self._nbytes = 0
 
     def _new_nbytes(self) -> int:
-        return sum(_nbytes(states) for states, _ in self._new)
+        return sum(_nbytes(new.states) for new in self._new)
 
-    def find(self, inputs: Tensor, boundaries: Sequence[int]) -> tuple[CachedPrefix, int] | None:
-        """The session that shares most full pages with `inputs`, `[tokens, hidden]` at the first boundary.
+    def find(self, chain: Chain, inputs: Tensor) -> tuple[CachedPrefix, int] | None:
+        """The session over the same servers that shares most full pages with `inputs`, `[tokens, hidden]`.
 
         Takes time, for what is new and for the inputs; may be called from any thread.
 
-        Returns: it, and the number of tokens shared; None if it shares none or took other boundaries.
+        Returns: it, and the number of tokens shared; None if it shares none.
         """
         with self._lock:
-            with contextlib.suppress(IndexError):  # until there is no more
-                while True:
-                    self._absorb(*self._new.popleft())
-            names = _names(boundaries[0], inputs)
+            waiting = tuple(self._new)
+        for new in waiting:
+            names = tuple(_names(new.chain, new.inputs))
+            with self._lock:
+                if new in self._new:  # and was not dropped, nor found by another call, meanwhile
+                    self._new.remove(new)
+                    self._absorb(CachedPrefix(new.chain, names, new.states))
+        names = tuple(_names(chain, inputs))
+        with self._lock:
             for count, name in reversed(list(enumerate(names, start=1))):
                 entry = self._by_name.get(name)
-                if entry is not None and set(boundaries) <= entry.states.keys():
+                if entry is not None:
                     self._entries.move_to_end(entry)
                     return entry, count * PAGE_TOKENS
             return None
 
-    def _absorb(self, states: Mapping[int, Tensor], inputs: Tensor) -> None:
-        entry = CachedPrefix(tuple(_names(min(states), inputs)), states)
+    def _absorb(self, entry: CachedPrefix) -> None:
         for name in entry.names:  # what this one goes on from says nothing that this one does not say
             before = self._by_name.get(name)
-            if before is not None and _goes_on_from(entry, before):
+            if before is not None and before.names == entry.names[: len(before.names)]:
                 self._forget(before)
         self._entries[entry] = None
         self._by_name.update(dict.fromkeys(entry.names, entry))
@@ -106,18 +144,17 @@ class ClientPrefixCache:
                 del self._by_name[name]
 
 
-def _names(boundary: int, states: Tensor) -> list[Name]:
-    return names_of(f"{boundary}".encode(), states)
+def _names(chain: Chain, inputs: Tensor) -> list[Name]:
+    return names_of(repr(chain).encode(), inputs)
+
+
+def _uses(chain: Chain, service_id: str) -> bool:
+    return any(server == service_id for server, _, _ in chain)
 
 
 def _nbytes(states: Mapping[int, Tensor]) -> int:
     # Parts of larger buffers, which stay as long as these do.
     return sum(part.untyped_storage().nbytes() for part in states.values())
-
-
-def _goes_on_from(entry: CachedPrefix, before: CachedPrefix) -> bool:
-    same_way = before.states.keys() <= entry.states.keys()
-    return same_way and before.names == entry.names[: len(before.names)]
 
 
 def names_for(root: bytes, states: Tensor, dtype: str) -> list[Name]:
