@@ -59,6 +59,9 @@ class ServerStream(MessageStream):
         self._idle = IdleTimer(self)
         self._taking = IdleTimer(self)
         self._sending = asyncio.Lock()
+        self._life = anyio.CancelScope()
+        """Around all that is done for the peer: cancelled when it is gone, whatever runs then."""
+        self._dismissal: Refusal | None = None
 
     async def next(self) -> IncomingMessage:
         """The next message, which is legal in the present state; see `MessageStream.next`.
@@ -125,19 +128,30 @@ class ServerStream(MessageStream):
     ) -> None:
         """Serve the stream until it ends. Never raises on account of the peer.
 
+        If the peer is gone, an answer that is being made is cancelled.
+
         Args:
             refusal: what the peer is told instead of being served, such as that there are too many streams.
         """
+        self.stream.on_end(self._life.cancel)
         try:
-            if refusal is None:
-                await self.answer_all(answer)
-            else:
-                await self.refuse(refusal)
+            with self._life:
+                if refusal is None:
+                    await self.answer_all(answer)
+                else:
+                    await self.refuse(refusal)
+            if self._dismissal is not None:
+                await self.refuse(self._dismissal)
             await self.linger()
         except (PeerError, TimeoutError) as error:
             logger.debug("a stream of %s ended: %s", self.peer_id[-6:], error)
         finally:
             self.close()
+
+    def dismiss(self, why: Refusal) -> None:
+        """Serve the stream no longer: cancel the answer that is being made, and tell the peer why."""
+        self._dismissal = why
+        self._life.cancel()
 
     async def linger(self) -> None:
         """Let the peer read why the stream ends: closing it while the peer still sends could discard that."""

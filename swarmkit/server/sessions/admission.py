@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-import threading
-
-import psutil
 
 from swarmkit.errors import SwarmkitError
 from swarmkit.net.protocol.messages import Step
@@ -103,8 +99,3 @@ def evicted(idle_s: float) -> Refusal:
     """What the client of a session is told that had to go."""
     text = f"the session did nothing for {idle_s:.0f} s, and its room was needed; open it anew"
     return Refusal("busy", text, retry_after_s(0))
-
-
-def process_counts() -> tuple[int, int, int]:
-    """Tasks of the running event loop, threads and descriptors."""
-    return len(asyncio.all_tasks()), threading.active_count(), psutil.Process().num_fds()

@@ -49,16 +49,15 @@ from swarmkit.net.rpc.message_stream import CHUNK_BYTES, IncomingMessage
 from swarmkit.net.rpc.receive_budget import ReceiveBudget
 from swarmkit.net.rpc.server_stream import ServerStream
 from swarmkit.net.transport.seam import Stream
-from swarmkit.server.adapters.service import held
 from swarmkit.server.adapters.store import AdapterStore
 from swarmkit.server.cache.kv_budget import CacheFullError, KVBudget
-from swarmkit.server.cache.prefix_cache import root_of
-from swarmkit.server.cache.prefix_tracker import PrefixTracker, tail_bytes
 from swarmkit.server.engine.admission_policy import Ahead
 from swarmkit.server.engine.engine import Engine
 from swarmkit.server.engine.work import ExpiredError, Timed
-from swarmkit.server.sessions.admission import AdmissionControl, evicted, process_counts
+from swarmkit.server.sessions.admission import AdmissionControl, evicted
 from swarmkit.server.sessions.links import Links, NotLinkedError
+from swarmkit.server.sessions.opening import SessionOpening
+from swarmkit.server.sessions.resources import count_resources
 from swarmkit.server.sessions.session import LateStepError, ServedSession, check_place, check_step
 from swarmkit.server.sessions.session_step import SessionStep
 from swarmkit.settings import Limits, ServerSettings
@@ -89,10 +88,6 @@ class _Client(ServerStream):
             clock=clock,
         )
         self.session: ServedSession | None = None
-        self.life = anyio.CancelScope()
-        """Around all that is done for the client: cancelled when it is gone, whatever runs then."""
-        self.last_words: Refusal | None = None
-        """What the client is told when this server ends its session."""
 
 
 class BlockService:
@@ -117,8 +112,6 @@ class BlockService:
             budget, receive_budget: memory for keys and values, and for large messages; its own if not given.
         """
         self._stage = stage
-        self._fingerprint = fingerprint
-        self._kv_bytes = kv_bytes_per_token_per_block
         self._engine = engine
         self._settings = settings
         self._limits = settings.limits
@@ -133,6 +126,10 @@ class BlockService:
         self.receive_budget = receive_budget or ReceiveBudget(settings.requests.receive_budget_bytes)
         self._admission = AdmissionControl(settings, engine, self.receive_budget)
         self.adapters = AdapterStore(settings.adapters.adapter_bytes, settings.adapters.client_adapter_bytes)
+        self._opening = SessionOpening(
+            stage, fingerprint, kv_bytes_per_token_per_block, settings, self.budget, self.adapters
+        )
+        self._bytes_per_token = self._opening.bytes_per_token(stage.start, stage.stop)
         self.leaving = False
         self.steps = 0
         self.max_payload_bytes = settings.requests.max_step_tokens * stage.hidden_size * 4 + _SIDE_BYTES
@@ -149,11 +146,11 @@ class BlockService:
     @property
     def free_cache_tokens(self) -> int:
         """Tokens of one row that still fit, if a session uses all blocks of the stage."""
-        return self.budget.free_bytes // self._bytes_per_token(self._stage.start, self._stage.stop)
+        return self.budget.free_bytes // self._bytes_per_token
 
     @property
     def total_cache_tokens(self) -> int:
-        return self.budget.capacity_bytes // self._bytes_per_token(self._stage.start, self._stage.stop)
+        return self.budget.capacity_bytes // self._bytes_per_token
 
     def audit(self) -> None:
         """Raise AssertionError unless every byte of the cache is accounted for, of sessions between steps."""
@@ -193,23 +190,14 @@ class BlockService:
             stream, self.max_payload_bytes, settings.requests.message_timeout_s, self._engine.clock.now
         )
         self._streams += 1
-        stream.on_end(client.life.cancel)
+        refusal = None
+        if self._streams > self._limits.max_sessions + _SPARE_STREAMS:
+            refusal = self._admission.too_many("too many streams are open", self._streams)
         try:
-            with client.life:
-                if self._streams > self._limits.max_sessions + _SPARE_STREAMS:
-                    await client.refuse(self._admission.too_many("too many streams are open", self._streams))
-                else:
-                    await client.answer_all(lambda incoming: self._answer(client, incoming))
-            self._end(client)
-            if client.last_words is not None:
-                await client.refuse(client.last_words)
-            await client.linger()
-        except (PeerError, TimeoutError) as error:
-            logger.debug("stream of %s ended: %s", stream.peer_id[-6:], error)
+            await client.serve(lambda incoming: self._answer(client, incoming), refusal)
         finally:
             self._streams -= 1
             self._end(client)
-            client.close()
 
     async def _answer(self, client: _Client, incoming: IncomingMessage) -> None:
         message = incoming.message
@@ -258,26 +246,8 @@ class BlockService:
 
     def resources(self) -> Resources:
         """Count what this service, its engine and its process hold now. Call it on the event loop."""
-        try:
-            self.budget.audit()
-            accounted = True
-        except AssertionError:
-            logger.exception("the cache does not add up")
-            accounted = False
-        tasks, threads, descriptors = process_counts()
-        return Resources(
-            sessions=len(self._clients),
-            streams=self._streams,
-            pushers=self._sources,
-            leased_bytes=self.budget.leased_bytes,
-            kept_bytes=self.budget.pages.nbytes,
-            capacity_bytes=self.budget.capacity_bytes,
-            receive_budget_bytes=self.receive_budget.held_bytes,
-            works=self._engine.holds,
-            accounted=accounted,
-            tasks=tasks,
-            threads=threads,
-            descriptors=descriptors,
+        return count_resources(
+            len(self._clients), self._streams, self._sources, self.budget, self.receive_budget, self._engine
         )
 
     # ------------------------------------------------------------------ sessions
@@ -285,49 +255,12 @@ class BlockService:
     def _open(self, client: _Client, message: Open) -> ServedSession:
         if self.leaving:
             raise Refusal("leaving", "this server is about to stop; use another one")
-        if message.fingerprint != self._fingerprint:
-            raise Refusal(
-                "wrong_model",
-                f"this server serves the model {self._fingerprint}, not {message.fingerprint}; "
-                "load the same checkpoint, or ask servers of yours",
-            )
-        stage = self._stage
-        if not stage.start <= message.start < message.stop <= stage.stop:
-            raise Refusal(
-                "blocks_not_held",
-                f"blocks {message.start}:{message.stop} are not inside the served {stage.start}:{stage.stop}",
-            )
-        if not 1 <= message.max_length <= self._settings.sessions.max_session_length:
-            raise Refusal(
-                "too_long",
-                f"a session may hold 1 to {self._settings.sessions.max_session_length} tokens a row",
-            )
+        self._opening.check(message)
         if len(self._clients) >= self._limits.max_sessions and not self._make_room(1, of_bytes=False):
             raise self._admission.too_many(
                 f"{len(self._clients)} sessions are open already", len(self._clients)
             )
-        hold = held(self.adapters, message.adapter, message.start, message.stop)
-        cache = stage.new_cache(message.start, message.stop, None if hold is None else hold.adapter)
-        bytes_per_token = self._bytes_per_token(message.start, message.stop)
-        scope = self._settings.sessions.prefix_cache
-        if scope == "off" or not (cache.has_pages and stage.keys_are_final):
-            lease, trail = self.budget.lease(bytes_per_token), None
-        else:
-            owner = client.peer_id if scope == "client" else ""
-            if message.adapter:  # other keys and values come of the same inputs
-                owner = f"{owner}\n{message.adapter}"
-            trail = PrefixTracker(self.budget.pages, root_of(owner, message.start, message.stop))
-            lease = self.budget.lease(bytes_per_token, tail_bytes(stage.hidden_size, stage.dtype.itemsize))
-        return ServedSession(
-            message.start,
-            message.stop,
-            message.max_length,
-            cache,
-            lease,
-            self._engine.clock.now(),
-            trail,
-            hold,
-        )
+        return self._opening.open(message, client.peer_id, self._engine.clock.now())
 
     async def _restore_prefix(self, session: ServedSession, message: RestorePrefix) -> int:
         """Let a session that is at its beginning hold what is kept of these pages; returns its tokens."""
@@ -355,9 +288,8 @@ class BlockService:
         chosen = self._admission.to_evict(sessions, needed, of_bytes=of_bytes, at_once=at_once)
         for key in chosen:
             client = self._clients[key]
-            client.last_words = evicted(self._engine.clock.now() - sessions[key].used_at)
             self._end(client)
-            client.life.cancel()
+            client.dismiss(evicted(self._engine.clock.now() - sessions[key].used_at))
         return bool(chosen)
 
     def _grow(self, session: ServedSession, step: Step) -> None:
@@ -452,9 +384,6 @@ class BlockService:
             if refusal.code in SENDERS_FAULT:
                 refusal = Refusal("upstream", str(refusal))
             await client.refuse(refusal, number)
-
-    def _bytes_per_token(self, start: int, stop: int) -> int:
-        return max(1, (stop - start) * self._kv_bytes)
 
     # ------------------------------------------------------------------ steps
 
