@@ -404,3 +404,26 @@ class ClientSettings(Settings):
     deadlines: DeadlineSettings = Field(default_factory=DeadlineSettings)
     transfer: TransferSettings = Field(default_factory=TransferSettings)
     sessions: ClientSessionSettings = Field(default_factory=ClientSessionSettings)
+
+
+class ApiSettings(SettingsGroup):
+    """What clients of the HTTP API may ask for."""
+
+    model_config = read_from("SWARMKIT_API_")
+
+    max_running: int = Field(
+        default=64, ge=1, le=1024, description="How many requests are answered at a time, each in a thread."
+    )
+    max_waiting: int = Field(
+        default=256,
+        ge=0,
+        description="How many more requests wait for their turn. All others are refused with status 429.",
+    )
+    max_body_bytes: int = Field(
+        default=8 * 1024**2, gt=0, description="The largest body of a request; larger ones get status 413."
+    )
+    max_tokens: int = Field(
+        default=4096,
+        ge=1,
+        description="The longest answer in tokens. An answer that reaches it ends with the reason `length`.",
+    )

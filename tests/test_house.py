@@ -24,7 +24,7 @@ FLOORS = [
     {"client", "server"},
     {"node"},
     {"local"},
-    {"bench"},
+    {"bench", "api"},
     {"cli"},
 ]
 """A room may import from the floors below it, and from itself; never from a neighbour."""
@@ -135,7 +135,7 @@ def test_time_comes_from_the_clock_that_is_handed_in(room: str) -> None:
 
 # no circles
 
-SUBROOMS = {"net", "models", "client", "server"}
+SUBROOMS = {"net", "models", "client", "server", "api"}
 """Rooms whose folders and files import one way, as the rooms of the package do."""
 
 

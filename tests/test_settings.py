@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from swarmkit.models.checkpoint.store import StoreSettings
 from swarmkit.server.weights.service import WeightsSettings
 from swarmkit.settings import (
+    ApiSettings,
     ClientSettings,
     NetSettings,
     ServerSettings,
@@ -18,6 +19,7 @@ from tools.settings_page import PAGE, settings_page
 
 WHOLE: list[type[Settings]] = [ServerSettings, ClientSettings]
 GROUPS: list[type[SettingsGroup]] = [
+    ApiSettings,
     NetSettings,
     StoreSettings,
     WeightsSettings,

@@ -11,7 +11,14 @@ from pydantic.fields import FieldInfo
 
 from swarmkit.models.checkpoint.store import StoreSettings
 from swarmkit.server.weights.service import WeightsSettings
-from swarmkit.settings import ClientSettings, NetSettings, ServerSettings, Settings, SettingsGroup
+from swarmkit.settings import (
+    ApiSettings,
+    ClientSettings,
+    NetSettings,
+    ServerSettings,
+    Settings,
+    SettingsGroup,
+)
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "settings.md"
 
@@ -49,7 +56,12 @@ def settings_page() -> str:
             assert isinstance(group, type)
             assert issubclass(group, SettingsGroup)
             parts.append(f"### `{name}`: {_doc(group)}\n\n{_table(group)}")
-    for title, group in (("Network", NetSettings), ("Weights", WeightsSettings), ("Store", StoreSettings)):
+    for title, group in (
+        ("HTTP API", ApiSettings),
+        ("Network", NetSettings),
+        ("Weights", WeightsSettings),
+        ("Store", StoreSettings),
+    ):
         parts.append(f"## {title}\n\n{_doc(group)}\n\n{_table(group)}")
     return "\n".join(parts)
 

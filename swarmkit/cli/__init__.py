@@ -12,7 +12,7 @@ from swarmkit.errors import SwarmkitError
 
 # Importing a command's file adds it to `app`. The order is the order in `--help`.
 # isort: off
-from swarmkit.cli import demo, serve, generate, chat, status, bootstrap, plan, check, bench  # noqa: F401
+from swarmkit.cli import demo, serve, generate, chat, api, status, bootstrap, plan, check, bench  # noqa: F401
 # isort: on
 
 __all__ = ["app", "main"]

@@ -1,0 +1,1 @@
+"""The wire formats: each file translates requests and answers of one of them."""

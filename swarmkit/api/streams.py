@@ -1,0 +1,92 @@
+"""Answers over HTTP: server-sent events, and whole ones, both of which end when the client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+
+from swarmkit.api.refusals import ApiError
+
+T = TypeVar("T")
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection; there is nobody to answer."""
+
+
+def event(data: dict[str, Any] | str, name: str | None = None) -> bytes:
+    """One server-sent event."""
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {text}\n\n".encode()
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Wait for work, and cancel it as soon as the client closes its connection.
+
+    Raises:
+        ClientGoneError: it did.
+    """
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        watch.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def streamed(
+    request: Request,
+    events: AsyncIterator[bytes],
+    on_error: Callable[[ApiError], bytes],
+    note_failure: Callable[[Exception], ApiError],
+) -> StreamingResponse:
+    """A response that streams events; returned when the first is there, so that an error before has a status.
+
+    Raises: what the events raise before the first one.
+    """
+    first = await unless_gone(request, _next(events))
+
+    async def all_events() -> AsyncIterator[bytes]:
+        try:
+            if first is not None:
+                yield first
+            async for each in events:
+                yield each
+        except Exception as error:  # noqa: BLE001 - the status was sent: the error is told in the stream
+            yield on_error(note_failure(error))
+        finally:
+            await _close(events)
+
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(all_events(), media_type="text/event-stream", headers=headers)
+
+
+async def _next(events: AsyncIterator[bytes]) -> bytes | None:
+    try:
+        return await anext(events, None)
+    except BaseException:
+        await _close(events)
+        raise
+
+
+async def _close(events: AsyncIterator[bytes]) -> None:
+    close = getattr(events, "aclose", None)
+    if close is not None:
+        await close()
