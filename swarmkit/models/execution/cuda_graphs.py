@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from swarmkit.models.execution.packed import BatchedKeys, PackedBatch, PackedView, StepPart
-from swarmkit.models.execution.view import to_device
+from swarmkit.models.execution.view import View, to_device
 from swarmkit.models.kv.static_slots import StaticSlots
 
 logger = logging.getLogger(__name__)
@@ -198,3 +198,48 @@ def _power(wanted: int, least: int, most: int) -> int:
     while size < wanted:
         size *= 2
     return min(size, most)
+
+
+class StageGraphs:
+    """The CUDA graphs of all runs of blocks of a stage, and the static slots that they share.
+
+    Attributes:
+        work: False once no blocks could be recorded; then there are none, and the slots are released.
+    """
+
+    def __init__(self, sessions: int, tokens: int) -> None:
+        """Args: see `Stage.enable_cuda_graphs`."""
+        self._slots = StaticSlots(sessions, tokens)
+        self._of_blocks: dict[tuple[int, int], CudaGraphs] = {}
+        self.work = True
+
+    def run(
+        self, blocks: tuple[int, int], view: PackedView, parts: Sequence[StepPart]
+    ) -> list[Tensor] | None:
+        """See `CudaGraphs.run`. The caches hold the tokens afterwards."""
+        graphs = self._of_blocks.get(blocks)
+        if graphs is None:
+            graphs = self._of_blocks[blocks] = CudaGraphs(view, self._slots)
+        outputs = graphs.run(parts)
+        if outputs is not None:
+            for part in parts:
+                part.cache.before_step(1)
+                part.cache.after_step(part.hidden, None)
+        elif not any(graphs.works for graphs in self._of_blocks.values()):
+            self.work = False
+            self._slots.release()
+            for part in parts:
+                part.cache.leave_slot()
+        return outputs
+
+
+def is_next_token(part: StepPart, view: View) -> bool:
+    """Whether it is one more token of one row that attends to all before it, without mask or adapter."""
+    return (
+        part.hidden.shape[:2] == (1, 1)
+        and part.attention_mask is None
+        and part.position_ids is None
+        and part.cache.adapter is None
+        and part.cache.tokens > 0
+        and view.needs_no_mask(part.hidden, part.cache.tokens)
+    )

@@ -19,19 +19,14 @@ from swarmkit.models.architecture.anatomy import (
     Anatomy,
     anatomy_of,
     rope_types,
-    skeleton_of,
     slice_config,
-    stage_config,
 )
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
-from swarmkit.models.execution.cuda_graphs import CudaGraphs
+from swarmkit.models.execution.block_loading import load_blocks
+from swarmkit.models.execution.cuda_graphs import StageGraphs, is_next_token
 from swarmkit.models.execution.packed import PackedView, StepPart, can_be_packed
 from swarmkit.models.execution.view import View, with_blocks
-from swarmkit.models.kernels.blocked_linear import use_blocked
-from swarmkit.models.kernels.cut_linear import use_cuts
 from swarmkit.models.kv.cache import StageCache
-from swarmkit.models.kv.static_slots import StaticSlots
-from swarmkit.models.loading import load_model
 from swarmkit.models.quantization.precision import Precision
 
 logger = logging.getLogger(__name__)
@@ -80,8 +75,7 @@ class Stage:
             getattr(base.config, "rope_parameters", None)
         )
         self._packed_views: dict[tuple[int, int], PackedView] = {}
-        self._slots: StaticSlots | None = None
-        self._graphs: dict[tuple[int, int], CudaGraphs] = {}
+        self._graphs: StageGraphs | None = None
         layers: Any = base.get_submodule(anatomy.layers)
         blocks: dict[int, nn.Module] = dict(enumerate(layers, start))
         self.fittings = Fittings.of(blocks, self.hidden_size)
@@ -119,42 +113,10 @@ class Stage:
                 f"There are no blocks [{start}, {stop}): {checkpoint.name} has {checkpoint.num_blocks}, "
                 f"so 0 <= start < stop <= {checkpoint.num_blocks}."
             )
-        anatomy = anatomy_of(checkpoint.config)
         precision = Precision.parse(dtype, checkpoint.config, device)
         precision.ensure_available(checkpoint.name, device)
-        config = stage_config(checkpoint.config, start, stop)
-        # What lies outside the blocks is never read: it is taken away below.
-        tensors = {
-            key: torch.zeros(value.shape)
-            for key, value in skeleton_of(anatomy.base_class, config).state_dict().items()
-            if anatomy.block_of(key) is None
-        }
-        for done, block in enumerate(range(start, stop)):
-            if progress is not None:
-                progress(done, stop - start)
-            names = checkpoint.block_keys(block, block + 1)
-            # Within the stage the block is number `done`, not 0.
-            one, here = f"{anatomy.layers}.0.", f"{anatomy.layers}.{done}."
-            for key, tensor in checkpoint.read(names).items():
-                tensors[here + names[key].removeprefix(one)] = tensor
-        if precision.stored is not None:
-            config.quantization_config = precision.stored.of_blocks(start, stop, anatomy)
-            tensors = precision.stored.prepare(tensors, precision.dtype)
-        base = load_model(
-            anatomy.base_class,
-            config,
-            tensors,
-            dtype=precision.dtype,
-            device=device,
-            quantization=precision.quantization_config(),
-            name=f"{checkpoint.name}, blocks [{start}, {stop}),",
-        )
-        anatomy.neutralise(base)
-        use_blocked(base)
-        use_cuts(base)
-        if progress is not None:
-            progress(stop - start, stop - start)
-        return cls(base, anatomy, start, stop, precision)
+        base = load_blocks(checkpoint, start, stop, precision, device, progress)
+        return cls(base, anatomy_of(checkpoint.config), start, stop, precision)
 
     def enable_cuda_graphs(self, sessions: int, tokens: int) -> None:
         """From now on, run single tokens as CUDA graphs where that can be (see `cuda_graphs`).
@@ -166,8 +128,7 @@ class Stage:
             sessions: how many at once may run so; if more have a token at once, all run without.
             tokens: how long they may be; the keys and values of `sessions + 1` of that length are held.
         """
-        self._slots = StaticSlots(sessions, tokens) if self.precision.allows_cuda_graphs else None
-        self._graphs = {}
+        self._graphs = StageGraphs(sessions, tokens) if self.precision.allows_cuda_graphs else None
 
     def new_cache(self, start: int, stop: int, adapter: Adapter | None = None) -> StageCache:
         """An empty cache for one session that uses blocks `[start, stop)` of this stage.
@@ -250,7 +211,7 @@ class Stage:
 
     def _forward_batch(self, parts: list[StepPart]) -> list[Tensor] | list[Tensor | Exception]:
         """Run checked parts over the same blocks, in the quickest way that there is for them."""
-        if self._slots is not None and (outputs := self._forward_graph(parts, self._slots)) is not None:
+        if self._graphs is not None and (outputs := self._forward_graph(parts, self._graphs)) is not None:
             return outputs
         if len(parts) > 1 or self._is_quicker_packed(parts[0]):
             try:
@@ -293,28 +254,17 @@ class Stage:
         return several and self._packs_lone_steps and not part.cache.recurrent
 
     @torch.inference_mode()
-    def _forward_graph(self, parts: Sequence[StepPart], slots: StaticSlots) -> list[Tensor] | None:
+    def _forward_graph(self, parts: Sequence[StepPart], graphs: StageGraphs) -> list[Tensor] | None:
         """Run checked parts over the same blocks as a CUDA graph; None if they cannot be."""
-        if not self._can_pack:
-            return None
         blocks = parts[0].cache.start, parts[0].cache.stop
         view = self._view(*blocks)
-        if not all(_is_next_token(part, view) for part in parts):
+        if not self._can_pack or not all(is_next_token(part, view) for part in parts):
             return None
-        parts = [part.to(self.device, self.dtype) for part in parts]
-        graphs = self._graphs.get(blocks)
-        if graphs is None:
-            graphs = self._graphs[blocks] = CudaGraphs(self._packed(blocks), slots)
-        outputs = graphs.run(parts)
-        if outputs is not None:
-            for part in parts:
-                part.cache.before_step(1)
-                part.cache.after_step(part.hidden, None)
-        elif not any(graphs.works for graphs in self._graphs.values()):
-            slots.release()
-            for part in parts:
-                part.cache.leave_slot()
-            self._slots, self._graphs = None, {}
+        outputs = graphs.run(
+            blocks, self._packed(blocks), [part.to(self.device, self.dtype) for part in parts]
+        )
+        if not graphs.work:
+            self._graphs = None
         return outputs
 
     def _packed(self, blocks: tuple[int, int]) -> PackedView:
@@ -452,15 +402,3 @@ class Stage:
             model = with_blocks(self._base, self._anatomy.layers, config, list(blocks)[first:last])
             view = self._views[start, stop] = View(model, self._anatomy)
         return view
-
-
-def _is_next_token(part: StepPart, view: View) -> bool:
-    """Whether it is one more token of one row that attends to all before it, without mask or adapter."""
-    return (
-        part.hidden.shape[:2] == (1, 1)
-        and part.attention_mask is None
-        and part.position_ids is None
-        and part.cache.adapter is None
-        and part.cache.tokens > 0
-        and view.needs_no_mask(part.hidden, part.cache.tokens)
-    )
