@@ -236,8 +236,8 @@ class SessionSettings(SettingsGroup):
     )
     codecs: tuple[LossyCodec, ...] = Field(
         default=("bfloat16", "float16", "int8"),
-        description="The encodings, besides the exact one, in which clients may ask for hidden states to "
-        "travel.",
+        description="The encodings, besides the exact one, in which clients may ask for hidden states, and "
+        "their gradients, to travel.",
     )
     push: bool = Field(
         default=True,
@@ -362,8 +362,8 @@ class TransferSettings(SettingsGroup):
     )
     codecs: tuple[LossyCodec, ...] = Field(
         default=(),
-        description="The encodings, besides the exact one, in which hidden states may travel. Each of them "
-        "changes values, and so may change tokens.",
+        description="The encodings, besides the exact one, in which hidden states may travel, and their "
+        "gradients in training. Each of them changes values, and so may change tokens.",
     )
     compress: Literal["where it pays", "always"] = Field(
         default="where it pays",

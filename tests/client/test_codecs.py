@@ -205,3 +205,72 @@ def test_what_was_sent_in_a_codec_is_sent_in_it_again(codec: Any) -> None:
     spec, data = history.encode(0, 5, 5, codec)
     assert spec.codec == codec
     assert torch.equal(decode(spec, data), history.read(0, 5))
+
+
+# training
+
+
+def gradient_of(model: Any, rows: int = 4, tokens: int = 32) -> torch.Tensor:
+    """Of the usual loss, with respect to the embeddings `[rows, tokens, hidden]`."""
+    ids = torch.randint(3, 60, (rows, tokens), generator=torch.Generator().manual_seed(5))
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    (model(inputs_embeds=embeddings, labels=ids).loss * 1e-6).backward()
+    assert embeddings.grad is not None
+    return embeddings.grad * 1e6
+
+
+ERRORS = {"bfloat16": 0.02, "float16": 0.002, "int8": 0.08}
+"""By how much a gradient through three servers may differ, as a part of its norm: docs/codecs.md says so."""
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_gradients_in_a_codec_are_within_its_bound(tiny_llama: Checkpoint, name: str) -> None:
+    wanted = gradient_of(load_local(tiny_llama))
+    with a_world(tiny_llama, replicas=1, **always(name)) as world:
+        found = gradient_of(world.model)
+        traffic = world.model.traffic
+    assert 0 < (found - wanted).norm() <= ERRORS[name] * wanted.norm()
+    as_they_are = 4 * wanted.numel() * 3  # through three servers, each way
+    size = 1 + 1 / 32 if name == "int8" else 2
+    assert traffic.sent == as_they_are * 3 * size / 4
+    assert traffic.received == as_they_are * 2 * size / 4
+
+
+def test_training_is_exact_unless_its_user_allows_a_codec(tiny_llama: Checkpoint) -> None:
+    with a_world(tiny_llama, replicas=1) as world:
+        found = gradient_of(world.model)
+    torch.testing.assert_close(found, gradient_of(load_local(tiny_llama)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_server_that_takes_no_codec_trains_as_ever(tiny_llama: Checkpoint) -> None:
+    with a_world(
+        tiny_llama, replicas=1, server_settings=ServerSettings().replace(codecs=()), **always("int8")
+    ) as world:
+        found = gradient_of(world.model)
+    torch.testing.assert_close(found, gradient_of(load_local(tiny_llama)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_server_killed_between_the_two_ways_changes_no_gradient(tiny_llama: Checkpoint) -> None:
+    with a_world(tiny_llama, **always("int8")) as world:
+        wanted = gradient_of(world.model)
+        embeddings = world.model.get_input_embeddings()
+        ids = torch.randint(3, 60, (4, 32), generator=torch.Generator().manual_seed(5))
+        given = embeddings(ids).detach().requires_grad_()
+        loss = world.model(inputs_embeds=given, labels=ids).loss * 1e-6
+        world.swarm.servers[0].kill()
+        loss.backward()
+    assert given.grad is not None
+    torch.testing.assert_close(given.grad * 1e6, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_training_over_a_link_that_is_found_to_be_slow_uses_a_codec(tiny_llama: Checkpoint) -> None:
+    with a_world(tiny_llama, replicas=1, stages=1, codecs=("int8",)) as world:
+        (server,) = world.swarm.servers
+        world.network.set_link(world.client.peer_id, server.peer_id, bandwidth=1e6)
+        sent = []
+        for _ in range(2):
+            before = world.model.traffic.sent
+            gradient_of(world.model, rows=16, tokens=64)  # in four pieces of 32 KiB
+            sent.append(world.model.traffic.sent - before)
+    assert sent[1] < 0.5 * 3 * 4 * 16 * 64 * 32
+    assert sent[1] < sent[0]

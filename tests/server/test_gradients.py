@@ -20,6 +20,8 @@ from swarmkit.net.protocol.gradient_messages import (
     BackwardDone,
     Forward,
     ForwardDone,
+    GetCodecs,
+    TakenCodecs,
     Working,
 )
 from swarmkit.net.protocol.messages import Fault, Open, Step
@@ -434,6 +436,20 @@ async def test_what_is_wrong_is_named_and_the_next_request_is_served(line: Line,
     assert fault.code == code
     assert re.search(says, fault.message), fault.message
     assert (await line.ask(GOOD)).shape == GOOD.shape
+
+
+async def test_only_the_codecs_that_the_owner_permits_are_said_and_taken(world: World) -> None:
+    server = await TrainingServer(world, codecs=("bfloat16",)).start()
+    try:
+        line = await server.line()
+        await line.conversation.send(GetCodecs())
+        assert await line.answer() == TakenCodecs(("bfloat16",))
+        fault = await line.ask(GOOD, answer="int8")
+        assert (fault.code, "none, bfloat16 here, not as int8" in fault.message) == ("bad_dtype", True)
+        exact = await line.ask(GOOD)
+        assert torch.equal(await line.ask(GOOD, answer="bfloat16"), codec.passed(exact, "bfloat16"))
+    finally:
+        await server.close()
 
 
 SPEC = TensorSpec((1, 1, HIDDEN), "float32")

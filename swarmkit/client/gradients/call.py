@@ -20,11 +20,13 @@ import anyio
 import anyio.abc
 import torch
 
+from swarmkit.client.gradients.codecs import CodecChoice, Way
 from swarmkit.client.gradients.exchange import Line, Traffic
 from swarmkit.client.gradients.flows import Direction, Flow, PassRequest
 from swarmkit.client.gradients.plan import IN_FLIGHT, Paces, claimed_pace, finish_cost
 from swarmkit.client.routing.deadline import StepTimes
 from swarmkit.client.routing.route import Hop, find_route
+from swarmkit.client.session.codecs import CLIENT
 from swarmkit.client.swarm.client import SwarmClient
 from swarmkit.errors import (
     NoRouteError,
@@ -34,6 +36,7 @@ from swarmkit.errors import (
     SwarmkitError,
 )
 from swarmkit.events import MicroBatchFinished, WaitStarted
+from swarmkit.net.protocol.codec import CodecName
 from swarmkit.net.protocol.gradient_messages import GRADIENT
 from swarmkit.net.protocol.messages import SENDERS_FAULT
 from swarmkit.net.registry.records import Announcement
@@ -52,6 +55,8 @@ class Training:
     def __init__(self) -> None:
         self.paces: dict[Direction, Paces] = {"forward": Paces(), "backward": Paces()}
         self.traffic = Traffic()
+        self.codecs: dict[Way, CodecName] = {}
+        """What was chosen last for each link."""
         self._times: dict[tuple[str, Direction], StepTimes] = {}
 
     def times_of(self, server: Announcement, direction: Direction) -> StepTimes:
@@ -224,6 +229,10 @@ class Call:
             if question.adapter is not None:
                 await self._swarm.adapters.ensure(hop.server, question.adapter)
                 asked_at = self._swarm.clock.now()
+            if line.codecs:
+                usual_s = times.usual_s(units)
+                choice = CodecChoice(self._swarm, hop.server, line.codecs, self._training.codecs, usual_s)
+                question = choice.apply(question)
             answer, of_adapter = await self._ask_line(line, hop.server, question, deadline_s)
             flow.take(question, answer, of_adapter, service_id)
             now = self._swarm.clock.now()
@@ -255,16 +264,28 @@ class Call:
         """Ask; once more where the server has not kept the adapter."""
         fingerprint, adapters = self._swarm.model.fingerprint, self._swarm.adapters
         try:
-            return await line.ask(fingerprint, question, deadline_s)
+            answer, of_adapter, rate = await line.ask(fingerprint, question, deadline_s)
         except RemoteError as error:
             if error.code != "no_adapter" or question.adapter is None:
                 raise
             adapters.forget(server, question.adapter_name)
             await adapters.ensure(server, question.adapter)
-            return await line.ask(fingerprint, question, deadline_s)
+            answer, of_adapter, rate = await line.ask(fingerprint, question, deadline_s)
+        if rate:
+            self._swarm.rates[CLIENT, server.peer_id] = rate
+        if seen := line.stream.speed.bytes_per_s:
+            self._swarm.rates[server.peer_id, CLIENT] = seen
+        return answer, of_adapter
 
     async def _open(self, server: Announcement) -> Line:
-        return Line(await self._swarm.connect(server, GRADIENT), self._training.traffic)
+        line = Line(await self._swarm.connect(server, GRADIENT), self._training.traffic)
+        if self._swarm.settings.transfer.codecs:
+            try:
+                await line.agree(self._swarm.connect_timeout)
+            except BaseException:
+                line.close()
+                raise
+        return line
 
     def _lost(self, flow: Flow, hop: Hop, error: PeerError) -> None:
         """A server failed: its part of this micro-batch is for another one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -12,14 +12,16 @@ from swarmkit.client.gradients.flows import PassRequest
 from swarmkit.client.session.replica import off_loop
 from swarmkit.errors import ProtocolError
 from swarmkit.net.protocol import codec
-from swarmkit.net.protocol.codec import TensorSpec
+from swarmkit.net.protocol.codec import CodecName, TensorSpec
 from swarmkit.net.protocol.gradient_messages import (
     Backward,
     BackwardDone,
     Forward,
     ForwardDone,
+    GetCodecs,
     GradientMessage,
     GradientRequest,
+    TakenCodecs,
     Working,
 )
 from swarmkit.net.protocol.messages import HIDDEN_DTYPES, Fault
@@ -43,14 +45,26 @@ class Line:
 
     stream: ClientStream
     traffic: Traffic
+    codecs: tuple[CodecName, ...] = field(default=(), init=False)
+    """Those that the server takes and gives besides `none`, as far as it was asked."""
+
+    async def agree(self, timeout_s: float) -> None:
+        """Ask in which codecs tensors may travel, before the first of them does.
+
+        Raises:
+            PeerError: the server failed.
+        """
+        with self.stream.within(timeout_s):
+            self.codecs = (await self.stream.ask(GetCodecs(), TakenCodecs)).names
 
     def close(self) -> None:
         self.stream.close()
 
     async def ask(
         self, fingerprint: str, question: PassRequest, deadline_s: float
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Send a request and take the answer to it, and the gradient of the adapter's values, if wanted.
+    ) -> tuple[torch.Tensor, torch.Tensor | None, float]:
+        """Send a request and take the answer to it, and the gradient of the adapter's values, if wanted; and
+        the bytes per second that the way to the server carries, as far as it knows.
 
         Args:
             deadline_s: after so many seconds without progress the server is given up.
@@ -58,8 +72,8 @@ class Line:
         Raises:
             PeerError: it failed.
         """
-        given = question.span.given
-        message, payload = await off_loop(given.nbytes, lambda: _encoded(fingerprint, question))
+        given, scale = question.span.given, _scale_of(question)
+        message, payload = await off_loop(given.nbytes, lambda: _encoded(fingerprint, question, scale))
         shape = question.answer_shape
         wants = question.trains and question.gradient is not None
         numel = question.adapter.values.numel() if wants and question.adapter is not None else None
@@ -69,10 +83,11 @@ class Line:
             await self.stream.send(message, payload)
             self.traffic.sent += sum(part.nbytes for part in payload)
             received = await self._answer(message, deadline_s)
+        done = cast(ForwardDone | BackwardDone, received.message)
         answer = await off_loop(
-            given.nbytes, lambda: self._checked(received, cast(ForwardDone, received.message).hidden, shape)
+            given.nbytes, lambda: self._checked(received, done.hidden, shape, question.codecs.answer)
         )
-        self.traffic.received += answer.nbytes
+        self.traffic.received += done.hidden.nbytes
         of_adapter = None
         if isinstance(received.message, BackwardDone) and (numel is None) != (
             received.message.adapter is None
@@ -82,7 +97,9 @@ class Line:
             spec = cast(TensorSpec, cast(BackwardDone, received.message).adapter)
             of_adapter = self._checked(received, spec, (numel,))
             self.traffic.received += of_adapter.nbytes
-        return answer, of_adapter
+        if scale != 1.0:
+            answer, of_adapter = answer / scale, None if of_adapter is None else of_adapter / scale
+        return answer, of_adapter, done.bytes_per_s
 
     async def _answer(self, message: GradientRequest, deadline_s: float) -> IncomingMessage:
         peer_id, done = self.stream.peer_id, 0
@@ -103,10 +120,14 @@ class Line:
             else:
                 raise ProtocolError(f"expected an answer, got {type(answer).__name__}", peer_id)
 
-    def _checked(self, received: IncomingMessage, spec: TensorSpec, shape: tuple[int, ...]) -> torch.Tensor:
-        if spec.shape != shape or spec.dtype not in HIDDEN_DTYPES:
+    def _checked(
+        self, received: IncomingMessage, spec: TensorSpec, shape: tuple[int, ...], name: CodecName = "none"
+    ) -> torch.Tensor:
+        """Args: name: the codec that was asked for."""
+        if spec.shape != shape or spec.dtype not in HIDDEN_DTYPES or spec.codec not in ("none", name):
             raise ProtocolError(
-                f"the answer must be {list(shape)}, got {list(spec.shape)} of {spec.dtype}",
+                f"the answer must be {list(shape)} as {name}, got {list(spec.shape)} of {spec.dtype} "
+                f"as {spec.codec}",
                 self.stream.peer_id,
             )
         answer = received.tensor(spec)
@@ -121,9 +142,25 @@ def _parts(message: GradientRequest) -> int:
     return 2 * there if isinstance(message, Backward) else there
 
 
-def _encoded(fingerprint: str, question: PassRequest) -> tuple[GradientRequest, list[memoryview]]:
-    span, side = question.span, question.side
-    hidden, data = codec.encode(span.given)
+def _scale_of(question: PassRequest) -> float:
+    """A power of two with which the gradient is sent, and by which the answer is divided.
+
+    Gradients are small, and float16 has no small numbers: without it, most of them would become 0. A backward
+    pass is linear in the gradient, and a power of two is exact.
+    """
+    gradient, codecs = question.gradient, question.codecs
+    if gradient is None or "float16" not in (codecs.gradient, codecs.answer):
+        return 1.0
+    largest = float(gradient.abs().max())
+    return 1.0 if largest == 0.0 else 2.0 ** -min(max(math.frexp(largest)[1], -100), 100)
+
+
+def _encoded(
+    fingerprint: str, question: PassRequest, scale: float
+) -> tuple[GradientRequest, list[memoryview]]:
+    span, side, codecs = question.span, question.side, question.codecs
+    given = span.given if codecs.hidden == span.codec else codec.passed(span.given, span.codec)
+    hidden, data = codec.encode(given, codecs.hidden)
     payload = [data]
     specs = []
     for tensor in (side.mask, side.positions):
@@ -142,8 +179,10 @@ def _encoded(fingerprint: str, question: PassRequest) -> tuple[GradientRequest, 
         question.states,
         question.adapter_name,
         question.trains,
+        codecs.answer,
     )
     if question.gradient is None:
         return Forward(*common, returns=question.returns), payload
-    gradient, data = codec.encode(question.gradient)
+    sent = question.gradient if scale == 1.0 else question.gradient * scale
+    gradient, data = codec.encode(sent, codecs.gradient)
     return Backward(*common, gradient=gradient), [*payload, data]

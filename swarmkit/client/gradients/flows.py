@@ -20,6 +20,7 @@ from torch import Tensor
 
 from swarmkit.client.adapters.model_adapters import ClientAdapter, ServerAdapter
 from swarmkit.models.adapters.adapter import Adapter
+from swarmkit.net.protocol.codec import CodecName
 
 Direction = Literal["forward", "backward"]
 
@@ -50,6 +51,17 @@ class Span:
     """`[rows, tokens, hidden]`."""
     by: str = ""
     """The peer that ran it, and may have kept its activations; a peer id."""
+    codec: CodecName = "none"
+    """In which `given` was sent: the server computed on what that codec makes of it."""
+
+
+@dataclass(frozen=True)
+class WireCodecs:
+    """In what the tensors of one request and of its answer travel."""
+
+    hidden: CodecName = "none"
+    gradient: CodecName = "none"
+    answer: CodecName = "none"
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,9 @@ class PassRequest:
     """The gradient with respect to the adapter is wanted, on the way back."""
     returns: bool = False
     """There will be a way back."""
+    is_repeated: bool = False
+    """A part of a forward pass that was computed before, which is wanted again as it was."""
+    codecs: WireCodecs = WireCodecs()
 
     @property
     def adapter_name(self) -> str:
@@ -87,10 +102,14 @@ class PassRequest:
         return self.tokens * (self.span.stop - self.span.start)
 
     @property
+    def is_stacked(self) -> bool:
+        """The answer has the outputs of all blocks."""
+        return self.states and self.gradient is None
+
+    @property
     def answer_shape(self) -> tuple[int, ...]:
         shape = tuple(self.span.given.shape)
-        every = self.states and self.gradient is None
-        return (self.span.stop - self.span.start, *shape) if every else shape
+        return (self.span.stop - self.span.start, *shape) if self.is_stacked else shape
 
 
 class Flow(Protocol):
@@ -237,7 +256,8 @@ class BackwardFlow:
         span = self.spans[-1]
         adapter, hosted = _part_of(self.adapter, start, stop)
         if stop < span.stop:
-            return PassRequest(Span(start, stop, span.given), self.side, False, None, adapter, hosted)
+            part = replace(span, stop=stop, by="")
+            return PassRequest(part, self.side, False, None, adapter, hosted, is_repeated=True)
         trains = self.of_adapter is not None and adapter is not None
         return PassRequest(span, self.side, self.states, self._gradient_of(span), adapter, hosted, trains)
 
@@ -250,7 +270,7 @@ class BackwardFlow:
             self.of_adapter[low:high] += of_adapter
         if question.gradient is None:
             middle = question.span.stop
-            self.spans += [Span(span.start, middle, span.given), Span(middle, span.stop, answer)]
+            self.spans += [replace(span, stop=middle, by=""), Span(middle, span.stop, answer)]
         elif self.states:
             self.behind = answer
         else:

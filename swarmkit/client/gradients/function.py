@@ -17,6 +17,7 @@ from swarmkit.client.swarm.client import SwarmClient
 from swarmkit.client.swarm.connection import Connection
 from swarmkit.errors import UsageError
 from swarmkit.net.protocol import codec
+from swarmkit.net.protocol.codec import CodecName
 
 MOST_STATE_TOKENS = 4096
 """Rows x tokens x blocks of one answer with the states of all blocks."""
@@ -38,8 +39,8 @@ class _SavedPass:
 
     low: int
     high: int
-    blocks: tuple[tuple[int, int, str], ...]
-    """The blocks of each span, and the peer that ran them."""
+    blocks: tuple[tuple[int, int, str, CodecName], ...]
+    """The blocks of each span, the peer that ran them, and the codec in which it was sent their input."""
 
 
 class RemotePass:
@@ -126,7 +127,9 @@ class RemotePass:
         for index, part in enumerate(saved):
             rows = slice(part.low, part.high)
             inputs = [given[rows], *(next(rest) for _ in part.blocks[1:])]
-            spans = [Span(a, b, span, by) for (a, b, by), span in zip(part.blocks, inputs, strict=True)]
+            spans = [
+                Span(a, b, span, by, name) for (a, b, by, name), span in zip(part.blocks, inputs, strict=True)
+            ]
             side = whole.side.rows(part.low, part.high)
             own = upstream[:, rows] if whole.states else upstream[rows]
             values = adapter.values if trains and isinstance(adapter, ClientAdapter) else None
@@ -170,9 +173,8 @@ class _Through(torch.autograd.Function):
         ctx.parts, low = [], 0
         for flow in flows:
             high = low + flow.spans[0].given.shape[0]
-            ctx.parts.append(
-                _SavedPass(low, high, tuple((span.start, span.stop, span.by) for span in flow.spans))
-            )
+            blocks = tuple((span.start, span.stop, span.by, span.codec) for span in flow.spans)
+            ctx.parts.append(_SavedPass(low, high, blocks))
             low = high
         # A span of the first block was given a part of `hidden`, whose later changes autograd notices.
         ctx.save_for_backward(hidden, *(span.given for flow in flows for span in flow.spans[1:]))

@@ -5,6 +5,7 @@ state          the client may send      the server answers with
 =============  =======================  ===========================================
 `idle`         `Forward`  -> `idle`     `Working` (any number), then `ForwardDone` or `Fault`
 `idle`         `Backward` -> `idle`     `Working` (any number), then `BackwardDone` or `Fault`
+`idle`         `GetCodecs` -> `idle`    `TakenCodecs`
 any            (end of stream)          what runs is given up
 =============  =======================  ===========================================
 
@@ -18,7 +19,11 @@ unless it has kept them (see `swarmkit/server/training/activation_cache.py`).
 
 from __future__ import annotations
 
-from swarmkit.net.protocol.codec import TensorSpec
+from typing import Annotated
+
+import msgspec
+
+from swarmkit.net.protocol.codec import CodecName, LossyCodecName, TensorSpec
 from swarmkit.net.protocol.messages import (
     AdapterName,
     BlockIndex,
@@ -41,6 +46,7 @@ class _Request(_Message, frozen=True):
         states: the outputs of all the blocks are wanted, not only the last one's.
         adapter: what changes these blocks (`adapter_messages`), which the server was given before.
         trains: on the way back, the gradient with respect to the adapter's values is wanted, too.
+        answer: the codec in which the output, or the gradient of the input, is wanted.
     """
 
     fingerprint: Fingerprint
@@ -52,6 +58,7 @@ class _Request(_Message, frozen=True):
     states: bool = False
     adapter: AdapterName = ""
     trains: bool = False
+    answer: CodecName = "none"
 
 
 class Forward(_Request, frozen=True, kw_only=True):
@@ -74,6 +81,20 @@ class Backward(_Request, frozen=True, kw_only=True):
     gradient: TensorSpec
 
 
+class GetCodecs(_Message, frozen=True):
+    """Ask in which codecs hidden states and gradients may travel."""
+
+
+class TakenCodecs(_Message, frozen=True):
+    """Those that the server takes and gives, besides `none`."""
+
+    names: Annotated[tuple[LossyCodecName, ...], msgspec.Meta(max_length=16)] = ()
+
+
+BytesPerSecond = Annotated[float, msgspec.Meta(ge=0.0, le=1e15)]
+"""What the way carries by which a request came, as far as its receiver has seen; 0 = not known."""
+
+
 class Working(_Message, frozen=True):
     """The request is under way: so many of its parts are done. Sent now and then, lest the client give up."""
 
@@ -87,6 +108,7 @@ class ForwardDone(_Message, frozen=True):
     hidden: TensorSpec
     queue_ms: Millis
     compute_ms: Millis
+    bytes_per_s: BytesPerSecond = 0.0
 
 
 class BackwardDone(_Message, frozen=True):
@@ -100,11 +122,15 @@ class BackwardDone(_Message, frozen=True):
     queue_ms: Millis
     compute_ms: Millis
     adapter: TensorSpec | None = None
+    bytes_per_s: BytesPerSecond = 0.0
 
 
-GradientMessage = Forward | ForwardDone | Backward | BackwardDone | Working | Fault
+GradientMessage = Forward | ForwardDone | Backward | BackwardDone | GetCodecs | TakenCodecs | Working | Fault
 GradientRequest = Forward | Backward
 
 GRADIENT = Protocol(
-    "grad", GradientMessage, legal={"idle": {Forward: "idle", Backward: "idle"}}, first="idle"
+    "grad",
+    GradientMessage,
+    legal={"idle": {Forward: "idle", Backward: "idle", GetCodecs: "idle"}},
+    first="idle",
 )

@@ -19,7 +19,9 @@ from swarmkit.net.protocol.gradient_messages import (
     Backward,
     BackwardDone,
     ForwardDone,
+    GetCodecs,
     GradientRequest,
+    TakenCodecs,
     Working,
 )
 from swarmkit.net.rpc.faults import Refusal
@@ -108,11 +110,20 @@ class GradientService:
             self.streams -= 1
 
     async def _answer(self, caller: ServerStream, incoming: IncomingMessage) -> None:
-        request: GradientRequest = incoming.message
         settings = self._settings
+        if isinstance(incoming.message, GetCodecs):
+            await caller.send(TakenCodecs(settings.sessions.codecs))
+            return
+        request: GradientRequest = incoming.message
         if self._leaving():
             raise Refusal("leaving", "this server is about to stop; use another one")
-        check_request(request, self._stage, self._fingerprint, settings.requests.max_step_tokens)
+        check_request(
+            request,
+            self._stage,
+            self._fingerprint,
+            settings.requests.max_step_tokens,
+            settings.sessions.codecs,
+        )
         hold = held(self._adapters, request.adapter, request.start, request.stop)
         with hold or nullcontext(), ReceiveReservation(self._receive_budget) as room:
             try:
@@ -143,12 +154,13 @@ class GradientService:
         spent_s = self._engine.clock.now() - arrived
         self.requests += 1
         times_ms = max(spent_s - compute_s, 0.0) * 1e3, compute_s * 1e3
+        rate = caller.speed.bytes_per_s or 0.0
         if not isinstance(request, Backward):
-            await caller.send(ForwardDone(spec, *times_ms), [payload])
+            await caller.send(ForwardDone(spec, *times_ms, rate), [payload])
         elif of_adapter is None:
-            await caller.send(BackwardDone(spec, *times_ms), [payload])
+            await caller.send(BackwardDone(spec, *times_ms, None, rate), [payload])
         else:
-            await caller.send(BackwardDone(spec, *times_ms, of_adapter[0]), [payload, of_adapter[1]])
+            await caller.send(BackwardDone(spec, *times_ms, of_adapter[0], rate), [payload, of_adapter[1]])
 
     async def _run(self, caller: ServerStream, work: GradientWork) -> float:
         """Run slice after slice; returns the seconds that the device took for them."""

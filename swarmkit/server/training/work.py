@@ -7,7 +7,7 @@ rows go through in groups, and each group through a few blocks at a time: as man
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -35,8 +35,16 @@ _MAX_POSITION = 2**24
 Kind = Literal["forward", "backward"]
 
 
-def check_request(request: GradientRequest, stage: Stage, fingerprint: str, max_tokens: int) -> None:
+def check_request(
+    request: GradientRequest,
+    stage: Stage,
+    fingerprint: str,
+    max_tokens: int,
+    codecs: Collection[str] = (),
+) -> None:
     """Everything that the header alone can tell.
+
+    Args: codecs: what hidden states and gradients may come and go in, besides `none`.
 
     Raises:
         Refusal: with the fault's code, and what was expected.
@@ -60,6 +68,11 @@ def check_request(request: GradientRequest, stage: Stage, fingerprint: str, max_
         )
     if hidden.dtype not in HIDDEN_DTYPES:
         raise Refusal("bad_dtype", f"hidden states must be one of {HIDDEN_DTYPES}, not {hidden.dtype}")
+    gradient_codec = request.gradient.codec if isinstance(request, Backward) else "none"
+    for name in (hidden.codec, request.answer, gradient_codec):
+        if name != "none" and name not in codecs:
+            known = ", ".join(["none", *codecs])
+            raise Refusal("bad_dtype", f"hidden states and gradients travel as {known} here, not as {name}")
     rows, tokens, _ = hidden.shape
     blocks = request.stop - request.start
     if rows * tokens > max_tokens:
@@ -293,4 +306,4 @@ class GradientWork:
                 f"the {what} of blocks {self.request.start}:{self.request.stop} became NaN or infinite in "
                 f"{dtype}; scale the loss down, or use servers of a wider precision",
             )
-        return codec.encode(result)
+        return codec.encode(result, self.request.answer)
