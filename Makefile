@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-lo
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all notebooks check settings bench wheel clean
+.PHONY: help demo test test-all notebooks check settings pictures bench wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,9 @@ check: $(DEV) ## ruff and the type checker
 
 settings: $(READY) ## write docs/settings.md from the code
 	@$(BIN)/python -m tools.settings_page
+
+pictures: $(READY) ## write the pictures of README and notebooks anew, from a swarm at work
+	@$(BIN)/python -m tools.pictures
 
 bench: $(READY) ## measure; writes to benchmarks/results/
 	@$(BIN)/python benchmarks/run.py

@@ -412,6 +412,11 @@ class Subscription:
         self._wake: Callable[[], object] | None = None
 
     @property
+    def closed(self) -> bool:
+        """Whether it gets no further events; what it holds can still be read."""
+        return self._closed
+
+    @property
     def dropped(self) -> int:
         """How many events were dropped because the reader was slow."""
         return max(0, self._offered - self._taken - len(self._queue))

@@ -20,11 +20,12 @@ PACKAGE = ROOT / "swarmkit"
 
 FLOORS = [
     {"errors", "settings", "ewma", "clock", "events", "_version", "tinychat"},
+    {"drawing"},
     {"net", "models"},
     {"client", "server"},
     {"node"},
     {"local"},
-    {"bench", "api"},
+    {"bench", "api", "notebook"},
     {"cli"},
 ]
 """A room may import from the floors below it, and from itself; never from a neighbour."""

@@ -18,6 +18,7 @@ from swarmkit.client.blocks import Blocks
 from swarmkit.client.generation import LengthLimit, prompt_length, without_cache_implementation
 from swarmkit.client.gradients.exchange import Traffic
 from swarmkit.client.gradients.function import RemotePass
+from swarmkit.client.pictures import server_pictures, swarm_bundle
 from swarmkit.client.refusals import RefusalsMixin, hub_options
 from swarmkit.client.remote_blocks import RemoteBlocks, record_states
 from swarmkit.client.routing.route import describe
@@ -147,6 +148,13 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
         reference = self._swarm.client.model
         return describe(reference.name, reference.num_blocks, self._swarm.client.servers())
 
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        """What a notebook shows: which model this is, and a picture of the servers that have its blocks."""
+        reference = self._swarm.client.model
+        servers = server_pictures(self._swarm.client.servers())
+        text = f"<{type(self).__name__} of {self.extra_repr()}>"
+        return swarm_bundle(text, reference.name, reference.num_blocks, servers)
+
     @property
     def trace(self) -> list[StepFinished]:
         """The last steps, oldest first: which server took how long in queue, compute and network."""
@@ -197,6 +205,11 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
     def clear_prefix_cache(self) -> None:
         """Forget what ended sessions sent and received: the next session sends all of its tokens."""
         self._swarm.client.prefix_cache.clear()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has left the swarm."""
+        return self._swarm.closed
 
     def close(self) -> None:
         """Leave the swarm. Done by itself when the model is forgotten or the program ends."""

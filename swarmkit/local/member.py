@@ -32,6 +32,10 @@ class LocalServer(Member, Protocol):
     peer_id: str
 
     @property
+    def alive(self) -> bool:
+        """Whether it has started and has not ended."""
+
+    @property
     def blocks(self) -> tuple[int, int]:
         """The blocks [a, b) that it serves."""
 

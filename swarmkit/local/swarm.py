@@ -13,6 +13,9 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from swarmkit.drawing.bundle import bundle
+from swarmkit.drawing.swarm import swarm_rows, swarm_svg
+from swarmkit.drawing.values import ServerPicture
 from swarmkit.errors import UsageError
 from swarmkit.local import fork_server
 from swarmkit.local.member import LocalServer, Member, Place
@@ -119,6 +122,7 @@ class LocalSwarm:
         self._bootstrap: Transport | None = None
         self._fork_server: fork_server.ForkServer | None = None
         self._started = False
+        self._closed = False
 
     # ------------------------------------------------------------------ life
 
@@ -148,13 +152,40 @@ class LocalSwarm:
 
     def close(self) -> None:
         """End every model, member and process of this swarm. May be called twice."""
+        self._closed = True
         self._owned.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has ended, or is ending."""
+        return self._closed
 
     def __repr__(self) -> str:
         name = f"LocalSwarm of {self.checkpoint.name}, {self.checkpoint.num_blocks} blocks"
         ranges = [server.blocks for server in self.servers]
         held = (f"server-{number} [{low}:{high}]" for number, (low, high) in enumerate(ranges))
         return f"<{name}; {', '.join(held) or 'not started'}>"
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        """What a notebook shows: a picture of the servers and their blocks."""
+        name, num_blocks = self.checkpoint.name, self.checkpoint.num_blocks
+        return bundle(
+            repr(self),
+            swarm_svg(name, num_blocks, self.pictures()),
+            swarm_rows(self.pictures()),
+        )
+
+    def pictures(self) -> list[ServerPicture]:
+        """The servers in their order, to be drawn; those that have ended are lost."""
+        return [
+            ServerPicture(
+                server.peer_id or f"server-{number}",
+                f"server-{number}",
+                *server.blocks,
+                state="online" if server.alive else "lost",
+            )
+            for number, server in enumerate(self.servers)
+        ]
 
     def __enter__(self) -> LocalSwarm:
         return self if self._started else self.start()

@@ -147,6 +147,11 @@ class Server:
         return self
 
     @property
+    def alive(self) -> bool:
+        """Whether it has started and has not ended."""
+        return self._running is not None and not self._running.done()
+
+    @property
     def limits(self) -> Limits:
         """The limits in force."""
         return self._server.limits

@@ -30,7 +30,13 @@ def code_of(notebook: Any) -> list[str]:
 
 
 def test_the_notebooks_are_there() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["hidden_states", "lora_style", "prompt_tuning"]
+    assert [path.stem for path in NOTEBOOKS] == [
+        "hidden_states",
+        "live_pipeline",
+        "lora_style",
+        "prompt_tuning",
+        "quickstart",
+    ]
 
 
 @each_notebook
@@ -74,9 +80,10 @@ def test_the_first_cell_installs_what_the_project_offers(path: Path) -> None:
 @each_notebook
 def test_the_second_cell_joins_a_swarm_or_starts_one(path: Path) -> None:
     second = code_of(read(path))[1]
-    assert "\nINITIAL_PEERS = []" in second
-    assert '.from_pretrained("tiny-chat", initial_peers=INITIAL_PEERS)' in second
     assert "LocalSwarm(" in second
+    if path.stem != "live_pipeline":  # which needs servers that it may end
+        assert "\nINITIAL_PEERS = []" in second
+        assert '.from_pretrained("tiny-chat", initial_peers=INITIAL_PEERS)' in second
 
 
 @pytest.mark.notebook
@@ -107,5 +114,6 @@ def test_it_runs_from_a_clean_kernel(path: Path, tmp_path: Path) -> None:
     if failure:  # told here, where Python adds no tale of nbclient's own
         pytest.fail(failure, pytrace=False)
     outputs = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
-    assert any("image/png" in out.get("data", {}) for out in outputs), "it has drawn no plot"
+    drawn = {"image/png", "image/svg+xml"}
+    assert any(drawn & set(out.get("data", {})) for out in outputs), "it has drawn nothing"
     assert not list(cwd.iterdir()), "it has left files behind"

@@ -14,10 +14,12 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from swarmkit.client.adapters.model_adapters import ModelAdapters
+from swarmkit.client.pictures import server_pictures, session_bundle, with_times
 from swarmkit.client.session.chain import ChainSession
 from swarmkit.client.session.duplicate_rows import alike_rows
 from swarmkit.client.session.unsent import Unsent
 from swarmkit.client.swarm.connection import Connection
+from swarmkit.drawing.values import HopPicture
 from swarmkit.errors import SessionError, UsageError
 
 _active: ContextVar[tuple[Session, ...]] = ContextVar("swarmkit_sessions", default=())
@@ -252,6 +254,22 @@ class Session:
         state = "closed" if self.closed else f"route: {' -> '.join(self.route) or 'none yet'}"
         name = self._connection.client.model.name
         return f"<Session of {name}: {self.position} of {self.max_length} tokens; {state}>"
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        """What a notebook shows: a picture of the route, and where the time of the last step went."""
+        client = self._connection.client
+        route = [
+            HopPicture(hop.server.peer_id, hop.server.label, hop.start, hop.stop) for hop in self.chain.route
+        ]
+        steps = [step for step in list(client.trace) if step.owner == self.chain.owner]
+        return session_bundle(
+            repr(self),
+            client.model.name,
+            client.model.num_blocks,
+            with_times(route, steps[-1] if steps else None),
+            server_pictures(client.servers()),
+            self.position,
+        )
 
     def __enter__(self) -> Session:
         if self.closed:

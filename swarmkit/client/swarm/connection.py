@@ -88,6 +88,11 @@ class Connection:
         """Run a quick function on the event loop without waiting; safe in finalizers, quiet after the end."""
         self._lease.call_soon(function)
 
+    @property
+    def closed(self) -> bool:
+        """Whether it has left the swarm."""
+        return not self._forgotten.alive
+
     def close(self) -> None:
         """Leave the swarm and end everything that belongs to it. May be called twice."""
         owned = self._forgotten.detach()

@@ -1,0 +1,350 @@
+"""The views: each gathers what its drawing shows, and follows the events of a model."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from swarmkit.client.pictures import server_pictures
+from swarmkit.clock import SYSTEM_CLOCK, Clock
+from swarmkit.drawing.pipeline import pipeline_rows, pipeline_svg, pipeline_text
+from swarmkit.drawing.pipeline_log import PipelineLog
+from swarmkit.drawing.swarm import swarm_rows, swarm_svg, swarm_text
+from swarmkit.drawing.timeline import timeline_rows, timeline_svg, timeline_text
+from swarmkit.drawing.training import training_rows, training_svg, training_text
+from swarmkit.drawing.values import ServerPicture, TrainingPicture
+from swarmkit.errors import UsageError
+from swarmkit.events import Event, MicroBatchFinished, StepFinished
+from swarmkit.local.swarm import LocalSwarm
+from swarmkit.notebook.feed import Feed
+from swarmkit.notebook.widget import Button, LiveDrawing
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from swarmkit.client.model import SwarmModel
+    from swarmkit.client.session.session import Session
+
+_CAPACITY = 4096
+_TOKEN_LAP_S = 1.2
+"""How long the moving token takes from the client to the last server, while steps run."""
+
+
+class _View(LiveDrawing):
+    """A drawing that follows a model's events, until it or the model is closed; a context manager."""
+
+    _end_feed: Callable[[], object] = staticmethod(lambda: None)  # of a view that could not be made
+
+    def __init__(self, model: SwarmModel, clock: Clock = SYSTEM_CLOCK) -> None:
+        super().__init__()
+        self._clock = clock
+        self._client = model.connection.client
+        self._is_last = False
+        self._draw()
+        self._feed = Feed(model.subscribe(_CAPACITY), self._add, self._update, self.end, clock)
+        # The feed's thread holds the view; a model that is closed ends the subscription, and thereby both.
+        self._end_feed = weakref.finalize(model, self._feed.close)
+
+    def close(self) -> None:
+        """Follow no longer, and take the view off the page. May be called twice."""
+        self._end_feed()
+        super().close()
+
+    def stop(self) -> None:
+        """Follow no longer; the last drawing stays on the page. May be called twice."""
+        self._end_feed()
+
+    def end(self) -> None:
+        """Draw what lasts, and say that nothing follows."""
+        if not self.ended:
+            self._is_last = True
+            self._update()
+        super().end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _add(self, event: Event) -> None:
+        raise NotImplementedError
+
+    def _draw(self) -> None:
+        raise NotImplementedError
+
+    def _update(self) -> None:
+        with contextlib.suppress(ConnectionError):  # the front end has gone
+            self._draw()
+
+    def _show(self, text: str, svg: str, rows: Sequence[Sequence[str]]) -> None:
+        self.rows = rows
+        with self.hold_sync():
+            self.summary = text
+            self.svg = svg
+
+
+class PipelineView(_View):
+    """The blocks of a model, the servers that hold them, and the route of the session that ran last.
+
+    Steps flow through as they finish, each hop with the time of its queue, its computation and its network.
+    A lost server turns red before its replacement takes its place.
+
+    Example::
+
+        view = PipelineView(model, swarm=swarm)     # with buttons that kill, stop and add servers
+        view
+
+    Args:
+        model: whose events are followed.
+        swarm: the local swarm of its servers, if it is one: the view then has buttons for them.
+        session: follow this session only; the one whose step came last if not given.
+    """
+
+    def __init__(
+        self,
+        model: SwarmModel,
+        swarm: LocalSwarm | None = None,
+        session: Session | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self._log = PipelineLog()
+        self._session = session
+        self._buttons = _ServerButtons(swarm) if swarm is not None else None
+        super().__init__(model, clock)
+        if self._buttons is not None:
+            self._buttons.attach(self)
+
+    def _add(self, event: Event) -> None:
+        if self._session is None or event.owner == self._session.chain.owner:
+            self._log.add(event)
+
+    def _draw(self) -> None:
+        now = self._clock.time()
+        reference = self._client.model
+        servers = server_pictures(self._client.servers())
+        picture = self._log.picture(reference.name, reference.num_blocks, servers, now, self._is_last)
+        moving = self._log.is_active(now) and not self._is_last
+        phase = (now % _TOKEN_LAP_S) / _TOKEN_LAP_S if moving else None
+        self._show(pipeline_text(picture), pipeline_svg(picture, phase), pipeline_rows(picture))
+        if self._buttons is not None:
+            self._buttons.refresh(self)
+
+
+class SwarmView(LiveDrawing):
+    """Which servers have which blocks, how many have each block, and what is missing; for a model or a swarm.
+
+    Args:
+        of: a model, whose view of the swarm is drawn, or a `LocalSwarm`, which adds buttons that kill, stop
+            and add servers.
+        every_s: seconds between two looks.
+    """
+
+    def __init__(self, of: SwarmModel | LocalSwarm, every_s: float = 1.0) -> None:
+        super().__init__()
+        self._of = of
+        self._buttons = _ServerButtons(of) if isinstance(of, LocalSwarm) else None
+        self._draw()
+        if self._buttons is not None:
+            self._buttons.attach(self)
+        self._poll = _Poll(self._look, every_s, self.end)
+
+    def stop(self) -> None:
+        """Look no longer; the last drawing stays on the page. May be called twice."""
+        self._poll.close()
+
+    def close(self) -> None:
+        """Look no longer, and take the view off the page. May be called twice."""
+        self._poll.close()
+        super().close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _look(self) -> bool:
+        """Draw anew; returns whether there is more to see."""
+        self._draw()
+        return not self._of.closed
+
+    def _draw(self) -> None:
+        if isinstance(self._of, LocalSwarm):
+            name, num_blocks = self._of.checkpoint.name, self._of.checkpoint.num_blocks
+            servers = self._of.pictures()
+        else:
+            client = self._of.connection.client
+            name, num_blocks = client.model.name, client.model.num_blocks
+            servers = server_pictures(client.servers())
+        self.rows = swarm_rows(servers)
+        with self.hold_sync():
+            self.summary = swarm_text(name, num_blocks, servers)
+            self.svg = swarm_svg(name, num_blocks, servers)
+        if self._buttons is not None:
+            self._buttons.refresh(self)
+
+
+class SessionTimeline(_View):
+    """The last steps of a session, one below the other: where the time of each went, hop by hop.
+
+    Args:
+        of: a session, or a model, of which the session is followed whose step came last.
+        model: the session's model, where `of` is a session.
+        last: how many steps are drawn.
+    """
+
+    def __init__(
+        self,
+        of: SwarmModel | Session,
+        model: SwarmModel | None = None,
+        last: int = 30,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self._owner = getattr(getattr(of, "chain", None), "owner", None)
+        self._last = last
+        self._log = PipelineLog()
+        followed: Any = model if self._owner is not None else of
+        if followed is None:
+            raise UsageError("give the session's model as well: SessionTimeline(session, model)")
+        for step in followed.trace:
+            self._add(step)
+        super().__init__(followed, clock)
+
+    def _add(self, event: Event) -> None:
+        if isinstance(event, StepFinished) and self._owner in (None, event.owner):
+            self._log.add(event)
+
+    def _draw(self) -> None:
+        steps = self._log.steps()[-self._last :]
+        self._show(timeline_text(steps), timeline_svg(steps), timeline_rows(steps))
+
+
+class TrainingView(_View):
+    """The loss of a training loop, its speed, and which server has done how much of the work.
+
+    Example::
+
+        view = TrainingView(model)
+        view                                     # shown
+        for batch in batches:
+            loss = model(**batch).loss
+            loss.backward()
+            view.log(loss)
+
+        Trainer(…, callbacks=[view.callback()])  # or with transformers' Trainer
+    """
+
+    def __init__(self, model: SwarmModel, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._losses: list[float] = []
+        self._shares: Counter[str] = Counter()
+        self._recent: deque[tuple[float, int]] = deque(maxlen=256)
+        self._lost = 0
+        super().__init__(model, clock)
+
+    def log(self, loss: Any) -> None:
+        """Add the loss of one step: a number, or a tensor that holds one."""
+        self._losses.append(float(loss.detach() if isinstance(loss, torch.Tensor) else loss))
+
+    def callback(self) -> Any:
+        """A `TrainerCallback` of transformers that logs the loss of a `Trainer`."""
+        from transformers import TrainerCallback
+
+        view = self
+
+        class LogLoss(TrainerCallback):
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+                if logs and "loss" in logs:
+                    view.log(logs["loss"])
+
+        return LogLoss()
+
+    def _add(self, event: Event) -> None:
+        if isinstance(event, MicroBatchFinished):
+            self._shares.update(event.route)
+            self._lost += event.lost
+            self._recent.append((event.time, event.tokens))
+
+    def _draw(self) -> None:
+        picture = TrainingPicture(tuple(self._losses), self._rate(), dict(self._shares), self._lost)
+        self._show(training_text(picture), training_svg(picture), training_rows(picture))
+
+    def _rate(self) -> float:
+        recent = list(self._recent)
+        if len(recent) < 2 or self._clock.time() - recent[-1][0] > 5.0:
+            return 0.0
+        seconds = recent[-1][0] - recent[0][0]
+        return sum(tokens for _, tokens in recent[1:]) / seconds if seconds > 0 else 0.0
+
+
+class _ServerButtons:
+    """Buttons that kill and stop each server of a local swarm, and one that adds a server."""
+
+    def __init__(self, swarm: LocalSwarm) -> None:
+        self._swarm = swarm
+
+    def attach(self, view: LiveDrawing) -> None:
+        """Put the buttons into a view, and react to them."""
+        view.on_button("kill", lambda target: self._swarm.servers[int(target)].kill())
+        view.on_button("stop", lambda target: self._swarm.servers[int(target)].stop())
+        view.on_button("add", lambda target: self._swarm.add_server(self._least_covered()))
+        self.refresh(view)
+
+    def refresh(self, view: LiveDrawing) -> None:
+        """Offer what can be done now."""
+        buttons = self._buttons(self._swarm.pictures())
+        if buttons != view.buttons:
+            view.buttons = buttons
+
+    def _buttons(self, servers: Sequence[ServerPicture]) -> list[Button]:
+        buttons = []
+        for number, server in enumerate(servers):
+            if server.state == "online":
+                name = f"{server.label} [{server.blocks}]"
+                kill = "End this server at once, as a crash would; the answer goes on elsewhere"
+                stop = "Let this server leave in peace; its sessions move away first"
+                buttons.append(
+                    {"action": "kill", "target": str(number), "label": f"Kill {name}", "title": kill}
+                )
+                buttons.append(
+                    {"action": "stop", "target": str(number), "label": f"Stop {name}", "title": stop}
+                )
+        add = "Start one more server, for the blocks that the fewest servers have"
+        return [*buttons, {"action": "add", "target": "", "label": "Add a server", "title": add}]
+
+    def _least_covered(self) -> tuple[int, int]:
+        """The blocks of the servers, running or not, which the fewest running servers have."""
+        servers = self._swarm.pictures()
+        running = Counter(each.blocks for each in servers if each.state == "online")
+        chosen = min(servers, key=lambda each: (running[each.blocks], each.start))
+        return chosen.start, chosen.stop
+
+
+class _Poll:
+    """Calls a function again and again, in a thread of its own, as long as it returns true."""
+
+    def __init__(self, function: Callable[[], bool], every_s: float, on_end: Callable[[], object]) -> None:
+        self._on_end = on_end
+        self._ending = threading.Event()
+        self._function = function
+        self._every_s = every_s
+        self._thread = threading.Thread(target=self._run, name="swarmkit-view", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._ending.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(5.0)
+
+    def _run(self) -> None:
+        goes_on = True
+        while goes_on and not self._ending.wait(self._every_s):
+            with contextlib.suppress(ConnectionError):  # the front end has gone
+                goes_on = self._function()
+        self._on_end()

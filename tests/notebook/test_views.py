@@ -1,0 +1,233 @@
+"""Views follow a model at work, react to buttons, and end; no browser is needed for that."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from swarmkit import LocalSwarm, SwarmModelForCausalLM
+from swarmkit.errors import UsageError
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+
+from ..models.tiny import make_checkpoint
+from ..waiting import wait_until
+
+pytest.importorskip("anywidget")
+
+from swarmkit.notebook import (
+    PipelineView,
+    SessionTimeline,
+    SwarmView,
+    TrainingView,
+    generate_in_background,
+)
+from swarmkit.notebook.widget import LiveDrawing
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    torch.set_num_threads(1)
+    return Checkpoint.open(make_checkpoint(tmp_path_factory.mktemp("tiny"), "llama"))
+
+
+@pytest.fixture
+def swarm(tiny: Checkpoint) -> Iterator[LocalSwarm]:
+    with LocalSwarm(tiny, num_stages=2, replicas=2, transport="memory") as swarm:
+        yield swarm
+
+
+@pytest.fixture
+def model(swarm: LocalSwarm) -> SwarmModelForCausalLM:
+    return swarm.model()
+
+
+def prompt(length: int = 5) -> dict[str, Any]:
+    return {"input_ids": torch.arange(1, length + 1)[None], "do_sample": False}
+
+
+def generate(model: SwarmModelForCausalLM, tokens: int = 6) -> torch.Tensor:
+    return model.generate(**prompt(), max_new_tokens=tokens, min_new_tokens=tokens)
+
+
+def press(view: LiveDrawing, action: str, target: str = "") -> None:
+    view._handle_custom_msg({"action": action, "target": target}, [])
+
+
+def view_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "swarmkit-view"]
+
+
+def test_a_pipeline_shows_the_route_of_an_answer(model: SwarmModelForCausalLM) -> None:
+    with PipelineView(model) as view:
+        generate(model)
+        route = " → ".join(f"{hop.label} [{hop.start}:{hop.stop}]" for hop in model.trace[-1].hops)
+        wait_until(lambda: view.summary.endswith(f"route: {route}"), f"the route {route} in the view")
+
+
+def test_a_pipeline_shows_a_server_that_was_lost(swarm: LocalSwarm, model: SwarmModelForCausalLM) -> None:
+    with PipelineView(model) as view, model.session() as session:
+        generate(model)
+        lost = model.trace[-1].hops[0]
+        next(server for server in swarm.servers if server.peer_id == lost.peer_id).kill()
+        model.generate(**prompt(12), max_new_tokens=4)
+        wait_until(lambda: f"✕ {lost.label}" in view.svg, "the lost server in the view")
+        assert session.position
+
+
+def test_a_pipeline_may_follow_one_session_only(model: SwarmModelForCausalLM) -> None:
+    with model.session() as session, PipelineView(model, session=session) as view:
+        generate(model)
+    generate(model, tokens=12)
+    assert f"· {session.position} tokens" in view.summary
+
+
+def test_a_timeline_begins_with_the_steps_that_were(model: SwarmModelForCausalLM) -> None:
+    generate(model, tokens=6)
+    with SessionTimeline(model) as view:
+        assert view.summary.startswith("steps: the last 6,")
+
+
+def test_a_timeline_of_a_session_needs_its_model(model: SwarmModelForCausalLM) -> None:
+    with model.session() as session, pytest.raises(UsageError, match="SessionTimeline"):
+        SessionTimeline(session)
+
+
+def test_training_shows_loss_and_shares(model: SwarmModelForCausalLM) -> None:
+    with TrainingView(model) as view:
+        embeddings = torch.randn(2, 5, model.config.hidden_size, requires_grad=True)
+        loss = model(inputs_embeds=embeddings).logits.square().mean()
+        loss.backward()
+        view.log(loss)
+        wait_until(lambda: "1 steps · loss" in view.summary and len(view.rows) > 1, "the loss and the shares")
+
+
+def test_killing_by_a_button_ends_a_server(swarm: LocalSwarm, model: SwarmModelForCausalLM) -> None:
+    with PipelineView(model, swarm) as view:
+        press(view, "kill", "0")
+        wait_until(lambda: not swarm.servers[0].alive, "the end of the server")
+        labels = [button["label"] for button in view.buttons]
+        wait_until(
+            lambda: not any("server-0" in b["label"] for b in view.buttons), f"no button of it: {labels}"
+        )
+
+
+def test_stopping_by_a_button_ends_a_server(swarm: LocalSwarm) -> None:
+    with SwarmView(swarm, every_s=0.05) as view:
+        press(view, "stop", "1")
+        wait_until(lambda: not swarm.servers[1].alive, "the end of the server")
+        wait_until(lambda: "✕ server-1" in view.svg, "the end in the view")
+
+
+def test_a_server_is_added_where_the_fewest_are(swarm: LocalSwarm) -> None:
+    swarm.servers[1].kill()
+    with SwarmView(swarm, every_s=0.05) as view:
+        press(view, "add")
+        wait_until(lambda: len(swarm.servers) == 5 and swarm.servers[4].alive, "one more server")
+        assert swarm.servers[4].blocks == swarm.servers[1].blocks
+
+
+def test_what_a_button_cannot_do_is_told(swarm: LocalSwarm) -> None:
+    with SwarmView(swarm) as view:
+        press(view, "kill", "99")
+        wait_until(lambda: "out of range" in view.notice, "why it failed")
+
+
+def test_a_message_that_is_none_of_ours_is_ignored(swarm: LocalSwarm) -> None:
+    with SwarmView(swarm) as view:
+        view._handle_custom_msg("kill", [])
+        view._handle_custom_msg({"action": "format", "target": "/"}, [])
+        assert view.notice == ""
+
+
+def test_a_swarm_view_of_a_model_shows_what_the_model_sees(model: SwarmModelForCausalLM) -> None:
+    with SwarmView(model) as view:
+        assert "4 servers" in view.summary
+
+
+@pytest.mark.parametrize("kind", [PipelineView, SessionTimeline, TrainingView, SwarmView])
+def test_a_view_ends_when_it_is_stopped(model: SwarmModelForCausalLM, kind: Any) -> None:
+    view = kind(model)
+    view.stop()
+    view.stop()
+    assert view.ended
+    assert view_threads() == []
+
+
+@pytest.mark.parametrize("kind", [PipelineView, SessionTimeline, TrainingView])
+def test_a_view_ends_with_its_model(model: SwarmModelForCausalLM, kind: Any) -> None:
+    view = kind(model)
+    model.close()
+    wait_until(lambda: view.ended and view_threads() == [], "the end of the view")
+
+
+def test_a_swarm_view_ends_with_its_swarm(tiny: Checkpoint) -> None:
+    with LocalSwarm(tiny, transport="memory") as swarm:
+        view = SwarmView(swarm, every_s=0.05)
+    wait_until(lambda: view.ended and view_threads() == [], "the end of the view")
+
+
+def test_the_last_drawing_has_no_moving_token(model: SwarmModelForCausalLM) -> None:
+    with PipelineView(model) as view:
+        generate(model)
+    assert "<circle" not in view.svg
+    assert view.buttons == []
+
+
+def test_many_steps_are_drawn_in_one(model: SwarmModelForCausalLM) -> None:
+    with PipelineView(model) as view:
+        drawings: list[str] = []
+        view.observe(lambda change: drawings.append(change["new"]), "svg")
+        generate(model, tokens=60)
+        steps = len(model.trace)
+    assert 0 < len(drawings) < steps / 2
+
+
+def test_a_view_has_forms_for_pages_without_widgets(model: SwarmModelForCausalLM) -> None:
+    with PipelineView(model) as view:
+        forms = view._repr_mimebundle_()[0]
+    assert forms["text/plain"].startswith(view.summary)
+    assert "<svg" in forms["text/html"]
+    assert "<table" in forms["text/html"]
+    assert forms["image/svg+xml"].startswith("<svg")
+
+
+@pytest.mark.parametrize("what", ["model", "swarm", "session"])
+def test_what_notebooks_show_is_a_picture(swarm: LocalSwarm, model: SwarmModelForCausalLM, what: str) -> None:
+    generate(model)
+    with model.session() as session:
+        shown = {"model": model, "swarm": swarm, "session": session}[what]._repr_mimebundle_()
+    assert "server-0" in shown["text/html"]
+    assert shown["text/plain"].startswith("<")
+    assert "Embedding(" not in shown["text/plain"]  # not transformers' tree of modules
+
+
+def test_a_sessions_picture_has_the_times_of_its_last_step(model: SwarmModelForCausalLM) -> None:
+    with model.session() as session:
+        generate(model)
+        shown = session._repr_mimebundle_()["text/html"]
+    assert f"{model.trace[-1].hops[0].total_ms:.1f} ms" in shown
+
+
+def test_an_answer_in_the_background_is_the_same(model: SwarmModelForCausalLM) -> None:
+    answer = generate_in_background(model, **prompt(), max_new_tokens=6, min_new_tokens=6)
+    assert answer.result(timeout=60).tolist() == generate(model).tolist()
+    assert answer.done
+
+
+def test_an_answer_in_the_background_can_be_stopped(model: SwarmModelForCausalLM) -> None:
+    with model.subscribe() as events:
+        answer = generate_in_background(model, **prompt(), max_new_tokens=4000, min_new_tokens=4000)
+        assert events.get(timeout=60) is not None
+        answer.stop()
+        tokens = answer.result(timeout=60)
+    assert 5 < tokens.shape[1] < 4000
+
+
+def test_an_answer_in_the_background_raises_what_generate_raises(model: SwarmModelForCausalLM) -> None:
+    answer = generate_in_background(model, **prompt(), no_such_option=1)
+    with pytest.raises(ValueError, match="no_such_option"):
+        answer.result(timeout=60)
