@@ -103,3 +103,10 @@ def test_who_failed_more_often_costs_more(bans: Bans, clock: Clock) -> None:
     bans.failed("often")
     bans.failed("once")
     assert bans.penalty_s("often") > bans.penalty_s("once")
+
+
+@pytest.mark.parametrize(("cost_s", "banned_s"), [(0.1, 2.0), (1.5, 6.0), (30.0, 10.0)])
+def test_a_ban_lasts_several_times_what_the_failure_cost_up_to_the_limit(
+    bans: Bans, cost_s: float, banned_s: float
+) -> None:
+    assert bans.failed("peer", cost_s) == banned_s

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from swarmkit import LocalSwarm
+from swarmkit.errors import RemoteError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.stage import Stage
 from swarmkit.models.head.head import load_local
 from swarmkit.settings import ClientSettings
 
-from ..strangers import STRANGE, WORKING, Stranger, after, refusing
+from ..strangers import STRANGE, WORKING, Manner, Stranger, after, refusing
 from .answers import answer, prompt
 
 HASTY = ClientSettings().replace(first_step_timeout_s=0.5, min_step_timeout_s=0.5)
@@ -72,3 +74,42 @@ def test_a_stranger_may_change_its_manner_within_a_session(
     stranger.stop()
     assert torch.equal(tokens, wanted)
     assert stranger.met["Step"] == 3
+
+
+REFUSALS = ["bad_message", "bad_shape", "bad_value", "not_finite", "too_large"]
+
+
+@pytest.fixture
+def crowd(swarm: LocalSwarm) -> Iterator[Callable[[Manner], list[Stranger]]]:
+    """So many strangers of one manner, until the test ends."""
+    strangers: list[Stranger] = []
+
+    def crowd(manner: Manner, number: int = 5) -> list[Stranger]:
+        for _ in range(number):
+            strangers.append(swarm.add(lambda place: Stranger(place.transport, swarm.checkpoint, manner)))
+        return strangers
+
+    yield crowd
+    for stranger in strangers:
+        stranger.stop()
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+@pytest.mark.parametrize("at", ["open", "step"])
+def test_strangers_that_call_a_step_malformed_do_not_end_the_answer(
+    swarm: LocalSwarm, crowd: Callable[[Manner], list[Stranger]], wanted: torch.Tensor, code: Any, at: str
+) -> None:
+    crowd(refusing(code, at))
+    with swarm.model() as model:
+        tokens = answer(model, *prompt(4), new_tokens=4)
+    assert torch.equal(tokens, wanted)
+
+
+def test_a_step_that_is_malformed_is_refused_once_and_its_server_is_not_banned(swarm: LocalSwarm) -> None:
+    with swarm.model() as model:
+        session = model.session(max_length=8)
+        broken = torch.full((1, 2, swarm.checkpoint.hidden_size), float("nan"))
+        with pytest.raises(RemoteError, match="NaN") as caught:
+            session.step(broken)
+        assert caught.value.code == "not_finite"
+        assert not model.connection.client.bans.is_banned(swarm.servers[0].peer_id)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+_COSTS = 4.0
+"""A ban lasts so many times what the failure cost."""
 PENALTY_S = 1e6
 """Seconds that are added to the cost of a banned peer: it is used only where no other peer has the blocks."""
 
@@ -16,7 +18,11 @@ class _Failures:
 
 
 class Bans:
-    """Which peers failed, how often in a row, and until when to avoid them: 2, 4, 8, … seconds by default."""
+    """Which peers failed, how often in a row, and until when to avoid them: 2, 4, 8, … seconds by default.
+
+    A failure that took long to see, such as silence, bans for longer: a peer that is asked again as soon as
+    it has wasted some seconds wastes most of the time.
+    """
 
     def __init__(self, first_s: float, longest_s: float, clock: Callable[[], float]) -> None:
         self._first_s = first_s
@@ -25,15 +31,15 @@ class Bans:
         self.failures: dict[str, _Failures] = {}
         """By peer id; without those that have worked since."""
 
-    def failed(self, peer_id: str) -> float:
-        """Note a failure; returns for how many seconds the peer is avoided.
+    def failed(self, peer_id: str, cost_s: float = 0.0) -> float:
+        """Note a failure that took `cost_s` seconds to see; returns for how many seconds the peer is avoided.
 
         While it is avoided nothing is added: one crash is met by all sessions that used the peer.
         """
         if self.is_banned(peer_id):
             return self.failures[peer_id].until - self._clock()
         count = self.failures[peer_id].count + 1 if peer_id in self.failures else 1
-        seconds = min(self._first_s * 2.0 ** min(count - 1, 30), self._longest_s)
+        seconds = min(max(self._first_s * 2.0 ** min(count - 1, 30), _COSTS * cost_s), self._longest_s)
         self.failures[peer_id] = _Failures(count, self._clock() + seconds)
         return seconds
 

@@ -120,7 +120,7 @@ class ChainSession:
         Raises:
             SessionError: the session is closed, or would become longer than `max_length`.
             NoRouteError: no server had some blocks for `route_timeout_s` seconds.
-            RemoteError: two servers refused the step as malformed.
+            RemoteError: the step is malformed, as all servers that could do it say.
             DeadlineError: it took longer than the client's `step_deadline_s`.
         """
         async with self._lock:

@@ -147,6 +147,8 @@ class StageReplica:
         """What became of the present step; None = the server has not got it, and is to be sent it."""
         self.max_step_tokens = 1
         self.leaving = False
+        self.has_worked = False
+        """Whether it did a step of this session."""
         self._inlet = ""
         """The secret with which the previous server can push into this session; "" = none can."""
         self._pushes_to = ""
@@ -291,6 +293,13 @@ class StageReplica:
         else:
             self.history.write(position, hidden)
 
+    def has_finite_inputs(self, position: int) -> bool:
+        """Whether the inputs from `position` on, as far as they are kept, have neither NaN nor infinity."""
+        tokens = self.history.tokens
+        if position >= tokens or isinstance(self.history, NoHistory):
+            return True
+        return codec.is_finite(self.history.read(position, tokens))
+
     def crop(self, tokens: int) -> None:
         """Forget every position from `tokens` on."""
         self.history.crop(tokens)
@@ -376,6 +385,7 @@ class StageReplica:
         output = await off_loop(largest, lambda: _checked(reply, received, shape, peer_id))
         self._note_rates(reply, self._pushed_by if is_pushed else "")
         self.order = None
+        self.has_worked = True
         self.leaving = reply.leaving
         return StepResult(output, reply, request.made_at, self._swarm.clock.now())
 

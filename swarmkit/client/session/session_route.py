@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 
 import anyio
 
 from swarmkit.client.adapters.model_adapters import ClientAdapter, ServerAdapter
 from swarmkit.client.routing.route import Hop
+from swarmkit.client.routing.step_failures import StepFailures
 from swarmkit.client.session.replica import Predecessor, StageReplica
 from swarmkit.client.swarm.client import SwarmClient
 from swarmkit.client.swarm.prefix_cache import Chain
@@ -56,13 +57,17 @@ class RouteChanges:
     losses: list[_Loss] = field(default_factory=list)
     mixed: bool = False
     """Whether what was computed before is not all by the present servers, nor like what they compute."""
-    refusals: int = 0
     _search: RouteSearch | None = None
+
+    @cached_property
+    def failures(self) -> StepFailures:
+        """The servers that failed in this step."""
+        return StepFailures()
 
     async def find(self, start: int, stop: int, error: PeerError | None) -> list[Hop]:
         """See `RouteSearch.find`; its timeout is the step's, however many servers are searched for."""
         if self._search is None:
-            self._search = RouteSearch(self.swarm, self.owner, self.hosted_adapter)
+            self._search = RouteSearch(self.swarm, self.owner, self.failures, self.hosted_adapter)
         return await self._search.find(start, stop, self.size, error)
 
     def progressed(self) -> None:
@@ -92,6 +97,8 @@ class SessionRoute:
         self.adapter: ClientAdapter | ServerAdapter | None = None
         """For the servers that are used from now on."""
         self.is_closed = False
+        self._worked: set[str] = set()
+        """Servers that did a step of this session and were left since, by service id."""
 
     @property
     def hops(self) -> list[Hop]:
@@ -154,6 +161,8 @@ class SessionRoute:
 
     async def _link(self, changes: RouteChanges) -> None:
         """Open all sessions, and have each server push its outputs to the next one, as far as it can."""
+        swarm = self._swarm
+        asked_at = swarm.clock.now()
         while errors := await at_once(
             {stage: partial(stage.open, self.max_length) for stage in self.stages if stage.connection is None}
         ):
@@ -161,7 +170,8 @@ class SessionRoute:
             for failed in errors:
                 failed.drop()
             self.check_open()
-            await self.replace(self.stages.index(stage), error, changes)
+            await self.replace(self.stages.index(stage), error, changes, swarm.clock.now() - asked_at)
+            asked_at = swarm.clock.now()
         self.check_open()
         errors = await at_once(
             {
@@ -202,11 +212,13 @@ class SessionRoute:
         self._swarm.cannot_link(before.hop.server, stage.hop.server)
         before.unlink()
 
-    async def replace(self, index: int, error: PeerError, changes: RouteChanges) -> None:
+    async def replace(self, index: int, error: PeerError, changes: RouteChanges, cost_s: float) -> None:
         """Put other servers in the place of one that failed.
 
+        Args: cost_s: seconds that it was waited for in vain.
+
         Raises:
-            PeerError: `error`, if the session keeps no history, or if two servers refused the step.
+            PeerError: `error`, if the session keeps no history, or if the step itself is to blame.
             NoRouteError: no other server was found in time.
         """
         stage = self.stages[index]
@@ -214,17 +226,26 @@ class SessionRoute:
             raise error
         if isinstance(error, RemoteError) and error.is_busy:
             return await self._avoid_busy(index, error, changes)
-        if isinstance(error, RemoteError) and error.code in SENDERS_FAULT:
-            changes.refusals += 1
-            if changes.refusals >= 2:
-                raise error
+        refused = isinstance(error, RemoteError) and error.code in SENDERS_FAULT
+        changes.failures.note(stage.hop.server.service_id, refused)
+        if refused and self._is_step_to_blame(stage, changes):
+            for service_id in changes.failures.refusers:
+                self._swarm.bans.worked(service_id)
+            raise error
         if isinstance(error, PeerTimeoutError) and index:
             # Perhaps the previous server never pushed what it said it pushed: it is not asked to again.
             self._swarm.cannot_link(self.stages[index - 1].hop.server, stage.hop.server)
-        self._swarm.ban(stage.hop.server.service_id)
+        self._swarm.ban(stage.hop.server.service_id, cost_s)
         self._lose(stage, changes, error)
         hops = await changes.find(stage.hop.start, stage.hop.stop, error)
         self._splice(index, hops)
+
+    def _is_step_to_blame(self, stage: StageReplica, changes: RouteChanges) -> bool:
+        if not stage.has_finite_inputs(changes.position):
+            return True
+        worked = self._worked.union(each.hop.server.service_id for each in self.stages if each.has_worked)
+        servers = self._swarm.servers(changes.hosted_adapter)
+        return changes.failures.is_step_to_blame(stage.hop.start, stage.hop.stop, servers, worked)
 
     async def _avoid_busy(self, index: int, error: RemoteError, changes: RouteChanges) -> None:
         """Use others in the place of a busy server, or wait for it where it is the first to have room."""
@@ -241,6 +262,8 @@ class SessionRoute:
     def _lose(self, stage: StageReplica, changes: RouteChanges, cause: PeerError | str) -> None:
         hop = stage.hop
         stage.drop()
+        if stage.has_worked:
+            self._worked.add(hop.server.service_id)
         changes.losses.append(_Loss(hop, self._swarm.clock.now()))
         self._swarm.note_loss(hop, cause, self._owner)
 

@@ -98,12 +98,14 @@ class StepExecution:
             try:
                 output = await self._run_stage(index, want)
             except PeerError as error:
+                cost_s = self._swarm.clock.now() - self._arrived_at
                 route.check_open()
                 route.give_up_step(index)
                 if isinstance(error, NotPushedError):
                     route.stop_pushing_to(index)
                 else:
-                    await route.replace(index, error, self._changes)
+                    await route.replace(index, error, self._changes, cost_s)
+                self._arrived_at = self._swarm.clock.now()
                 continue
             self._changes.progressed()
             if stage.predecessor is not None:

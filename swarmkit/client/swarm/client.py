@@ -18,6 +18,7 @@ from swarmkit.client.routing.bans import Bans
 from swarmkit.client.routing.busy import BusyPeers
 from swarmkit.client.routing.deadline import DeadlinePolicy, StepTimes
 from swarmkit.client.routing.route import Hop, find_route, lost_contact, no_route, route_cost
+from swarmkit.client.routing.step_failures import StepFailures
 from swarmkit.client.swarm.adapter_sender import AdapterSender
 from swarmkit.client.swarm.prefix_cache import ClientPrefixCache
 from swarmkit.clock import SYSTEM_CLOCK, Clock
@@ -195,20 +196,23 @@ class SwarmClient:
         without: frozenset[str] = frozenset(),
         tokens: int = 0,
         hosted_adapter: str = "",
+        failures: StepFailures | None = None,
     ) -> list[Hop]:
         """The best route for blocks [start, stop) in the view as it is; peers in `without` are not used.
 
         Args:
             tokens: rows x tokens that are to be held there.
             hosted_adapter: use only servers that host the adapter of this hash.
+            failures: of the present step, whose servers are avoided even more than those banned.
 
         Raises:
             NoRouteError: no server has some of them.
         """
+        failed = failures or StepFailures()
         servers = [server for server in self.servers(hosted_adapter) if server.service_id not in without]
         cost = route_cost(
             round_trip_s=self.round_trip_s,
-            penalty_s=self.bans.penalty_s,
+            penalty_s=lambda service_id: self.bans.penalty_s(service_id) + failed.penalty_s(service_id),
             wait_s=self.busy.wait_s,
             tokens=tokens,
             salt=self.salt,
@@ -220,9 +224,12 @@ class SwarmClient:
         service_id = hop.server.service_id
         return not self.bans.is_banned(service_id) and not self.busy.wait_s(service_id)
 
-    def ban(self, service_id: str) -> None:
-        """Avoid a server for a while, and use nothing any more that it took part in."""
-        self.bans.failed(service_id)
+    def ban(self, service_id: str, cost_s: float = 0.0) -> None:
+        """Avoid a server for a while, and use nothing any more that it took part in.
+
+        Args: cost_s: seconds that its failure took to see.
+        """
+        self.bans.failed(service_id, cost_s)
         self.prefix_cache.drop(service_id)
 
     def note_refusal(self, hop: Hop, error: RemoteError, owner: Owner) -> None:

@@ -7,6 +7,7 @@ import logging
 import anyio
 
 from swarmkit.client.routing.route import Hop
+from swarmkit.client.routing.step_failures import StepFailures
 from swarmkit.client.swarm.client import SwarmClient
 from swarmkit.errors import NoRouteError, PeerError, SwarmkitError
 from swarmkit.events import Owner, WaitStarted
@@ -20,15 +21,19 @@ _LONGEST_PAUSE_S = 1.0
 class RouteSearch:
     """One step's search, which has `route_timeout_s` seconds, counted anew after any progress."""
 
-    def __init__(self, swarm: SwarmClient, owner: Owner, hosted_adapter: str = "") -> None:
+    def __init__(
+        self, swarm: SwarmClient, owner: Owner, failures: StepFailures, hosted_adapter: str = ""
+    ) -> None:
         """Make a search.
 
         Args:
             owner: the session that searches, for events.
+            failures: the servers that failed in this step; they are avoided above all others.
             hosted_adapter: use only servers that host the adapter of this hash.
         """
         self._swarm = swarm
         self._owner = owner
+        self._failures = failures
         self._hosted_adapter = hosted_adapter
         self._give_up_at: float | None = None
         """On the client's clock; None while all goes well."""
@@ -55,11 +60,8 @@ class RouteSearch:
         """
         swarm = self._swarm
         while True:
-            try:
-                route = swarm.plan(start, stop, tokens=tokens, hosted_adapter=self._hosted_adapter)
-            except NoRouteError:
-                route = []
-            banned = any(swarm.bans.is_banned(hop.server.service_id) for hop in route)
+            route = self._plan(start, stop, tokens)
+            banned = any(self._is_avoided(hop.server.service_id) for hop in route)
             busy_s = max((swarm.busy.wait_s(hop.server.service_id) for hop in route), default=0.0)
             if route and not banned and not busy_s:
                 return route
@@ -77,7 +79,7 @@ class RouteSearch:
             assert self._give_up_at is not None
             await self._look_up(self._give_up_at)
             if route:
-                return self._route_or(route, start, stop, tokens)
+                return self._plan(start, stop, tokens) or route
 
     def _left_s(self) -> float:
         if self._give_up_at is None:
@@ -100,11 +102,17 @@ class RouteSearch:
         except SwarmkitError as error:
             logger.warning("could not look up the swarm, will try again: %s", error)
 
-    def _route_or(self, known: list[Hop], start: int, stop: int, tokens: int) -> list[Hop]:
+    def _plan(self, start: int, stop: int, tokens: int) -> list[Hop]:
+        """The best route as things stand; empty if there is none."""
         try:
-            return self._swarm.plan(start, stop, tokens=tokens, hosted_adapter=self._hosted_adapter)
+            return self._swarm.plan(
+                start, stop, tokens=tokens, hosted_adapter=self._hosted_adapter, failures=self._failures
+            )
         except NoRouteError:
-            return known
+            return []
+
+    def _is_avoided(self, service_id: str) -> bool:
+        return self._swarm.bans.is_banned(service_id) or self._failures.has_failed(service_id)
 
     def _gave_up(
         self, start: int, stop: int, route: list[Hop], error: PeerError | None, *, busy: bool
