@@ -84,6 +84,12 @@ class NetSettings(SettingsGroup):
     connect_timeout_s: float = Field(
         default=5.0, gt=0, description="How long it may take to reach a peer and open a stream."
     )
+    keep_alive_s: float = Field(
+        default=60.0,
+        ge=2,
+        description="How long the machine of a peer may be silent before a direct connection to it ends. A "
+        "machine that is there answers the kernel's probes.",
+    )
 
 
 class Limits(SettingsGroup):

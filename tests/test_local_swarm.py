@@ -103,6 +103,18 @@ def test_a_killed_server_is_like_one_that_crashed(tiny: Checkpoint) -> None:
         assert [e.reason for e in model.events if isinstance(e, PeerLost)] == ["connection lost"]
 
 
+def test_servers_that_ended_hold_no_files_of_the_swarm(tiny: Checkpoint) -> None:
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    with LocalSwarm(tiny, num_stages=1, processes=True) as swarm:
+        before = descriptors()
+        for _ in range(2):
+            server = swarm.add_server((0, 1))
+            server.kill()
+        assert descriptors() <= before
+
+
 def test_a_server_can_be_added(tiny: Checkpoint) -> None:
     with LocalSwarm(tiny, num_stages=2, transport="memory") as swarm:
         for server in swarm.servers:

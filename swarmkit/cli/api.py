@@ -95,7 +95,8 @@ def api(
         "max_body_bytes": max_body_bytes,
     }
     settings = ApiSettings().replace(**{key: value for key, value in wishes.items() if value is not None})
-    with end_request() as end, model_of(model, join) as remote:
+    with model_of(model, join) as remote, end_request() as end:
+        end.is_orderly = True
         names = name or [remote.connection.client.model.name]
         application = create_app(
             remote,

@@ -31,10 +31,11 @@ def bootstrap(
     from swarmkit.net.registry.acceptance import acceptable_now
     from swarmkit.net.transport.identity import Identity
 
-    key = Identity.load_or_create(Path(identity).expanduser()) if identity else Identity()
+    key = Identity.load_or_create(Path(identity)) if identity else Identity()
     factory = over_hivemind(join or (), host=host, port=port, announce=announce or ())
     with end_request() as end, portal.lease() as lease:
         transport = lease.call(factory, key, acceptable_now)
+        end.is_orderly = True
         try:
             if json:
                 console.emit_json(

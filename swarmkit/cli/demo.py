@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from swarmkit.cli import console
 from swarmkit.cli.app import Json, Verbose, app
+from swarmkit.cli.interrupt import interruptible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +76,8 @@ def demo(
         demo_run = _Demo(swarm, remote, swarm.tokenizer())
         interactive = sys.stdin.isatty() and not json
         try:
-            killed = demo_run.interactive() if interactive else demo_run.play()
+            with interruptible():
+                killed = demo_run.interactive() if interactive else demo_run.play()
         except KeyboardInterrupt:
             console.out.print("\nleaving")
             return

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from swarmkit.cli import console
+from swarmkit.cli.interrupt import interruptible
 
 if TYPE_CHECKING:
     from swarmkit.client.model import SwarmModelForCausalLM
@@ -22,13 +23,15 @@ def model_of(name: str, join: list[str] | None) -> Iterator[Any]:
     if join:
         with console.busy("joining the swarm"):
             model = SwarmModelForCausalLM.from_pretrained(name, initial_peers=join)
-        with model:
+        with model, interruptible():
             yield model
         return
     with console.busy("no --join: starting a swarm of two servers in this process"):
         swarm = LocalSwarm(name, num_stages=2).start()
     with swarm:
-        yield swarm.model()
+        model = swarm.model()
+        with interruptible():
+            yield model
 
 
 def speculation_of(

@@ -25,7 +25,7 @@ from swarmkit.cli.app import (
 )
 from swarmkit.cli.signals import EndRequest, end_request
 from swarmkit.errors import UsageError
-from swarmkit.events import Event, LoadProgressed, following
+from swarmkit.events import Event, LoadProgressed, ServingStarted, following
 
 
 @app.command()
@@ -130,7 +130,13 @@ def serve(
             ),
         )
         show = _Show(json)
-        with following(server.events, show.event):
+
+        def tell(event: Event) -> None:
+            if isinstance(event, ServingStarted):
+                end.is_orderly = True  # before a program that reads the events can know
+            show.event(event)
+
+        with following(server.events, tell):
             with show:
                 server.start()
             gc.freeze()  # no step waits while all that was imported is searched for garbage

@@ -10,18 +10,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from swarmkit.cli.interrupt import end_at_once
+
 Reason = Literal["signal", "stdin"]
 
 
 class EndRequest:
-    """Set by Ctrl-C, SIGTERM, or the end of standard input. A second signal asks for haste."""
+    """Set by Ctrl-C, SIGTERM, or the end of standard input. A second signal asks for haste.
+
+    Attributes:
+        is_orderly: whether a request is noted for `wait`. As long as it is not, which is while the program
+            starts and no peer relies on it, a request ends the program at once.
+    """
 
     def __init__(self) -> None:
         self._event = threading.Event()
         self.skip_drain = threading.Event()
         self.reason: Reason = "signal"
+        self.is_orderly = False
 
-    def request(self, reason: Reason = "signal") -> None:
+    def request(self, reason: Reason = "signal", exit_code: int = 0) -> None:
+        """Ask the program to end.
+
+        Args: exit_code: with which it ends at once if it has only started.
+        """
+        if not self.is_orderly:
+            end_at_once(exit_code)
         if self._event.is_set():
             self.skip_drain.set()
         self.reason = reason
@@ -41,7 +55,7 @@ def end_request(*, watch_stdin: bool = False) -> Iterator[EndRequest]:
     """Turn signals (and the end of standard input) into an `EndRequest`; put the handlers back at the end."""
     request = EndRequest()
     handlers = {
-        number: signal.signal(number, lambda *_: request.request())
+        number: signal.signal(number, lambda caught, _: request.request("signal", 128 + caught))
         for number in (signal.SIGINT, signal.SIGTERM)
     }
     if watch_stdin:

@@ -24,6 +24,8 @@ from swarmkit.settings import ServerSettings
 logger = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 10.0
+_KEPT_WORDS = 16_384
+"""Bytes of its standard error that are kept when a process has ended."""
 
 
 class ServerStartError(SwarmkitError):
@@ -73,6 +75,7 @@ class ServerProcess:
         environment = dict(os.environ, OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false")
         environment |= (settings or ServerSettings()).environment()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        self._last_words = b""
         self._process = _started(command, environment, self._log, fork_server)
         self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read_events, name=f"swarmkit-{public_name}", daemon=True)
@@ -117,10 +120,12 @@ class ServerProcess:
                 return
 
     def last_words(self, size: int = 2000) -> str:
-        """The end of what it wrote to standard error."""
-        self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, self._log.tell() - size))
-        return self._log.read().decode(errors="replace").strip()
+        """The end of what it wrote to standard error, at most `size` bytes."""
+        if not self._log.closed:
+            self._log.seek(0, os.SEEK_END)
+            self._log.seek(max(0, self._log.tell() - _KEPT_WORDS))
+            self._last_words = self._log.read()
+        return self._last_words[-size:].decode(errors="replace").strip()
 
     def stop(self, drain_timeout: float | None = None) -> None:
         """Ask it to leave (SIGTERM) and wait; kill it if it does not.
@@ -147,6 +152,8 @@ class ServerProcess:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
+        self.last_words()
+        self._log.close()
 
     def suspend(self) -> None:
         """SIGSTOP to the whole group: a machine that hangs, its connections still open."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 from swarmkit._version import __version__
-from swarmkit.errors import ModelError
+from swarmkit.errors import ModelError, UsageError
 from swarmkit.models import loading
 from swarmkit.models.architecture import anatomy, quirks
 from swarmkit.models.architecture.anatomy import anatomy_of, cache_argument, skeleton_of, slice_config
@@ -39,6 +39,7 @@ from swarmkit.models.checkpoint.open_files import open_files
 from swarmkit.models.execution import full_sequences, stage, view
 from swarmkit.models.execution.full_sequences import FullSequencePass, FullSequences
 from swarmkit.models.execution.stage import Stage, StageCache
+from swarmkit.models.foreign_errors import disk_trouble, reason_of
 from swarmkit.models.head import head
 from swarmkit.models.head.head import build_head, load_local
 from swarmkit.models.kv import cache, contiguous, state_history
@@ -101,7 +102,9 @@ def config_of(model: str, *, revision: str | None = None, token: str | None = No
         content = {"model_type": model} if file is None else json.loads(file.read_text(encoding="utf-8"))
         config: PreTrainedConfig = AutoConfig.for_model(**content)
     except Exception as error:
-        raise ModelError(f"{file or model} is not a config that transformers can use: {error}") from error
+        raise ModelError(
+            f"{file or model} is not a config that transformers can use: {reason_of(error)}"
+        ) from error
     return text_part(config)
 
 
@@ -110,6 +113,7 @@ def ensure_servable(config: PreTrainedConfig) -> Verdict:
 
     Raises:
         ModelError: it is refused, or a cut model is not the same as the uncut one.
+        UsageError: the tiny model cannot be written to this machine's disk.
     """
     family_of(config.model_type)
     with _CHECKING:
@@ -458,8 +462,15 @@ def _check(tiny: PreTrainedConfig) -> Verdict:
                 for what, by in zip(("prefill", "decoding", "the backward pass"), differences, strict=True):
                     if not by <= TOLERANCE and not reason:
                         reason = f"{where}, it differs in {what}, by {by:.1e} of the largest value"
-    except Exception as error:  # noqa: BLE001 - model code may raise anything; all of it means: not like this
-        said = " ".join(str(error).replace(folder, "the tiny checkpoint").split())[:300]
+    except Exception as error:
+        if (trouble := disk_trouble(error)) is not None:
+            raise UsageError(
+                "the architecture has to be tried once with a tiny model, which could not be written to "
+                f"this machine's folder for temporary files: {trouble}. Make room there, or set TMPDIR to "
+                "another folder"
+            ) from error
+        # Model code may raise anything, and all of it means that the model does not work like this.
+        said = reason_of(error).replace(folder, "the tiny checkpoint")[:300]
         reason = f"{where}, it fails: {type(error).__name__}: {said}"
         worst = [float("inf")] * 3 if not cuts else worst
     seconds = round(time.monotonic() - started, 2)

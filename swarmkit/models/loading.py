@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from swarmkit.errors import ModelError
+from swarmkit.models.foreign_errors import reason_of
 from swarmkit.models.quantization.packed_4bit import prepare_4bit
 
 _LOADING = threading.Lock()
@@ -56,7 +57,7 @@ def load_model(
                 raise
             shapes = "" if quantised else _shapes_that_differ(model_class, config, tensors)
             raise ModelError(
-                f"The weights of {name} do not fit its config{shapes or f': {error}'}. "
+                f"The weights of {name} do not fit its config{shapes or f': {reason_of(error)}'}. "
                 "Check that config.json and the safetensors files belong together."
             ) from error
     model: PreTrainedModel

@@ -69,6 +69,7 @@ def over_hivemind(
             client_mode=client_mode,
             use_auto_relay=use_relay,
             startup_timeout=limits.startup_timeout_s,
+            keep_alive_s=limits.keep_alive_s,
             record_check=record_check,
         )
 

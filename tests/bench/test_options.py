@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from swarmkit.bench.options import BENCHMARKS, Benchmark, option
 from swarmkit.bench.progress import Progress, quiet
-from swarmkit.cli.app import app
+from swarmkit.cli.commands import app
 from swarmkit.cli.bench import command_of
 from swarmkit.cli.bench.tables import TABLES
 from swarmkit.errors import UsageError

@@ -7,6 +7,7 @@ import gc
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -40,11 +41,13 @@ class Ended:
 def _undone() -> Iterator[None]:
     """Take back what a command changes in its process, and would leave so until it ends."""
     thresholds = gc.get_threshold()
+    on_interrupt = signal.getsignal(signal.SIGINT)
     with mock.patch.dict(os.environ), mock.patch.object(console, "out", console.out):
         try:
             yield
         finally:
             gc.set_threshold(*thresholds)
+            signal.signal(signal.SIGINT, on_interrupt)
 
 
 def run_here(*arguments: str, stdin: str = "") -> Ended:

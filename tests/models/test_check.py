@@ -12,7 +12,7 @@ import torch
 from transformers import CONFIG_MAPPING
 from typer.testing import CliRunner
 
-from swarmkit.cli.app import app
+from swarmkit.cli.commands import app
 from swarmkit.errors import ModelError
 from swarmkit.models import check
 from swarmkit.models.architecture import anatomy, quirks

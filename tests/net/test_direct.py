@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -61,6 +62,23 @@ async def test_frames_go_both_ways(ends: Ends) -> None:
     await opener.send(b"to ", b"you")
     await server.send(b"x" * 300_000)
     assert (await server.receive(), len(await opener.receive())) == (b"to you", 300_000)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_KEEPIDLE"), reason="this system's sockets have other options")
+async def test_the_kernel_asks_after_a_silent_machine_within_the_time_that_is_set(ends: Ends) -> None:
+    connection = socket.create_connection((HOST, ends.listener.port))
+    connection.setblocking(False)
+    stream = SealedStream(silence_s=60.0)
+    await asyncio.get_running_loop().create_connection(lambda: stream, sock=connection)
+    ends.streams.append(stream)
+
+    def option(name: int) -> int:
+        return connection.getsockopt(socket.IPPROTO_TCP, name)
+
+    assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    probing_s = option(socket.TCP_KEEPINTVL) * option(socket.TCP_KEEPCNT)
+    assert option(socket.TCP_KEEPIDLE) + probing_s == 60
+    assert option(socket.TCP_USER_TIMEOUT) == 60_000
 
 
 async def test_each_end_knows_the_other(ends: Ends) -> None:

@@ -50,6 +50,41 @@ def test_a_file_is_its_owners_alone(tmp_path: Path) -> None:
     assert (tmp_path / "id").stat().st_mode & 0o777 == 0o600
 
 
+def test_an_empty_file_is_replaced_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "id").touch()
+    made = Identity.load_or_create(tmp_path / "id")
+    assert Identity.load_or_create(tmp_path / "id").peer_id == made.peer_id
+    assert "is empty" in caplog.text
+
+
+def test_a_file_that_others_could_read_is_told_and_closed_to_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = Identity.load_or_create(tmp_path / "id")
+    (tmp_path / "id").chmod(0o644)
+    assert Identity.load_or_create(tmp_path / "id").peer_id == made.peer_id
+    assert "could be read by other users" in caplog.text
+    assert (tmp_path / "id").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_folder_is_no_identity_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Is a directory"):
+        Identity.load_or_create(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"file/id cannot be"):
+        Identity.load_or_create(tmp_path / "file" / "id")
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda descriptor: Path("/dev/full").write_bytes(bytes(1)))
+    with pytest.raises(UsageError, match="No space left on device"):
+        Identity.load_or_create(tmp_path / "id")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_signature_is_its_signers() -> None:
     identity = Identity(SEED)
     assert verify(identity.peer_id, b"data", identity.sign(b"data"))

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from swarmkit.bench.options import BENCHMARKS, Benchmark
 from swarmkit.cli import console
 from swarmkit.cli.app import Json, app
+from swarmkit.cli.interrupt import interruptible
 from swarmkit.errors import UsageError
 
 bench_app = typer.Typer(
@@ -91,7 +92,7 @@ def _parsed(value: Any, kind: Any, flag: str) -> Any:
 
 
 def _run(benchmark: Benchmark, json: bool) -> None:
-    with _bar(getattr(benchmark, "threads", 1)) as progress:
+    with _bar(getattr(benchmark, "threads", 1)) as progress, interruptible():
         result = benchmark.run(progress)
     if json:
         from swarmkit.bench.environment import environment

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from swarmkit.errors import AdapterError
 from swarmkit.models.adapters.adapter import Adapter, AdapterSpec, Fittings, Lora
+from swarmkit.models.adapters.patterns import alpha_of, check_patterns
 from swarmkit.models.architecture.anatomy import Anatomy
 
 CONFIG = "adapter_config.json"
@@ -58,6 +59,7 @@ def check_config(config: Mapping[str, Any]) -> None:
             raise AdapterError(f"{name} is set: {meaning} cannot work inside remote blocks; leave it out")
     if config.get("bias", "none") != "none":
         raise AdapterError(f"bias={config['bias']!r} trains weights of remote blocks; use bias='none'")
+    check_patterns(config)
 
 
 @dataclass(frozen=True)
@@ -142,12 +144,7 @@ class SavedAdapter:
 
 def scaling_of(config: Mapping[str, Any], path: str, rank: int) -> float:
     """Return s of the linear layer at `path`: alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023)."""
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            alpha = value
-            break
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return alpha_of(config, path) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def fetch_adapter(name: str | os.PathLike[str], **hub: Any) -> Path:

@@ -26,6 +26,7 @@ from swarmkit.models.checkpoint.manifest import Manifest, is_fingerprint
 from swarmkit.models.checkpoint.open_files import open_files
 from swarmkit.models.checkpoint.shards import OnBytes, Part
 from swarmkit.models.checkpoint.store import key_of
+from swarmkit.models.foreign_errors import reason_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,7 @@ class Checkpoint:
         try:
             whole = AutoConfig.from_pretrained(str(config_file.parent), trust_remote_code=False)
         except Exception as error:
-            raise ModelError(f"The config.json of {name} cannot be used: {error}") from error
+            raise ModelError(f"The config.json of {name} cannot be used: {reason_of(error)}") from error
         config = text_part(whole)
         family_of(config.model_type)
         # The base model of an adapter is looked up by this: the packaged model is found by its folder only.
@@ -259,8 +260,8 @@ class Checkpoint:
             )
         except Exception as error:
             raise ModelError(
-                f"{self.name} has no tokenizer that can be loaded ({error}). Add the tokenizer's files to "
-                "the checkpoint, or load one with transformers.AutoTokenizer."
+                f"{self.name} has no tokenizer that can be loaded ({reason_of(error)}). Add the tokenizer's "
+                "files to the checkpoint, or load one with transformers.AutoTokenizer."
             ) from error
         return tokenizer
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from swarmkit.errors import ModelError
+from swarmkit.models.foreign_errors import reason_of
 
 
 def open_pickle(path: Path, name: str) -> dict[str, Tensor]:
@@ -32,10 +33,12 @@ def open_pickle(path: Path, name: str) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"{path.name} of {name} holds more than weights, or is damaged, and was not opened, as it could "
-            f"run code ({str(error).splitlines()[0]}). Use a checkpoint with safetensors files."
+            "run code. Use a checkpoint with safetensors files."
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise ModelError(f"{path.name} of {name} is damaged ({error}); download it again.") from error
+        raise ModelError(
+            f"{path.name} of {name} is damaged ({reason_of(error)}); download it again."
+        ) from error
     if not isinstance(content, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):

@@ -360,7 +360,14 @@ class BlockStore:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Keep other processes from changing the store. Held for moments only, never while bytes move."""
-        with self._lock("store"):
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(self._lock("store"))
+            except OSError as error:
+                raise ModelError(
+                    f"the store at {self.root} cannot be written to: {error.strerror}. Set "
+                    "SWARMKIT_STORE_DIR to a folder that can be"
+                ) from error
             yield
 
 

@@ -29,6 +29,7 @@ from swarmkit.models.architecture.anatomy import (
     skeleton_of,
 )
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.foreign_errors import reason_of
 from swarmkit.models.head.head_kind import CAUSAL, HeadKind, base_path
 from swarmkit.models.loading import load_model, loader
 from swarmkit.models.quantization.precision import Precision
@@ -219,7 +220,7 @@ def load_local(
         with loader():
             model: Any = AutoModelForCausalLM.from_pretrained(where, **options)
     except Exception as error:
-        raise ModelError(f"transformers cannot load {checkpoint.name}: {error}") from error
+        raise ModelError(f"transformers cannot load {checkpoint.name}: {reason_of(error)}") from error
     if not precision.quantized:  # else it is there, and cannot be moved
         model.to(device)
     model.eval()

@@ -23,6 +23,7 @@ from transformers.quantizers import AutoHfQuantizer
 from swarmkit.errors import ModelError
 from swarmkit.models.architecture.anatomy import Anatomy
 from swarmkit.models.architecture.wrapper import plain_name
+from swarmkit.models.foreign_errors import reason_of
 
 _PACKAGES: Mapping[str, tuple[str, ...]] = {
     "awq": ("gptqmodel",),
@@ -96,8 +97,8 @@ class StoredQuantisation:
         except Exception as error:
             raise ModelError(
                 f"The weights of {name} are stored quantised ({self.method}), which transformers cannot load "
-                f"here: {error} If no package and no other --device help, give a checkpoint with unquantised "
-                "weights, and choose --dtype int8 or nf4."
+                f"here: {reason_of(error)} If no package and no other --device help, give a checkpoint with "
+                "unquantised weights, and choose --dtype int8 or nf4."
             ) from error
 
     def loading(self) -> dict[str, Any]:

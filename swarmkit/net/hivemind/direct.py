@@ -48,6 +48,9 @@ _WELCOME = b""
 _TICKET_LIFETIME_S = 10.0
 _MOST_STRANGERS = 64
 """Connections that have not shown a ticket yet."""
+SILENCE_S = 60.0
+"""How long a peer's machine may be silent before a connection ends, where no setting says otherwise."""
+_PROBES = 3
 _MOST_HOSTS = 4
 """How many of the hosts that a peer says it has are tried."""
 
@@ -77,8 +80,10 @@ class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=
 class SealedStream(FrameStream):
     """A `Stream` over a TCP connection; plain until `seal`."""
 
-    def __init__(self, on_connected: Callable[[FrameStream], None] | None = None) -> None:
+    def __init__(self, silence_s: float, on_connected: Callable[[FrameStream], None] | None = None) -> None:
+        """Args: silence_s: how long the other machine may be silent to the kernel before the stream ends."""
         super().__init__(on_connected=on_connected)
+        self._silence_s = silence_s
         self.frame_limit = _SECRET_BYTES  # until both ends know each other nothing longer is due
         self._sealing: AESGCM | None = None
         self._opening: AESGCM | None = None
@@ -119,10 +124,29 @@ class SealedStream(FrameStream):
             ) from None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # A peer whose machine is gone says nothing; the kernel asks after it now and then.
         if (sock := transport.get_extra_info("socket")) is not None:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            _ask_after_peer(sock, self._silence_s)
         super().connection_made(transport)
+
+
+def _ask_after_peer(sock: socket.socket, silence_s: float) -> None:
+    """Have the kernel end a connection whose other machine has been silent for so many seconds.
+
+    A machine that is gone says nothing. Unless told otherwise the kernel asks after two hours.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    quiet_s = max(1, round(silence_s / 2))
+    between_s = max(1, round(silence_s / 2 / _PROBES))
+    idle = "TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "TCP_KEEPALIVE"  # as macOS calls it
+    options = {
+        idle: quiet_s,
+        "TCP_KEEPINTVL": between_s,
+        "TCP_KEEPCNT": _PROBES,
+        "TCP_USER_TIMEOUT": max(1, round(silence_s * 1000)),  # for bytes that are under way to the machine
+    }
+    for name, value in options.items():
+        if (number := getattr(socket, name, None)) is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, number, value)
 
 
 @dataclass(eq=False)
@@ -150,8 +174,12 @@ class DirectListener:
     """Takes the connections that were offered. Made by `open`, ended by `close`."""
 
     def __init__(
-        self, own: Callable[[FrameStream], None], spawn: Callable[[Coroutine[Any, Any, None]], object]
+        self,
+        own: Callable[[FrameStream], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
+        silence_s: float,
     ) -> None:
+        self._silence_s = silence_s
         self._own = own
         self._spawn = spawn
         self._expected: dict[bytes, ExpectedStream] = {}
@@ -165,19 +193,21 @@ class DirectListener:
         hosts: Sequence[str],
         own: Callable[[FrameStream], None],
         spawn: Callable[[Coroutine[Any, Any, None]], object],
+        silence_s: float = SILENCE_S,
     ) -> DirectListener | None:
         """Listen at a free port of these hosts.
 
         Args:
             own: called with every stream; its owner ends it.
             spawn: runs a coroutine as a task that ends with its owner.
+            silence_s: how long a peer's machine may be silent before a connection ends.
 
         Returns: None where that cannot be: then nothing is offered.
         """
-        self = cls(own, spawn)
+        self = cls(own, spawn, silence_s)
         try:
             self._server = await asyncio.get_running_loop().create_server(
-                lambda: SealedStream(on_connected=self._accept), list(hosts), 0
+                lambda: SealedStream(silence_s, self._accept), list(hosts), 0
             )
         except OSError as error:
             logger.info("no direct streams, as %s cannot be listened at: %s", ", ".join(hosts), error)
@@ -231,15 +261,22 @@ class DirectListener:
 
 
 async def connect_directly(
-    peer_id: str, offer: Offer, hosts: Sequence[str], own: Callable[[FrameStream], None], timeout: float
+    peer_id: str,
+    offer: Offer,
+    hosts: Sequence[str],
+    own: Callable[[FrameStream], None],
+    timeout: float,
+    silence_s: float = SILENCE_S,
 ) -> SealedStream | None:
     """Take up an offer at the first of these hosts that answers to it; None if none does in time.
 
     Args:
         own: called with every stream; its owner ends it.
+        silence_s: how long the peer's machine may be silent before the connection ends.
     """
     attempts = {
-        asyncio.ensure_future(_connect(peer_id, offer, host, own)) for host in list(hosts)[:_MOST_HOSTS]
+        asyncio.ensure_future(_connect(peer_id, offer, host, own, silence_s))
+        for host in list(hosts)[:_MOST_HOSTS]
     }
     found: SealedStream | None = None
     waiting = attempts
@@ -258,9 +295,9 @@ async def connect_directly(
 
 
 async def _connect(
-    peer_id: str, offer: Offer, host: str, own: Callable[[FrameStream], None]
+    peer_id: str, offer: Offer, host: str, own: Callable[[FrameStream], None], silence_s: float
 ) -> SealedStream | None:
-    stream = SealedStream(on_connected=own)
+    stream = SealedStream(silence_s, own)
     stream.peer_id = peer_id
     try:
         await asyncio.get_running_loop().create_connection(lambda: stream, host, offer.port)

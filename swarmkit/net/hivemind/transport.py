@@ -42,7 +42,13 @@ from swarmkit.net.hivemind.addresses import (
 )
 from swarmkit.net.hivemind.contact import Contact
 from swarmkit.net.hivemind.daemon import DaemonOptions, P2PDaemon
-from swarmkit.net.hivemind.direct import DirectListener, Offer, SealedStream, connect_directly
+from swarmkit.net.hivemind.direct import (
+    SILENCE_S,
+    DirectListener,
+    Offer,
+    SealedStream,
+    connect_directly,
+)
 from swarmkit.net.hivemind.framing import FrameStream
 from swarmkit.net.hivemind.table import (
     HivemindTable,
@@ -125,6 +131,7 @@ class HivemindTransport(Transport):
         record_check: RecordCheck | None = None,
         startup_timeout: float = 30.0,
         table_timeout: float = 10.0,
+        keep_alive_s: float = SILENCE_S,
         clock: Clock = SYSTEM_CLOCK,
     ) -> HivemindTransport:
         """Start the daemon and join the swarm.
@@ -144,6 +151,7 @@ class HivemindTransport(Transport):
             record_check: which records to keep and believe, beyond that each is signed by its peer.
             startup_timeout: seconds for the daemon to become ready, and again to join the swarm.
             table_timeout: seconds for one store or fetch.
+            keep_alive_s: how long the machine of a peer may be silent before a direct stream to it ends.
 
         Raises:
             UsageError: an address is malformed.
@@ -170,13 +178,15 @@ class HivemindTransport(Transport):
         )
         identity = identity or Identity()
         daemon = await P2PDaemon.start(identity, options, startup_timeout=startup_timeout)
-        timeouts = _Timeouts(startup_timeout, table_timeout)
+        timeouts = _Timeouts(startup_timeout, table_timeout, keep_alive_s)
         self = cls(identity, daemon, options, record_check, timeouts, clock)
         try:
             with anyio.fail_after(startup_timeout):
                 if direct and not client_mode and not announce_maddrs:
                     hosts = [ip for address in host_maddrs if (ip := ip_of(address))]
-                    self._direct = await DirectListener.open(hosts, self._streams.add, self._spawn)
+                    self._direct = await DirectListener.open(
+                        hosts, self._streams.add, self._spawn, keep_alive_s
+                    )
                 await self._attach(initial_peers)
         except TimeoutError:
             await self.close()
@@ -555,7 +565,9 @@ class HivemindTransport(Transport):
         try:
             if hosts and self._not_direct.get(peer_id, 0.0) <= now:
                 patience_s = min(max(open_s, 0.1), _LONGEST_DIRECT_S)
-                direct = await connect_directly(peer_id, offer, hosts, self._streams.add, patience_s)
+                direct = await connect_directly(
+                    peer_id, offer, hosts, self._streams.add, patience_s, self._timeouts.keep_alive_s
+                )
                 if direct is None:
                     self._not_direct = {
                         peer: until for peer, until in self._not_direct.items() if until > now
@@ -619,6 +631,7 @@ class HivemindTransport(Transport):
 class _Timeouts:
     startup_s: float
     table_s: float
+    keep_alive_s: float
 
 
 def _whole_seconds(timeout: float) -> int:

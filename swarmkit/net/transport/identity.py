@@ -8,7 +8,6 @@ key), as in the libp2p peer-id specification.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import base58
@@ -16,12 +15,15 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from swarmkit.errors import UsageError
+from swarmkit.net.transport.secret_file import read_secret, write_secret
 
 # protobuf: field 1 (key type, varint) = 1 (Ed25519); field 2 (key bytes, length-delimited) of 32 or 64 bytes
 _PUBLIC_PREFIX = bytes([0x08, 0x01, 0x12, 32])
 _PRIVATE_PREFIX = bytes([0x08, 0x01, 0x12, 64])
 # multihash: code 0x00 (identity), length 36
 _MULTIHASH_PREFIX = bytes([0x00, 36])
+
+_FILE = "identity file"
 
 
 class Identity:
@@ -56,14 +58,17 @@ class Identity:
 
     @classmethod
     def load_or_create(cls, path: Path) -> Identity:
-        """Read the identity at `path`, or make one and write it there, readable by its owner only."""
-        if path.exists():
-            return cls.from_bytes(path.read_bytes())
+        """Read the identity at `path`, or make one and write it there, readable by its owner only.
+
+        Raises:
+            UsageError: the file cannot be read or written, or holds something else.
+        """
+        path = path.expanduser()
+        content = read_secret(path, _FILE)
+        if content is not None:
+            return cls.from_bytes(content)
         identity = cls()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(identity.to_bytes())
+        write_secret(path, identity.to_bytes(), _FILE)
         return identity
 
 
