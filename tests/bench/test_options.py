@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from swarmkit.bench.options import BENCHMARKS, Benchmark, option
 from swarmkit.bench.progress import Progress, quiet
-from swarmkit.cli.commands import app
 from swarmkit.cli.bench import command_of
 from swarmkit.cli.bench.tables import TABLES
+from swarmkit.cli.commands import app
 from swarmkit.errors import UsageError
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

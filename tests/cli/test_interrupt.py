@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from .commands import SWARMKIT, TIMEOUT_S, Ended, run, start
 SERVE = ("serve", "tiny-chat", "--blocks", "0:1", "--json")
 GENERATE = ("generate", "tiny-chat", "Tell me a story about a fox.", "--max-new-tokens", "4000")
 MOMENTS = [
-    (SERVE, 0.1),
+    (SERVE, 0.2),
     (SERVE, 0.5),
     (SERVE, 1.5),
     (SERVE, 3.0),
@@ -25,13 +26,16 @@ MOMENTS = [
 ]
 
 
+BEGIN = "import swarmkit.cli; print('begun', flush=True); swarmkit.cli.main()"
+"""What the installed command does. Before this, Ctrl-C meets Python itself."""
+
+
 @pytest.fixture(scope="module")
 def interrupted() -> dict[tuple[tuple[str, ...], float], Ended]:
     """Commands that began together, each of which had Ctrl-C at its moment."""
-    began = time.monotonic()
     processes = {
         moment: subprocess.Popen(
-            [*SWARMKIT, *moment[0]],
+            [sys.executable, "-c", BEGIN, *moment[0]],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -41,6 +45,10 @@ def interrupted() -> dict[tuple[tuple[str, ...], float], Ended]:
         )
         for moment in MOMENTS
     }
+    for process in processes.values():
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+    began = time.monotonic()
     for (_, after_s), process in sorted(processes.items(), key=lambda item: item[0][1]):
         time.sleep(max(0.0, began + after_s - time.monotonic()))
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
