@@ -16,6 +16,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 Refuse = Callable[[ApiError, str], Asgi]
+Count = Callable[[str, int], object]
 
 _OPEN_PATHS = ("/healthz",)
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "testserver")
@@ -57,7 +58,7 @@ class Gate:
     """The middleware that checks a request before anything is read or computed for it."""
 
     def __init__(
-        self, app: Asgi, *, keys: Keys, max_body_bytes: int, local_only: bool, refuse: Refuse
+        self, app: Asgi, *, keys: Keys, max_body_bytes: int, local_only: bool, refuse: Refuse, count: Count
     ) -> None:
         """Stand before an application.
 
@@ -65,22 +66,31 @@ class Gate:
             local_only: answer only requests for a name of this computer, so that no page in a browser can
                 reach the server under a name of its own.
             refuse: words an error for a path.
+            count: told of each answer, with the path of its endpoint and its status.
         """
         self._app = app
         self._keys = keys
         self._most = max_body_bytes
         self._local_only = local_only
         self._refuse = refuse
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+
+        async def counted(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                route = scope.get("route")
+                self._count(getattr(route, "path", "other"), message["status"])
+            await send(message)
+
         try:
             self._check(scope)
-            await self._app(scope, self._bounded(receive), send)
+            await self._app(scope, self._bounded(receive), counted)
         except ApiError as error:
-            await self._refuse(error, scope["path"])(scope, receive, send)
+            await self._refuse(error, scope["path"])(scope, receive, counted)
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)

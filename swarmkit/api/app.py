@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from swarmkit._version import __version__
 from swarmkit.api.access import Gate, Keys
@@ -20,8 +18,11 @@ from swarmkit.api.dialects.chat_completions import ChatCompletionForm, ChatReque
 from swarmkit.api.dialects.completions import CompletionForm, CompletionRequest
 from swarmkit.api.dialects.openai_parts import error_body
 from swarmkit.api.engine import AnswerEngine
-from swarmkit.api.refusals import ApiError, from_failure
-from swarmkit.api.streams import ClientGoneError, event, streamed, unless_gone
+from swarmkit.api.error_answers import handle_errors, refusal
+from swarmkit.api.metrics import ApiMetrics
+from swarmkit.api.monitor import add_models, add_monitor
+from swarmkit.api.service import ApiService
+from swarmkit.api.streams import event
 from swarmkit.api.turns import Turns
 from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.settings import ApiSettings
@@ -31,33 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass
-class ApiService:
-    """What the endpoints work with."""
-
-    engine: AnswerEngine
-    chat: ChatModel
-    turns: Turns
-    settings: ApiSettings
-    clock: Clock
-    names: tuple[str, ...]
-    started: int
-
-    @property
-    def model_name(self) -> str:
-        """What answers call the model."""
-        return self.names[0]
-
-    def check_model(self, name: str) -> None:
-        """Refuse requests for another model."""
-        if name not in self.names:
-            raise ApiError(
-                404,
-                f"this server has the model {self.model_name!r}, and not {name!r}",
-                param="model",
-                code="model_not_found",
-            )
+_COUNT_PERIOD_S = 5.0
 
 
 def create_app(
@@ -79,11 +54,14 @@ def create_app(
         local_only: answer requests for `localhost` only, as a server without keys on loopback should.
     """
     settings = settings or ApiSettings()
-    engine = AnswerEngine(model, settings.max_running)
+    turns = Turns(settings.max_running, settings.max_waiting)
+    metrics = ApiMetrics(model, lambda: turns.running, lambda: turns.waiting)
+    engine = AnswerEngine(model, settings.max_running, metrics, clock)
     service = ApiService(
         engine=engine,
         chat=ChatModel(engine, settings.max_tokens),
-        turns=Turns(settings.max_running, settings.max_waiting),
+        turns=turns,
+        metrics=metrics,
         settings=settings,
         clock=clock,
         names=(name or model.connection.client.model.name, *aliases),
@@ -92,9 +70,12 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        counting = asyncio.create_task(_count_events(metrics))
         try:
             yield
         finally:
+            counting.cancel()
+            metrics.close()
             engine.close()
 
     app = FastAPI(
@@ -111,87 +92,24 @@ def create_app(
         keys=Keys(api_keys),
         max_body_bytes=settings.max_body_bytes,
         local_only=local_only,
-        refuse=_refusal,
+        refuse=refusal,
+        count=lambda path, status: metrics.requests.labels(path, str(status)).inc(),
     )
-    _handle_errors(app)
+    handle_errors(app)
     _add_openai(app, service)
-    _add_models(app, service)
+    add_models(app, service)
+    add_monitor(app, service)
     return app
 
 
-# ---------------------------------------------------------------------- errors
-
-
-def _refusal(error: ApiError, path: str) -> Response:
-    headers = {}
-    if error.retry_after_s is not None:
-        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(_body_for(path)(error), error.status, headers)
-
-
-def _body_for(path: str) -> Callable[[ApiError], dict[str, Any]]:
-    return error_body
-
-
-def _handle_errors(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def refused(request: Request, error: ApiError) -> Response:
-        return _refusal(error, request.url.path)
-
-    @app.exception_handler(ClientGoneError)
-    async def gone(request: Request, error: ClientGoneError) -> Response:
-        return Response(status_code=499)  # which nobody reads
-
-    @app.exception_handler(RequestValidationError)
-    async def malformed(request: Request, error: RequestValidationError) -> Response:
-        return _refusal(_of_validation(error), request.url.path)
-
-    @app.exception_handler(HTTPException)
-    async def unknown(request: Request, error: HTTPException) -> Response:
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-        told = ApiError(error.status_code, str(error.detail), code=code)
-        answer = _refusal(told, request.url.path)
-        answer.headers.update(error.headers or {})
-        return answer
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> Response:
-        told = note_failure(error)
-        return _refusal(told, request.url.path)
-
-
-def note_failure(error: Exception) -> ApiError:
-    """What a client is told of an error, which is logged if it is none of ours."""
-    told = from_failure(error)
-    if told.status == 500:
-        logger.error("a request failed", exc_info=error)
-    return told
-
-
-def _of_validation(error: RequestValidationError) -> ApiError:
-    first = error.errors()[0]
-    where = [part for part in first["loc"] if part != "body"]
-    if first["type"] == "json_invalid":
-        return ApiError(
-            400, f"the body is not JSON: {first.get('ctx', {}).get('error', '')}", code="invalid_json"
-        )
-    param = ""
-    for part in where:
-        param += f"[{part}]" if isinstance(part, int) else f".{part}" if param else str(part)
-    message = f"{param or 'the body'}: {first['msg']}"
-    return ApiError(400, message, param=param or None, code="invalid_value")
+async def _count_events(metrics: ApiMetrics) -> None:
+    """Take events now and then, so that none is dropped where nobody asks for metrics."""
+    while True:
+        await asyncio.sleep(_COUNT_PERIOD_S)
+        metrics.take_events()
 
 
 # ---------------------------------------------------------------------- endpoints
-
-
-async def _guarded(turns: Turns, events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
-    """The same events, once it is the request's turn."""
-    async with turns.turn():
-        async for each in events:
-            yield each
 
 
 def _add_openai(app: FastAPI, service: ApiService) -> None:
@@ -199,22 +117,15 @@ def _add_openai(app: FastAPI, service: ApiService) -> None:
         request: Request, form: ChatCompletionForm | CompletionForm, stream: bool | None
     ) -> Response:
         if not stream:
+            return await service.respond(request, form.whole())
 
-            async def whole() -> dict[str, Any]:
-                async with service.turns.turn():
-                    return await form.whole()
-
-            return JSONResponse(await _told(unless_gone(request, whole())))
-
-        async def events() -> AsyncIterator[bytes]:
-            async for chunk in _guarded(service.turns, form.chunks()):
-                yield event(chunk)
+        async def events() -> AsyncGenerator[bytes, None]:
+            async with aclosing(form.chunks()) as chunks:
+                async for chunk in chunks:
+                    yield event(chunk)
             yield event("[DONE]")
 
-        def on_error(error: ApiError) -> bytes:
-            return event(error_body(error))
-
-        return await _told(streamed(request, events(), on_error, note_failure))
+        return await service.stream(request, events(), lambda error: event(error_body(error)))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
@@ -232,40 +143,3 @@ def _add_openai(app: FastAPI, service: ApiService) -> None:
         wanted = await service.engine.in_thread(body.requests, service.engine, service.settings.max_tokens)
         form = CompletionForm(body, service.model_name, int(service.clock.time()), service.engine, wanted)
         return await respond(request, form, body.stream)
-
-
-async def _told(work: Any) -> Any:
-    """The result of work, whose errors become what clients are told."""
-    try:
-        return await work
-    except (ApiError, ClientGoneError):
-        raise
-    except Exception as error:
-        raise note_failure(error) from error
-
-
-def _add_models(app: FastAPI, service: ApiService) -> None:
-    def described(name: str) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": service.started,
-            "owned_by": "swarmkit",
-            "max_model_len": service.engine.max_length,
-        }
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        """The model of this server, under each of its names."""
-        return {"object": "list", "data": [described(name) for name in service.names]}
-
-    @app.get("/v1/models/{name:path}")
-    async def model_named(name: str) -> dict[str, Any]:
-        """One of the names."""
-        service.check_model(name)
-        return described(name)
-
-    @app.get("/healthz")
-    async def healthz() -> dict[str, str]:
-        """Whether the server runs."""
-        return {"status": "ok"}

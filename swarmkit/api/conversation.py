@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,7 +75,7 @@ class ChatRun:
         """Tokens of the rendered conversation."""
         return len(self.request.prompt)
 
-    async def events(self) -> AsyncIterator[MessageEvent]:
+    async def events(self) -> AsyncGenerator[MessageEvent, None]:
         """Run, and tell the messages while they grow. Closing the iterator ends the run."""
         readers = [
             MessageReader(row, self.form, self.prompt_text, self.tools, self.most_calls)

@@ -23,8 +23,10 @@ from swarmkit.api.chances import ChanceRecorder, prompt_records
 from swarmkit.api.refusals import ApiError
 from swarmkit.api.rows import AnswerEnd, AnswerPiece, AnswerRow, TokenRecord
 from swarmkit.api.sampling import Sampling, config_for, processors_for
+from swarmkit.clock import SYSTEM_CLOCK, Clock
 
 if TYPE_CHECKING:
+    from swarmkit.api.metrics import ApiMetrics
     from swarmkit.client.model import SwarmModelForCausalLM
     from swarmkit.client.session.session import Session
 
@@ -76,9 +78,20 @@ AnswerEvent = PromptComputed | AnswerPiece | AnswerEnd
 class AnswerEngine:
     """Answers requests with one model, each in a thread; the caller bounds how many run at a time."""
 
-    def __init__(self, model: SwarmModelForCausalLM, threads: int) -> None:
-        """Make an engine. `close` ends its threads."""
+    def __init__(
+        self,
+        model: SwarmModelForCausalLM,
+        threads: int,
+        metrics: ApiMetrics | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        """Make an engine. `close` ends its threads.
+
+        Args: metrics: count tokens, and measure times between them.
+        """
         self.model = model
+        self._metrics = metrics
+        self._clock = clock
         self.tokenizer: Any = model.tokenizer()
         self._pool = ThreadPoolExecutor(threads, "swarmkit-answer")
         self.ends = _ends_of(model)
@@ -102,12 +115,29 @@ class AnswerEngine:
         job = _AnswerJob(self.model, self.tokenizer, self.ends, request, tell)
         running = loop.run_in_executor(self._pool, job.run)
         try:
+            told = self._clock.now()
             while (event := await events.get()) is not None:
+                told = self._measure(event, len(request.prompt), told)
                 yield event
             await running
         finally:
             job.cancel()
             running.add_done_callback(_note_failure)
+
+    def _measure(self, event: AnswerEvent, prompt_tokens: int, before: float) -> float:
+        now = self._clock.now()
+        metrics = self._metrics
+        if metrics is None:
+            return now
+        if isinstance(event, PromptComputed):
+            metrics.first_token.observe(now - before)
+            metrics.prompt_tokens.inc(prompt_tokens)
+            metrics.cached_tokens.inc(event.cached)
+        elif isinstance(event, AnswerPiece):
+            metrics.between_tokens.observe(now - before)
+        else:
+            metrics.generated_tokens.inc(event.generated)
+        return now
 
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a function that takes long, such as a tokenizer, beside the event loop."""

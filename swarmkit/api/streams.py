@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from swarmkit.api.refusals import ApiError
 
@@ -51,9 +53,22 @@ async def _gone(request: Request) -> None:
         pass
 
 
+class EventResponse(StreamingResponse):
+    """A stream of server-sent events, which ends at its source when the client is gone."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
+
+
 async def streamed(
     request: Request,
-    events: AsyncIterator[bytes],
+    events: AsyncGenerator[bytes, None],
     on_error: Callable[[ApiError], bytes],
     note_failure: Callable[[Exception], ApiError],
 ) -> StreamingResponse:
@@ -61,32 +76,23 @@ async def streamed(
 
     Raises: what the events raise before the first one.
     """
-    first = await unless_gone(request, _next(events))
-
-    async def all_events() -> AsyncIterator[bytes]:
-        try:
-            if first is not None:
-                yield first
-            async for each in events:
-                yield each
-        except Exception as error:  # noqa: BLE001 - the status was sent: the error is told in the stream
-            yield on_error(note_failure(error))
-        finally:
-            await _close(events)
-
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(all_events(), media_type="text/event-stream", headers=headers)
-
-
-async def _next(events: AsyncIterator[bytes]) -> bytes | None:
     try:
-        return await anext(events, None)
+        first = await unless_gone(request, _first(events))
     except BaseException:
-        await _close(events)
+        await events.aclose()
         raise
 
+    async def all_events() -> AsyncGenerator[bytes, None]:
+        async with aclosing(events):
+            yield first
+            try:
+                async for each in events:
+                    yield each
+            except Exception as error:  # noqa: BLE001 - the status was sent: the error is told in the stream
+                yield on_error(note_failure(error))
 
-async def _close(events: AsyncIterator[bytes]) -> None:
-    close = getattr(events, "aclose", None)
-    if close is not None:
-        await close()
+    return EventResponse(all_events())
+
+
+async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(events, b"")

@@ -9,12 +9,11 @@ from typing import Any
 from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.net import portal
 from swarmkit.net.connect import over_hivemind
-from swarmkit.net.protocol.messages import ServerInfo
 from swarmkit.net.registry.acceptance import acceptable_now
 from swarmkit.net.registry.records import Announcement, ServerState
 from swarmkit.net.registry.registry import Registry
 from swarmkit.net.registry.swarm_map import uncovered
-from swarmkit.net.rpc.server_info import ask_all
+from swarmkit.net.rpc.server_info import InfoAnswer, ask_all
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.seam import Transport
 
@@ -35,6 +34,8 @@ class ServerStatus:
         expires_in_s: how long the announcement is valid if it is not renewed.
         sessions, queue, expected_wait_s: open sessions, steps that wait, and how long a step of one token
             would wait; None if the server does not answer.
+        uptime_s: for how long it has served these blocks; None if it does not answer.
+        round_trip_s: from a question to its answer, measured now; None if it does not answer.
     """
 
     peer_id: str
@@ -50,6 +51,8 @@ class ServerStatus:
     sessions: int | None
     queue: int | None
     expected_wait_s: float | None
+    uptime_s: float | None = None
+    round_trip_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,17 @@ class ModelStatus:
     num_blocks: int
     missing: tuple[tuple[int, int], ...]
     servers: tuple[ServerStatus, ...]
+
+    @property
+    def replicas(self) -> tuple[int, ...]:
+        """How many servers that are online each block has."""
+        online = [server.blocks for server in self.servers if server.state == "online"]
+        return tuple(sum(low <= block < high for low, high in online) for block in range(self.num_blocks))
+
+    def missing_without(self, left: ServerStatus) -> tuple[tuple[int, int], ...]:
+        """The ranges of blocks that no server would offer if one of these left."""
+        others = [s.blocks for s in self.servers if s is not left and s.state == "online"]
+        return tuple(uncovered(0, self.num_blocks, others))
 
     def to_json(self) -> dict[str, Any]:
         """Return the same as plain values."""
@@ -97,11 +111,11 @@ async def look_up_status(
     now = clock.time()
     servers = found.servers(now, ("joining", "online", "leaving"))
     answering = [server for server in servers if server.state != "joining"]
-    return model_statuses(servers, await ask_all(transport, answering, timeout_s), now)
+    return model_statuses(servers, await ask_all(transport, answering, timeout_s, clock), now)
 
 
 def model_statuses(
-    servers: Sequence[Announcement], infos: dict[str, ServerInfo], now: float
+    servers: Sequence[Announcement], infos: dict[str, InfoAnswer], now: float
 ) -> list[ModelStatus]:
     """Sort announcements by model.
 
@@ -127,7 +141,8 @@ def model_statuses(
     ]
 
 
-def _server_status(server: Announcement, info: ServerInfo | None, now: float) -> ServerStatus:
+def _server_status(server: Announcement, answer: InfoAnswer | None, now: float) -> ServerStatus:
+    info = None if answer is None else answer.info
     return ServerStatus(
         peer_id=server.peer_id,
         name=server.public_name,
@@ -142,4 +157,6 @@ def _server_status(server: Announcement, info: ServerInfo | None, now: float) ->
         sessions=None if info is None else info.sessions,
         queue=None if info is None else info.waiting,
         expected_wait_s=None if info is None else round(info.expected_wait_ms / 1e3, 3),
+        uptime_s=None if info is None else round(info.uptime_s, 1),
+        round_trip_s=None if answer is None else round(answer.round_trip_s, 6),
     )

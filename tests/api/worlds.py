@@ -13,7 +13,8 @@ import httpx
 import openai
 
 from swarmkit import LocalSwarm
-from swarmkit.api.app import ApiService, create_app
+from swarmkit.api.app import create_app
+from swarmkit.api.service import ApiService
 from swarmkit.api.serving import serving
 from tests.waiting import WITHIN, wait_until
 

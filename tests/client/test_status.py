@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+from swarmkit.client.overview import swarm_overview
 from swarmkit.client.status import look_up_status, model_statuses
 from swarmkit.local.swarm import LocalSwarm
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.net import portal
 from swarmkit.net.protocol.messages import ServerInfo
+from swarmkit.net.rpc.server_info import InfoAnswer
 
 from ..net.announcements import announcement
 
@@ -43,7 +45,7 @@ def test_models_are_told_apart_by_name_and_fingerprint() -> None:
 
 def test_the_load_of_a_server_that_does_not_answer_is_not_known() -> None:
     silent, busy = announcement(0), announcement(1)
-    [model] = model_statuses([silent, busy], {busy.service_id: INFO}, 0.0)
+    [model] = model_statuses([silent, busy], {busy.service_id: InfoAnswer(INFO, 0.04)}, 0.0)
     load = {s.peer_id: (s.sessions, s.queue, s.expected_wait_s) for s in model.servers}
     assert load == {silent.peer_id: (None, None, None), busy.peer_id: (3, 2, 1.5)}
 
@@ -55,3 +57,35 @@ def test_a_running_swarm_is_looked_up_with_the_load_of_each_server(tiny_llama: C
     assert (model.num_blocks, model.missing) == (5, ())
     assert [server.sessions for server in model.servers] == [0, 0]
     assert json.loads(json.dumps(model.to_json()))["servers"][0]["blocks"] == [0, 2]
+
+
+def test_an_overview_says_which_blocks_would_be_missing_if_a_server_left() -> None:
+    servers = [
+        announcement(0, num_blocks=4, start=0, stop=2, state="online"),
+        announcement(1, num_blocks=4, start=1, stop=4, state="online"),
+        announcement(2, num_blocks=4, start=2, stop=4, state="online"),
+        announcement(3, num_blocks=4, start=0, stop=4, state="leaving"),
+    ]
+    [model] = swarm_overview(model_statuses(servers, {}, 0.0))["models"]
+    assert (model["runs"], model["replicas"]) == (True, [1, 2, 2, 2])
+    left = {server["peer_id"]: server["if_it_left"] for server in model["servers"]}
+    assert left[servers[0].peer_id] == {"missing": [[0, 1]], "stops": True}
+    assert [left[each.peer_id]["stops"] for each in servers[1:]] == [False, False, False]
+
+
+def test_a_model_that_does_not_run_is_stopped_by_none_that_leaves() -> None:
+    only = announcement(0, num_blocks=4, start=0, stop=2)
+    [model] = swarm_overview(model_statuses([only], {}, 0.0))["models"]
+    assert (model["runs"], model["missing"], model["free_cache_tokens"]) == (False, [[2, 4]], 0)
+    assert model["servers"][0]["if_it_left"] == {"missing": [[0, 4]], "stops": False}
+
+
+def test_an_overview_of_a_running_swarm_has_uptimes_and_round_trips(tiny_llama: Checkpoint) -> None:
+    with LocalSwarm(tiny_llama, 2, transport="memory") as swarm, portal.lease() as lease:
+        assert swarm.network is not None
+        found = swarm_overview(lease.call(look_up_status, swarm.network.transport()))
+    assert json.loads(json.dumps(found)) == found
+    for server in found["models"][0]["servers"]:
+        assert server["uptime_s"] >= 0.0
+        assert server["round_trip_s"] > 0.0
+        assert server["if_it_left"]["stops"]

@@ -58,7 +58,7 @@ EXAMPLES: list[Message] = [
     StepDone(SPEC, 0.5, 1.5, ahead=3, expected_ms=70.5),
     GetInfo(),
     ServerInfo(0, 2, 1, 100, 200, 7, False),
-    ServerInfo(0, 2, 1, 100, 200, 7, False, 3, 70.5),
+    ServerInfo(0, 2, 1, 100, 200, 7, False, 3, 70.5, 3600.5),
     GetResources(),
     Resources(1, 2, 0, 100, 50, 200, 0, 0, True, 9, 3, 20),
     Fault("busy", "no room"),

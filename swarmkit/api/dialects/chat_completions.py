@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any, Literal
 
 from pydantic import Field
@@ -156,17 +157,19 @@ class ChatCompletionForm:
         self._run = run
         self._head = {"id": new_id("chatcmpl-"), "created": created, "model": model}
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer while it grows."""
         head = {**self._head, "object": "chat.completion.chunk"}
         options = self._request.stream_options
         usage = {"usage": None} if options is not None and options.include_usage else {}
         begun: set[int] = set()
-        async for event in self._run.events():
-            if event.row not in begun:
-                begun.add(event.row)
-                yield {**head, "choices": [_chunk(event.row, {"role": "assistant", "content": ""})], **usage}
-            yield {**head, "choices": [_chunk_of(event)], **usage}
+        async with aclosing(self._run.events()) as events:
+            async for event in events:
+                if event.row not in begun:
+                    begun.add(event.row)
+                    first = _chunk(event.row, {"role": "assistant", "content": ""})
+                    yield {**head, "choices": [first], **usage}
+                yield {**head, "choices": [_chunk_of(event)], **usage}
         if usage:
             yield {**head, "choices": [], "usage": self._usage()}
 

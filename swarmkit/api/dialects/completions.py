@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any
 
@@ -117,12 +117,13 @@ class CompletionForm:
         self._cached = 0
         self._generated = 0
 
-    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answers while they grow."""
         options = self._wire.stream_options
         usage = {"usage": None} if options is not None and options.include_usage else {}
-        async for choice in self._choices():
-            yield {**self._head, "choices": [choice], **usage}
+        async with aclosing(self._choices()) as choices:
+            async for choice in choices:
+                yield {**self._head, "choices": [choice], **usage}
         if usage:
             yield {**self._head, "choices": [], "usage": self._usage()}
 
@@ -147,7 +148,7 @@ class CompletionForm:
         prompts = sum(len(request.prompt) for request in self._requests)
         return usage_of(prompts, self._cached, self._generated)
 
-    async def _choices(self) -> AsyncIterator[dict[str, Any]]:
+    async def _choices(self) -> AsyncGenerator[dict[str, Any], None]:
         for number, request in enumerate(self._requests):
             first = number * request.answers
             offset = 0

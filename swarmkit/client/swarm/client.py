@@ -119,6 +119,17 @@ class SwarmClient:
         """Of the peer whose part it is; empty before it runs."""
         return self._peer_id
 
+    @property
+    def transport(self) -> Transport:
+        """The transport that it runs over.
+
+        Raises:
+            TransportError: it does not run any more.
+        """
+        if self._transport is None:
+            raise TransportError("this client has left the swarm; load the model again")
+        return self._transport
+
     async def run(
         self,
         *,
@@ -369,10 +380,8 @@ class SwarmClient:
         Raises:
             PeerError: it cannot be reached in time, or speaks another protocol version.
         """
-        if self._transport is None:
-            raise TransportError("this client has left the swarm; load the model again")
         stream = await connect(
-            self._transport,
+            self.transport,
             protocol,
             server.peer_id,
             server.addresses,

@@ -78,6 +78,8 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 Total = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Millis = Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]  # which NaN is not
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=3600.0)]
+Age = Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]
+"""Seconds since something began."""
 Fingerprint = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 AdapterName = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")]
 """A hash of an adapter's form and values; empty = none."""
@@ -251,6 +253,8 @@ class ServerInfo(_Message, frozen=True):
     """Steps and jobs that run or wait."""
     expected_wait_ms: Millis = 0.0
     """Of a long step that would come now."""
+    uptime_s: Age = 0.0
+    """Since when it serves these blocks."""
 
 
 class GetResources(_Message, frozen=True):

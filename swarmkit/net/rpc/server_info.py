@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import anyio
 
+from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.errors import PeerError
 from swarmkit.net.protocol.messages import (
     SESSION,
@@ -37,31 +39,54 @@ async def ask(
     Raises:
         PeerError: it cannot be reached, or does not answer in time and as it should.
     """
+    answer, _ = await _ask_in_time(transport, peer_id, addresses, question, timeout, service, SYSTEM_CLOCK)
+    return answer
+
+
+async def _ask_in_time(
+    transport: Transport,
+    peer_id: str,
+    addresses: Sequence[str],
+    question: GetInfo | GetResources,
+    timeout: float,
+    service: int,
+    clock: Clock,
+) -> tuple[ServerInfo | Resources, float]:
+    """The answer, and how many seconds it took once there was a stream."""
     stream = await connect(transport, SESSION, peer_id, addresses, timeout, service=service)
     try:
         with stream.within(timeout):
-            return await stream.ask(question, _ANSWER_TYPES[type(question)])
+            asked = clock.now()
+            return await stream.ask(question, _ANSWER_TYPES[type(question)]), clock.now() - asked
     finally:
         stream.close()
 
 
+@dataclass(frozen=True)
+class InfoAnswer:
+    """What a server is doing, and the seconds from the question to its answer."""
+
+    info: ServerInfo
+    round_trip_s: float
+
+
 async def ask_all(
-    transport: Transport, servers: Sequence[Announcement], timeout: float
-) -> dict[str, ServerInfo]:
+    transport: Transport, servers: Sequence[Announcement], timeout: float, clock: Clock = SYSTEM_CLOCK
+) -> dict[str, InfoAnswer]:
     """What servers are doing, by service id; servers that do not answer in time are left out."""
-    found: dict[str, ServerInfo] = {}
+    found: dict[str, InfoAnswer] = {}
     turns = anyio.Semaphore(_ASKED_AT_A_TIME)
 
     async def one(server: Announcement) -> None:
         async with turns:
             try:
-                reply = await ask(
-                    transport, server.peer_id, server.addresses, GetInfo(), timeout, server.service
+                reply, seconds = await _ask_in_time(
+                    transport, server.peer_id, server.addresses, GetInfo(), timeout, server.service, clock
                 )
             except PeerError:
                 return
             assert isinstance(reply, ServerInfo)
-            found[server.service_id] = reply
+            found[server.service_id] = InfoAnswer(reply, seconds)
 
     async with anyio.create_task_group() as tasks:
         for server in servers:

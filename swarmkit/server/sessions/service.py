@@ -115,6 +115,7 @@ class BlockService:
         self._engine = engine
         self._settings = settings
         self._limits = settings.limits
+        self._began_at = engine.clock.now()
         self._links = links
         self._clients: dict[str, _Client] = {}
         """Those with a session, by its inlet."""
@@ -242,6 +243,7 @@ class BlockService:
             leaving=self.leaving,
             waiting=self._engine.holds,
             expected_wait_ms=self._engine.ahead(1, self._settings.requests.max_step_tokens).wait_s * 1e3,
+            uptime_s=self._engine.clock.now() - self._began_at,
         )
 
     def resources(self) -> Resources:

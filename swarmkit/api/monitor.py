@@ -1,0 +1,74 @@
+"""Endpoints for people and programs that watch: the models, the health, the numbers, and the swarm."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+from fastapi import FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import JSONResponse, Response
+
+from swarmkit.api.error_answers import told
+from swarmkit.api.service import ApiService
+from swarmkit.client.overview import swarm_overview
+from swarmkit.client.status import look_up_status
+
+_OVERVIEW_FRESH_S = 2.0
+
+
+def add_models(app: FastAPI, service: ApiService) -> None:
+    """Add the list of models."""
+
+    def described(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.started,
+            "owned_by": "swarmkit",
+            "max_model_len": service.engine.max_length,
+        }
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The model of this server, under each of its names."""
+        return {"object": "list", "data": [described(name) for name in service.names]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model_named(name: str) -> dict[str, Any]:
+        """One of the names."""
+        service.check_model(name)
+        return described(name)
+
+
+def add_monitor(app: FastAPI, service: ApiService) -> None:
+    """Add what watches the server and its swarm."""
+    connection = service.engine.model.connection
+    client = connection.client
+    looking = asyncio.Lock()
+    seen: dict[str, Any] = {}
+    seen_at = -math.inf
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        """Whether every block of the model has a server: status 200, or else 503."""
+        missing = client.unserved(0, client.model.num_blocks)
+        status = "unavailable" if missing else "ok"
+        return JSONResponse({"status": status, "missing_blocks": missing}, 503 if missing else 200)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Counters and times for Prometheus."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/swarm.json")
+    async def swarm() -> dict[str, Any]:
+        """The models of the swarm, their servers, and what would break if one of these left."""
+        nonlocal seen, seen_at
+        async with looking:
+            if service.clock.now() - seen_at > _OVERVIEW_FRESH_S:
+                work = (connection.call, look_up_status, client.transport, client.clock)
+                found = await told(service.engine.in_thread(*work))
+                seen, seen_at = swarm_overview(found), service.clock.now()
+        return seen
