@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from swarmkit.models.execution.attention_cost import AttentionCost
 from swarmkit.models.execution.stage import StepPart
 from swarmkit.server.engine.engine import Engine
 from swarmkit.server.engine.work import EngineClosedError, ExpiredError
@@ -44,6 +45,7 @@ class FakeStage:
     """Adds one to everything, and tells what it was given; each pass may be held up."""
 
     device = torch.device("cpu")
+    attention_cost = AttentionCost()
 
     def __init__(self) -> None:
         self.passes: list[list[StepPart]] = []
@@ -93,7 +95,8 @@ class FakeStep:
         self.client = client
         self.session = object()
         self.shape = (rows, tokens)
-        self.cache: Any = FakeCache(7)
+        self.past = 7
+        self.cache: Any = FakeCache(self.past)
         self.hidden = torch.randn(rows, tokens, 2)
         self.mask: Tensor | None = None
         self.positions: Tensor | None = None
@@ -169,7 +172,7 @@ async def test_steps_of_different_stages_do_not_share_a_pass(engine: Engine, sta
 async def test_what_one_stage_takes_is_not_taken_for_anothers(engine: Engine, stage: FakeStage) -> None:
     other = FakeStage()
     await engine.step(FakeStep(stage))
-    assert engine.times_of(stage).of(1) > 0
+    await eventually(lambda: engine.times_of(stage).of(1) > 0, "the time of the pass is learned")
     assert engine.times_of(other).of(1) == 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from swarmkit.ewma import Ewma
+from swarmkit.models.execution.attention_cost import AttentionCost
 from swarmkit.server.engine.scheduler import (
     MOST_DECODE_TOKENS,
     ArrivalPredictor,
@@ -21,6 +22,7 @@ from swarmkit.server.engine.scheduler import (
     ScheduledTokens,
     WaitingJob,
     WaitingStep,
+    is_decode,
     next_schedule,
     next_stage,
 )
@@ -90,7 +92,7 @@ def test_without_work_there_is_no_schedule() -> None:
 
 def test_all_decode_steps_go_together() -> None:
     turn = turn_of(decode(0), decode(1, rows=3), decode(2, tokens=5))
-    assert turn == Schedule((ScheduledTokens(0, 1), ScheduledTokens(1, 1), ScheduledTokens(2, 5)))
+    assert turn == Schedule((ScheduledTokens(0, 1), ScheduledTokens(1, 1, 3), ScheduledTokens(2, 5)))
 
 
 def test_decode_steps_go_together_up_to_a_cap() -> None:
@@ -100,7 +102,9 @@ def test_decode_steps_go_together_up_to_a_cap() -> None:
 
 
 def test_a_decode_step_beyond_the_cap_runs_all_the_same() -> None:
-    assert turn_of(decode(rows=10 * MOST_DECODE_TOKENS)) == Schedule((ScheduledTokens(0, 1),))
+    assert turn_of(decode(rows=10 * MOST_DECODE_TOKENS)) == Schedule(
+        (ScheduledTokens(0, 1, 10 * MOST_DECODE_TOKENS),)
+    )
 
 
 def test_those_served_least_come_first_when_not_all_fit() -> None:
@@ -139,7 +143,7 @@ def test_one_waits_for_many_that_come_while_it_would_run() -> None:
 
 def test_many_do_not_wait_for_one_that_comes_while_they_would_run() -> None:
     assert turn_of(decode(rows=8), expected=ExpectedArrivals(((0.8 * READING_S, 1),))) == Schedule(
-        (ScheduledTokens(0, 1),)
+        (ScheduledTokens(0, 1, 8),)
     )
 
 
@@ -165,11 +169,11 @@ def test_a_prefill_that_is_shorter_than_a_chunk_leaves_room_for_the_next() -> No
 
 
 def test_a_chunk_counts_the_tokens_of_all_rows() -> None:
-    assert turn_of(prefill(rows=4)) == Schedule((ScheduledTokens(0, 128),))
+    assert turn_of(prefill(rows=4)) == Schedule((ScheduledTokens(0, 128, 4),))
 
 
 def test_more_rows_than_a_chunk_still_go_on() -> None:
-    assert turn_of(prefill(rows=1000)) == Schedule((ScheduledTokens(0, 1),))
+    assert turn_of(prefill(rows=1000)) == Schedule((ScheduledTokens(0, 1, 1000),))
 
 
 def test_those_served_least_are_prefilled_first() -> None:
@@ -609,3 +613,80 @@ def test_one_thread_may_ask_while_another_learns(monkeypatch: pytest.MonkeyPatch
 def test_arrivals_at_several_stages_are_those_of_all() -> None:
     one, other = ExpectedArrivals(((0.5, 2),), 0.4), ExpectedArrivals(((0.1, 1), (0.9, 1)), 0.05)
     assert ExpectedArrivals.merged([one, other]) == ExpectedArrivals(((0.1, 1), (0.5, 2), (0.9, 1)), 0.05)
+
+
+# attention
+
+
+SHARED_KEYS = AttentionCost(reads=64.0, products=1000.0)
+"""Of narrow blocks, in which attention soon outweighs the rest."""
+
+
+def piece_of(step: WaitingStep, *others: WaitingStep, expected: ExpectedArrivals = NOBODY) -> ScheduledTokens:
+    """What runs of a step, beside others."""
+    turn = next_schedule((step, *others), (), expected, TIMES, LIMITS, SHARED_KEYS)
+    assert turn is not None
+    return next(piece for piece in turn.steps if piece.key == step.key)
+
+
+def many_rows(**more: object) -> WaitingStep:
+    return prefill(rows=256, tokens=1, **{"past": 1900, "cuts_rows": True, **more})
+
+
+def work_of(piece: ScheduledTokens, step: WaitingStep) -> float:
+    return SHARED_KEYS.work(piece.rows, piece.tokens, step.past)
+
+
+def test_many_rows_over_a_long_past_are_no_decode_step() -> None:
+    assert is_decode(256, 1, 30, SHARED_KEYS) is True
+    assert is_decode(256, 1, 1900, SHARED_KEYS) is False
+
+
+def test_one_row_decodes_however_long_its_past() -> None:
+    assert is_decode(1, 1, 100_000, SHARED_KEYS) is True
+
+
+def test_a_few_beams_decode() -> None:
+    assert is_decode(8, 1, 1900, SHARED_KEYS) is True
+
+
+def test_many_rows_over_a_long_past_are_cut_by_rows() -> None:
+    piece = piece_of(many_rows())
+    assert piece.tokens == 1
+    assert 1 <= piece.rows < 256
+    assert work_of(piece, many_rows()) <= LIMITS.chunk_tokens
+
+
+def test_beside_a_decode_step_a_piece_takes_no_longer_than_the_slowdown_allows() -> None:
+    step = many_rows(key=1, past=400)
+    piece = piece_of(step, decode(0))
+    together_s = READING_S + (1 + work_of(piece, step)) * TOKEN_S
+    assert together_s <= LIMITS.decode_slowdown * (READING_S + TOKEN_S)
+
+
+def test_where_rows_cannot_be_cut_all_go_on_by_a_token() -> None:
+    assert piece_of(many_rows(cuts_rows=False)) == ScheduledTokens(0, 1, 256)
+
+
+def test_the_rows_that_are_left_get_as_many_tokens_as_those_before_them() -> None:
+    step = prefill(rows=100, tokens=7, past=1900, cuts_rows=True, keeps_tokens=True)
+    assert piece_of(step).tokens == 7
+
+
+def test_a_piece_is_never_empty() -> None:
+    assert piece_of(many_rows(past=10**6)) == ScheduledTokens(0, 1, 1)
+
+
+def test_a_long_prompt_is_cut_shorter_behind_a_long_past() -> None:
+    soon = ExpectedArrivals(((0.5, 1),), 0.2)
+    first, later = (piece_of(prefill(past=past, passed_over=1), expected=soon).tokens for past in (0, 10_000))
+    assert first > later >= 1
+
+
+def test_the_attention_of_a_prompt_that_delays_nobody_is_cut_only_where_it_is_most_of_the_work() -> None:
+    assert piece_of(prefill(past=2000)).tokens == LIMITS.chunk_tokens
+    assert piece_of(prefill(past=50_000)).tokens < LIMITS.chunk_tokens
+
+
+def test_a_mask_has_a_bound() -> None:
+    assert AttentionCost().tokens_within(math.inf, 1, 10**6, 512) == 67

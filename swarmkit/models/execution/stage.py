@@ -22,6 +22,7 @@ from swarmkit.models.architecture.anatomy import (
     slice_config,
 )
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.attention_cost import AttentionCost
 from swarmkit.models.execution.block_loading import load_blocks
 from swarmkit.models.execution.cuda_graphs import StageGraphs, is_next_token
 from swarmkit.models.execution.packed import PackedView, StepPart, can_be_packed
@@ -50,6 +51,7 @@ class Stage:
         precision: how the weights are kept.
         dtype: of computations, caches and results.
         device: where it computes.
+        attention_cost: of one block.
         keys_are_final: whether a token's keys are the same however long its session becomes.
         fittings: what adapters may attach to.
     """
@@ -77,6 +79,7 @@ class Stage:
         self._packed_views: dict[tuple[int, int], PackedView] = {}
         self._graphs: StageGraphs | None = None
         layers: Any = base.get_submodule(anatomy.layers)
+        self.attention_cost = AttentionCost.of(base.config, layers[0])
         blocks: dict[int, nn.Module] = dict(enumerate(layers, start))
         self.fittings = Fittings.of(blocks, self.hidden_size)
         self._adapters = AdapterHooks(blocks, anatomy.arguments[0])
@@ -250,7 +253,7 @@ class Stage:
         By itself, all keys would be copied for each head; a packed batch's attention reads them where they
         are.
         """
-        several = part.hidden.shape[1] > 1 and part.cache.tokens > 0
+        several = (part.hidden.shape[1] > 1 or part.cache.is_some_rows) and part.cache.tokens > 0
         return several and self._packs_lone_steps and not part.cache.recurrent
 
     @torch.inference_mode()

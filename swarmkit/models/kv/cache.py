@@ -54,6 +54,8 @@ class StageCache(DynamicCache):
     """
 
     layers: list[Any]
+    is_some_rows = False
+    """Whether it is some rows of a session's cache; see `rows`."""
 
     def __init__(self, start: int, stop: int, *, offset: int = 0, config: PreTrainedConfig) -> None:
         """An empty cache; `config` describes exactly blocks `[start, stop)`."""
@@ -213,6 +215,32 @@ class StageCache(DynamicCache):
             self.history.after_step(hidden, position_ids, self.tokens)
         self._hold(hidden.shape[0], self.tokens + hidden.shape[1])
 
+    # A step over some rows at a time: `begin_rows`, then `rows` until all have had their turn, `end_rows`.
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether the next step may run over some of the rows at a time."""
+        layout = self._layout
+        cuts = isinstance(layout, PagedRows) or (isinstance(layout, ContiguousRows) and layout.has_pages)
+        return cuts and self.tokens > 0
+
+    def begin_rows(self, tokens: int) -> None:
+        """Have room for a step of `tokens` new tokens of each row."""
+        self._reserve(self.tokens + tokens)
+        if isinstance(self._layout, ContiguousRows):
+            self._layout.make_rooms(self.tokens + tokens)
+
+    def rows(self, first: int, last: int) -> CacheRows:
+        """Rows [first, last) as a cache, to which the step's tokens of these rows are appended once."""
+        assert isinstance(self._layout, ContiguousRows | PagedRows)
+        return CacheRows(self, first, last, self._layout.layers_of(first, last))
+
+    def end_rows(self, tokens: int) -> None:
+        """Hold the `tokens` new tokens, which have been appended to all rows."""
+        if isinstance(self._layout, ContiguousRows):
+            self._layout.fill_rooms(self.tokens + tokens)
+        self._hold(self.batch, self.tokens + tokens)
+
     def rewind(self, tokens: int) -> None:
         """Stand at the first `tokens` tokens, whatever the blocks hold: a step may have ended half-way."""
         if tokens == 0:
@@ -286,3 +314,29 @@ class StageCache(DynamicCache):
     @property
     def is_dummy(self) -> list[bool]:
         return [False] * len(self.layers)
+
+
+class CacheRows(StageCache):
+    """Some rows of a session's cache during one step. What they hold is the session's, which begins and ends
+    the step, and goes back if it fails.
+    """
+
+    is_some_rows = True
+
+    def __init__(self, cache: StageCache, first: int, last: int, layers: list[Any]) -> None:
+        """Args: layers: those of the session's blocks, for these rows."""
+        self.__dict__.update(cache.__dict__)
+        self.batch = last - first
+        self.layers = [*cache._unused, *layers]
+
+    def before_step(self, tokens: int) -> None:
+        """The session has made room."""
+
+    def after_step(self, hidden: Tensor, position_ids: Tensor | None) -> None:
+        """The session holds the tokens when all of its rows have them."""
+
+    def rewind(self, tokens: int) -> None:
+        """The session goes back."""
+
+    def acquire_slot(self, slots: StaticSlots) -> StaticSlot | None:
+        return None

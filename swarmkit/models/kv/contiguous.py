@@ -81,6 +81,23 @@ class ContiguousRows:
     def into_rooms(self) -> Iterator[KeysAndValues]:
         raise NotImplementedError("contiguous rows have rooms already")
 
+    # A step over some rows at a time.
+
+    @torch.inference_mode()
+    def make_rooms(self, tokens: int) -> None:
+        """Have the memory that the new tokens of all rows are written to, up to `tokens` tokens per row."""
+        for layer in self.layers:
+            layer.make_room(tokens)
+
+    def layers_of(self, first: int, last: int) -> list[Any]:
+        """Layers that read and write rows [first, last) only."""
+        return [layer.of_rows(first, last) for layer in self.layers]
+
+    def fill_rooms(self, tokens: int) -> None:
+        """The new tokens of all rows have been written, so that each holds `tokens` tokens."""
+        for layer in self.layers:
+            layer.hold(tokens)
+
     def shared_pages(self, order: Sequence[int] | None, tokens: int) -> int | None:
         if order is None or len(set(order)) == len(order) or not self.has_pages:
             return None
@@ -119,13 +136,29 @@ class GrowingLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         held = keys.shape[-2]
         length = held + key_states.shape[-2]
-        capacity = -(-length // PAGE_TOKENS) * PAGE_TOKENS
-        if not self._has_room(keys, capacity):
-            self._rooms = tuple(with_room(part, capacity) for part in (keys, values))
+        self.make_room(length)
         for room, new in zip(self._rooms, (key_states, value_states), strict=True):
             room[..., held:length, :] = new
-        self.keys, self.values = (room[..., :length, :] for room in self._rooms)
+        self.hold(length)
         return self.keys, self.values
+
+    def make_room(self, tokens: int) -> None:
+        """Have room for `tokens` tokens in all, of which some are held."""
+        keys, values = self.keys, self.values
+        assert keys is not None
+        assert values is not None
+        capacity = -(-tokens // PAGE_TOKENS) * PAGE_TOKENS
+        if not self._has_room(keys, capacity):
+            self._rooms = tuple(with_room(part, capacity) for part in (keys, values))
+
+    def hold(self, tokens: int) -> None:
+        """Hold the first `tokens` tokens of the rooms."""
+        self.keys, self.values = (room[..., :tokens, :] for room in self._rooms)
+
+    def of_rows(self, first: int, last: int) -> GrowingLayer:
+        """A layer of rows [first, last), in the same rooms."""
+        keys, values = self._rooms
+        return GrowingLayer.of((keys[first:last], values[first:last]), self.get_seq_length())
 
     def _has_room(self, keys: Tensor, capacity: int) -> bool:
         """Whether the present keys are the beginning of a room of just this capacity."""

@@ -61,6 +61,11 @@ class _Plan:
         places = (positions % PAGE_TOKENS).repeat(len(table.rows))
         return cls(new_tokens, table.tokens + new_tokens, rows, slots, places)
 
+    def of_rows(self, first: int, last: int) -> _Plan:
+        """The plan of rows [first, last)."""
+        new = slice(first * self.new_tokens, last * self.new_tokens)
+        return _Plan(self.new_tokens, self.tokens, self.table[first:last], self.slots[new], self.places[new])
+
     def index(self, heads: int) -> Tensor:
         """Indices of each row's pages in a pool whose heads lie one by one, `[rows x heads x pages]`."""
         if heads not in self._indices:
@@ -221,6 +226,13 @@ class PagedRows:
             rooms = layer.gather(plan)
             layer.pools = ()
             yield rooms
+
+    def layers_of(self, first: int, last: int) -> list[Any]:
+        """After `reserve`: layers that read and write rows [first, last) only."""
+        plan = self._shared.plan
+        assert plan is not None
+        shared = _Shared(self._shared.table, plan.of_rows(first, last))
+        return [PagedLayer(layer.pools, shared) for layer in self.layers]
 
     def shared_pages(self, order: Sequence[int] | None, tokens: int) -> int | None:
         return self.table.slots

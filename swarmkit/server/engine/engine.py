@@ -126,7 +126,7 @@ class Engine:
         left: dict[LearnedTimes, list[int]] = {}
         for work in works:
             if isinstance(work, QueuedStep):
-                left.setdefault(work.learned, []).append(work.rows * work.tokens_left)
+                left.setdefault(work.learned, []).append(int(work.work(work.tokens_left, work.rows_left)))
         decode = tokens <= DECODE_TOKENS
         wait_s = sum(
             expected_wait_s(rows * tokens, decode, of_stage, learned.times, self.limits.chunk_tokens)
@@ -168,7 +168,7 @@ class Engine:
     def _learned_of(self, stage: Stage) -> LearnedTimes:
         if (learned := self._stages.get(stage)) is None:
             with self._lock:
-                learned = self._stages.setdefault(stage, LearnedTimes(stage.device, self.now))
+                learned = self._stages.setdefault(stage, LearnedTimes(stage.device, self.now, stage.attention_cost))
         return learned
 
     async def _submit(self, work: Work) -> Timed[Any]:
@@ -215,7 +215,7 @@ class Engine:
         if self._threads != self._threads_in_use:
             self._use_threads()
         if (step := self._lone_decode_step()) is not None:
-            self._run_pass([(step, step.tokens)])
+            self._run_pass([(step, step.tokens, step.rows)])
             return 0.0
         steps, jobs = self._take_stock()
         schedule = self._schedule(steps, jobs)
@@ -230,7 +230,7 @@ class Engine:
         if schedule.job is not None:
             self._run_job(jobs[schedule.job])
         else:
-            self._run_pass([(steps[scheduled.key], scheduled.tokens) for scheduled in schedule.steps])
+            self._run_pass([(steps[piece.key], piece.tokens, piece.rows) for piece in schedule.steps])
         return 0.0
 
     def _use_threads(self) -> None:
@@ -281,11 +281,14 @@ class Engine:
             waiting = WaitingStep(
                 key,
                 served[step.task.client],
-                step.rows,
-                step.tokens_left,
+                step.rows_left,
+                step.piece_tokens or step.tokens_left,
                 step.decode,
                 now - step.queued_at,
                 step.passed_over,
+                step.past + step.tokens_done,
+                step.cuts_rows,
+                bool(step.piece_tokens),
             )
             by_stage.setdefault(step.learned, []).append(waiting)
         waiting_jobs = [
@@ -304,7 +307,9 @@ class Engine:
             expected = learned.arrivals.expected(now, here)
         else:
             expected = ExpectedArrivals()  # nothing is gained by a pause while another stage has work
-        return next_schedule(by_stage[learned], waiting_jobs, expected, learned.times, self.limits)
+        return next_schedule(
+            by_stage[learned], waiting_jobs, expected, learned.times, self.limits, learned.cost
+        )
 
     def _run_job(self, job: Job) -> None:
         self._passed_over[job.bulk] = 0
@@ -318,14 +323,15 @@ class Engine:
         else:
             self._resolve(job, Timed(value, started - job.queued_at, self.now() - started), None)
 
-    def _run_pass(self, scheduled: Sequence[tuple[QueuedStep, int]]) -> None:
-        """One forward pass over the next tokens of some steps of one stage."""
-        group: list[tuple[QueuedStep, int]] = []
-        for step, tokens in scheduled:
+    def _run_pass(self, scheduled: Sequence[tuple[QueuedStep, int, int]]) -> None:
+        """One forward pass over the next tokens of some rows of some steps of one stage."""
+        group: list[tuple[QueuedStep, int, int]] = []
+        for step, tokens, rows in scheduled:
             if step.part is None and not self._prepare(step):
                 continue
             if step.tokens_left:
-                group.append((step, min(tokens, step.tokens_left)))
+                whole = rows == step.rows_left or not step.cuts_rows
+                group.append((step, min(tokens, step.tokens_left), step.rows_left if whole else rows))
             else:
                 self._finish(step)
         if not group:
@@ -333,13 +339,14 @@ class Engine:
         stage, learned = group[0][0].task.stage, group[0][0].learned
         try:
             learned.begin_pass()
-            results = stage.forward_many([step.chunk(tokens) for step, tokens in group])
-            learned.end_pass(sum(step.rows * tokens for step, tokens in group))
+            works = [step.work(tokens, rows) for step, tokens, rows in group]
+            results = stage.forward_many([step.chunk(tokens, rows) for step, tokens, rows in group])
+            learned.end_pass(max(1, int(sum(works))))
         except BaseException as error:  # noqa: BLE001 - it is raised where the steps were asked for
-            for step, _ in group:
+            for step, _, _ in group:
                 self._fail(step, error)
             return
-        for (step, _), result in zip(group, results, strict=True):
+        for (step, _, _), result in zip(group, results, strict=True):
             step.passed_over = 0
             if isinstance(result, Exception):
                 self._fail(step, result)
@@ -349,8 +356,8 @@ class Engine:
                 self._finish(step)
         # What follows is noted when the results are on their way.
         learned.learn()
-        for step, tokens in group:
-            self._fair.serve(step.task.client, step.rows * tokens)
+        for (step, _, _), work in zip(group, works, strict=True):
+            self._fair.serve(step.task.client, work)
 
     def _prepare(self, step: QueuedStep) -> bool:
         """Whether the step may run: it was not withdrawn, and nothing is wrong with it."""

@@ -15,18 +15,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from swarmkit.ewma import Ewma
+from swarmkit.models.execution.attention_cost import AttentionCost
 
 S = TypeVar("S")
 
+NO_ATTENTION = AttentionCost()
+"""Of blocks whose attention costs nothing."""
+
 DECODE_TOKENS = 16
-"""A step of at most so many tokens per row is a decode step, also with draft tokens; it is never cut."""
+"""A step of at most so many tokens per row is a decode step, also with draft tokens; it is never cut. Only a
+step of many rows that is more work than a pass should be is none."""
+_MOST_DECODE_WORK = 512
 
 MOST_DECODE_TOKENS = 256
 """Tokens of decode steps in one forward pass."""
+
+_UNHURRIED = 8
+"""While no session decodes, the attention of one long prompt may take so many times as long as its linear
+layers: cut smaller, it would be read so much more often."""
 
 _STARVING_TURNS = 16
 """A step or job that has been passed over in so many turns is next."""
@@ -43,7 +53,7 @@ class WaitingStep:
 
     key: int
     client_served: float
-    """Tokens that its client has been served so far, over all its sessions."""
+    """Work that its client has been served so far, over all its sessions."""
     rows: int
     tokens: int
     """Per row, still to run."""
@@ -52,6 +62,12 @@ class WaitingStep:
     """Since it arrived."""
     passed_over: int
     """Turns since it arrived, or was last part of one."""
+    past: int = 0
+    """Tokens per row that are held before these."""
+    cuts_rows: bool = False
+    """Whether it may run over some of its rows at a time."""
+    keeps_tokens: bool = False
+    """Whether some rows have had these tokens already, so that the others get just as many."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +82,11 @@ class WaitingJob:
 
 @dataclass(frozen=True)
 class ScheduledTokens:
-    """The next `tokens` tokens (per row) of a step."""
+    """The next `tokens` tokens of the next `rows` rows of a step."""
 
     key: int
     tokens: int
+    rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -112,7 +129,7 @@ class PassLimits:
     """How far prefill may go."""
 
     chunk_tokens: int
-    """Most tokens of prefill in one forward pass (rows x tokens)."""
+    """Most work of prefill in one forward pass (rows x tokens, and attention)."""
     decode_slowdown: float
     """While a session decodes, a forward pass may take so many times as long as without prefill."""
 
@@ -132,12 +149,18 @@ def next_stage(waiting: Mapping[S, Sequence[WaitingStep]]) -> S | None:
     return max(waiting, key=urgency, default=None)
 
 
+def is_decode(rows: int, tokens: int, past: int, cost: AttentionCost) -> bool:
+    """Whether a step is a decode step: few tokens of one row, or of several that are not too much work."""
+    return tokens <= DECODE_TOKENS and (rows == 1 or cost.work(rows, tokens, past) <= _MOST_DECODE_WORK)
+
+
 def next_schedule(
     steps: Sequence[WaitingStep],
     jobs: Sequence[WaitingJob],
     expected: ExpectedArrivals,
     times: PassTimes,
     limits: PassLimits,
+    cost: AttentionCost = NO_ATTENTION,
 ) -> Schedule | None:
     """Decide what to do next; None: there is nothing to do.
 
@@ -145,7 +168,8 @@ def next_schedule(
         steps: the waiting steps of one stage, in order of arrival.
         jobs: all waiting jobs, in order of arrival.
         expected: the next steps of sessions that decode and have no step waiting.
-        times: how long the stage's forward passes take.
+        times: how long the stage's forward passes take, by their work.
+        cost: of the stage's attention.
     """
     due = [job for job in jobs if not steps or job.passed_over >= (_STARVING_TURNS if job.bulk else 1)]
     if due:
@@ -155,7 +179,7 @@ def next_schedule(
     for step in sorted((step for step in steps if step.decode), key=_order):
         if scheduled and tokens + step.rows * step.tokens > MOST_DECODE_TOKENS:
             continue
-        scheduled.append(ScheduledTokens(step.key, step.tokens))
+        scheduled.append(ScheduledTokens(step.key, step.tokens, step.rows))
         tokens += step.rows * step.tokens
         waited_s = max(waited_s, step.waited_s)
     prefills = sorted((step for step in steps if not step.decode), key=_order)
@@ -167,13 +191,40 @@ def next_schedule(
             budget = _prefill_beside(tokens, waited_s, passed_over > 1, times, limits)
         else:
             budget = _prefill_before(expected, passed_over > 0, times, limits)
+        hurried = bool(scheduled or expected.tokens)
+        left: float = budget
         for step in prefills:
-            # The first step goes on by a token even if its rows are more than the budget.
-            chunk = min(step.tokens, budget // step.rows or (budget > 0 and step is prefills[0]))
-            if chunk:
-                scheduled.append(ScheduledTokens(step.key, chunk))
-                budget -= chunk * step.rows
+            piece = _piece(step, left, hurried, cost)
+            if not piece.tokens and left > 0 and step is prefills[0]:  # it goes on, if only by a token
+                piece = ScheduledTokens(step.key, 1, 1 if step.cuts_rows else step.rows)
+                if step.keeps_tokens:
+                    piece = replace(piece, tokens=step.tokens)
+            if piece.tokens:
+                scheduled.append(piece)
+                left -= (
+                    cost.work(piece.rows, piece.tokens, step.past) if hurried else piece.rows * piece.tokens
+                )
     return Schedule(tuple(scheduled)) if steps else None
+
+
+def _piece(step: WaitingStep, budget: float, hurried: bool, cost: AttentionCost) -> ScheduledTokens:
+    """As much of a long step as is within a budget of work; without tokens if nothing is.
+
+    It is cut by tokens, and by rows where a token of all rows is more than the budget.
+
+    Args: hurried: whether decode steps wait for the pass, or will before long.
+    """
+    if not step.keeps_tokens:
+        most = min(step.tokens, int(budget) // step.rows)
+        work = _UNHURRIED * budget if not hurried and (step.rows == 1 or most > 1) else budget + 1
+        tokens = cost.tokens_within(work, step.rows, step.past, most) if most > 0 else 0
+        if tokens < most:  # the pass's last rows are filled up all the same
+            tokens = max(tokens - (tokens - most) % _ROWS, min(tokens, 1))
+        if tokens or not step.cuts_rows:
+            return ScheduledTokens(step.key, tokens, step.rows)
+    tokens = step.tokens if step.keeps_tokens else 1
+    rows = cost.rows_within(budget, step.rows, tokens, step.past)
+    return ScheduledTokens(step.key, tokens if rows else 0, rows)
 
 
 def _worth_waiting(tokens: int, waited_s: float, expected: ExpectedArrivals, times: PassTimes) -> bool:
@@ -246,7 +297,7 @@ def _order(step: WaitingStep) -> tuple[bool, float]:
 
 @dataclass
 class FairShares:
-    """Tokens that each client has been served, such that a client saves nothing up while it is away.
+    """Work that each client has been served, such that a client saves nothing up while it is away.
 
     A client that arrives (or is back) starts from what the least served client present has had: else it would
     take everything until it had caught up with clients that have been here for hours. When no client has
@@ -273,9 +324,9 @@ class FairShares:
             self._served = {client: served for client, served in kept if client in now or served > floor}
         return {client: self._served[client] for client in now}
 
-    def serve(self, client: str, tokens: int) -> None:
-        """Count tokens that were run for a client."""
-        self._served[client] = self._served.get(client, 0.0) + tokens
+    def serve(self, client: str, work: float) -> None:
+        """Count work that was done for a client."""
+        self._served[client] = self._served.get(client, 0.0) + work
 
 
 @dataclass(frozen=True)

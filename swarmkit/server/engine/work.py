@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from swarmkit.errors import SwarmkitError
+from swarmkit.models.execution.attention_cost import AttentionCost
 from swarmkit.models.execution.stage import Stage, StepPart
 from swarmkit.net.rpc.faults import Refusal
 from swarmkit.server.engine.device_watch import DeviceWatch
-from swarmkit.server.engine.scheduler import DECODE_TOKENS, ArrivalPredictor, PassTimes
+from swarmkit.server.engine.scheduler import NO_ATTENTION, ArrivalPredictor, PassTimes, is_decode
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -66,6 +67,10 @@ class StepTask(Protocol[T_co]):
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and tokens per row."""
+
+    @property
+    def past(self) -> int:
+        """Tokens per row that the session's cache holds before the step."""
 
     @property
     def cached_output(self) -> Tensor | None:
@@ -141,9 +146,12 @@ class LearnedTimes:
     On a CPU a pass is done when its call returns. An accelerator is watched, and not waited for.
     """
 
-    def __init__(self, device: torch.device, now: Callable[[], float]) -> None:
+    def __init__(
+        self, device: torch.device, now: Callable[[], float], cost: AttentionCost = NO_ATTENTION
+    ) -> None:
         self.times = PassTimes()
         self.arrivals = ArrivalPredictor()
+        self.cost = cost
         self._now = now
         self._begun_at = 0.0
         self._latest = 0, 0.0
@@ -181,19 +189,40 @@ class QueuedStep(Work):
         self.learned = learned
         self.expires_at = now + patience_s if patience_s else math.inf
         self.rows, self.tokens = task.shape
-        self.decode = self.tokens <= DECODE_TOKENS
+        self.past = task.past
+        """Tokens that its cache held before the step."""
+        self.decode = is_decode(self.rows, self.tokens, self.past, learned.cost)
         self.passed_over = 0
         self.tokens_done = 0
+        self.piece_tokens = 0
+        """While the step's next tokens run over some rows at a time: how many tokens; else 0."""
         self.part: StepPart | None = None
         """All of the step, once it was prepared."""
-        self.past = 0
-        """Tokens that its cache held before the step."""
         self.outputs: list[Tensor] = []
+        self._row_outputs: list[Tensor] = []
         self.started_at = 0.0
 
     @property
     def tokens_left(self) -> int:
         return self.tokens - self.tokens_done
+
+    @property
+    def rows_left(self) -> int:
+        """Rows that the step's next tokens have still to run over."""
+        return self.rows - sum(output.shape[0] for output in self._row_outputs)
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether it may run over some of its rows at a time, as far as is known before it was prepared."""
+        if self.rows == 1 or not self.past + self.tokens_done:
+            return False
+        return self.part is None or bool(self.piece_tokens) or self.part.cache.cuts_rows
+
+    def work(self, tokens: int, rows: int) -> float:
+        """The work of the step's next `tokens` tokens of `rows` rows; see `AttentionCost`."""
+        if self.decode:
+            return rows * tokens
+        return self.learned.cost.work(rows, tokens, self.past + self.tokens_done)
 
     def prepare(self, now: float) -> None:
         self.started_at = now
@@ -203,22 +232,38 @@ class QueuedStep(Work):
             self.past -= cached.shape[1]
             self.add_output(cached)
 
-    def chunk(self, tokens: int) -> StepPart:
-        """The step's next `tokens` tokens per row."""
+    def chunk(self, tokens: int, rows: int) -> StepPart:
+        """The step's next `tokens` tokens of the next `rows` rows. Rows before the last need `cuts_rows`."""
         part = self.part
         assert part is not None
-        if tokens == self.tokens:
+        if tokens == self.tokens and rows == self.rows:
             return part
-        start, stop = self.tokens_done, self.tokens_done + tokens
+        cache, first = part.cache, self.rows - self.rows_left
+        if rows < self.rows:
+            if not self.piece_tokens:
+                cache.begin_rows(tokens)
+                self.piece_tokens = tokens
+            cache = cache.rows(first, first + rows)
+        of_rows, of_tokens = slice(first, first + rows), slice(self.tokens_done, self.tokens_done + tokens)
         mask, positions = part.attention_mask, part.position_ids
+        if positions is not None and len(positions) > 1:
+            positions = positions[of_rows]
         return StepPart(
-            part.hidden[:, start:stop],
-            part.cache,
-            None if mask is None else mask[:, : self.past + stop],
-            None if positions is None else positions[:, start:stop],
+            part.hidden[of_rows, of_tokens],
+            cache,
+            None if mask is None else mask[of_rows, : self.past + of_tokens.stop],
+            None if positions is None else positions[:, of_tokens],
         )
 
     def add_output(self, output: Tensor) -> None:
+        if self.piece_tokens:
+            self._row_outputs.append(output)
+            if self.rows_left:
+                return
+            assert self.part is not None
+            self.part.cache.end_rows(self.piece_tokens)
+            output = torch.cat(self._row_outputs)
+            self.piece_tokens, self._row_outputs = 0, []
         self.outputs.append(output)
         self.tokens_done += output.shape[1]
 

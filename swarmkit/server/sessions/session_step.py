@@ -42,6 +42,10 @@ class SessionStep:
         rows, tokens, _ = self.step.hidden.shape
         return rows, tokens
 
+    @property
+    def past(self) -> int:
+        return self.step.position
+
     def prepare(self) -> StepPart:
         """Decode the tensors, check their values, and only then edit the cache.
 
