@@ -1,4 +1,4 @@
-"""What does one step of many rows over a long past cost, and what do the tokens of another client wait for it?
+"""What does a step of many rows over a long past cost, and what do the tokens of another client wait for it?
 
     python benchmarks/attention_work.py --json > benchmarks/results/attention-tiny-chat.json
 

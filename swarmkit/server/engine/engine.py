@@ -168,7 +168,9 @@ class Engine:
     def _learned_of(self, stage: Stage) -> LearnedTimes:
         if (learned := self._stages.get(stage)) is None:
             with self._lock:
-                learned = self._stages.setdefault(stage, LearnedTimes(stage.device, self.now, stage.attention_cost))
+                learned = self._stages.setdefault(
+                    stage, LearnedTimes(stage.device, self.now, stage.attention_cost)
+                )
         return learned
 
     async def _submit(self, work: Work) -> Timed[Any]:
