@@ -13,7 +13,7 @@ from swarmkit.client.routing.route import Hop
 from swarmkit.client.session.codecs import agree
 from swarmkit.client.session.history import History
 from swarmkit.client.session.replica import StepInputs
-from swarmkit.client.session.restore_prefix import restore_prefix
+from swarmkit.client.session.restore_prefix import keep_prefix, restore_prefix
 from swarmkit.client.session.session_route import RouteChanges, SessionRoute
 from swarmkit.client.session.step import StepExecution
 from swarmkit.client.swarm.client import SwarmClient
@@ -98,8 +98,9 @@ class ChainSession:
 
     def close(self) -> None:
         """End the session; servers free what they hold. Call on the event loop's thread; never blocks."""
+        swarm = self._swarm
         if not self._route.is_closed and self._is_plain and not self._lock.locked():
-            self._keep_prefix()
+            keep_prefix(swarm.prefix_cache, self._route, self._outputs, self._inputs, self.position)
         self._route.close()
 
     async def step(
@@ -181,7 +182,9 @@ class ChainSession:
             agree(swarm, route.stages, self._outputs, hidden)
         if self._is_plain and self._inputs is not None:
             self._inputs.write(self.position, hidden)
-        restored = await self._restore_prefix(hidden) if self._is_plain and self._is_new else None
+        restored = None
+        if self._is_plain and self._is_new:
+            restored = await restore_prefix(swarm.prefix_cache, hidden[0], route, self._outputs)
         self._is_new = False
 
         skipped = 0 if restored is None else restored.shape[1]
@@ -223,26 +226,6 @@ class ChainSession:
         new = default[:, self.position :] if positions is None else positions
         return torch.cat([known[:, : self.position], new], dim=1)
 
-    # ------------------------------------------------------------------ prefixes of earlier sessions
-
-    async def _restore_prefix(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Begin where an earlier session was, as far as servers have kept its pages.
-
-        Returns: the outputs `[1, tokens, hidden]` of all that need not be sent; None if all must be.
-        """
-        route = self._route
-        found = await restore_prefix(self._swarm.prefix_cache, hidden[0], route)
-        route.check_open()
-        if found is None:
-            return None
-        entry, start, held = found
-        for stage in route.stages:
-            stage.history.write(0, entry.states[stage.hop.start][None, :start])
-            stage.held = min(held[stage], start)
-        outputs = entry.states[route.stop][None, :start]
-        self._outputs.write(0, outputs)
-        return outputs
-
     def inputs(self) -> torch.Tensor:
         """What the session's blocks were given so far, [batch, position, hidden], for another session.
 
@@ -256,22 +239,11 @@ class ChainSession:
         else:
             given = self._route.stages[0].history.read(0, self.position)
         if self._is_plain:
-            self._keep_prefix(copy=True)  # this session goes on, in the same buffers
+            cache = self._swarm.prefix_cache  # this session goes on, in the same buffers: hence a copy
+            keep_prefix(cache, self._route, self._outputs, self._inputs, self.position, copy=True)
         return given.clone()
 
     @property
     def positions(self) -> torch.Tensor | None:
         """Position ids of the whole session [batch, position]; None while they are the default ones."""
         return self._positions
-
-    def _keep_prefix(self, copy: bool = False) -> None:
-        """Keep this session's hidden states for later ones that begin with the same tokens."""
-        parts = {stage.hop.start: stage.history for stage in self._route.stages}
-        parts[self._route.stop] = self._outputs
-        states = {boundary: history.row(self.position) for boundary, history in parts.items()}
-        found = {boundary: part for boundary, part in states.items() if part is not None}
-        if self.position and len(found) == len(states):
-            if copy:
-                found = {boundary: part.clone() for boundary, part in found.items()}
-            inputs = None if self._inputs is None else self._inputs.row(self.position)
-            self._swarm.prefix_cache.keep(self._route.chain, found, inputs)

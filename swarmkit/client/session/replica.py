@@ -16,12 +16,12 @@ import torch
 from swarmkit.client.adapters.model_adapters import ClientAdapter, ServerAdapter
 from swarmkit.client.routing.route import Hop
 from swarmkit.client.session.history import History, NoHistory
+from swarmkit.client.session.open_session import open_session
 from swarmkit.client.session.stage_connection import StageConnection
 from swarmkit.client.swarm.client import SwarmClient
 from swarmkit.client.swarm.prefix_cache import names_for
 from swarmkit.errors import PeerTimeoutError, PeerUnreachableError, ProtocolError, RemoteError, SwarmkitError
 from swarmkit.events import HopTrace
-from swarmkit.models.adapters.adapter import Adapter
 from swarmkit.models.kv.cache import PAGE_TOKENS
 from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.codec import CodecName
@@ -32,8 +32,6 @@ from swarmkit.net.protocol.messages import (
     SESSION,
     Link,
     Linked,
-    Open,
-    Opened,
     PrefixRestored,
     RestorePrefix,
     Step,
@@ -167,37 +165,16 @@ class StageReplica:
             PeerError: it cannot be reached, or refuses.
         """
         try:
-            await self._open(max_length)
+            connection = self.connection = StageConnection(
+                await self._swarm.connect(self.hop.server, SESSION)
+            )
+            opened = await open_session(connection, self._swarm, self.hop, self._adapter, max_length)
         except BaseException:
             self.drop()
             raise
-
-    async def _open(self, max_length: int) -> None:
-        hop, swarm = self.hop, self._swarm
-        connection = self.connection = StageConnection(await swarm.connect(hop.server, SESSION))
-        name, part = ("", None) if self._adapter is None else await self._part_of(self._adapter)
-        message = Open(swarm.model.fingerprint, hop.start, hop.stop, max_length, name)
-        # To open a session computes nothing: a silent server would be found out later, and more slowly.
-        try:
-            reply = await connection.ask(message, swarm.connect_timeout)
-        except RemoteError as error:
-            if error.code != "no_adapter" or part is None:
-                raise
-            swarm.adapters.forget(hop.server, name)
-            await swarm.adapters.ensure(hop.server, part)
-            reply = await connection.ask(message, swarm.connect_timeout)
-        if not isinstance(reply, Opened) or reply.max_step_tokens < 1:
-            raise ProtocolError("the session was not opened as asked", hop.server.peer_id)
-        connection.opened = reply
-        self.max_step_tokens = reply.max_step_tokens
-        self._inlet = reply.inlet
-
-    async def _part_of(self, adapter: ClientAdapter | ServerAdapter) -> tuple[str, Adapter | None]:
-        """What this server's blocks get of an adapter, and its name there, for which a hash is computed."""
-        part = adapter.part(self.hop.start, self.hop.stop)
-        if part is None:
-            return adapter.hosted_name, None
-        return await anyio.to_thread.run_sync(lambda: part.digest), part
+        connection.opened = opened
+        self.max_step_tokens = opened.max_step_tokens
+        self._inlet = opened.inlet
 
     async def restore_prefix(self, states: torch.Tensor) -> int:
         """Have the session begin with what the server has kept of these inputs `[tokens, hidden]`.
