@@ -30,14 +30,12 @@ from collections.abc import Iterator
 
 import torch
 
-from swarmkit.client.checks.agreement import Comparison
 from swarmkit.client.session.codecs import answer_codecs
 from swarmkit.client.session.history import History
 from swarmkit.client.session.pipeline import pieces, run_pipeline
 from swarmkit.client.session.replica import (
     Failed,
     InFlight,
-    Predecessor,
     Request,
     StageReplica,
     StepInputs,
@@ -46,6 +44,7 @@ from swarmkit.client.session.replica import (
 )
 from swarmkit.client.session.session_route import RouteChanges, SessionRoute
 from swarmkit.client.session.stage_connection import NotPushedError
+from swarmkit.client.session.succession import succeed
 from swarmkit.client.swarm.client import SwarmClient
 from swarmkit.errors import PeerError
 from swarmkit.events import HopTrace
@@ -109,7 +108,7 @@ class StepExecution:
                 continue
             self._changes.progressed()
             if stage.predecessor is not None:
-                output, want = await self._succeed(index, stage.predecessor, output)
+                output, want = await succeed(self._swarm, stages, index, output, self._inputs, self._changes)
             arrived, arrived_from = output, want
             index += 1
         return arrived
@@ -122,35 +121,6 @@ class StepExecution:
         if stages[index].predecessor is not None:
             return 0
         return min(self._position, stages[index + 1].history.tokens)
-
-    async def _succeed(
-        self, index: int, before: Predecessor, output: torch.Tensor
-    ) -> tuple[torch.Tensor, int]:
-        """Keep what the stages behind a new server hold only if it computes the same.
-
-        Args: output: of the new server, from position 0 on, or from the step's if it is the last.
-
-        Returns: the outputs that the next stage lacks, and the position of the first of them.
-        """
-        stages, position = self._route.stages, self._position
-        stage = stages[index]
-        stage.predecessor = None
-        if index + 1 == len(stages):
-            self._changes.mixed = self._changes.mixed or position > 0
-            return output, position
-        following = stages[index + 1].history
-        known = min(position, following.tokens)
-        if known:
-            outputs = following.read(0, known), output[:, :known]
-            part = Comparison(before.hop, stage.hop, outputs, before.inputs.read(0, known))
-            mask = None if self._inputs.mask is None else self._inputs.mask[:, :known]
-            apart = await off_loop(output.nbytes, lambda: part.excess(following.codec, mask))
-            if apart > 1:
-                known, self._changes.mixed = 0, True
-                for behind in stages[index + 1 :]:
-                    behind.crop(0)
-                self._swarm.note_difference(part, apart, self._changes.owner)
-        return output[:, known:], known
 
     async def _run_stage(self, index: int, want: int) -> torch.Tensor:
         """Bring a stage to the step's end; returns its outputs of positions [want, end)."""
