@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ def main() -> None:
     log = PipelineLog()
     with LocalSwarm("tiny-chat", num_stages=2, replicas=2) as swarm:
         model, tokenizer = swarm.model(), swarm.tokenizer()
-        inputs = tokenizer.apply_chat_template(
+        inputs: Any = tokenizer.apply_chat_template(
             _QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         with model.subscribe() as events, model.session():
