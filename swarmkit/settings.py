@@ -433,3 +433,9 @@ class ApiSettings(SettingsGroup):
         ge=1,
         description="The longest answer in tokens. An answer that reaches it ends with the reason `length`.",
     )
+    max_stored_bytes: int = Field(
+        default=64 * 1024**2,
+        ge=0,
+        description="Memory for responses that requests can name with `previous_response_id`. The oldest "
+        "make room for new ones.",
+    )

@@ -39,8 +39,7 @@ class Keys:
         """
         if not self._digests:
             return
-        scheme, _, bearer = headers.get("authorization", "").partition(" ")
-        given = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        given = given_key(headers)
         if not given:
             message = "give an API key, as `Authorization: Bearer KEY` or `x-api-key: KEY`"
             raise ApiError(401, message, code="missing_api_key")
@@ -48,6 +47,12 @@ class Keys:
         # every key is compared, so that the time does not tell which one is alike
         if not any([hmac.compare_digest(digest, each) for each in self._digests]):
             raise ApiError(401, "this API key is not known here", code="invalid_api_key")
+
+
+def given_key(headers: Headers) -> str:
+    """The key of a request; empty if there is none."""
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    return bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
 
 
 def _digest(key: str) -> bytes:

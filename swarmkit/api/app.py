@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI, Request
-from starlette.responses import Response
+from fastapi import FastAPI
 
 from swarmkit._version import __version__
 from swarmkit.api.access import Gate, Keys
 from swarmkit.api.conversation import ChatModel
-from swarmkit.api.dialects.chat_completions import ChatCompletionForm, ChatRequest
-from swarmkit.api.dialects.completions import CompletionForm, CompletionRequest
-from swarmkit.api.dialects.openai_parts import error_body
+from swarmkit.api.endpoints import add_endpoints
 from swarmkit.api.engine import AnswerEngine
 from swarmkit.api.error_answers import handle_errors, refusal
 from swarmkit.api.metrics import ApiMetrics
 from swarmkit.api.monitor import add_models, add_monitor
 from swarmkit.api.service import ApiService
-from swarmkit.api.streams import event
 from swarmkit.api.turns import Turns
 from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.settings import ApiSettings
@@ -96,7 +92,7 @@ def create_app(
         count=lambda path, status: metrics.requests.labels(path, str(status)).inc(),
     )
     handle_errors(app)
-    _add_openai(app, service)
+    add_endpoints(app, service)
     add_models(app, service)
     add_monitor(app, service)
     return app
@@ -107,39 +103,3 @@ async def _count_events(metrics: ApiMetrics) -> None:
     while True:
         await asyncio.sleep(_COUNT_PERIOD_S)
         metrics.take_events()
-
-
-# ---------------------------------------------------------------------- endpoints
-
-
-def _add_openai(app: FastAPI, service: ApiService) -> None:
-    async def respond(
-        request: Request, form: ChatCompletionForm | CompletionForm, stream: bool | None
-    ) -> Response:
-        if not stream:
-            return await service.respond(request, form.whole())
-
-        async def events() -> AsyncGenerator[bytes, None]:
-            async with aclosing(form.chunks()) as chunks:
-                async for chunk in chunks:
-                    yield event(chunk)
-            yield event("[DONE]")
-
-        return await service.stream(request, events(), lambda error: event(error_body(error)))
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        """Continue a conversation."""
-        service.check_model(body.model)
-        wish = body.wish(service.engine.model.config.vocab_size)
-        run = await service.engine.in_thread(service.chat.prepare, wish)
-        form = ChatCompletionForm(body, service.model_name, int(service.clock.time()), run)
-        return await respond(request, form, body.stream)
-
-    @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continue a text."""
-        service.check_model(body.model)
-        wanted = await service.engine.in_thread(body.requests, service.engine, service.settings.max_tokens)
-        form = CompletionForm(body, service.model_name, int(service.clock.time()), service.engine, wanted)
-        return await respond(request, form, body.stream)

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from swarmkit.api.dialects.messages import error_body as anthropic_body
 from swarmkit.api.dialects.openai_parts import error_body
 from swarmkit.api.refusals import ApiError, from_failure
 from swarmkit.api.streams import ClientGoneError
@@ -31,7 +32,7 @@ def refusal(error: ApiError, path: str) -> Response:
 
 
 def _body_for(path: str) -> Callable[[ApiError], dict[str, Any]]:
-    return error_body
+    return anthropic_body if path.startswith("/v1/messages") else error_body
 
 
 def handle_errors(app: FastAPI) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from datetime import datetime, timezone
 from typing import Any
 
 from fastapi import FastAPI
@@ -27,13 +28,18 @@ def add_models(app: FastAPI, service: ApiService) -> None:
             "object": "model",
             "created": service.started,
             "owned_by": "swarmkit",
+            "type": "model",
+            "display_name": name,
+            "created_at": datetime.fromtimestamp(service.started, timezone.utc).isoformat(),
             "max_model_len": service.engine.max_length,
         }
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The model of this server, under each of its names."""
-        return {"object": "list", "data": [described(name) for name in service.names]}
+        data = [described(name) for name in service.names]
+        pages = {"has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}
+        return {"object": "list", "data": data, **pages}
 
     @app.get("/v1/models/{name:path}")
     async def model_named(name: str) -> dict[str, Any]:

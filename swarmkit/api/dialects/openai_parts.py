@@ -100,21 +100,24 @@ def content_text(content: Any, param: str) -> str:
         return content
     if not isinstance(content, list):
         raise invalid(param, "content is a string or a list of parts")
-    texts = []
-    for place, part in enumerate(content):
-        where = f"{param}[{place}]"
-        if isinstance(part, str):
-            texts.append(part)
-            continue
-        if not isinstance(part, dict):
-            raise invalid(where, "a part of content is an object with a type")
-        kind = part.get("type")
-        text = part.get("refusal") if kind == "refusal" else part.get("text")
-        if kind in ("text", "input_text", "output_text", "refusal") and isinstance(text, str):
-            texts.append(text)
-        else:
-            raise text_only(where, _WORDS.get(str(kind), f"content of type {kind!r}"))
-    return "".join(texts)
+    return "".join(part_text(part, f"{param}[{place}]") for place, part in enumerate(content))
+
+
+def part_text(part: Any, param: str) -> str:
+    """The text of one part of a message's content.
+
+    Raises:
+        ApiError: it is no text.
+    """
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise invalid(param, "a part of content is an object with a type")
+    kind = part.get("type")
+    text = part.get("refusal") if kind == "refusal" else part.get("text")
+    if kind in ("text", "input_text", "output_text", "refusal") and isinstance(text, str):
+        return text
+    raise text_only(param, _WORDS.get(str(kind), f"content of type {kind!r}"))
 
 
 def tool_of(name: Any, description: Any, parameters: Any, param: str) -> dict[str, Any]:
