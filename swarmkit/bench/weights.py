@@ -114,7 +114,7 @@ def _serving(folder: Path) -> Iterator[tuple[str, _Hub]]:
         server.server_close()
 
 
-def measure(options: Weights, on_progress: Progress = quiet, num_blocks: int = 8) -> dict[str, Any]:
+def measure(options: Weights, on_progress: Progress = quiet) -> dict[str, Any]:
     """Start two servers of the same blocks of a random Llama; what each had from the Hub and from its peer.
 
     `hub_bytes_*` are weights, `hub_other_bytes_*` config and index; `hub_requests_*` counts also questions
@@ -128,7 +128,7 @@ def measure(options: Weights, on_progress: Progress = quiet, num_blocks: int = 8
         folder = make_random_llama(
             home / "model",
             hidden_size=options.hidden_size,
-            num_blocks=num_blocks,
+            num_blocks=options.blocks,
             num_heads=8,
             num_kv_heads=4,
             intermediate_size=options.hidden_size * 11 // 4,
@@ -140,7 +140,7 @@ def measure(options: Weights, on_progress: Progress = quiet, num_blocks: int = 8
             with _server(home / "first", first_url, {**common, "source": "hub", "peers": []}) as first:
                 on_progress("the second server fetches from the first", 2, 3)
                 own = {**common, "source": "peers", "peers": first["addresses"]}
-                own["fingerprint"] = first["fingerprint"]
+                own["fingerprint"] = first["full_fingerprint"]
                 with _server(home / "second", second_url, own) as second:
                     pass
         on_progress("done", 3, 3)
@@ -232,12 +232,14 @@ async def _serve(options: dict[str, Any]) -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(weights.run, 0, options["stop"])
             await weights.offer(0, options["stop"])
+            full = await anyio.to_thread.run_sync(checkpoint.make_full_manifest)  # all of it is here
             blobs = [
                 part.stat().st_size for part in (Path(os.environ["SWARMKIT_STORE_DIR"]) / "blobs").iterdir()
             ]
             result = {
                 "addresses": list(transport.addresses),
                 "fingerprint": checkpoint.fingerprint,
+                "full_fingerprint": full.full_fingerprint,
                 "block_bytes": sum(blobs),
                 "peer_bytes": report.peer_bytes,
                 "open_s": round(opened - before, 3),

@@ -6,7 +6,8 @@ from swarmkit.cli.app import app
 
 # Importing a command's file adds it to `app`. The order is the order in `--help`.
 # isort: off
-from swarmkit.cli import demo, serve, generate, chat, api, status, bootstrap, plan, check, bench  # noqa: F401
+from swarmkit.cli import demo, serve, generate, chat, api, status, bootstrap  # noqa: F401
+from swarmkit.cli import plan, check, fingerprint, bench  # noqa: F401
 # isort: on
 
 __all__ = ["app"]

@@ -141,7 +141,9 @@ def serve(
                 server.start()
             gc.freeze()  # no step waits while all that was imported is searched for garbage
             if not json:
-                _show_addresses(model, server.addresses, checkpoint.fingerprint, first=not join)
+                full = checkpoint.full_manifest()
+                covering = "" if full is None else full.full_fingerprint
+                _show_addresses(model, server.addresses, checkpoint.fingerprint, covering, first=not join)
             _serve_until(server, end)
 
 
@@ -172,12 +174,15 @@ def _serve_until(server: object, end: EndRequest) -> None:
         leaving.join(0.1)
 
 
-def _show_addresses(model: str, addresses: list[str], fingerprint: str, *, first: bool) -> None:
+def _show_addresses(
+    model: str, addresses: list[str], fingerprint: str, full_fingerprint: str, *, first: bool
+) -> None:
     if first:
         console.out.print("\nOthers join this swarm with:", style="bold")
         console.out.print(f"  swarmkit serve {model} --join {addresses[0]}", soft_wrap=True)
         console.out.print(f"  swarmkit chat {model} --join {addresses[0]}", soft_wrap=True)
-    console.out.print(f"\nThe model's fingerprint is {fingerprint}.", style="dim", soft_wrap=True)
+    covering = f", and {full_fingerprint} with the hashes of its blocks" if full_fingerprint else ""
+    console.out.print(f"\nThe model's fingerprint is {fingerprint}{covering}.", style="dim", soft_wrap=True)
     console.out.print("Press Ctrl-C to leave; once more to leave at once.", style="dim")
 
 

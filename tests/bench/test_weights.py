@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
-    return measure(Weights(blocks=2, hidden_size=64), num_blocks=2)
+    return measure(Weights(blocks=2, hidden_size=64))
 
 
 def test_the_second_server_asks_the_hub_for_nothing(result: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -64,10 +65,12 @@ def first(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 def test_a_second_server_with_the_fingerprint_asks_the_hub_for_nothing(
     hub: LocalHub, first: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    told = json.loads(run("fingerprint", "some/llama", "--json").stdout)
+    assert told["without_blocks"] == first.event["fingerprint"]
     hub.repos.clear()  # whatever is asked from now on is refused, and counted
     on_a_machine_of_its_own(tmp_path / "second", monkeypatch)
     asked = len(hub.requests)
-    pinned = ("--fingerprint", first.event["fingerprint"], "--weights-from", "peers")
+    pinned = ("--fingerprint", told["fingerprint"], "--weights-from", "peers")
 
     second = start(
         "serve", "some/llama", "--join", first.address, "--threads", "1", *pinned, until="serving_started"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,23 @@ def test_a_manifest_of_something_else_is_refused(changes: dict[str, Any]) -> Non
         Manifest.decode(changed(**changes), A_MANIFEST.fingerprint)
 
 
+def test_hashes_of_blocks_are_read_where_the_fingerprint_covers_them() -> None:
+    full = replace(A_MANIFEST, blocks=("12" * 32, "34" * 32))
+    assert full.fingerprint == A_MANIFEST.fingerprint != full.full_fingerprint
+    assert Manifest.decode(full.encoded, full.full_fingerprint) == full
+
+
+def test_hashes_of_blocks_that_the_fingerprint_does_not_cover_are_left_out() -> None:
+    full = replace(A_MANIFEST, blocks=("12" * 32,))
+    assert Manifest.decode(full.encoded, full.fingerprint) == A_MANIFEST
+
+
+def test_other_hashes_of_blocks_are_refused() -> None:
+    full = replace(A_MANIFEST, blocks=("12" * 32, "34" * 32))
+    with pytest.raises(ManifestError, match=f"not of {full.full_fingerprint}"):
+        Manifest.decode(changed(blocks=["12" * 32, "35" * 32]), full.full_fingerprint)
+
+
 @pytest.mark.parametrize(
     "encoded",
     [
@@ -96,6 +115,9 @@ def test_a_manifest_of_something_else_is_refused(changes: dict[str, Any]) -> Non
         b"{}",
         b" " * (MAX_MANIFEST_BYTES + 1),
         changed(more=1),
+        changed(blocks={}),
+        changed(blocks=["short"]),
+        changed(blocks=[7]),
         changed(commit="main"),
         changed(commit="../" * 13 + "x"),
         changed(config=[]),
@@ -237,3 +259,72 @@ def test_a_folder_must_have_the_fingerprint_too(folder: Path) -> None:
 def test_what_is_no_fingerprint_is_said(text: str, folder: Path) -> None:
     with pytest.raises(UsageError, match="is not a fingerprint"):
         Checkpoint.open(folder, fingerprint=text)
+
+
+# hashes of blocks
+
+
+@pytest.fixture
+def full(hub: LocalHub) -> Manifest:
+    """The manifest with hashes of blocks; the store has nothing else."""
+    manifest = Checkpoint.open("some/llama", progress=False).make_full_manifest()
+    shutil.rmtree(BlockStore().root)
+    keep_manifest(BlockStore(), manifest)
+    hub.requests.clear()
+    return manifest
+
+
+def test_all_machines_hash_the_blocks_alike(
+    hub: LocalHub, full: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import hf_hub_download
+
+    for shard in full.files:  # a machine that has whole files in the Hub's cache, and no store
+        hf_hub_download("some/llama", shard, revision=COMMIT)
+    monkeypatch.setenv("SWARMKIT_STORE_DIR", str(tmp_path / "other"))
+    other = Checkpoint.open("some/llama", progress=False)
+    assert other.make_full_manifest().blocks == full.blocks
+    assert not list((tmp_path / "other" / "blobs").glob("*"))
+
+
+def test_a_block_is_hashed_once(hub: LocalHub, full: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import hf_hub_download
+
+    for shard in full.files:
+        hf_hub_download("some/llama", shard, revision=COMMIT)
+    Checkpoint.open("some/llama", progress=False).make_full_manifest()
+    monkeypatch.setattr("swarmkit.models.checkpoint.store_hub.hash_of_part", None)
+    assert Checkpoint.open("some/llama", progress=False).make_full_manifest() == full
+
+
+def test_a_block_from_the_hub_must_have_the_hash_that_the_fingerprint_covers(
+    hub: LocalHub, full: Manifest
+) -> None:
+    lie = replace(full, blocks=("12" * 32, *full.blocks[1:]))
+    keep_manifest(BlockStore(), lie)
+    checkpoint = Checkpoint.open("some/llama", fingerprint=lie.full_fingerprint, progress=False)
+    checkpoint.fetch(1, 2)
+    with pytest.raises(ModelError, match=r"block 0 of .* other bytes than the fingerprint"):
+        checkpoint.fetch(0, 1)
+
+
+def test_a_manifest_with_hashes_of_other_blocks_is_refused(hub: LocalHub, full: Manifest) -> None:
+    lie = replace(full, blocks=full.blocks[:1])
+    keep_manifest(BlockStore(), lie)
+    with pytest.raises(ModelError, match="hashes of 1 blocks, and some/llama has 4"):
+        Checkpoint.open("some/llama", fingerprint=lie.full_fingerprint, progress=False)
+
+
+def test_blocks_from_before_the_full_fingerprint_was_given_are_used(
+    hub: LocalHub, full: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Checkpoint.open("some/llama", progress=False)
+    before.fetch(0, 2)
+    unplug(monkeypatch)
+    checkpoint = Checkpoint.open("some/llama", fingerprint=full.full_fingerprint, progress=False)
+    assert set(checkpoint.read(checkpoint.block_keys(0, 2))) == set(before.block_keys(0, 2))
+
+
+def test_weights_of_a_folder_have_no_hashes_of_blocks_and_the_error_says_why(folder: Path) -> None:
+    with pytest.raises(ModelError, match="not weights of a folder"):
+        Checkpoint.open(folder).make_full_manifest()

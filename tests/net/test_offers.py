@@ -8,7 +8,7 @@ import pytest
 from swarmkit.errors import ProtocolError
 from swarmkit.net.registry import offers, records
 from swarmkit.net.registry.acceptance import is_acceptable
-from swarmkit.net.registry.offers import WeightsOffer, claim_key, content_key, most_claimed
+from swarmkit.net.registry.offers import WeightsOffer, claim_key, content_key
 from swarmkit.net.transport.identity import Identity
 
 ME = Identity(b"m" * 32)
@@ -80,13 +80,3 @@ def test_bytes_that_are_no_offer_are_refused() -> None:
 def test_an_announcement_is_no_offer_and_the_other_way_round() -> None:
     value = offers.sign(an_offer(), ME)
     assert not is_acceptable(records.block_key(MODEL, 3), ME.peer_id, value, NOW, NOW)
-
-
-def test_the_content_that_most_peers_claim_comes_first() -> None:
-    claims = [
-        an_offer(peer_id="a", content="1" * 64),
-        an_offer(peer_id="a", content="1" * 64),
-        an_offer(peer_id="b", content="2" * 64),
-        an_offer(peer_id="c", content="2" * 64),
-    ]
-    assert most_claimed(claims) == ["2" * 64, "1" * 64]

@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 
 from swarmkit.errors import ModelError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.checkpoint.manifest import Manifest
 from swarmkit.models.checkpoint.store import BlockStore
 from swarmkit.models.checkpoint.store_hub import HubFiles
+from swarmkit.models.checkpoint.store_pinned import keep_manifest
 from swarmkit.models.checkpoint.store_tensors import keep_tensors
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.weights_messages import WEIGHTS, FileChunk, FileFound
@@ -52,12 +54,26 @@ class Town:
         self.home = home
         self.monkeypatch = monkeypatch
         self._tasks: list[asyncio.Task[None]] = []
+        self._manifest: Manifest | None = None
+
+    def full_manifest(self) -> Manifest:
+        """The model's manifest with the hash of each block, made on a machine of its own."""
+        if self._manifest is None:
+            with self.monkeypatch.context() as patch:
+                patch.setenv("SWARMKIT_STORE_DIR", str(self.home / "founder"))
+                self._manifest = Checkpoint.open("some/llama", progress=False).make_full_manifest()
+        return self._manifest
 
     def server(
-        self, name: str, token: str | None = None, **settings: Any
+        self, name: str, token: str | None = None, full: bool = False, **settings: Any
     ) -> tuple[Checkpoint, SharedWeights]:
+        """Args: full: it was given the fingerprint that covers hashes of blocks."""
         self.monkeypatch.setenv("SWARMKIT_STORE_DIR", str(self.home / name))
-        checkpoint = Checkpoint.open("some/llama", progress=False, token=token)
+        fingerprint = None
+        if full:
+            fingerprint = self.full_manifest().full_fingerprint
+            keep_manifest(BlockStore(), self.full_manifest())
+        checkpoint = Checkpoint.open("some/llama", progress=False, token=token, fingerprint=fingerprint)
         transport = self.network.transport(record_check=acceptable_now)
         self.transports.append(transport)
         return checkpoint, SharedWeights(transport, checkpoint, WeightsSettings(**settings))
@@ -82,11 +98,18 @@ class Town:
     async def liar(
         self, name: str, serve: Callable[[MessageStream, bytes], Awaitable[None]] | None, change: float = 1.0
     ) -> Transport:
-        """A peer that claims another content for block 0, and serves it or something else."""
+        """A peer that claims to have block 0.
+
+        Args:
+            serve: what it sends of the block's right hash; without, it claims the hash of a block in which
+                it changed a share of the values, and sends that.
+            change: this share.
+        """
         checkpoint = Checkpoint.open("some/llama", progress=False)
         tensors = {key: value.clone() for key, value in checkpoint.read(checkpoint.block_keys(0, 1)).items()}
-        for value in tensors.values():
-            value.view(-1)[: max(1, int(value.numel() * change))] += 1
+        if serve is None:
+            for value in tensors.values():
+                value.view(-1)[: max(1, int(value.numel() * change))] += 1
         store = BlockStore(self.home / name)
         keep_tensors(store, "lies@1", "block 0", tensors)
         path = store.find("lies@1", "block 0")
@@ -152,26 +175,17 @@ def is_right(checkpoint: Checkpoint, folder: Path, start: int, stop: int) -> boo
 
 async def test_a_second_server_starts_without_weights_from_the_hub(town: Town, folder: Path) -> None:
     await town.offering("first", 0, 3)
+    checkpoint, second = town.server("second", full=True)
     sent = town.hub_weights()
-    checkpoint, second = town.server("second", source="peers")
     report = await second.fetch(0, 3)
     assert report.from_peers == [0, 1, 2]
     assert is_right(checkpoint, folder, 0, 3)
     assert town.hub_weights() == sent
 
 
-async def test_a_sample_of_what_peers_send_is_compared_with_the_hub(town: Town, folder: Path) -> None:
-    await town.offering("first", 0, 1)
-    sent = town.hub_weights()
-    checkpoint, second = town.server("second", samples=3)
-    assert (await second.fetch(0, 1)).from_peers == [0]
-    assert is_right(checkpoint, folder, 0, 1)
-    assert 0 < town.hub_weights() - sent <= 3 * 4096 + 6000  # samples and headers
-
-
 async def test_blocks_come_from_peers_and_hub_as_it_happens(town: Town, folder: Path) -> None:
     await town.offering("first", 1, 2)
-    checkpoint, second = town.server("second")
+    checkpoint, second = town.server("second", full=True)
     told: list[tuple[int, int]] = []
     report = await second.fetch(0, 3, lambda done, total: told.append((done, total)))
     assert (report.from_peers, report.from_hub) == ([1], [0, 2])
@@ -181,11 +195,54 @@ async def test_blocks_come_from_peers_and_hub_as_it_happens(town: Town, folder: 
 
 async def test_what_was_fetched_from_a_peer_is_offered_in_turn(town: Town) -> None:
     first = await town.offering("first", 0, 1)
-    second = await town.offering("second", 0, 1)
+    second = await town.offering("second", 0, 1, full=True)
     await first.transport.close()
-    _, third = town.server("third", source="peers")
+    _, third = town.server("third", source="peers", full=True)
     assert (await third.fetch(0, 1)).from_peers == [0]
     assert second.service.sent_bytes > 0
+
+
+async def test_without_hashes_of_blocks_none_comes_from_a_peer(town: Town, folder: Path) -> None:
+    await town.offering("first", 0, 1)
+    checkpoint, second = town.server("second")
+    assert (await second.fetch(0, 1)).from_hub == [0]
+    assert is_right(checkpoint, folder, 0, 1)
+
+
+async def test_an_old_manifest_says_what_it_lacks(town: Town) -> None:
+    await town.offering("first", 0, 1)
+    _, second = town.server("second", source="peers")
+    with pytest.raises(
+        ModelError, match=r"does not cover hashes of blocks.*`swarmkit fingerprint some/llama`"
+    ):
+        await second.fetch(0, 1)
+
+
+async def test_a_block_that_the_hub_sent_before_comes_from_a_peer_once_evicted(
+    town: Town, folder: Path
+) -> None:
+    await town.offering("first", 0, 1)
+    checkpoint, second = town.server("second")
+    await second.fetch(0, 1)
+    content = checkpoint.block_content(0)
+    assert content is not None
+    BlockStore().blob(content).unlink()
+    assert (await second.fetch(0, 1)).from_peers == [0]
+    assert is_right(checkpoint, folder, 0, 1)
+
+
+async def test_what_a_former_version_took_on_a_peers_word_is_fetched_again(town: Town, folder: Path) -> None:
+    checkpoint, server = town.server("server")
+    files = checkpoint.files
+    assert isinstance(files, HubFiles)
+    tensors = {key: value + 1 for key, value in load_file(next(folder.glob("*1-of*.safetensors"))).items()}
+    keep_tensors(files.store, "lies@1", "block 0", {key: tensors[key] for key in checkpoint.block_keys(0, 1)})
+    lie = files.store.entry("lies@1", "block 0")
+    assert lie is not None
+    files.store.link(files.source, "block 0", lie.content, "peers")
+    assert checkpoint.block_content(0) is None  # so it is not offered either
+    assert (await server.fetch(0, 1)).from_hub == [0]
+    assert is_right(checkpoint, folder, 0, 1)
 
 
 async def send_chunk(stream: MessageStream, data: bytes) -> None:
@@ -219,7 +276,7 @@ async def test_a_liars_bytes_are_refused_and_the_hub_helps(
     town: Town, folder: Path, lie: Callable[[MessageStream, bytes], Awaitable[None]]
 ) -> None:
     await town.liar("liar", lie)
-    checkpoint, second = town.server("second")
+    checkpoint, second = town.server("second", full=True)
     report = await second.fetch(0, 1)
     assert (report.from_peers, report.from_hub) == ([], [0])
     assert is_right(checkpoint, folder, 0, 1)
@@ -235,35 +292,51 @@ async def test_a_liar_is_not_asked_again(town: Town, folder: Path) -> None:
         await garbage(stream, truth)
 
     liar = await town.liar("liar", lie)
-    checkpoint, second = town.server("second")
+    checkpoint, second = town.server("second", full=True)
     files = checkpoint.files
     assert isinstance(files, HubFiles)
-    peers = PeerWeights(second.transport, checkpoint, files, WeightsSettings())
-    part = checkpoint.block_parts(0, 1)[0]
+    peers = PeerWeights(second.transport, checkpoint, files, WeightsSettings(source="peers"))
     for _ in range(2):
-        offered = await peers._look_up([0])
-        assert not await peers._fetch_block(0, part, offered.get(0, []), FetchReport())
+        with pytest.raises(ModelError, match="No peer could give"):
+            await peers.fetch(0, 1)
     assert asked == 1
     assert peers.liars == {liar.peer_id}
 
 
-async def test_well_hashed_lies_are_found_by_the_sample(town: Town, folder: Path) -> None:
-    for name in ("liar", "friend"):
-        await town.liar(name, None, change=0.9)
+SHARES = pytest.mark.parametrize("change", [0.9, 0.01, 0.0], ids=["most", "1 %", "one value"])
+
+
+@SHARES
+async def test_a_changed_block_under_its_own_hash_is_refused_however_many_claim_it(
+    town: Town, folder: Path, change: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    liars = [await town.liar(name, None, change) for name in ("liar", "friend")]
     await town.offering("honest", 0, 1)
-    checkpoint, second = town.server("second")
-    report = await second.fetch(0, 1)
-    assert report.from_peers == [0]  # from the honest one, after the others were found out
+    checkpoint, second = town.server("second", full=True)
+    assert (await second.fetch(0, 1)).from_peers == [0]
     assert is_right(checkpoint, folder, 0, 1)
+    (refusal,) = [record.message for record in caplog.records if "is refused" in record.message]
+    assert "block 0 of some/llama" in refusal
+    assert all(liar.peer_id in refusal for liar in liars)
 
 
-async def test_without_the_hub_the_most_claimed_content_is_taken(town: Town, folder: Path) -> None:
-    await town.liar("liar", None)
-    await town.offering("one", 0, 1)
-    await town.offering("two", 0, 1)
-    checkpoint, third = town.server("third", source="peers")
-    assert (await third.fetch(0, 1)).from_peers == [0]
-    assert is_right(checkpoint, folder, 0, 1)
+@SHARES
+async def test_a_changed_block_under_the_right_hash_is_refused_and_not_offered_on(
+    town: Town, change: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def altered(stream: MessageStream, truth: bytes) -> None:
+        many = max(1, int(len(truth) * change))
+        await stream.receive()
+        await stream.send(FileFound(len(truth)))
+        await send_chunk(stream, truth[:-many] + bytes(byte ^ 1 for byte in truth[-many:]))
+
+    liar = await town.liar("liar", altered)
+    _, second = town.server("second", source="peers", full=True)
+    with pytest.raises(ModelError, match="No peer could give"):
+        await second.fetch(0, 1)
+    assert f"block 0 from peer {liar.peer_id} is refused" in caplog.text
+    assert await second.offer(0, 1) == 0
+    assert not list((BlockStore().root / "blobs").glob("*"))
 
 
 async def test_what_the_hub_sends_is_doubted_if_no_peer_has_it(town: Town, folder: Path) -> None:
@@ -299,7 +372,7 @@ async def test_a_broken_transfer_is_taken_up_with_another_holder(town: Town, fol
     honest = await town.offering("honest", 0, 1)
     content = honest.checkpoint.block_content(0)
     assert content is not None
-    truth = honest.service._files[content].read_bytes()
+    truth = BlockStore(town.home / "honest").blob(content).read_bytes()
 
     async def half(stream: Stream) -> None:
         messages = MessageStream(stream, WEIGHTS)
@@ -311,7 +384,7 @@ async def test_a_broken_transfer_is_taken_up_with_another_holder(town: Town, fol
     town.transports.append(lazy)
     await lazy.listen(WEIGHTS.endpoint, half)
     await town.claim(lazy, honest.checkpoint.fingerprint, content, len(truth))
-    checkpoint, second = town.server("second", source="peers")
+    checkpoint, second = town.server("second", source="peers", full=True)
 
     class LazyFirst(random.Random):
         def shuffle(self, x: Any) -> None:
@@ -339,7 +412,7 @@ async def test_a_holder_that_trickles_is_left(
             await asyncio.sleep(0.001)
 
     await town.liar("slow", trickle)
-    checkpoint, second = town.server("second", idle_timeout_s=0.1)
+    checkpoint, second = town.server("second", idle_timeout_s=0.1, full=True)
     assert (await second.fetch(0, 1)).from_hub == [0]
     assert is_right(checkpoint, folder, 0, 1)
 
@@ -356,19 +429,36 @@ async def test_weights_in_the_hubs_cache_are_fetched_from_nobody(town: Town, fol
 
 
 async def test_without_a_holder_and_without_the_hub_the_error_says_what_to_do(town: Town) -> None:
-    _, alone = town.server("alone", source="peers")
+    _, alone = town.server("alone", source="peers", full=True)
     with pytest.raises(ModelError, match=r"No peer could give blocks \[0, 1\].*SWARMKIT_WEIGHTS_SOURCE=any"):
         await alone.fetch(0, 2)
 
 
-async def test_offline_blocks_come_from_peers_unsampled(
+async def test_offline_blocks_come_from_peers(
     town: Town, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await town.offering("first", 0, 1)
-    checkpoint, second = town.server("second")
+    checkpoint, second = town.server("second", full=True)
     _ = checkpoint.fingerprint
     unplug(monkeypatch)
     assert (await second.fetch(0, 1)).from_peers == [0]
+    assert is_right(checkpoint, folder, 0, 1)
+
+
+async def test_a_file_that_changed_after_it_was_offered_is_not_handed_out(
+    town: Town, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = await town.offering("first", 0, 1)
+    content = first.checkpoint.block_content(0)
+    assert content is not None
+    path = BlockStore(town.home / "first").blob(content)
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    checkpoint, second = town.server("second", full=True)
+    assert (await second.fetch(0, 1)).from_hub == [0]
+    assert first.service.sent_bytes == 0
+    assert "has changed since it was verified" in caplog.text
+    await first.offer(0, 1)  # which finds it damaged, and puts it aside
+    assert first.checkpoint.block_content(0) is None
     assert is_right(checkpoint, folder, 0, 1)
 
 

@@ -72,10 +72,11 @@ async def offering_bytes(
 
 
 async def test_a_second_server_starts_without_a_single_request_to_the_hub(town: Town, folder: Path) -> None:
-    first = await town.offering("first", 0, 3)
+    await town.offering("first", 0, 4)
+    full = town.full_manifest().full_fingerprint
     requests = len(town.hub.requests)
 
-    checkpoint, second = await joining(town, "second", first.checkpoint.fingerprint)
+    checkpoint, second = await joining(town, "second", full)
     report = await second.fetch(0, 3)
 
     assert report.from_peers == [0, 1, 2]
@@ -84,18 +85,26 @@ async def test_a_second_server_starts_without_a_single_request_to_the_hub(town: 
 
 
 async def test_a_server_that_started_from_peers_is_one_for_the_next(town: Town, folder: Path) -> None:
-    first = await town.offering("first", 0, 1)
-    checkpoint, second = await joining(town, "second", first.checkpoint.fingerprint)
+    first = await town.offering("first", 0, 4)
+    full = town.full_manifest().full_fingerprint
+    checkpoint, second = await joining(town, "second", full)
     await second.fetch(0, 1)
     requests = len(town.hub.requests)
     await town.share(second, 0, 1)
     await first.transport.close()
 
-    checkpoint, third = await joining(town, "third", checkpoint.fingerprint)
+    checkpoint, third = await joining(town, "third", full)
 
     assert (await third.fetch(0, 1)).from_peers == [0]
     assert is_right(checkpoint, folder, 0, 1)
     assert len(town.hub.requests) == requests
+
+
+async def test_who_is_given_the_full_fingerprint_meets_who_was_not(town: Town) -> None:
+    first = await town.offering("first", 0, 4)
+    checkpoint, _ = await joining(town, "second", town.full_manifest().full_fingerprint)
+    assert checkpoint.fingerprint == first.checkpoint.fingerprint
+    assert checkpoint.manifest.full_fingerprint == town.full_manifest().full_fingerprint
 
 
 async def test_a_manifest_in_the_store_needs_nobody(town: Town) -> None:
@@ -199,11 +208,12 @@ def test_a_server_with_the_fingerprint_serves_without_the_hub(
 ) -> None:
     place = Place()
     checkpoint = Checkpoint.open("some/llama", progress=False)
+    full = checkpoint.make_full_manifest().full_fingerprint
     with Server(checkpoint, transport=place, blocks=(0, 2)):
         place.wait_until_offered(checkpoint.fingerprint)
         monkeypatch.setenv("SWARMKIT_STORE_DIR", str(tmp_path / "second"))
         asked = len(hub.requests)
-        pinned = {"fingerprint": checkpoint.fingerprint, "weights": WeightsSettings(source="peers")}
+        pinned = {"fingerprint": full, "weights": WeightsSettings(source="peers")}
         with Server("some/llama", transport=place, blocks=(0, 2), **pinned) as second:
             assert second.blocks == (0, 2)
     assert len(hub.requests) == asked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,11 @@ class Checkpoint:
         config._name_or_path = str(config_file.parent) if name == PACKAGED else name
         checkpoint = cls(name, config, files, is_part=config is not whole)
         _ = checkpoint._listing  # which raises if there are no weights
+        if len(files.block_hashes) not in (0, checkpoint.num_blocks):
+            raise ModelError(
+                f"The manifest of {fingerprint} has hashes of {len(files.block_hashes)} blocks, and {name} "
+                f"has {checkpoint.num_blocks}. Ask for the right fingerprint where you got it."
+            )
         checkpoint._must_be(fingerprint)
         return checkpoint
 
@@ -140,7 +145,51 @@ class Checkpoint:
         config_file = self.files.find("config.json")
         assert config_file is not None, "open_files has found it"
         hashes = {name: self.files.sha256(name) for name in sorted(set(self.weight_map.values()))}
-        return Manifest(_read_json(config_file, self.name), hashes, self.weight_map, self.files.commit or "")
+        return Manifest(
+            _read_json(config_file, self.name),
+            hashes,
+            self.weight_map,
+            self.files.commit or "",
+            self.files.block_hashes,
+        )
+
+    def full_manifest(self) -> Manifest | None:
+        """The manifest with the hash of each block; None while a block was never on this machine.
+
+        Raises:
+            ModelError: see `manifest`.
+        """
+        if self.manifest.blocks:
+            return self.manifest
+        hashes = [self.files.known_hash(part) for part in self.block_parts(0, self.num_blocks)]
+        known = tuple(each for each in hashes if each is not None)
+        return replace(self.manifest, blocks=known) if len(known) == len(hashes) else None
+
+    def make_full_manifest(self, on_block: OnBytes = lambda done, total: None) -> Manifest:
+        """The manifest with the hash of each block; those that were never here are fetched, one by one.
+
+        Args: on_block: called with (blocks done, blocks in all).
+
+        Raises:
+            ModelError: a block cannot be fetched, or none is handed on between peers: the weights lie in a
+                folder or in PyTorch's own files.
+        """
+        if not self.manifest.can_be_shared:
+            raise ModelError(
+                f"{self.name} has no fingerprint that covers hashes of blocks: peers hand on blocks of "
+                "safetensors files on the Hub only, not weights of a folder or of PyTorch's own files, which "
+                "nobody can check against the Hub without all of them."
+            )
+        parts = self.block_parts(0, self.num_blocks)
+        for done, part in enumerate(parts):
+            on_block(done, len(parts))
+            if self.files.known_hash(part) is None:
+                self.files.fetch([part])
+                self.files.release(part)
+        on_block(len(parts), len(parts))
+        manifest = self.full_manifest()
+        assert manifest is not None, "each block has been here"
+        return manifest
 
     @property
     def fingerprint(self) -> str:
@@ -152,11 +201,12 @@ class Checkpoint:
         return self.manifest.fingerprint
 
     def _must_be(self, fingerprint: str | None) -> None:
-        if fingerprint is not None and self.fingerprint != fingerprint:
+        if fingerprint not in (None, self.manifest.fingerprint, self.manifest.full_fingerprint):
             raise ModelError(
                 f"{self.name} has the fingerprint {self.fingerprint}, not {fingerprint}: it has changed, or "
                 "the fingerprint is that of another model. Leave the fingerprint out to take what is there, "
-                "or ask for the right one where you got it."
+                "or ask for the right one where you got it. If it covers hashes of blocks, a peer must "
+                f"have its manifest; `swarmkit fingerprint {self.name}` makes it here."
             )
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:

@@ -25,9 +25,12 @@ class Files(Protocol):
 
     Attributes:
         commit: the commit of a repository; None for a folder.
+        block_hashes: the SHA-256 of each block's file in the store, as a fingerprint covers it; empty where
+            it covers none.
     """
 
     commit: str | None
+    block_hashes: tuple[str, ...]
 
     def find(self, name: str) -> Path | None:
         """Return a file on this machine, fetched if need be; None if the model has no such file."""
@@ -55,6 +58,12 @@ class Files(Protocol):
     def content(self, part: Part) -> str | None:
         """Return the SHA-256 of a part's file in the store; None if it has none there."""
 
+    def known_hash(self, part: Part) -> str | None:
+        """Return the SHA-256 that a part's file must have, without a peer's word; None if it is not known."""
+
+    def release(self, part: Part) -> None:
+        """Let a part's file be evicted from the store, because this process needs it no longer."""
+
     def pretrained(self) -> tuple[str, dict[str, Any]]:
         """Return the arguments with which transformers' `from_pretrained` loads from the same place."""
 
@@ -65,6 +74,7 @@ class LocalFiles:
     def __init__(self, folder: Path, *, progress: bool = True) -> None:
         self.folder = folder
         self.commit: str | None = None
+        self.block_hashes: tuple[str, ...] = ()
         self._progress = progress
 
     def find(self, name: str) -> Path | None:
@@ -101,6 +111,12 @@ class LocalFiles:
 
     def content(self, part: Part) -> str | None:
         return None
+
+    def known_hash(self, part: Part) -> str | None:
+        return None
+
+    def release(self, part: Part) -> None:
+        """Do nothing: a folder is its owner's."""
 
     def pretrained(self) -> tuple[str, dict[str, Any]]:
         return str(self.folder), {"local_files_only": True}

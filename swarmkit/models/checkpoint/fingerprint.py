@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,12 @@ _VOLATILE = frozenset(
 )
 
 
-def fingerprint(config: Mapping[str, Any], files: Mapping[str, str], weights: Mapping[str, str]) -> str:
+def fingerprint(
+    config: Mapping[str, Any],
+    files: Mapping[str, str],
+    weights: Mapping[str, str],
+    blocks: Sequence[str] = (),
+) -> str:
     """Return 32 hex characters that identify a model.
 
     Args:
@@ -37,8 +42,11 @@ def fingerprint(config: Mapping[str, Any], files: Mapping[str, str], weights: Ma
             that peers with different versions of transformers agree.
         files: every file of weights, to its SHA-256 in hex.
         weights: every tensor, to the file that it lies in.
+        blocks: the SHA-256 in hex of each block's file in the store, where the fingerprint is to cover these.
     """
     parts = {"config": without_volatile(config), "files": dict(files), "weights": dict(weights)}
+    if blocks:
+        parts["blocks"] = list(blocks)
     canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 

@@ -5,6 +5,11 @@ tensor lies in. So a manifest from any peer can be checked against a fingerprint
 server that was given a fingerprint need not ask the Hub for anything. What a fingerprint does not cover is
 only a hint, and accepted only in a form that can do no harm: the dtype that the weights were published in,
 and the commit at which the Hub has them.
+
+The Hub publishes the hashes of whole files, of which one may hold thirty blocks. So a model that was never
+downloaded has a fingerprint, by which peers meet, but nothing yet by which a block from a peer could be
+checked. Once each block was on one machine, its manifest has their hashes too, and a second fingerprint, the
+full one, covers these: whoever is given it can take blocks from any peer.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -44,17 +49,29 @@ class Manifest:
         files: every file of weights, to its SHA-256 in hex.
         weights: every tensor, to the file that it lies in.
         commit: the commit at which the Hub has these files; 40 hex characters.
+        blocks: the SHA-256 in hex of each block's file in the store, in order; empty if they are not known.
     """
 
     config: Mapping[str, Any] = field(repr=False)
     files: Mapping[str, str] = field(repr=False)
     weights: Mapping[str, str] = field(repr=False)
     commit: str
+    blocks: tuple[str, ...] = field(default=(), repr=False)
 
     @cached_property
     def fingerprint(self) -> str:
-        """The fingerprint of the model that this is the manifest of."""
+        """The fingerprint of the model that this is the manifest of, by which peers meet."""
         return fingerprint(self.config, self.files, self.weights)
+
+    @cached_property
+    def full_fingerprint(self) -> str:
+        """The fingerprint that covers the hashes of blocks as well; where there are none, the other one."""
+        return fingerprint(self.config, self.files, self.weights, self.blocks)
+
+    @property
+    def without_blocks(self) -> Manifest:
+        """The manifest without hashes of blocks."""
+        return replace(self, blocks=()) if self.blocks else self
 
     @cached_property
     def encoded(self) -> bytes:
@@ -65,6 +82,8 @@ class Manifest:
             "files": dict(self.files),
             "weights": dict(self.weights),
         }
+        if self.blocks:
+            content["blocks"] = list(self.blocks)
         return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
     @cached_property
@@ -74,10 +93,10 @@ class Manifest:
 
     @classmethod
     def decode(cls, encoded: bytes, expected: str) -> Manifest:
-        """Read a manifest, which any peer may have sent.
+        """Read a manifest, which any peer may have sent. What the fingerprint does not cover is left out.
 
         Args:
-            expected: the fingerprint that it must have.
+            expected: the fingerprint that it must have, the full one or the other.
 
         Raises:
             ManifestError: it is too large, malformed, or that of another model.
@@ -88,8 +107,8 @@ class Manifest:
             content = json.loads(encoded)
         except (ValueError, RecursionError) as error:
             raise ManifestError(f"a manifest is not JSON: {error}") from None
-        if not isinstance(content, dict) or set(content) != _FIELDS:
-            raise ManifestError(f"a manifest consists of {', '.join(sorted(_FIELDS))}")
+        if not isinstance(content, dict) or set(content) - {"blocks"} != _FIELDS:
+            raise ManifestError(f"a manifest consists of {', '.join(sorted(_FIELDS))}, and perhaps blocks")
         commit, config, files, weights = (content[name] for name in sorted(_FIELDS))
         if not isinstance(commit, str) or not _COMMIT.fullmatch(commit) or not isinstance(config, dict):
             raise ManifestError("a manifest lacks a commit or a config")
@@ -97,10 +116,17 @@ class Manifest:
             raise ManifestError("a manifest lists no weights, or files by names that are not allowed")
         if set(weights.values()) != set(files):
             raise ManifestError("a manifest's tensors do not lie in its files")
-        manifest = cls(portable_config(config), files, weights, commit)
+        blocks = content.get("blocks", [])
+        if not isinstance(blocks, list) or not all(
+            isinstance(block, str) and _SHA256.fullmatch(block) for block in blocks
+        ):
+            raise ManifestError("a manifest lists hashes of blocks that are none")
+        manifest = cls(portable_config(config), files, weights, commit, tuple(blocks))
+        if manifest.full_fingerprint == expected:
+            return manifest
         if manifest.fingerprint != expected:
-            raise ManifestError(f"a manifest is that of {manifest.fingerprint}, not of {expected}")
-        return manifest
+            raise ManifestError(f"a manifest is that of {manifest.full_fingerprint}, not of {expected}")
+        return manifest.without_blocks
 
     @property
     def can_be_shared(self) -> bool:

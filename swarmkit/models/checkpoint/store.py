@@ -88,6 +88,10 @@ class StoreEntry:
     read_at: float
 
 
+class StoreWriteError(ModelError):
+    """The store's disk is full, or it may not be written to."""
+
+
 def key_of(*names: str) -> str:
     """Return a file name for something that is identified by `names`."""
     return hashlib.sha256("\0".join(names).encode()).hexdigest()[:40]
@@ -131,7 +135,8 @@ class BlockStore:
             return None
         path = self.open(entry.content)
         if path is not None:
-            with self._alone():
+            # A full disk must not keep a server from reading what is there.
+            with self._alone(), contextlib.suppress(StoreWriteError):
                 self._write_entry(StoreEntry(**{**asdict(entry), "read_at": self._clock()}))
         return path
 
@@ -144,8 +149,11 @@ class BlockStore:
         with self._alone():
             if not path.is_file():
                 return None
-            self._use(content)
-        state = _state(path)
+            try:
+                self._use(content)
+            except StoreWriteError as error:
+                logger.warning("%s may be evicted while it is in use: %s", path.name, error)
+        state = state_of(path)
         if self._verified.get(content) != state:
             with path.open("rb") as file:
                 actual = sha256_of(file)
@@ -211,21 +219,22 @@ class BlockStore:
             have = partial.stat().st_size if partial.is_file() else 0
             if have != size:
                 self._make_room(size - have, keep=partial)
-                partial.parent.mkdir(parents=True, exist_ok=True)
-                with partial.open("ab") as file:
-                    file.truncate(size)
+                with self.writing(partial.name):
+                    partial.parent.mkdir(parents=True, exist_ok=True)
+                    with partial.open("ab") as file:
+                        file.truncate(size)
 
     def keep(self, partial: Path, source: str, part: str, content: str, origin: Origin) -> Path:
         """Take over a finished part with its SHA-256 `content`; its file is protected until `release`."""
         blob = self.blob(content)
-        with self._alone():
+        with self._alone(), self.writing(part):
             blob.parent.mkdir(parents=True, exist_ok=True)
             size = partial.stat().st_size
             partial.replace(blob)
             partial.with_suffix(".json").unlink(missing_ok=True)
             self._use(content)
             self._write_entry(StoreEntry(source, part, content, size, origin, self._clock()))
-        self._verified[content] = _state(blob)
+        self._verified[content] = state_of(blob)
         return blob
 
     def link(self, source: str, part: str, content: str, origin: Origin) -> Path | None:
@@ -242,14 +251,39 @@ class BlockStore:
         partial.unlink(missing_ok=True)
         partial.with_suffix(".json").unlink(missing_ok=True)
 
+    @contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Turn errors of writing files of the store into one that says what to do.
+
+        Raises:
+            StoreWriteError: the disk is full, or the store may not be written to.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise StoreWriteError(
+                f"the store at {self.root} cannot be written to ({what}: {error.strerror or error}). Make "
+                "room on the disk, or set SWARMKIT_STORE_DIR to a folder that can be written to; what is "
+                "there already is kept, and a fetch goes on from it"
+            ) from error
+
     # ------------------------------------------------------------------ notes about files on the Hub
 
     def note(self, name: str, content: bytes) -> Path:
-        """Keep something small that never changes; returns its file."""
+        """Keep something small that never changes; returns its file.
+
+        Raises:
+            StoreWriteError: the disk is full, or the store may not be written to.
+        """
         path = self.root / "about" / name
         if self.noted(name) != content:
-            _replace(path, content)
+            self._replace(path, content)
         return path
+
+    def remember(self, name: str, content: bytes) -> None:
+        """Keep something small that can be found out again, unless the disk is full."""
+        with contextlib.suppress(StoreWriteError):
+            self.note(name, content)
 
     def noted(self, name: str) -> bytes | None:
         """Return what was kept under `name`; None if nothing was."""
@@ -319,7 +353,7 @@ class BlockStore:
             self._user_lock = FileLock(self._user.with_suffix(".lock"), thread_local=False)
             self._user_lock.acquire()
             weakref.finalize(self, _end_own_use, self._user, self._user_lock, os.getpid())
-        _replace(self._user, json.dumps(sorted(self._used)).encode())
+        self._replace(self._user, json.dumps(sorted(self._used)).encode())
 
     def _used_by_anybody(self) -> set[str]:
         used = set(self._used)
@@ -342,7 +376,18 @@ class BlockStore:
         return self.root / "index" / f"{key_of(source, part)}.json"
 
     def _write_entry(self, entry: StoreEntry) -> None:
-        _replace(self._index(entry.source, entry.part), json.dumps(asdict(entry)).encode())
+        self._replace(self._index(entry.source, entry.part), json.dumps(asdict(entry)).encode())
+
+    def _replace(self, path: Path, content: bytes) -> None:
+        scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        with self.writing(path.name):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                scratch.write_bytes(content)
+                scratch.replace(path)
+            except OSError:
+                scratch.unlink(missing_ok=True)
+                raise
 
     def _put_aside(self, path: Path) -> None:
         logger.warning("%s is damaged; it is put aside and fetched again", path)
@@ -354,21 +399,20 @@ class BlockStore:
 
     def _lock(self, name: str) -> FileLock:
         path = self.root / "locks" / f"{name}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with self.writing("a lock"):
+            path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path, thread_local=False)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Keep other processes from changing the store. Held for moments only, never while bytes move."""
-        with contextlib.ExitStack() as held:
-            try:
-                held.enter_context(self._lock("store"))
-            except OSError as error:
-                raise ModelError(
-                    f"the store at {self.root} cannot be written to: {error.strerror}. Set "
-                    "SWARMKIT_STORE_DIR to a folder that can be"
-                ) from error
+        lock = self._lock("store")
+        with self.writing("a lock"):
+            lock.acquire()
+        try:
             yield
+        finally:
+            lock.release()
 
 
 def _end_own_use(path: Path, lock: FileLock, pid: int) -> None:
@@ -389,14 +433,8 @@ def _read_entry(path: Path) -> StoreEntry | None:
         return None
 
 
-def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    scratch.write_bytes(content)
-    scratch.replace(path)
-
-
-def _state(path: Path) -> tuple[int, ...]:
+def state_of(path: Path) -> tuple[int, ...]:
+    """Size, time of change and number of a file: while these stay, its content is taken to stay, too."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ino
 

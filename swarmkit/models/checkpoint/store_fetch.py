@@ -11,9 +11,9 @@ A journal beside each file says which bytes of which shard are there, so that a 
 `JOURNAL_BYTES`.
 
 These are checked: that every range is the one requested, of a file of the same size and ETag; the Hub's
-SHA-256 of a shard, if its whole content was wanted or sent; and the SHA-256 of the part, if an earlier fetch
-from the Hub has left it in the store's index. What does not fit is fetched again, at most `ATTEMPTS` times in
-all. The Hub publishes no hash for a part that is fetched for the first time. Hashes that peers claim are no
+SHA-256 of a shard, if its whole content was wanted or sent; and the SHA-256 of the part, if the fingerprint
+covers it or an earlier fetch from the Hub has left it in the store's index. What does not fit is fetched
+again, at most `ATTEMPTS` times in all. The Hub publishes no hash for a part. Hashes that peers claim are no
 proof, but reason for doubt: a part with none of the claimed hashes is fetched once more, and accepted if it
 is the same twice. Without claims, it is accepted as it arrives over TLS.
 """
@@ -55,7 +55,10 @@ Claims = Mapping[str, Collection[str]]
 
 
 class Shards(Protocol):
-    """The safetensors files that parts are cut from."""
+    """The safetensors files that parts are cut from, and where their parts are kept."""
+
+    def stored(self, part: Part) -> Path | None:
+        """Return a part's file in the store, verified and to be believed; None if it is not there."""
 
     def header(self, name: str, *, fresh: bool = False) -> Header:
         """Return the header of a shard; `fresh`: fetch it again, because something is wrong with the known
@@ -170,10 +173,12 @@ def fetch_parts(
     parts: Iterable[Part],
     on_bytes: OnBytes | None = None,
     claims: Claims | None = None,
+    expected: Mapping[str, str] | None = None,
 ) -> None:
     """Fetch those of these parts that the store lacks.
 
     Args:
+        expected: the hashes that parts must have, by label, where these are known.
         claims: the hashes that peers say parts have.
 
     Raises:
@@ -181,17 +186,17 @@ def fetch_parts(
         HfHubHTTPError: the Hub refused.
     """
     ordered = sorted({part.label: part for part in parts}.values(), key=lambda part: part.label)
-    with ExitStack() as held:
+    with store.writing(", ".join(part.label for part in ordered)), ExitStack() as held:
         for part in ordered:  # all take them in the same order, so that none wait in a circle
             held.enter_context(store.fetching(source, part.label))
-        lacking = [part for part in ordered if store.find(source, part.label) is None]
+        lacking = [part for part in ordered if shards.stored(part) is None]
         buildings: list[_Building] = []
         for part in lacking:
             building = _Building(part, shards, store.partial(source, part.label))
             store.reserve(building.path, building.layout.size)
             buildings.append(held.enter_context(building.opened()))
         if buildings:
-            _Fetch(store, source, shards, buildings, on_bytes, claims or {}).run()
+            _Fetch(store, source, shards, buildings, on_bytes, claims or {}, expected or {}).run()
 
 
 class _Fetch:
@@ -205,8 +210,10 @@ class _Fetch:
         buildings: Sequence[_Building],
         on_bytes: OnBytes | None,
         claims: Claims,
+        expected: Mapping[str, str],
     ) -> None:
         self._claims = claims
+        self._expected = expected
         self._store = store
         self._source = source
         self._shards = shards
@@ -283,8 +290,7 @@ class _Fetch:
 
     def _finish(self, building: _Building) -> None:
         source, label = self._source, building.part.label
-        before = self._store.entry(source, label)
-        expected = before.content if before is not None and before.origin == "hub" else None
+        expected = self._expected.get(label)
         good = {expected} if expected is not None else set(self._claims.get(label, ()))
         content = building.sha256()
         for _ in range(ATTEMPTS - 1):
@@ -302,7 +308,11 @@ class _Fetch:
             building.forget()
             raise ModelError(
                 f"{label} of {source} came {ATTEMPTS} times with other bytes"
-                + (" than when it was first fetched" if expected is not None else " each time")
+                + (
+                    " than the fingerprint or an earlier download says"
+                    if expected is not None
+                    else " each time"
+                )
                 + ". Something on the way changes them: try another network or mirror (HF_ENDPOINT). If the "
                 f"first time was the wrong one, delete {self._store.root / 'index'} and start again."
             )

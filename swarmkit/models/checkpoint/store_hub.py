@@ -19,10 +19,10 @@ from swarmkit.models.checkpoint.byte_ranges import ByteRange
 from swarmkit.models.checkpoint.fingerprint import file_sha256, recall, remember
 from swarmkit.models.checkpoint.ranges import SHA256, RemoteFile, RetryPolicy
 from swarmkit.models.checkpoint.shards import OnBytes, Part, by_shard, bytes_in, keys_in, read_from
-from swarmkit.models.checkpoint.store import BlockStore, key_of
+from swarmkit.models.checkpoint.store import BlockStore, StoreEntry, key_of
 from swarmkit.models.checkpoint.store_fetch import Claims, fetch_parts
 from swarmkit.models.checkpoint.store_format import FormatError, Header, parse_header
-from swarmkit.models.checkpoint.store_tensors import keep_tensors
+from swarmkit.models.checkpoint.store_tensors import hash_of_part, keep_tensors
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _BAR_FROM_BYTES = 8 * 1024 * 1024
@@ -35,6 +35,7 @@ class HubFiles:
 
     Attributes:
         commit: the commit, which never changes.
+        block_hashes: those that a fingerprint covers; none here.
         store: where parts of the weights are kept.
         received: bytes of weights that came from the Hub so far.
     """
@@ -65,6 +66,7 @@ class HubFiles:
             threading.local()
         )  # a remote file is for one thread, and servers may share a checkpoint
         self._opened: list[RemoteFile] = []
+        self.block_hashes: tuple[str, ...] = ()
         self.commit = revision
         self.commit = self._find_commit()
 
@@ -101,7 +103,7 @@ class HubFiles:
             get_hf_file_metadata(hf_hub_url(self.repo, "config.json", revision=self.commit), token=False)
         except Exception:  # noqa: BLE001 - whatever the reason: what is not known to be public is not
             return False
-        self.store.note(key_of(self.source, "public"), b"yes")
+        self.store.remember(key_of(self.source, "public"), b"yes")
         return True
 
     # ------------------------------------------------------------------ whole files
@@ -170,14 +172,16 @@ class HubFiles:
         from huggingface_hub.errors import EntryNotFoundError
 
         ranged = [part for part in parts if not self.is_pickled(part) and not self._is_cached(part)]
-        lacking = [part for part in ranged if self.store.find(self.source, part.label) is None]
+        lacking = [part for part in ranged if self.stored(part) is None]
         if lacking:
             names = ", ".join(part.label for part in lacking)
             if constants.is_offline_mode():
                 raise ModelError(self._unreachable(f"{names} of {self.source}"))
             try:
                 with self._explained(f"{names} of {self.source}"), self._bar(on_bytes) as report:
-                    fetch_parts(self.store, self.source, self, lacking, report, claims)
+                    known = {part.label: self.known_hash(part) for part in lacking}
+                    expected = {label: content for label, content in known.items() if content is not None}
+                    fetch_parts(self.store, self.source, self, lacking, report, claims, expected)
             except EntryNotFoundError as error:
                 raise ModelError(
                     f"{self.repo} on the Hub lacks a file of its index; tell its owner."
@@ -190,7 +194,7 @@ class HubFiles:
         self.fetch(parts)
         tensors: dict[str, Tensor] = {}
         for part in parts:
-            path = self.store.find(self.source, part.label)
+            path = self.stored(part)
             if path is not None:
                 tensors.update(read_from(path, part.shards, self.repo))
             elif self._is_cached(part):
@@ -220,7 +224,7 @@ class HubFiles:
 
     def has(self, part: Part) -> bool:
         """Whether reading a part needs no network."""
-        return self.store.find(self.source, part.label) is not None or self._is_cached(part)
+        return self.stored(part) is not None or self._is_cached(part)
 
     def is_pickled(self, part: Part) -> bool:
         """Whether a part lies in PyTorch's own files, which can only be fetched as a whole."""
@@ -228,8 +232,40 @@ class HubFiles:
 
     def content(self, part: Part) -> str | None:
         """Return the SHA-256 of a part's file; None if it is not in the store."""
-        entry = self.store.entry(self.source, part.label)
+        entry = self._entry(part)
         return entry.content if entry is not None and self.store.blob(entry.content).is_file() else None
+
+    def known_hash(self, part: Part) -> str | None:
+        """Return the SHA-256 that a part's file must have: the fingerprint's, or an earlier download's.
+
+        That of a part in the Hub's cache is computed once.
+        """
+        entry = self._entry(part)
+        if entry is not None:
+            return entry.content
+        if not self._is_cached(part):
+            return None
+        key = key_of(self.source, part.label, "sha256")
+        if (noted := self.store.noted(key)) is not None:
+            return noted.decode()
+        cached = {shard: self._cached(shard) for shard in set(part.shards.values())}
+        content = hash_of_part(part, {shard: path for shard, path in cached.items() if path is not None})
+        self.store.remember(key, content.encode())
+        return content
+
+    def release(self, part: Part) -> None:
+        """Let a part's file be evicted."""
+        if (content := self.content(part)) is not None:
+            self.store.release(content)
+
+    def _entry(self, part: Part) -> StoreEntry | None:
+        """The store's entry of a part, unless it is only a peer's word what the part is."""
+        entry = self.store.entry(self.source, part.label)
+        return entry if entry is not None and entry.origin == "hub" else None
+
+    def stored(self, part: Part) -> Path | None:
+        """Return a part's file in the store, verified; None if it is not there, or only on a peer's word."""
+        return None if self._entry(part) is None else self.store.find(self.source, part.label)
 
     def header(self, name: str, *, fresh: bool = False) -> Header:
         """Return the header of a safetensors file, which is kept; `fresh`: fetch it again."""
@@ -247,7 +283,7 @@ class HubFiles:
             if header is None:
                 with self._explained(f"{name} of {self.repo}"):
                     header = self.remote(name).header()
-                self.store.note(key, header.front)
+                self.store.remember(key, header.front)
             self._headers[name] = header
         return self._headers[name]
 
@@ -284,7 +320,7 @@ class HubFiles:
     def _convert(self, part: Part) -> None:
         """Put a part from PyTorch's own files, which can only be fetched as a whole, into the store."""
         with self.store.fetching(self.source, part.label):
-            if self.store.find(self.source, part.label) is not None:
+            if self.stored(part) is not None:
                 return
             tensors: dict[str, Tensor] = {}
             for shard, keys in by_shard([part]).items():
@@ -323,7 +359,7 @@ class HubFiles:
                 return None
         if metadata.size is None:
             raise ModelError(f"The Hub does not say how large {name} of {self.repo} is; try another mirror.")
-        self.store.note(key, json.dumps([metadata.etag or "", metadata.size]).encode())
+        self.store.remember(key, json.dumps([metadata.etag or "", metadata.size]).encode())
         return metadata.etag or "", metadata.size
 
     @contextmanager

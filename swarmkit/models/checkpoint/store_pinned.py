@@ -1,8 +1,8 @@
 """A repository whose state is known from a manifest, so that the Hub is not asked for what the manifest has.
 
 The manifest has the fingerprint that the user gave, so config, index and hashes are the right ones, whichever
-peer sent them. Weights come from peers; if some have to come from the Hub, they are only read from files that
-have the manifest's hashes.
+peer sent them. Weights come from peers if the manifest has hashes of blocks, and otherwise from files of the
+Hub with the manifest's hashes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from swarmkit.errors import ModelError
 from swarmkit.models.checkpoint.files import INDEX_FILE, PICKLE_FILE, PICKLE_INDEX_FILE, SINGLE_FILE
 from swarmkit.models.checkpoint.manifest import Manifest, ManifestError
 from swarmkit.models.checkpoint.shards import OnBytes, Part
-from swarmkit.models.checkpoint.store import BlockStore, key_of
+from swarmkit.models.checkpoint.store import BlockStore, StoreEntry, key_of
 from swarmkit.models.checkpoint.store_fetch import Claims
 from swarmkit.models.checkpoint.store_hub import HubFiles
 
@@ -40,12 +40,13 @@ class PinnedFiles(HubFiles):
     ) -> None:
         self.manifest = manifest
         super().__init__(repo, manifest.commit, token, progress=progress, store=store)
+        self.block_hashes = manifest.blocks
         index = json.dumps({"metadata": {}, "weight_map": dict(manifest.weights)}).encode()
         self._whole = {
             "config.json": self._note("config.json", json.dumps(dict(manifest.config)).encode()),
             INDEX_FILE: self._note(INDEX_FILE, index),
         }
-        self.store.note(key_of(repo, "pinned"), manifest.fingerprint.encode())
+        self.store.note(key_of(repo, "pinned"), manifest.full_fingerprint.encode())
 
     def _find_commit(self) -> str:
         return self.manifest.commit
@@ -53,7 +54,7 @@ class PinnedFiles(HubFiles):
     @property
     def source(self) -> str:
         """The store's name for the repository, by its fingerprint; the commit is only a hint."""
-        return f"{self.repo}@{self.manifest.fingerprint}"
+        return f"{self.repo}@{self.manifest.full_fingerprint}"
 
     @cached_property
     def is_public(self) -> bool:
@@ -78,6 +79,21 @@ class PinnedFiles(HubFiles):
     def sha256(self, name: str) -> str:
         return self.manifest.files[name]
 
+    def known_hash(self, part: Part) -> str | None:
+        return self._covered(part) or super().known_hash(part)
+
+    def _entry(self, part: Part) -> StoreEntry | None:
+        covered = self._covered(part)
+        if covered is None:
+            return super()._entry(part)
+        entry = self.store.entry(self.source, part.label)
+        return entry if entry is not None and entry.content == covered else None
+
+    def _covered(self, part: Part) -> str | None:
+        """The hash of a block that the fingerprint covers; None for what is in no block."""
+        block = part.label.removeprefix("block ")
+        return self.block_hashes[int(block)] if self.block_hashes and block.isdecimal() else None
+
     def has(self, part: Part) -> bool:
         self._adopt(part)
         return super().has(part)
@@ -90,13 +106,22 @@ class PinnedFiles(HubFiles):
         super().fetch(parts, on_bytes, claims)
 
     def _adopt(self, part: Part) -> None:
-        """Use a part that an earlier start without a fingerprint has left in the store.
+        """Use a part that an earlier start without this fingerprint has left in the store.
 
-        Only if the Hub itself said that the files at that commit have the manifest's hashes.
+        Only if it has the hash that the fingerprint covers, or if the Hub itself said that the files at that
+        commit have the manifest's hashes.
         """
+        if self.store.entry(self.source, part.label) is not None:
+            return
+        covered = self._covered(part)
+        if covered is not None:
+            origins = {entry.origin for entry in self.store.entries() if entry.content == covered}
+            if origins:
+                self.store.link(self.source, part.label, covered, "hub" if "hub" in origins else "peers")
+            return
         before = f"{self.repo}@{self.commit}"
         known = self.store.entry(before, part.label)
-        if known is None or self.store.entry(self.source, part.label) is not None:
+        if known is None or known.origin != "hub":
             return
         for shard in set(part.shards.values()):
             noted = self.store.noted(key_of(before, shard, "about"))
@@ -105,7 +130,7 @@ class PinnedFiles(HubFiles):
         self.store.link(self.source, part.label, known.content, known.origin)
 
     def _note(self, name: str, content: bytes) -> Path:
-        return self.store.note(f"{self.manifest.fingerprint}/{name}", content)
+        return self.store.note(f"{self.manifest.full_fingerprint}/{name}", content)
 
     def _cached(self, name: str) -> Path | None:
         path = super()._cached(name)
@@ -159,4 +184,4 @@ def find_manifest(store: BlockStore, fingerprint: str) -> Manifest | None:
 
 def keep_manifest(store: BlockStore, manifest: Manifest) -> Path:
     """Keep a manifest in the store; returns its file."""
-    return store.note(f"{manifest.fingerprint}/{_MANIFEST}", manifest.encoded)
+    return store.note(f"{manifest.full_fingerprint}/{_MANIFEST}", manifest.encoded)

@@ -8,14 +8,11 @@ file is a certain block of a certain model, or its manifest. It stands under a k
     swarmkit/1/weights/<fingerprint>/manifest      what peers say the bytes of the manifest are
 
 The first can be checked by the peer that fetches the file, and the last too (a manifest is what a
-fingerprint is a hash of). What a block is, is a claim and treated as one: see
+fingerprint is a hash of). What a block is, is a claim, and believed only where the block's hash is known: see
 `swarmkit/server/weights/fetch.py`.
 """
 
 from __future__ import annotations
-
-from collections import Counter
-from collections.abc import Iterable
 
 import msgspec
 
@@ -85,10 +82,3 @@ def read(key: str, subkey: str, value: bytes, now: float) -> WeightsOffer:
         raise ProtocolError("an offer stands under a key that is not its own", subkey)
     check_expiry(offer.expires_at, now, subkey)
     return offer
-
-
-def most_claimed(offers: Iterable[WeightsOffer]) -> list[str]:
-    """The contents that a block is said to have, by how many different peers say so; the most first."""
-    claims = {(offer.peer_id, offer.content) for offer in offers}
-    counts = Counter(content for _, content in claims)
-    return [content for content, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]

@@ -1,22 +1,13 @@
 """Blocks from other servers instead of the Hub, without believing them.
 
-What is believed, and how far:
-
-* **The bytes are those of the asked hash**: checked here, always. Bytes that are not are thrown away, and the
-  peer that sent them is not asked again.
-* **The hash is that of the block**: a signed claim of its offerer. Among different claims the one that
-  the most peers make is tried first. That is no proof: identities cost nothing, and a majority of liars can
-  agree. So:
-* **A sample is compared with the Hub**: `samples` small ranges at random places of each block, a few
-  kilobytes. What offsets, shapes and dtypes must be is known exactly from the Hub's headers, and compared
-  too. A peer that changes a share f of a block's bytes is found with probability 1 - (1 - f)^samples. One
-  that differs convicts all peers that claim it. A change of a few bytes may pass: a server to which that
-  matters sets `SWARMKIT_WEIGHTS_SOURCE=hub`.
-* Without the Hub (offline, unreachable, or `source="peers"`) only names of tensors, sizes and the majority's
-  word remain.
+A block comes from a peer only if its hash is known without any peer's word: the server's fingerprint covers
+it (see `manifest.py` of the checkpoints), or the Hub has sent the block to this machine before. Bytes with
+another hash are thrown away, whatever part of them was changed; the peer that sent them is not asked again,
+and nothing of them is offered on. An identity costs nothing, so it does not matter how many peers claim that
+a block has another hash: none of them is asked for it.
 
 What is not found among peers comes from the Hub, block by block. There, what peers claim is good for a doubt:
-a block with none of the claimed hashes is fetched a second time (see `store_fetch.py`).
+a block of unknown hash with none of the claimed hashes is fetched a second time (see `store_fetch.py`).
 """
 
 from __future__ import annotations
@@ -27,20 +18,18 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import anyio
 import anyio.to_thread
 
 from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import ModelError, PeerError, ProtocolError, TransportError
-from swarmkit.models.checkpoint.byte_ranges import ByteRange
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.checkpoint.shards import OnBytes, Part
-from swarmkit.models.checkpoint.store_format import FormatError, TensorPlace, lay_out, read_header, sha256_of
+from swarmkit.models.checkpoint.store import Origin
+from swarmkit.models.checkpoint.store_format import sha256_of
 from swarmkit.models.checkpoint.store_hub import HubFiles
 from swarmkit.models.plan import block_bytes
-from swarmkit.net.registry import offers
 from swarmkit.net.registry.offers import WeightsOffer
 from swarmkit.net.transport.seam import Transport
 from swarmkit.server.weights.service import WeightsSettings
@@ -48,7 +37,8 @@ from swarmkit.server.weights.transfer import WrongBytesError, locked, look_up, r
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_BYTES = 4096
+_NAMED = 3
+"""Peers that a message names; more claims of one kind are only counted."""
 _MAX_HEADER_BYTES = 4 * 1024 * 1024  # of a block's file, beside its tensors
 
 
@@ -70,10 +60,6 @@ class FetchReport:
         self.peer_bytes += nbytes
 
 
-class _OtherThanHubError(Exception):
-    """A file with the claimed hash is not the block: all peers that claim it are wrong."""
-
-
 class PeerWeights:
     """Fetches blocks of one model from its peers. Uses the store of the checkpoint's files."""
 
@@ -87,7 +73,7 @@ class PeerWeights:
         chance: random.Random | None = None,
         clock: Callable[[], float] = SYSTEM_CLOCK.time,
     ) -> None:
-        """Args: chance: picks peers and samples; unpredictable if not given, for liars would like to know."""
+        """Args: chance: picks peers; unpredictable if not given."""
         self.liars: set[str] = set()
         self._transport = transport
         self._checkpoint = checkpoint
@@ -95,7 +81,6 @@ class PeerWeights:
         self._settings = settings
         self._chance = chance or random.SystemRandom()
         self._clock = clock
-        self._hub_answers = True
 
     async def fetch(self, start: int, stop: int, on_bytes: OnBytes | None = None) -> FetchReport:
         """Have blocks `[start, stop)` in the store: from peers where that is possible, else from the Hub.
@@ -107,18 +92,17 @@ class PeerWeights:
         parts = {block: self._checkpoint.block_parts(block, block + 1)[0] for block in range(start, stop)}
         has = self._files.has
         missing = [block for block in parts if not await anyio.to_thread.run_sync(has, parts[block])]
+        hashes = {block: await anyio.to_thread.run_sync(self._known_hash, parts[block]) for block in missing}
         offered = await self._look_up(missing) if missing else {}
-        for block in missing:
-            if not self._may_come_from_peers(parts[block]):
+        for block, content in hashes.items():
+            if content is None or self._settings.source == "hub":
                 continue
-            if await self._fetch_block(block, parts[block], offered.get(block, []), report):
+            holders = self._holders(block, content, offered.get(block, []))
+            if await self._fetch_block(block, parts[block], holders, report):
                 report.from_peers.append(block)
         left = [block for block in missing if block not in report.from_peers]
         if left and self._settings.source == "peers":
-            raise ModelError(
-                f"No peer could give blocks {left} of {self._checkpoint.name}. Wait for a server that has "
-                "them, or allow the Hub with SWARMKIT_WEIGHTS_SOURCE=any."
-            )
+            raise ModelError(self._missing(left, unknown=any(hashes[block] is None for block in left)))
         if left:
             claims = {parts[block].label: self._claims(offered.get(block, [])) for block in left}
             await self._fetch_from_hub([parts[block] for block in left], on_bytes, claims)
@@ -147,11 +131,19 @@ class PeerWeights:
         finally:
             stopped.set()
 
-    def _may_come_from_peers(self, part: Part) -> bool:
-        if self._settings.source == "any":
-            # Of a file that the Hub can only give whole, no sample can be had.
-            return not (self._settings.samples and self._files.is_pickled(part))
-        return self._settings.source == "peers"
+    def _missing(self, blocks: Sequence[int], unknown: bool) -> str:
+        name, fingerprint = self._checkpoint.name, self._checkpoint.fingerprint
+        if unknown:
+            return (
+                f"Blocks {list(blocks)} of {name} cannot come from peers: the fingerprint {fingerprint} does "
+                "not cover hashes of blocks, so that a wrong block could not be told from the right one. "
+                f"`swarmkit fingerprint {name}` prints one that does, on a machine that may ask the Hub. Give"
+                " it with --fingerprint, or allow the Hub with SWARMKIT_WEIGHTS_SOURCE=any."
+            )
+        return (
+            f"No peer could give blocks {list(blocks)} of {name}. Wait for a server that has them, or allow "
+            "the Hub with SWARMKIT_WEIGHTS_SOURCE=any."
+        )
 
     async def _look_up(self, blocks: Sequence[int]) -> Mapping[int, list[WeightsOffer]]:
         """What peers offer, by block."""
@@ -162,31 +154,42 @@ class PeerWeights:
             logger.warning("could not look up which peers have blocks: %s", error)
             return {}
 
+    def _holders(self, block: int, content: str, offered: Sequence[WeightsOffer]) -> list[WeightsOffer]:
+        """The offers of a block's right content, in a random order."""
+        holders = [offer for offer in offered if offer.content == content]
+        others = sorted({offer.peer_id for offer in offered if offer.content != content})
+        if others:
+            more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+            logger.warning(
+                "what peer %s%s offer as block %d of %s is refused: it does not have the block's hash %s",
+                ", ".join(others[:_NAMED]),
+                more,
+                block,
+                self._checkpoint.name,
+                content,
+            )
+        self._chance.shuffle(holders)
+        return holders
+
     async def _fetch_block(
-        self, block: int, part: Part, offered: Sequence[WeightsOffer], report: FetchReport
+        self, block: int, part: Part, holders: Sequence[WeightsOffer], report: FetchReport
     ) -> bool:
-        """Try the holders of what the most peers claim, and then of what fewer claim."""
-        tries = self._settings.attempts
-        for content in offers.most_claimed(offered):
-            holders = [offer for offer in offered if offer.content == content]
-            self._chance.shuffle(holders)
-            for offer in holders:
-                if offer.peer_id in self.liars:
-                    continue
-                if tries == 0:
-                    return False
-                tries -= 1
-                try:
-                    await self._fetch_from(offer, part, report)
-                    return True
-                except ProtocolError as error:
-                    logger.warning("peer %s is not asked for weights again: %s", offer.peer_id, error)
-                    self.liars.add(offer.peer_id)
-                except _OtherThanHubError as error:
-                    logger.warning("block %d from peers is refused: %s", block, error)
-                    self.liars |= {offer.peer_id for offer in holders}
-                except PeerError as error:
-                    logger.info("block %d could not be had from peer %s: %s", block, offer.peer_id, error)
+        """Try the peers that offer a block's right content."""
+        believed = [offer for offer in holders if offer.peer_id not in self.liars]
+        for offer in believed[: self._settings.attempts]:
+            try:
+                await self._fetch_from(offer, part, report)
+                return True
+            except ProtocolError as error:  # noqa: PERF203
+                logger.warning(
+                    "block %d from peer %s is refused, and the peer is not asked again: %s",
+                    block,
+                    offer.peer_id,
+                    error,
+                )
+                self.liars.add(offer.peer_id)
+            except PeerError as error:
+                logger.info("block %d could not be had from peer %s: %s", block, offer.peer_id, error)
         return False
 
     async def _fetch_from(self, offer: WeightsOffer, part: Part, report: FetchReport) -> None:
@@ -200,7 +203,7 @@ class PeerWeights:
                 await anyio.to_thread.run_sync(store.reserve, partial, offer.size)
                 try:
                     alone = await receive_file(
-                        self._transport, offer, partial, self._settings.idle_timeout_s, report.count
+                        self._transport, offer, store, partial, self._settings.idle_timeout_s, report.count
                     )
                 except ProtocolError:
                     store.discard(partial)
@@ -210,15 +213,12 @@ class PeerWeights:
                     if alone:
                         raise WrongBytesError("its bytes do not have the hash that it offered")
                     raise PeerError("what several peers sent does not fit together", offer.peer_id)
-            try:
-                await anyio.to_thread.run_sync(self._check, part, path or partial)
-            except _OtherThanHubError:
-                store.discard(partial)
-                raise
+            # Of a hash that came from the Hub, whether the block is public is asked of the Hub.
+            origin: Origin = "peers" if self._files.block_hashes else "hub"
             if path is None:
-                store.keep(partial, source, part.label, offer.content, "peers")
+                store.keep(partial, source, part.label, offer.content, origin)
             else:
-                store.link(source, part.label, offer.content, "peers")
+                store.link(source, part.label, offer.content, origin)
 
     # ------------------------------------------------------------------ in a thread
 
@@ -228,43 +228,9 @@ class PeerWeights:
 
         return block_bytes(self._checkpoint, torch.float64) + _MAX_HEADER_BYTES
 
-    def _check(self, part: Part, path: Path) -> None:
-        """Compare with what is known of the block without peers.
-
-        Raises:
-            _OtherThanHubError: it is not that block.
-        """
-        try:
-            header = read_header(path)
-        except FormatError as error:
-            raise _OtherThanHubError(f"it is not a safetensors file: {error}") from None
-        if set(header.places) != set(part.shards):
-            raise _OtherThanHubError("it does not hold the block's tensors")
-        if self._settings.source == "peers" or self._settings.samples == 0 or not self._hub_answers:
-            return
-        try:
-            origin = {key: self._files.header(shard).places[key] for key, shard in part.shards.items()}
-            if lay_out(origin.values()).front != header.front:
-                raise _OtherThanHubError("its tensors have other shapes or dtypes than on the Hub")
-            with path.open("rb") as file:
-                self._compare(part, file, header.places, origin)
-        except (ModelError, KeyError) as error:
-            self._hub_answers = False
-            logger.warning("blocks from peers are not compared with the Hub any more: %s", error)
-
-    def _compare(
-        self, part: Part, file: BinaryIO, here: Mapping[str, TensorPlace], origin: Mapping[str, TensorPlace]
-    ) -> None:
-        names = sorted(name for name in here if here[name].nbytes)
-        weights = [here[name].nbytes for name in names]
-        for name in self._chance.choices(names, weights, k=self._settings.samples) if names else ():
-            length = min(SAMPLE_BYTES, here[name].nbytes)
-            at = self._chance.randrange(here[name].nbytes - length + 1)
-            file.seek(here[name].start + at)
-            mine = file.read(length)
-            start = origin[name].start + at
-            if self._files.read_range(part.shards[name], ByteRange(start, start + length)) != mine:
-                raise _OtherThanHubError(f"{name} differs from the Hub's")
+    def _known_hash(self, part: Part) -> str | None:
+        """What the block's hash is, without a peer's word."""
+        return self._files.known_hash(part)
 
 
 def _sha256(path: Path) -> str:

@@ -68,7 +68,7 @@ async def _fetch_from(
         store.discard(partial)  # it is small: half a transfer is not worth its traces
         await anyio.to_thread.run_sync(store.reserve, partial, offer.size)
         try:
-            await receive_file(transport, offer, partial, settings.idle_timeout_s, lambda nbytes: None)
+            await receive_file(transport, offer, store, partial, settings.idle_timeout_s, lambda nbytes: None)
             encoded = await anyio.to_thread.run_sync(partial.read_bytes)
         finally:
             store.discard(partial)

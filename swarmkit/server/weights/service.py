@@ -18,6 +18,7 @@ import anyio.to_thread
 from pydantic import Field
 
 from swarmkit.clock import SYSTEM_CLOCK
+from swarmkit.models.checkpoint.store import state_of
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.weights_messages import WEIGHTS, FileChunk, FileFound, GetFile
 from swarmkit.net.rpc.faults import Refusal
@@ -45,7 +46,8 @@ class WeightsSettings(SettingsGroup):
     source: WeightsSource = Field(
         default="any",
         description="Where weights come from: from peers that offer them and otherwise from the Hub "
-        "(`any`), or from only one of the two.",
+        "(`any`), or from only one of the two. Only blocks whose hash is known come from peers; see "
+        "`swarmkit fingerprint`.",
     )
     share: bool = Field(
         default=True,
@@ -62,11 +64,6 @@ class WeightsSettings(SettingsGroup):
         gt=0,
         le=3600,
         description="How long other servers believe an offer that is not renewed.",
-    )
-    samples: int = Field(
-        default=8,
-        ge=0,
-        description="How many ranges of each block that a peer sent are compared with the Hub.",
     )
     idle_timeout_s: float = Field(
         default=30.0, gt=0, description="How long a transfer may stand still before it ends."
@@ -91,14 +88,15 @@ class WeightsService:
         self._settings = settings
         self._clock = clock
         self._sleep = sleep
-        self._files: dict[str, Path] = {}
+        self._files: dict[str, tuple[Path, tuple[int, ...]]] = {}
+        """By content: the file, and the state in which its content was verified."""
         self._bucket = TokenBucket(settings.upload_bytes_per_s, 2 * CHUNK_BYTES, clock)
         self._streams = 0
         self._transfers = 0
 
     def offer(self, content: str, path: Path) -> None:
-        """From now on, hand out this file. Its content has been verified."""
-        self._files[content] = path
+        """From now on, hand out this file, until it changes. Its content has been verified."""
+        self._files[content] = path, state_of(path)
 
     def withdraw(self, content: str) -> None:
         """From now on, hand it out no longer."""
@@ -126,15 +124,33 @@ class WeightsService:
     async def _answer(self, asker: ServerStream, message: GetFile) -> None:
         if self._transfers >= self._settings.max_transfers:
             raise Refusal("busy", "as many transfers as allowed are under way")
-        path = self._files.get(message.content)
-        size = path.stat().st_size if path is not None and path.is_file() else -1
-        if path is None or message.offset > size:
+        path, size = await anyio.to_thread.run_sync(self._held, message.content)
+        if message.offset > size:
             raise Refusal("not_held", "no such file is handed out here")
         self._transfers += 1
         try:
             await self._send(asker, path, size, message.offset)
         finally:
             self._transfers -= 1
+
+    def _held(self, content: str) -> tuple[Path, int]:
+        """A file that is handed out, and its size.
+
+        Raises:
+            Refusal: there is none, or it is not what it was when it was offered.
+        """
+        path, state = self._files.get(content, (None, ()))
+        if path is None:
+            raise Refusal("not_held", "no such file is handed out here")
+        try:
+            now = state_of(path)
+        except OSError:
+            now = ()
+        if now != state:
+            logger.warning("%s has changed since it was verified; it is handed out no longer", path)
+            self.withdraw(content)
+            raise Refusal("not_held", "no such file is handed out here")
+        return path, now[0]
 
     async def _send(self, asker: ServerStream, path: Path, size: int, offset: int) -> None:
         await asker.send(FileFound(size))

@@ -6,13 +6,12 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import anyio
 import anyio.to_thread
 
 from swarmkit.clock import SYSTEM_CLOCK
-from swarmkit.errors import TransportError
+from swarmkit.errors import ModelError, TransportError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.checkpoint.shards import OnBytes
 from swarmkit.models.checkpoint.store_hub import HubFiles
@@ -99,7 +98,7 @@ class SharedWeights:
         while True:
             try:
                 await self.offer(start, stop)
-            except TransportError as error:
+            except (TransportError, ModelError) as error:
                 logger.warning("could not offer weights to other servers, will try again: %s", error)
             await anyio.sleep(self.settings.offer_lifetime_s / 3)
 
@@ -107,17 +106,22 @@ class SharedWeights:
         """Announce once which files are handed out; how many blocks these are."""
         fingerprint = await anyio.to_thread.run_sync(lambda: self.checkpoint.fingerprint)
         expires_at = self._clock() + self.settings.offer_lifetime_s
+        held: list[tuple[str, int | None, str, int]] = [
+            (full, None, *file)
+            for full, file in (await anyio.to_thread.run_sync(self._held_manifests)).items()
+        ]
+        blocks = 0
+        for block in range(start, stop):
+            file = await anyio.to_thread.run_sync(self._held, block)
+            if file is not None:
+                held.append((fingerprint, block, *file))
+                blocks += 1
         records: list[tuple[str, bytes]] = []
-        offered = 0
-        for block in (None, *range(start, stop)):
-            held = await anyio.to_thread.run_sync(self._held, block)
-            if held is None:
-                continue
-            content, size = held
+        for meant, what, content, size in held:
             offer = WeightsOffer(
                 peer_id=self.transport.peer_id,
-                fingerprint=fingerprint,
-                block=block,
+                fingerprint=meant,
+                block=what,
                 content=content,
                 size=size,
                 addresses=tuple(self.transport.addresses)[:MAX_ADDRESSES],
@@ -125,10 +129,9 @@ class SharedWeights:
             )
             value = offers.sign(offer, self.transport.identity)
             records += [(key, value) for key in offers.keys_of(offer)]
-            offered += block is not None
         if records:
             await self.transport.store(records, expires_at)
-        return offered
+        return blocks
 
     def _withdraw(self, start: int, stop: int) -> None:
         """Hand blocks out no longer, but for those that another run of blocks shares."""
@@ -139,22 +142,30 @@ class SharedWeights:
             if content is not None and not any(low <= block < high for low, high in self._shared):
                 self.service.withdraw(content)
 
-    def _held(self, block: int | None) -> tuple[str, int] | None:
-        """Content and size of a block's file, if it is in the store, or of the manifest; from now on it is
-        handed out.
+    def _held_manifests(self) -> dict[str, tuple[str, int]]:
+        """By fingerprint, content and size of the manifests that are here; from now on they are handed out.
+
+        That without hashes of blocks is for peers that were given the fingerprint which does not cover them.
         """
         assert self._files is not None
-        manifest = self.checkpoint.manifest
-        path: Path | None
-        if block is None:
-            if not manifest.can_be_shared:
-                return None
-            content, path = manifest.content, keep_manifest(self._files.store, manifest)
-        else:
-            known = self.checkpoint.block_content(block)
-            path = self._files.store.open(known) if known is not None else None
-            if known is None or path is None:
-                return None
-            content = known
+        manifest, full = self.checkpoint.manifest, self.checkpoint.full_manifest()
+        found = {}
+        for each in (manifest.without_blocks, *([] if full is None else [full])):
+            if each.can_be_shared:
+                path = keep_manifest(self._files.store, each)
+                self.service.offer(each.content, path)
+                found[each.full_fingerprint] = each.content, path.stat().st_size
+        return found
+
+    def _held(self, block: int) -> tuple[str, int] | None:
+        """Content and size of a block's file, if it is in the store; from now on it is handed out."""
+        assert self._files is not None
+        content = self.checkpoint.block_content(block)
+        if content is None:
+            return None
+        path = self._files.store.open(content)
+        if path is None:  # it was damaged since it was offered last
+            self.service.withdraw(content)
+            return None
         self.service.offer(content, path)
         return content, path.stat().st_size

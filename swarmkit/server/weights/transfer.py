@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import PeerTimeoutError, ProtocolError
+from swarmkit.models.checkpoint.store import BlockStore
 from swarmkit.net.protocol.weights_messages import WEIGHTS, FileChunk, FileFound, GetFile
 from swarmkit.net.registry import offers
 from swarmkit.net.registry.offers import WeightsOffer
@@ -57,6 +58,7 @@ async def look_up(
 async def receive_file(
     transport: Transport,
     offer: WeightsOffer,
+    store: BlockStore,
     partial: Path,
     idle_timeout: float,
     count: Callable[[int], None],
@@ -70,6 +72,7 @@ async def receive_file(
     Raises:
         PeerError: it did not come; what did is kept.
         WrongBytesError: the peer says another size than it offered, or sends more.
+        StoreWriteError: the disk is full.
     """
     marks = partial.with_suffix(".json")
     begun, earlier = _progress(marks)
@@ -82,7 +85,7 @@ async def receive_file(
         if found.size != offer.size:
             raise WrongBytesError(f"it offered {offer.size} bytes and has {found.size}")
         deadline = SYSTEM_CLOCK.now() + idle_timeout + offer.size / _SLOWEST_BYTES_PER_S
-        with partial.open("r+b") as file:
+        with store.writing("a file from a peer"), partial.open("r+b") as file:
             file.seek(offset)
             while offset < offer.size:
                 with stream.within(idle_timeout):
@@ -97,7 +100,8 @@ async def receive_file(
                 count(len(chunk))
     finally:
         stream.close()
-        marks.write_text(json.dumps({"offset": offset, "senders": sorted(senders)}))
+        with store.writing("a note about a transfer"):
+            marks.write_text(json.dumps({"offset": offset, "senders": sorted(senders)}))
     return senders == {offer.peer_id}
 
 
