@@ -5,13 +5,14 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
 LIBRARIES := $(VENV)/.ready-libraries
+BROWSER := $(VENV)/.ready-browser
 # Three workers keep two cores busy while tests wait for processes and sockets. One thread each: tiny models gain
 # nothing from more. A worker takes file after file; `tests/conftest.py` says which files come first.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all notebooks check settings pictures bench wheel clean
+.PHONY: help demo test test-all browser notebooks check settings pictures bench wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,10 +38,18 @@ demo: $(READY) ## four servers, a chat, and a server that dies in the middle of 
 	@$(BIN)/swarmkit demo
 
 test: $(DEV) ## the tests; under 10 minutes on 2 cores
-	@$(PYTEST) -m "not slow and not notebook"
+	@$(PYTEST) -m "not slow and not notebook and not browser"
 
 test-all: $(LIBRARIES) ## the slow tests and the notebooks too
 	@$(PYTEST)
+
+$(BROWSER): $(DEV)
+	@echo "Installing what the tests in a browser need …"
+	@$(PIP) -q -e '.[dev,browser]'
+	@touch $@
+
+browser: $(BROWSER) ## the tests in a headless Chromium, which the distribution has; pictures go to build/screenshots
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 
 notebooks: $(DEV) ## run every notebook from a clean kernel; about 2 minutes on 2 cores
 	@$(BIN)/python -m pytest -m notebook tests/notebooks
