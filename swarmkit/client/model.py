@@ -186,7 +186,7 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
     @property
     def blocks(self) -> Blocks:
         """The remote blocks as modules: `model.blocks[3:7](hidden)`, differentiable; see `Blocks`."""
-        return Blocks(self._remote, 0, self._checkpoint.num_blocks)
+        return Blocks(self._remote, 0, self._checkpoint.num_blocks, self.prepare_adapters)
 
     @property
     def traffic(self) -> Traffic:

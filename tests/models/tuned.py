@@ -51,10 +51,11 @@ def random_adapter(
     rank: int = 3,
     prompt_tokens: int = 0,
     seed: int = 0,
+    prompt_rows: int = 0,
 ) -> Adapter:
     """An adapter of blocks [start, stop) with random values."""
     lora = tuple(Lora(block, module, rank, 0.7) for block in range(start, stop) for module in sorted(modules))
-    spec = AdapterSpec(start, stop, lora, prompt_tokens)
+    spec = AdapterSpec(start, stop, lora, prompt_tokens, prompt_rows)
     generator = torch.Generator().manual_seed(seed)
     values: Tensor = torch.randn(fittings.numel(spec), generator=generator) * 0.2
     return Adapter(spec, values, fittings)

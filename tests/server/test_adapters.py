@@ -53,6 +53,7 @@ def message_of(world: World, adapter: Adapter, **changes: Any) -> PutAdapter:
         spec.prompt_tokens,
         values,
         adapter.digest,
+        spec.prompt_rows,
     )
     return msgspec.structs.replace(plain, **changes)
 
@@ -125,6 +126,19 @@ async def test_a_session_has_the_adapter_that_it_names(
     assert torch.equal(await client.step(given), wanted)
 
 
+async def test_a_batch_without_prompts_for_each_row_is_refused_and_the_session_goes_on(
+    world: World, owner: Owner
+) -> None:
+    adapter = an_adapter(world, rank=1, prompt_tokens=2, prompt_rows=2)
+    await owner.put(adapter)
+    client, _ = await owner.open(adapter.digest)
+    refused = await client.try_step(hidden_states(3, 4))
+    assert (refused.code, "prompts for 2 rows" in refused.message) == ("bad_shape", True)
+    given = hidden_states(2, 4)
+    wanted = world.stage.forward(given, world.stage.new_cache(START, STOP, adapter))
+    assert torch.equal(await client.step(given), wanted)
+
+
 async def test_an_adapter_that_is_not_here_is_asked_for(world: World, owner: Owner) -> None:
     client, reply = await owner.open(an_adapter(world).digest)
     assert isinstance(reply, Fault)
@@ -173,6 +187,8 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "a high rank": ({"lora": ((2, "self_attn.q_proj", 9, 1.0),)}, "bad_adapter", "rank 9"),
     "unsorted": ({"lora": ((2, "self_attn.q_proj", 3, 1.0),) * 2}, "bad_adapter", "sorted"),
     "another number": ({"prompt_tokens": 1}, "bad_adapter", "values"),
+    "rows without prompts": ({"prompt_rows": 2}, "bad_adapter", "no prompts"),
+    "prompts of more rows": ({"prompt_tokens": 1, "prompt_rows": 2}, "bad_adapter", "values"),
     "another name": ({"name": "0" * 64}, "bad_adapter", "hash"),
     "another scale": (
         {"lora": tuple((block, module, 3, 9.0) for block in range(START, STOP) for module in MODULES)},

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from swarmkit.client.adapters.meta_blocks import HeadBlocks, make_meta_blocks
 from swarmkit.client.adapters.model_adapters import ModelAdapters, ServerAdapter
+from swarmkit.client.adapters.prompt_rows import check_prompts
 from swarmkit.client.routing.hosted_adapters import hosted_everywhere, one_of
 from swarmkit.client.swarm.connection import Connection
 from swarmkit.errors import UsageError
@@ -79,6 +80,34 @@ class AdapterMixin:
         if prompts is not None:
             model.add_module("deep_prompts", prompts)
         self._remote_adapters.prompts = values
+
+    @contextmanager
+    def block_prompts(self, prompts: Tensor) -> Iterator[None]:
+        """Within this context each block adds its prompts to the first tokens of its inputs.
+
+        Example::
+
+            with model.block_prompts(hypernetwork(task)):       # [blocks, batch, tokens, hidden]
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()                                     # gradients reach the hypernetwork
+
+        Args:
+            prompts: `[blocks, tokens, hidden]`, or `[blocks, batch, tokens, hidden]` with other prompts for
+                each row. They may be computed from trained parameters. `generate()` uses those of a row for
+                all its beams. Prompts that the model has otherwise (`DeepPrompts`) are not used meanwhile.
+
+        Raises:
+            UsageError: they are of another shape.
+        """
+        reference = self._swarm.client.model
+        check_prompts(prompts, reference.num_blocks, reference.hidden_size)
+        self.prepare_adapters()
+        adapters = self._remote_adapters
+        before, adapters.prompts = adapters.prompts, prompts
+        try:
+            yield
+        finally:
+            adapters.prompts = before
 
     def hosted_adapters(self) -> dict[str, str]:
         """Adapters that servers host for everybody: by their hashes, what they are called.

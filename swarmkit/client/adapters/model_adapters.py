@@ -9,7 +9,7 @@ through autograd, since that vector is made of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from swarmkit.client.adapters.peft_config import ensure_possible
+from swarmkit.client.adapters.prompt_rows import order_of
 from swarmkit.errors import AdapterError
 from swarmkit.models.adapters.adapter import Adapter, AdapterSpec, Fittings, Lora, extent
 
@@ -36,6 +37,10 @@ class ClientAdapter:
     """The parameters, and their versions."""
     _layers: tuple[tuple[Any, tuple[str, ...]], ...] = ()
     """The LoRA layers, and the adapters that were active in each."""
+    prompts: Tensor | None = None
+    """The deep prompts that are among the values."""
+    order: tuple[int, ...] | None = None
+    """Whose prompts each row of a session has, where rows have their own; None = row i has those of row i."""
     _parts: dict[tuple[int, int], Adapter] = field(default_factory=dict)
     hosted_name = ""
 
@@ -65,7 +70,46 @@ class ClientAdapter:
         known = self._parts.get((start, stop))
         if known is None:
             known = self._parts[start, stop] = self._whole.within(start, stop)
-        return None if known.spec.is_empty else known
+        if known.spec.is_empty:
+            return None
+        return known if self.order is None else known.of_rows(self.order)
+
+    @property
+    def differs_by_row(self) -> bool:
+        """Whether rows of a batch have prompts of their own."""
+        return self.spec.prompt_rows > 0
+
+    def begin(self, rows: int) -> bool:
+        """Be for a batch of so many rows, from its first token on. Returns whether `order` has changed.
+
+        Raises:
+            UsageError: there are prompts for another number of rows, and `rows` is no multiple of it.
+        """
+        before, self.order = self.order, order_of(self.spec.prompt_rows, rows)
+        return before != self.order
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Row i of the session becomes what row order[i] was."""
+        if self.spec.prompt_rows:
+            self.order = tuple(row if self.order is None else self.order[row] for row in order)
+
+    def for_session(self, other: ClientAdapter | ServerAdapter | None = None) -> ClientAdapter:
+        """The same adapter for another session, whose rows are those of `other`, or of this one."""
+        rows = self if other is None else other
+        return replace(self, order=rows.order)
+
+    def of_rows(self, low: int, high: int) -> ClientAdapter:
+        """The adapter of rows [low, high) of a batch of whole sequences, detached from its parameters."""
+        if not self.spec.prompt_rows:
+            return self
+        rows = range(low, high) if self.order is None else self.order[low:high]
+        part = self._whole.of_rows(rows)
+        return ClientAdapter(part.spec, part.values.requires_grad_(self.trains), self.fittings)
+
+    def add_of_rows(self, total: Tensor, of_rows: Tensor, low: int, high: int) -> None:
+        """Add the gradient of the values of `of_rows(low, high)` to that of all values."""
+        rows = range(low, high) if self.order is None else self.order[low:high]
+        self._whole.add_of_rows(total, of_rows, rows)
 
     def is_like(self, other: object) -> bool:
         """Whether it changes blocks in the same way."""
@@ -82,9 +126,26 @@ class ServerAdapter:
     hosted_name: str
     unchanged = True
     trains = False
+    order = None
+    differs_by_row = False
 
     def part(self, start: int, stop: int) -> None:
         """Nothing has to be sent."""
+
+    def begin(self, rows: int) -> bool:
+        """It is the same for any rows."""
+        return False
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """It is the same for any rows."""
+
+    def for_session(self, other: object = None) -> ServerAdapter:
+        """It is the same for any session."""
+        return self
+
+    def of_rows(self, low: int, high: int) -> ServerAdapter:
+        """It is the same for any rows."""
+        return self
 
     def is_like(self, other: object) -> bool:
         return isinstance(other, ServerAdapter) and other.hosted_name == self.hosted_name
@@ -101,8 +162,8 @@ class ModelAdapters:
         """Where the meta_blocks keep each module that PEFT may replace, and which one was there at first."""
         self._own: set[int] = set()
         """The ids of the meta blocks' own parameters."""
-        self.prompts: nn.Parameter | None = None
-        """`[blocks, P, hidden]`."""
+        self.prompts: Tensor | None = None
+        """`[blocks, P, hidden]`, or `[blocks, rows, P, hidden]` where each row of a batch has its own."""
         self.hosted: ServerAdapter | None = None
         self.may_exist = False
         """Whether there is an adapter, or may have been one; most models never have any."""
@@ -155,15 +216,20 @@ class ModelAdapters:
         """Whether `current()` would return what it did before; quick, since every step asks."""
         if self.hosted is not None or last is None:
             return last == self.hosted and self.is_untouched
-        return isinstance(last, ClientAdapter) and last.unchanged
+        return isinstance(last, ClientAdapter) and last.prompts is self.prompts and last.unchanged
 
-    def current(self) -> ClientAdapter | ServerAdapter | None:
+    def current(
+        self, prompts: Tensor | None = None, blocks: tuple[int, int] | None = None
+    ) -> ClientAdapter | ServerAdapter | None:
         """The adapter of the blocks now; None if there is none.
+
+        Args:
+            prompts: deep prompts in the place of the model's own, for `blocks` only.
 
         Raises:
             AdapterError: something is on the meta_blocks that cannot work in remote blocks.
         """
-        own = self._collect()
+        own = self._collect(self.prompts if prompts is None else prompts, blocks)
         if self.hosted is None:
             return own
         if own is not None:
@@ -173,25 +239,29 @@ class ModelAdapters:
             )
         return self.hosted
 
-    def _collect(self) -> ClientAdapter | None:
+    def _collect(self, prompts: Tensor | None, blocks: tuple[int, int] | None) -> ClientAdapter | None:
         if self._fittings is None:
             return None
+        start, stop = blocks or (0, len(self._meta_blocks))
         for config in self._peft_configs().values():
             ensure_possible(config)
         layers: list[tuple[Any, tuple[str, ...]]] = []
         lora: list[Lora] = []
         parameters: list[Tensor] = []
         for block, meta_block in self._meta_blocks.items():
+            if not start <= block < stop:
+                continue
             here = sorted(self._lora_of(block, meta_block, layers), key=lambda found: found[0].module)
             for one, a, b in here:
                 lora.append(one)
                 parameters += [a, b]
-            if self.prompts is not None:
-                parameters.append(self.prompts[block])
+            if prompts is not None:
+                parameters.append(prompts[block - start])
         if not parameters:
             return None
-        tokens = 0 if self.prompts is None else self.prompts.shape[1]
-        spec = AdapterSpec(0, len(self._meta_blocks), tuple(lora), tokens)
+        tokens = 0 if prompts is None else prompts.shape[-2]
+        rows = 0 if prompts is None or prompts.ndim == 3 else prompts.shape[1]
+        spec = AdapterSpec(start, stop, tuple(lora), tokens, rows)
         self._fittings.check(spec)
         values = _flat(parameters)
         if not bool(torch.isfinite(values.detach()).all()):
@@ -200,10 +270,10 @@ class ModelAdapters:
                 "one, and lower the learning rate"
             )
         sources = [p for p in parameters if p._base is None]
-        if self.prompts is not None:
-            sources.append(self.prompts)
+        if prompts is not None:
+            sources.append(prompts)
         versions = tuple((parameter, parameter._version) for parameter in sources)
-        return ClientAdapter(spec, values, self._fittings, versions, tuple(layers))
+        return ClientAdapter(spec, values, self._fittings, versions, tuple(layers), prompts)
 
     def _lora_of(
         self, block: int, meta_block: nn.Module, layers: list[tuple[Any, tuple[str, ...]]]
@@ -259,6 +329,28 @@ class ModelAdapters:
                     "blocks"
                 )
         return found
+
+
+@dataclass(frozen=True)
+class PromptedAdapters:
+    """A model's adapters with deep prompts of one call, or of one session, over blocks [start, stop).
+
+    Attributes:
+        prompts: `[blocks, P, hidden]`, or `[blocks, rows, P, hidden]` where each row of a batch has its own.
+    """
+
+    adapters: ModelAdapters
+    prompts: Tensor
+    blocks: tuple[int, int]
+    may_exist = True
+
+    def is_unchanged_since(self, last: ClientAdapter | ServerAdapter | None) -> bool:
+        """Whether `current()` would return what it did before."""
+        return isinstance(last, ClientAdapter) and last.prompts is self.prompts and last.unchanged
+
+    def current(self) -> ClientAdapter | ServerAdapter | None:
+        """The adapter of the blocks now; see `ModelAdapters.current`."""
+        return self.adapters.current(self.prompts, self.blocks)
 
 
 def _refuse_to_merge(*args: Any, **kwargs: Any) -> None:

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swarmkit.client.adapters.model_adapters import ClientAdapter, ModelAdapters, ServerAdapter
+from swarmkit.client.adapters.model_adapters import (
+    ClientAdapter,
+    ModelAdapters,
+    PromptedAdapters,
+    ServerAdapter,
+)
 from swarmkit.client.gradients.call import Call, Training
 from swarmkit.client.gradients.flows import BackwardFlow, ForwardFlow, Side, Span
 from swarmkit.client.gradients.plan import micro_batches
@@ -51,8 +56,10 @@ class RemotePass:
         self.adapters = adapters
         self.training = Training()
 
-    def __call__(self, hidden: Tensor, whole: FullPass) -> Tensor:
+    def __call__(self, hidden: Tensor, whole: FullPass, adapters: PromptedAdapters | None = None) -> Tensor:
         """Run the blocks over `hidden`, `[batch, tokens, hidden]`.
+
+        Args: adapters: in the place of the model's own.
 
         Returns: their output, or with `states` that of every block `[blocks, batch, tokens, hidden]`; in the
             dtype and on the device of `hidden`, and differentiable with respect to it.
@@ -62,7 +69,9 @@ class RemotePass:
             NoRouteError, RemoteError: see `Call.run`.
         """
         _check(hidden, whole, self.connection.client)
-        adapter = self.adapters.current()
+        adapter = (adapters or self.adapters).current()
+        if adapter is not None:
+            adapter.begin(hidden.shape[0])
         values = adapter.values if isinstance(adapter, ClientAdapter) and adapter.trains else None
         if torch.is_grad_enabled() and (hidden.requires_grad or values is not None):
             output: Tensor = _Through.apply(hidden, values, whole, adapter, self)  # type: ignore[no-untyped-call]
@@ -97,7 +106,7 @@ class RemotePass:
                 whole.side.rows(low, high),
                 whole.states,
                 MOST_STATE_TOKENS,
-                adapter,
+                None if adapter is None else adapter.of_rows(low, high),
                 returns,
             )
             for index, (low, high) in enumerate(micro_batches(rows, tokens, self._servers(whole)))
@@ -132,15 +141,19 @@ class RemotePass:
             ]
             side = whole.side.rows(part.low, part.high)
             own = upstream[:, rows] if whole.states else upstream[rows]
-            values = adapter.values if trains and isinstance(adapter, ClientAdapter) else None
+            tuned = None if adapter is None else adapter.of_rows(part.low, part.high)
+            values = tuned.values if trains and isinstance(tuned, ClientAdapter) else None
             of_adapter = None if values is None else torch.zeros(values.shape)
-            flows.append(
-                BackwardFlow(index, whole.start, spans, own, side, whole.states, adapter, of_adapter)
-            )
+            flows.append(BackwardFlow(index, whole.start, spans, own, side, whole.states, tuned, of_adapter))
         self.connection.call(self._run, flows, adapter)
         result = torch.cat([flow.result for flow in flows]).to(hidden.device, hidden.dtype)
-        parts = [flow.of_adapter for flow in flows if flow.of_adapter is not None]
-        return result, torch.stack(parts).sum(0) if parts else None
+        if not (trains and isinstance(adapter, ClientAdapter)):
+            return result, None
+        total = torch.zeros(adapter.values.shape)
+        for flow, part in zip(flows, saved, strict=True):
+            assert flow.of_adapter is not None
+            adapter.add_of_rows(total, flow.of_adapter, part.low, part.high)
+        return result, total
 
     async def _run(
         self,

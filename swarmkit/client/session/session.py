@@ -13,7 +13,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from swarmkit.client.adapters.model_adapters import ModelAdapters
+from swarmkit.client.adapters.model_adapters import ModelAdapters, PromptedAdapters
 from swarmkit.client.pictures import server_pictures, session_bundle, with_times
 from swarmkit.client.session.chain import ChainSession
 from swarmkit.client.session.duplicate_rows import alike_rows
@@ -46,7 +46,7 @@ class Session:
         self,
         connection: Connection,
         max_length: int,
-        adapters: ModelAdapters | None = None,
+        adapters: ModelAdapters | PromptedAdapters | None = None,
         blocks: tuple[int, int] | None = None,
     ) -> None:
         """Open a session; servers hear of it with its first step.
@@ -118,7 +118,7 @@ class Session:
         if self.closed:
             raise SessionError("the session is closed; open a new one with model.session()")
         if self._adapters is not None and self._adapters.may_exist:
-            self._follow_adapters(self._adapters)
+            self._follow_adapters(self._adapters, hidden.shape[0])
         rows, tokens, _ = hidden.shape
         if not tokens:
             raise UsageError("a step has at least one new token, and this one has none")
@@ -146,12 +146,18 @@ class Session:
         self._mask = mask
         return output.to(hidden.device)
 
-    def _follow_adapters(self, adapters: ModelAdapters) -> None:
-        """Use the adapter that the model has now.
+    def _follow_adapters(self, adapters: ModelAdapters | PromptedAdapters, rows: int) -> None:
+        """Use the adapter that the model has now, in a step of so many rows.
 
         Raises:
             SessionError: the session holds keys and values of another one.
         """
+        chain = self.chain
+        self._choose_adapter(adapters)
+        if chain.adapter is not None and not self.position and chain.adapter.begin(rows):
+            self._connection.call(chain.change_adapter, chain.adapter)
+
+    def _choose_adapter(self, adapters: ModelAdapters | PromptedAdapters) -> None:
         chain = self.chain
         if adapters.is_unchanged_since(chain.adapter):
             return
@@ -159,7 +165,7 @@ class Session:
         if now is None and chain.adapter is None:
             return
         if now is not None and now.is_like(chain.adapter):
-            chain.renew_adapter(now)
+            chain.renew_adapter(now.for_session(chain.adapter))
             return
         if self.position:
             raise SessionError(
@@ -171,7 +177,9 @@ class Session:
     def _run(
         self, hidden: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
     ) -> torch.Tensor:
-        alike = None if self.chain.position else alike_rows(hidden, mask, positions)
+        adapter = self.chain.adapter
+        differ = self.chain.position or (adapter is not None and adapter.differs_by_row)
+        alike = None if differ else alike_rows(hidden, mask, positions)
         if alike is None:
             return self._connection.call(self.chain.step, hidden, mask, positions)
         parts = (None if part is None else part[alike.first] for part in (hidden, mask, positions))
@@ -190,6 +198,8 @@ class Session:
 
     def reorder(self, order: Sequence[int]) -> None:
         """Row i becomes what row order[i] was; reaches the servers with the next step."""
+        if self.chain.adapter is not None:
+            self.chain.adapter.reorder(order)
         if self._unsent is None:
             self.chain.reorder(order)
         else:
@@ -235,7 +245,8 @@ class Session:
         if self.closed:
             raise SessionError("the session is closed; open a new one with model.session()")
         other = Session(self._connection, self.max_length, self._adapters, self._blocks)
-        other.chain.renew_adapter(self.chain.adapter)
+        if self.chain.adapter is not None:
+            other.chain.renew_adapter(self.chain.adapter.for_session())
         other._tokens, other._mask = self._tokens, self._mask
         if self._unsent is not None:
             other._unsent = self._unsent

@@ -87,6 +87,7 @@ class AdapterSender:
             spec.prompt_tokens,
             values,
             adapter.digest,
+            spec.prompt_rows,
         )
         timeout = self._timeout + values.nbytes / _SLOWEST_BYTES_PER_S
         stream = await self._connect(server, ADAPTER)

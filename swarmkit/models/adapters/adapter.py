@@ -6,11 +6,12 @@ There are two kinds, which may be combined:
 * LoRA (Hu et al., ICLR 2022, section 4.1): beside a linear layer W of a block, y = W x + s B A x, where A is
   [rank, in], B is [out, rank] and s is a number;
 * deep prompts (Liu et al., "P-Tuning v2", 2022; in the additive form of Petals): P vectors for each block,
-  added to its inputs at the positions 0 .. P - 1 of the sequence.
+  added to its inputs at the positions 0 .. P - 1 of the sequence. All rows of a batch have the same ones, or
+  each row has its own.
 
 All values are one flat vector, block by block, so that consecutive blocks need one piece of it::
 
-    | A, B of each module, by name | prompts [P, hidden] | A, B of each module …
+    | A, B of each module, by name | prompts [P, hidden] | A, B of each module …        or [rows, P, hidden]
     └─────────────────── block a ──────────────────────┘ └── block a + 1 …
 
 All of this is plain data; `hooks` applies it, `files` reads it.
@@ -22,7 +23,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from swarmkit.errors import AdapterError
 
 MAX_PROMPT_TOKENS = 4096
+MAX_PROMPT_ROWS = 4096
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -53,18 +55,25 @@ class AdapterSpec:
     Attributes:
         lora: sorted by block and module, each at most once.
         prompt_tokens: P, the number of prompt vectors; 0 for none.
+        prompt_rows: rows of the batch that have prompts of their own; 0 where all rows have the same.
     """
 
     start: int
     stop: int
     lora: tuple[Lora, ...] = ()
     prompt_tokens: int = 0
+    prompt_rows: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
             raise AdapterError(f"an adapter is for blocks [start, stop), not [{self.start}, {self.stop})")
         if not 0 <= self.prompt_tokens <= MAX_PROMPT_TOKENS:
             raise AdapterError(f"deep prompts have 0 to {MAX_PROMPT_TOKENS} tokens, not {self.prompt_tokens}")
+        if not 0 <= self.prompt_rows <= (MAX_PROMPT_ROWS if self.prompt_tokens else 0):
+            raise AdapterError(
+                f"prompts of {self.prompt_tokens} tokens for each of {self.prompt_rows} rows are no prompts, "
+                f"or too many; there may be {MAX_PROMPT_ROWS} rows"
+            )
         places = [(one.block, one.module) for one in self.lora]
         if any(one >= other for one, other in pairwise(places)):
             raise AdapterError("an adapter's parts come sorted by block and module, each once")
@@ -89,7 +98,7 @@ class AdapterSpec:
     def within(self, start: int, stop: int) -> AdapterSpec:
         """The part of the spec for blocks [start, stop)."""
         lora = tuple(one for one in self.lora if start <= one.block < stop)
-        return AdapterSpec(start, stop, lora, self.prompt_tokens)
+        return AdapterSpec(start, stop, lora, self.prompt_tokens, self.prompt_rows)
 
 
 @dataclass(frozen=True)
@@ -154,7 +163,8 @@ class Fittings:
     def numel(self, spec: AdapterSpec) -> int:
         """Number of values of an adapter of this spec."""
         lora = sum(one.rank * sum(self.size(one.block, one.module)) for one in spec.lora)
-        return lora + len(spec.blocks) * spec.prompt_tokens * self.hidden_size
+        rows = max(spec.prompt_rows, 1)
+        return lora + len(spec.blocks) * rows * spec.prompt_tokens * self.hidden_size
 
     def slots(self, spec: AdapterSpec) -> Iterator[Slot]:
         """The place of each tensor in the flat vector, in its order."""
@@ -169,8 +179,10 @@ class Fittings:
                     yield Slot(block, one.module, kind, shape, offset)
                     offset += math.prod(shape)
             if spec.prompt_tokens:
-                yield Slot(block, "", "prompts", (spec.prompt_tokens, self.hidden_size), offset)
-                offset += spec.prompt_tokens * self.hidden_size
+                rows = (spec.prompt_rows,) if spec.prompt_rows else ()
+                size = *rows, spec.prompt_tokens, self.hidden_size
+                yield Slot(block, "", "prompts", size, offset)
+                offset += math.prod(size)
 
 
 class Slot(NamedTuple):
@@ -179,7 +191,7 @@ class Slot(NamedTuple):
     block: int
     module: str
     kind: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     offset: int
 
     def of(self, values: Tensor) -> Tensor:
@@ -251,6 +263,29 @@ class Adapter:
         low, high = extent(self.slots, start, stop)
         return Adapter(self.spec.within(start, stop), self.values[low:high], self.fittings)
 
+    def of_rows(self, rows: Sequence[int]) -> Adapter:
+        """The adapter of some rows of the batch, in that order; the same one where rows do not differ."""
+        if not self.spec.prompt_rows:
+            return self
+        chosen = list(rows)
+        views = [(slot.kind, slot.of(self.values)) for slot in self.slots]
+        parts = [(view[chosen] if kind == "prompts" else view).reshape(-1) for kind, view in views]
+        spec = replace(self.spec, prompt_rows=len(chosen))
+        return Adapter(spec, torch.cat(parts), self.fittings)
+
+    def add_of_rows(self, total: Tensor, of_rows: Tensor, rows: Sequence[int]) -> None:
+        """Add the gradient of the values of `of_rows(rows)` to that of all values, `total` `[numel]`."""
+        if not self.spec.prompt_rows:
+            total += of_rows
+            return
+        chosen = list(rows)
+        part = replace(self.spec, prompt_rows=len(chosen))
+        for slot, small in zip(self.slots, self.fittings.slots(part), strict=True):
+            if slot.kind == "prompts":
+                slot.of(total).index_add_(0, torch.tensor(chosen, device=total.device), small.of(of_rows))
+            else:
+                slot.of(total).add_(small.of(of_rows))
+
     def to(self, device: torch.device) -> Adapter:
         """The same adapter with its values on `device`."""
         if self.values.device == device:
@@ -264,7 +299,7 @@ class Tensors:
 
     Attributes:
         lora: for each block and module A, `[rank, in]`, B, `[out, rank]`, and s.
-        prompts: for each block, `[P, hidden]`.
+        prompts: for each block, `[P, hidden]`, or `[rows, P, hidden]`.
     """
 
     lora: Mapping[tuple[int, str], tuple[Tensor, Tensor, float]]
@@ -291,7 +326,8 @@ def extent(slots: Sequence[Slot], start: int, stop: int) -> tuple[int, int]:
 
 def digest_of(spec: AdapterSpec, values: Tensor) -> str:
     """A hash of an adapter's spec and values, 64 hex digits."""
-    said = [spec.start, spec.stop, [list(one) for one in spec.lora], spec.prompt_tokens, str(values.dtype)]
+    prompts = [spec.prompt_tokens, spec.prompt_rows] if spec.prompt_rows else spec.prompt_tokens
+    said = [spec.start, spec.stop, [list(one) for one in spec.lora], prompts, str(values.dtype)]
     digest = hashlib.sha256(b"swarmkit adapter 1\n" + json.dumps(said).encode() + b"\n")
     plain: Any = values.detach().cpu().contiguous().view(torch.uint8).numpy()
     digest.update(plain)

@@ -33,13 +33,19 @@ class Segment:
     rows: int
     tokens: int
     past: int
+    order: Sequence[int] | None = None
+    """For each row, whose prompts it has, where rows have their own; None = row i has those of row i."""
 
     @classmethod
-    def of(cls, adapter: Adapter | None, hidden: Tensor, past: int) -> Segment:
+    def of(
+        cls, adapter: Adapter | None, hidden: Tensor, past: int, order: Sequence[int] | None = None
+    ) -> Segment:
         """Make the segment of hidden states `[rows, tokens, hidden]` of a session with an adapter, or
         without.
         """
-        return cls(None if adapter is None else adapter.tensors, hidden.shape[0], hidden.shape[1], past)
+        return cls(
+            None if adapter is None else adapter.tensors, hidden.shape[0], hidden.shape[1], past, order
+        )
 
 
 class AdapterHooks:
@@ -138,9 +144,11 @@ class _PackedAdapters:
         work = []
         for segment, (low, high) in zip(self._segments, self._spans, strict=True):
             prompt = None if segment.tensors is None else segment.tensors.prompts.get(block)
-            if prompt is not None and segment.past < len(prompt):
+            if prompt is not None and segment.past < prompt.shape[-2]:
+                if prompt.ndim == 3 and segment.order is not None:
+                    prompt = prompt[list(segment.order)]
                 shape = segment.rows, segment.tokens
-                work.append((prompt[segment.past : segment.past + segment.tokens], low, high, shape))
+                work.append((prompt[..., segment.past : segment.past + segment.tokens, :], low, high, shape))
         if not work:
             return None
 
@@ -149,7 +157,7 @@ class _PackedAdapters:
             hidden = given.clone(memory_format=torch.contiguous_format)
             for prompt, low, high, shape in work:
                 rows = hidden if self._alone else hidden[0, low:high].view(*shape, hidden.shape[-1])
-                rows[:, : len(prompt)] += prompt.to(hidden.dtype)
+                rows[:, : prompt.shape[-2]] += prompt.to(hidden.dtype)
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, first: hidden})
 
         return hook

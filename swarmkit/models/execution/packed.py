@@ -92,7 +92,10 @@ class PackedView:
         masks = [self._masks(part) if needed else None for part, needed in asked]
         batch = _StepBatch(parts, masks, self.attention)
         positions = torch.cat([_positions(part) for part in parts])
-        segments = [Segment.of(part.cache.adapter, part.hidden, part.cache.tokens) for part in parts]
+        segments = [
+            Segment.of(part.cache.adapter, part.hidden, part.cache.tokens, part.cache.prompt_order)
+            for part in parts
+        ]
         first = parts[0].cache
         with self._adapters.applied(first.start, first.stop, segments):
             out = self.run(torch.cat([part.hidden.flatten(0, 1) for part in parts]), positions, batch)

@@ -319,7 +319,7 @@ class Stage:
     def _adapted(self, cache: StageCache, hidden: Tensor, past: int) -> AbstractContextManager[None]:
         if cache.adapter is None:
             return nullcontext()
-        segment = Segment.of(cache.adapter, hidden, past)
+        segment = Segment.of(cache.adapter, hidden, past, cache.prompt_order)
         return self._adapters.applied(cache.start, cache.stop, [segment])
 
     def check_full_sequences(

@@ -119,6 +119,7 @@ class StageCache(DynamicCache):
     def clear(self) -> None:
         """Forget everything and free its memory; the cache can be used again, also with another batch."""
         self.tokens = self.batch = self._computed = 0
+        self.prompt_order: Sequence[int] | None = None
         self.history = StateHistory(self._recurrent) if self._recurrent else None
         self._use(ContiguousRows(copy.deepcopy(self._kinds)))
 
@@ -271,7 +272,7 @@ class StageCache(DynamicCache):
         self.layers = [*self._unused, *layout.layers]
 
     def _select(self, rows: list[int]) -> None:
-        layout = self._layout
+        layout, rows_before = self._layout, rows
         self.layers = []  # so that what a layout gives up is freed block by block
         try:
             if self.slot is not None:
@@ -287,6 +288,9 @@ class StageCache(DynamicCache):
             raise
         if self.history is not None:
             self.history.select(rows)
+        if self.adapter is not None and self.adapter.spec.prompt_rows:
+            before = self.prompt_order
+            self.prompt_order = rows_before if before is None else [before[row] for row in rows_before]
         self.batch = len(rows)
         layout.hold(self.batch, self.tokens)
         self._use(layout)

@@ -48,7 +48,9 @@ class PutAdapter(_Message, frozen=True):
     Attributes:
         lora: sorted by block and module.
         prompt_tokens: how many deep prompts there are for each block.
-        values: [numel], block by block: A [rank, in] and B [out, rank] of each part, then the prompts.
+        prompt_rows: rows of a batch that have deep prompts of their own; 0 = all have the same.
+        values: [numel], block by block: A [rank, in] and B [out, rank] of each part, then the prompts
+            [prompt_tokens, hidden], or [prompt_rows, prompt_tokens, hidden].
         name: its hash; see `models.adapters.digest_of`.
     """
 
@@ -59,6 +61,7 @@ class PutAdapter(_Message, frozen=True):
     prompt_tokens: Annotated[int, msgspec.Meta(ge=0, le=4096)]
     values: TensorSpec
     name: AdapterName
+    prompt_rows: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
 
 
 class AdapterKept(_Message, frozen=True):

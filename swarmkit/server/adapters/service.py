@@ -33,6 +33,13 @@ from swarmkit.settings import ServerSettings
 _MAX_STREAMS = 256
 
 
+def check_rows(hold: Hold | None, rows: int) -> None:
+    """Refuse sequences from the first token on unless there are as many as have prompts of their own."""
+    wanted = 0 if hold is None else hold.adapter.spec.prompt_rows
+    if wanted and rows != wanted:
+        raise Refusal("bad_shape", f"the adapter has prompts for {wanted} rows, and the batch has {rows}")
+
+
 def held(store: AdapterStore, name: str, start: int, stop: int) -> Hold | None:
     """The adapter of that name for blocks [start, stop), in use from now on; None for no name.
 
@@ -161,7 +168,7 @@ def _refusing_for_room() -> Iterator[None]:
 
 def _spec_of(message: PutAdapter) -> AdapterSpec:
     lora = tuple(Lora(*part) for part in message.lora)
-    return AdapterSpec(message.start, message.stop, lora, message.prompt_tokens)
+    return AdapterSpec(message.start, message.stop, lora, message.prompt_tokens, message.prompt_rows)
 
 
 def load_hosted(path: str, config: PreTrainedConfig, stage: Stage) -> tuple[str, str, Adapter]:

@@ -49,6 +49,7 @@ from swarmkit.net.rpc.message_stream import CHUNK_BYTES, IncomingMessage
 from swarmkit.net.rpc.receive_budget import ReceiveBudget
 from swarmkit.net.rpc.server_stream import ServerStream
 from swarmkit.net.transport.seam import Stream
+from swarmkit.server.adapters.service import check_rows
 from swarmkit.server.adapters.store import AdapterStore
 from swarmkit.server.cache.kv_budget import CacheFullError, KVBudget
 from swarmkit.server.engine.admission_policy import Ahead
@@ -269,6 +270,7 @@ class BlockService:
         async with session.taking_turn():
             if session.cache.tokens:
                 raise Refusal("out_of_order", "pages are recalled before the first step of a session")
+            check_rows(session.adapter, 1)
             names = message.names[: session.max_length // PAGE_TOKENS]
             trail = session.trail
             if trail is None or not names:

@@ -16,6 +16,7 @@ from swarmkit.models.kv.cache import PAGE_TOKENS
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.messages import HIDDEN_DTYPES, Step
 from swarmkit.net.rpc.faults import Refusal
+from swarmkit.server.adapters.service import check_rows
 from swarmkit.server.adapters.store import Hold
 from swarmkit.server.cache.kv_budget import CacheLease
 from swarmkit.server.cache.prefix_tracker import PrefixTracker
@@ -190,6 +191,7 @@ def check_place(session: ServedSession, step: Step) -> None:
             "out_of_order", f"position {step.position} is beyond the {cache.tokens} tokens this session holds"
         )
     if not step.position:
+        check_rows(session.adapter, rows)
         return
     expected_rows = cache.batch
     if step.order is not None:

@@ -29,7 +29,7 @@ from swarmkit.net.rpc.message_stream import IncomingMessage
 from swarmkit.net.rpc.receive_budget import ReceiveBudget, ReceiveReservation
 from swarmkit.net.rpc.server_stream import ServerStream
 from swarmkit.net.transport.seam import Stream
-from swarmkit.server.adapters.service import held
+from swarmkit.server.adapters.service import check_rows, held
 from swarmkit.server.adapters.store import AdapterStore
 from swarmkit.server.engine.engine import Engine
 from swarmkit.server.engine.work import BULK
@@ -126,6 +126,7 @@ class GradientService:
         )
         hold = held(self._adapters, request.adapter, request.start, request.stop)
         with hold or nullcontext(), ReceiveReservation(self._receive_budget) as room:
+            check_rows(hold, request.hidden.shape[0])
             try:
                 await room.take(incoming.nbytes, settings.requests.message_timeout_s)
             except TimeoutError:

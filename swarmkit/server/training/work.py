@@ -7,7 +7,7 @@ rows go through in groups, and each group through a few blocks at a time: as man
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -177,6 +177,8 @@ class GradientWork:
     _gradient: Tensor | None = field(default=None, init=False)
     _encoded: tuple[TensorSpec, memoryview] | None = field(default=None, init=False)
     _adapter_gradient: Tensor | None = field(default=None, init=False)
+    _within: Adapter | None = field(default=None, init=False)
+    """The adapter in the request's blocks."""
 
     @property
     def goes_back(self) -> bool:
@@ -263,8 +265,7 @@ class GradientWork:
             if self._keep_as is not None:
                 self._to_keep.append(one)
             if self.goes_back and (more := one.adapter_gradient) is not None:
-                known = self._adapter_gradient
-                self._adapter_gradient = more if known is None else known + more
+                self._add_adapter_gradient(more, range(low, high))
             self._pass = None
             self._groups.pop(0)
         if not self._groups:
@@ -283,7 +284,17 @@ class GradientWork:
             return one
         keeps = self._keep_as is not None
         trains = self.request.trains and (self.goes_back or keeps)
-        return FullSequencePass(self.stage, inputs.rows(low, high), gradient, self.adapter, trains, keeps)
+        adapter = None if self.adapter is None else self.adapter.of_rows(range(low, high))
+        return FullSequencePass(self.stage, inputs.rows(low, high), gradient, adapter, trains, keeps)
+
+    def _add_adapter_gradient(self, of_rows: Tensor, rows: Sequence[int]) -> None:
+        """Add what some rows contribute to the gradient of the adapter's values in the request's blocks."""
+        assert self.adapter is not None
+        if self._within is None:
+            self._within = self.adapter.within(self.request.start, self.request.stop)
+        if self._adapter_gradient is None:
+            self._adapter_gradient = torch.zeros_like(self._within.values, dtype=of_rows.dtype)
+        self._within.add_of_rows(self._adapter_gradient, of_rows, rows)
 
     def result(self) -> tuple[TensorSpec, memoryview]:
         """When nothing is left: the output or gradient, as it goes over the wire."""
