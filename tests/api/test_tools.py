@@ -143,11 +143,7 @@ def test_a_stream_of_calls_tells_what_the_plain_answer_does(api: Api, seed: int)
 
 
 def test_the_result_of_a_call_reaches_the_model(api: Api) -> None:
-    called = {
-        "id": "call_1",
-        "type": "function",
-        "function": {"name": "add", "arguments": '{"a": 3, "b": 4}'},
-    }
+    called = {"id": "call_1", "type": "function", "function": _CALLED}
     messages: Any = [
         *SUM,
         {"role": "assistant", "content": None, "tool_calls": [called]},
@@ -155,19 +151,12 @@ def test_the_result_of_a_call_reaches_the_model(api: Api) -> None:
     ]
     with api.openai() as client:
         found = client.chat.completions.create(model="tiny-chat", messages=messages, tools=TOOLS)
-    shown = api.swarm.tokenizer().apply_chat_template(
-        [
-            *SUM,
-            {
-                "role": "assistant",
-                "content": "",
-                "tool_calls": [{"function": {"name": "add", "arguments": {"a": 3, "b": 4}}}],
-            },
-            {"role": "tool", "content": "7"},
-        ],
-        tools=TOOLS,
-        add_generation_prompt=True,
-    )
+    rendered = [
+        *SUM,
+        {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 3, "b": 4}}}]},
+        {"role": "tool", "content": "7"},
+    ]
+    shown = api.swarm.tokenizer().apply_chat_template(rendered, tools=TOOLS, add_generation_prompt=True)
     assert found.usage is not None
     assert found.usage.prompt_tokens == len(shown["input_ids"])
 
@@ -181,10 +170,7 @@ def test_no_tool_is_called_that_the_model_does_not_choose(api: Api, choice: Any)
 
 def test_a_choice_of_a_tool_that_is_not_there_is_refused(api: Api) -> None:
     choice = {"type": "function", "function": {"name": "fly"}}
-    with (
-        api.openai() as client,
-        pytest.raises(openai.BadRequestError, match="no tool named 'fly'") as refused,
-    ):
+    with api.openai() as client, pytest.raises(openai.BadRequestError, match="no tool named") as refused:
         client.chat.completions.create(**REQUEST, tool_choice=choice)
     assert refused.value.param == "tool_choice"
 
