@@ -13,7 +13,8 @@
     ├── DeadlineError         a step took longer than the user allows
     └── PeerError             another peer is at fault; the library goes on without it where it can
         ├── PeerUnreachableError  it cannot be dialled, or the connection ended
-        │   └── NotServedError        it was reached, and does not serve what was asked for
+        │   ├── NotServedError        it was reached, and does not serve what was asked for
+        │   └── NotAdmittedError      it was reached, and deals only with other peers
         ├── PeerTimeoutError      it did not answer in time
         ├── ProtocolError         it sent something that is not allowed
         │   ├── IllegalMessageError   a message that is not allowed at this point of the conversation
@@ -108,6 +109,12 @@ class PeerUnreachableError(PeerError):
 
 class NotServedError(PeerUnreachableError):
     """The peer was reached, and does not serve streams of the name that was asked for."""
+
+
+class NotAdmittedError(PeerUnreachableError):
+    """The peer was reached and refuses this one, or is refused by it: by a list of peers, or for want of the
+    swarm's key.
+    """
 
 
 class PeerTimeoutError(PeerError):

@@ -11,6 +11,7 @@ Units: names of durations end in `_s` (seconds), of amounts of memory in `_bytes
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -89,6 +90,11 @@ class NetSettings(SettingsGroup):
         ge=2,
         description="How long the machine of a peer may be silent before a direct connection to it ends. A "
         "machine that is there answers the kernel's probes.",
+    )
+    swarm_key_file: Path | None = Field(
+        default=None,
+        description="The file with the key of a private swarm, as `swarmkit swarm-key` writes it. Without a "
+        "value, the swarm is open to everybody.",
     )
 
 

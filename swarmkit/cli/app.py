@@ -29,6 +29,10 @@ Announce = Annotated[
 IdentityFile = Annotated[
     str | None, typer.Option("--identity", metavar="FILE", help="Keep this peer's key, and so its name.")
 ]
+SwarmKeyFile = Annotated[
+    str | None,
+    typer.Option("--swarm-key", metavar="FILE", help="The key of a private swarm, made by `swarm-key`."),
+]
 
 app = typer.Typer(
     name="swarmkit",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from swarmkit.cli import console
-from swarmkit.cli.app import Announce, Host, IdentityFile, Join, Json, Port, Verbose, app
+from swarmkit.cli.app import Announce, Host, IdentityFile, Join, Json, Port, SwarmKeyFile, Verbose, app
 from swarmkit.cli.signals import end_request
 
 
@@ -14,6 +14,7 @@ def bootstrap(
     port: Port = 0,
     announce: Announce = None,
     identity: IdentityFile = None,
+    swarm_key: SwarmKeyFile = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -32,7 +33,7 @@ def bootstrap(
     from swarmkit.net.transport.identity import Identity
 
     key = Identity.load_or_create(Path(identity)) if identity else Identity()
-    factory = over_hivemind(join or (), host=host, port=port, announce=announce or ())
+    factory = over_hivemind(join or (), host=host, port=port, announce=announce or (), swarm_key=swarm_key)
     with end_request() as end, portal.lease() as lease:
         transport = lease.call(factory, key, acceptable_now)
         end.is_orderly = True

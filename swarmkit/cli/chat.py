@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarmkit.cli import console
-from swarmkit.cli.app import Join, Model, Threads, Verbose, app
+from swarmkit.cli.app import Join, Model, SwarmKeyFile, Threads, Verbose, app
 from swarmkit.cli.generate import Draft, MaxTokens, Seed, SpeculateOption, Temperature, TopP
 from swarmkit.errors import UsageError
 from swarmkit.events import Event, StepFinished, following
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def chat(
     model: Model = "tiny-chat",
     join: Join = None,
+    swarm_key: SwarmKeyFile = None,
     system: Annotated[str | None, typer.Option("--system", help="A system prompt.")] = None,
     max_new_tokens: MaxTokens = 200,
     temperature: Temperature = 0.0,
@@ -52,7 +53,7 @@ def chat(
             console.err.print(f"[yellow]{event}[/]", markup=True)
 
     with ExitStack() as owned:
-        remote = owned.enter_context(model_of(model, join))
+        remote = owned.enter_context(model_of(model, join, swarm_key))
         if verbose:
             owned.enter_context(following(remote.connection.client.events, show))
         tokenizer = remote.tokenizer()

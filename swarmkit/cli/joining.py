@@ -15,14 +15,17 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def model_of(name: str, join: list[str] | None) -> Iterator[Any]:
-    """The model over the swarm of `join`, or over a swarm of two servers in this process."""
+def model_of(name: str, join: list[str] | None, swarm_key: str | None = None) -> Iterator[Any]:
+    """The model over the swarm of `join`, or over a swarm of two servers in this process.
+
+    Args: swarm_key: the file with the key of a private swarm.
+    """
     from swarmkit.client.model import SwarmModelForCausalLM
     from swarmkit.local.swarm import LocalSwarm
 
     if join:
         with console.busy("joining the swarm"):
-            model = SwarmModelForCausalLM.from_pretrained(name, initial_peers=join)
+            model = SwarmModelForCausalLM.from_pretrained(name, initial_peers=join, swarm_key=swarm_key)
         with model, interruptible():
             yield model
         return

@@ -19,6 +19,7 @@ from swarmkit.cli.app import (
     Json,
     Model,
     Port,
+    SwarmKeyFile,
     Threads,
     Verbose,
     app,
@@ -54,6 +55,7 @@ def serve(
     port: Port = 0,
     announce: Announce = None,
     identity: IdentityFile = None,
+    swarm_key: SwarmKeyFile = None,
     weights_from: Annotated[
         str, typer.Option("--weights-from", help="any, hub, or peers: where blocks may be fetched from.")
     ] = "any",
@@ -112,7 +114,7 @@ def serve(
         if fingerprint is None:
             checkpoint = Checkpoint.open(model)
         else:
-            lookup = over_hivemind(join or (), client_mode=True)
+            lookup = over_hivemind(join or (), client_mode=True, swarm_key=swarm_key)
             checkpoint = open_with_fingerprint(model, fingerprint, lookup, weights)
         server = Server(
             checkpoint,
@@ -126,7 +128,12 @@ def serve(
             adapters=adapter or (),
             weights=weights,
             transport=over_hivemind(
-                join or (), host=host, port=port, announce=announce or (), use_relay=relay
+                join or (),
+                host=host,
+                port=port,
+                announce=announce or (),
+                use_relay=relay,
+                swarm_key=swarm_key,
             ),
         )
         show = _Show(json)

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from swarmkit.cli import console
-from swarmkit.cli.app import Join, Json, Verbose, app
+from swarmkit.cli.app import Join, Json, SwarmKeyFile, Verbose, app
 from swarmkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def status(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Only this model, by name or fingerprint.")
     ] = None,
+    swarm_key: SwarmKeyFile = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -40,7 +41,8 @@ def status(
         raise UsageError("which swarm? give --join ADDRESS, as `swarmkit serve` and `bootstrap` print it")
     from swarmkit.client.status import swarm_status
 
-    models = [each for each in swarm_status(join) if model is None or model in (each.model, each.fingerprint)]
+    found = swarm_status(join, swarm_key=swarm_key)
+    models = [each for each in found if model is None or model in (each.model, each.fingerprint)]
     if json:
         console.emit_json(models=[each.to_json() for each in models])
     elif not models:

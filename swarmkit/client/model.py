@@ -40,6 +40,7 @@ from swarmkit.models.device import ensure_device
 from swarmkit.models.head.head import build_head
 from swarmkit.models.head.head_kind import HeadKind
 from swarmkit.net.connect import TransportFactory, over_hivemind
+from swarmkit.net.transport.swarm_key import SwarmKey
 from swarmkit.settings import ClientSettings
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
         initial_peers: Sequence[str] = (),
         transport: TransportFactory | None = None,
         node: ClientHost | None = None,
+        swarm_key: SwarmKey | str | os.PathLike[str] | None = None,
         dtype: str | torch.dtype = "auto",
         device: str = "cpu",
         settings: ClientSettings | None = None,
@@ -98,6 +100,8 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
             initial_peers: addresses of peers of the swarm, as `swarmkit serve` and `bootstrap` print them.
             transport: another way to reach the swarm; over hivemind if not given.
             node: a `Node` that runs in this process, whose connection to the swarm is used then.
+            swarm_key: the file with the key of a private swarm, as `swarmkit swarm-key` writes it. Not used
+                with `transport` or `node`.
             dtype: of embeddings, head and the hidden states sent; `"auto"` = float32 on CPU.
             hub: `revision` and `token`, for models from the Hub; for a classifier also entries of its config,
                 such as `num_labels`.
@@ -117,7 +121,9 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
         reference = ModelRef(
             checkpoint.name, checkpoint.fingerprint, checkpoint.num_blocks, checkpoint.hidden_size
         )
-        host = node or AloneHost(transport or over_hivemind(initial_peers, client_mode=True))
+        host = node or AloneHost(
+            transport or over_hivemind(initial_peers, client_mode=True, swarm_key=swarm_key)
+        )
         connection = Connection(lambda: SwarmClient(reference, settings), host)
         try:
             length = _length_limit(checkpoint.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from swarmkit.net.registry.swarm_map import uncovered
 from swarmkit.net.rpc.server_info import InfoAnswer, ask_all
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.seam import Transport
+from swarmkit.net.transport.swarm_key import SwarmKey
 
 ANSWER_TIMEOUT_S = 3.0
 """How long a server may take to say what it is doing."""
@@ -81,18 +83,24 @@ class ModelStatus:
         return asdict(self)
 
 
-def swarm_status(initial_peers: Sequence[str], timeout_s: float = ANSWER_TIMEOUT_S) -> list[ModelStatus]:
+def swarm_status(
+    initial_peers: Sequence[str],
+    timeout_s: float = ANSWER_TIMEOUT_S,
+    swarm_key: SwarmKey | str | os.PathLike[str] | None = None,
+) -> list[ModelStatus]:
     """Join a swarm, look at all models in it, and leave. Must not be called on an event loop's thread.
 
     Args:
         initial_peers: addresses of peers of the swarm.
         timeout_s: how long a server may take to answer.
+        swarm_key: the key of a private swarm, or its file.
 
     Raises:
         TransportError: no peer can be reached.
     """
     with portal.lease() as lease:
-        transport = lease.call(over_hivemind(initial_peers, client_mode=True), Identity(), acceptable_now)
+        factory = over_hivemind(initial_peers, client_mode=True, swarm_key=swarm_key)
+        transport = lease.call(factory, Identity(), acceptable_now)
         try:
             return lease.call(look_up_status, transport, SYSTEM_CLOCK, timeout_s)
         finally:

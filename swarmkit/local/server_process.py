@@ -42,6 +42,7 @@ class ServerProcess:
         port: where it listens; 0 = any free port.
         announce: addresses that others shall dial instead.
         adapters: to be hosted.
+        swarm_key_file: holds the key of the private swarm that it joins.
         fork_server: starts it sooner than anew, if it can.
     """
 
@@ -59,6 +60,7 @@ class ServerProcess:
         announce: Sequence[str] = (),
         adapters: Sequence[str | os.PathLike[str]] = (),
         settings: ServerSettings | None = None,
+        swarm_key_file: str | os.PathLike[str] | None = None,
         fork_server: ForkServer | None = None,
     ) -> None:
         command = ["serve", model]
@@ -70,6 +72,8 @@ class ServerProcess:
             command += ["--join", address]
         for address in announce:
             command += ["--announce", address]
+        if swarm_key_file is not None:
+            command += ["--swarm-key", os.fspath(swarm_key_file)]
         for adapter in adapters:
             command += ["--adapter", os.fspath(adapter)]
         environment = dict(os.environ, OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false")

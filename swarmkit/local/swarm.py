@@ -22,13 +22,14 @@ from swarmkit.local.member import LocalServer, Member, Place
 from swarmkit.local.server_process import ServerProcess
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.net import portal
-from swarmkit.net.connect import TransportFactory, over_hivemind
+from swarmkit.net.connect import TransportFactory, over_hivemind, swarm_key_of
 from swarmkit.net.emulation.link_emulator import LinkEmulator
 from swarmkit.net.emulation.link_schedule import EmulatedLink
 from swarmkit.net.registry.acceptance import acceptable_now
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.net.transport.seam import RecordCheck, Transport
+from swarmkit.net.transport.swarm_key import SwarmKey
 from swarmkit.node.server import Server
 from swarmkit.settings import ClientSettings, ServerSettings
 
@@ -67,6 +68,7 @@ class LocalSwarm:
         link: what lies between each server and everybody else, in each direction, so that a client's round
             trip to a server, or one server's to another, takes `2 * link.delay_s` longer; nothing if not
             given. `link_of(server)` changes or cuts one of them while the swarm runs.
+        swarm_key: makes the swarm private: the file with its key, or the key itself (not with `processes`).
         on_progress: called with (servers ready, servers in all) while the swarm starts.
     """
 
@@ -82,6 +84,7 @@ class LocalSwarm:
         threads: int = 1,
         device: str = "cpu",
         link: EmulatedLink | None = None,
+        swarm_key: SwarmKey | str | os.PathLike[str] | None = None,
         server_settings: ServerSettings | None = None,
         client_settings: ClientSettings | None = None,
         on_progress: Callable[[int, int], None] = lambda ready, total: None,
@@ -100,6 +103,10 @@ class LocalSwarm:
                 "an emulated link stands between sockets; use transport='hivemind', or the memory network's "
                 "own set_link()"
             )
+        if processes and isinstance(swarm_key, SwarmKey):
+            raise UsageError("processes read the swarm's key from a file; give the file's path as swarm_key")
+        self._key_file = swarm_key if isinstance(swarm_key, str | os.PathLike) else None
+        self._swarm_key = swarm_key_of(swarm_key)
         self.members: list[Member] = []
         """All that take part: servers, and what `add` was told to make."""
         self.servers: list[LocalServer] = []
@@ -260,13 +267,13 @@ class LocalSwarm:
     def _start_bootstrap(self) -> None:
         lease = portal.lease()
         self._owned.callback(lease.close)
-        self._bootstrap = lease.call(over_hivemind(), Identity(), acceptable_now)
+        self._bootstrap = lease.call(over_hivemind(swarm_key=self._swarm_key), Identity(), acceptable_now)
         self._owned.callback(lease.call, self._bootstrap.close)
 
     def _client_transport(self) -> TransportFactory:
         if self.network is None:
-            return over_hivemind(self.initial_peers, client_mode=True)
-        return over_memory(self.network)
+            return over_hivemind(self.initial_peers, client_mode=True, swarm_key=self._swarm_key)
+        return over_memory(self.network, self._swarm_key)
 
     def _launch(self, blocks: tuple[int, int], **kwargs: Any) -> LocalServer:
         """A server that may be started."""
@@ -291,6 +298,7 @@ class LocalSwarm:
                 port=place.port,
                 announce=place.announce,
                 settings=self._server_settings,
+                swarm_key_file=self._key_file,
                 fork_server=self._fork_server,
                 **kwargs,
             )
@@ -307,9 +315,11 @@ class LocalSwarm:
             link = self._lay_link(port, self._link)
         announce = () if link is None else (link.address,)
         if self.network is not None:
-            transport = over_memory(self.network)
+            transport = over_memory(self.network, self._swarm_key)
         else:
-            transport = over_hivemind(self.initial_peers, port=port, announce=announce)
+            transport = over_hivemind(
+                self.initial_peers, port=port, announce=announce, swarm_key=self._swarm_key
+            )
         member = make(Place(name, transport, tuple(self.initial_peers), port, announce))
         if link is not None:
             self._links[member] = link
@@ -347,11 +357,11 @@ def _reserve_port(owned: ExitStack) -> int:
     return port
 
 
-def over_memory(network: MemoryNetwork) -> TransportFactory:
-    """Transports of an in-memory network."""
+def over_memory(network: MemoryNetwork, swarm_key: SwarmKey | None = None) -> TransportFactory:
+    """Transports of an in-memory network, in a private swarm if there is a key."""
 
     async def create(identity: Identity, record_check: RecordCheck) -> Transport:
-        return network.transport(identity, record_check)
+        return network.transport(identity, record_check, swarm_key)
 
     return create
 

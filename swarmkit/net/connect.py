@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeAlias
@@ -13,6 +14,7 @@ from swarmkit.net.registry.acceptance import is_acceptable
 from swarmkit.net.registry.registry import Registry
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.seam import RecordCheck, Transport
+from swarmkit.net.transport.swarm_key import SwarmKey
 from swarmkit.settings import NetSettings
 
 TransportFactory: TypeAlias = Callable[[Identity, RecordCheck], Awaitable[Transport]]
@@ -44,6 +46,7 @@ def over_hivemind(
     announce: Sequence[str] = (),
     client_mode: bool = False,
     use_relay: bool = False,
+    swarm_key: SwarmKey | str | os.PathLike[str] | None = None,
 ) -> TransportFactory:
     """Transports that join the swarm of `initial_peers` (or start one) through hivemind's p2p daemon.
 
@@ -52,8 +55,13 @@ def over_hivemind(
         announce: addresses that others shall dial instead of the ones listened on.
         client_mode: use the swarm without keeping records for it.
         use_relay: be reachable through other peers when behind a NAT.
+        swarm_key: the key of a private swarm, or its file; the settings' file if not given.
+
+    Raises:
+        UsageError: the key's file cannot be read.
     """
     limits = settings or NetSettings()
+    key = swarm_key_of(swarm_key or limits.swarm_key_file)
     if isinstance(initial_peers, str):  # one address, not a list of letters
         initial_peers = [initial_peers]
 
@@ -71,6 +79,16 @@ def over_hivemind(
             startup_timeout=limits.startup_timeout_s,
             keep_alive_s=limits.keep_alive_s,
             record_check=record_check,
+            swarm_key=key,
         )
 
     return create
+
+
+def swarm_key_of(given: SwarmKey | str | os.PathLike[str] | None) -> SwarmKey | None:
+    """The key that a caller has given, as itself or as its file.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
+    return SwarmKey.load(given) if isinstance(given, str | os.PathLike) else given

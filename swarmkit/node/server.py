@@ -17,6 +17,7 @@ from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.net import portal
 from swarmkit.net.connect import TransportFactory, over_hivemind
 from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.swarm_key import SwarmKey
 from swarmkit.node.node import Node
 from swarmkit.server.config import ServerConfig
 from swarmkit.server.serving import Serving
@@ -51,7 +52,10 @@ class Server:
         adapters: folders or Hub repositories of LoRA adapters (as PEFT saves them) to host for everybody.
         transport: how to reach the swarm; over hivemind on loopback if not given.
         node: runs this server beside others, over its connection to the swarm, such as `other_server.node`; a
-            node of its own if not given. Then `initial_peers`, `identity_path` and `transport` are not used.
+            node of its own if not given. Then `initial_peers`, `identity_path`, `transport` and `swarm_key`
+            are not used.
+        swarm_key: the file with the key of a private swarm, as `swarmkit swarm-key` writes it. Not used with
+            `transport`.
 
     Raises:
         UsageError: blocks outside the model.
@@ -72,13 +76,14 @@ class Server:
         fingerprint: str | None = None,
         identity_path: str | os.PathLike[str] | None = None,
         transport: TransportFactory | None = None,
+        swarm_key: SwarmKey | str | os.PathLike[str] | None = None,
         node: Node | None = None,
         weights: WeightsSettings | None = None,
         settings: ServerSettings | None = None,
         adapters: Sequence[str | os.PathLike[str]] = (),
     ) -> None:
         if fingerprint is not None:
-            lookup = transport or over_hivemind(initial_peers, client_mode=True)
+            lookup = transport or over_hivemind(initial_peers, client_mode=True, swarm_key=swarm_key)
             model = open_with_fingerprint(model, fingerprint, lookup, weights)
         config = ServerConfig(
             checkpoint=Checkpoint.open(model),
@@ -96,7 +101,8 @@ class Server:
         self._is_guest = node is not None
         if node is None:
             identity = Identity.load_or_create(Path(identity_path)) if identity_path else Identity()
-            node = Node(transport or over_hivemind(initial_peers), identity, weights=config.weights)
+            transport = transport or over_hivemind(initial_peers, swarm_key=swarm_key)
+            node = Node(transport, identity, weights=config.weights)
             self._server = node.add(config)
         else:
             self._server = node.new_server(config)

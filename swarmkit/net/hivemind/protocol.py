@@ -16,6 +16,8 @@ from contextvars import ContextVar
 from itertools import chain
 from typing import Any, Protocol, TypeAlias
 
+from swarmkit.net.hivemind.gate import TableGate
+
 logger = logging.getLogger(__name__)
 
 MAX_STORED_AT_ONCE = 1024
@@ -32,6 +34,7 @@ _storing_peer: ContextVar[str] = ContextVar("swarmkit_storing_peer", default="")
 class Guard(Protocol):
     """What the protocol asks of the guard that hivemind knows as its record validator."""
 
+    gate: TableGate
     storage: Any
     cache: Any
     verifying: asyncio.Lock
@@ -58,6 +61,18 @@ async def in_slices(verify: Callable[..., None], signed: Iterable[SignedRecord])
             await asyncio.sleep(0)
 
 
+class _GatedServicer:
+    """What answers requests of other peers, as far as the gate lets them pass."""
+
+    def __init__(self, servicer: Any, gate: TableGate) -> None:
+        self._servicer = servicer
+        self._gate = gate
+
+    def __getattr__(self, name: str) -> Any:
+        answer = getattr(self._servicer, name)
+        return self._gate.answering(name, answer) if name.startswith("rpc_") else answer
+
+
 @functools.cache
 def guarded_protocol() -> type:
     """hivemind's `DHTProtocol`, whose record validator is a `Guard`."""
@@ -77,8 +92,12 @@ def guarded_protocol() -> type:
             self._validate_dictionary = self.record_validator.purge
             return self
 
+        async def add_p2p_handlers(self, p2p: Any, wrapper: Any = None, **options: Any) -> None:
+            gated = _GatedServicer(wrapper or self, self.record_validator.gate)
+            await super().add_p2p_handlers(p2p, gated, **options)
+
         def get_stub(self, peer: Any) -> Any:
-            return _Stub(self, super().get_stub(peer))
+            return _Stub(self, super().get_stub(peer), str(peer))
 
         async def update_routing_table(self, node_id: Any, peer_id: Any, responded: bool = True) -> None:
             if responded:
@@ -118,15 +137,18 @@ def guarded_protocol() -> type:
     class _Stub:
         """A stub to another peer whose answers are verified before hivemind looks at them."""
 
-        def __init__(self, protocol: Any, stub: Any) -> None:
+        def __init__(self, protocol: Any, stub: Any, peer_id: str) -> None:
             self._protocol = protocol
             self._stub = stub
+            self._peer_id = peer_id
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(self._stub, name)
+            call = getattr(self._stub, name)
+            gate, own_id = self._protocol.record_validator.gate, str(self._protocol.p2p.peer_id)
+            return gate.asking(name, call, own_id, self._peer_id) if name.startswith("rpc_") else call
 
         async def rpc_find(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-            response = await self._stub.rpc_find(request, *args, **kwargs)
+            response = await self.__getattr__("rpc_find")(request, *args, **kwargs)
             for result in response.results:
                 if result.type == pb.FOUND_DICTIONARY:
                     found = (base.IS_DICTIONARY, result.value, result.expiration_time)

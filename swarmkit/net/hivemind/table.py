@@ -27,11 +27,13 @@ import anyio
 from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.errors import NoContactError, TransportError
 from swarmkit.net.hivemind.contact import Contact
+from swarmkit.net.hivemind.gate import TableGate
 from swarmkit.net.hivemind.protocol import guarded_protocol, storing_peer
 from swarmkit.net.hivemind.storage import bounded_storage
 from swarmkit.net.transport.identity import Identity, verify
 from swarmkit.net.transport.limits import MAX_LIFETIME_S, MAX_VALUE_BYTES, checked_records
 from swarmkit.net.transport.seam import RecordCheck, peer_of, service_id
+from swarmkit.net.transport.swarm_key import SwarmKey
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +137,14 @@ class RecordGuard:
     priority = 0
 
     def __init__(
-        self, check: RecordCheck | None, clock: Clock = SYSTEM_CLOCK, contact: Contact | None = None
+        self,
+        check: RecordCheck | None,
+        clock: Clock = SYSTEM_CLOCK,
+        contact: Contact | None = None,
+        swarm_key: SwarmKey | None = None,
     ) -> None:
+        self.swarm_key = swarm_key
+        self.gate = TableGate(swarm_key)
         self._check = check
         self._clock = clock
         self.note_heard = (contact or Contact(clock, ())).note_heard
@@ -166,9 +174,14 @@ class RecordGuard:
             return None
         if not self._authentic(peer_of(subkey), _signed_part(expires_at, sealed.value), sealed.signature):
             return None
-        if self._check is not None and not self._check(sealed.key, subkey, sealed.value, expires_at):
+        value: bytes | None = sealed.value
+        if self.swarm_key is not None:
+            value = self.swarm_key.unseal(subkey, sealed.value, expires_at)
+        if value is None or (
+            self._check is not None and not self._check(sealed.key, subkey, value, expires_at)
+        ):
             return None
-        return sealed.key, sealed.value
+        return sealed.key, value
 
     def want(self, keys: Iterable[str]) -> None:
         """Note that this peer itself uses records of these keys' kinds, and keeps them before others."""
@@ -287,6 +300,10 @@ class HivemindTable:
                 reuse_get_requests=False,
             )
         except Exception as error:
+            if guard.gate.refusal:
+                raise TransportError(
+                    f"could not join the swarm at {', '.join(initial_peers)}: {guard.gate.refusal}"
+                ) from error
             raise TransportError(
                 f"could not join the swarm at {', '.join(initial_peers)}: {error}. Check that these peers "
                 "are running and that this machine's clock is right (within 3 seconds)"
@@ -315,13 +332,16 @@ class HivemindTable:
         if not pairs:
             return 0
         self._guard.want(key for key, _ in pairs)
+        subkey = service_id(self._identity.peer_id, service)
+        if (swarm_key := self._guard.swarm_key) is not None:
+            pairs = [(key, swarm_key.seal(subkey, bytes(value), expires_at)) for key, value in pairs]
         try:
             with anyio.fail_after(self._timeout):
                 stored = await self._node.store_many(
                     keys=[key for key, _ in pairs],
                     values=[_sealed(self._identity, key, value, expires_at) for key, value in pairs],
                     expiration_time=float(expires_at),
-                    subkeys=[service_id(self._identity.peer_id, service)] * len(pairs),
+                    subkeys=[subkey] * len(pairs),
                     exclude_self=self._node.protocol.client_mode,  # no peer could ask a client for them
                 )
         except TimeoutError:

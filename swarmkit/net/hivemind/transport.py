@@ -60,6 +60,7 @@ from swarmkit.net.hivemind.table import (
 )
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.seam import Handler, RecordCheck, Stream, Transport
+from swarmkit.net.transport.swarm_key import SwarmKey, admit_opener, prove_to_server
 
 logger = logging.getLogger(__name__)
 
@@ -91,14 +92,16 @@ class HivemindTransport(Transport):
         record_check: RecordCheck | None,
         timeouts: _Timeouts,
         clock: Clock,
+        swarm_key: SwarmKey | None = None,
     ) -> None:
         self._identity = identity
+        self._key = swarm_key
         self._daemon = daemon
         self._options = options
         self._timeouts = timeouts
         self._clock = clock
         self._contact = Contact(clock, options.initial_peers)
-        self._guard = RecordGuard(record_check, clock, self._contact)
+        self._guard = RecordGuard(record_check, clock, self._contact, swarm_key)
         self._addresses: tuple[str, ...] = ()
         self._table: HivemindTable | None = None
         self._p2p: Any = None
@@ -129,6 +132,7 @@ class HivemindTransport(Transport):
         client_mode: bool = False,
         direct: bool = True,
         record_check: RecordCheck | None = None,
+        swarm_key: SwarmKey | None = None,
         startup_timeout: float = 30.0,
         table_timeout: float = 10.0,
         keep_alive_s: float = SILENCE_S,
@@ -149,6 +153,7 @@ class HivemindTransport(Transport):
                 port of its own that the system chooses; not where others see this peer elsewhere than it
                 listens.
             record_check: which records to keep and believe, beyond that each is signed by its peer.
+            swarm_key: of the private swarm, without which no peer opens a stream here or uses the table.
             startup_timeout: seconds for the daemon to become ready, and again to join the swarm.
             table_timeout: seconds for one store or fetch.
             keep_alive_s: how long the machine of a peer may be silent before a direct stream to it ends.
@@ -179,7 +184,7 @@ class HivemindTransport(Transport):
         identity = identity or Identity()
         daemon = await P2PDaemon.start(identity, options, startup_timeout=startup_timeout)
         timeouts = _Timeouts(startup_timeout, table_timeout, keep_alive_s)
-        self = cls(identity, daemon, options, record_check, timeouts, clock)
+        self = cls(identity, daemon, options, record_check, timeouts, clock, swarm_key)
         try:
             with anyio.fail_after(startup_timeout):
                 if direct and not client_mode and not announce_maddrs:
@@ -376,7 +381,7 @@ class HivemindTransport(Transport):
                 await self._connect(peer_id, addresses, timeout)
                 request = pb.StreamOpenRequest(peer=raw_id, proto=[name], timeout=_whole_seconds(timeout))
                 stream, offer = await self._ask_for_stream(
-                    pb.Request(type=pb.Request.STREAM_OPEN, streamOpen=request), peer_id
+                    pb.Request(type=pb.Request.STREAM_OPEN, streamOpen=request), peer_id, name
                 )
                 self._contact.note_reached(peer_id, addresses)
                 if offer is None:
@@ -493,6 +498,9 @@ class HivemindTransport(Transport):
             of_name = self._serving.setdefault(name, set())
             of_name.add(task)
             task.add_done_callback(of_name.discard)
+            if self._key is not None:
+                with anyio.fail_after(_GREETING_TIMEOUT_S):
+                    await admit_opener(self._key, stream, name, self.peer_id)
             stream = await self._agree_on_way(stream)
             await handler(stream)
         except Exception:
@@ -533,16 +541,20 @@ class HivemindTransport(Transport):
         connection.close()
         return response
 
-    async def _ask_for_stream(self, request: Any, peer_id: str) -> tuple[FrameStream, Offer | None]:
+    async def _ask_for_stream(
+        self, request: Any, peer_id: str, name: str
+    ) -> tuple[FrameStream, Offer | None]:
         stream, _ = await self._exchange(request)
         stream.peer_id = peer_id
         self._streams.add(stream)
-        return stream, await self._accepted(stream)
+        return stream, await self._accepted(stream, name)
 
-    async def _accepted(self, stream: FrameStream) -> Offer | None:
+    async def _accepted(self, stream: FrameStream, name: str) -> Offer | None:
         """Wait until the peer accepts the stream. Returns the direct connection that it offers."""
         try:
             answer = await stream.receive()
+            if await prove_to_server(self._key, answer, stream, name, self.peer_id):
+                answer = await stream.receive()
             if answer == _ACCEPTED:
                 return None
             if (offer := Offer.from_bytes(answer)) is None:
@@ -614,7 +626,7 @@ class HivemindTransport(Transport):
             await loop.create_unix_connection(lambda stream=stream: stream, sock=end)  # type: ignore[misc]
             self._streams.add(stream)
         self._spawn(self._serve(there, name))
-        if await self._accepted(here) is not None:
+        if await self._accepted(here, name) is not None:
             await here.send(_STAY)
         return here
 

@@ -42,6 +42,7 @@ from swarmkit.net.transport.seam import (
     Transport,
     service_id,
 )
+from swarmkit.net.transport.swarm_key import SwarmKey, admit_opener, prove_to_server
 
 logger = logging.getLogger(__name__)
 
@@ -82,14 +83,19 @@ class MemoryNetwork:
         self._table: dict[str, dict[str, tuple[float, bytes]]] = {}
 
     def transport(
-        self, identity: Identity | None = None, record_check: RecordCheck | None = None
+        self,
+        identity: Identity | None = None,
+        record_check: RecordCheck | None = None,
+        swarm_key: SwarmKey | None = None,
     ) -> MemoryTransport:
         """A new peer.
+
+        Args: swarm_key: of the private swarm that it belongs to.
 
         Raises:
             UsageError: a peer of this identity is there already.
         """
-        transport = MemoryTransport(self, identity or Identity(), record_check)
+        transport = MemoryTransport(self, identity or Identity(), record_check, swarm_key)
         if transport.peer_id in self._peers:
             raise UsageError(f"peer {transport.peer_id} is in this network already; close it first")
         self._peers[transport.peer_id] = transport
@@ -371,10 +377,17 @@ class MemoryStream(Stream):
 class MemoryTransport(Transport):
     """One peer of a `MemoryNetwork`. Made by `MemoryNetwork.transport`."""
 
-    def __init__(self, network: MemoryNetwork, identity: Identity, record_check: RecordCheck | None) -> None:
+    def __init__(
+        self,
+        network: MemoryNetwork,
+        identity: Identity,
+        record_check: RecordCheck | None,
+        swarm_key: SwarmKey | None = None,
+    ) -> None:
         self.network = network
         self._identity = identity
-        self._check = record_check
+        self._key = swarm_key
+        self._check = record_check if swarm_key is None else swarm_key.check_sealed(record_check)
         self._handlers: dict[str, Handler] = {}
         self._streams: weakref.WeakSet[MemoryStream] = weakref.WeakSet()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -427,14 +440,33 @@ class MemoryTransport(Transport):
         here, there = MemoryStream.pair(network, own_id, peer_id)
         self._streams.add(here)
         peer._streams.add(there)
-        peer._spawn(peer._serve(handler, there), name)
+        peer._spawn(peer._serve(handler, there, name), name)
+        if self._key is not None or peer._key is not None:
+            await self._prove(here, name, is_asked=peer._key is not None, timeout=timeout)
         return here
+
+    async def _prove(self, stream: MemoryStream, name: str, *, is_asked: bool, timeout: float) -> None:
+        """Prove to a peer that this one has the swarm's key; see `prove_to_server`."""
+        try:
+            with anyio.fail_after(timeout):
+                first = await stream.receive() if is_asked else b""
+                await prove_to_server(self._key, first, stream, name, self.peer_id)
+        except TimeoutError:
+            stream.close()
+            raise PeerTimeoutError(
+                f"peer {stream.peer_id} did not answer within {timeout:g} s", stream.peer_id
+            ) from None
+        except BaseException:
+            stream.close()
+            raise
 
     async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float, service: int = 0) -> int:
         """See `Transport.store`."""
         self._check_running()
         await asyncio.sleep(0)
         pairs, subkey = checked_records(records, expires_at), service_id(self.peer_id, service)
+        if self._key is not None:
+            pairs = [(key, self._key.seal(subkey, value, expires_at)) for key, value in pairs]
         return sum(self.network._keep(key, subkey, bytes(value), expires_at) for key, value in pairs)
 
     async def fetch(self, keys: Iterable[str]) -> Mapping[str, Mapping[str, bytes]]:
@@ -447,7 +479,9 @@ class MemoryTransport(Transport):
         for key in keys:
             held = self.network._held(key)
             if good := {
-                s: value for s, (until, value) in held.items() if self._accepts(key, s, value, until)
+                s: self._opened(s, value, until)
+                for s, (until, value) in held.items()
+                if self._accepts(key, s, value, until)
             }:
                 found[key] = good
         return found
@@ -479,14 +513,22 @@ class MemoryTransport(Transport):
     def _accepts(self, key: str, subkey: str, value: bytes, expires_at: float) -> bool:
         return self._check is None or self._check(key, subkey, value, expires_at)
 
+    def _opened(self, subkey: str, value: bytes, expires_at: float) -> bytes:
+        """A record that was accepted, as its peer stored it."""
+        opened = value if self._key is None else self._key.unseal(subkey, value, expires_at)
+        assert opened is not None, "the check has opened it"
+        return opened
+
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(coroutine)
         for tasks in (self._tasks, self._serving.setdefault(name, set())):
             tasks.add(task)
             task.add_done_callback(tasks.discard)
 
-    async def _serve(self, handler: Handler, stream: MemoryStream) -> None:
+    async def _serve(self, handler: Handler, stream: MemoryStream, name: str) -> None:
         try:
+            if self._key is not None:
+                await admit_opener(self._key, stream, name, self.peer_id)
             await handler(stream)
         except Exception:
             logger.debug("a stream from peer %s ended", stream.peer_id, exc_info=True)

@@ -1,0 +1,71 @@
+"""What lets only peers with the swarm's key use the shared table.
+
+hivemind's requests and answers have room for a nonce and a signature, which hivemind leaves empty unless it
+is given an authorizer. A peer with a key puts a proof there, with every request and with every answer.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from swarmkit.errors import NotAdmittedError
+from swarmkit.net.transport.swarm_key import PRIVATE, SwarmKey
+
+_NONCE_BYTES = 16
+
+Call = Callable[..., Awaitable[Any]]
+"""A remote procedure: `call(request, ...)` at the asking end, `call(request, context)` at the other one."""
+
+
+class TableGate:
+    """Proves to other peers, in their requests and answers, that this one has the key, and wants proof."""
+
+    def __init__(self, key: SwarmKey | None) -> None:
+        self._key = key
+        self.refusal = ""
+        """Why a peer refused this one, or was refused by it, last; empty = that did not happen."""
+
+    def answering(self, name: str, answer: Call) -> Call:
+        """Answer requests only of peers that have the key."""
+        key = self._key
+        if key is None:
+            return answer
+
+        async def gated(request: Any, context: Any) -> Any:
+            ends = str(context.remote_id), str(context.local_id)
+            auth = request.auth
+            if not key.proves(auth.signature, "opener", name, *ends, auth.nonce):
+                raise NotAdmittedError(PRIVATE, ends[0])
+            response = await answer(request, context)
+            response.auth.nonce = auth.nonce
+            response.auth.signature = key.proof("server", name, *ends, auth.nonce)
+            return response
+
+        return gated
+
+    def asking(self, name: str, ask: Call, own_id: str, peer_id: str) -> Call:
+        """Ask a peer, and take its answer only if it has the key as well."""
+        key = self._key
+
+        async def gated(request: Any, *args: Any, **kwargs: Any) -> Any:
+            if key is not None:
+                request.auth.nonce = secrets.token_bytes(_NONCE_BYTES)
+                request.auth.signature = key.proof("opener", name, own_id, peer_id, request.auth.nonce)
+            try:
+                response = await ask(request, *args, **kwargs)
+            except Exception as error:
+                if PRIVATE in str(error):
+                    self.refusal = f"peer {peer_id} admits no request of this peer: " + (
+                        PRIVATE if key is None else "the key of its swarm is another one"
+                    )
+                raise
+            if key is not None and not key.proves(
+                response.auth.signature, "server", name, own_id, peer_id, request.auth.nonce
+            ):
+                self.refusal = f"peer {peer_id} does not have the key of this swarm"
+                raise NotAdmittedError(self.refusal, peer_id)
+            return response
+
+        return gated
