@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from swarmkit.client.adapters.mixin import AdapterMixin
 from swarmkit.client.adapters.model_adapters import ModelAdapters
+from swarmkit.client.adapters.peft_config import refuse_prefixes
 from swarmkit.client.blocks import Blocks
 from swarmkit.client.generation import LengthLimit, prompt_length, without_cache_implementation
 from swarmkit.client.gradients.exchange import Traffic
@@ -22,7 +23,8 @@ from swarmkit.client.pictures import server_pictures, swarm_bundle
 from swarmkit.client.refusals import RefusalsMixin, hub_options
 from swarmkit.client.remote_blocks import RemoteBlocks, record_states
 from swarmkit.client.routing.route import describe
-from swarmkit.client.session.session import Session, SwarmCache, active_session, session_of
+from swarmkit.client.session.active import active_session
+from swarmkit.client.session.session import Session, SwarmCache, session_of
 from swarmkit.client.speculation.assistants import (
     Speculation,
     SpeculationCount,
@@ -30,6 +32,7 @@ from swarmkit.client.speculation.assistants import (
     choose_way,
     named_arguments,
 )
+from swarmkit.client.status import ServerStatus, servers_of
 from swarmkit.client.swarm.client import ModelRef, SwarmClient
 from swarmkit.client.swarm.connection import AloneHost, ClientHost, Connection
 from swarmkit.errors import UsageError
@@ -162,6 +165,11 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
         return swarm_bundle(text, reference.name, reference.num_blocks, servers)
 
     @property
+    def servers(self) -> tuple[ServerStatus, ...]:
+        """The servers of this model's blocks, which are asked for their load and their free cache now."""
+        return self._swarm.call(servers_of, self._swarm.client)
+
+    @property
     def trace(self) -> list[StepFinished]:
         """The last steps, oldest first: which server took how long in queue, compute and network."""
         return list(self._swarm.client.trace)
@@ -286,6 +294,7 @@ class SwarmModelForCausalLM(SwarmModel):
         limit = self._limit(session, name, tokens, kwargs)
         if limit is not None:
             kwargs = limit.apply(kwargs, configured)
+        refuse_prefixes(self)
         rows = tokens.shape[0] if tokens is not None else None
         kwargs = choose_way(
             speculation, usual, kwargs, lambda name: self._configured(kwargs, name), rows, self._is_stateful

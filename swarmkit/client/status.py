@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from swarmkit.client.swarm.client import SwarmClient
 from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.net import portal
 from swarmkit.net.connect import over_hivemind
@@ -31,9 +32,12 @@ class ServerStatus:
         name: what its owner calls it, for people; may be empty.
         blocks: [a, b).
         throughput: decode steps of one token per second, as announced.
-        free_cache_tokens: tokens of one row that fit into the memory for keys and values, as announced.
+        free_cache_tokens: tokens of one row that fit into the memory for keys and values, as the server
+            answers, else as it announces. It is a claim: routes prefer servers that claim to have room, and
+            a server without room refuses a step.
         dtype: the precision in which it computes.
         expires_in_s: how long the announcement is valid if it is not renewed.
+        cache_tokens: tokens of one row for which there is memory in all; None if it does not answer.
         sessions, queue, expected_wait_s: open sessions, steps that wait, and how long a step of one token
             would wait; None if the server does not answer.
         uptime_s: for how long it has served these blocks; None if it does not answer.
@@ -53,6 +57,7 @@ class ServerStatus:
     sessions: int | None
     queue: int | None
     expected_wait_s: float | None
+    cache_tokens: int | None = None
     uptime_s: float | None = None
     round_trip_s: float | None = None
 
@@ -122,6 +127,19 @@ async def look_up_status(
     return model_statuses(servers, await ask_all(transport, answering, timeout_s, clock), now)
 
 
+async def servers_of(swarm: SwarmClient, timeout_s: float = ANSWER_TIMEOUT_S) -> tuple[ServerStatus, ...]:
+    """Look up the servers of a client's model, and ask each for its load.
+
+    Raises:
+        TransportError: the shared table cannot be read.
+    """
+    servers = await swarm.look()
+    answering = [server for server in servers if server.state != "joining"]
+    infos = await ask_all(swarm.transport, answering, timeout_s, swarm.clock)
+    found = model_statuses(servers, infos, swarm.clock.time())
+    return tuple(server for model in found for server in model.servers)
+
+
 def model_statuses(
     servers: Sequence[Announcement], infos: dict[str, InfoAnswer], now: float
 ) -> list[ModelStatus]:
@@ -157,7 +175,7 @@ def _server_status(server: Announcement, answer: InfoAnswer | None, now: float) 
         blocks=(server.start, server.stop),
         state=server.state,
         throughput=round(server.throughput, 1),
-        free_cache_tokens=server.free_cache_tokens,
+        free_cache_tokens=server.free_cache_tokens if info is None else info.cache_tokens_free,
         dtype=server.dtype,
         software=server.software,
         addresses=tuple(server.addresses),
@@ -165,6 +183,7 @@ def _server_status(server: Announcement, answer: InfoAnswer | None, now: float) 
         sessions=None if info is None else info.sessions,
         queue=None if info is None else info.waiting,
         expected_wait_s=None if info is None else round(info.expected_wait_ms / 1e3, 3),
+        cache_tokens=None if info is None else info.cache_tokens_total,
         uptime_s=None if info is None else round(info.uptime_s, 1),
         round_trip_s=None if answer is None else round(answer.round_trip_s, 6),
     )

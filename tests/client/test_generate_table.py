@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 import threading
 import warnings
@@ -227,6 +228,53 @@ WORKS: dict[str, Act] = {
 }
 
 
+def with_beam_scores(world: World, model: Any) -> Any:
+    options: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True}
+    found = in_detail(**options)(world, model)
+    numbers = [f"{float(score):.3f}" for score in found.sequences_scores]
+    return f"{numbers} {found.beam_indices.tolist()}"
+
+
+def continued_from_embeddings(world: World, model: Any) -> Any:
+    embed = model.get_input_embeddings()
+    given = embed(world.ids)
+    first = model.generate(
+        inputs_embeds=given, max_new_tokens=3, do_sample=False, return_dict_in_generate=True
+    )
+    longer = torch.cat([given, embed(first.sequences)], dim=1)
+    cache = first.past_key_values
+    return model.generate(inputs_embeds=longer, past_key_values=cache, max_new_tokens=4, do_sample=False)
+
+
+def from_an_offloaded_cache(world: World, model: Any) -> Any:
+    # transformers moves such a cache to a GPU and back, which is not here
+    options = {} if model is world.local else {"cache_implementation": "offloaded"}
+    return with_options(**options)(world, model)
+
+
+WORKS |= {
+    "num_beams with output_scores": with_beam_scores,
+    "inputs_embeds with the cache of an earlier call": continued_from_embeddings,
+    "inputs_embeds with a static cache": from_embeddings(cache_implementation="static"),
+    'cache_implementation="offloaded"': from_an_offloaded_cache,
+    "top_h": sampled(top_h=0.4),
+    "token_healing": lambda world, model: with_options(token_healing=True, tokenizer=world.tokenizer)(
+        world, model
+    ),
+    "num_assistant_tokens": lambda world, model: with_options(
+        assistant_model=world.draft, num_assistant_tokens=2
+    )(world, model),
+    "assistant_early_exit": with_options(assistant_early_exit=4),
+    "a model of a swarm as assistant_model": lambda world, model: world.local.generate(
+        world.ids, assistant_model=model, max_new_tokens=8, do_sample=False
+    ),
+    "position_ids": lambda world, model: with_options(position_ids=torch.arange(world.ids.shape[1])[None])(
+        world, model
+    ),
+    "low_memory": with_options(low_memory=True),
+}
+
+
 def within_a_session(act: Act) -> Act:
     def inside(world: World, model: Any) -> Any:
         with model.session(max_length=64):
@@ -335,6 +383,41 @@ def test_an_answer_within_the_limit_is_not_warned_of(world: World) -> None:
 def test_a_thread_that_does_not_see_a_session_is_told_how_to_give_it(world: World) -> None:
     with world.model.session(max_length=64), pytest.warns(UserWarning, match="session=session"):
         with_a_streamer(world, world.model)
+
+
+def test_a_thread_that_began_before_a_session_is_not_warned_of_it(world: World) -> None:
+    opened, done = threading.Event(), threading.Event()
+    caught: list[warnings.WarningMessage] = []
+
+    def generate_on_its_own() -> None:
+        opened.wait(60)
+        caught.extend(warned_of(lambda: with_options()(world, world.model)))
+        done.set()
+
+    thread = threading.Thread(target=generate_on_its_own)
+    thread.start()
+    with world.model.session(max_length=64):
+        opened.set()
+        assert done.wait(120)
+    thread.join()
+    assert not [each for each in caught if "another thread" in str(each.message)]
+
+
+def warned_of(act: Callable[[], object]) -> list[warnings.WarningMessage]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        act()
+    return caught
+
+
+def test_a_copied_session_is_a_fork_and_a_pickled_one_is_refused(world: World) -> None:
+    with world.model.session(max_length=64) as session:
+        world.model.generate(world.ids, max_new_tokens=2, do_sample=False)
+        copied = copy.deepcopy(session)
+        assert copied.position == session.position
+        copied.close()
+        with pytest.raises(UsageError, match="cannot be pickled"):
+            pickle.dumps(session)
 
 
 def test_a_session_that_is_given_reaches_another_thread(world: World) -> None:

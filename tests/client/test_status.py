@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import torch
+
 from swarmkit.client.overview import swarm_overview
 from swarmkit.client.status import look_up_status, model_statuses
 from swarmkit.local.swarm import LocalSwarm
@@ -48,6 +50,26 @@ def test_the_load_of_a_server_that_does_not_answer_is_not_known() -> None:
     [model] = model_statuses([silent, busy], {busy.service_id: InfoAnswer(INFO, 0.04)}, 0.0)
     load = {s.peer_id: (s.sessions, s.queue, s.expected_wait_s) for s in model.servers}
     assert load == {silent.peer_id: (None, None, None), busy.peer_id: (3, 2, 1.5)}
+
+
+def test_the_free_cache_is_what_a_server_answers_or_else_announces() -> None:
+    silent, busy = announcement(0, free_cache_tokens=7), announcement(1, free_cache_tokens=7)
+    [model] = model_statuses([silent, busy], {busy.service_id: InfoAnswer(INFO, 0.04)}, 0.0)
+    free = {s.peer_id: (s.free_cache_tokens, s.cache_tokens) for s in model.servers}
+    assert free == {silent.peer_id: (7, None), busy.peer_id: (10, 20)}
+
+
+def test_a_client_sees_the_servers_of_its_model_and_their_free_cache(tiny_llama: Checkpoint) -> None:
+    with LocalSwarm(tiny_llama, 2, transport="memory") as swarm:
+        model = swarm.model()
+        free = [server.free_cache_tokens for server in model.servers]
+        model.session(max_length=64)  # which holds nothing before its first step
+        assert [server.blocks for server in model.servers] == [(0, 2), (2, 5)]
+        assert min(free) > 0
+        with model.session(max_length=64) as session, torch.no_grad():
+            session.step(torch.zeros(1, 40, 32))
+            busy = [server.free_cache_tokens for server in model.servers]
+    assert all(now < before for now, before in zip(busy, free, strict=True))
 
 
 def test_a_running_swarm_is_looked_up_with_the_load_of_each_server(tiny_llama: Checkpoint) -> None:

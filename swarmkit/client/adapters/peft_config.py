@@ -33,6 +33,18 @@ def ensure_possible(config: Any) -> None:
         )
 
 
+def refuse_prefixes(model: object) -> None:
+    """Raise AdapterError if PEFT calls `generate()` of a model to put a prefix before its keys and values.
+
+    PEFT does that by replacing a method of the model. It gives a prefix to no cache that exists already, so
+    that the answer would be the one without it.
+    """
+    hook = vars(model).get("prepare_inputs_for_generation")
+    config = getattr(getattr(hook, "__self__", None), "active_peft_config", None)
+    if config is not None:
+        ensure_possible(config)
+
+
 def ensure_plain(config: Any) -> None:
     """Raise AdapterError unless a LoRA config is one that remote blocks can take.
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-import warnings
 import weakref
 from collections.abc import Sequence
-from contextvars import ContextVar, Token
 from types import TracebackType
+from typing import NoReturn
 
 import torch
 from transformers import Cache
@@ -15,16 +13,13 @@ from transformers.cache_utils import CacheLayerMixin
 
 from swarmkit.client.adapters.model_adapters import ModelAdapters, PromptedAdapters
 from swarmkit.client.pictures import server_pictures, session_bundle, with_times
+from swarmkit.client.session import active
 from swarmkit.client.session.chain import ChainSession
 from swarmkit.client.session.duplicate_rows import alike_rows
 from swarmkit.client.session.unsent import Unsent
 from swarmkit.client.swarm.connection import Connection
 from swarmkit.drawing.values import HopPicture
 from swarmkit.errors import SessionError, UsageError
-
-_active: ContextVar[tuple[Session, ...]] = ContextVar("swarmkit_sessions", default=())
-_threads: weakref.WeakKeyDictionary[Session, int] = weakref.WeakKeyDictionary()
-"""Sessions whose `with` blocks are open, and in which threads, until a call in another thread is warned."""
 
 
 class Session:
@@ -64,7 +59,7 @@ class Session:
         self._unsent: Unsent | None = None
         self._tokens: torch.Tensor | None = None
         self._mask: torch.Tensor | None = None
-        self._entered: Token[tuple[Session, ...]] | None = None
+        self._entered: active.Entered | None = None
         self._end = weakref.finalize(self, connection.call_soon, self.chain.close)
 
     @property
@@ -257,6 +252,15 @@ class Session:
     async def _inputs(self) -> torch.Tensor:
         return self.chain.inputs()
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Session:
+        return self.fork()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise UsageError(
+            "a session is a connection to servers and cannot be pickled; open another one with "
+            "model.session() in the process that is to use it, or copy this one with session.fork()"
+        )
+
     def close(self) -> None:
         """End the session; the servers free their caches. May be called twice."""
         self._end()
@@ -285,34 +289,15 @@ class Session:
     def __enter__(self) -> Session:
         if self.closed:
             raise SessionError("the session is closed; open a new one with model.session()")
-        self._entered = _active.set((*_active.get(), self))
-        _threads[self] = threading.get_ident()
+        self._entered = active.enter(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._entered is not None:
-            _active.reset(self._entered)
-            self._entered = None
-        _threads.pop(self, None)
+        active.leave(self, self._entered)
+        self._entered = None
         self.close()
-
-
-def active_session(connection: Connection) -> Session | None:
-    """The innermost session of this connection whose `with` block encloses the call."""
-    for session in reversed(_active.get()):
-        if session.connection is connection and session.is_whole:
-            return session
-    for session, thread in list(_threads.items()):
-        if session.connection is connection and session.is_whole and thread != threading.get_ident():
-            del _threads[session]  # once is enough
-            warnings.warn(
-                "generate() does not use the session whose `with` block is open in another thread; give it "
-                "as generate(…, session=session) if it is meant",
-                stacklevel=3,
-            )
-    return None
 
 
 class SwarmCacheLayer(CacheLayerMixin):

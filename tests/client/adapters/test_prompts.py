@@ -15,24 +15,11 @@ from swarmkit.errors import SessionError, UsageError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
 
-from ..models.tiny import make_checkpoint
-
 BLOCKS, HIDDEN, TOKENS = 4, 32, 3
 IDS = torch.randint(3, 60, (4, 7), generator=torch.Generator().manual_seed(1))
 LONG = torch.randint(3, 60, (4, 64), generator=torch.Generator().manual_seed(2))
 """Enough tokens for two micro-batches or more."""
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return Checkpoint.open(make_checkpoint(tmp_path_factory.mktemp("prompts"), "llama", num_blocks=BLOCKS))
-
-
-@pytest.fixture(scope="module")
-def swarm(checkpoint: Checkpoint) -> Iterator[LocalSwarm]:
-    with LocalSwarm(checkpoint, num_stages=2, transport="memory") as swarm:
-        yield swarm
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from swarmkit.errors import AdapterError, UsageError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
 
-from ..models.quantise import with_bitsandbytes
-from ..models.tiny import make_checkpoint
-from ..models.tuned import peft_model, randomise, saved_adapter
+from ...models.quantise import with_bitsandbytes
+from ...models.tiny import make_checkpoint
+from ...models.tuned import peft_model, randomise, saved_adapter
 
 pytest.importorskip("peft")
 
@@ -32,17 +31,6 @@ MASK = torch.ones_like(IDS)
 MASK[1, :3] = 0
 LABELS = IDS.masked_fill(MASK == 0, -100)
 BATCH = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return Checkpoint.open(make_checkpoint(tmp_path_factory.mktemp("trained"), "llama", num_blocks=4))
-
-
-@pytest.fixture(scope="module")
-def swarm(checkpoint: Checkpoint) -> Iterator[LocalSwarm]:
-    with LocalSwarm(checkpoint, num_stages=2, transport="memory") as swarm:
-        yield swarm
 
 
 def lora(targets: list[str], **changes: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,26 +18,15 @@ from swarmkit.models.head.head import load_local
 from swarmkit.node.server import Server
 from swarmkit.settings import ClientSettings, ServerSettings
 
-from ..models.tiny import make_checkpoint
-from ..models.tuned import peft_model, randomise, saved_adapter
-from ..waiting import wait_until
+from ...models.tiny import make_checkpoint
+from ...models.tuned import peft_model, randomise, saved_adapter
+from ...waiting import wait_until
 
 pytest.importorskip("peft")
 
 IDS = torch.tensor([[5, 9, 33, 17, 4, 41, 8, 12]])
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return Checkpoint.open(make_checkpoint(tmp_path_factory.mktemp("tuned"), "llama", num_blocks=4))
-
-
-@pytest.fixture(scope="module")
-def swarm(checkpoint: Checkpoint) -> Iterator[LocalSwarm]:
-    with LocalSwarm(checkpoint, num_stages=2, transport="memory") as swarm:
-        yield swarm
 
 
 def loaded(swarm: LocalSwarm, folder: Path, **options: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,13 @@ from swarmkit.errors import AdapterError, UsageError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
 
-from ..models.tiny import make_checkpoint
-from ..models.tuned import peft_model, randomise, saved_adapter
-from .test_gradients import assert_close
+from ...models.tuned import peft_model, randomise, saved_adapter
+from ..test_gradients import assert_close
 
 peft = pytest.importorskip("peft")
 
 IDS = torch.tensor([[5, 9, 33, 17, 4, 41, 8, 12]])
 TARGETS = ["q_proj", "v_proj", "down_proj"]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return Checkpoint.open(make_checkpoint(tmp_path_factory.mktemp("tuned"), "llama", num_blocks=4))
-
-
-@pytest.fixture(scope="module")
-def swarm(checkpoint: Checkpoint) -> Iterator[LocalSwarm]:
-    with LocalSwarm(checkpoint, num_stages=2, transport="memory") as swarm:
-        yield swarm
 
 
 def lora(**options: Any) -> Any:
@@ -140,6 +128,15 @@ def test_what_cannot_work_is_refused_when_the_model_is_called(
     model = peft.get_peft_model(swarm.model(), config()).eval()
     with pytest.raises(UsageError, match=words), torch.no_grad():
         model(IDS)
+
+
+def test_a_prefix_is_refused_by_generate_instead_of_left_out(swarm: LocalSwarm) -> None:
+    config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(swarm.model(), config).eval()
+    with pytest.raises(AdapterError, match="keys and values that belong to no token"):
+        model.generate(input_ids=IDS, max_new_tokens=2)
+    with model.disable_adapter():
+        assert model.generate(input_ids=IDS, max_new_tokens=2).shape == (1, IDS.shape[1] + 2)
 
 
 @pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
