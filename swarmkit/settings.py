@@ -277,6 +277,21 @@ class AdapterSettings(SettingsGroup):
     )
 
 
+class AccessSettings(SettingsGroup):
+    """The peers that a server deals with: clients, and servers that it exchanges outputs or weights with."""
+
+    model_config = read_from("SWARMKIT_SERVER_")
+
+    allowed_peers: tuple[str, ...] = Field(
+        default=(),
+        description="The peer ids of the only peers that the server deals with. It opens no streams to "
+        "others and serves none of theirs. An empty list allows all.",
+    )
+    blocked_peers: tuple[str, ...] = Field(
+        default=(), description="The peer ids of peers that the server never deals with."
+    )
+
+
 class TrainingSettings(SettingsGroup):
     """Forward and backward passes that a server computes for clients that train."""
 
@@ -302,6 +317,7 @@ class ServerSettings(Settings):
     sessions: SessionSettings = Field(default_factory=SessionSettings)
     adapters: AdapterSettings = Field(default_factory=AdapterSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
+    access: AccessSettings = Field(default_factory=AccessSettings)
 
 
 class RoutingSettings(SettingsGroup):

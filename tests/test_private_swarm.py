@@ -11,7 +11,7 @@ import torch
 from swarmkit import LocalSwarm, NoRouteError
 from swarmkit.client.model import SwarmModelForCausalLM
 from swarmkit.client.status import swarm_status
-from swarmkit.errors import NotAdmittedError, TransportError, UsageError
+from swarmkit.errors import NotAdmittedError, SwarmkitError, TransportError, UsageError
 from swarmkit.local.swarm import over_memory
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.net import portal
@@ -19,10 +19,11 @@ from swarmkit.net.protocol.adapter_messages import ADAPTER
 from swarmkit.net.protocol.gradient_messages import GRADIENT
 from swarmkit.net.protocol.messages import PUSH, SESSION
 from swarmkit.net.rpc.endpoints import connect
+from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.swarm_key import SwarmKey
-from swarmkit.settings import ClientSettings
+from swarmkit.settings import ClientSettings, ServerSettings
 
-from .cli.commands import run_here, start
+from .cli.commands import run, run_here, start
 from .models.tiny import make_checkpoint
 
 KEY = SwarmKey()
@@ -98,3 +99,87 @@ def test_commands_share_a_private_swarm(tmp_path: Path) -> None:
     finally:
         ended = server.end_with(15)
     assert secret not in ended.stdout + ended.stderr
+
+
+# lists of peers
+
+
+@pytest.fixture(scope="module")
+def open_swarm(tiny: Checkpoint) -> Iterator[LocalSwarm]:
+    """Two stages, served once each."""
+    with LocalSwarm(tiny, num_stages=2, transport="memory") as swarm:
+        yield swarm
+
+
+@pytest.fixture
+def client_identity(tmp_path: Path) -> tuple[Path, str]:
+    path = tmp_path / "identity"
+    return path, Identity.load_or_create(path).peer_id
+
+
+@pytest.mark.parametrize("list_name", ["allowed_peers", "blocked_peers"])
+def test_a_server_that_excludes_a_client_is_left_for_one_that_does_not(
+    open_swarm: LocalSwarm, client_identity: tuple[Path, str], list_name: str
+) -> None:
+    path, client = client_identity
+    named = "nobody of this swarm" if list_name == "allowed_peers" else client
+    picky = ServerSettings().replace(**{list_name: (named,), "throughput": 1e6})
+    server = open_swarm.add_server(open_swarm.servers[0].blocks, settings=picky)
+    try:
+        with open_swarm.model(identity_path=path) as model, model.session(max_length=8) as session:
+            model.generate(PROMPT, max_new_tokens=2)
+            assert session.route[0].startswith("server-0")
+    finally:
+        server.stop(0.0)
+
+
+def test_a_client_that_all_servers_exclude_is_told_so(
+    tiny: Checkpoint, client_identity: tuple[Path, str]
+) -> None:
+    path, client = client_identity
+    settings = ServerSettings().replace(blocked_peers=(client,))
+    impatient = ClientSettings().replace(route_timeout_s=1.0)
+    with (
+        LocalSwarm(tiny, num_stages=1, transport="memory", server_settings=settings) as swarm,
+        swarm.model(identity_path=path, settings=impatient) as model,
+        pytest.raises(SwarmkitError, match="does not admit"),
+    ):
+        model.generate(PROMPT, max_new_tokens=1)
+
+
+def test_servers_that_exclude_each_other_exchange_outputs_through_the_client(
+    tiny: Checkpoint, client_identity: tuple[Path, str]
+) -> None:
+    path, client = client_identity
+    settings = ServerSettings().replace(allowed_peers=(client,))
+    with (
+        LocalSwarm(tiny, num_stages=2, transport="memory", server_settings=settings) as swarm,
+        swarm.model(identity_path=path) as model,
+    ):
+        assert model.generate(PROMPT, max_new_tokens=2).shape == (1, 5)
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+@pytest.mark.parametrize("name", ["allowed_servers", "blocked_servers"])
+def test_from_pretrained_takes_lists_of_servers(tiny: Checkpoint, name: str, wanted: int) -> None:
+    with LocalSwarm(tiny, num_stages=1, replicas=2, transport="memory") as swarm:
+        listed = swarm.servers[wanted if name == "allowed_servers" else 1 - wanted].peer_id
+        with swarm.model(**{name: [listed]}) as model, model.session(max_length=8) as session:
+            model.generate(PROMPT, max_new_tokens=2)
+            assert session.route[0].startswith(f"server-{wanted}")
+
+
+def test_commands_take_lists_of_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWARMKIT_CLIENT_ROUTE_TIMEOUT_S", "1")
+    friend, stranger = str(tmp_path / "friend"), str(tmp_path / "stranger")
+    admitted = run_here("identity", friend).stdout.strip()
+    server = start("serve", "tiny-chat", "--allow", admitted, until="serving_started")
+    try:
+        ask = ("generate", "tiny-chat", "What is 2 + 3?", "--join", server.address, "--identity")
+        assert "5" in run_here(*ask, friend, "--json").last_json()["answer"]
+        refused = run(*ask, stranger)
+        blocked = run_here(*ask, friend, "--block", server.event["owner"]["peer_id"])
+    finally:
+        server.end_with(15)
+    assert (refused.returncode, blocked.returncode) == (1, 1)
+    assert "does not admit" in refused.stderr

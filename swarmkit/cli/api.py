@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarmkit.cli import console
-from swarmkit.cli.app import Join, Json, Model, SwarmKeyFile, Threads, Verbose, app
+from swarmkit.cli.app import (
+    Allow,
+    Block,
+    IdentityFile,
+    Join,
+    Json,
+    Model,
+    SwarmKeyFile,
+    Threads,
+    Verbose,
+    app,
+)
 from swarmkit.cli.signals import EndRequest, end_request
 from swarmkit.errors import UsageError
 
@@ -25,6 +36,9 @@ def api(
     model: Model = "tiny-chat",
     join: Join = None,
     swarm_key: SwarmKeyFile = None,
+    identity: IdentityFile = None,
+    allow: Allow = None,
+    block: Block = None,
     host: Annotated[
         str, typer.Option("--host", help="Address to listen on; other than loopback needs keys.")
     ] = "127.0.0.1",
@@ -96,7 +110,7 @@ def api(
         "max_body_bytes": max_body_bytes,
     }
     settings = ApiSettings().replace(**{key: value for key, value in wishes.items() if value is not None})
-    with model_of(model, join, swarm_key) as remote, end_request() as end:
+    with model_of(model, join, swarm_key, identity, allow, block) as remote, end_request() as end:
         end.is_orderly = True
         names = name or [remote.connection.client.model.name]
         application = create_app(

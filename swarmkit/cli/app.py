@@ -33,6 +33,14 @@ SwarmKeyFile = Annotated[
     str | None,
     typer.Option("--swarm-key", metavar="FILE", help="The key of a private swarm, made by `swarm-key`."),
 ]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option("--allow", metavar="PEER", help="Deal only with this peer; may be repeated."),
+]
+Block = Annotated[
+    list[str] | None,
+    typer.Option("--block", metavar="PEER", help="Never deal with this peer; may be repeated."),
+]
 
 app = typer.Typer(
     name="swarmkit",

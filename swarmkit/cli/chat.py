@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarmkit.cli import console
-from swarmkit.cli.app import Join, Model, SwarmKeyFile, Threads, Verbose, app
+from swarmkit.cli.app import Allow, Block, IdentityFile, Join, Model, SwarmKeyFile, Threads, Verbose, app
 from swarmkit.cli.generate import Draft, MaxTokens, Seed, SpeculateOption, Temperature, TopP
 from swarmkit.errors import UsageError
 from swarmkit.events import Event, StepFinished, following
@@ -23,6 +23,9 @@ def chat(
     model: Model = "tiny-chat",
     join: Join = None,
     swarm_key: SwarmKeyFile = None,
+    identity: IdentityFile = None,
+    allow: Allow = None,
+    block: Block = None,
     system: Annotated[str | None, typer.Option("--system", help="A system prompt.")] = None,
     max_new_tokens: MaxTokens = 200,
     temperature: Temperature = 0.0,
@@ -53,7 +56,7 @@ def chat(
             console.err.print(f"[yellow]{event}[/]", markup=True)
 
     with ExitStack() as owned:
-        remote = owned.enter_context(model_of(model, join, swarm_key))
+        remote = owned.enter_context(model_of(model, join, swarm_key, identity, allow, block))
         if verbose:
             owned.enter_context(following(remote.connection.client.events, show))
         tokenizer = remote.tokenizer()

@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 from swarmkit.cli import console
-from swarmkit.cli.app import Join, Json, Model, SwarmKeyFile, Threads, Verbose, app
+from swarmkit.cli.app import (
+    Allow,
+    Block,
+    IdentityFile,
+    Join,
+    Json,
+    Model,
+    SwarmKeyFile,
+    Threads,
+    Verbose,
+    app,
+)
 
 MaxTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 = always the likeliest token.")]
@@ -47,6 +58,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to say; `-` reads standard input.")],
     join: Join = None,
     swarm_key: SwarmKeyFile = None,
+    identity: IdentityFile = None,
+    allow: Allow = None,
+    block: Block = None,
     max_new_tokens: MaxTokens = 200,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -73,7 +87,7 @@ def generate(
     from swarmkit.client.chat import chat_answer, has_chat_template
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    with model_of(model, join, swarm_key) as remote:
+    with model_of(model, join, swarm_key, identity, allow, block) as remote:
         tokenizer = remote.tokenizer()
         chat = not raw and has_chat_template(tokenizer)
         answer = chat_answer(

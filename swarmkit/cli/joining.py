@@ -15,17 +15,34 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def model_of(name: str, join: list[str] | None, swarm_key: str | None = None) -> Iterator[Any]:
+def model_of(
+    name: str,
+    join: list[str] | None,
+    swarm_key: str | None = None,
+    identity: str | None = None,
+    allow: list[str] | None = None,
+    block: list[str] | None = None,
+) -> Iterator[Any]:
     """The model over the swarm of `join`, or over a swarm of two servers in this process.
 
-    Args: swarm_key: the file with the key of a private swarm.
+    Args:
+        swarm_key: the file with the key of a private swarm.
+        identity: the file with the client's key.
+        allow, block: peer ids of the only servers to use, and of servers never to use.
     """
     from swarmkit.client.model import SwarmModelForCausalLM
     from swarmkit.local.swarm import LocalSwarm
 
     if join:
         with console.busy("joining the swarm"):
-            model = SwarmModelForCausalLM.from_pretrained(name, initial_peers=join, swarm_key=swarm_key)
+            model = SwarmModelForCausalLM.from_pretrained(
+                name,
+                initial_peers=join,
+                swarm_key=swarm_key,
+                identity_path=identity,
+                allowed_servers=allow or (),
+                blocked_servers=block or (),
+            )
         with model, interruptible():
             yield model
         return

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from swarmkit.cli import console
 from swarmkit.cli.app import (
+    Allow,
     Announce,
+    Block,
     Device,
     DType,
     Host,
@@ -27,6 +29,9 @@ from swarmkit.cli.app import (
 from swarmkit.cli.signals import EndRequest, end_request
 from swarmkit.errors import UsageError
 from swarmkit.events import Event, LoadProgressed, ServingStarted, following
+
+if TYPE_CHECKING:
+    from swarmkit.settings import ServerSettings
 
 
 @app.command()
@@ -56,6 +61,8 @@ def serve(
     announce: Announce = None,
     identity: IdentityFile = None,
     swarm_key: SwarmKeyFile = None,
+    allow: Allow = None,
+    block: Block = None,
     weights_from: Annotated[
         str, typer.Option("--weights-from", help="any, hub, or peers: where blocks may be fetched from.")
     ] = "any",
@@ -127,6 +134,7 @@ def serve(
             identity_path=identity,
             adapters=adapter or (),
             weights=weights,
+            settings=_settings(allow, block),
             transport=over_hivemind(
                 join or (),
                 host=host,
@@ -152,6 +160,14 @@ def serve(
                 covering = "" if full is None else full.full_fingerprint
                 _show_addresses(model, server.addresses, checkpoint.fingerprint, covering, first=not join)
             _serve_until(server, end)
+
+
+def _settings(allow: list[str] | None, block: list[str] | None) -> ServerSettings:
+    """The settings of the environment, with the lists of peers that were given."""
+    from swarmkit.settings import ServerSettings
+
+    lists = {"allowed_peers": allow, "blocked_peers": block}
+    return ServerSettings().replace(**{name: tuple(peers) for name, peers in lists.items() if peers})
 
 
 def _count(text: str | None) -> int | Literal["auto"] | None:

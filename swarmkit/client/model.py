@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ from swarmkit.models.device import ensure_device
 from swarmkit.models.head.head import build_head
 from swarmkit.models.head.head_kind import HeadKind
 from swarmkit.net.connect import TransportFactory, over_hivemind
+from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.swarm_key import SwarmKey
 from swarmkit.settings import ClientSettings
 
@@ -91,6 +93,9 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
         transport: TransportFactory | None = None,
         node: ClientHost | None = None,
         swarm_key: SwarmKey | str | os.PathLike[str] | None = None,
+        identity_path: str | os.PathLike[str] | None = None,
+        allowed_servers: Sequence[str] = (),
+        blocked_servers: Sequence[str] = (),
         dtype: str | torch.dtype = "auto",
         device: str = "cpu",
         settings: ClientSettings | None = None,
@@ -105,6 +110,10 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
             node: a `Node` that runs in this process, whose connection to the swarm is used then.
             swarm_key: the file with the key of a private swarm, as `swarmkit swarm-key` writes it. Not used
                 with `transport` or `node`.
+            identity_path: a file that keeps this client's key, so that servers know it again. Not used with
+                `node`.
+            allowed_servers, blocked_servers: peer ids of the only servers to use, and of servers never to
+                use, in place of those in the settings.
             dtype: of embeddings, head and the hidden states sent; `"auto"` = float32 on CPU.
             hub: `revision` and `token`, for models from the Hub; for a classifier also entries of its config,
                 such as `num_labels`.
@@ -125,8 +134,12 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
             checkpoint.name, checkpoint.fingerprint, checkpoint.num_blocks, checkpoint.hidden_size
         )
         host = node or AloneHost(
-            transport or over_hivemind(initial_peers, client_mode=True, swarm_key=swarm_key)
+            transport or over_hivemind(initial_peers, client_mode=True, swarm_key=swarm_key),
+            identity=Identity.load_or_create(Path(identity_path)) if identity_path else None,
         )
+        lists = {"allowed_servers": tuple(allowed_servers), "blocked_servers": tuple(blocked_servers)}
+        if given := {name: peers for name, peers in lists.items() if peers}:
+            settings = (settings or ClientSettings()).replace(**given)
         connection = Connection(lambda: SwarmClient(reference, settings), host)
         try:
             length = _length_limit(checkpoint.config)

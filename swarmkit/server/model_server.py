@@ -34,6 +34,7 @@ from swarmkit.models.execution.stage import Stage
 from swarmkit.models.plan import cache_cost
 from swarmkit.net.registry.records import Announcement
 from swarmkit.net.registry.registry import Registry
+from swarmkit.net.rpc.peer_lists import ListedTransport, PeerLists
 from swarmkit.net.rpc.receive_budget import ReceiveBudget
 from swarmkit.net.transport.paced import PacedTransport
 from swarmkit.net.transport.rates import Rates
@@ -255,7 +256,9 @@ class ModelServer:
         available = precision.ensure_available  # which may import much
         await anyio.to_thread.run_sync(available, config.checkpoint.name, config.device)
         self._fingerprint = await anyio.to_thread.run_sync(lambda: config.checkpoint.fingerprint)
-        self._transport = PacedTransport(transport, self._rates)
+        access = config.settings.access
+        lists = PeerLists(access.allowed_peers, access.blocked_peers)
+        self._transport = PacedTransport(ListedTransport(transport, lists), self._rates)
         self._registry, self._engine = registry, engine
         self._weights = SharedWeights(
             self._transport, config.checkpoint, config.weights, service=weights, clock=self._clock.time

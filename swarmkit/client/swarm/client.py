@@ -45,6 +45,7 @@ from swarmkit.net.registry.registry import Registry
 from swarmkit.net.registry.swarm_map import SwarmMap, uncovered
 from swarmkit.net.rpc.client_stream import ClientStream
 from swarmkit.net.rpc.endpoints import connect
+from swarmkit.net.rpc.peer_lists import ListedTransport, PeerLists
 from swarmkit.net.transport.seam import Transport
 from swarmkit.settings import ClientSettings, NetSettings
 
@@ -97,6 +98,8 @@ class SwarmClient:
         """Bytes per second from one peer to another, as far as measured; "" is this client."""
         self._times: dict[str, StepTimes] = {}
         self._unlinked: dict[tuple[str, str], float] = {}
+        routing = self.settings.routing
+        self._lists = PeerLists(routing.allowed_servers, routing.blocked_servers)
         self._transport: Transport | None = None
         self._streams: weakref.WeakSet[ClientStream] = weakref.WeakSet()
         self._registry: Registry | None = None
@@ -138,7 +141,7 @@ class SwarmClient:
         task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
     ) -> None:
         """Use the swarm that a transport reaches, until `request_stop`."""
-        self._transport, self._registry = transport, registry
+        self._transport, self._registry = ListedTransport(transport, self._lists), registry
         self._peer_id = transport.peer_id
         try:
             await self.refresh()
@@ -312,13 +315,7 @@ class SwarmClient:
     def _known(self) -> list[Announcement]:
         """The servers in the view that the user allows; those at its loss where there is no contact."""
         now = self.clock.time() if self._no_contact is None else self._looked_at
-        routing = self.settings.routing
-        return [
-            server
-            for server in self.view.servers(now)
-            if server.peer_id not in routing.blocked_servers
-            and (not routing.allowed_servers or server.peer_id in routing.allowed_servers)
-        ]
+        return [server for server in self.view.servers(now) if self._lists.admit(server.peer_id)]
 
     def servers(self, hosted_adapter: str = "") -> list[Announcement]:
         """Those in the view as it is that may be used.

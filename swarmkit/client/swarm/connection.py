@@ -39,15 +39,19 @@ class ClientHost(Protocol):
 class AloneHost:
     """A client's own membership in the swarm, with a transport for nothing else."""
 
-    def __init__(self, transport: TransportFactory, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(
+        self, transport: TransportFactory, clock: Clock = SYSTEM_CLOCK, identity: Identity | None = None
+    ) -> None:
+        """Args: identity: the key pair that names the client; a new one for each run if not given."""
         self._factory = transport
         self._clock = clock
+        self._identity = identity
 
     async def run_client(
         self, client: SwarmClient, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
     ) -> None:
         """See `ClientHost.run_client`."""
-        async with joined(self._factory, Identity(), self._clock) as (transport, registry):
+        async with joined(self._factory, self._identity or Identity(), self._clock) as (transport, registry):
             await client.run(transport=transport, registry=registry, task_status=task_status)
 
 

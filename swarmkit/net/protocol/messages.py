@@ -59,6 +59,7 @@ FaultCode = Literal[
     "over_quota",  # more bytes of adapters than one client may have here
     "busy",  # no room left, in the cache or at the door; another server may have some
     "leaving",  # the server is about to stop: it takes no new sessions, and in the end no more steps
+    "not_admitted",  # the lists of the server's owner exclude the peer
     "internal",  # the server's own failure
 ]
 
