@@ -31,7 +31,7 @@ $(DEV): $(READY)
 
 $(LIBRARIES): $(DEV)
 	@echo "Installing the libraries that are tested with swarmkit …"
-	@$(PIP) -q -e '.[dev,libraries]'
+	@$(PIP) -q -e '.[dev,libraries,clients]'
 	@touch $@
 
 demo: $(READY) ## four servers, a chat, and a server that dies in the middle of an answer

@@ -30,7 +30,7 @@ def json_grammar(schema: dict[str, Any] | None, param: str) -> str:
         ApiError: the schema is malformed, or uses what cannot be checked token by token.
     """
     guidance = _library(param)
-    wanted = {"type": "object"} if schema is None else schema
+    wanted = {"type": "object"} if schema is None else closed(schema)
     return _checked(guidance.LLMatcher.grammar_from_json_schema(wanted, overrides=_COMPACT), param)
 
 
@@ -49,7 +49,7 @@ def call_grammar(
             "type": "object",
             "properties": {
                 "name": {"const": tool["name"]},
-                "arguments": tool.get("parameters") or {"type": "object"},
+                "arguments": closed(tool.get("parameters") or {"type": "object"}),
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
@@ -60,6 +60,33 @@ def call_grammar(
     before, behind = _marks(opening, tokenizer), _marks(closing, tokenizer)
     lark = f"start: {before} call {behind}\ncall: %json {schema}"
     return _checked(lark, param)
+
+
+_NAMED = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
+_LEFT_ALONE = {"allOf", "const", "enum", "default", "examples"}
+"""Values that are no schemas, and parts that name some properties each and would exclude each other's."""
+_OPENING = {"additionalProperties", "patternProperties", "unevaluatedProperties", "allOf"}
+
+
+def closed(schema: Any) -> Any:
+    """The schema with no properties but those that it names, unless it says that others are welcome.
+
+    A schema that says nothing allows any others, and a model would have to find an end by itself.
+    """
+    if isinstance(schema, list):
+        return [closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _NAMED and isinstance(value, dict):
+            found[key] = {name: closed(each) for name, each in value.items()}
+        else:
+            found[key] = value if key in _LEFT_ALONE else closed(value)
+    names = isinstance(schema.get("properties"), dict) and schema.get("type", "object") == "object"
+    if names and not _OPENING & schema.keys():
+        found["additionalProperties"] = False
+    return found
 
 
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
