@@ -104,14 +104,18 @@ class Running:
         return Ended(self.process.returncode, out, err)
 
 
-def start(*arguments: str, until: str) -> Running:
-    """Start a command with --json and read its events up to the one called `until`."""
+def start(*arguments: str, until: str, own_group: bool = False) -> Running:
+    """Start a command with --json and read its events up to the one called `until`.
+
+    Args: own_group: give it a process group of its own, to which signals can be sent.
+    """
     process = subprocess.Popen(
         [*SWARMKIT, *arguments, "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=dict(os.environ, OMP_NUM_THREADS="1"),
+        start_new_session=own_group,
     )
     assert process.stdout is not None
     for line in process.stdout:
