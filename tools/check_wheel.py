@@ -1,4 +1,4 @@
-"""Build the wheel, install it into a fresh environment, and run the demo (and the notebooks) there."""
+"""Build the wheel, install it into a fresh environment, and run the demo (and more) there."""
 
 from __future__ import annotations
 
@@ -43,7 +43,11 @@ def build() -> Path:
 def main() -> None:
     """Build, install, run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--notebooks", action="store_true", help="also run every notebook")
+    parser.add_argument(
+        "--notebooks",
+        action="store_true",
+        help="also run every notebook and the documents' examples",
+    )
     wanted = parser.parse_args()
     wheel = build()
     with tempfile.TemporaryDirectory() as folder:
@@ -69,7 +73,11 @@ def main() -> None:
             (there / "tests" / "__init__.py").touch()
             shutil.copytree(ROOT / "tests" / "notebooks", there / "tests" / "notebooks")
             shutil.copytree(ROOT / "notebooks", there / "notebooks")
-            shutil.copy(ROOT / "pyproject.toml", there)
+            shutil.copytree(ROOT / "docs", there / "docs")
+            for name in ("pyproject.toml", "README.md"):
+                shutil.copy(ROOT / name, there)
+            shutil.copy(ROOT / "tests" / "test_documents.py", there / "tests")
+            run(python, "-m", "pytest", "-q", "tests/test_documents.py", cwd=there)
             run(python, "-m", "pytest", "-q", "-m", "notebook", "tests/notebooks", cwd=there)
     print(f"{wheel.relative_to(ROOT)} works in a fresh environment")
 
