@@ -88,12 +88,13 @@ class ForkedProcess:
 class ForkServer:
     """The owner's side. Any thread may use it."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: str = _PROGRAM) -> None:
+        """Args: program: the module that the copies run as their main program."""
         self._environment = _at_import(os.environ)
         own, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with its:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "swarmkit.local.fork_server", str(its.fileno())],
+                [sys.executable, "-m", "swarmkit.local.fork_server", str(its.fileno()), program],
                 pass_fds=[its.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -117,7 +118,7 @@ class ForkServer:
     def spawn(
         self, arguments: Sequence[str], environment: Mapping[str, str], stderr: IO[bytes]
     ) -> ForkedProcess:
-        """Start `swarmkit <arguments>` in a session of its own; its standard input and output are pipes.
+        """Start `<program> <arguments>` in a session of its own; its standard input and output are pipes.
 
         Raises: OSError: the fork server has ended.
         """
@@ -230,7 +231,7 @@ def _received(connection: socket.socket) -> bytes:
 # ---------------------------------------------------------------------- the fork server's own process
 
 
-def _main(connection: socket.socket) -> None:
+def _main(connection: socket.socket, program: str) -> None:
     for name in _PRELOADED:
         importlib.import_module(name)
     gc.collect()
@@ -239,10 +240,10 @@ def _main(connection: socket.socket) -> None:
     os.set_blocking(told, False)
     signal.set_wakeup_fd(told)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    _run(connection, tells)
+    _run(connection, tells, program)
 
 
-def _run(connection: socket.socket, tells: int) -> None:
+def _run(connection: socket.socket, tells: int, program: str) -> None:
     incoming = connection.fileno()
     while True:
         ready, _, _ = select.select([incoming, tells], [], [])
@@ -257,7 +258,7 @@ def _run(connection: socket.socket, tells: int) -> None:
             pid = os.fork()
             if not pid:
                 connection.close()
-                _become(json.loads(data), files)
+                _become(program, json.loads(data), files)
             for file in files:
                 os.close(file)
             _tell(connection, "started", pid)
@@ -274,7 +275,7 @@ def _tell(connection: socket.socket, *word: Any) -> None:
         connection.send(json.dumps(word).encode())
 
 
-def _become(request: dict[str, Any], files: Sequence[int]) -> NoReturn:
+def _become(program: str, request: dict[str, Any], files: Sequence[int]) -> NoReturn:
     """In the copy: be the program that was asked for."""
     code = 1
     try:
@@ -289,18 +290,18 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> NoReturn:
         os.environ.update(request["environment"])
         sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
         sys.stderr = os.fdopen(2, "w", 1, closefd=False)
-        sys.argv = [_PROGRAM, *request["arguments"]]
+        sys.argv = [program, *request["arguments"]]
         with contextlib.suppress(OSError):
             Path("/proc/self/comm").write_text(" ".join(("swarmkit", *request["arguments"][:1])))
-        code = _run_program()
+        code = _run_program(program)
     finally:
         os._exit(code)
 
 
-def _run_program() -> int:
+def _run_program(program: str) -> int:
     code = 0
     try:
-        runpy.run_module(_PROGRAM, run_name="__main__", alter_sys=True)
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:  # noqa: BLE001 - as the interpreter itself would end
@@ -317,5 +318,5 @@ def _run_program() -> int:
 
 
 if __name__ == "__main__":
-    _main(socket.socket(fileno=int(sys.argv[1])))
+    _main(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
     os._exit(0)  # its owner has gone, and there is nothing to put in order
