@@ -20,10 +20,34 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """The computer's own clock."""
+    """The computer's own clock, whose date is corrected where the swarm agrees that it is wrong.
+
+    `time` is the standard library's function until then, and another one afterwards. So ask the clock for it
+    each time, and do not keep it.
+
+    Attributes:
+        correction_s: seconds that are added to the computer's date.
+    """
 
     now = staticmethod(time.perf_counter)
-    time = staticmethod(time.time)
+
+    def __init__(self) -> None:
+        self.correct(0.0)
+
+    def correct(self, seconds: float) -> None:
+        """Add so many seconds to the computer's date from now on."""
+        self.correction_s = seconds
+        self.time: Callable[[], float] = (lambda: time.time() + seconds) if seconds else time.time
+
+    def uncorrected(self) -> float:
+        """Return Unix time in seconds as the computer has it."""
+        return time.time()
 
 
 SYSTEM_CLOCK = SystemClock()
+"""There is one per process, as the computer has one clock."""
+
+
+def system_date() -> float:
+    """Return Unix time in seconds by `SYSTEM_CLOCK`, also after it was corrected."""
+    return SYSTEM_CLOCK.time()

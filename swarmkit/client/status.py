@@ -120,7 +120,7 @@ async def look_up_status(
     Raises:
         TransportError: the shared table cannot be read.
     """
-    found = await Registry(transport, clock.time).look_up_all()
+    found = await Registry(transport, lambda: clock.time()).look_up_all()
     now = clock.time()
     servers = found.servers(now, ("joining", "online", "leaving"))
     answering = [server for server in servers if server.state != "joining"]

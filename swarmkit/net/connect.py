@@ -31,7 +31,7 @@ async def joined(
         lambda key, subkey, value, expires_at: is_acceptable(key, subkey, value, expires_at, clock.time()),
     )
     try:
-        yield transport, Registry(transport, clock.time)
+        yield transport, Registry(transport, lambda: clock.time())
     finally:
         with anyio.CancelScope(shield=True):
             await transport.close()

@@ -261,7 +261,11 @@ class ModelServer:
         self._transport = PacedTransport(ListedTransport(transport, lists), self._rates)
         self._registry, self._engine = registry, engine
         self._weights = SharedWeights(
-            self._transport, config.checkpoint, config.weights, service=weights, clock=self._clock.time
+            self._transport,
+            config.checkpoint,
+            config.weights,
+            service=weights,
+            clock=lambda: self._clock.time(),
         )
         cost = await anyio.to_thread.run_sync(cache_cost, config.checkpoint, precision.dtype)
         self._cache = KVBudget(self.limits.cache_bytes, cost.row_tokens)

@@ -339,6 +339,11 @@ class SwarmClient:
             return lost_contact(start, stop, self._no_contact.since)
         return no_route(start, stop, self._known(), self.model.name, self._other_models)
 
+    @property
+    def has_contact(self) -> bool:
+        """Whether other peers of the swarm answered the latest look-up."""
+        return self._no_contact is None
+
     async def look_for_other_models(self) -> None:
         """Where no server of the model is known, find out what the swarm serves instead, for the error."""
         if (

@@ -118,7 +118,7 @@ class RouteSearch:
         self, start: int, stop: int, route: list[Hop], error: PeerError | None, *, busy: bool
     ) -> Exception:
         seconds = self._swarm.settings.routing.route_timeout_s
-        if not route:
+        if not route or not self._swarm.has_contact:
             return self._swarm.no_route(start, stop)
         what = "had no room" if busy else "kept failing"
         return NoRouteError(

@@ -31,6 +31,11 @@ class Contact:
         self._pause_s = _FIRST_PAUSE_S
 
     @property
+    def initial_ids(self) -> frozenset[str]:
+        """The ids of the peers that this one was told to join."""
+        return frozenset(address.rpartition("/p2p/")[2] for address in self._initial)
+
+    @property
     def is_expected(self) -> bool:
         """Whether there are other peers: this peer was to join them, or has heard them."""
         return bool(self._initial) or self._heard_now is not None

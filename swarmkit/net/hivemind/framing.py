@@ -167,6 +167,11 @@ class FrameStream(asyncio.Protocol):
         return frame
 
     @property
+    def has_ended(self) -> bool:
+        """Whether nothing more comes or goes."""
+        return self._end is not None
+
+    @property
     def nothing_waits(self) -> bool:
         """Whether all that came has been received."""
         return not self._frames and not self._partial and self._needed is None

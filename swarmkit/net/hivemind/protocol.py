@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from itertools import chain
 from typing import Any, Protocol, TypeAlias
 
+from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.net.hivemind.gate import TableGate
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ class Guard(Protocol):
     verifying: asyncio.Lock
 
     def note_heard(self) -> None: ...
+
+    def note_time(self, peer_id: str, date: float, asked_at: float, answered_at: float) -> None: ...
 
     def purge(self, key_id: bytes, dictionary: Any) -> bool: ...
 
@@ -79,6 +82,7 @@ def guarded_protocol() -> type:
     base: Any = importlib.import_module("hivemind.dht.protocol").DHTProtocol
     pb: Any = importlib.import_module("hivemind.proto.dht_pb2")
     dictionary_type: Any = importlib.import_module("hivemind.dht.storage").DictionaryDHTValue
+    date = SYSTEM_CLOCK.uncorrected
 
     class DHTProtocol(base):  # type: ignore[misc]
         """Keeps hivemind's name, which is part of the names of its remote procedures."""
@@ -146,6 +150,15 @@ def guarded_protocol() -> type:
             call = getattr(self._stub, name)
             gate, own_id = self._protocol.record_validator.gate, str(self._protocol.p2p.peer_id)
             return gate.asking(name, call, own_id, self._peer_id) if name.startswith("rpc_") else call
+
+        async def rpc_ping(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+            asked_at = date()
+            response = await self.__getattr__("rpc_ping")(request, *args, **kwargs)
+            if response.dht_time:
+                guard = self._protocol.record_validator
+                guard.note_time(self._peer_id, response.dht_time, asked_at, date())
+                response.dht_time = 0.0  # hivemind refuses to join peers whose clocks differ from this one's
+            return response
 
         async def rpc_find(self, request: Any, *args: Any, **kwargs: Any) -> Any:
             response = await self.__getattr__("rpc_find")(request, *args, **kwargs)

@@ -14,6 +14,7 @@ import importlib
 import logging
 import math
 import os
+import random
 import struct
 import sys
 import threading
@@ -24,12 +25,13 @@ from typing import Any, NamedTuple
 
 import anyio
 
-from swarmkit.clock import SYSTEM_CLOCK, Clock
+from swarmkit.clock import SYSTEM_CLOCK, Clock, system_date
 from swarmkit.errors import NoContactError, TransportError
 from swarmkit.net.hivemind.contact import Contact
 from swarmkit.net.hivemind.gate import TableGate
 from swarmkit.net.hivemind.protocol import guarded_protocol, storing_peer
 from swarmkit.net.hivemind.storage import bounded_storage
+from swarmkit.net.hivemind.swarm_time import SwarmTime
 from swarmkit.net.transport.identity import Identity, verify
 from swarmkit.net.transport.limits import MAX_LIFETIME_S, MAX_VALUE_BYTES, checked_records
 from swarmkit.net.transport.seam import RecordCheck, peer_of, service_id
@@ -43,6 +45,12 @@ _SPAWNING_MODULES = (
     "hivemind.dht.traverse",
     "hivemind.p2p.p2p_daemon",
     "hivemind.p2p.p2p_daemon_bindings.control",
+)
+_DATING_MODULES = (
+    "hivemind.utils.timed_storage",
+    "hivemind.dht.node",
+    "hivemind.dht.protocol",
+    "hivemind.dht.routing",
 )
 _import_lock = threading.Lock()
 _task_owner: ContextVar[set[asyncio.Task[Any]] | None] = ContextVar("swarmkit_task_owner", default=None)
@@ -81,6 +89,8 @@ def load_hivemind() -> None:
             module = importlib.import_module(name)
             if not isinstance(module.asyncio, _TrackingAsyncio):
                 module.asyncio = _TrackingAsyncio("asyncio")  # type: ignore[attr-defined]
+        for name in _DATING_MODULES:
+            importlib.import_module(name).get_dht_time = system_date  # type: ignore[attr-defined]
         importlib.import_module("hivemind.dht.node").DHTProtocol = guarded_protocol()  # type: ignore[attr-defined]
 
 
@@ -142,12 +152,14 @@ class RecordGuard:
         clock: Clock = SYSTEM_CLOCK,
         contact: Contact | None = None,
         swarm_key: SwarmKey | None = None,
+        swarm_time: SwarmTime | None = None,
     ) -> None:
         self.swarm_key = swarm_key
         self.gate = TableGate(swarm_key)
         self._check = check
         self._clock = clock
         self.note_heard = (contact or Contact(clock, ())).note_heard
+        self.note_time = (swarm_time or SwarmTime(clock, ())).note
         routing = importlib.import_module("hivemind.dht.routing")
         serializer = importlib.import_module("hivemind.utils.serializer")
         self._key_id = routing.DHTID.generate
@@ -306,7 +318,7 @@ class HivemindTable:
                 ) from error
             raise TransportError(
                 f"could not join the swarm at {', '.join(initial_peers)}: {error}. Check that these peers "
-                "are running and that this machine's clock is right (within 3 seconds)"
+                "are running"
             ) from error
         return cls(node, guard, contact, clock, identity, timeout)
 
@@ -319,6 +331,11 @@ class HivemindTable:
         """Enter a connected peer into the routing table. Returns whether it answered."""
         p2p_peer = importlib.import_module("hivemind.p2p").PeerID.from_base58(peer_id)
         return await self._node.protocol.call_ping(p2p_peer) is not None
+
+    def some_peers(self, count: int) -> list[str]:
+        """Return the ids of some peers whose part of the table is known."""
+        known = list(self._node.protocol.routing_table.peer_id_to_uid)
+        return [str(peer) for peer in random.sample(known, min(count, len(known)))]
 
     async def explore(self) -> None:
         """Fill the routing table with the peers around this one, after it has met some."""

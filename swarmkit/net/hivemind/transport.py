@@ -50,6 +50,7 @@ from swarmkit.net.hivemind.direct import (
     connect_directly,
 )
 from swarmkit.net.hivemind.framing import FrameStream
+from swarmkit.net.hivemind.swarm_time import SwarmTime
 from swarmkit.net.hivemind.table import (
     HivemindTable,
     RecordGuard,
@@ -79,6 +80,8 @@ _NOT_DIRECT_S = 600.0
 _GREETING_TIMEOUT_S = 10.0
 _REQUEST_TIMEOUT_S = 10.0
 _WATCH_PERIOD_S = 1.0
+_PEERS_ASKED_FOR_TIME = 4
+"""Besides the initial peers."""
 
 
 class HivemindTransport(Transport):
@@ -101,7 +104,8 @@ class HivemindTransport(Transport):
         self._timeouts = timeouts
         self._clock = clock
         self._contact = Contact(clock, options.initial_peers)
-        self._guard = RecordGuard(record_check, clock, self._contact, swarm_key)
+        self._swarm_time = SwarmTime(clock, self._contact.initial_ids)
+        self._guard = RecordGuard(record_check, clock, self._contact, swarm_key, self._swarm_time)
         self._addresses: tuple[str, ...] = ()
         self._table: HivemindTable | None = None
         self._p2p: Any = None
@@ -114,6 +118,10 @@ class HivemindTransport(Transport):
         self._serving: dict[str, set[asyncio.Task[Any]]] = {}
         """The tasks of incoming streams, by the streams' name."""
         self._hivemind_tasks: set[asyncio.Task[Any]] = set()
+        self._holds_back = False
+        """Whether the daemon does not dial now because it failed to before: it pauses for up to five minutes,
+        and another daemon dials at once.
+        """
         self._end: TransportError | None = None
         self._closing: asyncio.Task[None] | None = None
 
@@ -240,6 +248,10 @@ class HivemindTransport(Transport):
                     await self._replace_daemon()
                 elif self._is_lost and not await self._rejoin():
                     await anyio.sleep(self._contact.next_pause_s())
+                    if self._holds_back and not any(map(_passes_daemon, list(self._streams))):
+                        await self._replace_daemon()
+                elif self._swarm_time.should_ask():
+                    await self._ask_for_time()
             except (SwarmkitError, TimeoutError, OSError) as error:
                 logger.warning("could not join the swarm again, will try again: %s", error)
                 await anyio.sleep(self._contact.next_pause_s())
@@ -252,14 +264,19 @@ class HivemindTransport(Transport):
         """Connect to some of the peers that are known. Returns whether one of them answered."""
         assert self._table is not None
         table, met = self._table, False
+        self._holds_back = False
 
         async def meet(peer_id: str, addresses: Sequence[str]) -> None:
             nonlocal met
             with anyio.move_on_after(_REQUEST_TIMEOUT_S):
                 try:
                     await self._connect(peer_id, addresses, _REQUEST_TIMEOUT_S)
-                    met |= await table.meet(peer_id)
+                    if await table.meet(peer_id):
+                        met = True
+                    else:
+                        await self._disconnect(peer_id)
                 except (SwarmkitError, _DaemonRefusal, ValueError) as error:
+                    self._holds_back |= "dial backoff" in str(error)
                     logger.debug("peer %s does not answer: %s", peer_id, error)
 
         with owning(self._hivemind_tasks):
@@ -270,6 +287,16 @@ class HivemindTransport(Transport):
                 await table.explore()
                 logger.info("joined the swarm again")
         return met
+
+    async def _ask_for_time(self) -> None:
+        """Ask peers for the date; what they say is noted where their answers arrive."""
+        assert self._table is not None
+        table = self._table
+        peers = {*self._contact.initial_ids, *table.some_peers(_PEERS_ASKED_FOR_TIME)} - {self.peer_id}
+        with owning(self._hivemind_tasks):
+            async with anyio.create_task_group() as tasks:
+                for peer_id in peers:
+                    tasks.start_soon(table.meet, peer_id)
 
     async def _replace_daemon(self) -> None:
         """Start another daemon under the same identity and at the same port."""
@@ -388,11 +415,15 @@ class HivemindTransport(Transport):
                     return stream
                 return await self._choose_way(stream, offer, addresses, self._clock.now() - began)
         except TimeoutError:
+            self._spawn(self._disconnect(peer_id))
             raise PeerTimeoutError(f"peer {peer_id} did not answer within {timeout:g} s", peer_id) from None
         except ProtocolError as error:
             raise PeerUnreachableError(str(error), peer_id) from None
         except _DaemonRefusal as refusal:
-            raise _unreachable(peer_id, name, str(refusal)) from None
+            found = _unreachable(peer_id, name, str(refusal))
+            if isinstance(found, PeerTimeoutError):
+                self._spawn(self._disconnect(peer_id))
+            raise found from None
 
     async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float, service: int = 0) -> int:
         """See `Transport.store`."""
@@ -535,6 +566,23 @@ class HivemindTransport(Transport):
             )
             await self._ask(pb.Request(type=pb.Request.CONNECT, connect=connect))
 
+    async def _disconnect(self, peer_id: str) -> None:
+        """Have the daemon give up its connection to a peer that does not answer, so that it dials anew.
+
+        A connection whose peer has another address now, or which has lost packets for long, looks alive to
+        the daemon for about a minute. It stays while streams pass through it.
+        """
+        streams = [stream for stream in self._streams if stream.peer_id == peer_id]
+        if any(map(_passes_daemon, streams)):
+            return
+        pb = _messages()
+        request = pb.DisconnectRequest(peer=base58.b58decode(peer_id))
+        with anyio.move_on_after(_REQUEST_TIMEOUT_S):
+            try:
+                await self._ask(pb.Request(type=pb.Request.DISCONNECT, disconnect=request))
+            except (SwarmkitError, _DaemonRefusal) as error:
+                logger.debug("the p2p daemon does not give up peer %s: %r", peer_id, error)
+
     async def _ask(self, request: Any) -> Any:
         """Have the daemon do one thing; its answer."""
         connection, response = await self._exchange(request)
@@ -632,8 +680,14 @@ class HivemindTransport(Transport):
 
     async def _refresh_addresses(self) -> None:
         pb = _messages()
-        with anyio.fail_after(_REQUEST_TIMEOUT_S):
-            response = await self._ask(pb.Request(type=pb.Request.IDENTIFY))
+        try:
+            with anyio.fail_after(_REQUEST_TIMEOUT_S):
+                response = await self._ask(pb.Request(type=pb.Request.IDENTIFY))
+        except (TimeoutError, _DaemonRefusal) as error:
+            raise NoContactError(
+                f"the p2p daemon does not answer ({str(error) or 'in time'}); this machine may be very busy",
+                self._contact.heard_at,
+            ) from error
         parse = multiaddr_type()
         found = [str(parse(raw)) for raw in response.identify.addrs]
         self._addresses = tuple(f"{address}/p2p/{self.peer_id}" for address in found)
@@ -644,6 +698,10 @@ class _Timeouts:
     startup_s: float
     table_s: float
     keep_alive_s: float
+
+
+def _passes_daemon(stream: FrameStream) -> bool:
+    return not stream.has_ended and not isinstance(stream, SealedStream)
 
 
 def _whole_seconds(timeout: float) -> int:

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from swarmkit.clock import SYSTEM_CLOCK
+from swarmkit.clock import system_date
 from swarmkit.errors import ProtocolError
 from swarmkit.net.registry import records
 from swarmkit.net.registry.records import MODELS_KEY, Announcement, block_key, keys_of
@@ -24,7 +24,7 @@ _KNOWN_RECORDS = 4096
 class Registry:
     """This peer's access to the shared table. It owns no task: its users call it in loops of their own."""
 
-    def __init__(self, transport: Transport, clock: Callable[[], float] = SYSTEM_CLOCK.time) -> None:
+    def __init__(self, transport: Transport, clock: Callable[[], float] = system_date) -> None:
         self._transport = transport
         self._clock = clock
         self._known: OrderedDict[bytes, Announcement] = OrderedDict()

@@ -20,7 +20,7 @@ from typing import Any
 
 import anyio
 
-from swarmkit.clock import SYSTEM_CLOCK
+from swarmkit.clock import system_date
 from swarmkit.errors import (
     NoContactError,
     NotServedError,
@@ -70,7 +70,7 @@ class MemoryLink:
 class MemoryNetwork:
     """The world in which memory transports meet. Everything in it runs in one event loop."""
 
-    def __init__(self, *, seed: int = 0, clock: Callable[[], float] = SYSTEM_CLOCK.time) -> None:
+    def __init__(self, *, seed: int = 0, clock: Callable[[], float] = system_date) -> None:
         """Args: seed: of what is random. clock: tells the Unix time, for the expiry of records."""
         self.clock = clock
         self._random = random.Random(seed)

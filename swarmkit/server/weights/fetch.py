@@ -22,7 +22,7 @@ from pathlib import Path
 import anyio
 import anyio.to_thread
 
-from swarmkit.clock import SYSTEM_CLOCK
+from swarmkit.clock import system_date
 from swarmkit.errors import ModelError, PeerError, ProtocolError, TransportError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.checkpoint.shards import OnBytes, Part
@@ -71,7 +71,7 @@ class PeerWeights:
         settings: WeightsSettings,
         *,
         chance: random.Random | None = None,
-        clock: Callable[[], float] = SYSTEM_CLOCK.time,
+        clock: Callable[[], float] = system_date,
     ) -> None:
         """Args: chance: picks peers; unpredictable if not given."""
         self.liars: set[str] = set()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import anyio.to_thread
 
-from swarmkit.clock import SYSTEM_CLOCK
+from swarmkit.clock import system_date
 from swarmkit.errors import PeerError, ProtocolError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, ManifestError, is_fingerprint
@@ -41,7 +41,7 @@ async def fetch_manifest(
     settings: WeightsSettings | None = None,
     *,
     chance: random.Random | None = None,
-    clock: Callable[[], float] = SYSTEM_CLOCK.time,
+    clock: Callable[[], float] = system_date,
 ) -> Manifest | None:
     """Have the manifest with this fingerprint in the store; None if no peer gave it."""
     found = await look_up(transport, fingerprint, [None], clock())

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import anyio
 import anyio.to_thread
 
-from swarmkit.clock import SYSTEM_CLOCK
+from swarmkit.clock import system_date
 from swarmkit.errors import ModelError, TransportError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.checkpoint.shards import OnBytes
@@ -42,7 +42,7 @@ class SharedWeights:
         settings: WeightsSettings | None = None,
         *,
         service: WeightsService | None = None,
-        clock: Callable[[], float] = SYSTEM_CLOCK.time,
+        clock: Callable[[], float] = system_date,
     ) -> None:
         """Args: service: hands out files, also those of the peer's other servers; its own if not given."""
         self.settings = settings or WeightsSettings()
