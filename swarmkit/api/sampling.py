@@ -25,14 +25,19 @@ from transformers import (
 )
 
 _OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-_ELSEWHERE = (
-    "max_length",
-    "min_length",
-    "min_new_tokens",
-    "stop_strings",
-    "num_beams",
-    "num_return_sequences",
-)
+_NEUTRAL: dict[str, Any] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "repetition_penalty": 1.0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "do_sample": False,
+    "return_dict_in_generate": False,
+}
+"""Options of `generate()` that do nothing; for None, transformers would put the model's own value there."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,9 @@ def sampling_of(wishes: dict[str, Any], usual: GenerationConfig) -> Sampling:
 def config_for(usual: GenerationConfig, ends: frozenset[int], max_tokens: int) -> GenerationConfig:
     """The model's generation config with what the API decides itself taken out."""
     config = copy.deepcopy(usual)
-    for name in (*_OWN, *_ELSEWHERE):
-        setattr(config, name, None)
-    config.do_sample = False
+    for name, value in _NEUTRAL.items():
+        setattr(config, name, value)
     config.max_new_tokens = max_tokens
-    config.return_dict_in_generate = False
     config.eos_token_id = sorted(ends) or None
     if config.pad_token_id is None:
         config.pad_token_id = min(ends, default=0)
