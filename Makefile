@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "Making $(VENV) …"; $(PYTHON) -m venv $(VENV); }
 	@echo "Installing swarmkit (a few minutes the first time) …"
 	@$(PIP) -q -r constraints.txt
-	@$(PIP) -q -e .
+	@$(PIP) -q -e '.[app]'
 	@touch $@
 
 $(DEV): $(READY)

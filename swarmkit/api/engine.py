@@ -23,7 +23,9 @@ from swarmkit.api.chances import ChanceRecorder, prompt_records
 from swarmkit.api.refusals import ApiError
 from swarmkit.api.rows import AnswerEnd, AnswerPiece, AnswerRow, TokenRecord
 from swarmkit.api.sampling import Sampling, config_for, processors_for
+from swarmkit.client.speculation.assistants import Speculation
 from swarmkit.clock import SYSTEM_CLOCK, Clock
+from swarmkit.events import Owner
 
 if TYPE_CHECKING:
     from swarmkit.api.metrics import ApiMetrics
@@ -45,6 +47,7 @@ class AnswerRequest:
         logprobs: how many of the likeliest tokens are told at each place; None = tell no probabilities.
         prompt_logprobs: the same for the tokens of the prompt.
         keep_special: whether special tokens are part of the text, for a parser that looks for them.
+        speculation: how draft tokens are made; as the client's settings say if None.
         constraint: makes what forbids tokens that may not come next; called in the thread of the request.
     """
 
@@ -57,6 +60,7 @@ class AnswerRequest:
     prompt_logprobs: int | None = None
     keep_special: bool = False
     constraint: MakeConstraint | None = None
+    speculation: Speculation | None = None
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,12 @@ class PromptComputed:
 
     Attributes:
         cached: tokens of the prompt that servers held already.
+        owner: the session that computes the answer, as its events name it.
         records: the prompt's tokens from the second on, where their probabilities were asked for.
     """
 
     cached: int = 0
+    owner: Owner | None = None
     records: tuple[TokenRecord, ...] = ()
 
 
@@ -242,7 +248,7 @@ class _AnswerJob(BaseStreamer):
         self._position = prompt.shape[1]
         constraint = None if request.constraint is None else request.constraint()
         processors = processors_for(request.sampling, prompt.shape[1], constraint)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"speculation": request.speculation}
         if self._recorder is not None:
             processors.insert(0, self._recorder)
         if constraint is not None or self._recorder is not None:
@@ -289,7 +295,9 @@ class _AnswerJob(BaseStreamer):
         if not self._has_told_prompt:
             self._has_told_prompt = True
             step = None if self._session is None else self._session.chain.latest
-            self._tell(PromptComputed(0 if step is None else step.restored, self._prompt_records))
+            owner = None if self._session is None else self._session.chain.owner
+            restored = 0 if step is None else step.restored
+            self._tell(PromptComputed(restored, owner, self._prompt_records))
 
     def _take(self, tokens: list[int]) -> None:
         found: Sequence[TokenRecord | None] = [None] * len(tokens)

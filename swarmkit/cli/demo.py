@@ -10,11 +10,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from swarmkit.cli import console
 from swarmkit.cli.app import Json, Verbose, app
 from swarmkit.cli.interrupt import interruptible
+from swarmkit.cli.local_servers import start_servers
+from swarmkit.cli.page import has_display, is_installed, show_page
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from swarmkit.local.server_process import ServerProcess
     from swarmkit.local.swarm import LocalSwarm
 
-_STAGES = 2
-_REPLICAS = 2
 _CONVERSATION = ("Hello! Who are you?", "Tell me a story about a fox.", "What is 7 + 5?")
 _KILL_IN = 1
 """In which answer of the short conversation a server is killed: a long one."""
@@ -52,13 +51,18 @@ def demo(
     model: Annotated[str, typer.Option("--model", help="`tiny-chat`, a local folder, or a Hub repo id.")] = (
         "tiny-chat"
     ),
+    browser: Annotated[
+        bool, typer.Option("--browser/--no-browser", help="Open the playground, where there is a display.")
+    ] = True,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Start four server processes, chat over them, and kill one in the middle of an answer.
 
-    The answer is compared, token by token, with the same answer given without a disturbance; the exit code is
-    0 if they are equal. On a terminal you type; otherwise a short conversation is played.
+    On a terminal with a display, the playground opens in the browser. With --no-browser, or without a
+    display, you type in the terminal. Without a terminal a short conversation is played: an answer is
+    compared, token by token, with the same answer given without a disturbance, and the exit code is 0 if
+    they are equal.
 
     Examples:
 
@@ -71,10 +75,14 @@ def demo(
     console.set_threads(1)
     if json:
         console.to_stderr()
-    with _start(model) as swarm:
+    with start_servers(model) as swarm:
         remote = swarm.model()
         demo_run = _Demo(swarm, remote, swarm.tokenizer())
         interactive = sys.stdin.isatty() and not json
+        if interactive and browser and has_display() and is_installed():
+            with interruptible():
+                show_page([remote], swarm)
+            return
         try:
             with interruptible():
                 killed = demo_run.interactive() if interactive else demo_run.play()
@@ -97,33 +105,6 @@ def demo(
         )
     if not killed.equal:
         raise typer.Exit(1)
-
-
-def _start(model: str) -> LocalSwarm:
-    from swarmkit.local.swarm import LocalSwarm
-
-    total = _STAGES * _REPLICAS
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console.err, transient=True) as bar:
-        task = bar.add_task(f"starting {total} server processes", total=total)
-        swarm = LocalSwarm(
-            model,
-            num_stages=_STAGES,
-            replicas=_REPLICAS,
-            processes=True,
-            on_progress=lambda ready, _: bar.update(task, completed=ready),
-        )
-        swarm.start()
-    console.out.print(f"[green]●[/] {total} servers of [bold]{model}[/], each a process of its own:")
-    for server in swarm.servers:
-        low, high = server.blocks
-        console.out.print(f"    {server.public_name}  blocks {low}:{high}  pid {server.pid}")  # type: ignore[attr-defined]
-    return swarm
 
 
 def _leaving():  # type: ignore[no-untyped-def]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from swarmkit.cli import console
 from swarmkit.cli.app import Join, Json, SwarmKeyFile, Verbose, app
+from swarmkit.cli.interrupt import interruptible
 from swarmkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,6 +28,10 @@ def status(
         str | None, typer.Option("--model", "-m", help="Only this model, by name or fingerprint.")
     ] = None,
     swarm_key: SwarmKeyFile = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Look again every few seconds, until Ctrl-C.")
+    ] = False,
+    every: Annotated[float, typer.Option("--every", min=0.2, help="Seconds between two looks.")] = 2.0,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -34,27 +43,52 @@ def status(
 
         swarmkit status --join /ip4/192.0.2.7/tcp/31337/p2p/12D3Koo…
 
+        swarmkit status --join … --watch
+
         swarmkit status --join … --json | jq '.models[].missing'
     """
     console.setup(verbose)
     if not join:
         raise UsageError("which swarm? give --join ADDRESS, as `swarmkit serve` and `bootstrap` print it")
-    from swarmkit.client.status import swarm_status
+    from swarmkit.client.status import swarm_status, watch_swarm
 
-    found = swarm_status(join, swarm_key=swarm_key)
-    models = [each for each in found if model is None or model in (each.model, each.fingerprint)]
+    def wanted(found: list[ModelStatus]) -> list[ModelStatus]:
+        return [each for each in found if model is None or model in (each.model, each.fingerprint)]
+
+    if watch:
+        with interruptible(), closing(watch_swarm(join, every, swarm_key=swarm_key)) as looks:
+            _watch((wanted(found) for found in looks), json)
+        return
+    models = wanted(swarm_status(join, swarm_key=swarm_key))
     if json:
         console.emit_json(models=[each.to_json() for each in models])
-    elif not models:
-        console.out.print("No server offers a model here yet. Start one: `swarmkit serve tiny-chat --join …`")
     else:
-        for each in models:
-            _show(each)
+        console.out.print(_page(models))
     if not models or any(each.missing for each in models):
         raise typer.Exit(2)
 
 
-def _show(model: ModelStatus) -> None:
+def _watch(looks: Iterator[list[ModelStatus]], json: bool) -> None:
+    """Show each look in the place of the one before, or as a line of its own, until Ctrl-C."""
+    try:
+        if json:
+            for models in looks:
+                console.emit_json(event="looked", models=[each.to_json() for each in models])
+            return
+        with Live(Text("looking …", "dim"), console=console.out, auto_refresh=False) as live:
+            for models in looks:
+                live.update(Group(_page(models), Text("Press Ctrl-C to end.", "dim")), refresh=True)
+    except KeyboardInterrupt:
+        return
+
+
+def _page(models: list[ModelStatus]) -> RenderableType:
+    if not models:
+        return "No server offers a model here yet. Start one: `swarmkit serve tiny-chat --join …`"
+    return Group(*(part for each in models for part in _parts(each)))
+
+
+def _parts(model: ModelStatus) -> Iterator[RenderableType]:
     total = model.num_blocks
     table = Table(title=f"{model.model} · {total} blocks", title_justify="left", title_style="bold")
     numbers = ("tokens/s", "free cache", "sessions", "queue", "wait")
@@ -74,10 +108,20 @@ def _show(model: ModelStatus) -> None:
             "–" if server.expected_wait_s is None else f"{server.expected_wait_s:.1f} s",
             server.dtype,
         )
-    console.out.print(table)
+    yield table
     if model.missing:
         named = ", ".join(f"{low}:{high}" for low, high in model.missing)
-        console.out.print(f"[red]no server offers blocks {named}[/]; the model cannot run until one does")
+        text = f"[red]no server offers blocks {named}[/]; the model cannot run until one does"
+        yield Text.from_markup(text)
+        return
+    needed = [
+        server for server in model.servers if server.state == "online" and model.missing_without(server)
+    ]
+    if needed:
+        names = ", ".join(
+            f"{each.name or each.peer_id[-6:]} {each.blocks[0]}:{each.blocks[1]}" for each in needed
+        )
+        yield Text(f"the model would stop if one of these left: {names}", "yellow")
 
 
 def _span(low: int, high: int, total: int, style: str) -> Text:

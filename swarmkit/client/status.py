@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -103,11 +105,34 @@ def swarm_status(
     Raises:
         TransportError: no peer can be reached.
     """
+    with closing(watch_swarm(initial_peers, 0.0, timeout_s, swarm_key)) as looks:
+        return next(looks)
+
+
+def watch_swarm(
+    initial_peers: Sequence[str],
+    every_s: float = 2.0,
+    timeout_s: float = ANSWER_TIMEOUT_S,
+    swarm_key: SwarmKey | str | os.PathLike[str] | None = None,
+) -> Generator[list[ModelStatus], None, None]:
+    """Join a swarm and look at all models in it again and again; leave when the generator is closed.
+
+    Args:
+        initial_peers: addresses of peers of the swarm.
+        every_s: seconds between two looks.
+        timeout_s: how long a server may take to answer.
+        swarm_key: the key of a private swarm, or its file.
+
+    Raises:
+        TransportError: no peer can be reached.
+    """
     with portal.lease() as lease:
         factory = over_hivemind(initial_peers, client_mode=True, swarm_key=swarm_key)
         transport = lease.call(factory, Identity(), acceptable_now)
         try:
-            return lease.call(look_up_status, transport, SYSTEM_CLOCK, timeout_s)
+            while True:
+                yield lease.call(look_up_status, transport, SYSTEM_CLOCK, timeout_s)
+                lease.call(asyncio.sleep, every_s)
         finally:
             lease.call(transport.close)
 

@@ -62,6 +62,25 @@ def pipeline_rows(picture: PipelinePicture) -> list[Sequence[str]]:
     return rows
 
 
+def slowest_part(hops: Sequence[HopPicture]) -> str:
+    """What takes most of a token's time, as a sentence; empty when no step was measured."""
+    parts = [
+        (ms, kind, hop)
+        for hop in hops
+        for ms, kind in (
+            (hop.queue_ms, "waiting for its turn"),
+            (hop.compute_ms, "computing"),
+            (hop.network_ms, "on the way"),
+        )
+    ]
+    total = sum(ms for ms, _, _ in parts)
+    if total <= 0:
+        return ""
+    ms, kind, hop = max(parts, key=lambda part: part[0])
+    place = "to or from" if kind == "on the way" else "at"
+    return f"Most of a token's time: {kind} {place} {hop.label} ({ms / total:.0%} of {total:.0f} ms)."
+
+
 def _headline(picture: PipelinePicture) -> str:
     parts = [picture.model, f"{picture.num_blocks} blocks"]
     if picture.position:

@@ -55,11 +55,20 @@ def test_status_shows_every_server_and_exits_0_when_nothing_is_missing(address: 
     assert result.returncode == 0
 
 
+def test_watching_prints_a_line_for_each_look_until_ctrl_c(address: str) -> None:
+    watching = start("status", "--watch", "--every", "0.2", "--join", address, until="looked")
+    assert watching.process.stdout is not None
+    second = json.loads(watching.process.stdout.readline())
+    assert [model["model"] for model in second["models"]] == ["tiny-chat"]
+    assert watching.end_with(signal.SIGINT).returncode == 0
+
+
 def test_status_draws_a_table_for_people(address: str) -> None:
     result = run_here("status", "--join", address)
 
     assert "tiny-chat · 8 blocks" in result.stdout
     assert "████" in result.stdout
+    assert "would stop if one of these left: server-0 0:4, server-1 4:8" in result.stdout
 
 
 def test_generate_answers_over_the_swarm(address: str) -> None:

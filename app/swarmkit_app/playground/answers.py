@@ -1,0 +1,154 @@
+"""One answer: its text as it grows, its speed, and a picture of its way through the swarm."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from swarmkit.api.engine import AnswerEngine, AnswerRequest, PromptComputed, answer_room, new_seed
+from swarmkit.api.rows import AnswerEnd, AnswerPiece
+from swarmkit.api.sampling import Sampling
+from swarmkit.client.pictures import server_pictures
+from swarmkit.clock import SYSTEM_CLOCK, Clock
+from swarmkit.drawing.pipeline import pipeline_svg, slowest_part
+from swarmkit.drawing.pipeline_log import PipelineLog
+from swarmkit.drawing.values import PipelinePicture
+from swarmkit.events import Event, Owner, Subscription
+from swarmkit_app.playground.conversation import ChatOptions, Message, prompt_of
+
+_SHOWN_EVERY_S = 0.12
+
+
+@dataclass(frozen=True)
+class AnswerProgress:
+    """What the page shows of an answer at one moment.
+
+    Attributes:
+        drawing: the route and the servers, as SVG.
+        summary: the speed, and where the time goes, in plain words.
+    """
+
+    text: str
+    drawing: str
+    summary: str
+
+
+class AnswerRun:
+    """An answer that is under way, which `stop` ends."""
+
+    def __init__(
+        self,
+        engine: AnswerEngine,
+        history: Sequence[Message],
+        options: ChatOptions,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self._engine = engine
+        self._history = history
+        self._options = options
+        self._clock = clock
+        self._stop = asyncio.Event()
+        self._log = PipelineLog()
+        self._early: list[Event] = []
+        self._owner: Owner | None = None
+        self._text = ""
+        self._prompt_tokens = 0
+        self._generated: int | None = None
+        self._began = clock.now()
+        self._first: float | None = None
+        self._finish = ""
+
+    def stop(self) -> None:
+        """End the answer; what came until then stays. To be called on the event loop. May be called late."""
+        self._stop.set()
+
+    async def progress(self) -> AsyncGenerator[AnswerProgress, None]:
+        """Tell the answer about eight times a second, and once at its end.
+
+        Closing the iterator ends the answer, and frees what servers hold for it.
+
+        Raises: what `model.generate()` raises, and `ApiError` for a prompt that is too long.
+        """
+        request = await self._engine.in_thread(self._request)
+        with self._engine.model.subscribe(4096) as events:
+            answer = self._engine.answer(request)
+            stopped = asyncio.ensure_future(self._stop.wait())
+            piece: asyncio.Future[Any] | None = None
+            shown = -_SHOWN_EVERY_S
+            try:
+                while not self._stop.is_set():
+                    piece = piece or asyncio.ensure_future(anext(answer, None))
+                    await asyncio.wait(
+                        {piece, stopped}, timeout=_SHOWN_EVERY_S, return_when="FIRST_COMPLETED"
+                    )
+                    if piece.done():
+                        found, piece = piece.result(), None
+                        if found is None:
+                            break
+                        self._take(found)
+                    if self._clock.now() - shown >= _SHOWN_EVERY_S:
+                        shown = self._clock.now()
+                        yield self._now(events)
+            finally:
+                stopped.cancel()
+                if piece is not None:
+                    piece.cancel()
+                    await asyncio.wait({piece})
+                await answer.aclose()
+            if self._stop.is_set():
+                self._finish = "stopped"
+            yield self._now(events, is_last=True)
+
+    def _request(self) -> AnswerRequest:
+        options = self._options
+        prompt = self._engine.tokenizer.apply_chat_template(
+            prompt_of(self._history, options), add_generation_prompt=True, return_dict=False
+        )
+        self._prompt_tokens = len(prompt)
+        room = answer_room(self._engine, prompt, "message")
+        seed = options.seed if options.seed >= 0 else new_seed()
+        sampling = Sampling(temperature=options.temperature, top_p=options.top_p, seed=seed)
+        return AnswerRequest(prompt, min(options.max_tokens, room), sampling, speculation=options.speculation)
+
+    def _take(self, event: PromptComputed | AnswerPiece | AnswerEnd) -> None:
+        if isinstance(event, PromptComputed):
+            self._owner = event.owner
+            self._first = self._clock.now()
+        elif isinstance(event, AnswerPiece):
+            self._text += event.text
+        else:
+            self._generated = event.generated
+            self._finish = "cut at the longest length" if event.reason == "length" else ""
+
+    def _now(self, events: Subscription, is_last: bool = False) -> AnswerProgress:
+        self._early += events.pending()
+        if self._owner is not None:  # until then it is unknown which session is the answer's
+            for event in self._early:
+                if event.owner == self._owner:
+                    self._log.add(event)
+            self._early.clear()
+        client = self._engine.model.connection.client
+        now = self._clock.time()
+        servers = server_pictures(client.servers())
+        picture = self._log.picture(client.model.name, client.model.num_blocks, servers, now, is_last)
+        phase = (now % 1.2) / 1.2 if self._log.is_active(now) and not is_last else None
+        return AnswerProgress(self._text, pipeline_svg(picture, phase), self._summary(picture))
+
+    def _summary(self, picture: PipelinePicture) -> str:
+        if self._first is None and self._finish:
+            return f"The answer was {self._finish}."
+        if self._first is None:
+            return f"Waiting for the first token for {self._clock.now() - self._began:.1f} s."
+        seconds = self._clock.now() - self._first
+        tokens = self._generated
+        if tokens is None:  # the last token is there, and has not gone through the swarm yet
+            tokens = max(1, picture.position - self._prompt_tokens + 1)
+        speed = f", {(tokens - 1) / seconds:.1f} tokens/s" if tokens > 1 and seconds > 0 else ""
+        parts = [f"{tokens} tokens{speed}; the first after {self._first - self._began:.2f} s."]
+        if self._finish:
+            parts.append(f"The answer was {self._finish}.")
+        if reason := slowest_part(picture.hops):
+            parts.append(reason)
+        return " ".join(parts)

@@ -1,0 +1,112 @@
+"""The playground behind a socket, in a thread of its own."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+# Before gradio is imported, which reads them: no statistics are sent, and no model hub is asked.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+from swarmkit.api.engine import AnswerEngine
+from swarmkit.errors import TransportError, UsageError
+from swarmkit_app.playground.page import CSS, build_page, theme
+
+if TYPE_CHECKING:
+    from swarmkit.client.model import SwarmModelForCausalLM
+    from swarmkit.local.swarm import LocalSwarm
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Playground:
+    """A page for one or several models; a context manager.
+
+    Example::
+
+        with Playground([model], swarm=swarm) as playground:
+            print(playground.url)
+            playground.wait()
+
+    Args:
+        models: what the page offers, the first one chosen.
+        swarm: the local swarm of the model's servers, if visitors may kill and add servers.
+        host, port: where it listens; 0 = any free port.
+        password: the password that visitors give, with any name.
+        max_running: answers at a time; others wait.
+        max_waiting: answers that wait; further ones are refused.
+
+    Raises:
+        UsageError: it would listen beyond this machine without a password.
+        TransportError: the address cannot be listened at.
+    """
+
+    def __init__(
+        self,
+        models: list[SwarmModelForCausalLM],
+        swarm: LocalSwarm | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        password: str | None = None,
+        max_running: int = 8,
+        max_waiting: int = 64,
+    ) -> None:
+        if host not in _LOOPBACK and password is None:
+            raise UsageError(
+                f"everybody who reaches {host} could use the page; give it a password, or listen on 127.0.0.1"
+            )
+        self._engines = {
+            model.connection.client.model.name: AnswerEngine(model, threads=max_running) for model in models
+        }
+        self._page = build_page(self._engines, swarm, max_running)
+        self._page.queue(max_size=max_waiting + max_running, api_open=False)
+        try:
+            _, self.url, _ = self._page.launch(
+                server_name=host,
+                server_port=port or _free_port(host),
+                auth=None if password is None else lambda name, given: given == password,
+                share=False,
+                inline=False,
+                quiet=True,
+                prevent_thread_lock=True,
+                show_error=True,
+                footer_links=[],
+                ssr_mode=False,
+                enable_monitoring=False,
+                mcp_server=False,
+                theme=theme(),
+                css=CSS,
+            )
+        except OSError as error:
+            self._close_engines()
+            raise TransportError(f"cannot listen at {host}, port {port}: {error}") from None
+
+    def wait(self) -> None:
+        """Serve until the program is interrupted."""
+        self._page.block_thread()
+
+    def close(self) -> None:
+        """End all answers, and listen no longer. May be called twice."""
+        self._page.close()
+        self._close_engines()
+
+    def __enter__(self) -> Playground:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _close_engines(self) -> None:
+        for engine in self._engines.values():
+            engine.close()
+
+
+def _free_port(host: str) -> int:
+    import socket
+
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as held:
+        held.bind((host, 0))
+        return int(held.getsockname()[1])

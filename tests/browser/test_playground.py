@@ -1,0 +1,174 @@
+"""The playground as a visitor uses it: ask, watch, stop, edit, kill a server, come back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from swarmkit import LocalSwarm
+
+from ..waiting import wait_until
+
+pytest.importorskip("gradio")
+
+from swarmkit_app.playground import Playground
+
+LONG = "Tell me a story about a fox."
+
+
+@pytest.fixture(scope="module")
+def swarm() -> Iterator[LocalSwarm]:
+    torch.set_num_threads(1)
+    with LocalSwarm("tiny-chat", num_stages=2, replicas=3, transport="memory") as swarm:
+        yield swarm
+
+
+@pytest.fixture(scope="module")
+def playground(swarm: LocalSwarm) -> Iterator[Playground]:
+    with Playground([swarm.model()], swarm) as playground:
+        yield playground
+
+
+@pytest.fixture
+def visit(new_page: Callable[..., Any], playground: Playground) -> Callable[..., Any]:
+    """Opens the playground in a new window."""
+
+    def go(**options: Any) -> Any:
+        page = new_page(**options)
+        page.goto(playground.url)
+        page.get_by_role("textbox", name="Message").wait_for()
+        return page
+
+    return go
+
+
+def ask(page: Any, text: str) -> None:
+    page.get_by_role("textbox", name="Message").fill(text)
+    page.get_by_role("button", name="Send").click()
+
+
+def last_answer(page: Any) -> Any:
+    return page.locator("[data-testid=bot]").last
+
+
+def wait_for_end(page: Any) -> None:
+    page.wait_for_function("() => /the first after/.test(document.querySelector('.sk-summary').textContent)")
+    summary = page.locator(".prose.sk-summary")
+    seen = ""
+
+    def still() -> bool:
+        nonlocal seen
+        before, seen = seen, summary.inner_text() + last_answer(page).inner_text()
+        page.wait_for_timeout(700)
+        return before == seen
+
+    wait_until(still, "the answer has ended", within=60)
+
+
+def test_a_visitor_asks_and_sees_answer_route_and_speed(
+    visit: Callable[..., Any], screenshot: Callable[..., None]
+) -> None:
+    page = visit()
+    ask(page, "Hello! Who are you?")
+    page.wait_for_function("document.querySelector('.sk-picture svg').textContent.includes('ms')")
+    wait_for_end(page)
+    assert len(last_answer(page).inner_text()) > 10
+    assert re.search(r"\d+ tokens, [\d.]+ tokens/s", page.locator(".prose.sk-summary").inner_text())
+    screenshot(page)
+
+
+def test_stop_keeps_what_came_and_frees_the_session(visit: Callable[..., Any], swarm: LocalSwarm) -> None:
+    page = visit()
+    page.get_by_text("Settings").click()
+    ask(page, LONG)
+    last_answer(page).wait_for()
+    page.get_by_role("button", name="Stop", exact=True).click()
+    page.wait_for_function(
+        "() => /was stopped|the first after/.test(document.querySelector('.sk-summary').textContent)"
+    )
+    ask(page, "What is 7 + 5?")
+    wait_for_end(page)
+    assert "12" in last_answer(page).inner_text()
+
+
+def test_a_server_is_killed_and_another_takes_over(
+    visit: Callable[..., Any], swarm: LocalSwarm, screenshot: Callable[..., None]
+) -> None:
+    page = visit()
+    alive = sum(server.alive for server in swarm.servers)
+    ask(page, LONG)
+    last_answer(page).wait_for()
+    page.get_by_role("combobox", name="Server").click()
+    page.get_by_role("option").first.click()
+    page.get_by_role("button", name="Kill this server").click()
+    wait_until(lambda: sum(server.alive for server in swarm.servers) == alive - 1, "one server less")
+    wait_for_end(page)
+    ask(page, LONG)
+    wait_for_end(page)
+    assert "The end." in last_answer(page).inner_text()
+    page.get_by_role("button", name="Add a server").click()
+    wait_until(lambda: sum(server.alive for server in swarm.servers) == alive, "one server more")
+    screenshot(page)
+
+
+def test_an_answer_to_an_edited_question_can_be_stopped(visit: Callable[..., Any]) -> None:
+    page = visit()
+    ask(page, "What is 7 + 5?")
+    wait_for_end(page)
+    page.locator("[data-testid=user]").first.hover()
+    page.get_by_label("Edit").first.click()
+    page.locator("textarea:visible").first.fill("What is 2 + 3?")
+    page.get_by_label("Submit").first.click()
+    page.wait_for_function("document.querySelector('[data-testid=bot]')?.textContent.includes('5')")
+    assert page.locator("[data-testid=user]").count() == 1
+    page.get_by_role("button", name="Stop", exact=True).click()
+    page.get_by_role("button", name="Regenerate").click()
+    wait_for_end(page)
+    assert "5" in last_answer(page).inner_text()
+
+
+def test_the_stop_of_one_visitor_touches_no_other(visit: Callable[..., Any]) -> None:
+    one, other = visit(), visit()
+    ask(one, LONG)
+    ask(other, LONG)
+    last_answer(one).wait_for()
+    one.get_by_role("button", name="Stop", exact=True).click()
+    wait_for_end(other)
+    assert "The end." in last_answer(other).inner_text()
+
+
+def test_after_a_reload_the_page_works_again(visit: Callable[..., Any]) -> None:
+    page = visit()
+    ask(page, LONG)
+    page.reload()
+    ask(page, "What is 7 + 5?")
+    wait_for_end(page)
+    assert "12" in last_answer(page).inner_text()
+
+
+def test_the_swarm_tab_shows_every_server(
+    visit: Callable[..., Any], swarm: LocalSwarm, screenshot: Callable[..., None]
+) -> None:
+    page = visit()
+    page.get_by_role("tab", name="Swarm").click()
+    rows = page.locator("table tbody tr:visible")
+    rows.first.wait_for()
+    assert rows.count() >= sum(server.alive for server in swarm.servers)
+    screenshot(page)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_in_both_themes(
+    visit: Callable[..., Any], screenshot: Callable[..., None], width: int, scheme: str
+) -> None:
+    page = visit(width=width, color_scheme=scheme)
+    ask(page, "Hello! Who are you?")
+    wait_for_end(page)
+    wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    assert wide <= 1, f"the page is {wide} pixels too wide"
+    screenshot(page)
