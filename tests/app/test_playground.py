@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import signal
 import subprocess
@@ -19,6 +18,8 @@ from swarmkit import LocalSwarm
 from swarmkit.drawing.pipeline import slowest_part
 from swarmkit.drawing.values import HopPicture
 from swarmkit.errors import UsageError
+
+from ..waiting import eventually
 
 pytest.importorskip("gradio")
 
@@ -117,10 +118,8 @@ async def test_fifty_answers_that_are_left_free_their_sessions(
                     break
     last = (await all_of(AnswerRun(engine, [ASKED], ChatOptions())))[-1]
     assert "12" in last.text
-    for server in swarm.servers:
-        async with asyncio.timeout(60):
-            while server.serving.sessions.sessions:  # type: ignore[attr-defined]
-                await asyncio.sleep(0.01)
+    held = [server.serving.sessions for server in swarm.servers]  # type: ignore[attr-defined]
+    await eventually(lambda: not any(service.sessions for service in held), "no session is open")
 
 
 async def test_a_cut_answer_says_so(engine: AnswerEngine) -> None:
