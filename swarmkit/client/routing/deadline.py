@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from swarmkit.client.routing.claims import Shown
 from swarmkit.ewma import Ewma
 
 _GAIN = 0.125
@@ -43,6 +44,21 @@ class StepTimes:
         self._single: Ewma | None = None
         self._per_token: Ewma | None = None
         self._backoff = 1.0
+        self.blocks = 0
+        """That the latest session there has."""
+        self.way_s = 0.0
+        """Seconds that it took to open a session there, which computes nothing."""
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether any step was seen."""
+        return self._single is not None or self._per_token is not None
+
+    @property
+    def shown(self) -> Shown | None:
+        """What the peer has shown of its speed, if anything."""
+        seen = self._single or self._per_token
+        return Shown(seen.mean, self.blocks, self.way_s) if seen else None
 
     @property
     def round_trip_s(self) -> float | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
+from swarmkit.client.routing.claims import Shown, believed_s
 from swarmkit.errors import NoRouteError
 from swarmkit.net.registry.records import Announcement
 from swarmkit.net.registry.swarm_map import uncovered
@@ -124,6 +125,8 @@ def route_cost(
     wait_s: Callable[[str], float] = lambda peer_id: 0.0,
     tokens: int = 0,
     salt: str = "",
+    shown: Callable[[str], Shown | None] = lambda peer_id: None,
+    best_s: float = 0.0,
 ) -> Cost:
     """The cost that clients use: the way there, the work, and what speaks against a peer.
 
@@ -134,16 +137,21 @@ def route_cost(
         wait_s: seconds until a peer has room, by peer id; 0 for one that is not busy.
         tokens: rows x tokens that caches must hold soon; a server that announced less costs a little more.
         salt: this client's own; spreads clients over servers that are equally good.
+        shown: what a peer has shown of its speed; see `claims.py`.
+        best_s: seconds per block of the best of those that have shown anything; 0 = none has.
     """
 
     def cost(server: Announcement, start: int, stop: int) -> float:
         share = (stop - start) / (server.stop - server.start)
         work = share / max(server.throughput, 1e-3)
+        claimed = round_trip_s(server.service_id) + work
+        shown_s = shown(server.service_id)
+        seconds = believed_s(claimed, work, stop - start, shown_s, best_s)
         crowded = 0.5 if server.free_cache_tokens < max(tokens, 1) else 0.0
         # Equal servers differ by their hash with this client: at most 10 % of the work, never zero.
-        tie = work * 0.1 * _unit_hash(salt + server.service_id) + 1e-9
+        tie = (seconds if shown_s else work) * 0.1 * _unit_hash(salt + server.service_id) + 1e-9
         avoided = penalty_s(server.service_id) * (stop - start)  # so that every block that can is spared
-        return round_trip_s(server.service_id) + work + tie + crowded + wait_s(server.service_id) + avoided
+        return seconds + tie + crowded + wait_s(server.service_id) + avoided
 
     return cost
 

@@ -196,6 +196,8 @@ class ChainSession:
         self._is_plain = self._is_plain and not changes.mixed
         if self._is_plain:
             self._outputs.write(changes.position, output)
+        if not self.position:
+            swarm.find_better_soon()
         self.position, self.rows, self._positions = end, rows, all_positions
         if changes.losses:
             route.tell_replacements(changes)

@@ -27,6 +27,7 @@ async def open_session(
     """
     name, part = ("", None) if adapter is None else await _part_of(adapter, hop)
     message = Open(swarm.model.fingerprint, hop.start, hop.stop, max_length, name)
+    asked_at = swarm.clock.now()
     # To open a session computes nothing: a silent server would be found out later, and more slowly.
     try:
         reply = await connection.ask(message, swarm.connect_timeout)
@@ -38,6 +39,8 @@ async def open_session(
         reply = await connection.ask(message, swarm.connect_timeout)
     if not isinstance(reply, Opened) or reply.max_step_tokens < 1:
         raise ProtocolError("the session was not opened as asked", hop.server.peer_id)
+    times = swarm.times_of(hop.server)
+    times.blocks, times.way_s = hop.stop - hop.start, swarm.clock.now() - asked_at
     return reply
 
 

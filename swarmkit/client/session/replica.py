@@ -6,7 +6,7 @@ The history is all that is needed to do without the server: another one is sent 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ import torch
 
 from swarmkit.client.adapters.model_adapters import ClientAdapter, ServerAdapter
 from swarmkit.client.routing.route import Hop
+from swarmkit.client.routing.trials import patience_s
 from swarmkit.client.session.history import History, NoHistory
 from swarmkit.client.session.open_session import open_session
 from swarmkit.client.session.stage_connection import StageConnection
@@ -32,6 +33,7 @@ from swarmkit.net.protocol.messages import (
     SESSION,
     Link,
     Linked,
+    Opened,
     PrefixRestored,
     RestorePrefix,
     Step,
@@ -165,16 +167,29 @@ class StageReplica:
             PeerError: it cannot be reached, or refuses.
         """
         try:
-            connection = self.connection = StageConnection(
-                await self._swarm.connect(self.hop.server, SESSION)
-            )
-            opened = await open_session(connection, self._swarm, self.hop, self._adapter, max_length)
+            if isinstance(self._adapter, ClientAdapter):  # which may have to be sent, and that takes long
+                opened = await self._open(max_length)
+            else:
+                opened = await self._heed(lambda: self._open(max_length))
         except BaseException:
             self.drop()
             raise
-        connection.opened = opened
         self.max_step_tokens = opened.max_step_tokens
         self._inlet = opened.inlet
+
+    async def _open(self, max_length: int) -> Opened:
+        connection = self.connection = StageConnection(await self._swarm.connect(self.hop.server, SESSION))
+        opened = await open_session(connection, self._swarm, self.hop, self._adapter, max_length)
+        connection.opened = opened
+        return opened
+
+    async def _heed(self, act: Callable[[], Awaitable[T]], size: int = 0) -> T:
+        """Do something with the server; if it has never worked, give it up when others are found that do."""
+        if self._times.is_measured:
+            return await act()
+        hop, adapter = self.hop, self._adapter
+        name = "" if adapter is None else adapter.hosted_name
+        return await self._swarm.scout.unless_outrun(hop, patience_s(size, hop.server.throughput), act, name)
 
     async def restore_prefix(self, states: torch.Tensor) -> int:
         """Have the session begin with what the server has kept of these inputs `[tokens, hidden]`.
@@ -344,7 +359,13 @@ class StageReplica:
         shape = (request.rows, request.keep, width)
         largest = request.rows * request.keep * width * 4
         try:
-            received = await self._connected().receive(request.number, timeout_s, largest, is_pushed)
+            connection = self._connected()
+            if self._times.is_measured:
+                received = await connection.receive(request.number, timeout_s, largest, is_pushed)
+            else:
+                received = await self._heed(
+                    lambda: connection.receive(request.number, timeout_s, largest, is_pushed), request.size
+                )
         except PeerTimeoutError:
             self._times.timed_out()
             raise

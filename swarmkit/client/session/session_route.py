@@ -237,6 +237,8 @@ class SessionRoute:
             self._swarm.cannot_link(self.stages[index - 1].hop.server, stage.hop.server)
         self._swarm.ban(stage.hop.server.service_id, cost_s)
         self._lose(stage, changes, error)
+        if changes.failures.count > 1:  # before the session is sent to one after the other
+            await self._swarm.scout.find(stage.hop.start, stage.hop.stop, changes.hosted_adapter)
         hops = await changes.find(stage.hop.start, stage.hop.stop, error)
         self._splice(index, hops)
 

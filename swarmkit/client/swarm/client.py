@@ -16,14 +16,18 @@ from anyio.abc import TaskStatus
 from swarmkit.client.checks.agreement import Comparison
 from swarmkit.client.routing.bans import Bans
 from swarmkit.client.routing.busy import BusyPeers
+from swarmkit.client.routing.candidates import best_of_each_block
+from swarmkit.client.routing.claims import Shown, best_per_block
 from swarmkit.client.routing.deadline import DeadlinePolicy, StepTimes
 from swarmkit.client.routing.route import Hop, find_route, lost_contact, no_route, route_cost
 from swarmkit.client.routing.step_failures import StepFailures
 from swarmkit.client.swarm.adapter_sender import AdapterSender
 from swarmkit.client.swarm.prefix_cache import ClientPrefixCache
+from swarmkit.client.swarm.scout import Scout
 from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.errors import (
     NoContactError,
+    NoRouteError,
     PeerError,
     PeerUnreachableError,
     RemoteError,
@@ -106,6 +110,7 @@ class SwarmClient:
         self._other_models: list[str] = []
         self._stop = anyio.Event()
         self._look_now = anyio.Event()
+        self._find_better_now = anyio.Event()
         self._looking = anyio.Lock()
         self._looks = 0
         self._looked_at = clock.time()
@@ -114,6 +119,18 @@ class SwarmClient:
         self._peer_id = ""
         self.salt = secrets.token_hex(4)
         """Spreads clients over servers that are equally good."""
+        self.scout = Scout(
+            fingerprint=model.fingerprint,
+            hidden_size=model.hidden_size,
+            connect=self.connect,
+            servers=self.servers,
+            shown=self._shown,
+            times_of=self.times_of,
+            bans=self.bans,
+            busy=self.busy,
+            clock=clock,
+            salt=self.salt,
+        )
 
     # ------------------------------------------------------------------ life
 
@@ -148,6 +165,7 @@ class SwarmClient:
             task_status.started()
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._refresh_forever)
+                tasks.start_soon(self._find_better_forever)
                 await self._stop.wait()
                 tasks.cancel_scope.cancel()
         finally:
@@ -196,6 +214,23 @@ class SwarmClient:
             self._look_now = anyio.Event()
             await anyio.sleep(min(_LOOK_PAUSE_S, self.settings.routing.refresh_period_s))
 
+    def find_better_soon(self) -> None:
+        """Have servers tried that promise much more than those in use; does not wait for it."""
+        self._find_better_now.set()
+
+    async def _find_better_forever(self) -> None:
+        while True:
+            await self._find_better_now.wait()
+            self._find_better_now = anyio.Event()
+            try:
+                hops = self.plan(0, self.model.num_blocks)
+            except NoRouteError:
+                continue
+            shown = [self._shown(hop.server.service_id) for hop in hops]
+            seconds = [one.seconds for one in shown if one is not None]
+            if len(seconds) == len(hops):
+                await self.scout.find_better(sum(seconds) / self.model.num_blocks, _claimed_per_block_s)
+
     # ------------------------------------------------------------------ routes and peers
 
     @property
@@ -225,13 +260,24 @@ class SwarmClient:
         failed = failures or StepFailures()
         servers = [server for server in self.servers(hosted_adapter) if server.service_id not in without]
         cost = route_cost(
-            round_trip_s=self.round_trip_s,
+            round_trip_s=lambda service_id: _ASSUMED_ROUND_TRIP_S,
             penalty_s=lambda service_id: self.bans.penalty_s(service_id) + failed.penalty_s(service_id),
             wait_s=self.busy.wait_s,
             tokens=tokens,
             salt=self.salt,
+            shown=self._shown,
+            best_s=best_per_block(
+                shown
+                for server in servers
+                if not self.bans.is_banned(server.service_id)
+                and (shown := self._shown(server.service_id)) is not None
+            ),
         )
-        return find_route(start, stop, servers, cost)
+        return find_route(start, stop, best_of_each_block(start, stop, servers, cost, self.salt), cost)
+
+    def _shown(self, service_id: str) -> Shown | None:
+        times = self._times.get(service_id)
+        return None if times is None else times.shown
 
     def may_use(self, hop: Hop) -> bool:
         """Whether nothing is known that speaks against a server: it has not failed lately, nor is it busy."""
@@ -398,6 +444,10 @@ class SwarmClient:
         """Measured or assumed seconds to a peer and back."""
         times = self._times.get(peer_id)
         return (times.round_trip_s if times else None) or _ASSUMED_ROUND_TRIP_S
+
+
+def _claimed_per_block_s(server: Announcement) -> float:
+    return (_ASSUMED_ROUND_TRIP_S + 1 / max(server.throughput, 1e-3)) / (server.stop - server.start)
 
 
 def _reason(error: PeerError) -> str:
