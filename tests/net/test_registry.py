@@ -199,3 +199,16 @@ async def test_waiting_sees_who_comes_later(place: Place) -> None:
 async def test_waiting_in_vain_gives_what_there_is(place: Place) -> None:
     view = await place.registry(0).wait_for(FINGERPRINT, 6, lambda view: False, timeout=0.0)
     assert view.servers(NOW) == []
+
+
+async def test_of_a_flood_of_records_each_look_reads_a_part_until_all_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry_module, "_MOST_NEW_RECORDS", 10)
+    network = MemoryNetwork(clock=lambda: NOW)
+    for number in range(25):
+        registry = Registry(network.transport(identity(number)), clock=lambda: NOW)
+        await registry.announce(announcement(number))
+    reader = Registry(network.transport(), clock=lambda: NOW)
+    found = [len((await reader.look_up(FINGERPRINT, 6)).announcements) for _ in range(3)]
+    assert found == [10, 20, 25]

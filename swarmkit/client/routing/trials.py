@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from swarmkit.net.registry.records import Announcement
 
-PATIENCE_S = 0.75
+PATIENCE_S = 1.25
 """A server that has never worked is waited for so long, and as long as it claims, before others are tried."""
 ROUND_S = 0.3
 """The time between two rounds of trials, unless all trials have ended before."""
