@@ -3,10 +3,10 @@
     python -m benchmarks.strangers
     python -m benchmarks.strangers --manner silent --clients 20 --json
 
-Two servers of tiny-chat run in this process, over p2p daemons on loopback, and one peer announces fifty more
+Two servers of tiny-chat run in this process, over p2p daemons on loopback, and a peer announces fifty more
 servers, which claim 10^12 tokens/s and have the manner that is asked for (`tests/strangers.py`). New clients
-come one after the other, each with a daemon of its own, and generate one token twice. As many do so before the
-strangers come.
+come one after the other, each with a daemon of its own, and generate one token twice. As many do so before
+the strangers come.
 
 Reported, as medians over clients:
 
@@ -79,6 +79,7 @@ def measure(manners: Sequence[Manner], clients: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
