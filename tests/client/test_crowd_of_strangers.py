@@ -18,6 +18,8 @@ from swarmkit.client.session.chain import ChainSession
 from swarmkit.client.swarm.client import ModelRef, SwarmClient
 from swarmkit.local.swarm import over_memory
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.net.protocol.messages import Step
+from swarmkit.net.rpc.message_stream import IncomingMessage
 from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.node.node import Node
 from swarmkit.server.config import ServerConfig
@@ -25,7 +27,7 @@ from swarmkit.settings import ServerSettings
 
 from .. import virtual_time
 from ..models.tiny import make_checkpoint
-from ..strangers import STRANGE, Manner, Stranger, slow
+from ..strangers import LYING, STRANGE, Manner, Stranger, Talk, slow
 
 BLOCKS = 4
 HONEST = 2
@@ -85,19 +87,35 @@ class Water:
         session.close()
         return seconds
 
+    async def serve(self, tasks: anyio.abc.TaskGroup, servers: int, strangers: Sequence[Stranger]) -> None:
+        for _ in range(servers):
+            node = Node(over_memory(self.network), clock=self.clock)
+            node.add(ServerConfig(self.checkpoint, num_blocks=BLOCKS, settings=SERVER))
+            await tasks.start(node.run)
+            self.peers.append(node.peer_id)
+        for stranger in strangers:
+            await stranger.begin()
+            self.peers.append(stranger.peer_id)
+
+    async def count(self, manner: Manner, answers: int) -> int:
+        """How many of one client's answers a boaster among five servers takes part in."""
+        boaster = Stranger(over_memory(self.network), self.checkpoint, manner, clock=self.clock)
+        async with anyio.create_task_group() as tasks:
+            await self.serve(tasks, 4, [boaster])
+            async with self.client() as client:
+                for _ in range(answers):
+                    await self.answer(client)
+                used = [hop.peer_id for step in client.trace if step.tokens > 1 for hop in step.hops]
+            tasks.cancel_scope.cancel()
+        await boaster.end()
+        return used.count(boaster.peer_id)
+
     async def measure(self, manners: Sequence[Manner], clients: int, sessions: int) -> Times:
         join = over_memory(self.network)
         strangers = [Stranger(join, self.checkpoint, manner, clock=self.clock) for manner in manners]
         times = Times([], [[] for _ in range(sessions - 1)])
         async with anyio.create_task_group() as tasks:
-            for _ in range(HONEST):
-                node = Node(over_memory(self.network), clock=self.clock)
-                node.add(ServerConfig(self.checkpoint, num_blocks=BLOCKS, settings=SERVER))
-                await tasks.start(node.run)
-                self.peers.append(node.peer_id)
-            for stranger in strangers:
-                await stranger.begin()
-                self.peers.append(stranger.peer_id)
+            await self.serve(tasks, HONEST, strangers)
             for _ in range(clients):
                 async with self.client() as client:
                     times.first.append(await self.answer(client))
@@ -121,10 +139,13 @@ Measure = Callable[..., Times]
 
 
 @pytest.fixture(scope="module")
-def measure(tmp_path_factory: pytest.TempPathFactory) -> Measure:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder: Path = tmp_path_factory.mktemp("tiny-llama")
-    checkpoint = Checkpoint.open(make_checkpoint(folder, "llama", num_blocks=BLOCKS))
+    return Checkpoint.open(make_checkpoint(folder, "llama", num_blocks=BLOCKS))
 
+
+@pytest.fixture(scope="module")
+def measure(checkpoint: Checkpoint) -> Measure:
     def measure(manners: Sequence[Manner], clients: int, sessions: int = 2) -> Times:
         stages = virtual_time.SharedStages(checkpoint, pass_s)
         return virtual_time.run(
@@ -183,3 +204,20 @@ def test_servers_that_are_slow_but_not_too_slow_are_left_after_some_sessions(
     times = measure([slow(0.7)] * STRANGERS, CLIENTS, sessions=8)
     assert median(times.first) > 1.0  # nothing better was known yet
     assert median(times.later[-1]) <= 1.2 * median(usual.later[0])
+
+
+class AsFastAsOthers(Manner):
+    """Wrong numbers, which take as long as the right ones take elsewhere."""
+
+    async def at_step(self, talk: Talk, received: IncomingMessage, step: Step) -> None:
+        await anyio.sleep(pass_s(step.hidden.shape[1]))
+        await LYING.at_step(talk, received, step)
+
+
+@pytest.mark.parametrize("manner", [AsFastAsOthers(), slow(0.3)], ids=["as fast as others", "slow"])
+def test_a_liar_of_five_that_claims_everything_draws_no_more_than_its_share(
+    checkpoint: Checkpoint, manner: Manner
+) -> None:
+    stages = virtual_time.SharedStages(checkpoint, pass_s)
+    drawn = virtual_time.run(lambda clock: Water(clock, checkpoint).count(manner, 12), stages)
+    assert drawn <= 12 / 5

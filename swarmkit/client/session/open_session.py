@@ -10,21 +10,38 @@ from swarmkit.client.session.stage_connection import StageConnection
 from swarmkit.client.swarm.client import SwarmClient
 from swarmkit.errors import ProtocolError, RemoteError
 from swarmkit.models.adapters.adapter import Adapter
-from swarmkit.net.protocol.messages import Open, Opened
+from swarmkit.net.protocol.messages import SESSION, Open, Opened
 
 
 async def open_session(
+    swarm: SwarmClient,
+    hop: Hop,
+    adapter: ClientAdapter | ServerAdapter | None,
+    max_length: int,
+) -> tuple[StageConnection, Opened]:
+    """Open a session of up to `max_length` tokens; sends what the server lacks of a client's own adapter.
+
+    Returns: the stream that carries the session, and what the server said of it.
+
+    Raises:
+        PeerError: the server cannot be reached, or refuses.
+    """
+    connection = StageConnection(await swarm.connect(hop.server, SESSION))
+    try:
+        connection.opened = await _opened(connection, swarm, hop, adapter, max_length)
+    except BaseException:
+        connection.close()
+        raise
+    return connection, connection.opened
+
+
+async def _opened(
     connection: StageConnection,
     swarm: SwarmClient,
     hop: Hop,
     adapter: ClientAdapter | ServerAdapter | None,
     max_length: int,
 ) -> Opened:
-    """Open a session of up to `max_length` tokens; sends what the server lacks of a client's own adapter.
-
-    Raises:
-        PeerError: the server cannot be reached, or refuses.
-    """
     name, part = ("", None) if adapter is None else await _part_of(adapter, hop)
     message = Open(swarm.model.fingerprint, hop.start, hop.stop, max_length, name)
     asked_at = swarm.clock.now()

@@ -6,7 +6,7 @@ The history is all that is needed to do without the server: another one is sent 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -15,7 +15,6 @@ import torch
 
 from swarmkit.client.adapters.model_adapters import ClientAdapter, ServerAdapter
 from swarmkit.client.routing.route import Hop
-from swarmkit.client.routing.trials import patience_s
 from swarmkit.client.session.history import History, NoHistory
 from swarmkit.client.session.open_session import open_session
 from swarmkit.client.session.stage_connection import StageConnection
@@ -30,10 +29,8 @@ from swarmkit.net.protocol.messages import (
     HIDDEN_DTYPES,
     MAX_ADDRESSES,
     MAX_RESTORED_PAGES,
-    SESSION,
     Link,
     Linked,
-    Opened,
     PrefixRestored,
     RestorePrefix,
     Step,
@@ -167,29 +164,17 @@ class StageReplica:
             PeerError: it cannot be reached, or refuses.
         """
         try:
-            if isinstance(self._adapter, ClientAdapter):  # which may have to be sent, and that takes long
-                opened = await self._open(max_length)
-            else:
-                opened = await self._heed(lambda: self._open(max_length))
+            self.connection, opened = await self._swarm.scout.unless_outrun(
+                self.hop,
+                0,
+                lambda: open_session(self._swarm, self.hop, self._adapter, max_length),
+                self._adapter,
+            )
         except BaseException:
             self.drop()
             raise
         self.max_step_tokens = opened.max_step_tokens
         self._inlet = opened.inlet
-
-    async def _open(self, max_length: int) -> Opened:
-        connection = self.connection = StageConnection(await self._swarm.connect(self.hop.server, SESSION))
-        opened = await open_session(connection, self._swarm, self.hop, self._adapter, max_length)
-        connection.opened = opened
-        return opened
-
-    async def _heed(self, act: Callable[[], Awaitable[T]], size: int = 0) -> T:
-        """Do something with the server; if it has never worked, give it up when others are found that do."""
-        if self._times.is_measured:
-            return await act()
-        hop, adapter = self.hop, self._adapter
-        name = "" if adapter is None else adapter.hosted_name
-        return await self._swarm.scout.unless_outrun(hop, patience_s(size, hop.server.throughput), act, name)
 
     async def restore_prefix(self, states: torch.Tensor) -> int:
         """Have the session begin with what the server has kept of these inputs `[tokens, hidden]`.
@@ -285,13 +270,6 @@ class StageReplica:
         else:
             self.history.write(position, hidden)
 
-    def has_finite_inputs(self, position: int) -> bool:
-        """Whether the inputs from `position` on, as far as they are kept, have neither NaN nor infinity."""
-        tokens = self.history.tokens
-        if position >= tokens or isinstance(self.history, NoHistory):
-            return True
-        return codec.is_finite(self.history.read(position, tokens))
-
     def crop(self, tokens: int) -> None:
         """Forget every position from `tokens` on."""
         self.history.crop(tokens)
@@ -363,8 +341,11 @@ class StageReplica:
             if self._times.is_measured:
                 received = await connection.receive(request.number, timeout_s, largest, is_pushed)
             else:
-                received = await self._heed(
-                    lambda: connection.receive(request.number, timeout_s, largest, is_pushed), request.size
+                received = await self._swarm.scout.unless_outrun(
+                    self.hop,
+                    request.size,
+                    lambda: connection.receive(request.number, timeout_s, largest, is_pushed),
+                    self._adapter,
                 )
         except PeerTimeoutError:
             self._times.timed_out()

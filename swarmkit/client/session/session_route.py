@@ -13,6 +13,7 @@ import anyio
 from swarmkit.client.adapters.model_adapters import ClientAdapter, ServerAdapter
 from swarmkit.client.routing.route import Hop
 from swarmkit.client.routing.step_failures import StepFailures
+from swarmkit.client.session.history import NoHistory
 from swarmkit.client.session.replica import Predecessor, StageReplica
 from swarmkit.client.swarm.client import SwarmClient
 from swarmkit.client.swarm.prefix_cache import Chain
@@ -26,6 +27,7 @@ from swarmkit.errors import (
     SwarmkitError,
 )
 from swarmkit.events import Owner, PeerReplaced, Rerouted, RoutePlanned
+from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.messages import SENDERS_FAULT
 
 logger = logging.getLogger(__name__)
@@ -243,7 +245,9 @@ class SessionRoute:
         self._splice(index, hops)
 
     def _is_step_to_blame(self, stage: StageReplica, changes: RouteChanges) -> bool:
-        if not stage.has_finite_inputs(changes.position):
+        history, position = stage.history, changes.position
+        is_known = position < history.tokens and not isinstance(history, NoHistory)
+        if is_known and not codec.is_finite(history.read(position, history.tokens)):
             return True
         worked = self._worked.union(each.hop.server.service_id for each in self.stages if each.has_worked)
         servers = self._swarm.servers(changes.hosted_adapter)

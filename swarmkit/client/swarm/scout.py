@@ -7,7 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import anyio
 import torch
@@ -23,13 +23,14 @@ from swarmkit.client.routing.trials import (
     ROUND_S,
     TRIAL_S,
     order_of_trials,
+    patience_s,
     rounds,
 )
 from swarmkit.clock import Clock
 from swarmkit.errors import PeerError, PeerTimeoutError, ProtocolError, RemoteError, SwarmkitError, unwrapped
 from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.messages import HIDDEN_DTYPES, SESSION, Open, Opened, Step, StepDone
-from swarmkit.net.protocol.protocol import Protocol
+from swarmkit.net.protocol.protocol import Protocol as MessageProtocol
 from swarmkit.net.registry.records import Announcement
 from swarmkit.net.registry.swarm_map import uncovered
 from swarmkit.net.rpc.client_stream import ClientStream
@@ -37,6 +38,14 @@ from swarmkit.net.rpc.client_stream import ClientStream
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+
+class AdapterOfBlocks(Protocol):
+    """The adapter of a step, as far as it matters here."""
+
+    @property
+    def hosted_name(self) -> str:
+        """Its hash where servers host it; empty if it is the client's own."""
 
 
 class Scout:
@@ -56,7 +65,7 @@ class Scout:
         *,
         fingerprint: str,
         hidden_size: int,
-        connect: Callable[[Announcement, Protocol], Awaitable[ClientStream]],
+        connect: Callable[[Announcement, MessageProtocol], Awaitable[ClientStream]],
         servers: Callable[[str], Sequence[Announcement]],
         shown: Callable[[str], Shown | None],
         times_of: Callable[[Announcement], StepTimes],
@@ -79,29 +88,39 @@ class Scout:
         self._noise = torch.randn(1, 1, hidden_size, generator=torch.Generator().manual_seed(0))
 
     async def unless_outrun(
-        self, hop: Hop, patience_s: float, act: Callable[[], Awaitable[T]], hosted_adapter: str = ""
+        self,
+        hop: Hop,
+        size: int,
+        act: Callable[[], Awaitable[T]],
+        adapter: AdapterOfBlocks | None = None,
     ) -> T:
-        """Wait for what a server that has never worked is asked for, until others are found that do.
+        """Wait for what a server is asked for; if it has never worked, until others are found that do.
 
-        Args: patience_s: seconds before others are tried.
+        Args:
+            size: rows x tokens of the step; 0 = to open a session.
+            adapter: of the step. The client's own may have to be sent first, which may take long.
 
         Raises:
             PeerTimeoutError: others have its blocks, and work.
         """
+        server = hop.server
+        name = "" if adapter is None else adapter.hosted_name
+        may_be_sent = adapter is not None and not name and not size
+        if self._shown(server.service_id) is not None or may_be_sent:
+            return await act()
+        wait_s = patience_s(size, server.throughput)
         results: list[T] = []
         with unwrapped():
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._outrun, hop, patience_s, tasks, hosted_adapter)
+                tasks.start_soon(self._outrun, hop, wait_s, tasks, name)
                 results.append(await act())
                 tasks.cancel_scope.cancel()
         if not results:
-            raise PeerTimeoutError("others answered before it did", hop.server.peer_id)
+            raise PeerTimeoutError("others answered before it did", server.peer_id)
         return results[0]
 
-    async def _outrun(
-        self, hop: Hop, patience_s: float, tasks: anyio.abc.TaskGroup, hosted_adapter: str
-    ) -> None:
-        await anyio.sleep(patience_s)
+    async def _outrun(self, hop: Hop, wait_s: float, tasks: anyio.abc.TaskGroup, hosted_adapter: str) -> None:
+        await anyio.sleep(wait_s)
         if await self.find(hop.start, hop.stop, hosted_adapter, without=hop.server.service_id):
             tasks.cancel_scope.cancel()
 
