@@ -76,6 +76,8 @@ class Announcer:
         )
         if await self._registry.announce(self._latest) == 0:
             logger.warning("no peer accepted the announcement of this server; it will be tried again")
+            # The next one need not outlive what no peer keeps, and what a clock that is wrong may have dated.
+            self._latest = msgspec.structs.replace(self._latest, expires_at=0.0)
 
     async def announce_until(self, end: anyio.Event, news: Callable[[], dict[str, Any]]) -> None:
         """Announce every period until `end` is set.
