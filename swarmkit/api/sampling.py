@@ -33,7 +33,6 @@ _NEUTRAL: dict[str, Any] = {
     "num_beams": 1,
     "num_return_sequences": 1,
     "min_length": 0,
-    "min_new_tokens": 0,
     "do_sample": False,
     "return_dict_in_generate": False,
 }
