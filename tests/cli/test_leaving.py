@@ -1,4 +1,4 @@
-"""The end of a server as other peers see it: after Ctrl-C in its terminal, and after its daemon was killed."""
+"""The end of a server as other peers see it: after Ctrl-C, and after its daemon was killed."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -201,6 +202,38 @@ def test_peers_of_another_model_are_named(swarm: LocalSwarm, tmp_path: Path) -> 
 def test_a_swarm_that_was_not_started_says_so_at_once() -> None:
     with pytest.raises(UsageError, match="start the swarm first"):
         LocalSwarm("tiny-chat", num_stages=2, transport="memory").model()
+
+
+@pytest.mark.parametrize("given", ["/ip4/192.0.2.7", ["/ip4/192.0.2.7"]], ids=["text", "a list"])
+def test_one_address_is_not_taken_for_a_list_of_letters(given: Any) -> None:
+    with pytest.raises(UsageError, match=r"'/ip4/192.0.2.7' is no peer's address"):
+        SwarmModelForCausalLM.from_pretrained("tiny-chat", initial_peers=given)
+
+
+# the name of the distribution
+
+
+def test_the_other_project_of_that_name_is_recognised() -> None:
+    """As pip leaves it: the other project's `__init__.py` among our files."""
+    code = (
+        "import sys, types; other = types.ModuleType('swarmkit')\n"
+        f"other.__path__ = [{str(Path(swarmkit.__file__).parent)!r}]\n"
+        "sys.modules['swarmkit'] = other\n"
+        "import swarmkit.cli"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "is another project's" in done.stderr
+    assert "pip uninstall -y swarmkit" in done.stderr
+
+
+def test_nothing_tells_people_to_install_the_other_project() -> None:
+    root = Path(swarmkit.__file__).parents[1]
+    texts = [root / "README.md", *root.glob("docs/*.md"), *root.glob("notebooks/*.ipynb")]
+    texts += root.glob("swarmkit/**/*.py")
+    wrong = re.compile(r"pip install[^\n]*\bswarmkit(?![-_./\w])(?!-llm)")
+    assert [path.name for path in texts if wrong.search(path.read_text())] == []
 
 
 @pytest.mark.parametrize(("loaded", "frozen"), [("json", True), ("triton", False)])
