@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+from collections.abc import Iterator
 
+import psutil
 import pytest
+
+from swarmkit.local import fork_server
 
 THROUGHPUT = "SWARMKIT_SERVER_THROUGHPUT"
 
@@ -22,6 +27,17 @@ LONGEST_FIRST = (
     "client/test_recovery.py",
 )
 """Workers take files in order, so that none of these, which take longest, is left to one at the end."""
+
+
+@pytest.fixture(scope="session")
+def kept_fork_server() -> Iterator[None]:
+    """Keep the process's fork server for all tests that need one: to start one takes seconds of work."""
+    others = set(psutil.Process().children())
+    with fork_server.shared():
+        its = set(psutil.Process().children()) - others
+        yield
+    assert not any(process.is_running() for process in its)
+    assert "swarmkit-fork-server" not in {thread.name for thread in threading.enumerate()}
 
 
 def pytest_configure() -> None:

@@ -27,7 +27,7 @@ PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
+def server(kept_fork_server: None) -> Iterator[ForkServer]:
     with fork_server.shared() as found:
         assert found is not None
         yield found

@@ -19,7 +19,7 @@ _TOKENS_BEFORE = 3
 
 
 @pytest.fixture(scope="module")
-def api() -> Iterator[Api]:
+def api(kept_fork_server: None) -> Iterator[Api]:
     with LocalSwarm("tiny-chat", num_stages=2, replicas=2, processes=True) as swarm, api_of(swarm) as api:
         yield api
 

@@ -53,6 +53,7 @@ def curve(swarm: LocalSwarm, model: SwarmModelForCausalLM, kill: bool) -> list[f
     return losses
 
 
+@pytest.mark.usefixtures("kept_fork_server")
 def test_the_loss_curve_is_the_same_when_servers_are_killed(tiny_llama: Checkpoint) -> None:
     settings = ClientSettings().replace(min_step_timeout_s=60)
     with LocalSwarm(tiny_llama, 2, 2, processes=True, client_settings=settings) as swarm:

@@ -119,7 +119,9 @@ class ProcessSwarm:
         pytest.param(False, id="through-the-client", marks=pytest.mark.slow),
     ],
 )
-def world(tiny_llama: Checkpoint, request: pytest.FixtureRequest) -> Iterator[ProcessSwarm]:
+def world(
+    tiny_llama: Checkpoint, request: pytest.FixtureRequest, kept_fork_server: None
+) -> Iterator[ProcessSwarm]:
     swarm = LocalSwarm(
         tiny_llama,
         num_stages=2,
