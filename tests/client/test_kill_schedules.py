@@ -93,8 +93,9 @@ class Killer:
         """Kill a server of the latest step."""
         self._kill_soon(self.world.in_use(kill.stage), kill.delay_s)
 
-    def wait(self) -> None:
-        """Wait until those that were to be killed are dead."""
+    def wait(self, kills: int) -> None:
+        """Wait until so many have been killed."""
+        wait_until(lambda: len(self.sessions) >= kills, "the server is killed")
         while self._under_way:
             self._under_way.pop().join()
 
@@ -103,8 +104,9 @@ class Killer:
             self.sessions[victim.peer_id] = serves(victim)
             victim.kill()
 
-        self._under_way.append(threading.Timer(delay_s, strike))
-        self._under_way[-1].start()
+        timer = threading.Timer(delay_s, strike)
+        timer.start()
+        self._under_way.append(timer)
 
 
 def serves(server: Server) -> int:
@@ -146,13 +148,15 @@ def test_tokens_are_the_same_whoever_is_killed(world: World, local: Any, seed: i
     world.add(*(STAGES[kill.stage] for kill in schedule.kills))
     actions: dict[int, Any] = {}
     with ExitStack() as owned:
-        for kill in schedule.kills:
+        for number, kill in enumerate(schedule.kills, start=1):
             if kill.token:
                 actions[kill.token] = partial(killer.kill_later, kill)
             else:
                 act = partial(killer.kill_in_prefill, kill)
                 owned.enter_context(following(world.client.events, act, RoutePlanned))
-            actions[kill.token + APART - 2] = killer.wait  # so that the session is sure to meet a dead server
+            actions[kill.token + APART - 2] = partial(
+                killer.wait, number
+            )  # so that the session is sure to meet a dead server
         tokens = answer(
             world.model, ids, mask, new_tokens=NEW_TOKENS, logits_processor=at(actions), **options
         )
