@@ -35,8 +35,8 @@ class ServerStartError(SwarmkitError):
 class ServerProcess:
     """`swarmkit serve` as a child process.
 
-    It leads a process group of its own, so that a signal to the group meets its p2p daemon too, as the end of
-    a machine would; and it ends when this process does, because its standard input closes then.
+    It leads a process group of its own. Its p2p daemon ends with it, as at the end of a machine. And it ends
+    when this process does, because its standard input closes then.
 
     Args:
         port: where it listens; 0 = any free port.
@@ -160,7 +160,7 @@ class ServerProcess:
         self._log.close()
 
     def suspend(self) -> None:
-        """SIGSTOP to the whole group: a machine that hangs, its connections still open."""
+        """SIGSTOP to the whole group: a server that hangs, its connections and its p2p daemon still there."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
