@@ -425,6 +425,25 @@ class ClientSessionSettings(SettingsGroup):
     trace_steps: int = Field(default=256, ge=1, description="How many steps `model.trace` keeps.")
 
 
+class CheckSettings(SettingsGroup):
+    """A client's checks of what servers compute."""
+
+    model_config = read_from("SWARMKIT_CLIENT_")
+
+    check_share: float = Field(
+        default=0.002,
+        ge=0,
+        le=1,
+        description="The share of a session's steps after which a second server computes, beside the answer, "
+        "what one server has computed in the session so far. 0 turns this off.",
+    )
+    check_ban_s: float = Field(
+        default=3600.0,
+        gt=0,
+        description="How long a client avoids a peer whose outputs two other servers found wrong.",
+    )
+
+
 class ClientSettings(Settings):
     """How a client finds, uses and replaces servers."""
 
@@ -432,6 +451,7 @@ class ClientSettings(Settings):
     deadlines: DeadlineSettings = Field(default_factory=DeadlineSettings)
     transfer: TransferSettings = Field(default_factory=TransferSettings)
     sessions: ClientSessionSettings = Field(default_factory=ClientSessionSettings)
+    checks: CheckSettings = Field(default_factory=CheckSettings)
 
 
 class ApiSettings(SettingsGroup):

@@ -42,8 +42,11 @@ def main(checkpoint: str) -> None:
     import torch
     from transformers import DynamicCache
 
+    from swarmkit.settings import ClientSettings
+
     with swarmkit.LocalSwarm(checkpoint, num_stages=2, transport="memory") as swarm:
-        model = swarm.model()
+        settings = ClientSettings().replace(check_share=0.0)  # a check is beside the path, at random steps
+        model = swarm.model(settings=settings)
         cache, token = DynamicCache(), torch.ones(1, 1, dtype=torch.int64)
         with torch.inference_mode():
             for step in range(8 + STEPS):

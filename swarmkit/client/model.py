@@ -231,7 +231,7 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
 
     def clear_prefix_cache(self) -> None:
         """Forget what ended sessions sent and received: the next session sends all of its tokens."""
-        self._swarm.client.prefix_cache.clear()
+        self._swarm.call(self._swarm.client.clear_prefix_cache)  # after the ends of sessions before
 
     @property
     def closed(self) -> bool:

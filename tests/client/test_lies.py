@@ -126,6 +126,18 @@ def test_what_servers_of_a_mixed_session_computed_is_not_remembered(world: World
     assert restored(world) == 0
 
 
+def test_no_output_of_a_replaced_liar_is_remembered(world: World, false: Checkpoint, local: Any) -> None:
+    liar = add_liar(world, false, (2, 5))
+    with world.model.session():
+        said = answer(world.model, LONG, new_tokens=NEW)
+        end(world, liar)
+        answer(world.model, torch.cat([said, OTHER[:, :5]], dim=1), new_tokens=NEW)
+    with torch.no_grad():
+        logits, wanted = world.model(LONG).logits, local(LONG).logits
+    assert restored(world) == 96
+    assert torch.allclose(logits, wanted, atol=1e-4)
+
+
 def test_a_replacement_that_computes_the_same_lets_the_stages_behind_it_be(world: World, local: Any) -> None:
     world.add((0, 2))
     with world.model.session():

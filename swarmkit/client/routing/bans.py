@@ -30,6 +30,8 @@ class Bans:
         self._clock = clock
         self.failures: dict[str, _Failures] = {}
         """By peer id; without those that have worked since."""
+        self.convicted: dict[str, float] = {}
+        """Peers whose outputs were found wrong, and until when they are avoided, whatever they do."""
 
     def failed(self, peer_id: str, cost_s: float = 0.0) -> float:
         """Note a failure that took `cost_s` seconds to see; returns for how many seconds the peer is avoided.
@@ -45,7 +47,22 @@ class Bans:
 
     def worked(self, peer_id: str) -> None:
         """Note a success: the next failure starts from the beginning."""
-        self.failures.pop(peer_id, None)
+        if not (self.convicted and self.is_convicted(peer_id)):
+            self.failures.pop(peer_id, None)
+
+    def convict(self, peer_id: str, seconds: float) -> None:
+        """Avoid a peer whose outputs were found wrong; that it seems to work does not change it."""
+        until = self._clock() + seconds
+        self.convicted[peer_id] = until
+        count = self.failures[peer_id].count if peer_id in self.failures else 0
+        self.failures[peer_id] = _Failures(count + 1, until)
+
+    def is_convicted(self, peer_id: str) -> bool:
+        """Whether its outputs were found wrong lately."""
+        if self.convicted.get(peer_id, 0.0) > self._clock():
+            return True
+        self.convicted.pop(peer_id, None)
+        return False
 
     def is_banned(self, peer_id: str) -> bool:
         entry = self.failures.get(peer_id)

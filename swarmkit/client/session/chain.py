@@ -14,6 +14,7 @@ from swarmkit.client.session.codecs import agree
 from swarmkit.client.session.history import History
 from swarmkit.client.session.replica import StepInputs
 from swarmkit.client.session.restore_prefix import keep_prefix, restore_prefix
+from swarmkit.client.session.second_opinion import offer_check
 from swarmkit.client.session.session_route import RouteChanges, SessionRoute
 from swarmkit.client.session.step import StepExecution
 from swarmkit.client.swarm.client import SwarmClient
@@ -213,6 +214,8 @@ class ChainSession:
             owner=self.owner,
         )
         swarm.events.emit(self.latest)
+        if (share := swarm.settings.checks.check_share) and swarm.chance() < share:
+            offer_check(swarm, route, self._outputs if self._is_plain else output, inputs, self.owner)
         if restored is not None:
             output = torch.cat([restored.to(output.dtype), output], dim=1)
         return output.to(hidden.dtype)

@@ -20,6 +20,8 @@ class History:
     def __init__(self) -> None:
         self._buffer: torch.Tensor | None = None
         self.tokens = 0
+        self.edits = 0
+        """Grows whenever what was kept may be changed, by a crop or a reordering."""
         self.codec: CodecName = "none"
         """The codec in which these inputs are sent now; see `codecs.py`."""
 
@@ -33,6 +35,8 @@ class History:
         if position > self.tokens:
             raise ValueError(f"position {position} is beyond the {self.tokens} tokens of this history")
         rows, tokens, width = hidden.shape
+        if position < self.tokens:
+            self.edits += 1
         if self._buffer is None or (position == 0 and rows != self._buffer.shape[0]):
             self._buffer = hidden.new_empty(rows, _room_for(tokens), width)
         elif position + tokens > self._buffer.shape[1]:
@@ -62,10 +66,13 @@ class History:
 
     def crop(self, tokens: int) -> None:
         """Keep the first `tokens` positions."""
-        self.tokens = min(self.tokens, tokens)
+        if tokens < self.tokens:
+            self.edits += 1
+            self.tokens = tokens
 
     def reorder(self, order: Sequence[int]) -> None:
         """Row i becomes what row order[i] was; `order` may repeat rows or leave some out."""
+        self.edits += 1
         if self._buffer is not None:
             self._buffer = self._buffer.index_select(0, torch.tensor(order, dtype=torch.int64))
 
@@ -75,11 +82,15 @@ class History:
             return None
         return self._buffer[0, :tokens]
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Positions [start, stop) as `[batch, stop - start, hidden]`, contiguous."""
+    def view(self, start: int, stop: int) -> torch.Tensor:
+        """Positions [start, stop) as `[batch, stop - start, hidden]`, where they are kept: see `edits`."""
         if self._buffer is None or stop > self.tokens:
             raise ValueError(f"positions {start}:{stop} are not in a history of {self.tokens} tokens")
-        return self._buffer[:, start:stop].contiguous()
+        return self._buffer[:, start:stop]
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Positions [start, stop) as `[batch, stop - start, hidden]`, contiguous."""
+        return self.view(start, stop).contiguous()
 
 
 class NoHistory(History):

@@ -14,6 +14,7 @@ import anyio.to_thread
 import torch
 
 from swarmkit.client.adapters.model_adapters import ClientAdapter, ServerAdapter
+from swarmkit.client.checks.verdict import Standing
 from swarmkit.client.routing.route import Hop
 from swarmkit.client.session.history import History, NoHistory
 from swarmkit.client.session.open_session import open_session
@@ -138,6 +139,7 @@ class StageReplica:
         """Tokens that the server's cache holds, as far as they are still wanted."""
         self.predecessor: Predecessor | None = None
         """The server whose outputs the stages behind still hold, until this one's are compared with them."""
+        self.standing = Standing()
         self.order: tuple[int, ...] | None = None
         """Reordering of rows that the server has not been told yet."""
         self.progress: InFlight | Failed | None = None
@@ -150,8 +152,6 @@ class StageReplica:
         """The secret with which the previous server can push into this session; "" = none can."""
         self._pushes_to = ""
         """The inlet that this server was asked to push into."""
-        self._pushed_by = ""
-        """The peer that was asked to push here."""
         self._sent_bytes = 0
         self._sent_codec: CodecName = "none"
 
@@ -215,7 +215,7 @@ class StageReplica:
         if not isinstance(reply, Linked):
             raise ProtocolError("the answer to a link was none", self.hop.server.peer_id)
         self._pushes_to = following._inlet
-        following._pushed_by = self.hop.server.peer_id
+        following.standing.pushed_by = self.hop.server.peer_id
         return True
 
     def is_linked_to(self, following: StageReplica) -> bool:
@@ -271,8 +271,8 @@ class StageReplica:
             self.history.write(position, hidden)
 
     def crop(self, tokens: int) -> None:
-        """Forget every position from `tokens` on."""
         self.history.crop(tokens)
+        self.standing.crop(tokens)
         self.held = min(self.held, tokens)
 
     def reorder(self, order: Sequence[int]) -> None:
@@ -362,7 +362,7 @@ class StageReplica:
         if reply.forwarded and not self._swarm.settings.sessions.recovery:
             shape = (request.rows, 0, width)
         output = await off_loop(largest, lambda: _checked(reply, received, shape, peer_id))
-        self._note_rates(reply, self._pushed_by if is_pushed else "")
+        self._note_rates(reply, self.standing.pushed_by if is_pushed else "")
         self.order = None
         self.has_worked = True
         self.leaving = reply.leaving

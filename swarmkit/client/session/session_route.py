@@ -145,8 +145,15 @@ class SessionRoute:
             self._swarm.events.emit(
                 RoutePlanned(tuple(map(str, hops)), time=self._swarm.clock.time(), owner=self._owner)
             )
-        for stage in [stage for stage in self.stages if stage.leaving]:
-            self._move_away(stage, changes)
+        for stage in [stage for stage in self.stages if stage.leaving or stage.standing.is_doubted]:
+            if stage.leaving:
+                self._move_away(stage, changes)
+            else:
+                self._splice(self.stages.index(stage), [stage.hop])
+                stage.drop()
+        if self._swarm.bans.convicted:
+            for stage in [stage for stage in self.stages if self._is_convicted(stage)]:
+                self._move_away(stage, changes, "its outputs are wrong")
         if self._swarm.settings.transfer.push and len(self.stages) > 1 and not self._is_linked():
             await self._link(changes)
 
@@ -191,8 +198,11 @@ class SessionRoute:
             self._swarm.cannot_link(one, other)
             logger.info("%s cannot reach %s: this client sends its outputs on", one.label, other.label)
 
-    def _move_away(self, stage: StageReplica, changes: RouteChanges) -> None:
-        """Route a leaving server's blocks anew if others hold them; else stay, and look around meanwhile."""
+    def _is_convicted(self, stage: StageReplica) -> bool:
+        return self._swarm.bans.is_convicted(stage.hop.server.service_id)
+
+    def _move_away(self, stage: StageReplica, changes: RouteChanges, why: str = "is leaving") -> None:
+        """Route a server's blocks anew if others hold them; else stay, and look around meanwhile."""
         hop, swarm = stage.hop, self._swarm
         leaving = frozenset(other.hop.server.service_id for other in self.stages if other.leaving)
         try:
@@ -203,7 +213,7 @@ class SessionRoute:
         if not all(map(swarm.may_use, hops)):
             swarm.look_soon()
             return
-        self._lose(stage, changes, "is leaving")
+        self._lose(stage, changes, why)
         self._splice(self.stages.index(stage), hops)
 
     # ------------------------------------------------------------------ in the course of a step

@@ -108,7 +108,9 @@ class StepExecution:
                 continue
             self._changes.progressed()
             if stage.predecessor is not None:
-                output, want = await succeed(self._swarm, stages, index, output, self._inputs, self._changes)
+                output, want = await succeed(
+                    self._swarm, stages, index, output, self._outputs, self._inputs, self._changes
+                )
             arrived, arrived_from = output, want
             index += 1
         return arrived
@@ -116,11 +118,10 @@ class StepExecution:
     def _wanted_from(self, index: int) -> int:
         """The position from which on the next stage needs this stage's outputs."""
         stages = self._route.stages
-        if index + 1 == len(stages):
-            return self._position
-        if stages[index].predecessor is not None:
+        is_last = index + 1 == len(stages)
+        if stages[index].predecessor is not None and not (is_last and self._outputs.tokens < self._position):
             return 0
-        return min(self._position, stages[index + 1].history.tokens)
+        return self._position if is_last else min(self._position, stages[index + 1].history.tokens)
 
     async def _run_stage(self, index: int, want: int) -> torch.Tensor:
         """Bring a stage to the step's end; returns its outputs of positions [want, end)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import secrets
 import weakref
 from collections import deque
@@ -22,6 +23,7 @@ from swarmkit.client.routing.deadline import DeadlinePolicy, StepTimes
 from swarmkit.client.routing.route import Hop, find_route, lost_contact, no_route, route_cost
 from swarmkit.client.routing.step_failures import StepFailures
 from swarmkit.client.swarm.adapter_sender import AdapterSender
+from swarmkit.client.swarm.background import Background
 from swarmkit.client.swarm.prefix_cache import ClientPrefixCache
 from swarmkit.client.swarm.scout import Scout
 from swarmkit.clock import SYSTEM_CLOCK, Clock
@@ -95,6 +97,9 @@ class SwarmClient:
             self.settings.deadlines.min_step_timeout_s,
             self.settings.deadlines.deadline_factor,
         )
+        self.checks = Background()
+        self.chance = random.Random().random
+        """Between 0 and 1: a generator of this client's own, which peers cannot foresee."""
         self.adapters = AdapterSender(model.fingerprint, self.policy.first_s, self.connect)
         self.prefix_cache = ClientPrefixCache(self.settings.sessions.prefix_cache_bytes)
         self._net = net_settings or NetSettings()
@@ -166,6 +171,7 @@ class SwarmClient:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._refresh_forever)
                 tasks.start_soon(self._find_better_forever)
+                tasks.start_soon(self.checks.run)
                 await self._stop.wait()
                 tasks.cancel_scope.cancel()
         finally:
@@ -291,6 +297,16 @@ class SwarmClient:
         """
         self.bans.failed(service_id, cost_s)
         self.prefix_cache.drop(service_id)
+
+    def convict(self, server: Announcement) -> None:
+        """Leave a peer aside for long, whose outputs were found wrong, with all servers that it runs."""
+        for each in (server, *(one for one in self._known() if one.peer_id == server.peer_id)):
+            self.bans.convict(each.service_id, self.settings.checks.check_ban_s)
+            self.prefix_cache.drop(each.service_id)
+
+    async def clear_prefix_cache(self) -> None:
+        """Forget what sessions that have ended left."""
+        self.prefix_cache.clear()
 
     def note_refusal(self, hop: Hop, error: RemoteError, owner: Owner) -> None:
         """Leave a server alone for as long as it said that it has no room, and tell so."""
