@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from swarmkit.cli import console
-from swarmkit.cli.app import Join, Json, Model, SwarmKeyFile, Threads, Verbose, app
+from swarmkit.cli.app import (
+    Allow,
+    Block,
+    IdentityFile,
+    Join,
+    Json,
+    Model,
+    SwarmKeyFile,
+    Threads,
+    Verbose,
+    app,
+)
 from swarmkit.cli.interrupt import interruptible
 from swarmkit.cli.page import check_installed, show_page
 from swarmkit.errors import UsageError
@@ -19,6 +30,9 @@ def playground(
     model: Model = "tiny-chat",
     join: Join = None,
     swarm_key: SwarmKeyFile = None,
+    identity: IdentityFile = None,
+    allow: Allow = None,
+    block: Block = None,
     also: Annotated[
         list[str] | None, typer.Option("--also", help="A further model of the swarm to choose; repeatable.")
     ] = None,
@@ -60,18 +74,14 @@ def playground(
     check_installed()
     if also and not join:
         raise UsageError("--also names further models of a swarm; give the swarm's address with --join")
-    from swarmkit.client.model import SwarmModelForCausalLM
+    from swarmkit.cli.joining import model_of
 
     with ExitStack() as owned:
         if join:
             swarm = None
-            models = []
-            for name in [model, *(also or ())]:
-                with console.busy(f"joining the swarm of {name}"):
-                    remote = SwarmModelForCausalLM.from_pretrained(
-                        name, initial_peers=join, swarm_key=swarm_key
-                    )
-                models.append(owned.enter_context(remote))
+            names = [model, *(also or ())]
+            joined = [model_of(name, join, swarm_key, identity, allow, block) for name in names]
+            models = [owned.enter_context(each) for each in joined]
         else:
             from swarmkit.cli.local_servers import start_servers
 

@@ -88,7 +88,7 @@ class Playground:
 
     def close(self) -> None:
         """End all answers, and listen no longer. May be called twice."""
-        self._page.close()
+        self._page.close(verbose=False)
         self._close_engines()
 
     def __enter__(self) -> Playground:

@@ -140,10 +140,10 @@ def build_page(
                 )
                 box = gr.Textbox(label="Message", placeholder="Ask something", autofocus=True, lines=1)
                 with gr.Row():
-                    send = gr.Button("Send", variant="primary", min_width=90)
-                    halt = gr.Button("Stop", variant="stop", min_width=90)
-                    redo = gr.Button("Regenerate", min_width=130)
-                    new = gr.Button("New chat", min_width=90)
+                    send = gr.Button("Send", variant="primary", size="md", min_width=80)
+                    halt = gr.Button("Stop", variant="stop", size="md", min_width=80)
+                    redo = gr.Button("Regenerate", size="md", min_width=110)
+                    new = gr.Button("New chat", size="md", min_width=90)
             with gr.Column(scale=4, min_width=320):
                 picture = gr.HTML(_idle_picture(engines[first]), elem_classes="sk-picture", label="Pipeline")
                 summary = gr.Markdown("No answer yet.", elem_classes="sk-summary")
@@ -200,14 +200,14 @@ def build_page(
                 for number, server in enumerate(local.servers):
                     if label is not None and label.startswith(f"server-{number} ") and server.alive:
                         server.kill()
-                return gr.Dropdown(_alive(local))
+                return _choice(local)
 
             def add_server() -> Any:
                 local.add_server(_thinnest(local))
-                return gr.Dropdown(_alive(local))
+                return _choice(local)
 
             def refresh() -> Any:
-                return gr.Dropdown(_alive(local))
+                return _choice(local)
 
             page.load(refresh, None, victim, **quick)
             kill.click(end_server, victim, victim, show_progress="hidden")
@@ -244,6 +244,12 @@ def _idle_picture(engine: AnswerEngine) -> str:
 
 def _alive(swarm: LocalSwarm) -> list[str]:
     return [f"{each.label} [{each.blocks}]" for each in swarm.pictures() if each.state == "online"]
+
+
+def _choice(swarm: LocalSwarm) -> Any:
+    """The servers that can be killed, the first one chosen."""
+    alive = _alive(swarm)
+    return gr.Dropdown(alive, value=alive[0] if alive else None)
 
 
 def _thinnest(swarm: LocalSwarm) -> tuple[int, int]:
