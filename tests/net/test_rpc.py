@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import anyio
 import msgspec
 import pytest
 import torch
@@ -195,6 +196,37 @@ async def test_after_a_refusal_the_stream_goes_on(world: ServerAndClient) -> Non
     stream = await world.stream()
     await remote_error(stream.ask(Greet(), Welcome))
     assert await stream.ask(Greet(), Welcome) == Welcome()
+
+
+async def test_an_answer_is_cancelled_when_the_peer_that_asked_is_gone(
+    world: ServerAndClient,
+) -> None:
+    begun, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def think(stream: ServerStream, incoming: IncomingMessage) -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    world.answer = think
+    stream = await world.stream()
+    await stream.send(Greet())
+    with anyio.fail_after(10):
+        await begun.wait()
+        stream.close()
+        await cancelled.wait()
+
+
+async def test_a_dismissed_peer_is_told_why(world: ServerAndClient) -> None:
+    async def dismiss(stream: ServerStream, incoming: IncomingMessage) -> None:
+        stream.dismiss(Refusal("busy", "your room was needed"))
+        await asyncio.Event().wait()
+
+    world.answer = dismiss
+    error = await remote_error((await world.stream()).ask(Greet(), Welcome))
+    assert (error.code, "your room was needed" in str(error)) == ("busy", True)
 
 
 async def test_the_fault_of_a_refused_request_has_its_number(world: ServerAndClient) -> None:
