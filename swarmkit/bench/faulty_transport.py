@@ -41,6 +41,14 @@ class FaultyStream:
         return self._stream.peer_id
 
     @property
+    def host(self) -> str:
+        return self._stream.host
+
+    @host.setter
+    def host(self, host: str) -> None:
+        self._stream.host = host
+
+    @property
     def rates(self) -> Rates | None:
         return self._stream.rates
 

@@ -12,6 +12,7 @@ import torch
 from swarmkit.errors import PeerUnreachableError
 from swarmkit.models.kv.cache import PAGE_TOKENS
 from swarmkit.net.protocol.messages import GetInfo, GetResources, Resources, ServerInfo, StepDone
+from swarmkit.net.rpc.receive_budget import ReceiveReservation
 from swarmkit.server.engine.admission_policy import (
     LEAST_RETRY_S,
     MOST_RETRY_S,
@@ -223,7 +224,8 @@ async def test_a_step_learns_how_many_were_ahead_and_the_wait_that_was_expected(
 
 async def test_a_large_step_waits_for_room_no_longer_than_allowed(world: World) -> None:
     server = await started(world, max_admission_wait_s=0.01, max_step_tokens=2**14, max_session_length=2**15)
-    await server.service.receive_budget.take(server.service.receive_budget.capacity_bytes)
+    receive_budget = server.service.receive_budget
+    await receive_budget.take(receive_budget.capacity_bytes, ReceiveReservation(receive_budget))
     client = await server.session(max_length=2**15)
     fault = await fault_of(client.try_step(hidden_states(1, 2**14)))
     assert fault.code == "busy"

@@ -19,6 +19,7 @@ from swarmkit.errors import PeerUnreachableError
 from swarmkit.net.protocol.messages import FATAL, Fault
 from swarmkit.net.rpc import server_stream
 from swarmkit.net.rpc.message_stream import CHUNK_BYTES
+from swarmkit.net.rpc.receive_budget import ReceiveReservation
 
 from ..net.worlds import HivemindWorld
 from ..waiting import eventually
@@ -252,7 +253,8 @@ async def test_no_more_large_messages_arrive_than_fit(roomy: TinyServer) -> None
 
 
 async def test_who_waits_for_room_in_vain_is_told_that_the_server_is_busy(roomy: TinyServer) -> None:
-    await roomy.service.receive_budget.take(2 * LARGE.nbytes)
+    receive_budget = roomy.service.receive_budget
+    await receive_budget.take(2 * LARGE.nbytes, ReceiveReservation(receive_budget))
     client = await half_sent(roomy)
     await client.send_frames(bytes(CHUNK_BYTES))
     assert (await fault_of(client.answer())).code == "busy"

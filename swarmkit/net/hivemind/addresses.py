@@ -42,6 +42,15 @@ def ip_of(address: str) -> str | None:
         return None
 
 
+def host_in(raw: bytes) -> str:
+    """The host of a multiaddress in the daemon's form, from which a peer came; empty if there is none."""
+    try:
+        return ip_of(str(multiaddr_type()(raw))) or ""
+    except Exception as error:  # noqa: BLE001 - its parser raises many kinds
+        logger.debug("not a multiaddress: %r (%r)", raw, error)
+        return ""
+
+
 def tcp_port_of(address: str) -> int | None:
     """The port in a multiaddress that is dialled over TCP without a relay."""
     parts = address.split("/")

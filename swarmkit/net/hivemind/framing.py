@@ -44,6 +44,7 @@ class FrameStream(asyncio.Protocol):
         on_connected: Callable[[FrameStream], None] | None = None,
     ) -> None:
         self.peer_id = ""
+        self.host = ""
         self.rates: Rates | None = None
         self.frame_limit = MAX_FRAME_BYTES
         self.overhead = 0

@@ -34,6 +34,7 @@ from swarmkit.errors import (
 )
 from swarmkit.net.hivemind.addresses import (
     dialable,
+    host_in,
     ip_of,
     is_local,
     multiaddr,
@@ -522,6 +523,7 @@ class HivemindTransport(Transport):
                 with anyio.fail_after(_GREETING_TIMEOUT_S):
                     info = _messages().StreamInfo.FromString(await stream.greeting())
                 stream.peer_id = base58.b58encode(info.peer).decode()
+                stream.host = host_in(info.addr)
                 name = info.proto
             handler = self._handlers[name]
             task = asyncio.current_task()
@@ -553,6 +555,7 @@ class HivemindTransport(Transport):
                     return stream
             direct = expected.take()
         stream.close()
+        direct.host = stream.host
         return direct
 
     # outgoing requests

@@ -28,6 +28,7 @@ from swarmkit.net.protocol.link_speed import LinkSpeed
 from swarmkit.net.protocol.messages import tensor_specs
 from swarmkit.net.protocol.protocol import PROTOCOL_VERSION, Protocol
 from swarmkit.net.transport.seam import MAX_FRAME_BYTES, Buffer, Stream
+from swarmkit.net.transport.shares import Holder
 
 MAX_HEADER_BYTES = 64 * 1024
 CHUNK_BYTES = 1024 * 1024
@@ -161,6 +162,11 @@ class MessageStream:
     def peer_id(self) -> str:
         """The authenticated peer at the other end."""
         return self.stream.peer_id
+
+    @property
+    def holder(self) -> Holder:
+        """The peer, as it has a share of what this one has."""
+        return Holder(self.stream.host, self.stream.peer_id)
 
     @property
     def in_message(self) -> bool:

@@ -73,6 +73,8 @@ class MemoryNetwork:
     def __init__(self, *, seed: int = 0, clock: Callable[[], float] = system_date) -> None:
         """Args: seed: of what is random. clock: tells the Unix time, for the expiry of records."""
         self.clock = clock
+        self.hosts: dict[str, str] = {}
+        """Where peers come from, by peer id, as far as a test says so."""
         self._random = random.Random(seed)
         self._peers: dict[str, MemoryTransport] = {}
         self._hung: set[str] = set()
@@ -225,6 +227,7 @@ class MemoryStream(Stream):
         self._own_id = own_id
         self._peer_id = peer_id
         self.rates: Rates | None = None
+        self.host = network.hosts.get(peer_id, "")
         self._other: MemoryStream = self
         self._frames: deque[tuple[float, bytes]] = deque()  # when each arrives (loop time), and it
         self._queued = 0

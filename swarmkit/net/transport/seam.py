@@ -34,9 +34,11 @@ class Stream(Protocol):
 
     Attributes:
         rates: what it keeps to, from the next frame on; None sets no limits.
+        host: the address that the peer comes from; empty where that is not known.
     """
 
     rates: Rates | None
+    host: str
 
     @property
     def peer_id(self) -> str:

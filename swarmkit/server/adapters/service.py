@@ -25,6 +25,7 @@ from swarmkit.net.rpc.faults import Refusal
 from swarmkit.net.rpc.message_stream import IncomingMessage
 from swarmkit.net.rpc.receive_budget import ReceiveBudget, ReceiveReservation
 from swarmkit.net.rpc.server_stream import ServerStream
+from swarmkit.net.rpc.stream_shares import StreamShares
 from swarmkit.net.transport.seam import Stream
 from swarmkit.server.adapters.store import AdapterStore, Hold, NoRoomError
 from swarmkit.server.engine.engine import Engine
@@ -79,7 +80,7 @@ class AdapterService:
         self._settings = settings
         self._receive_budget = receive_budget
         self._store = store
-        self.streams = 0
+        self.streams = StreamShares(_MAX_STREAMS)
 
     async def serve(self, stream: Stream) -> None:
         """Serve one stream until it ends. Never raises on account of the peer."""
@@ -92,20 +93,14 @@ class AdapterService:
             clock=self._engine.clock.now,
         )
         caller.idle_s = self._settings.requests.idle_timeout_s
-        full = self.streams >= _MAX_STREAMS
-        self.streams += 1
-        try:
-            await caller.serve(
-                lambda incoming: self._answer(caller, incoming),
-                Refusal("busy", "too many streams; try another server") if full else None,
-            )
-        finally:
-            self.streams -= 1
+        with self.streams.counted(caller) as refusal:
+            await caller.serve(lambda incoming: self._answer(caller, incoming), refusal)
 
     async def _answer(self, caller: ServerStream, incoming: IncomingMessage) -> None:
         message: PutAdapter = incoming.message
         self._check(message)
-        with ReceiveReservation(self._receive_budget) as room, _refusing_for_room():
+        room = ReceiveReservation(self._receive_budget, caller.holder, caller.dismiss)
+        with room, _refusing_for_room():
             self._store.check_room(caller.peer_id, incoming.nbytes)
             try:
                 await room.take(incoming.nbytes, self._settings.requests.message_timeout_s)

@@ -6,7 +6,8 @@
     bytes of all clients' ones    <= capacity_bytes        (what `audit` checks)
 
 What is in use (a session has it, or a request for training) stays. Of the rest, the least recently used go
-when there is no room: first the same client's, then any client's. A client that misses one sends it again.
+when there is no room: first the same client's, then those of the client that has most. A client that misses
+one sends it again.
 Hosted ones are the server's own choice; they count towards no quota and never go.
 
 Used by the event loop's thread only.
@@ -149,8 +150,11 @@ class AdapterStore:
         return sum(kept.adapter.nbytes for kept in used)
 
     def _shrink(self, owner: str | None, nbytes: int) -> None:
-        for name, kept in list(self._kept.items()):
-            if self._of(owner) <= nbytes:
+        """Let go of a client's adapters; with None of any client's, of the one that has most at first."""
+        while self._of(owner) > nbytes:
+            unused = [
+                name for name, kept in self._kept.items() if not kept.users and owner in (None, kept.owner)
+            ]
+            if not unused:
                 return
-            if not kept.users and owner in (None, kept.owner):
-                del self._kept[name]
+            del self._kept[max(unused, key=lambda name: self._of(self._kept[name].owner))]

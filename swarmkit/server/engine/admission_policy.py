@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from swarmkit.net.transport.shares import NOBODY, Holder, gives_way
 from swarmkit.server.engine.scheduler import PassTimes
 
 LEAST_RETRY_S = 0.1
@@ -83,6 +84,33 @@ class Holding:
     key: str
     nbytes: int
     idle_s: float
+    holder: Holder = NOBODY
+    busy: bool = False
+    """Whether it runs a step."""
+
+
+def beyond_share(holdings: Sequence[Holding], asking: Holder, needed: int, capacity: int) -> list[str]:
+    """Return the sessions that end so that a peer has `needed` more of what it has a share of.
+
+    They are of peers that hold more than their share: those that are idle longest first, and last those that
+    run a step. None ends where that would not be enough.
+    """
+    held: dict[Holder, float] = {}
+    for holding in holdings:
+        held[holding.holder] = held.get(holding.holder, 0.0) + holding.nbytes
+    left = sorted((one for one in holdings if one.nbytes), key=lambda one: (not one.busy, one.idle_s))
+    chosen: list[str] = []
+    free = capacity - sum(held.values())
+    while free < needed:
+        victim = gives_way(held, asking, needed, capacity)
+        longest = next((one for one in reversed(left) if one.holder == victim), None)
+        if victim is None or longest is None:
+            return []
+        left.remove(longest)
+        chosen.append(longest.key)
+        held[victim] -= longest.nbytes
+        free += longest.nbytes
+    return chosen
 
 
 def to_evict(

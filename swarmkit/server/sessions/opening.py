@@ -5,6 +5,7 @@ from __future__ import annotations
 from swarmkit.models.execution.stage import Stage
 from swarmkit.net.protocol.messages import Open
 from swarmkit.net.rpc.faults import Refusal
+from swarmkit.net.transport.shares import Holder
 from swarmkit.server.adapters.service import held
 from swarmkit.server.adapters.store import AdapterStore
 from swarmkit.server.cache.kv_budget import KVBudget
@@ -57,8 +58,8 @@ class SessionOpening:
                 f"a session may hold 1 to {self._settings.sessions.max_session_length} tokens a row",
             )
 
-    def open(self, message: Open, peer_id: str, now: float) -> ServedSession:
-        """Make the session that a checked message of a peer asks for.
+    def open(self, message: Open, client: Holder, now: float) -> ServedSession:
+        """Make the session that a checked message of a client asks for.
 
         Raises:
             Refusal: its adapter is not here.
@@ -71,9 +72,11 @@ class SessionOpening:
         if scope == "off" or not (cache.has_pages and stage.keys_are_final):
             lease, trail = self._budget.lease(bytes_per_token), None
         else:
-            owner = peer_id if scope == "client" else ""
+            owner = client.peer if scope == "client" else ""
             if message.adapter:  # other keys and values come of the same inputs
                 owner = f"{owner}\n{message.adapter}"
             trail = PrefixTracker(self._budget.pages, root_of(owner, message.start, message.stop))
             lease = self._budget.lease(bytes_per_token, tail_bytes(stage.hidden_size, stage.dtype.itemsize))
-        return ServedSession(message.start, message.stop, message.max_length, cache, lease, now, trail, hold)
+        return ServedSession(
+            message.start, message.stop, message.max_length, cache, lease, now, trail, hold, client
+        )

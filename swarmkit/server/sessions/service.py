@@ -48,14 +48,16 @@ from swarmkit.net.rpc.faults import Refusal, refusal_of
 from swarmkit.net.rpc.message_stream import CHUNK_BYTES, IncomingMessage
 from swarmkit.net.rpc.receive_budget import ReceiveBudget
 from swarmkit.net.rpc.server_stream import ServerStream
+from swarmkit.net.rpc.stream_shares import StreamShares
 from swarmkit.net.transport.seam import Stream
+from swarmkit.net.transport.shares import Holder
 from swarmkit.server.adapters.service import check_rows
 from swarmkit.server.adapters.store import AdapterStore
 from swarmkit.server.cache.kv_budget import CacheFullError, KVBudget
 from swarmkit.server.engine.admission_policy import Ahead
 from swarmkit.server.engine.engine import Engine
 from swarmkit.server.engine.work import ExpiredError, Timed
-from swarmkit.server.sessions.admission import AdmissionControl, evicted
+from swarmkit.server.sessions.admission import AdmissionControl
 from swarmkit.server.sessions.links import Links, NotLinkedError
 from swarmkit.server.sessions.opening import SessionOpening
 from swarmkit.server.sessions.resources import count_resources
@@ -120,7 +122,7 @@ class BlockService:
         self._links = links
         self._clients: dict[str, _Client] = {}
         """Those with a session, by its inlet."""
-        self._streams = 0
+        self._streams = StreamShares(settings.limits.max_sessions + _SPARE_STREAMS)
         self._sources = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -191,14 +193,11 @@ class BlockService:
         client = _Client(
             stream, self.max_payload_bytes, settings.requests.message_timeout_s, self._engine.clock.now
         )
-        self._streams += 1
-        refusal = None
-        if self._streams > self._limits.max_sessions + _SPARE_STREAMS:
-            refusal = self._admission.too_many("too many streams are open", self._streams)
+        retry_after_s = self._admission.next_end_s(len(self._streams))
         try:
-            await client.serve(lambda incoming: self._answer(client, incoming), refusal)
+            with self._streams.counted(client, retry_after_s) as refusal:
+                await client.serve(lambda incoming: self._answer(client, incoming), refusal)
         finally:
-            self._streams -= 1
             self._end(client)
 
     async def _answer(self, client: _Client, incoming: IncomingMessage) -> None:
@@ -250,7 +249,12 @@ class BlockService:
     def resources(self) -> Resources:
         """Count what this service, its engine and its process hold now. Call it on the event loop."""
         return count_resources(
-            len(self._clients), self._streams, self._sources, self.budget, self.receive_budget, self._engine
+            len(self._clients),
+            len(self._streams),
+            self._sources,
+            self.budget,
+            self.receive_budget,
+            self._engine,
         )
 
     # ------------------------------------------------------------------ sessions
@@ -259,11 +263,11 @@ class BlockService:
         if self.leaving:
             raise Refusal("leaving", "this server is about to stop; use another one")
         self._opening.check(message)
-        if len(self._clients) >= self._limits.max_sessions and not self._make_room(1, of_bytes=False):
-            raise self._admission.too_many(
-                f"{len(self._clients)} sessions are open already", len(self._clients)
-            )
-        return self._opening.open(message, client.peer_id, self._engine.clock.now())
+        count = len(self._clients)
+        is_full = count >= self._limits.max_sessions and not self._make_room(1, of_bytes=False)
+        if is_full and not self._make_way(client.holder, 1, of_bytes=False):
+            raise self._admission.too_many(f"{count} sessions are open already", count)
+        return self._opening.open(message, client.holder, self._engine.clock.now())
 
     async def _restore_prefix(self, session: ServedSession, message: RestorePrefix) -> int:
         """Let a session that is at its beginning hold what is kept of these pages; returns its tokens."""
@@ -288,22 +292,31 @@ class BlockService:
 
         Args: at_once: end sessions that have been idle only for a short time, too.
         """
-        sessions = {key: each.session for key, each in self._clients.items() if each.session is not None}
-        chosen = self._admission.to_evict(sessions, needed, of_bytes=of_bytes, at_once=at_once)
-        for key in chosen:
-            client = self._clients[key]
+        idle = self._admission.to_evict(self.sessions, needed, of_bytes=of_bytes, at_once=at_once)
+        return self._dismiss(idle)
+
+    def _make_way(self, asking: Holder, needed: int, *, of_bytes: bool = True) -> bool:
+        """End sessions of peers beyond their share for a peer within its own. Returns whether any ended."""
+        capacity = self.budget.capacity_bytes if of_bytes else self._limits.max_sessions
+        ends = self._admission.beyond_share(self.sessions, asking, needed, capacity, of_bytes=of_bytes)
+        return self._dismiss(ends)
+
+    def _dismiss(self, refusals: dict[str, Refusal]) -> bool:
+        for inlet, refusal in refusals.items():
+            client = self._clients[inlet]
             self._end(client)
-            client.dismiss(evicted(self._engine.clock.now() - sessions[key].used_at))
-        return bool(chosen)
+            client.dismiss(refusal)
+        return bool(refusals)
 
     def _grow(self, session: ServedSession, step: Step) -> None:
         """Have a session's lease cover a step, at the cost of idle ones if need be."""
-        try:
-            session.lease_for(step)
-        except CacheFullError as error:
-            if not self._make_room(error.lacking_bytes):
-                raise self._admission.cache_full(error, len(self._clients)) from None
-            session.lease_for(step)
+        for is_last in (False, True):  # what has given way may still run a step, and is gone before long
+            try:
+                return session.lease_for(step)
+            except CacheFullError as full:  # noqa: PERF203
+                needed, lacking = full.lacking_bytes + self.budget.free_bytes, full.lacking_bytes
+                if is_last or not (self._make_room(lacking) or self._make_way(session.holder, needed)):
+                    raise self._admission.cache_full(full, len(self._clients)) from None
 
     def _end(self, client: _Client) -> None:
         if client.session is not None:
@@ -416,7 +429,7 @@ class BlockService:
         if wait_s := self._engine.ahead(rows, tokens).wait_s:
             self._admission.check_queue(step, wait_s)
         is_large = incoming.nbytes > CHUNK_BYTES
-        with await self._admission.room_for(incoming) if is_large else nullcontext():
+        with await self._admission.room_for(incoming, client) if is_large else nullcontext():
             await incoming.payload()
             async with session.taking_turn():
                 if source is not None and step.number <= session.number:

@@ -16,6 +16,7 @@ from swarmkit.models.kv.cache import PAGE_TOKENS
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.messages import HIDDEN_DTYPES, Step
 from swarmkit.net.rpc.faults import Refusal
+from swarmkit.net.transport.shares import NOBODY, Holder
 from swarmkit.server.adapters.service import check_rows
 from swarmkit.server.adapters.store import Hold
 from swarmkit.server.cache.kv_budget import CacheLease
@@ -45,6 +46,8 @@ class ServedSession:
     trail: PrefixTracker | None = None
     """Where pages are kept and found; None where they cannot be."""
     adapter: Hold | None = None
+    holder: Holder = NOBODY
+    """The client, as it has a share of sessions and of their memory."""
     inlet: str = field(default_factory=lambda: secrets.token_hex(16))
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     number: int = 0

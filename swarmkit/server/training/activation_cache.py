@@ -18,6 +18,7 @@ from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.models.execution.full_sequences import FullSequencePass
 from swarmkit.net.protocol.gradient_messages import GradientRequest
 from swarmkit.net.rpc.message_stream import IncomingMessage
+from swarmkit.net.transport.shares import Holder, gives_way
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class ActivationCache:
     """Passes by key, within a number of bytes and of seconds. May be used by several threads.
 
     Where there is no room, the newcomer is not kept: a batch goes back in the order in which it came, so that
-    each one that made room for the next would be wanted before it.
+    each one that made room for the next would be wanted before it. Only a peer that has more than its share
+    loses what came last of it to another peer.
     """
 
     def __init__(
@@ -74,8 +76,22 @@ class ActivationCache:
         nbytes = sum(one.kept_bytes for one in passes)
         with self._lock:
             self._kept.pop(key, None)
-            if nbytes + sum(kept.nbytes for kept in self._kept.values()) <= self.capacity_bytes:
+            if self._has_room(key.peer_id, nbytes):
                 self._kept[key] = _CachedPass(passes, nbytes, self._clock() + self._seconds)
+
+    def _has_room(self, peer_id: str, nbytes: int) -> bool:
+        """Whether so many bytes fit, at the cost of peers that have more than their share."""
+        held: dict[Holder, float] = {}
+        for key, kept in self._kept.items():
+            holder = Holder("", key.peer_id)
+            held[holder] = held.get(holder, 0.0) + kept.nbytes
+        while sum(held.values()) + nbytes > self.capacity_bytes:
+            victim = gives_way(held, Holder("", peer_id), nbytes, self.capacity_bytes)
+            if victim is None:
+                return False
+            last = next(key for key in reversed(self._kept) if key.peer_id == victim.peer)
+            held[victim] -= self._kept.pop(last).nbytes
+        return True
 
     def set_capacity(self, capacity_bytes: int) -> None:
         """Keep within another number of bytes from now on; the passes that came last are dropped first."""

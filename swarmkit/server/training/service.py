@@ -28,6 +28,7 @@ from swarmkit.net.rpc.faults import Refusal
 from swarmkit.net.rpc.message_stream import IncomingMessage
 from swarmkit.net.rpc.receive_budget import ReceiveBudget, ReceiveReservation
 from swarmkit.net.rpc.server_stream import ServerStream
+from swarmkit.net.rpc.stream_shares import StreamShares
 from swarmkit.net.transport.seam import Stream
 from swarmkit.server.adapters.service import check_rows, held
 from swarmkit.server.adapters.store import AdapterStore
@@ -81,7 +82,7 @@ class GradientService:
         self._turns: dict[str, _Turn] = {}
         self.kept = ActivationCache(settings.limits.activation_cache_bytes, clock=engine.clock.now)
         """Activations of forward passes; the owner of this service calls `drop_old` now and then."""
-        self.streams = 0
+        self.streams = StreamShares(settings.training.max_gradient_streams)
         self.requests = 0
         """That were answered with a result."""
         largest = settings.requests.max_step_tokens * stage.hidden_size * 4
@@ -101,13 +102,8 @@ class GradientService:
             message_timeout=self._settings.requests.message_timeout_s,
             clock=self._engine.clock.now,
         )
-        full = self.streams >= self._settings.training.max_gradient_streams
-        refusal = Refusal("busy", "too many streams are open; try another server") if full else None
-        self.streams += 1
-        try:
+        with self.streams.counted(caller) as refusal:
             await caller.serve(lambda incoming: self._answer(caller, incoming), refusal)
-        finally:
-            self.streams -= 1
 
     async def _answer(self, caller: ServerStream, incoming: IncomingMessage) -> None:
         settings = self._settings
@@ -125,7 +121,7 @@ class GradientService:
             settings.sessions.codecs,
         )
         hold = held(self._adapters, request.adapter, request.start, request.stop)
-        with hold or nullcontext(), ReceiveReservation(self._receive_budget) as room:
+        with hold or nullcontext(), self._reservation(caller) as room:
             check_rows(hold, request.hidden.shape[0])
             try:
                 await room.take(incoming.nbytes, settings.requests.message_timeout_s)
@@ -144,6 +140,9 @@ class GradientService:
                 self._engine.clock.now,
             )
             await self._do(caller, request, work)
+
+    def _reservation(self, caller: ServerStream) -> ReceiveReservation:
+        return ReceiveReservation(self._receive_budget, caller.holder, caller.dismiss)
 
     async def _do(self, caller: ServerStream, request: GradientRequest, work: GradientWork) -> None:
         """Run a request when the client's turn comes, and send its result."""

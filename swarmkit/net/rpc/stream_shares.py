@@ -1,0 +1,55 @@
+"""How many streams a service has open: all peers share the number of them fairly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from swarmkit.net.rpc.faults import Refusal
+from swarmkit.net.rpc.server_stream import ServerStream
+from swarmkit.net.transport.shares import Holder, gives_way
+
+_RETRY_S = 1.0
+
+
+class StreamShares:
+    """The open streams of a service, by the peers that opened them. Used by the event loop's thread only."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._streams: dict[ServerStream, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    @contextmanager
+    def counted(self, stream: ServerStream, retry_after_s: float = _RETRY_S) -> Iterator[Refusal | None]:
+        """Count a stream inside the `with` block, in the place of another one if there are too many.
+
+        Args: retry_after_s: when a peer that is refused may try again.
+
+        Yields: what the peer is told instead of being served, if there is no place for its stream.
+        """
+        refusal = None
+        if len(self._streams) >= self.capacity and not self._make_room(stream.holder, retry_after_s):
+            refusal = Refusal("busy", "too many streams are open; try another server", retry_after_s)
+        self._streams[stream] = None
+        try:
+            yield refusal
+        finally:
+            self._streams.pop(stream, None)
+
+    def _make_room(self, asking: Holder, retry_after_s: float) -> bool:
+        held: dict[Holder, float] = {}
+        for stream in self._streams:
+            held[stream.holder] = held.get(stream.holder, 0.0) + 1
+        victim = gives_way(held, asking, 1, self.capacity)
+        if victim is None:
+            return False
+        # The stream that came last: those before it are likelier to be of use.
+        last = next(stream for stream in reversed(self._streams) if stream.holder == victim)
+        del self._streams[last]
+        last.dismiss(
+            Refusal("busy", "this peer has more streams than its share, which others need", retry_after_s)
+        )
+        return True

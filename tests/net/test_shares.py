@@ -1,0 +1,60 @@
+"""Who gives way when a peer needs what others hold."""
+
+from __future__ import annotations
+
+import pytest
+
+from swarmkit.net.transport.shares import Holder, gives_way
+
+A1, A2, A3 = (Holder("a", peer) for peer in "123")
+B1, C1 = Holder("b", "1"), Holder("c", "1")
+CAPACITY = 12
+
+
+@pytest.mark.parametrize(
+    ("held", "asking", "needed", "victim"),
+    [
+        # hosts share equally
+        ({A1: 12}, B1, 1, A1),
+        ({A1: 12}, B1, 6, A1),
+        ({A1: 7, B1: 5}, B1, 1, A1),
+        ({A1: 6, B1: 6}, B1, 1, None),
+        ({A1: 6, B1: 6}, C1, 4, B1),
+        ({A1: 4, B1: 4, C1: 4}, Holder("d", "1"), 3, C1),
+        # nobody has more than its share at the cost of others
+        ({A1: 12}, B1, 7, None),
+        ({A1: 8, B1: 4}, A1, 1, None),
+        ({A1: 8, B1: 4}, B1, 3, None),
+        # many peers of one host are no more than one
+        ({A1: 4, A2: 4, A3: 4}, B1, 6, A3),
+        ({A1: 9, A2: 3}, B1, 1, A1),
+        # peers of one host share what the host has
+        ({A1: 12}, A2, 6, A1),
+        ({A1: 12}, A2, 7, None),
+        ({A1: 6, A2: 6}, A3, 4, A2),
+        ({A1: 6, B1: 6}, A2, 3, A1),
+        ({A1: 6, B1: 6}, A2, 4, None),
+        ({A1: 9, B1: 3}, A2, 4, A1),
+        # nothing to take
+        ({}, A1, 13, None),
+        ({A1: 12}, A1, 1, None),
+    ],
+)
+def test_the_one_that_holds_most_beyond_its_share_gives_way_to_one_within_its_own(
+    held: dict[Holder, float], asking: Holder, needed: float, victim: Holder | None
+) -> None:
+    assert gives_way(held, asking, needed, CAPACITY) == victim
+
+
+def test_two_peers_that_ask_in_turn_do_not_take_from_each_other_for_ever() -> None:
+    held: dict[Holder, float] = {A1: 12}
+    takes = 0
+    for turn in range(100):
+        asking = (B1, A1)[turn % 2]
+        if (victim := gives_way(held, asking, 1, CAPACITY)) is None:
+            continue
+        held[victim] -= 1
+        held[asking] = held.get(asking, 0) + 1
+        takes += 1
+    assert held == {A1: 6, B1: 6}
+    assert takes == 6
