@@ -34,6 +34,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
+import anyio.lowlevel
 import msgspec
 import torch
 
@@ -217,6 +218,7 @@ class _Flooding(Manner):
         output = talk.output(received, step)
         while True:
             await talk.answer(msgspec.structs.replace(step, number=step.number + 1000), output)
+            await anyio.lowlevel.checkpoint()  # else a loop that the client shares would never hear its end
 
 
 class _Replaying(Manner):
@@ -330,20 +332,21 @@ class Stranger:
         """Say again that the blocks are here, or that they leave."""
         assert self._transport is not None
         registry = Registry(self._transport, self._clock.time)
-        for service in range(self._services):
-            await registry.announce(
-                false_announcement(
-                    self._checkpoint,
-                    self.identity,
-                    self._clock,
-                    blocks=self.blocks,
-                    claims=self._claims,
-                    state=state,
-                    name=f"{self._name}-{service}" if service else self._name,
-                    addresses=tuple(self._transport.addresses),
-                    service=service,
-                )
+        words = [
+            false_announcement(
+                self._checkpoint,
+                self.identity,
+                self._clock,
+                blocks=self.blocks,
+                claims=self._claims,
+                state=state,
+                name=f"{self._name}-{service}" if service else self._name,
+                addresses=tuple(self._transport.addresses),
+                service=service,
             )
+            for service in range(self._services)
+        ]
+        await asyncio.gather(*map(registry.announce, words))
 
     async def end(self) -> None:
         """Take the announcements back, and leave."""
