@@ -13,9 +13,9 @@ from swarmkit.api.engine import AnswerEngine
 from swarmkit.api.refusals import ApiError
 from swarmkit.client.pictures import server_pictures
 from swarmkit.client.speculation.assistants import Speculation
-from swarmkit.drawing.bundle import html, table
+from swarmkit.drawing.bundle import table
 from swarmkit.drawing.pipeline import pipeline_svg
-from swarmkit.drawing.swarm import coverage, swarm_rows, swarm_svg, swarm_text
+from swarmkit.drawing.swarm import coverage, swarm_rows, swarm_svg
 from swarmkit.drawing.values import PipelinePicture, ServerPicture
 from swarmkit.errors import SwarmkitError
 from swarmkit.local.swarm import LocalSwarm
@@ -28,8 +28,12 @@ _MONO = ["ui-monospace", "Consolas", "monospace"]
 
 CSS = """
 .sk-summary { min-height: 3em; }
-.sk-picture { overflow-x: auto; }
-.sk-picture svg { min-width: 460px; }
+.sk-picture { overflow: hidden !important; }
+.sk-scroll { overflow-x: auto; }
+.sk-scroll svg { min-width: 460px; }
+pre, pre code { white-space: pre-wrap !important; }
+button[role=tab][aria-selected=true] { color: var(--primary-700) !important; }
+.dark button[role=tab][aria-selected=true] { color: var(--primary-300) !important; }
 footer { display: none !important; }
 """
 
@@ -58,7 +62,18 @@ class Visitors:
 
 def theme() -> gr.Theme:
     """Colours and fonts; all fonts are the reader's own, so that nothing is fetched."""
-    return gr.themes.Soft(font=_FONT, font_mono=_MONO)  # type: ignore[arg-type]
+    soft = gr.themes.Soft(font=_FONT, font_mono=_MONO)  # type: ignore[arg-type]
+    # The theme's own labels are too pale on its light ground to be read by everybody (WCAG 2, contrast 4.5).
+    return soft.set(
+        block_title_text_color="*primary_800",
+        block_label_text_color="*primary_800",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        input_placeholder_color="*neutral_500",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        checkbox_label_background_fill_selected="*primary_600",
+    )
 
 
 def build_page(
@@ -98,7 +113,7 @@ def build_page(
             async for progress in run.progress():
                 shown = progress.text
                 reply = [{"role": "assistant", "content": shown}] if shown else []
-                yield [*history, *reply], progress.drawing, progress.summary
+                yield [*history, *reply], _scrolling(progress.drawing), progress.summary
         except (SwarmkitError, ApiError) as error:
             reply = [{"role": "assistant", "content": shown}] if shown else []
             yield [*history, *reply], gr.skip(), f"⚠ {error}"
@@ -220,10 +235,10 @@ def swarm_tab(engine: AnswerEngine) -> str:
     client = engine.model.connection.client
     servers = server_pictures(client.servers())
     name, num_blocks = client.model.name, client.model.num_blocks
-    drawn = html(swarm_text(name, num_blocks, servers), swarm_svg(name, num_blocks, servers), [("",)])
+    drawing = swarm_svg(name, num_blocks, servers)
     alone = _needed(num_blocks, servers)
     warning = f"<p>If one of these left, the model would stop: {escape(alone)}</p>" if alone else ""
-    return drawn.split("<details>")[0] + "</div>" + warning + table(swarm_rows(servers))
+    return _scrolling(drawing + warning + table(swarm_rows(servers)), "Swarm")
 
 
 def _needed(num_blocks: int, servers: Sequence[ServerPicture]) -> str:
@@ -239,7 +254,13 @@ def _needed(num_blocks: int, servers: Sequence[ServerPicture]) -> str:
 def _idle_picture(engine: AnswerEngine) -> str:
     client = engine.model.connection.client
     servers = server_pictures(client.servers())
-    return pipeline_svg(PipelinePicture(client.model.name, client.model.num_blocks, servers=servers))
+    picture = PipelinePicture(client.model.name, client.model.num_blocks, servers=servers)
+    return _scrolling(pipeline_svg(picture))
+
+
+def _scrolling(content: str, label: str = "Pipeline") -> str:
+    """A part of the page that scrolls sideways on narrow windows, by keyboard, too."""
+    return f'<div class="sk-scroll" tabindex="0" role="region" aria-label="{label}">{content}</div>'
 
 
 def _alive(swarm: LocalSwarm) -> list[str]:
