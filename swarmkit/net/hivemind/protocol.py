@@ -3,6 +3,7 @@
 hivemind checks every record of a request, or of an answer, in one go. A peer could thus hold up the event
 loop of another one for as long as it takes to verify what fits into 4 MiB. Here the signatures are verified
 beforehand, in slices between which the loop runs other tasks; hivemind's own check then finds the results.
+What is to be stored is handed to hivemind a few records at a time, too.
 """
 
 from __future__ import annotations
@@ -129,10 +130,23 @@ def guarded_protocol() -> type:
         stored = zip(request.subkeys, request.values, request.expiration_time, strict=False)
         await self._verify(chain.from_iterable(self._signed_in(*record) for record in stored))
         token = _storing_peer.set(str(context.remote_id))
+        response = pb.StoreResponse(store_ok=[], peer=self.node_info)
         try:
-            return await base.rpc_store(self, request, context)
+            for piece in _pieces(request):
+                response.store_ok.extend((await base.rpc_store(self, piece, context)).store_ok)
+                await asyncio.sleep(0)
         finally:
             _storing_peer.reset(token)
+        return response
+
+    def _pieces(request: Any) -> Iterable[Any]:
+        """Requests with a few records each, for the same as a request with many."""
+        columns = ("keys", "subkeys", "values", "expiration_time", "in_cache")
+        for start in range(0, max(1, len(request.keys)), SLICE):
+            piece = pb.StoreRequest(**{one: getattr(request, one)[start : start + SLICE] for one in columns})
+            if not start and request.HasField("peer"):  # which the routing table shall know, once
+                piece.peer.CopyFrom(request.peer)
+            yield piece
 
     rpc_store.__annotations__ = dict(base.rpc_store.__annotations__)
     rpc_store.__wrapped__ = base.rpc_store  # type: ignore[attr-defined] # hivemind reads the types from it

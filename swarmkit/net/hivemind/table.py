@@ -32,7 +32,7 @@ from swarmkit.net.hivemind.gate import TableGate
 from swarmkit.net.hivemind.protocol import guarded_protocol, storing_peer
 from swarmkit.net.hivemind.storage import bounded_storage
 from swarmkit.net.hivemind.swarm_time import SwarmTime
-from swarmkit.net.transport.identity import Identity, verify
+from swarmkit.net.transport.identity import Identity, VerifiedSignatures
 from swarmkit.net.transport.limits import MAX_LIFETIME_S, MAX_VALUE_BYTES, checked_records
 from swarmkit.net.transport.seam import RecordCheck, peer_of, service_id
 from swarmkit.net.transport.swarm_key import SwarmKey
@@ -164,7 +164,7 @@ class RecordGuard:
         serializer = importlib.import_module("hivemind.utils.serializer")
         self._key_id = routing.DHTID.generate
         self._loads = serializer.MSGPackSerializer.loads
-        self._authentic = functools.lru_cache(maxsize=_VERIFIED_RECORDS)(verify)
+        self._authentic = VerifiedSignatures(_VERIFIED_RECORDS).verify
         self.verifying = asyncio.Lock()
         """Held while the signatures of one request or answer are verified."""
         self._wanted: set[str] = set()
@@ -202,12 +202,14 @@ class RecordGuard:
     def verify_signature(
         self, subkey: Any, serialized: bytes, expires_at: float, packed_subkey: bool
     ) -> None:
-        """Verify the signature of a record; its validation, which follows, finds the result."""
+        """Verify the signatures of a record and of what is in it; its validation, which follows, finds the
+        results.
+        """
         with contextlib.suppress(Exception):  # foreign bytes may break a decoder; validation says so
             name = self._loads(subkey) if packed_subkey else subkey
-            sealed = _Sealed.read(self._loads(serialized))
-            if sealed is not None and isinstance(name, str):
-                self._authentic(peer_of(name), _signed_part(expires_at, sealed.value), sealed.signature)
+            envelope = self._loads(serialized)
+            if (sealed := _Sealed.read(envelope)) is not None:
+                self.open(self._key_id(sealed.key).to_bytes(), name, envelope, expires_at)
 
     def key_of(self, serialized: bytes) -> str:
         """The key under which a kept record stands; empty if it has none."""

@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar
 import msgspec
 
 from swarmkit.errors import ProtocolError
-from swarmkit.net.transport.identity import Identity, verify
+from swarmkit.net.transport.identity import Identity, VerifiedSignatures
 from swarmkit.net.transport.limits import MAX_LIFETIME_S
 
 MAX_RECORD_BYTES = 4096
@@ -58,6 +58,7 @@ class Envelope(Generic[Body]):
         self._context = context
         self._name = name
         self._decoder = msgspec.msgpack.Decoder(kind)
+        self._verify = VerifiedSignatures().verify
 
     def sign(self, body: Body, identity: Identity) -> bytes:
         """The record that other peers will believe to be this one's word."""
@@ -80,6 +81,6 @@ class Envelope(Generic[Body]):
             body = self._decoder.decode(signed.body)
         except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"not {self._name}: {error}", sender) from None
-        if not verify(body.peer_id, self._context + signed.body, signed.signature):
+        if not self._verify(body.peer_id, self._context + signed.body, signed.signature):
             raise ProtocolError(f"the signature under {self._name} is not its peer's", body.peer_id)
         return body

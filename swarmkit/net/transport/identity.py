@@ -8,6 +8,9 @@ key), as in the libp2p peer-id specification.
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import base58
@@ -82,6 +85,26 @@ def verify(peer_id: str, data: bytes, signature: bytes) -> bool:
     except (InvalidSignature, ValueError):
         return False
     return True
+
+
+@dataclass
+class VerifiedSignatures:
+    """Remembers which signatures were verified, by hashes, so that large records are not kept for it."""
+
+    most: int = 8192
+    _known: OrderedDict[bytes, bool] = field(default_factory=OrderedDict, repr=False)
+
+    def verify(self, peer_id: str, data: bytes, signature: bytes) -> bool:
+        """What `verify` says of the same arguments, which is computed once."""
+        digest = hashlib.sha256()
+        for part in (peer_id.encode(), signature, data):
+            digest.update(len(part).to_bytes(8, "big") + part)
+        name = digest.digest()
+        if name not in self._known:
+            self._known[name] = verify(peer_id, data, signature)
+            if len(self._known) > self.most:
+                self._known.popitem(last=False)
+        return self._known[name]
 
 
 def _peer_id_of(public: bytes) -> str:
