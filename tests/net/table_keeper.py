@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
 import sys
 import time
@@ -24,7 +25,7 @@ class LongestTurn:
         self.seconds = 0.0
 
     async def watch(self) -> None:
-        while True:
+        for _ in itertools.count():  # until it is cancelled
             began = time.thread_time()
             await asyncio.sleep(0.001)
             self.seconds = max(self.seconds, time.thread_time() - began)
