@@ -124,13 +124,16 @@ def test_a_tool_that_must_be_called_is_called_with_fitting_arguments(api: Api) -
     assert found.choices[0].message.content is None
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_stream_of_calls_tells_what_the_plain_answer_does(api: Api, seed: int) -> None:
+def check_stream_of_calls(api: Api, seed: int) -> None:
     request = {**REQUEST, "tool_choice": "required", "temperature": 1.5, "seed": seed, "n": 2}
     with api.openai() as client:
         plain = client.chat.completions.create(**request)
         found: dict[int, Any] = {}
-        for chunk in client.chat.completions.create(**request, stream=True):
+        usage = None
+        for chunk in client.chat.completions.create(
+            **request, stream=True, stream_options={"include_usage": True}
+        ):
+            usage = chunk.usage or usage
             for one in chunk.choices:
                 for call in one.delta.tool_calls or []:
                     found.setdefault(one.index, []).append((call.function.name, call.function.arguments))
@@ -140,6 +143,21 @@ def test_a_stream_of_calls_tells_what_the_plain_answer_does(api: Api, seed: int)
         calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls or []]
         assert [*calls, choice.finish_reason] == found[choice.index]
         assert calls
+    assert usage is not None
+    assert plain.usage is not None
+    assert usage.completion_tokens == plain.usage.completion_tokens
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_stream_of_calls_tells_what_the_plain_answer_does(api: Api, seed: int) -> None:
+    check_stream_of_calls(api, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_streams_of_calls_tell_what_twenty_plain_answers_do(api: Api) -> None:
+    for seed in range(4, 24):
+        check_stream_of_calls(api, seed)
 
 
 def test_the_result_of_a_call_reaches_the_model(api: Api) -> None:
