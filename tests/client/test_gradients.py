@@ -322,8 +322,9 @@ def test_a_server_that_dies_is_replaced_and_only_its_part_is_done_again(
         found = loss_and_gradient(world.model, *batch())
         assert torch.equal(found[1], wanted[1])
         assert world.lost() == dead
-        # The dead one answered nothing that it had begun; whatever else was asked for was asked for once.
-        assert answered(world) - before == 6 * parts
+        # What the others had done was asked for once. The dead one may have counted one more request as
+        # answered, whose answer was cut off.
+        assert 6 * parts <= answered(world) - before <= 6 * parts + 1
         assert len(watch.begun) <= 6 * parts + 2
 
 
