@@ -690,3 +690,43 @@ def test_the_attention_of_a_prompt_that_delays_nobody_is_cut_only_where_it_is_mo
 
 def test_a_mask_has_a_bound() -> None:
     assert AttentionCost().tokens_within(math.inf, 1, 10**6, 512) == 67
+
+
+# decode steps of several clients
+
+
+def of_client(client: str, *keys: int, **more: object) -> list[WaitingStep]:
+    return [decode(key, client=client, **more) for key in keys]
+
+
+def keys_of(*steps: WaitingStep, expected: ExpectedArrivals = NOBODY) -> set[int]:
+    turn = turn_of(*steps, expected=expected)
+    assert turn is not None
+    return {piece.key for piece in turn.steps}
+
+
+def test_a_client_alone_decodes_in_all_of_its_sessions_together() -> None:
+    assert len(keys_of(*of_client("one", *range(200)))) == 200
+
+
+def test_a_client_with_many_sessions_takes_no_more_beside_another_than_the_slowdown_allows() -> None:
+    keys = keys_of(*of_client("many", *range(200), passed_over=99), *of_client("one", 999))
+    assert 999 in keys
+    alone_s, together_s = (READING_S + tokens * TOKEN_S for tokens in (2, len(keys)))
+    assert len(keys) > 2
+    assert together_s <= LIMITS.decode_slowdown * alone_s
+
+
+def test_it_takes_no_more_while_the_other_ones_step_is_expected() -> None:
+    soon = ExpectedArrivals(((0.01, 1),), 0.01, (("one", 1),))
+    keys = keys_of(*of_client("many", *range(200)), expected=soon)
+    assert READING_S + len(keys) * TOKEN_S <= LIMITS.decode_slowdown * (READING_S + TOKEN_S)
+
+
+def test_clients_with_as_many_sessions_each_all_decode_together() -> None:
+    assert len(keys_of(*of_client("one", *range(50)), *of_client("other", *range(50, 100)))) == 100
+
+
+def test_of_many_sessions_those_that_waited_longest_are_next() -> None:
+    late = of_client("many", 7, passed_over=3)
+    assert 7 in keys_of(*of_client("many", *range(100, 300)), *late, *of_client("one", 999))

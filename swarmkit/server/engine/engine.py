@@ -118,18 +118,25 @@ class Engine:
         """Whether the callers of all steps and jobs that have not ended have given them up."""
         return all(work.cancelled for work in list(self._works))
 
-    def ahead(self, rows: int, tokens: int) -> Ahead:
-        """What a step of `rows` x `tokens` would have to wait for if it came now."""
+    def ahead(self, rows: int, tokens: int, client: str = "") -> Ahead:
+        """What a step of `rows` x `tokens` would have to wait for if it came now from a client.
+
+        However many steps another client has here, it is served as much as this one, and no more.
+        """
         if not self._works:
             return NOTHING_AHEAD
         works = list(self._works)
-        left: dict[LearnedTimes, list[int]] = {}
+        left: dict[LearnedTimes, dict[Any, int]] = {}
         for work in works:
             if isinstance(work, QueuedStep):
-                left.setdefault(work.learned, []).append(int(work.work(work.tokens_left, work.rows_left)))
+                of_stage, other = left.setdefault(work.learned, {}), work.task.client
+                key = work if other == client else other
+                of_stage[key] = of_stage.get(key, 0) + int(work.work(work.tokens_left, work.rows_left))
         decode = tokens <= DECODE_TOKENS
         wait_s = sum(
-            expected_wait_s(rows * tokens, decode, of_stage, learned.times, self.limits.chunk_tokens)
+            expected_wait_s(
+                rows * tokens, decode, list(of_stage.values()), learned.times, self.limits.chunk_tokens
+            )
             for learned, of_stage in left.items()
         )
         return Ahead(len(works), wait_s)
@@ -291,6 +298,7 @@ class Engine:
                 step.past + step.tokens_done,
                 step.cuts_rows,
                 bool(step.piece_tokens),
+                step.task.client,
             )
             by_stage.setdefault(step.learned, []).append(waiting)
         waiting_jobs = [
@@ -383,7 +391,8 @@ class Engine:
         now = self.now()
         self._resolve(step, Timed(value, step.started_at - step.queued_at, now - step.started_at), None)
         if step.decode:
-            step.learned.arrivals.decoded(step.task.session, step.rows * step.tokens, step.queued_at, now)
+            size, client = step.rows * step.tokens, step.task.client
+            step.learned.arrivals.decoded(step.task.session, size, step.queued_at, now, client)
         step.task.after_result(output)
 
     def _fail(self, step: QueuedStep, error: BaseException) -> None:

@@ -68,6 +68,7 @@ class WaitingStep:
     """Whether it may run over some of its rows at a time."""
     keeps_tokens: bool = False
     """Whether some rows have had these tokens already, so that the others get just as many."""
+    client: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,9 @@ class ExpectedArrivals:
     soonest_s: float = math.inf
     """Seconds until the first step may arrive, as far as arrivals vary; infinity: unknown."""
 
+    clients: tuple[tuple[str, int], ...] = ()
+    """The client of each step that is not long overdue, and the step's tokens."""
+
     @property
     def tokens(self) -> int:
         """Tokens of all steps."""
@@ -121,7 +125,8 @@ class ExpectedArrivals:
         """The arrivals at several stages as those at one."""
         each = list(several)
         arrivals = tuple(sorted(arrival for one in each for arrival in one.arrivals))
-        return cls(arrivals, min((one.soonest_s for one in each), default=math.inf))
+        clients = tuple(client for one in each for client in one.clients)
+        return cls(arrivals, min((one.soonest_s for one in each), default=math.inf), clients)
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,8 @@ class PassLimits:
     chunk_tokens: int
     """Most work of prefill in one forward pass (rows x tokens, and attention)."""
     decode_slowdown: float
-    """While a session decodes, a forward pass may take so many times as long as without prefill."""
+    """While a session decodes, a forward pass may take so many times as long as without prefill, and as
+    without the many steps of another client."""
 
 
 def next_stage(waiting: Mapping[S, Sequence[WaitingStep]]) -> S | None:
@@ -176,7 +182,7 @@ def next_schedule(
         return Schedule(job=min(due, key=lambda job: (job.passed_over < _STARVING_TURNS, job.bulk)).key)
     scheduled: list[ScheduledTokens] = []
     tokens, waited_s = 0, 0.0
-    for step in sorted((step for step in steps if step.decode), key=_order):
+    for step in _decode_steps([step for step in steps if step.decode], expected, times, limits):
         if scheduled and tokens + step.rows * step.tokens > MOST_DECODE_TOKENS:
             continue
         scheduled.append(ScheduledTokens(step.key, step.tokens, step.rows))
@@ -205,6 +211,47 @@ def next_schedule(
                     cost.work(piece.rows, piece.tokens, step.past) if hurried else piece.rows * piece.tokens
                 )
     return Schedule(tuple(scheduled)) if steps else None
+
+
+def _decode_steps(
+    steps: Sequence[WaitingStep], expected: ExpectedArrivals, times: PassTimes, limits: PassLimits
+) -> Sequence[WaitingStep]:
+    """The decode steps that run next, in the order in which they are taken.
+
+    A client with many sessions runs them all where it is alone. Beside another one that decodes, which waits
+    for a step or will before long, each has as many tokens as the one that has fewest, and the others have as
+    many more as take no longer than the slowdown allows.
+    """
+    clients: dict[str, list[WaitingStep]] = {}
+    for step in steps:
+        clients.setdefault(step.client, []).append(step)
+    wanted = {client: sum(step.rows * step.tokens for step in of) for client, of in clients.items()}
+    away: dict[str, int] = {}
+    for client, tokens in expected.clients:
+        if client not in clients:
+            away[client] = away.get(client, 0) + tokens
+    if len(clients) + len(away) < 2:
+        return sorted(steps, key=_order)
+    fewest = min(*wanted.values(), *away.values())
+    allowed_s = limits.decode_slowdown * times.of(sum(min(tokens, fewest) for tokens in wanted.values()))
+    for of in clients.values():
+        of.sort(key=lambda step: step.passed_over)  # the last one is next
+    served = {client: of[0].client_served for client, of in clients.items()}
+    taken = dict.fromkeys(clients, 0)
+    chosen: list[WaitingStep] = []
+    while clients:
+        client = min(clients, key=lambda one: (taken[one], served[one]))
+        step = clients[client].pop()
+        size = step.rows * step.tokens
+        together_s = times.of(sum(taken.values()) + size)
+        if taken[client] >= fewest and together_s > allowed_s > 0:
+            del clients[client]
+            continue
+        taken[client] += size
+        chosen.append(step)
+        if not clients[client]:
+            del clients[client]
+    return chosen
 
 
 def _piece(step: WaitingStep, budget: float, hurried: bool, cost: AttentionCost) -> ScheduledTokens:
@@ -335,6 +382,7 @@ class _DecodingSession:
 
     done: float
     tokens: int
+    client: str
     away_s: Ewma | None
     """Seconds between two decode steps; None: unknown, as it was not away yet, or for too long."""
 
@@ -360,8 +408,8 @@ class ArrivalPredictor:
         self._left: dict[Hashable, _DecodingSession] = {}
         """Sessions that have left, until their time away tells nothing any more."""
 
-    def decoded(self, session: Hashable, tokens: int, came: float, done: float) -> None:
-        """A session's decode step of `tokens` tokens arrived at `came` and was done at `done`."""
+    def decoded(self, session: Hashable, tokens: int, came: float, done: float, client: str = "") -> None:
+        """A decode step of a client's session, of `tokens` tokens, arrived at `came` and was done at `done`."""
         last = self._left.pop(session, None) or self._sessions.get(session)
         usual_s = None
         if last is not None and (away_s := came - last.done) < self._MOST_S:
@@ -370,7 +418,7 @@ class ArrivalPredictor:
                 usual_s = Ewma(away_s, away_s / 2, self._WEIGHT)
             else:
                 usual_s.observe(away_s)
-        self._sessions[session] = _DecodingSession(done, tokens, usual_s)
+        self._sessions[session] = _DecodingSession(done, tokens, client, usual_s)
 
     def leave(self, session: Hashable) -> None:
         """A session does something else than decode."""
@@ -392,7 +440,8 @@ class ArrivalPredictor:
                 self._left[key] = one
         away = [(self._back_in(one, now), one) for key, one in self._sessions.items() if key not in here]
         soonest_s = min((in_s - self._variation(one) for in_s, one in away), default=math.inf)
-        return ExpectedArrivals(tuple(sorted((in_s, one.tokens) for in_s, one in away)), soonest_s)
+        clients = tuple((one.client, one.tokens) for in_s, one in away if in_s < math.inf)
+        return ExpectedArrivals(tuple(sorted((in_s, one.tokens) for in_s, one in away)), soonest_s, clients)
 
     def _variation(self, one: _DecodingSession) -> float:
         return 0.0 if one.away_s is None else self._VARIATIONS * one.away_s.deviation

@@ -426,7 +426,7 @@ class BlockService:
         )
         checked = session.steps
         rows, tokens, _ = step.hidden.shape
-        if wait_s := self._engine.ahead(rows, tokens).wait_s:
+        if wait_s := self._engine.ahead(rows, tokens, client.peer_id).wait_s:
             self._admission.check_queue(step, wait_s)
         is_large = incoming.nbytes > CHUNK_BYTES
         with await self._admission.room_for(incoming, client) if is_large else nullcontext():
@@ -458,7 +458,7 @@ class BlockService:
         rows, tokens, _ = step.hidden.shape
         self._grow(session, step)
         try:
-            ahead = self._engine.ahead(rows, tokens)
+            ahead = self._engine.ahead(rows, tokens, client.peer_id)
             work = SessionStep(self._stage, client.peer_id, session, step, incoming)
             timed = await self._engine.step(work, step.patience_s)
         except ExpiredError as error:
