@@ -47,6 +47,7 @@ from swarmkit.server.engine.work import (
     StepTask,
     Timed,
     Work,
+    work_ahead,
 )
 from swarmkit.server.engine.worker import ThreadWorker, Worker
 
@@ -119,26 +120,13 @@ class Engine:
         return all(work.cancelled for work in list(self._works))
 
     def ahead(self, rows: int, tokens: int, client: str = "") -> Ahead:
-        """What a step of `rows` x `tokens` would have to wait for if it came now from a client.
-
-        However many steps another client has here, it is served as much as this one, and no more.
-        """
+        """What a step of `rows` x `tokens` of a client would have to wait for if it came now."""
         if not self._works:
             return NOTHING_AHEAD
-        works = list(self._works)
-        left: dict[LearnedTimes, dict[Any, int]] = {}
-        for work in works:
-            if isinstance(work, QueuedStep):
-                of_stage, other = left.setdefault(work.learned, {}), work.task.client
-                key = work if other == client else other
-                of_stage[key] = of_stage.get(key, 0) + int(work.work(work.tokens_left, work.rows_left))
-        decode = tokens <= DECODE_TOKENS
-        wait_s = sum(
-            expected_wait_s(
-                rows * tokens, decode, list(of_stage.values()), learned.times, self.limits.chunk_tokens
-            )
-            for learned, of_stage in left.items()
-        )
+        works, chunk = list(self._works), self.limits.chunk_tokens
+        decode, size = tokens <= DECODE_TOKENS, rows * tokens
+        left = work_ahead(works, client)
+        wait_s = sum(expected_wait_s(size, decode, of, one.times, chunk) for one, of in left.items())
         return Ahead(len(works), wait_s)
 
     def set_threads(self, threads: int | None) -> None:

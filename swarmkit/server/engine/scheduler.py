@@ -409,7 +409,7 @@ class ArrivalPredictor:
         """Sessions that have left, until their time away tells nothing any more."""
 
     def decoded(self, session: Hashable, tokens: int, came: float, done: float, client: str = "") -> None:
-        """A decode step of a client's session, of `tokens` tokens, arrived at `came` and was done at `done`."""
+        """A session's decode step of `tokens` tokens arrived at `came` and was done at `done`."""
         last = self._left.pop(session, None) or self._sessions.get(session)
         usual_s = None
         if last is not None and (away_s := came - last.done) < self._MOST_S:

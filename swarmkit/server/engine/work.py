@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -271,3 +271,17 @@ class QueuedStep(Work):
         """Leave the cache as it was before the step, which is done as a whole or not at all."""
         if self.part is not None:
             self.part.cache.rewind(self.past)
+
+
+def work_ahead(works: Iterable[Work], client: str) -> dict[LearnedTimes, list[int]]:
+    """The work that is left of steps on each stage: one by one of a client's own, in sum of each other one's.
+
+    However many steps another client has here, it is served as much as this one, and no more.
+    """
+    left: dict[LearnedTimes, dict[Hashable, int]] = {}
+    for work in works:
+        if isinstance(work, QueuedStep):
+            of_stage, other = left.setdefault(work.learned, {}), work.task.client
+            key: Hashable = work if other == client else other
+            of_stage[key] = of_stage.get(key, 0) + int(work.work(work.tokens_left, work.rows_left))
+    return {learned: list(of_stage.values()) for learned, of_stage in left.items()}

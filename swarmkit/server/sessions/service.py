@@ -417,13 +417,8 @@ class BlockService:
         """
         step: Step = incoming.message
         settings = self._settings
-        check_step(
-            session,
-            step,
-            self._stage.hidden_size,
-            settings.requests.max_step_tokens,
-            settings.sessions.codecs,
-        )
+        most, codecs = settings.requests.max_step_tokens, settings.sessions.codecs
+        check_step(session, step, self._stage.hidden_size, most, codecs)
         checked = session.steps
         rows, tokens, _ = step.hidden.shape
         if wait_s := self._engine.ahead(rows, tokens, client.peer_id).wait_s:
