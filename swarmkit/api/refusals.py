@@ -8,12 +8,13 @@ from swarmkit.errors import (
     PeerError,
     RemoteError,
     SessionError,
+    SwarmkitError,
     TransportError,
     UsageError,
 )
 
 
-class ApiError(Exception):
+class ApiError(SwarmkitError):
     """A request that gets an error as its answer.
 
     Attributes:

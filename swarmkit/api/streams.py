@@ -13,11 +13,12 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from swarmkit.api.refusals import ApiError
+from swarmkit.errors import SwarmkitError
 
 T = TypeVar("T")
 
 
-class ClientGoneError(Exception):
+class ClientGoneError(SwarmkitError):
     """The client closed its connection; there is nobody to answer."""
 
 
