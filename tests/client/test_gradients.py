@@ -371,7 +371,9 @@ def test_nothing_is_left_behind(world: World) -> None:
     services = [server.serving.gradients for server in world.swarm.servers if isinstance(server, Server)]
 
     def idle() -> bool:
-        return all(service is not None and not service.streams and not service.waiting for service in services)
+        return all(
+            service is not None and not service.streams and not service.waiting for service in services
+        )
 
     wait_until(idle, "all streams have ended")
     assert not world.events(PeerLost)
