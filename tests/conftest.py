@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -11,6 +12,8 @@ import psutil
 import pytest
 
 from swarmkit.local import fork_server
+
+from .waiting import wait_until
 
 THROUGHPUT = "SWARMKIT_SERVER_THROUGHPUT"
 
@@ -59,3 +62,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return places.get(path, len(places))
 
     items.sort(key=place)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_loop_stays() -> Iterator[None]:
+    """Each file ends what it starts: the background loop's thread would disturb the next file's tests."""
+    yield
+
+    def has_ended() -> bool:
+        return "swarmkit-loop" not in {thread.name for thread in threading.enumerate()}
+
+    if not has_ended():
+        gc.collect()  # models and swarms that only cycles of references still hold
+        wait_until(has_ended, "the end of the background loop", within=20)

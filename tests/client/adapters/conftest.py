@@ -1,4 +1,4 @@
-"""One model of four blocks on two servers, for all tests that leave the servers as they are."""
+"""One model of four blocks on two servers, for all tests of a file that leave the servers as they are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(make_checkpoint(tmp_path_factory.mktemp("tuned"), "llama", num_blocks=4))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def swarm(checkpoint: Checkpoint) -> Iterator[LocalSwarm]:
     with LocalSwarm(checkpoint, num_stages=2, transport="memory") as swarm:
         yield swarm
