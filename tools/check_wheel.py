@@ -30,9 +30,10 @@ def build() -> Path:
     shutil.rmtree(DIST, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
         # A copy of what belongs into it: setuptools would leave a build folder here, and use old files in it.
-        shutil.copytree(
-            ROOT / "swarmkit", Path(folder) / "swarmkit", ignore=shutil.ignore_patterns("__pycache__")
-        )
+        for package in ("swarmkit", "app"):
+            shutil.copytree(
+                ROOT / package, Path(folder) / package, ignore=shutil.ignore_patterns("__pycache__")
+            )
         for name in ("pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, folder)
         run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", DIST, ".", cwd=Path(folder))
@@ -56,8 +57,9 @@ def main() -> None:
         python = there / "venv" / "bin" / "python"
         install = (python, "-m", "pip", "install", "-q", "-c", CONSTRAINTS)
         run(*install, "-r", CONSTRAINTS, cwd=there)
-        run(*install, f"swarmkit-llm[tuning,notebook] @ {wheel.as_uri()}", cwd=there)
+        run(*install, f"swarmkit-llm[app,tuning,notebook] @ {wheel.as_uri()}", cwd=there)
         run(there / "venv" / "bin" / "swarmkit", "demo", cwd=there)
+        run(python, "-c", "import swarmkit_app.playground, swarmkit.notebook.views", cwd=there)
         if wanted.notebooks:
             run(
                 *install,
