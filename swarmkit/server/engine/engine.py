@@ -378,7 +378,7 @@ class Engine:
             return
         now = self.now()
         self._resolve(step, Timed(value, step.started_at - step.queued_at, now - step.started_at), None)
-        if step.decode:
+        if step.decode and step.past:  # a first step may be the only one, as that of a trial
             size, client = step.rows * step.tokens, step.task.client
             step.learned.arrivals.decoded(step.task.session, size, step.queued_at, now, client)
         step.task.after_result(output)
