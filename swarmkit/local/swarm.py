@@ -13,8 +13,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from swarmkit.drawing.bundle import bundle
-from swarmkit.drawing.swarm import swarm_rows, swarm_svg
+from swarmkit.client.pictures import swarm_bundle
 from swarmkit.drawing.values import ServerPicture
 from swarmkit.errors import UsageError
 from swarmkit.local import fork_server
@@ -175,12 +174,7 @@ class LocalSwarm:
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         """What a notebook shows: a picture of the servers and their blocks."""
-        name, num_blocks = self.checkpoint.name, self.checkpoint.num_blocks
-        return bundle(
-            repr(self),
-            swarm_svg(name, num_blocks, self.pictures()),
-            swarm_rows(self.pictures()),
-        )
+        return swarm_bundle(repr(self), self.checkpoint.name, self.checkpoint.num_blocks, self.pictures())
 
     def pictures(self) -> list[ServerPicture]:
         """The servers in their order, to be drawn; those that have ended are lost."""
