@@ -8,7 +8,7 @@ be found again.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,8 @@ import msgspec
 from swarmkit.net.connect import TransportFactory
 from swarmkit.net.rpc.message_stream import CHUNK_BYTES, HEAD
 from swarmkit.net.transport.identity import Identity
-from swarmkit.net.transport.seam import Buffer, Handler, RecordCheck, Stream, Transport
+from swarmkit.net.transport.part import PartStream, PartTransport
+from swarmkit.net.transport.seam import Buffer, RecordCheck, Stream, Transport
 
 
 @dataclass
@@ -34,67 +35,27 @@ class Conversation:
     frames: list[bytes] = field(default_factory=list)
 
 
-class _TappedStream:
+class _TappedStream(PartStream):
     def __init__(self, stream: Stream, conversation: Conversation) -> None:
-        self._stream = stream
+        super().__init__(stream)
         self._conversation = conversation
-
-    @property
-    def peer_id(self) -> str:
-        return self._stream.peer_id
 
     async def send(self, *parts: Buffer) -> None:
         self._conversation.frames.append(b"".join(bytes(part) for part in parts))
-        await self._stream.send(*parts)
-
-    async def receive(self) -> bytes:
-        return await self._stream.receive()
-
-    def on_end(self, call: Callable[[], object]) -> None:
-        self._stream.on_end(call)
-
-    def close(self) -> None:
-        self._stream.close()
+        await super().send(*parts)
 
 
-class _TappedTransport:
+class _TappedTransport(PartTransport):
     def __init__(self, inner: Transport, tape: list[Conversation]) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._tape = tape
-
-    @property
-    def identity(self) -> Identity:
-        return self._inner.identity
-
-    @property
-    def peer_id(self) -> str:
-        return self._inner.peer_id
-
-    @property
-    def addresses(self) -> Sequence[str]:
-        return self._inner.addresses
-
-    async def listen(self, name: str, handler: Handler) -> None:
-        await self._inner.listen(name, handler)
-
-    async def unlisten(self, name: str) -> None:
-        await self._inner.unlisten(name)
 
     async def open(
         self, peer_id: str, name: str, addresses: Sequence[str] = (), timeout: float = 5.0
     ) -> Stream:
-        stream = await self._inner.open(peer_id, name, addresses, timeout)
+        stream = await super().open(peer_id, name, addresses, timeout)
         self._tape.append(Conversation(peer_id, name))
         return _TappedStream(stream, self._tape[-1])
-
-    async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float, service: int = 0) -> int:
-        return await self._inner.store(records, expires_at, service)
-
-    async def fetch(self, keys: Iterable[str]) -> Mapping[str, Mapping[str, bytes]]:
-        return await self._inner.fetch(keys)
-
-    async def close(self) -> None:
-        await self._inner.close()
 
 
 def tapped(factory: TransportFactory, tape: list[Conversation]) -> TransportFactory:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from swarmkit.net.transport.identity import Identity
-from swarmkit.net.transport.seam import Handler, Stream, Transport
+from swarmkit.net.transport.rates import Rates
+from swarmkit.net.transport.seam import Buffer, Handler, Stream, Transport
 
 
 class PartTransport(Transport):
@@ -45,3 +46,42 @@ class PartTransport(Transport):
 
     async def close(self) -> None:
         await self._transport.close()
+
+
+class PartStream(Stream):
+    """Another stream. Subclasses say what is different."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    @property
+    def peer_id(self) -> str:
+        return self._stream.peer_id
+
+    @property
+    def host(self) -> str:
+        return self._stream.host
+
+    @host.setter
+    def host(self, host: str) -> None:
+        self._stream.host = host
+
+    @property
+    def rates(self) -> Rates | None:
+        return self._stream.rates
+
+    @rates.setter
+    def rates(self, rates: Rates | None) -> None:
+        self._stream.rates = rates
+
+    async def send(self, *parts: Buffer) -> None:
+        await self._stream.send(*parts)
+
+    async def receive(self) -> bytes:
+        return await self._stream.receive()
+
+    def on_end(self, call: Callable[[], object]) -> None:
+        self._stream.on_end(call)
+
+    def close(self) -> None:
+        self._stream.close()
