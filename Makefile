@@ -62,7 +62,7 @@ check: $(DEV) ## ruff and the type checker
 settings: $(READY) ## write docs/settings.md from the code
 	@$(BIN)/python -m tools.settings_page
 
-pictures: $(READY) ## write the pictures of README and notebooks anew, from a swarm at work
+pictures: $(BROWSER) ## write the pictures of README and notebooks anew, from a swarm at work
 	@$(BIN)/python -m tools.pictures
 
 bench: $(READY) ## measure; writes to benchmarks/results/
