@@ -111,7 +111,7 @@ def serve(
         from swarmkit.models.plan import parse_bytes
         from swarmkit.net.connect import over_hivemind
         from swarmkit.node.server import Server
-        from swarmkit.server.placement import parse_blocks
+        from swarmkit.placement.ranges import parse_blocks
         from swarmkit.server.weights.manifest import open_with_fingerprint
         from swarmkit.server.weights.service import WeightsSettings
 

@@ -39,6 +39,8 @@ from swarmkit.net.rpc.receive_budget import ReceiveBudget
 from swarmkit.net.transport.paced import PacedTransport
 from swarmkit.net.transport.rates import Rates
 from swarmkit.net.transport.seam import Transport
+from swarmkit.placement.description import Served
+from swarmkit.placement.petals import choose_blocks
 from swarmkit.server.adapters.service import load_hosted
 from swarmkit.server.announcer import Announcer
 from swarmkit.server.cache.kv_budget import KVBudget
@@ -47,7 +49,6 @@ from swarmkit.server.engine.engine import Engine
 from swarmkit.server.engine.throughput import measure_decode_rate
 from swarmkit.server.engine.trim_malloc import trim_malloc
 from swarmkit.server.engine.work import BULK, EngineClosedError
-from swarmkit.server.placement import Served, choose_blocks
 from swarmkit.server.serving import Serving
 from swarmkit.server.sessions.links import Links, NextServers
 from swarmkit.server.weights.service import WeightsService

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmkit.errors import UsageError
-from swarmkit.server.placement import Served, block_throughputs, choose_blocks, parse_blocks
+from swarmkit.placement.description import Served
+from swarmkit.placement.petals import choose_blocks, should_move
+from swarmkit.placement.ranges import parse_blocks
+from swarmkit.placement.supply import block_throughputs
 
 
 def test_throughputs_of_servers_add_up_block_by_block() -> None:
@@ -78,3 +83,30 @@ def test_ranges_are_read_as_people_write_them(text: str, blocks: tuple[int, int]
 def test_other_texts_are_mistakes(text: str) -> None:
     with pytest.raises(UsageError):
         parse_blocks(text, 8)
+
+
+# moving
+
+
+def wants_to_move(own: int, servers: list[Served], balance_quality: float = 0.75) -> bool:
+    return should_move(4, own, servers, balance_quality=balance_quality, chance=random.Random(1))
+
+
+def test_a_server_moves_where_that_makes_the_weakest_block_much_stronger() -> None:
+    servers = [Served(0, 2, 1.0), Served(0, 2, 1.0), Served(0, 2, 1.0), Served(2, 4, 1.0)]
+    assert wants_to_move(0, servers)
+
+
+def test_a_server_stays_where_it_is_the_only_one_of_a_block() -> None:
+    assert not wants_to_move(0, [Served(0, 2, 1.0), Served(2, 4, 1.0), Served(2, 4, 1.0)])
+
+
+def test_a_server_stays_where_the_gain_is_below_the_threshold() -> None:
+    servers = [Served(0, 2, 1.0), Served(0, 2, 4.0), Served(2, 4, 4.5)]
+    assert not wants_to_move(0, servers)
+
+
+@pytest.mark.parametrize(("balance_quality", "moves"), [(0.0, False), (1.5, True)])
+def test_the_threshold_can_switch_moving_off_and_on(balance_quality: float, moves: bool) -> None:
+    servers = [Served(0, 2, 1.0), Served(0, 2, 1.0), Served(2, 4, 1.0)]
+    assert wants_to_move(0, servers, balance_quality) is moves
