@@ -202,27 +202,24 @@ def test_updates_do_not_slow_down_or_fill_the_page(lab: Lab, page: Any) -> None:
         client.send("HeapProfiler.collectGarbage")
         return float(client.send("Runtime.getHeapUsage")["usedSize"]) / 2**20
 
+    # No more updates are under way than a kernel's socket queues for a slow reader; it drops what is beyond.
     burst = """
-import time
-for number in range({count}):
+for number in range({start}, {start} + 250):
     view.svg = drawn.replace("steps:", f"steps {{number}}:")
-    if number % 50 == 49:
-        time.sleep(0.02)  # lets the kernel's other threads and the browser keep up
 """
     run(page, "view.stop(); drawn = view.svg")  # so that nothing but the bursts draws
-    before = heap()
-    total, seconds = 10_000, []
-    for count in (100, total - 200, 100):
+    before, seconds = heap(), []
+    for start in range(0, 10_000, 250):
         page.evaluate("() => { window.painted = []; }")
-        run(page, burst.format(count=count))
+        run(page, burst.format(start=start))
         page.wait_for_function(
-            f"document.querySelector('.swarmkit-live').textContent.includes('steps {count - 1}:')"
+            f"document.querySelector('.swarmkit-live').textContent.includes('steps {start + 249}:')"
         )
         painted = page.evaluate("() => window.painted")
         seconds.append((painted[-1] - painted[0]) / max(1, len(painted) - 1))
     grown = heap() - before
     print(
-        f"ms an update: {seconds[0]:.2f} at first, {seconds[2]:.2f} at last; the heap grew by {grown:.1f} MB"
+        f"ms an update: {seconds[0]:.2f} at first, {seconds[-1]:.2f} at last; the heap grew by {grown:.1f} MB"
     )
     assert grown < 20
     run(page, "swarm.close()")
