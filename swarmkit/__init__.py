@@ -5,10 +5,10 @@ The public names load on first use, so that `import swarmkit` is quick.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from swarmkit._version import __version__
+from swarmkit.lazy import lazy_names
 
 if TYPE_CHECKING:
     from swarmkit.client.adapters.peft import DeepPrompts, get_peft_model, load_adapter
@@ -49,11 +49,7 @@ __all__ = [
     "load_adapter",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "swarmkit"
 
 FLOORS = [
-    {"errors", "settings", "ewma", "clock", "events", "_version", "tinychat"},
-    {"drawing", "placement"},
+    {"errors", "settings", "ewma", "clock", "events", "lazy", "_version", "tinychat"},
+    {"drawing"},
     {"net", "models"},
     {"client", "server"},
     {"node"},
@@ -136,7 +136,7 @@ def test_time_comes_from_the_clock_that_is_handed_in(room: str) -> None:
 
 # no circles
 
-SUBROOMS = {"net", "models", "client", "server", "api", "placement"}
+SUBROOMS = {"net", "models", "client", "server", "api"}
 """Rooms whose folders and files import one way, as the rooms of the package do."""
 
 
