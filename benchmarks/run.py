@@ -13,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,10 +23,14 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PLOT = RESULTS / "engine.svg"
 
-MACHINE = "machine"
-"""Not a benchmark of ours, but what the others are to be read beside."""
+SCRIPTS = {
+    "machine": "machine.py",  # not a benchmark of ours, but what the others are to be read beside
+    "views": "views.py --json",
+}
+"""Files beside this one; they print their result as one JSON value."""
 COMMANDS = {
-    MACHINE: "",
+    "machine": "",
+    "views": "",
     "decode-tiny-chat": "decode --stages 1,2,4 --rounds 9",
     "decode-s": "decode --model S --stages 1,2,4 --rounds 9",
     "decode-m": "decode --model M --stages 1,2,4 --tokens 32",
@@ -63,6 +68,8 @@ def main() -> int:
     chosen = {name: command for name, command in COMMANDS.items() if not wanted or name.startswith(wanted)}
     if not torch.cuda.is_available():
         chosen = {name: command for name, command in chosen.items() if not name.endswith("-cuda")}
+    if find_spec("ipykernel") is None:
+        chosen.pop("views", None)  # it measures in a notebook's kernel
     if not chosen:
         parser.error(f"no benchmark begins with {', '.join(wanted)}; there are {', '.join(COMMANDS)}")
     RESULTS.mkdir(exist_ok=True)
@@ -76,9 +83,10 @@ def main() -> int:
 
 def _run(name: str, command: str) -> bool:
     """Run one benchmark and keep its result; whether it succeeded."""
-    if name == MACHINE:
-        print(f"{name}: python benchmarks/machine.py", flush=True)
-        program = [str(HERE / "machine.py")]
+    if name in SCRIPTS:
+        print(f"{name}: python benchmarks/{SCRIPTS[name]}", flush=True)
+        script, *options = SCRIPTS[name].split()
+        program = [str(HERE / script), *options]
     else:
         print(f"{name}: swarmkit bench {command} --json", flush=True)
         program = ["-m", "swarmkit.cli", "bench", *command.split(), "--json"]
@@ -86,7 +94,7 @@ def _run(name: str, command: str) -> bool:
     if done.returncode:
         print(f"  failed with exit code {done.returncode}")
         return False
-    result = json.loads(done.stdout.strip().splitlines()[-1])
+    result = json.loads(done.stdout if name in SCRIPTS else done.stdout.strip().splitlines()[-1])
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     print(f"  {_shown(path)}")

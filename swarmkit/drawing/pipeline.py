@@ -107,9 +107,11 @@ def _hop(hop: HopPicture, x: float, width: float, longest: float) -> Iterable[st
         return
     y, left = _ROUTE_Y + _BOX + 6, x + 2
     unit = (width - 4) / longest
+    bars = []
     for ms, fill in ((hop.queue_ms, svg.QUEUE), (hop.compute_ms, svg.COMPUTE), (hop.network_ms, svg.NETWORK)):
-        yield svg.rect(left, y, ms * unit, 7, fill, title=times)
+        bars.append(svg.rect(left, y, ms * unit, 7, fill))
         left += ms * unit
+    yield svg.group(f"{hop.label}: {times}", bars)
     yield svg.text(x + 2, y + 19, f"{hop.total_ms:.1f} ms", 10.5, fit=width - 4)
 
 

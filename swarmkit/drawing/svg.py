@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from html import escape
 
 WIDTH = 760
@@ -34,6 +35,11 @@ def rect(x: float, y: float, width: float, height: float, fill: str, extra: str 
         f'<rect x="{number(x)}" y="{number(y)}" width="{number(max(0.0, width))}" height="{number(height)}"'
     )
     return f'{shape} fill="{fill}" {extra}>{inner}</rect>'
+
+
+def group(title: str, parts: Iterable[str]) -> str:
+    """Parts that belong together; `title` is shown where the pointer rests, and told by keyboard."""
+    return f"<g><title>{escape(title)}</title>{''.join(parts)}</g>"
 
 
 def text(

@@ -19,6 +19,17 @@ def coverage(num_blocks: int, servers: Sequence[ServerPicture]) -> list[int]:
     return counts
 
 
+def least_covered(num_blocks: int, servers: Sequence[ServerPicture]) -> tuple[int, int]:
+    """The blocks of one of the servers, running or not, which the fewest running servers have.
+
+    Args:
+        servers: one at least.
+    """
+    counts = coverage(num_blocks, servers)
+    chosen = min(servers, key=lambda each: (min(counts[each.start : each.stop], default=0), each.start))
+    return chosen.start, chosen.stop
+
+
 def swarm_svg(model: str, num_blocks: int, servers: Sequence[ServerPicture]) -> str:
     """Draw the servers of each block; blocks that no server has are red."""
     scale = block_width(num_blocks)

@@ -24,14 +24,16 @@ def timeline_svg(steps: Sequence[StepPicture], title: str = "steps") -> str:
         for hop in step.hops:
             times = f"queue {hop.queue_ms:.1f}, compute {hop.compute_ms:.1f}, network {hop.network_ms:.1f} ms"
             note = f"step {step.number}, {hop.label} [{hop.blocks}]: {times}"
+            bars = []
             for ms, fill in (
                 (hop.queue_ms, svg.QUEUE),
                 (hop.compute_ms, svg.COMPUTE),
                 (hop.network_ms, svg.NETWORK),
             ):
-                parts.append(svg.rect(x, y, ms * unit, _ROW - 4, fill, title=note))
+                bars.append(svg.rect(x, y, ms * unit, _ROW - 4, fill))
                 x += ms * unit
-            parts.append(svg.line(x, y, x, y + _ROW - 4, 'stroke="#fff" stroke-width="1.5"'))
+            bars.append(svg.line(x, y, x, y + _ROW - 4, 'stroke="#fff" stroke-width="1.5"'))
+            parts.append(svg.group(note, bars))
         if step.recovered:
             lost = f"step {step.number}: a server was lost and replaced on the way"
             rest = max(0.0, _LEFT + step.total_ms * unit - x)

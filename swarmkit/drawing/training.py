@@ -29,9 +29,9 @@ def training_svg(picture: TrainingPicture) -> str:
 
 def training_text(picture: TrainingPicture) -> str:
     """The same in a few words."""
-    parts = [f"{len(picture.losses)} steps"]
+    parts = [f"{len(picture.losses) if picture.steps is None else picture.steps} steps"]
     if picture.losses:
-        parts.append(f"loss {picture.losses[-1]:.4g}")
+        parts.append(f"loss {picture.losses[-1] if picture.loss is None else picture.loss:.4g}")
     if picture.tokens_per_s:
         parts.append(f"{picture.tokens_per_s:.0f} tokens/s")
     if picture.lost:
@@ -53,18 +53,18 @@ def _curve(losses: Sequence[float]) -> list[str]:
         svg.line(_LEFT, bottom, right, bottom, 'stroke="currentColor" stroke-opacity="0.5"'),
         svg.text(svg.WIDTH / 2, bottom + 15, "step", 10.5, 'text-anchor="middle" fill-opacity="0.75"'),
     ]
-    finite = [loss for loss in losses if abs(loss) < float("inf")]
+    count, last = min(len(losses), _MOST_POINTS), max(1, len(losses) - 1)
+    places = [place * last // max(1, count - 1) for place in range(count)]
+    finite = [(place, losses[place]) for place in places if abs(losses[place]) < float("inf")]
     if not finite:
         return parts
-    low, high = min(finite), max(finite)
+    low, high = min(loss for _, loss in finite), max(loss for _, loss in finite)
     high = high if high > low else low + 1.0
-    stride = max(1, len(losses) // _MOST_POINTS)
     points = []
-    for index in range(0, len(losses), stride):
-        if abs(losses[index]) < float("inf"):
-            x = _LEFT + (right - _LEFT) * index / max(1, len(losses) - 1)
-            y = bottom - 6 - (_HEIGHT - 12) * (losses[index] - low) / (high - low)
-            points.append(f"{svg.number(x)},{svg.number(y)}")
+    for place, loss in finite:
+        x = _LEFT + (right - _LEFT) * place / last
+        y = bottom - 6 - (_HEIGHT - 12) * (loss - low) / (high - low)
+        points.append(f"{svg.number(x)},{svg.number(y)}")
     parts.append(
         f'<polyline points="{" ".join(points)}" fill="none" stroke="{svg.BLUE}" stroke-width="1.8"/>'
     )

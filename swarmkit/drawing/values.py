@@ -101,13 +101,17 @@ class TrainingPicture:
     """How fine-tuning goes.
 
     Attributes:
-        losses: one for each step so far, oldest first.
+        losses: points of the curve, oldest first: the loss of each step, or means over equally many steps.
         tokens_per_s: rows x tokens per second, forward and backward together.
         shares: micro-batches that each server has done, by label.
         lost: micro-batches that were done again because a server failed.
+        steps: how many steps there were; as many as points if not given.
+        loss: the loss of the last step; the last point if not given.
     """
 
     losses: Sequence[float] = ()
     tokens_per_s: float = 0.0
     shares: dict[str, int] = field(default_factory=dict)
     lost: int = 0
+    steps: int | None = None
+    loss: float | None = None

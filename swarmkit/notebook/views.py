@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -13,14 +12,24 @@ import torch
 
 from swarmkit.client.pictures import server_pictures
 from swarmkit.clock import SYSTEM_CLOCK, Clock
+from swarmkit.drawing.loss_curve import LossCurve
 from swarmkit.drawing.pipeline import pipeline_rows, pipeline_svg, pipeline_text
 from swarmkit.drawing.pipeline_log import PipelineLog
-from swarmkit.drawing.swarm import swarm_rows, swarm_svg, swarm_text
+from swarmkit.drawing.swarm import least_covered, swarm_rows, swarm_svg, swarm_text
 from swarmkit.drawing.timeline import timeline_rows, timeline_svg, timeline_text
 from swarmkit.drawing.training import training_rows, training_svg, training_text
 from swarmkit.drawing.values import ServerPicture, TrainingPicture
 from swarmkit.errors import UsageError
-from swarmkit.events import Event, MicroBatchFinished, StepFinished
+from swarmkit.events import (
+    Event,
+    EventStream,
+    MicroBatchFinished,
+    PeerLost,
+    PeerReplaced,
+    Rerouted,
+    StepFinished,
+    Subscription,
+)
 from swarmkit.local.swarm import LocalSwarm
 from swarmkit.notebook.feed import Feed
 from swarmkit.notebook.widget import Button, LiveDrawing
@@ -37,19 +46,24 @@ _TOKEN_LAP_S = 1.2
 
 
 class _View(LiveDrawing):
-    """A drawing that follows a model's events, until it or the model is closed; a context manager."""
+    """A drawing that follows a model or a swarm until one of them is closed; a context manager."""
 
     _end_feed: Callable[[], object] = staticmethod(lambda: None)  # of a view that could not be made
 
-    def __init__(self, model: SwarmModel, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(
+        self,
+        followed: SwarmModel | LocalSwarm,
+        subscription: Subscription,
+        clock: Clock = SYSTEM_CLOCK,
+        every_s: float = 1.0,
+    ) -> None:
         super().__init__()
         self._clock = clock
-        self._client = model.connection.client
         self._is_last = False
         self._draw()
-        self._feed = Feed(model.subscribe(_CAPACITY), self._add, self._update, self.end, clock)
+        self._feed = Feed(subscription, self._add, self._update, self.end, clock, every_s)
         # The feed's thread holds the view; a model that is closed ends the subscription, and thereby both.
-        self._end_feed = weakref.finalize(model, self._feed.close)
+        self._end_feed = weakref.finalize(followed, self._feed.close)
 
     def close(self) -> None:
         """Follow no longer, and take the view off the page. May be called twice."""
@@ -74,17 +88,22 @@ class _View(LiveDrawing):
         self.stop()
 
     def _add(self, event: Event) -> None:
-        raise NotImplementedError
+        """Take an event; a view that only looks at the present state needs none."""
 
     def _draw(self) -> None:
         raise NotImplementedError
 
-    def _update(self) -> None:
+    def _update(self) -> bool:
         with contextlib.suppress(ConnectionError):  # the front end has gone
             self._draw()
+        return not self._has_ended()
 
-    def _show(self, text: str, svg: str, rows: Sequence[Sequence[str]]) -> None:
-        self.rows = rows
+    def _has_ended(self) -> bool:
+        """Whether what the view follows has ended without ending the subscription."""
+        return False
+
+    def _show(self, text: str, svg: str, rows: Callable[[], Sequence[Sequence[str]]]) -> None:
+        self.rows_now = rows
         with self.hold_sync():
             self.summary = text
             self.svg = svg
@@ -117,7 +136,8 @@ class PipelineView(_View):
         self._log = PipelineLog()
         self._session = session
         self._buttons = _ServerButtons(swarm) if swarm is not None else None
-        super().__init__(model, clock)
+        self._client = model.connection.client
+        super().__init__(model, model.subscribe(_CAPACITY), clock)
         if self._buttons is not None:
             self._buttons.attach(self)
 
@@ -132,63 +152,46 @@ class PipelineView(_View):
         picture = self._log.picture(reference.name, reference.num_blocks, servers, now, self._is_last)
         moving = self._log.is_active(now) and not self._is_last
         phase = (now % _TOKEN_LAP_S) / _TOKEN_LAP_S if moving else None
-        self._show(pipeline_text(picture), pipeline_svg(picture, phase), pipeline_rows(picture))
+        self._show(pipeline_text(picture), pipeline_svg(picture, phase), lambda: pipeline_rows(picture))
         if self._buttons is not None:
             self._buttons.refresh(self)
 
 
-class SwarmView(LiveDrawing):
+class SwarmView(_View):
     """Which servers have which blocks, how many have each block, and what is missing; for a model or a swarm.
 
     Args:
         of: a model, whose view of the swarm is drawn, or a `LocalSwarm`, which adds buttons that kill, stop
             and add servers.
-        every_s: seconds between two looks.
+        every_s: seconds between two looks; a server that a session of the model loses is seen at once.
     """
 
     def __init__(self, of: SwarmModel | LocalSwarm, every_s: float = 1.0) -> None:
-        super().__init__()
-        self._of = of
+        self._swarm = of if isinstance(of, LocalSwarm) else None
         self._buttons = _ServerButtons(of) if isinstance(of, LocalSwarm) else None
-        self._draw()
+        if isinstance(of, LocalSwarm):
+            news = EventStream().subscribe()  # its servers have no stream in common: it is looked at only
+        else:
+            self._client = of.connection.client
+            news = of.subscribe(_CAPACITY, PeerLost, PeerReplaced, Rerouted)
+        super().__init__(of, news, every_s=every_s)
         if self._buttons is not None:
             self._buttons.attach(self)
-        self._poll = _Poll(self._look, every_s, self.end)
-
-    def stop(self) -> None:
-        """Look no longer; the last drawing stays on the page. May be called twice."""
-        self._poll.close()
-
-    def close(self) -> None:
-        """Look no longer, and take the view off the page. May be called twice."""
-        self._poll.close()
-        super().close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def _look(self) -> bool:
-        """Draw anew; returns whether there is more to see."""
-        self._draw()
-        return not self._of.closed
 
     def _draw(self) -> None:
-        if isinstance(self._of, LocalSwarm):
-            name, num_blocks = self._of.checkpoint.name, self._of.checkpoint.num_blocks
-            servers = self._of.pictures()
+        if self._swarm is not None:
+            name, num_blocks = self._swarm.checkpoint.name, self._swarm.checkpoint.num_blocks
+            servers = self._swarm.pictures()
         else:
-            client = self._of.connection.client
-            name, num_blocks = client.model.name, client.model.num_blocks
-            servers = server_pictures(client.servers())
-        self.rows = swarm_rows(servers)
-        with self.hold_sync():
-            self.summary = swarm_text(name, num_blocks, servers)
-            self.svg = swarm_svg(name, num_blocks, servers)
+            name, num_blocks = self._client.model.name, self._client.model.num_blocks
+            servers = server_pictures(self._client.servers())
+        drawn = swarm_svg(name, num_blocks, servers)
+        self._show(swarm_text(name, num_blocks, servers), drawn, lambda: swarm_rows(servers))
         if self._buttons is not None:
             self._buttons.refresh(self)
+
+    def _has_ended(self) -> bool:
+        return self._swarm is not None and self._swarm.closed
 
 
 class SessionTimeline(_View):
@@ -215,7 +218,7 @@ class SessionTimeline(_View):
             raise UsageError("give the session's model as well: SessionTimeline(session, model)")
         for step in followed.trace:
             self._add(step)
-        super().__init__(followed, clock)
+        super().__init__(followed, followed.subscribe(_CAPACITY, StepFinished), clock)
 
     def _add(self, event: Event) -> None:
         if isinstance(event, StepFinished) and self._owner in (None, event.owner):
@@ -223,7 +226,7 @@ class SessionTimeline(_View):
 
     def _draw(self) -> None:
         steps = self._log.steps()[-self._last :]
-        self._show(timeline_text(steps), timeline_svg(steps), timeline_rows(steps))
+        self._show(timeline_text(steps), timeline_svg(steps), lambda: timeline_rows(steps))
 
 
 class TrainingView(_View):
@@ -242,15 +245,15 @@ class TrainingView(_View):
     """
 
     def __init__(self, model: SwarmModel, clock: Clock = SYSTEM_CLOCK) -> None:
-        self._losses: list[float] = []
+        self._losses = LossCurve()
         self._shares: Counter[str] = Counter()
         self._recent: deque[tuple[float, int]] = deque(maxlen=256)
         self._lost = 0
-        super().__init__(model, clock)
+        super().__init__(model, model.subscribe(_CAPACITY, MicroBatchFinished), clock)
 
     def log(self, loss: Any) -> None:
         """Add the loss of one step: a number, or a tensor that holds one."""
-        self._losses.append(float(loss.detach() if isinstance(loss, torch.Tensor) else loss))
+        self._losses.add(float(loss.detach() if isinstance(loss, torch.Tensor) else loss))
 
     def callback(self) -> Any:
         """A `TrainerCallback` of transformers that logs the loss of a `Trainer`."""
@@ -272,8 +275,12 @@ class TrainingView(_View):
             self._recent.append((event.time, event.tokens))
 
     def _draw(self) -> None:
-        picture = TrainingPicture(tuple(self._losses), self._rate(), dict(self._shares), self._lost)
-        self._show(training_text(picture), training_svg(picture), training_rows(picture))
+        curve = self._losses
+        shares = dict(self._shares)
+        picture = TrainingPicture(
+            curve.points(), self._rate(), shares, self._lost, steps=curve.count, loss=curve.last
+        )
+        self._show(training_text(picture), training_svg(picture), lambda: training_rows(picture))
 
     def _rate(self) -> float:
         recent = list(self._recent)
@@ -293,7 +300,7 @@ class _ServerButtons:
         """Put the buttons into a view, and react to them."""
         view.on_button("kill", lambda target: self._swarm.servers[int(target)].kill())
         view.on_button("stop", lambda target: self._swarm.servers[int(target)].stop())
-        view.on_button("add", lambda target: self._swarm.add_server(self._least_covered()))
+        view.on_button("add", lambda target: self._swarm.add_server(self._thinnest()))
         self.refresh(view)
 
     def refresh(self, view: LiveDrawing) -> None:
@@ -318,33 +325,5 @@ class _ServerButtons:
         add = "Start one more server, for the blocks that the fewest servers have"
         return [*buttons, {"action": "add", "target": "", "label": "Add a server", "title": add}]
 
-    def _least_covered(self) -> tuple[int, int]:
-        """The blocks of the servers, running or not, which the fewest running servers have."""
-        servers = self._swarm.pictures()
-        running = Counter(each.blocks for each in servers if each.state == "online")
-        chosen = min(servers, key=lambda each: (running[each.blocks], each.start))
-        return chosen.start, chosen.stop
-
-
-class _Poll:
-    """Calls a function again and again, in a thread of its own, as long as it returns true."""
-
-    def __init__(self, function: Callable[[], bool], every_s: float, on_end: Callable[[], object]) -> None:
-        self._on_end = on_end
-        self._ending = threading.Event()
-        self._function = function
-        self._every_s = every_s
-        self._thread = threading.Thread(target=self._run, name="swarmkit-view", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._ending.set()
-        if threading.current_thread() is not self._thread:
-            self._thread.join(5.0)
-
-    def _run(self) -> None:
-        goes_on = True
-        while goes_on and not self._ending.wait(self._every_s):
-            with contextlib.suppress(ConnectionError):  # the front end has gone
-                goes_on = self._function()
-        self._on_end()
+    def _thinnest(self) -> tuple[int, int]:
+        return least_covered(self._swarm.checkpoint.num_blocks, self._swarm.pictures())

@@ -44,7 +44,7 @@ class LiveDrawing(anywidget.AnyWidget):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows: Sequence[Sequence[str]] = [("",)]
+        self.rows_now: Callable[[], Sequence[Sequence[str]]] = lambda: [("",)]
         self._handlers: dict[str, Callable[[str], object]] = {}
         self.on_msg(self._receive)
 
@@ -57,7 +57,7 @@ class LiveDrawing(anywidget.AnyWidget):
 
     def static_bundle(self) -> dict[str, str]:
         """The forms that need no widgets, by MIME type."""
-        return bundle.bundle(self.summary, self.svg, self.rows)
+        return bundle.bundle(self.summary, self.svg, self.rows_now())
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         live = super()._repr_mimebundle_(**kwargs)

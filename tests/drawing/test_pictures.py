@@ -9,9 +9,10 @@ from xml.etree import ElementTree
 import pytest
 
 from swarmkit.drawing.bundle import bundle, table
+from swarmkit.drawing.loss_curve import LossCurve
 from swarmkit.drawing.pipeline import pipeline_rows, pipeline_svg, pipeline_text
 from swarmkit.drawing.servers import MOST_LANES, lanes
-from swarmkit.drawing.swarm import coverage, swarm_rows, swarm_svg, swarm_text
+from swarmkit.drawing.swarm import coverage, least_covered, swarm_rows, swarm_svg, swarm_text
 from swarmkit.drawing.timeline import timeline_rows, timeline_svg, timeline_text
 from swarmkit.drawing.training import training_svg, training_text
 from swarmkit.drawing.values import (
@@ -176,3 +177,29 @@ def test_a_bundle_has_every_form() -> None:
     forms = bundle("in words", swarm_svg("tiny-chat", 8, SERVERS), swarm_rows(SERVERS))
     assert set(forms) == {"text/plain", "image/svg+xml", "text/html"}
     ElementTree.fromstring(forms["image/svg+xml"])  # an image of its own, on a ground of its own
+
+
+def test_a_new_server_goes_where_the_fewest_are() -> None:
+    lost = ServerPicture("peer-d", "oak", 4, 8, "lost")
+    assert least_covered(8, [ServerPicture("peer-a", "cedar", 0, 4), lost]) == (4, 8)
+
+
+def test_where_all_blocks_are_alike_a_new_server_goes_to_the_first() -> None:
+    assert least_covered(8, [SERVERS[1], SERVERS[0]]) == (0, 4)
+
+
+def test_a_long_training_is_drawn_in_a_bounded_number_of_points() -> None:
+    curve = LossCurve(most=100)
+    sizes = set()
+    for step in range(10_000):
+        curve.add(float(step))
+        sizes.add(len(curve.points()))
+    assert max(sizes) <= 201
+    assert (curve.count, curve.last) == (10_000, 9_999.0)
+
+
+def test_the_points_of_a_long_training_are_means_of_its_steps() -> None:
+    curve = LossCurve(most=2)
+    for loss in (4.0, 2.0, 3.0, 1.0, 7.0):
+        curve.add(loss)
+    assert curve.points() == (3.0, 2.0, 7.0)

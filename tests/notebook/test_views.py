@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from swarmkit import LocalSwarm, SwarmModelForCausalLM
 from swarmkit.errors import UsageError
+from swarmkit.events import HopTrace, MicroBatchFinished, Owner, StepFinished
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 
 from ..models.tiny import make_checkpoint
@@ -26,6 +28,9 @@ from swarmkit.notebook import (
     generate_in_background,
 )
 from swarmkit.notebook.widget import LiveDrawing
+
+FULL_CURVE = 800
+"""Steps after which the curve of a training has as many points as it ever has."""
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +107,9 @@ def test_training_shows_loss_and_shares(model: SwarmModelForCausalLM) -> None:
         loss = model(inputs_embeds=embeddings).logits.square().mean()
         loss.backward()
         view.log(loss)
-        wait_until(lambda: "1 steps · loss" in view.summary and len(view.rows) > 1, "the loss and the shares")
+        wait_until(
+            lambda: "1 steps · loss" in view.summary and len(view.rows_now()) > 1, "the loss and the shares"
+        )
 
 
 def test_killing_by_a_button_ends_a_server(swarm: LocalSwarm, model: SwarmModelForCausalLM) -> None:
@@ -184,6 +191,61 @@ def test_many_steps_are_drawn_in_one(model: SwarmModelForCausalLM) -> None:
         generate(model, tokens=60)
         steps = len(model.trace)
     assert 0 < len(drawings) < steps / 2
+
+
+def finished_step(position: int, peers: Sequence[str]) -> StepFinished:
+    hops = tuple(
+        HopTrace(peer, f"server-{number}", 2 * number, 2 * number + 2, 0.1, 2.0, 0.5)
+        for number, peer in enumerate(peers)
+    )
+    return StepFinished(position, 1, 1, 5.5, hops, time=1e9 + position, owner=Owner("session", "me", 1))
+
+
+def micro_batch(number: int, peers: Sequence[str]) -> MicroBatchFinished:
+    owner = Owner("training", "me", 1)
+    return MicroBatchFinished("forward", 0, 0, 4, 100, 10.0, tuple(peers), time=1e9 + number, owner=owner)
+
+
+@pytest.mark.parametrize(
+    ("kind", "earlier"), [(PipelineView, 0), (SessionTimeline, 0), (TrainingView, FULL_CURVE)]
+)
+def test_the_last_of_ten_thousand_updates_take_no_more_work_than_the_first(
+    model: SwarmModelForCausalLM, kind: Any, earlier: int
+) -> None:
+    """Work is counted in calls of functions, which no other load on the machine changes."""
+    view = kind(model)
+    view.stop()  # nothing but this test adds and draws from here on
+    peers = [server.peer_id for server in model.connection.client.servers()[:2]]
+
+    def update(number: int) -> None:
+        if kind is TrainingView:
+            view.log(5.0 / (1 + number))
+            view._add(micro_batch(number, peers))
+        else:
+            view._add(finished_step(number, peers))
+
+    def hundred_updates(first: int) -> int:
+        calls = 0
+
+        def count(frame: object, event: str, arg: object) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            for number in range(first, first + 100):
+                update(number)
+                view._draw()
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    for number in range(earlier):
+        update(number)
+    first = hundred_updates(earlier)
+    for number in range(earlier + 100, 9_900):
+        update(number)
+    assert hundred_updates(9_900) <= 1.2 * first
 
 
 def test_a_view_has_forms_for_pages_without_widgets(model: SwarmModelForCausalLM) -> None:
