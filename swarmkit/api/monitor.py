@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import math
 from datetime import datetime, timezone
 from typing import Any
 
@@ -13,10 +11,8 @@ from starlette.responses import JSONResponse, Response
 
 from swarmkit.api.error_answers import told
 from swarmkit.api.service import ApiService
+from swarmkit.client.fresh_status import FreshStatus
 from swarmkit.client.overview import swarm_overview
-from swarmkit.client.status import look_up_status
-
-_OVERVIEW_FRESH_S = 2.0
 
 
 def add_models(app: FastAPI, service: ApiService) -> None:
@@ -52,9 +48,7 @@ def add_monitor(app: FastAPI, service: ApiService) -> None:
     """Add what watches the server and its swarm."""
     connection = service.engine.model.connection
     client = connection.client
-    looking = asyncio.Lock()
-    seen: dict[str, Any] = {}
-    seen_at = -math.inf
+    status = FreshStatus(connection, clock=service.clock)
 
     @app.get("/healthz")
     async def healthz() -> Response:
@@ -71,10 +65,4 @@ def add_monitor(app: FastAPI, service: ApiService) -> None:
     @app.get("/swarm.json")
     async def swarm() -> dict[str, Any]:
         """The models of the swarm, their servers, and what would break if one of these left."""
-        nonlocal seen, seen_at
-        async with looking:
-            if service.clock.now() - seen_at > _OVERVIEW_FRESH_S:
-                work = (connection.call, look_up_status, client.transport, client.clock)
-                found = await told(service.engine.in_thread(*work))
-                seen, seen_at = swarm_overview(found), service.clock.now()
-        return seen
+        return swarm_overview(await told(status.get()))

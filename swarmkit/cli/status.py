@@ -20,6 +20,11 @@ from swarmkit.errors import UsageError
 if TYPE_CHECKING:
     from swarmkit.client.status import ModelStatus
 
+_WORDS = ("server", "blocks", "state", "computes in", "version")
+_LESS = ("sessions", "queue", "wait", "computes in")
+"""Columns that are left out where a terminal has fewer than `_WIDE` columns of characters."""
+_WIDE = 130
+
 
 @app.command()
 def status(
@@ -89,25 +94,26 @@ def _page(models: list[ModelStatus]) -> RenderableType:
 
 
 def _parts(model: ModelStatus) -> Iterator[RenderableType]:
+    from swarmkit.client.overview import shown_name, status_rows
+
     total = model.num_blocks
     table = Table(title=f"{model.model} · {total} blocks", title_justify="left", title_style="bold")
-    numbers = ("tokens/s", "free cache", "sessions", "queue", "wait")
-    for heading in ("server", "blocks", "", "state", *numbers, "computes in"):
-        table.add_column(heading, justify="right" if heading in numbers else "left")
-    for server in model.servers:
+    (*headings, _), *rows = status_rows(model)  # what would break is told below the table
+    shown = [heading for heading in headings if console.out.width >= _WIDE or heading not in _LESS]
+    for heading in shown:
+        table.add_column(heading, justify="left" if heading in _WORDS else "right")
+        if heading == "blocks":
+            table.add_column("")
+    for server, row in zip(model.servers, rows, strict=True):
         low, high = server.blocks
         style = {"online": "green", "joining": "yellow", "leaving": "dim"}[server.state]
-        table.add_row(
-            server.name or f"…{server.peer_id[-6:]}",
-            f"{low}:{high}",
-            _span(low, high, total, style),
-            Text(server.state, style),
-            f"{server.throughput:,.0f}",
-            f"{server.free_cache_tokens:,}",
-            *("–" if count is None else str(count) for count in (server.sessions, server.queue)),
-            "–" if server.expected_wait_s is None else f"{server.expected_wait_s:.1f} s",
-            server.dtype,
-        )
+        cells: list[RenderableType] = []
+        for heading, cell in zip(headings, row, strict=False):
+            if heading in shown:
+                cells.append(Text(cell, style if heading == "state" else ""))
+            if heading == "blocks":
+                cells.append(_span(low, high, total, style))
+        table.add_row(*cells)
     yield table
     if model.missing:
         named = ", ".join(f"{low}:{high}" for low, high in model.missing)
@@ -118,9 +124,7 @@ def _parts(model: ModelStatus) -> Iterator[RenderableType]:
         server for server in model.servers if server.state == "online" and model.missing_without(server)
     ]
     if needed:
-        names = ", ".join(
-            f"{each.name or each.peer_id[-6:]} {each.blocks[0]}:{each.blocks[1]}" for each in needed
-        )
+        names = ", ".join(f"{shown_name(each)} {each.blocks[0]}:{each.blocks[1]}" for each in needed)
         yield Text(f"the model would stop if one of these left: {names}", "yellow")
 
 

@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from swarmkit.client.overview import swarm_overview
+from swarmkit.client.overview import duration, status_rows, swarm_overview
 from swarmkit.client.status import look_up_status, model_statuses
 from swarmkit.local.swarm import LocalSwarm
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
@@ -100,6 +100,38 @@ def test_a_model_that_does_not_run_is_stopped_by_none_that_leaves() -> None:
     [model] = swarm_overview(model_statuses([only], {}, 0.0))["models"]
     assert (model["runs"], model["missing"], model["free_cache_tokens"]) == (False, [[2, 4]], 0)
     assert model["servers"][0]["if_it_left"] == {"missing": [[0, 4]], "stops": False}
+
+
+def test_the_table_for_people_says_what_would_break_if_a_server_left() -> None:
+    servers = [
+        announcement(0, num_blocks=4, start=0, stop=2, state="online"),
+        announcement(1, num_blocks=4, start=1, stop=4, state="online"),
+        announcement(2, num_blocks=4, start=2, stop=4, state="online"),
+    ]
+    [model] = model_statuses(servers, {}, 0.0)
+    _, *rows = status_rows(model)
+    nothing = "nothing would break"
+    assert [row[-1] for row in rows] == ["the model would stop: no other has 0:1", nothing, nothing]
+
+
+def test_the_table_for_people_does_not_stop_a_model_that_does_not_run() -> None:
+    only = announcement(0, num_blocks=4, start=0, stop=2)
+    [model] = model_statuses([only], {}, 0.0)
+    assert status_rows(model)[1][-1] == "0:2 would be missing, too"
+
+
+def test_the_table_for_people_has_what_a_server_answers() -> None:
+    silent, busy = announcement(0), announcement(1)
+    [model] = model_statuses([silent, busy], {busy.service_id: InfoAnswer(INFO, 0.04)}, 0.0)
+    head, *rows = status_rows(model)
+    told = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    known, unknown = (told[f"…{each.peer_id[-6:]}"] for each in (busy, silent))
+    assert (known["round trip"], known["wait"], known["sessions"]) == ("40.0 ms", "1.5 s", "3")
+    assert (unknown["round trip"], unknown["wait"], unknown["sessions"]) == ("–", "–", "–")
+
+
+def test_times_are_told_in_the_largest_unit_that_is_passed() -> None:
+    assert [duration(seconds) for seconds in (0.4, 61, 7200, 200_000)] == ["0 s", "1 min", "2 h", "2 d"]
 
 
 def test_an_overview_of_a_running_swarm_has_uptimes_and_round_trips(tiny_llama: Checkpoint) -> None:
