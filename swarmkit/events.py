@@ -39,7 +39,7 @@ def _snake_case(name: str) -> str:
 class Owner(msgspec.Struct, frozen=True):
     """What an event happened to: one of the parts of a peer."""
 
-    kind: Literal["client", "session", "training", "server"]
+    kind: Literal["client", "session", "training", "server", "worker"]
     peer_id: str
     """The peer that the part belongs to, and that tells the event."""
     number: int = 0

@@ -118,6 +118,13 @@ class Limits(SettingsGroup):
         ge=1,
         description="How many processor threads a step may use. Without a value, PyTorch decides.",
     )
+    compute_share: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="The share of time in which the device may compute. It rests between two forward passes "
+        "for the others.",
+    )
     upload_bytes_per_s: Rate | None = Field(
         default=None,
         description="How fast all services of the server together send. Without a value, no limit.",

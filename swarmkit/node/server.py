@@ -17,6 +17,7 @@ from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.net import portal
 from swarmkit.net.connect import TransportFactory, over_hivemind
 from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.rates import Traffic
 from swarmkit.net.transport.swarm_key import SwarmKey
 from swarmkit.node.node import Node
 from swarmkit.server.config import ServerConfig
@@ -135,6 +136,16 @@ class Server:
     def serving(self) -> Serving | None:
         """The run of blocks that new sessions find here; None before `start`."""
         return self._server.serving
+
+    @property
+    def servings(self) -> list[Serving]:
+        """All runs of blocks that have sessions: the one for new sessions, and those that drain."""
+        return self._server.servings
+
+    @property
+    def traffic(self) -> Traffic:
+        """What the server's streams have sent and received; the table of the swarm is not counted."""
+        return self._server.traffic
 
     def start(self) -> Server:
         """Load, announce and serve; returns when clients can use the server."""

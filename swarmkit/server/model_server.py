@@ -37,7 +37,7 @@ from swarmkit.net.registry.registry import Registry
 from swarmkit.net.rpc.peer_lists import ListedTransport, PeerLists
 from swarmkit.net.rpc.receive_budget import ReceiveBudget
 from swarmkit.net.transport.paced import PacedTransport
-from swarmkit.net.transport.rates import Rates
+from swarmkit.net.transport.rates import Rates, Traffic
 from swarmkit.net.transport.seam import Transport
 from swarmkit.placement.description import Served
 from swarmkit.placement.petals import choose_blocks
@@ -128,12 +128,17 @@ class ModelServer:
         """All runs of blocks that have sessions: the current one and those that drain."""
         return [run.serving for run in self._runs]
 
+    @property
+    def traffic(self) -> Traffic:
+        """What its streams have sent and received."""
+        return self._rates.traffic
+
     def set_limits(self, limits: Limits) -> None:
         """Keep within other limits from the next step on; see `BlockService.set_limits`."""
         self.limits = limits
         self._rates.replace(limits.upload_bytes_per_s, limits.download_bytes_per_s)
         if self._engine is not None:
-            self._engine.set_threads(limits.threads)
+            self._engine.set_pace(limits.threads, limits.compute_share)
         for serving in self.servings:
             serving.set_limits(limits)
 

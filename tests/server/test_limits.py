@@ -158,7 +158,7 @@ async def test_the_next_step_runs_on_the_new_number_of_threads(
     one = await server.session()
     await one.step(TOKEN)
     for threads in (3, 2, None):
-        server.engine.set_threads(threads)
+        server.engine.set_pace(threads, 1.0)
         await one.step(TOKEN)
     assert seen == [seen[0], 3, 2, seen[0]]
 

@@ -69,8 +69,10 @@ class FrameStream(asyncio.Protocol):
         size = sum(part.nbytes if isinstance(part, memoryview) else len(part) for part in parts)
         if size > MAX_FRAME_BYTES:
             raise frame_too_large(size)
-        if self.rates is not None and (bucket := self.rates.upload) is not None:
-            await self.rates.wait(bucket, size)
+        if (rates := self.rates) is not None:
+            rates.traffic.sent_bytes += size
+            if (bucket := rates.upload) is not None:
+                await rates.wait(bucket, size)
         if self._end is not None:
             raise self._fresh_end()
         assert self._transport is not None
@@ -104,9 +106,11 @@ class FrameStream(asyncio.Protocol):
             self._reading_paused = False
             assert self._transport is not None
             self._transport.resume_reading()
-        if self.rates is not None and (bucket := self.rates.download) is not None:
-            # To hold the frame back keeps the next ones from being read, and so slows the sender.
-            await self.rates.wait(bucket, len(frame))
+        if (rates := self.rates) is not None:
+            rates.traffic.received_bytes += len(frame)
+            if (bucket := rates.download) is not None:
+                # To hold the frame back keeps the next ones from being read, and so slows the sender.
+                await rates.wait(bucket, len(frame))
         return frame
 
     def on_end(self, call: Callable[[], object]) -> None:

@@ -254,8 +254,10 @@ class MemoryStream(Stream):
         size = len(frame)
         if size > MAX_FRAME_BYTES:
             raise frame_too_large(size)
-        if self.rates is not None and (bucket := self.rates.upload) is not None:
-            await self.rates.wait(bucket, size)
+        if (rates := self.rates) is not None:
+            rates.traffic.sent_bytes += size
+            if (bucket := rates.upload) is not None:
+                await rates.wait(bucket, size)
         self._check_sendable()
         if self._network._fails(self._own_id, self._peer_id):
             self.abort(
@@ -288,8 +290,10 @@ class MemoryStream(Stream):
                     raise _again(self._farewell)
             await self._wait()
         frame = self._take()
-        if self.rates is not None and (bucket := self.rates.download) is not None:
-            await self.rates.wait(bucket, len(frame))
+        if (rates := self.rates) is not None:
+            rates.traffic.received_bytes += len(frame)
+            if (bucket := rates.download) is not None:
+                await rates.wait(bucket, len(frame))
         return frame
 
     def on_end(self, call: Callable[[], object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import anyio
 
@@ -36,10 +37,19 @@ class TokenBucket:
         return max(0.0, -self._level / self._rate)
 
 
+@dataclass
+class Traffic:
+    """Bytes of all frames that went through, without what the protocols below them add."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+
 class Rates:
     """The rates of one peer in both directions, in bytes per second; None sets no limit.
 
-    Every stream that has them as `rates` keeps to them. Without a limit a frame costs it two comparisons.
+    Every stream that has them as `rates` keeps to them, and counts its frames in `traffic`. Without a limit a
+    frame costs it two comparisons and an addition.
     """
 
     def __init__(
@@ -51,6 +61,7 @@ class Rates:
         self._sleep = sleep
         self.upload: TokenBucket | None = None
         self.download: TokenBucket | None = None
+        self.traffic = Traffic()
 
     def replace(self, upload_bytes_per_s: float | None, download_bytes_per_s: float | None) -> None:
         """Pace every frame that is sent or received from now on at these rates."""

@@ -84,8 +84,7 @@ class Engine:
 
         Args:
             prefill_chunk_tokens, decode_slowdown: see the scheduler's `PassLimits`.
-            clock: the server's.
-            worker: what runs the engine's turns; a thread if not given.
+            clock, worker: the server's; what runs the engine's turns, which is a thread if not given.
         """
         self.limits = PassLimits(prefill_chunk_tokens, decode_slowdown)
         self.clock = clock
@@ -129,9 +128,10 @@ class Engine:
         wait_s = sum(expected_wait_s(size, decode, of, one.times, chunk) for one, of in left.items())
         return Ahead(len(works), wait_s)
 
-    def set_threads(self, threads: int | None) -> None:
-        """Compute on `threads` processor threads from the next turn on; None: on as many as at the start."""
+    def set_pace(self, threads: int | None, compute_share: float) -> None:
+        """From the next turn on, use so many threads (None: as at the start), and rest the other time."""
         self._threads = threads
+        self._worker.compute_share = compute_share
 
     async def run(self, job: Callable[[], T], priority: int = INTERACTIVE) -> Timed[T]:
         """Run `job` in a turn of its own, and wait for it.

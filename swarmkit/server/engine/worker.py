@@ -13,13 +13,22 @@ import torch
 
 from swarmkit.clock import Clock
 
+_LEAST_SHARE = 0.01
+_LONGEST_REST_S = 10.0
+"""After one turn, which takes much less than a second."""
+
 
 class Worker(Protocol):
     """Runs turns one after the other while there is work, beside the event loop.
 
     A simulation has one that runs turns on the event loop, and lets their outcome arrive after the time that
     the work would have taken.
+
+    Attributes:
+        compute_share: the share of time in which turns may run; it rests for the others while there is work.
     """
+
+    compute_share: float
 
     def now(self) -> float:
         """Seconds on the engine's clock, during a turn and outside of one."""
@@ -54,6 +63,8 @@ class ThreadWorker:
         self._name = name
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # a ring per piece of work, and a last one
         self._stopped = False
+        self._stopping = threading.Event()
+        self.compute_share = 1.0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self, turn: Callable[[], float | None], end: Callable[[], None]) -> None:
@@ -68,6 +79,7 @@ class ThreadWorker:
     def stop(self) -> None:
         """See `Worker.stop`."""
         self._stopped = True
+        self._stopping.set()
         self._bell.put(None)
 
     def join(self) -> None:
@@ -90,5 +102,13 @@ class ThreadWorker:
                 self._bell.get(timeout=timeout)
             timeout = 0.0
             while timeout == 0 and not self._stopped:
-                timeout = self._turn()
+                timeout = self._turn() if self.compute_share >= 1 else self._turn_and_rest()
         self._end()
+
+    def _turn_and_rest(self) -> float | None:
+        began = self.now()
+        timeout = self._turn()
+        if timeout == 0:
+            rest_s = (self.now() - began) * (1 / max(self.compute_share, _LEAST_SHARE) - 1)
+            self._stopping.wait(min(rest_s, _LONGEST_REST_S))
+        return timeout

@@ -29,6 +29,13 @@ class LateStepError(SwarmkitError):
 
 
 @dataclass(eq=False)
+class ServedTokens:
+    """How many positions (rows x tokens) were computed for a session; can be read when it has ended, too."""
+
+    count: int = 0
+
+
+@dataclass(eq=False)
 class ServedSession:
     """A cache and the lease for it, used by one step at a time.
 
@@ -58,6 +65,7 @@ class ServedSession:
     sources: set[anyio.CancelScope] = field(default_factory=set)
     """Around each stream that pushes steps into this session."""
     ended: bool = False
+    served: ServedTokens = field(default_factory=ServedTokens)
     _leased: tuple[int, int] = (0, 0)
     """Rows and pages of the cache that the lease is for; (-1, -1) while it is for more."""
     used_at: float = field(init=False)

@@ -82,7 +82,9 @@ class SessionStep:
         return codec.encode(output[:, output.shape[1] - self.step.keep :], answers[0] if answers else "none")
 
     def after_result(self, output: Tensor) -> None:
-        """Keep full pages, for later sessions that begin alike."""
+        """Count the step's tokens, and keep full pages for later sessions that begin alike."""
+        rows, tokens = self.shape
+        self.of.served.count += rows * tokens
         tracker = self.of.trail
         if tracker is None or tracker.lost:
             return

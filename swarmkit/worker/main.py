@@ -1,0 +1,74 @@
+"""The worker as a program: its log, its signals, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import logging.handlers
+import signal
+import sys
+from typing import Any
+
+import anyio
+
+from swarmkit.errors import unwrapped
+from swarmkit.worker.places import WorkerPlaces
+from swarmkit.worker.sensing.dbus import close_desktop_bus
+from swarmkit.worker.worker import Worker
+
+_LOG_BYTES = 2 * 2**20
+_LOG_FILES = 3
+
+
+def run_worker(places: WorkerPlaces | None = None, *, loopback: bool = False, verbose: bool = False) -> None:
+    """Run a worker until SIGINT or SIGTERM, or until it is told to stop. A second signal asks for haste.
+
+    Raises:
+        WorkerRunsError: another worker of this person runs.
+    """
+    places = places or WorkerPlaces.of_this_person()
+    places.make()
+    handler = _log_to(places, verbose)
+    try:
+        with unwrapped():
+            anyio.run(_run, places, loopback)
+    finally:
+        close_desktop_bus()
+        handler.close()
+
+
+async def _run(places: WorkerPlaces, loopback: bool) -> None:
+    worker = Worker(places, loopback=loopback)
+    loop, asked = asyncio.get_running_loop(), False
+
+    def ask(*_: Any) -> None:
+        nonlocal asked
+        if asked:
+            loop.call_soon_threadsafe(worker.skip_drain)
+        asked = True
+        loop.call_soon_threadsafe(worker.stop)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        await worker.run()
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _log_to(places: WorkerPlaces, verbose: bool) -> logging.Handler:
+    """Write the worker's log, which is rotated; a full disk must not end the worker."""
+    logging.raiseExceptions = False
+    handler = logging.handlers.RotatingFileHandler(
+        places.log, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES, encoding="utf-8", delay=True
+    )
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
+    ours = logging.getLogger("swarmkit.worker")
+    ours.setLevel(logging.INFO)
+    ours.addHandler(handler)
+    ours.propagate = False
+    if verbose or sys.stderr.isatty():
+        shown = logging.StreamHandler()
+        shown.setFormatter(logging.Formatter("%(message)s"))
+        ours.addHandler(shown)
+    return handler

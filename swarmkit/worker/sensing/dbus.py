@@ -1,0 +1,126 @@
+"""Questions over D-Bus from any thread. One connection to each bus is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import os
+import threading
+from typing import Any, Literal
+
+from swarmkit.worker.sensing.probes import LIMIT_S, UnknownError
+
+Bus = Literal["session", "system"]
+SESSION: Bus = "session"
+SYSTEM: Bus = "system"
+_PROPERTIES = "org.freedesktop.DBus.Properties"
+
+
+class DesktopBus:
+    """Both buses, on an event loop in a thread of its own, which begins with the first question."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._connections: dict[Bus, Any] = {}
+
+    def call(
+        self, bus: Bus, name: str, path: str, interface: str, member: str, signature: str = "", *body: Any
+    ) -> list[Any]:
+        """Call a method and return its answer.
+
+        Raises:
+            UnknownError: there is no such bus or service, or it gives no answer.
+        """
+        if not _may_exist(bus):
+            raise UnknownError(f"there is no {bus} bus")
+        message = name, path, interface, member, signature, list(body)
+        future = asyncio.run_coroutine_threadsafe(self._call(bus, *message), self._started())
+        try:
+            return future.result(LIMIT_S)
+        except concurrent.futures.TimeoutError:
+            future.cancel()
+            raise UnknownError(f"{name} does not answer") from None
+
+    def property(self, bus: Bus, name: str, path: str, interface: str, member: str) -> Any:
+        """Return the value of a property. Raises: UnknownError."""
+        return self.call(bus, name, path, _PROPERTIES, "Get", "ss", interface, member)[0].value
+
+    def close(self) -> None:
+        """Close both connections and end the thread."""
+        with self._lock:
+            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
+        if loop is None or thread is None:
+            return
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        for connection in self._connections.values():
+            connection.disconnect()
+        self._connections.clear()
+        loop.close()
+
+    def _started(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(
+                    target=self._loop.run_forever, name="swarmkit-dbus", daemon=True
+                )
+                self._thread.start()
+            return self._loop
+
+    async def _call(
+        self, bus: Bus, name: str, path: str, interface: str, member: str, signature: str, body: list[Any]
+    ) -> list[Any]:
+        try:
+            from dbus_fast import BusType, Message, MessageType
+            from dbus_fast.aio import MessageBus
+        except ImportError:
+            raise UnknownError("install the extra `worker` to ask the desktop") from None
+        connection = self._connections.get(bus)
+        if connection is None or not connection.connected:
+            kind = BusType.SESSION if bus == "session" else BusType.SYSTEM
+            try:
+                connection = self._connections[bus] = await MessageBus(bus_type=kind).connect()
+            except Exception as error:
+                raise UnknownError(f"the {bus} bus cannot be reached: {error}") from error
+        message = Message(
+            destination=name, path=path, interface=interface, member=member, signature=signature, body=body
+        )
+        with contextlib.suppress(EOFError, OSError):
+            answer = await connection.call(message)
+            if answer is not None and answer.message_type != MessageType.ERROR:
+                return answer.body
+            raise UnknownError(f"{name} does not answer ({getattr(answer, 'error_name', 'nothing')})")
+        raise UnknownError(f"the {bus} bus was lost")
+
+
+_shared: list[DesktopBus] = []
+_sharing = threading.Lock()
+
+
+def desktop_bus() -> DesktopBus:
+    """Return the process's own; `close_desktop_bus` ends it."""
+    with _sharing:
+        if not _shared:
+            _shared.append(DesktopBus())
+        return _shared[0]
+
+
+def close_desktop_bus() -> None:
+    """End the process's own, if there is one."""
+    with _sharing:
+        if _shared:
+            _shared.pop().close()
+
+
+def _may_exist(bus: Bus) -> bool:
+    if bus == "session":
+        return bool(os.environ.get("DBUS_SESSION_BUS_ADDRESS")) or os.path.exists(  # noqa: PTH110
+            f"/run/user/{os.getuid()}/bus"
+        )
+    return bool(os.environ.get("DBUS_SYSTEM_BUS_ADDRESS")) or os.path.exists(  # noqa: PTH110
+        "/run/dbus/system_bus_socket"
+    )
