@@ -20,7 +20,7 @@ PACKAGE = ROOT / "swarmkit"
 
 FLOORS = [
     {"errors", "settings", "ewma", "clock", "events", "lazy", "_version", "tinychat"},
-    {"drawing"},
+    {"drawing", "placement"},
     {"net", "models"},
     {"client", "server"},
     {"node"},
@@ -137,7 +137,7 @@ def test_time_comes_from_the_clock_that_is_handed_in(room: str) -> None:
 
 # no circles
 
-SUBROOMS = {"net", "models", "client", "server", "api", "worker"}
+SUBROOMS = {"net", "models", "client", "server", "api", "worker", "placement"}
 """Rooms whose folders and files import one way, as the rooms of the package do."""
 
 
