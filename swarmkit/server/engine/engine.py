@@ -29,10 +29,10 @@ from swarmkit.server.engine.scheduler import (
     DECODE_TOKENS,
     ExpectedArrivals,
     FairShares,
+    JobTurns,
     PassLimits,
     PassTimes,
     Schedule,
-    WaitingJob,
     WaitingStep,
     next_schedule,
     next_stage,
@@ -93,7 +93,7 @@ class Engine:
         """Seconds on the clock that goes on during a turn; in a simulation `clock` stands still then."""
         self._stages: WeakKeyDictionary[Stage, LearnedTimes] = WeakKeyDictionary()
         self._fair = FairShares()
-        self._passed_over = {False: 0, True: 0}  # turns that interactive and bulk jobs have waited for
+        self._job_turns = JobTurns()
         # In order of arrival. Both threads add and remove single entries, which a dict lets them.
         self._works: dict[Work, None] = {}
         self._closed = False
@@ -222,8 +222,7 @@ class Engine:
             return _PAUSE_S
         for step in steps:
             step.passed_over += 1
-        for bulk in {job.bulk for job in jobs}:
-            self._passed_over[bulk] += 1
+        self._job_turns.pass_over(job.bulk for job in jobs)
         if schedule.job is not None:
             self._run_job(jobs[schedule.job])
         else:
@@ -289,15 +288,11 @@ class Engine:
                 step.task.client,
             )
             by_stage.setdefault(step.learned, []).append(waiting)
-        waiting_jobs = [
-            WaitingJob(key, job.bulk, self._passed_over[job.bulk]) for key, job in enumerate(jobs)
-        ]
+        waiting_jobs = self._job_turns.waiting((job.bulk for job in jobs), now)
         learned = next_stage(by_stage)
-        if learned is None:
-            return next_schedule((), waiting_jobs, ExpectedArrivals(), PassTimes(), self.limits)
         here = {step.task.session for step in steps}
-        if not any(step.decode for step in by_stage[learned]):
-            # Prefill delays the decode steps of all stages.
+        if learned is None or not any(step.decode for step in by_stage[learned]):
+            # Prefill and jobs delay the decode steps of all stages.
             with self._lock:
                 stages = list(self._stages.values())
             expected = ExpectedArrivals.merged(one.arrivals.expected(now, here) for one in stages)
@@ -305,12 +300,13 @@ class Engine:
             expected = learned.arrivals.expected(now, here)
         else:
             expected = ExpectedArrivals()  # nothing is gained by a pause while another stage has work
+        if learned is None:
+            return next_schedule((), waiting_jobs, expected, PassTimes(), self.limits)
         return next_schedule(
             by_stage[learned], waiting_jobs, expected, learned.times, self.limits, learned.cost
         )
 
     def _run_job(self, job: Job) -> None:
-        self._passed_over[job.bulk] = 0
         if not job.claim.acquire(blocking=False):
             return
         started = self.now()
@@ -320,6 +316,7 @@ class Engine:
             self._resolve(job, None, error)
         else:
             self._resolve(job, Timed(value, started - job.queued_at, self.now() - started), None)
+        self._job_turns.ran(job.bulk, started, self.now())
 
     def _run_pass(self, scheduled: Sequence[tuple[QueuedStep, int, int]]) -> None:
         """One forward pass over the next tokens of some rows of some steps of one stage."""

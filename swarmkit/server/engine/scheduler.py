@@ -5,7 +5,8 @@ Decisions only, over plain data; the engine carries them out. In this order:
 1. every step of few tokens (a *decode* step, whose tokens a user watches appear), up to a cap;
 2. of longer steps (*prefill*), beside decode steps or before the next of them arrives, as many tokens as
    leave the decode steps within their time;
-3. a job, when there is no step, or when it has been passed over often enough.
+3. a job, when there is no step, or when it has been passed over often enough. While sessions decode, bulk
+   jobs rest after each of them, so that they have no more than a share of the time.
 
 Among equals the step of the client that has been served least comes first, and a step that has been passed
 over too often comes before all others of its kind, so that none starves.
@@ -40,6 +41,10 @@ layers: cut smaller, it would be read so much more often."""
 
 _STARVING_TURNS = 16
 """A step or job that has been passed over in so many turns is next."""
+_BULK_SHARE = 0.4
+"""Of the time, for bulk jobs while sessions decode: a token that waits for one of them waits for all of it.
+A client beside somebody who trains is to have at least half of its usual speed."""
+
 _OTHER_STAGE_TURNS = 2
 """A stage that has been passed over in so many turns is next."""
 _ROWS = 4
@@ -79,6 +84,8 @@ class WaitingJob:
     bulk: bool
     passed_over: int
     """Turns that jobs of its kind have waited for since one of them was run."""
+    rests: bool = False
+    """Whether jobs of its kind have had their share of the time, as long as sessions decode."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +184,9 @@ def next_schedule(
         times: how long the stage's forward passes take, by their work.
         cost: of the stage's attention.
     """
-    due = [job for job in jobs if not steps or job.passed_over >= (_STARVING_TURNS if job.bulk else 1)]
+    decodes = bool(expected.tokens) or any(step.decode for step in steps)
+    ready = [job for job in jobs if not (job.rests and decodes)]
+    due = [job for job in ready if not steps or job.passed_over >= (_STARVING_TURNS if job.bulk else 1)]
     if due:
         return Schedule(job=min(due, key=lambda job: (job.passed_over < _STARVING_TURNS, job.bulk)).key)
     scheduled: list[ScheduledTokens] = []
@@ -210,7 +219,7 @@ def next_schedule(
                 left -= (
                     cost.work(piece.rows, piece.tokens, step.past) if hurried else piece.rows * piece.tokens
                 )
-    return Schedule(tuple(scheduled)) if steps else None
+    return Schedule(tuple(scheduled)) if steps or jobs else None
 
 
 def _decode_steps(
@@ -342,6 +351,32 @@ def _order(step: WaitingStep) -> tuple[bool, float]:
     return step.passed_over < _STARVING_TURNS, step.client_served
 
 
+class JobTurns:
+    """For how many turns jobs of each kind have waited, and when bulk jobs have had their share of time."""
+
+    def __init__(self) -> None:
+        self._passed_over = {False: 0, True: 0}
+        self._rests_until = -math.inf
+
+    def waiting(self, kinds: Iterable[bool], now: float) -> list[WaitingJob]:
+        """The jobs that wait, by whether each of them is a bulk job, in order of arrival."""
+        rests = now < self._rests_until
+        return [
+            WaitingJob(key, bulk, self._passed_over[bulk], bulk and rests) for key, bulk in enumerate(kinds)
+        ]
+
+    def pass_over(self, kinds: Iterable[bool]) -> None:
+        """A turn begins while jobs of these kinds wait."""
+        for bulk in set(kinds):
+            self._passed_over[bulk] += 1
+
+    def ran(self, bulk: bool, began: float, ended: float) -> None:
+        """A job was run."""
+        self._passed_over[bulk] = 0
+        if bulk:
+            self._rests_until = ended + (ended - began) * (1 / _BULK_SHARE - 1)
+
+
 @dataclass
 class FairShares:
     """Work that each client has been served, such that a client saves nothing up while it is away.
@@ -353,6 +388,10 @@ class FairShares:
 
     _served: dict[str, float] = field(default_factory=dict)
     _present: set[str] = field(default_factory=set)
+
+    def __len__(self) -> int:
+        """How many clients are remembered."""
+        return len(self._served)
 
     def of_present(self, clients: Iterable[str]) -> dict[str, float]:
         """What each of these clients, which have work waiting, has been served."""

@@ -1,0 +1,260 @@
+"""Everybody is served in the end, and clients alike, however many sessions one of them has."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from swarmkit.server.engine.scheduler import (
+    ExpectedArrivals,
+    FairShares,
+    PassTimes,
+    Schedule,
+    WaitingJob,
+    WaitingStep,
+    next_schedule,
+)
+
+from .scheduling import (
+    LIMITS,
+    NOBODY,
+    READING_S,
+    TOKEN_S,
+    decode,
+    times_learnt,
+    turn_of,
+)
+
+# nobody starves
+
+
+@dataclass
+class Work:
+    """A step or a job of a simulated client."""
+
+    client: str
+    rows: int
+    left: int
+    decode: bool
+    arrived: float
+    job: bool = False
+    passed_over: int = 0
+    gaps: int = 0
+    """The most turns that it was passed over in a row."""
+
+
+class Simulation:
+    """A device on which time passes as the model of `TIMES` says, and clients that come at random."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.now = 0.0
+        self.waiting: list[Work] = []
+        self.finished: list[Work] = []
+        self.fair = FairShares()
+        self.times = PassTimes()
+        self.bulk_passed_over = 0
+
+    def arrive(self) -> None:
+        """One more piece of work, of any kind."""
+        client = f"client {min(int(self.random.expovariate(0.5)), 9)}"  # some want far more than others
+        kind = self.random.choices(["decode", "prefill", "job"], [8, 2, 1])[0]
+        tokens = {"decode": self.random.randint(1, 16), "prefill": self.random.randint(17, 2000), "job": 0}[
+            kind
+        ]
+        rows = self.random.choice([1, 1, 1, 4, 60])
+        self.waiting.append(Work(client, rows, tokens, kind == "decode", self.now, job=kind == "job"))
+
+    def turn(self) -> Schedule | None:
+        steps = [work for work in self.waiting if not work.job]
+        jobs = [work for work in self.waiting if work.job]
+        served = self.fair.of_present(work.client for work in steps)
+        turn = next_schedule(
+            [
+                WaitingStep(
+                    key,
+                    served[work.client],
+                    work.rows,
+                    work.left,
+                    work.decode,
+                    self.now - work.arrived,
+                    work.passed_over,
+                )
+                for key, work in enumerate(steps)
+            ],
+            [WaitingJob(key, True, self.bulk_passed_over) for key, _ in enumerate(jobs)],
+            NOBODY,
+            self.times,
+            LIMITS,
+        )
+        if turn is None:
+            return None
+        for work in steps:
+            work.passed_over += 1
+            work.gaps = max(work.gaps, work.passed_over)
+        self.bulk_passed_over = 0 if turn.job is not None or not jobs else self.bulk_passed_over + 1
+        if turn.job is not None:
+            self.finish(jobs[turn.job])
+            self.now += 0.05
+            return turn
+        total = 0
+        for scheduled in turn.steps:
+            work = steps[scheduled.key]
+            work.left -= scheduled.tokens
+            work.passed_over = 0
+            total += scheduled.tokens * work.rows
+            self.fair.serve(work.client, scheduled.tokens * work.rows)
+            if not work.left:
+                self.finish(work)
+        self.times.learn(total, READING_S + total * TOKEN_S)
+        self.now += READING_S + total * TOKEN_S
+        return turn
+
+    def finish(self, work: Work) -> None:
+        self.waiting.remove(work)
+        self.finished.append(work)
+
+
+def seeds(count: int, quick: int) -> list[Any]:
+    """The first few always, the others in test-all."""
+    return [pytest.param(seed, marks=pytest.mark.slow) if seed >= quick else seed for seed in range(count)]
+
+
+@pytest.mark.parametrize("seed", seeds(20, 6))
+def test_everything_that_arrives_is_finished(seed: int) -> None:
+    world = Simulation(seed)
+    for _ in range(300):
+        world.arrive()
+        if world.random.random() < 0.8:
+            world.turn()
+    while world.turn() is not None:
+        pass
+    assert len(world.finished) == 300
+
+
+@pytest.mark.parametrize("seed", seeds(20, 6))
+def test_nobody_is_passed_over_without_end(seed: int) -> None:
+    world = Simulation(seed)
+    for _ in range(600):  # more comes than can be done
+        world.arrive()
+        world.arrive()
+        world.turn()
+    waited = [work.gaps for work in (*world.finished, *world.waiting) if work.decode]
+    # Its turn comes after 16 others, and then those of its kind that wait as long go before it at most.
+    assert max(waited) <= 16 + len(world.waiting)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_two_clients_get_the_same_however_many_sessions_one_has(seed: int) -> None:
+    world = Simulation(seed)
+    for _ in range(7):
+        world.waiting.append(Work("greedy", 1, 100_000, False, 0.0))
+    world.waiting.append(Work("modest", 1, 100_000, False, 0.0))
+    for _ in range(100):
+        world.turn()
+    left = {work.client: work.left for work in world.waiting}
+    assert 100_000 - left["modest"] >= 0.45 * 100 * LIMITS.chunk_tokens
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_while_somebody_decodes_a_pass_takes_about_twice_as_long_at_most(seed: int) -> None:
+    world = Simulation(seed)
+    world.times = times_learnt()
+    world.waiting.append(Work("long prompt", 1, 3000, False, 0.0))
+    took = []
+    while any(not work.decode for work in world.waiting):
+        world.waiting.append(Work("decoder", 1, 1, True, world.now))
+        before = world.now
+        world.turn()
+        took.append(world.now - before)
+    assert max(took) <= 2.1 * (READING_S + TOKEN_S)
+
+
+def test_a_long_prompt_beside_a_decoder_is_finished_in_time() -> None:
+    world = Simulation(0)
+    world.waiting.append(Work("long prompt", 1, 3000, False, 0.0))
+    turns = 0
+    while any(not work.decode for work in world.waiting):
+        if not any(work.decode for work in world.waiting):
+            world.waiting.append(Work("decoder", 1, 1, True, world.now))
+        world.turn()
+        turns += 1
+    assert turns <= 2 * 3000 * TOKEN_S / READING_S
+
+
+# shares
+
+
+def test_a_newcomer_owes_and_is_owed_nothing() -> None:
+    shares = FairShares()
+    shares.of_present(["old"])
+    shares.serve("old", 1000)
+    assert shares.of_present(["old", "new"]) == {"old": 1000, "new": 1000}
+
+
+def test_who_comes_back_still_has_what_was_taken() -> None:
+    shares = FairShares()
+    shares.of_present(["greedy", "modest"])
+    shares.serve("greedy", 1000)
+    shares.of_present(["modest"])
+    assert shares.of_present(["greedy", "modest"]) == {"greedy": 1000, "modest": 0}
+
+
+def test_when_nobody_has_stayed_all_begin_anew() -> None:
+    shares = FairShares()
+    shares.of_present(["greedy"])
+    shares.serve("greedy", 1000)
+    shares.of_present([])
+    assert shares.of_present(["greedy", "new"]) == {"greedy": 0, "new": 0}
+
+
+def test_clients_that_have_gone_are_forgotten() -> None:
+    shares = FairShares()
+    for client in range(10_000):
+        shares.of_present(["always", f"client {client}"])
+        shares.serve("always", 1)
+        shares.serve(f"client {client}", 1)
+    assert len(shares) < 1000
+
+
+# decode steps of several clients
+
+
+def of_client(client: str, *keys: int, **more: object) -> list[WaitingStep]:
+    return [decode(key, client=client, **more) for key in keys]
+
+
+def keys_of(*steps: WaitingStep, expected: ExpectedArrivals = NOBODY) -> set[int]:
+    turn = turn_of(*steps, expected=expected)
+    assert turn is not None
+    return {piece.key for piece in turn.steps}
+
+
+def test_a_client_alone_decodes_in_all_of_its_sessions_together() -> None:
+    assert len(keys_of(*of_client("one", *range(200)))) == 200
+
+
+def test_a_client_with_many_sessions_takes_no_more_beside_another_than_the_slowdown_allows() -> None:
+    keys = keys_of(*of_client("many", *range(200), passed_over=99), *of_client("one", 999))
+    assert 999 in keys
+    alone_s, together_s = (READING_S + tokens * TOKEN_S for tokens in (2, len(keys)))
+    assert len(keys) > 2
+    assert together_s <= LIMITS.decode_slowdown * alone_s
+
+
+def test_it_takes_no_more_while_the_other_ones_step_is_expected() -> None:
+    soon = ExpectedArrivals(((0.01, 1),), 0.01, (("one", 1),))
+    keys = keys_of(*of_client("many", *range(200)), expected=soon)
+    assert READING_S + len(keys) * TOKEN_S <= LIMITS.decode_slowdown * (READING_S + TOKEN_S)
+
+
+def test_clients_with_as_many_sessions_each_all_decode_together() -> None:
+    assert len(keys_of(*of_client("one", *range(50)), *of_client("other", *range(50, 100)))) == 100
+
+
+def test_of_many_sessions_those_that_waited_longest_are_next() -> None:
+    late = of_client("many", 7, passed_over=3)
+    assert 7 in keys_of(*of_client("many", *range(100, 300)), *late, *of_client("one", 999))
