@@ -36,17 +36,17 @@ def faster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Time runs so that blocked weights are always faster; what they yield is looked at all the same."""
     times = iter(range(99, 0, -1))
     monkeypatch.setattr(blocked_linear, "_seconds", lambda work: 2.0 ** (next(times) % 2))
-    blocked_linear._is_faster.cache_clear()
+    blocked_linear.is_faster.cache_clear()
     yield
-    blocked_linear._is_faster.cache_clear()
+    blocked_linear.is_faster.cache_clear()
 
 
 @pytest.fixture
 def slower(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(blocked_linear, "_seconds", lambda work: 1.0)
-    blocked_linear._is_faster.cache_clear()
+    blocked_linear.is_faster.cache_clear()
     yield
-    blocked_linear._is_faster.cache_clear()
+    blocked_linear.is_faster.cache_clear()
 
 
 @pytest.mark.parametrize("shape", [(IN,), (1, 1, IN), (3, 7, IN), (2, 1, 33, IN)])
@@ -119,8 +119,8 @@ def test_layers_stay_where_that_is_not_faster() -> None:
 
 @pytest.mark.usefixtures("faster")
 def test_layers_stay_where_products_would_be_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    multiply = blocked_linear._multiply
-    monkeypatch.setattr(blocked_linear, "_multiply", lambda *given: multiply(*given) + 0.01)
+    multiply = blocked_linear.multiply
+    monkeypatch.setattr(blocked_linear, "multiply", lambda *given: multiply(*given) + 0.01)
     assert use_blocked(nn.Sequential(layer())) == 0
 
 

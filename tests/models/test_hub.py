@@ -48,7 +48,7 @@ def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 def opened(name: str = "some/llama", **options: Any) -> Checkpoint:
     checkpoint = Checkpoint.open(name, progress=False, **options)
-    checkpoint.files._retry = PATIENCE  # type: ignore[attr-defined]
+    checkpoint.files.retry = PATIENCE  # type: ignore[attr-defined]
     return checkpoint
 
 

@@ -200,7 +200,7 @@ def test_a_damaged_file_is_put_aside_when_it_is_first_opened(store: BlockStore, 
 
 
 def test_what_was_not_read_for_longest_goes_first(store: BlockStore) -> None:
-    limited = BlockStore(store.root, max_bytes=3000, clock=store._clock)
+    limited = BlockStore(store.root, max_bytes=3000, clock=Clock())
     contents = {part: put(limited, part) for part in ("block 0", "block 1", "block 2")}
     limited.find("m@1", "block 0")
     for content in contents.values():

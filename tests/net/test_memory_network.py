@@ -13,7 +13,7 @@ from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.memory import MemoryNetwork, MemoryTransport
 from swarmkit.net.transport.seam import Stream
 
-from .worlds import collector, echo
+from .worlds import collector, echo, own_tasks
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(30)]
 
@@ -116,11 +116,11 @@ async def test_the_dead_can_do_nothing() -> None:
 
 
 async def test_the_deads_handlers_are_cancelled() -> None:
-    network = MemoryNetwork()
+    network, before = MemoryNetwork(), own_tasks()
     _, server, _, _ = await connected(network)
     network.kill(server.peer_id)
     await server.close()
-    assert not server._tasks
+    assert own_tasks() == before
 
 
 async def test_only_those_who_are_there_can_be_killed() -> None:

@@ -170,7 +170,7 @@ async def test_what_is_remembered_is_bounded_whatever_is_stored(
         old = sign(announcement(number, expires_at=NOW - 1), identity(number))
         await put(place, number, block_key(FINGERPRINT, 2), old)
     await found(client)
-    assert len(client._known) <= 2
+    assert client.remembered <= 2
 
 
 # waiting

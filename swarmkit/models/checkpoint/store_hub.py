@@ -60,7 +60,7 @@ class HubFiles:
         self.commit: str | None
         self._token = token
         self._progress = progress
-        self._retry = retry
+        self.retry = retry
         self._headers: dict[str, Header] = {}
         self._remotes = (
             threading.local()
@@ -303,7 +303,7 @@ class HubFiles:
                 about[1],
                 about[0],
                 build_hf_headers(token=self._token, library_name="swarmkit"),
-                self._retry,
+                self.retry,
             )
             self._opened.append(mine[name])
         return mine[name]

@@ -50,7 +50,7 @@ class BlockedLinear(nn.Linear):
         if torch.is_grad_enabled() and input.requires_grad:
             out: Tensor = _Multiply.apply(input, self.weight, self.bias)
             return out
-        return _multiply(input, self.weight, self.bias)
+        return multiply(input, self.weight, self.bias)
 
 
 class _Multiply(torch.autograd.Function):
@@ -59,7 +59,7 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return _multiply(given, weight, bias)
+        return multiply(given, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
@@ -75,11 +75,11 @@ def _is_better(layer: nn.Linear) -> bool:
     weight = layer.weight
     if not can_be_replaced(layer) or weight.dtype not in _BOUND or weight.is_mkldnn:
         return False
-    return _is_faster(layer.out_features, layer.in_features, weight.dtype, torch.get_num_threads())
+    return is_faster(layer.out_features, layer.in_features, weight.dtype, torch.get_num_threads())
 
 
 @functools.cache
-def _is_faster(rows: int, columns: int, dtype: torch.dtype, threads: int) -> bool:
+def is_faster(rows: int, columns: int, dtype: torch.dtype, threads: int) -> bool:
     """Whether a blocked weight gives the same products, faster for several rows, and for one as fast."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(rows, columns, generator=generator) / columns**0.5).to(dtype)
@@ -87,7 +87,7 @@ def _is_faster(rows: int, columns: int, dtype: torch.dtype, threads: int) -> boo
         blocked = _blocked(weight)
         for count in _TRIED_ROWS:
             given = torch.randn(count, columns, generator=generator).to(dtype)
-            expected, found = functional.linear(given, weight), _multiply(given, blocked, None)
+            expected, found = functional.linear(given, weight), multiply(given, blocked, None)
             if not torch.allclose(expected, found, rtol=0, atol=_BOUND[dtype]):
                 logger.warning("blocked weights of %d x %d give other products here", rows, columns)
                 return False
@@ -96,7 +96,7 @@ def _is_faster(rows: int, columns: int, dtype: torch.dtype, threads: int) -> boo
         return False
     given = torch.randn(_ROWS, columns, generator=generator).to(dtype)
     plain_s = _seconds(lambda: functional.linear(given, weight))
-    if plain_s <= _FASTER * _seconds(lambda: _multiply(given, blocked, None)):
+    if plain_s <= _FASTER * _seconds(lambda: multiply(given, blocked, None)):
         return False
     # A lone client's token is one row, and finds no weight in the cache. On processors without AVX512, one
     # row by a blocked weight was seen to take twice as long as by a plain one.
@@ -104,7 +104,7 @@ def _is_faster(rows: int, columns: int, dtype: torch.dtype, threads: int) -> boo
     plain = [weight.clone() for _ in range(max(1, _CACHE_BYTES // weight.nbytes))]
     laid_out = [_blocked(each) for each in plain]
     plain_s = _seconds(lambda: [functional.linear(one, each) for each in plain])
-    return _seconds(lambda: [_multiply(one, each, None) for each in laid_out]) <= _AS_FAST * plain_s
+    return _seconds(lambda: [multiply(one, each, None) for each in laid_out]) <= _AS_FAST * plain_s
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -118,6 +118,7 @@ def _blocked(weight: Tensor) -> Tensor:
     return blocked
 
 
-def _multiply(given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def multiply(given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of `given` [rows, in] with a blocked weight [out, in], and the bias [out]."""
     product: Tensor = torch.ops.mkldnn._linear_pointwise(given, weight, bias, "none", [], "")
     return product

@@ -76,12 +76,12 @@ def _cuts(layer: nn.Linear) -> Sequence[int]:
     weight = layer.weight
     if not can_be_replaced(layer) or weight.dtype is not torch.float32 or not weight.is_contiguous():
         return ()
-    return _fastest_cuts(layer.out_features, layer.in_features, torch.get_num_threads())
+    return fastest_cuts(layer.out_features, layer.in_features, torch.get_num_threads())
 
 
 @functools.cache
 @torch.inference_mode()
-def _fastest_cuts(outputs: int, inputs: int, threads: int) -> Sequence[int]:
+def fastest_cuts(outputs: int, inputs: int, threads: int) -> Sequence[int]:
     """For each number of rows from 0 on, the cut that takes the least time; 0: none is worthwhile."""
     possible = [cut for cut in CUTS if outputs % cut == 0]
     most = max(possible, default=1)

@@ -62,6 +62,11 @@ class Registry:
             self._numbers.remove(number)
 
     @property
+    def remembered(self) -> int:
+        """How many records are remembered, whose signatures need not be verified again."""
+        return len(self._known)
+
+    @property
     def rejected(self) -> int:
         """How many records were ignored because something about them was wrong."""
         return self._rejected

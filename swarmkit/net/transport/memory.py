@@ -46,7 +46,7 @@ from swarmkit.net.transport.swarm_key import SwarmKey, admit_opener, prove_to_se
 
 logger = logging.getLogger(__name__)
 
-_QUEUE_BYTES = 1024 * 1024  # under way to one reader before the sender has to wait
+_QUEUE_BYTES = 1024 * 1024
 _FRAME_COST = 64  # what even an empty frame counts
 
 
@@ -70,9 +70,20 @@ class MemoryLink:
 class MemoryNetwork:
     """The world in which memory transports meet. Everything in it runs in one event loop."""
 
-    def __init__(self, *, seed: int = 0, clock: Callable[[], float] = system_date) -> None:
-        """Args: seed: of what is random. clock: tells the Unix time, for the expiry of records."""
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        clock: Callable[[], float] = system_date,
+        queue_bytes: int = _QUEUE_BYTES,
+    ) -> None:
+        """Args:
+        seed: of what is random.
+        clock: tells the Unix time, for the expiry of records.
+        queue_bytes: so many may be under way to one reader before the sender has to wait.
+        """
         self.clock = clock
+        self.queue_bytes = queue_bytes
         self.hosts: dict[str, str] = {}
         """Where peers come from, by peer id, as far as a test says so."""
         self._random = random.Random(seed)
@@ -265,13 +276,13 @@ class MemoryStream(Stream):
             )
             self._check_sendable()
         other = self._other
-        while other._queued > _QUEUE_BYTES:
+        while other._queued > self._network.queue_bytes:
             await other._wait_for_room()
             self._check_sendable()
         other._queued += size + _FRAME_COST
         other._frames.append((self._network._arrival(self._own_id, self._peer_id, size), frame))
         other._wake_reader()
-        if other._queued <= _QUEUE_BYTES:
+        if other._queued <= self._network.queue_bytes:
             other._wake_writer()
 
     async def receive(self) -> bytes:
