@@ -125,6 +125,13 @@ class Limits(SettingsGroup):
         description="The share of time in which the device may compute. It rests between two forward passes "
         "for the others.",
     )
+    client_tokens_per_minute: int | None = Field(
+        default=None,
+        ge=1,
+        description="How many tokens (batch x tokens) of each client the server computes in a minute, for "
+        "generation and training together. It refuses more as busy, and says when to come back. Without a "
+        "value, no limit.",
+    )
     upload_bytes_per_s: Rate | None = Field(
         default=None,
         description="How fast all services of the server together send. Without a value, no limit.",

@@ -49,6 +49,7 @@ from swarmkit.server.engine.engine import Engine
 from swarmkit.server.engine.throughput import measure_decode_rate
 from swarmkit.server.engine.trim_malloc import trim_malloc
 from swarmkit.server.engine.work import BULK, EngineClosedError
+from swarmkit.server.quota import ClientQuota
 from swarmkit.server.serving import Serving
 from swarmkit.server.sessions.links import Links, NextServers
 from swarmkit.server.weights.service import WeightsService
@@ -97,6 +98,7 @@ class ModelServer:
         """What it keeps within; see `set_limits`."""
         self._clock = clock
         self._rates = Rates(clock.now)
+        self._quota = ClientQuota(clock.now)
         self._engine: Engine | None = None
         self._owner = Owner("server", peer_id)
         self.ended = anyio.Event()
@@ -137,6 +139,7 @@ class ModelServer:
         """Keep within other limits from the next step on; see `BlockService.set_limits`."""
         self.limits = limits
         self._rates.replace(limits.upload_bytes_per_s, limits.download_bytes_per_s)
+        self._quota.per_minute = limits.client_tokens_per_minute
         if self._engine is not None:
             self._engine.set_pace(limits.threads, limits.compute_share)
         for serving in self.servings:
@@ -331,6 +334,7 @@ class ModelServer:
                     engine=engine,
                     cache=self._cache,
                     receive_budget=self._receive_budget,
+                    quota=self._quota,
                     weights=self._weights,
                     links=self._links(),
                     settings=config.settings,

@@ -26,6 +26,7 @@ from swarmkit.net.transport.seam import Handler, Transport
 from swarmkit.server.adapters.service import AdapterService
 from swarmkit.server.cache.kv_budget import KVBudget
 from swarmkit.server.engine.engine import Engine
+from swarmkit.server.quota import ClientQuota
 from swarmkit.server.sessions.links import Links
 from swarmkit.server.sessions.service import BlockService
 from swarmkit.server.training.service import GradientService
@@ -54,6 +55,7 @@ class Serving:
         engine: Engine,
         cache: KVBudget,
         receive_budget: ReceiveBudget,
+        quota: ClientQuota,
         weights: SharedWeights,
         links: Links | None,
         settings: ServerSettings,
@@ -63,7 +65,8 @@ class Serving:
         Args:
             hosted: adapters for every client: hash, label, and the part for the stage's blocks.
             engine: runs all that is computed.
-            cache, receive_budget: memory that servings of the same model share.
+            cache, receive_budget, quota: memory, and what each client may have computed; servings of the same
+                model share them.
             weights: offers the blocks' files to other servers.
             links: how to reach servers with the next blocks; None: outputs go to clients only.
         """
@@ -79,13 +82,14 @@ class Serving:
             links,
             budget=cache,
             receive_budget=receive_budget,
+            quota=quota,
         )
         for digest, label, adapter in hosted:
             self.sessions.adapters.host(digest, label, adapter)
         store = self.sessions.adapters
         self.adapters = AdapterService(stage, fingerprint, engine, settings, receive_budget, store)
         self.gradients = GradientService(
-            stage, fingerprint, engine, settings, receive_budget, lambda: self.sessions.leaving, store
+            stage, fingerprint, engine, settings, receive_budget, lambda: self.sessions.leaving, store, quota
         )
         self._transport = transport
         self._weights = weights

@@ -166,3 +166,16 @@ def test_a_session_whose_idle_cache_made_room_for_others_goes_on_with_the_same_t
             assert session.position
         assert world.lost() == []
         assert "room was needed" in world.events(PeerRefused)[0].reason
+
+
+def test_a_session_goes_on_elsewhere_when_a_server_has_computed_enough_for_its_client(
+    tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor]
+) -> None:
+    with a_world(tiny_llama, replicas=1) as world:
+        with_tight_middle(world, ServerSettings().replace(client_tokens_per_minute=8, throughput=10_000))
+        world.add((1, 3))
+        assert_same(world.answer(), undisturbed())
+        assert world.lost() == []
+        refused = world.events(PeerRefused)[0]
+        assert "8 tokens a minute" in refused.reason
+        assert refused.retry_after_s > 1

@@ -5,13 +5,21 @@ from __future__ import annotations
 import asyncio
 import itertools
 import socket
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 
 from swarmkit.errors import PeerUnreachableError, ProtocolError
-from swarmkit.net.hivemind.direct import DirectListener, Offer, SealedStream, connect_directly
+from swarmkit.net.hivemind.direct import (
+    MOST_STRANGERS,
+    DirectListener,
+    Offer,
+    SealedStream,
+    connect_directly,
+)
+from swarmkit.net.hivemind.direct_tries import DirectOutcome
 from swarmkit.net.hivemind.framing import FrameStream
 
 from .worlds import HivemindWorld, collector, echo
@@ -27,13 +35,17 @@ class Ends:
     def __init__(self) -> None:
         self.streams: list[FrameStream] = []
         self.tasks: list[asyncio.Task[None]] = []
+        self.writers: list[asyncio.StreamWriter] = []
         self.listener: DirectListener
 
     def spawn(self, coroutine: Any) -> None:
         self.tasks.append(asyncio.create_task(coroutine))
 
-    async def take_up(self, offer: Offer, timeout: float = 5.0) -> SealedStream | None:
-        return await connect_directly("server", offer, [HOST], self.streams.append, timeout)
+    async def take_up(self, offer: Offer) -> SealedStream | None:
+        return (await self.outcome(offer))[0]
+
+    async def outcome(self, offer: Offer) -> tuple[SealedStream | None, DirectOutcome]:
+        return await connect_directly("server", offer, [HOST], self.streams.append, 5.0)
 
 
 @pytest.fixture
@@ -44,8 +56,8 @@ async def ends() -> AsyncIterator[Ends]:
     ends.listener = listener
     yield ends
     listener.close()
-    for stream in ends.streams:
-        stream.close()
+    for end in (*ends.streams, *ends.writers):
+        end.close()
     await asyncio.gather(*ends.tasks)
 
 
@@ -132,12 +144,19 @@ async def test_a_long_first_frame_is_not_taken(ends: Ends) -> None:
     writer.close()
 
 
-class Relay:
-    """Stands between the two ends, writes down what passes, and may change it."""
+TICKET_BYTES = 4 + 32
+"""That pass before the first sealed frame."""
 
-    def __init__(self, port: int, change_at: int | None = None) -> None:
+
+class Relay:
+    """Stands between the two ends, writes down what passes, and may change it.
+
+    Args: edit: what passes on of each byte from the opener, by its position.
+    """
+
+    def __init__(self, port: int, edit: Callable[[int, bytes], bytes] = lambda position, byte: byte) -> None:
         self._port = port
-        self._change_at = change_at
+        self._edit = edit
         self.passed = bytearray()
         self.tasks: list[asyncio.Task[None]] = []
 
@@ -155,16 +174,16 @@ class Relay:
     async def _serve(self, reader: Any, writer: Any) -> None:
         there_reader, there_writer = await asyncio.open_connection(HOST, self._port)
         self.tasks = [
-            asyncio.create_task(self._carry(reader, there_writer, self._change_at)),
-            asyncio.create_task(self._carry(there_reader, writer, None)),
+            asyncio.create_task(self._carry(reader, there_writer, self._edit)),
+            asyncio.create_task(self._carry(there_reader, writer, lambda position, byte: byte)),
         ]
 
-    async def _carry(self, reader: Any, writer: Any, change_at: int | None) -> None:
+    async def _carry(self, reader: Any, writer: Any, edit: Callable[[int, bytes], bytes]) -> None:
         for position in itertools.count():
             if not (byte := await reader.read(1)):
                 break
             self.passed += byte
-            writer.write(bytes([byte[0] ^ 1]) if position == change_at else byte)
+            writer.write(edit(position, byte))
         writer.close()
 
 
@@ -183,8 +202,12 @@ async def test_what_passes_cannot_be_read(ends: Ends) -> None:
 async def test_what_was_changed_on_its_way_ends_the_stream(ends: Ends) -> None:
     with ends.listener.offer("opener") as expected:
         offer = expected.offer
-        behind_the_ticket = 4 + 32 + 4 + 5
-        async with Relay(offer.port, change_at=behind_the_ticket) as relay:
+        behind_the_ticket = TICKET_BYTES + 4 + 5
+
+        def change(position: int, byte: bytes) -> bytes:
+            return bytes([byte[0] ^ 1]) if position == behind_the_ticket else byte
+
+        async with Relay(offer.port, change) as relay:
             opener = await ends.take_up(Offer(relay.port, offer.ticket, offer.to_server, offer.to_opener))
             assert opener is not None
             server = expected.take()
@@ -194,14 +217,68 @@ async def test_what_was_changed_on_its_way_ends_the_stream(ends: Ends) -> None:
 
 
 async def test_a_frame_cannot_come_twice(ends: Ends) -> None:
+    with ends.listener.offer("opener") as expected:
+        offer = expected.offer
+        whole = 4 + len(b"once") + 16
+        frame = bytearray()
+
+        def repeat(position: int, byte: bytes) -> bytes:
+            if position < TICKET_BYTES:
+                return byte
+            frame.extend(byte)
+            return byte + bytes(frame) if len(frame) == whole else byte
+
+        async with Relay(offer.port, repeat) as relay:
+            opener = await ends.take_up(Offer(relay.port, offer.ticket, offer.to_server, offer.to_opener))
+            assert opener is not None
+            server = expected.take()
+            await opener.send(b"once")
+            assert await server.receive() == b"once"
+            with pytest.raises(ProtocolError):
+                await server.receive()
+
+
+# strangers at the door
+
+
+async def strangers(ends: Ends, number: int, host: str = HOST) -> list[asyncio.StreamReader]:
+    """So many connections from one host that say nothing; what they read."""
+    readers = []
+    for _ in range(number):
+        reader, writer = await asyncio.open_connection(HOST, ends.listener.port, local_addr=(host, 0))
+        ends.writers.append(writer)
+        readers.append(reader)
+    return readers
+
+
+ANOTHER_HOST = pytest.param(
+    "127.0.0.2",
+    marks=pytest.mark.skipif(sys.platform != "linux", reason="this system has one loopback address only"),
+    id="of another host",
+)
+
+
+@pytest.mark.parametrize("host", [pytest.param(HOST, id="of its own host"), ANOTHER_HOST])
+async def test_a_client_gets_in_beside_a_stranger_that_holds_all_connections(ends: Ends, host: str) -> None:
+    await strangers(ends, 2 * MOST_STRANGERS, host)
     opener, server = await pair(ends)
-    frame = opener.outgoing((b"once",))[0]
-    sealed = len(frame).to_bytes(4, "big") + bytes(frame)
-    assert opener._transport is not None
-    opener._transport.write(sealed + sealed)
-    assert await server.receive() == b"once"
-    with pytest.raises(ProtocolError):
-        await server.receive()
+    await opener.send(b"here")
+    assert await server.receive() == b"here"
+
+
+async def test_of_a_strangers_connections_the_oldest_ends(ends: Ends) -> None:
+    first, second, *_ = await strangers(ends, MOST_STRANGERS + 1)
+    assert await first.read() == b""
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(second.read(), 0.05)
+
+
+async def test_a_client_knows_whether_it_was_turned_away_or_reached_nobody(ends: Ends) -> None:
+    with ends.listener.offer("opener") as expected:
+        unknown = Offer(expected.offer.port, b"u" * 32, expected.offer.to_server, expected.offer.to_opener)
+        assert await ends.outcome(unknown) == (None, "turned away")
+        ends.listener.close()
+        assert await ends.outcome(expected.offer) == (None, "not reached")
 
 
 # over libp2p
@@ -224,20 +301,39 @@ async def test_peers_that_can_reach_each_other_talk_directly(world: HivemindWorl
     assert (opened.peer_id, served.peer_id) == (server.peer_id, client.peer_id)
 
 
-async def test_where_the_port_is_closed_the_daemons_carry_the_stream(world: HivemindWorld) -> None:
-    server: Any
+@pytest.fixture
+def listeners(monkeypatch: pytest.MonkeyPatch) -> list[DirectListener]:
+    """Those that are opened."""
+    opened: list[DirectListener] = []
+    open_one = DirectListener.open
+
+    async def noted(*args: Any) -> DirectListener | None:
+        listener = await open_one(*args)
+        assert listener is not None
+        opened.append(listener)
+        return listener
+
+    monkeypatch.setattr(DirectListener, "open", noted)
+    return opened
+
+
+async def test_where_the_port_is_closed_the_daemons_carry_the_stream(
+    world: HivemindWorld, listeners: list[DirectListener]
+) -> None:
     server, client = await world.peer(), await world.peer()
     await server.listen("echo", echo)
-    server._direct.close()
+    listeners[0].close()
     for _ in range(2):
         stream = await client.open(server.peer_id, "echo", server.addresses)
         await stream.send(b"hello")
         assert (type(stream), await stream.receive()) == (FrameStream, b"hello")
 
 
-async def test_who_is_seen_elsewhere_than_it_listens_offers_nothing(world: HivemindWorld) -> None:
-    server: Any = await world.peer(announce_maddrs=["/ip4/127.0.0.1/tcp/9"])
-    assert server._direct is None
+async def test_who_is_seen_elsewhere_than_it_listens_offers_nothing(
+    world: HivemindWorld, listeners: list[DirectListener]
+) -> None:
+    await world.peer(announce_maddrs=["/ip4/127.0.0.1/tcp/9"])
+    assert listeners == []
 
 
 @pytest.mark.parametrize("answer", [b"\x93", b"\x94\x00\x01\x02\x03", b"anything"])

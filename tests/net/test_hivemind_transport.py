@@ -21,6 +21,7 @@ import pytest
 
 from swarmkit.errors import PeerError, PeerUnreachableError, ProtocolError, TransportError, UsageError
 from swarmkit.net.hivemind import daemon as p2p_daemon
+from swarmkit.net.hivemind import framing
 from swarmkit.net.hivemind.daemon import DaemonOptions, P2PDaemon
 from swarmkit.net.hivemind.table import RecordGuard, _sealed
 from swarmkit.net.hivemind.transport import HivemindTransport
@@ -223,9 +224,13 @@ async def test_a_failed_start_leaves_nothing(temp_dir: Path) -> None:
 async def test_a_daemon_that_died_is_noticed(world: HivemindWorld) -> None:
     peer: Any = await world.peer()
     os.kill(peer.daemon_pid, signal.SIGKILL)
-    await eventually(lambda: not peer._daemon.is_running, "the daemon ends")
-    with pytest.raises(TransportError, match="daemon has ended"):
-        await peer.open(Identity().peer_id, "echo")
+
+    async def is_noticed() -> bool:
+        with pytest.raises(TransportError) as caught:
+            await peer.open(Identity().peer_id, "echo")
+        return "daemon has ended" in str(caught.value)
+
+    await eventually(is_noticed, "the peer says that its daemon has ended")
 
 
 # hivemind's habits
@@ -281,16 +286,20 @@ async def test_a_peer_is_found_without_addresses(world: HivemindWorld) -> None:
 
 
 @pytest.mark.parametrize("direct", [True, False])
-async def test_a_frame_announced_above_the_limit_ends_the_stream(world: HivemindWorld, direct: bool) -> None:
+async def test_a_frame_announced_above_the_limit_ends_the_stream(
+    world: HivemindWorld, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server, client = await world.peer(direct=direct), await world.peer()
     handler, streams = collector()
     await server.listen("talk", handler)
-    hostile: Any = await client.open(server.peer_id, "talk", server.addresses)
-    victim: Any = await streams.get()
-    largest = MAX_FRAME_BYTES + victim.overhead
-    hostile._transport.write((largest + 1).to_bytes(4, "big"))
+    hostile = await client.open(server.peer_id, "talk", server.addresses)
+    victim = await streams.get()
+    monkeypatch.setattr(framing, "MAX_FRAME_BYTES", 2 * MAX_FRAME_BYTES)  # as the hostile peer has it
+    sending = asyncio.ensure_future(hostile.send(bytes(MAX_FRAME_BYTES + 1)))
     with pytest.raises(ProtocolError, match="announced a frame"):
         await victim.receive()
+    sending.cancel()
+    await asyncio.wait([sending])
 
 
 async def test_a_frame_that_breaks_off_is_not_delivered(world: HivemindWorld) -> None:
@@ -299,10 +308,13 @@ async def test_a_frame_that_breaks_off_is_not_delivered(world: HivemindWorld) ->
     await server.listen("talk", handler)
     hostile: Any = await client.open(server.peer_id, "talk", server.addresses)
     victim = await streams.get()
-    hostile._transport.write((100).to_bytes(4, "big") + b"only this")
-    hostile.close()
+    sending = asyncio.ensure_future(hostile.send(bytes(MAX_FRAME_BYTES)))
+    await asyncio.sleep(0)  # the first part of it leaves
+    hostile.abort(TransportError("given up"))
     with pytest.raises(PeerUnreachableError):
         await victim.receive()
+    with pytest.raises(TransportError):
+        await sending
 
 
 async def test_a_peer_that_does_not_answer_is_given_up(world: HivemindWorld) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swarmkit.net.transport.shares import Holder, gives_way
+from swarmkit.net.transport.shares import Holder, gives_way, host_of
 
 A1, A2, A3 = (Holder("a", peer) for peer in "123")
 B1, C1 = Holder("b", "1"), Holder("c", "1")
@@ -58,3 +58,19 @@ def test_two_peers_that_ask_in_turn_do_not_take_from_each_other_for_ever() -> No
         takes += 1
     assert held == {A1: 6, B1: 6}
     assert takes == 6
+
+
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2::7", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("", ""),
+        ("a name", ""),
+    ],
+)
+def test_a_machine_is_one_host_however_many_addresses_it_has(address: str, host: str) -> None:
+    assert host_of(address) == host

@@ -17,6 +17,7 @@ from swarmkit.net.protocol.gradient_messages import Backward
 from swarmkit.net.protocol.messages import Fault, Open, Opened
 from swarmkit.net.rpc.faults import Refusal
 from swarmkit.net.rpc.message_stream import MessageStream
+from swarmkit.net.transport.shares import Holder
 from swarmkit.server.adapters.service import AdapterService
 from swarmkit.server.adapters.store import AdapterStore, NoRoomError
 from swarmkit.server.training.work import check_request
@@ -82,6 +83,21 @@ class Owner:
         return client, await client.ask(Open(fingerprint, START, STOP, MAX_LENGTH, adapter))
 
 
+async def serve_adapters(server: TinyServer) -> AdapterService:
+    """Let a server take adapters, too."""
+    world, service = server.world, server.service
+    adapters = AdapterService(
+        world.stage,
+        world.checkpoint.fingerprint,
+        server.engine,
+        server.settings,
+        service.receive_budget,
+        service.adapters,
+    )
+    await server.transport.listen(ADAPTER.endpoint, adapters.serve)
+    return adapters
+
+
 @pytest.fixture
 def nbytes(world: World) -> int:
     return an_adapter(world).nbytes
@@ -94,16 +110,7 @@ async def server(world: World, nbytes: int) -> AsyncIterator[TinyServer]:
         adapter_bytes=3 * nbytes, client_adapter_bytes=2 * nbytes, adapter_max_rank=8, max_sessions=8
     )
     server = await TinyServer(world, settings).start()
-    service = server.service
-    adapters = AdapterService(
-        world.stage,
-        world.checkpoint.fingerprint,
-        server.engine,
-        settings,
-        service.receive_budget,
-        service.adapters,
-    )
-    await server.transport.listen(ADAPTER.endpoint, adapters.serve)
+    await serve_adapters(server)
     yield server
     server.service.adapters.audit()
     await server.close()
@@ -111,7 +118,7 @@ async def server(world: World, nbytes: int) -> AsyncIterator[TinyServer]:
 
 @pytest.fixture
 async def owner(world: World, server: TinyServer) -> Owner:
-    return Owner(world, await server._join(), server)
+    return Owner(world, await server.join(), server)
 
 
 async def test_a_session_has_the_adapter_that_it_names(
@@ -261,24 +268,45 @@ def test_a_full_store_lets_strangers_adapters_go_and_says_when_all_are_in_use(
 ) -> None:
     store = AdapterStore(2 * nbytes, nbytes)
     for seed, whose in enumerate(("ann", "bob", "cid")):
-        store.put(whose, f"{seed}", an_adapter(world, seed))
+        store.put(Holder("", whose), f"{seed}", an_adapter(world, seed))
     assert ["0" in store, "1" in store, "2" in store] == [False, True, True]
     holds = [store.hold("1"), store.hold("2")]
     with pytest.raises(NoRoomError, match="fill this server") as caught:
-        store.put("dan", "3", an_adapter(world, 3))
+        store.put(Holder("", "dan"), "3", an_adapter(world, 3))
     assert not caught.value.quota
     for hold in holds:
         assert hold is not None
         hold.release()
-    store.put("dan", "3", an_adapter(world, 3))
+    store.put(Holder("", "dan"), "3", an_adapter(world, 3))
     store.audit()
+
+
+def test_of_a_full_store_the_host_that_has_most_lets_go_first(world: World, nbytes: int) -> None:
+    store = AdapterStore(4 * nbytes, nbytes)
+    owners = [Holder("a", "ann"), *(Holder("crowd", name) for name in "xyz")]
+    for seed, owner in enumerate(owners):
+        store.put(owner, f"{seed}", an_adapter(world, seed))
+    store.put(Holder("b", "bob"), "4", an_adapter(world, 4))
+    assert ["0" in store, "1" in store] == [True, False]
+
+
+def test_the_clients_of_one_host_have_no_more_than_half_of_the_store_in_use(
+    world: World, nbytes: int
+) -> None:
+    store = AdapterStore(4 * nbytes, nbytes)
+    for seed, name in enumerate("xy"):
+        store.put(Holder("crowd", name), f"{seed}", an_adapter(world, seed))
+        store.hold(f"{seed}")
+    with pytest.raises(NoRoomError, match="one address"):
+        store.put(Holder("crowd", "z"), "2", an_adapter(world, 2))
+    store.put(Holder("b", "bob"), "3", an_adapter(world, 3))
 
 
 def test_a_hosted_adapter_counts_for_nobody_and_stays(world: World, nbytes: int) -> None:
     store = AdapterStore(nbytes, nbytes)
     store.host("h", "pirate", an_adapter(world))
-    store.put("ann", "1", an_adapter(world, 1))
-    store.put("bob", "2", an_adapter(world, 2))
+    store.put(Holder("", "ann"), "1", an_adapter(world, 1))
+    store.put(Holder("", "bob"), "2", an_adapter(world, 2))
     assert store.hosted == {"h": "pirate"}
     hold = store.hold("h")
     assert hold is not None

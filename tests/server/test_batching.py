@@ -140,9 +140,8 @@ async def test_a_session_takes_no_more_memory_than_it_leases(server: TinyServer,
     client = await server.session(max_length=128)
     for step in (tokens, 1, 5):
         await client.step(hidden_states(1, step))
-        (held,) = server.service._clients.values()
-        assert held.session is not None
-        layers = held.session.cache.blocks
+        (session,) = server.service.sessions
+        layers = session.cache.blocks
         taken = sum(
             part.untyped_storage().nbytes() for layer in layers for part in (layer.keys, layer.values)
         )

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
+from torch import Tensor
 
+from swarmkit.net.protocol.adapter_messages import AdapterKept
 from swarmkit.net.protocol.codec import TensorSpec
-from swarmkit.net.protocol.messages import SESSION, Fault, Opened, Step, StepDone
+from swarmkit.net.protocol.messages import SESSION, Fault, Linked, Opened, Step, StepDone
 from swarmkit.net.rpc.message_stream import CHUNK_BYTES, MessageStream
 from swarmkit.net.transport.shares import Holder
 from swarmkit.server.engine.admission_policy import Holding, beyond_share
 
+from ..takers import Taking, Target, a_gradient, a_push, an_adapter, take
 from ..waiting import eventually
+from .test_adapters import Owner, serve_adapters
+from .test_adapters import an_adapter as an_adapter_of
+from .test_gradients import TrainingServer
+from .test_push import Pair
 from .worlds import (
     HIDDEN,
+    MAX_STEP_TOKENS,
     START,
     STOP,
     TinyClient,
@@ -28,6 +38,8 @@ from .worlds import (
 
 TOKEN = hidden_states(1, 1)
 SESSIONS = 8
+PUSHERS, ADAPTER_STREAMS = SESSIONS + 64, 256
+"""How many streams there are for pushes, and for adapters."""
 ROWS, TOKENS = 160, 64
 """Of a step that is large: it takes more than a megabyte."""
 
@@ -137,6 +149,76 @@ async def test_a_client_has_its_share_of_the_cache_though_a_stranger_fills_it(wo
     assert isinstance(await client.try_step(TOKEN), StepDone)
     assert isinstance(await client.try_step(hidden_states(1, 16), position=1), StepDone)
     server.used()  # audits
+    await server.close()
+
+
+# floods
+
+
+def target_of(server: TinyServer, **more: Any) -> Target:
+    """A server, as a stranger in its network sees it."""
+    transport = server.network.transport()
+    server.transports.append(transport)
+    peer, fingerprint = server.transport.peer_id, server.world.checkpoint.fingerprint
+    return Target(transport, peer, fingerprint, START, STOP, HIDDEN, MAX_STEP_TOKENS, **more)
+
+
+@asynccontextmanager
+async def taking(target: Target, one: Taking, number: int) -> AsyncIterator[None]:
+    """A stranger takes all that it can get, inside the block."""
+    task = asyncio.create_task(take(target, one, number))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def test_a_server_can_push_though_a_stranger_has_all_streams_for_pushes(world: World) -> None:
+    pair = await Pair(world).start()
+    async with taking(target_of(pair.second), a_push, PUSHERS):
+        resources = pair.second.service.resources
+        await eventually(lambda: resources().pushers >= PUSHERS - 1, "the stranger has them all")
+        assert await pair.link() == Linked()
+        _, answer = await pair.push(TOKEN)
+        assert isinstance(answer, StepDone)
+    await pair.close()
+
+
+async def test_a_client_trains_beside_a_stranger_that_floods_the_server_with_requests(world: World) -> None:
+    server = await TrainingServer(world, max_gradient_streams=4).start()
+    gradients = server.gradients
+    async with taking(target_of(server), a_gradient, 8):
+        await eventually(
+            lambda: gradients.requests >= 8 and len(gradients.streams) >= 4, "the stranger is busy"
+        )
+        line = await server.line()
+        for _ in range(3):
+            assert isinstance(await asyncio.wait_for(line.ask(hidden_states(1, 4)), 60), Tensor)
+    await server.close()
+
+
+async def test_a_client_decodes_beside_a_stranger_that_floods_the_server_with_requests(world: World) -> None:
+    server = await TrainingServer(world).start()
+    async with taking(target_of(server), a_gradient, 8):
+        await eventually(lambda: server.gradients.requests >= 8, "the stranger is busy")
+        client = await server.session()
+        for _ in range(8):
+            assert isinstance(await asyncio.wait_for(client.try_step(TOKEN), 60), StepDone)
+    await server.close()
+
+
+async def test_a_client_keeps_its_adapter_beside_a_stranger_that_floods_the_server_with_adapters(
+    world: World,
+) -> None:
+    adapter = an_adapter_of(world)
+    room = 2 * adapter.nbytes
+    server = await TinyServer(world, small_settings(adapter_bytes=room, client_adapter_bytes=room)).start()
+    adapters = await serve_adapters(server)
+    async with taking(target_of(server, adapter_bytes=adapter.nbytes), an_adapter, ADAPTER_STREAMS):
+        await eventually(lambda: len(adapters.streams) >= ADAPTER_STREAMS - 1, "the stranger has all streams")
+        owner = Owner(world, await server.join(), server)
+        assert await asyncio.wait_for(owner.put(adapter), 60) == AdapterKept(adapter.digest)
     await server.close()
 
 

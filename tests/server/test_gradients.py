@@ -59,6 +59,7 @@ class TrainingServer(TinyServer):
             small_settings(**settings),
             service.receive_budget,
             lambda: service.leaving,
+            quota=self.quota,
         )
 
     async def start(self, *args: Any, **kwargs: Any) -> TrainingServer:
@@ -155,14 +156,16 @@ async def test_rows_in_groups_are_the_rows_together(world: World) -> None:
 def forward_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many blocks each piece had that was run forward."""
     pieces: list[int] = []
-    run = FullSequencePass._forward
+    run = FullSequencePass.advance
 
     def counted(one: FullSequencePass, blocks: int) -> int:
+        goes_forward = bool(one.blocks_left)
         done = run(one, blocks)
-        pieces.append(done)
+        if goes_forward:
+            pieces.append(done)
         return done
 
-    monkeypatch.setattr(FullSequencePass, "_forward", counted)
+    monkeypatch.setattr(FullSequencePass, "advance", counted)
     return pieces
 
 

@@ -235,7 +235,7 @@ async def test_by_default_strangers_share_nothing(make: Make, computed: list[int
 
 async def test_by_default_the_sessions_of_one_client_share(make: Make, computed: list[int]) -> None:
     server = await make(prefix_cache="client")
-    transport = await server._join()
+    transport = await server.join()
     await (await another_session_of(server, transport)).step(PROMPT)
     computed.clear()
     await (await another_session_of(server, transport)).step(PROMPT)

@@ -19,7 +19,11 @@ from swarmkit.net.rpc.endpoints import connect, listen
 from swarmkit.net.rpc.message_stream import CHUNK_BYTES
 from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.net.transport.rates import TokenBucket
+from swarmkit.net.transport.seam import Transport
 from swarmkit.server.weights.service import MAX_PAUSE_S, WeightsService, WeightsSettings
+
+from ..takers import Target, a_transfer, take
+from ..waiting import eventually
 
 
 class Clock:
@@ -63,14 +67,14 @@ class House:
         self.service = WeightsService(WeightsSettings(**settings), clock=self.clock, sleep=self.clock.sleep)
         self.service.offer(self.hash, self.path)
 
-    async def stream(self) -> ClientStream:
+    async def stream(self, asker: Transport | None = None) -> ClientStream:
         """A new stream from the asker to the holder."""
         await listen(self.holder, WEIGHTS, self.service.serve)
-        return await connect(self.asker, WEIGHTS, self.holder.peer_id, max_payload_bytes=CHUNK_BYTES)
+        return await connect(asker or self.asker, WEIGHTS, self.holder.peer_id, max_payload_bytes=CHUNK_BYTES)
 
-    async def ask(self, offset: int = 0) -> ClientStream:
+    async def ask(self, offset: int = 0, asker: Transport | None = None) -> ClientStream:
         """The same, on which the file was asked for and found."""
-        stream = await self.stream()
+        stream = await self.stream(asker)
         assert await stream.ask(GetFile(self.hash, offset), FileFound) == FileFound(len(self.content))
         return stream
 
@@ -135,6 +139,35 @@ async def test_more_transfers_than_allowed_are_refused_while_they_last(house: Ho
     assert await refused(await house.stream(), GetFile(house.hash)) == "busy"
     await chunks(first, len(house.content))
     assert await chunks(await house.ask(), len(house.content)) == house.content
+
+
+async def test_a_stranger_with_all_transfers_gives_way_to_a_peer_that_has_none(tmp_path: Path) -> None:
+    house = House(tmp_path, 8 * CHUNK_BYTES, max_transfers=2)
+    stranger = house.network.transport()
+    first, second = [await house.ask(asker=stranger) for _ in range(2)]
+    assert await chunks(await house.ask(), len(house.content)) == house.content
+    assert await chunks(first, len(house.content)) == house.content
+    with pytest.raises(RemoteError) as caught:
+        await chunks(second, len(house.content))
+    assert (caught.value.code, caught.value.retry_after_s > 0) == ("busy", True)
+    await stranger.close()
+    await house.close()
+
+
+async def test_a_peer_gets_a_file_though_a_stranger_has_all_streams(
+    tmp_path: Path,
+) -> None:
+    house = House(tmp_path, 5, max_transfers=2)
+    await listen(house.holder, WEIGHTS, house.service.serve)
+    stranger = house.network.transport()
+    target = Target(stranger, house.holder.peer_id, "", 0, 1, 1, files=[house.hash])
+    flood = asyncio.create_task(take(target, a_transfer, 100))
+    await eventually(lambda: house.service.sent_bytes > 100 * 5, "the stranger is busy")
+    assert await chunks(await house.ask(), 5) == house.content
+    flood.cancel()
+    await asyncio.wait([flood])
+    await stranger.close()
+    await house.close()
 
 
 async def test_a_file_that_became_shorter_meanwhile_is_said_to_be_gone(house: House) -> None:

@@ -33,6 +33,7 @@ from swarmkit.net.rpc.message_stream import HEAD, MessageStream
 from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.net.transport.seam import Transport
 from swarmkit.server.engine.engine import Engine
+from swarmkit.server.quota import ClientQuota
 from swarmkit.server.sessions.links import Links
 from swarmkit.server.sessions.service import BlockService
 from swarmkit.settings import ServerSettings
@@ -81,24 +82,34 @@ class TinyServer:
     """A service and the engine under it; over a network of its own, or over the transport handed in."""
 
     def __init__(
-        self, world: World, settings: ServerSettings | None = None, engine: Engine | None = None
+        self,
+        world: World,
+        settings: ServerSettings | None = None,
+        engine: Engine | None = None,
+        *,
+        network: MemoryNetwork | None = None,
+        hands_on: bool = True,
     ) -> None:
+        """Args: hands_on: whether it can send outputs to other servers."""
         self.world = world
         self.engine = engine or Engine("test")
+        self.settings = settings = settings or small_settings()
+        self.quota = ClientQuota(self.engine.clock.now, settings.limits.client_tokens_per_minute)
         self.service = BlockService(
             world.stage,
             world.checkpoint.fingerprint,
             world.kv_bytes,
             self.engine,
-            settings or small_settings(),
-            Links(lambda: self.transport, self._find, 0.5, 1.0),
+            settings,
+            Links(lambda: self.transport, self._find, 0.5, 1.0) if hands_on else None,
+            quota=self.quota,
         )
-        self.network = MemoryNetwork()
+        self.network = network or MemoryNetwork()
         self.transports: list[Transport] = []
 
     async def start(self, transport: Transport | None = None, connect: Connect | None = None) -> TinyServer:
-        self._connect = connect or self._join
-        self.transport = transport or await self._join()
+        self._connect = connect or self.join
+        self.transport = transport or await self.join()
         await listen(self.transport, SESSION, self.service.serve)
         await listen(self.transport, PUSH, self.service.serve_pushes)
         return self
@@ -107,7 +118,8 @@ class TinyServer:
         """Every server of the network has announced every block."""
         return (f"/memory/{link.peer_id}",)
 
-    async def _join(self) -> Transport:
+    async def join(self) -> Transport:
+        """Somebody new in its network."""
         transport = self.network.transport()
         self.transports.append(transport)
         return transport

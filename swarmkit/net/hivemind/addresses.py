@@ -8,6 +8,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from swarmkit.net.transport.shares import host_of
+
 logger = logging.getLogger(__name__)
 
 _LOCAL_HOSTS = ("127.", "::1", "localhost")
@@ -45,7 +47,7 @@ def ip_of(address: str) -> str | None:
 def host_in(raw: bytes) -> str:
     """The host of a multiaddress in the daemon's form, from which a peer came; empty if there is none."""
     try:
-        return ip_of(str(multiaddr_type()(raw))) or ""
+        return host_of(ip_of(str(multiaddr_type()(raw))) or "")
     except Exception as error:  # noqa: BLE001 - its parser raises many kinds
         logger.debug("not a multiaddress: %r (%r)", raw, error)
         return ""

@@ -17,7 +17,8 @@ knows the keys, is the peer that the daemon has named.
 
 Frames are sealed with AES-256-GCM (NIST SP 800-38D), numbered by their nonce, so that none can be read,
 changed, left out, repeated or moved. Where the port cannot be reached (a firewall, a relay), the libp2p
-stream itself is used, and that peer is not tried again for a while.
+stream itself is used, and that peer is not tried again for a while (`direct_tries`). Connections that have
+not shown a ticket are few, and shared out among the hosts that they come from (`entrance`).
 """
 
 from __future__ import annotations
@@ -37,8 +38,11 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from swarmkit.errors import PeerError, ProtocolError, SwarmkitError
+from swarmkit.net.hivemind.direct_tries import DirectOutcome
+from swarmkit.net.hivemind.entrance import Entrance
 from swarmkit.net.hivemind.framing import FrameStream
 from swarmkit.net.transport.seam import MAX_FRAME_BYTES, Buffer
+from swarmkit.net.transport.shares import Holder, host_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +50,7 @@ _SECRET_BYTES = 32
 _TAG_BYTES = 16
 _WELCOME = b""
 _TICKET_LIFETIME_S = 10.0
-_MOST_STRANGERS = 64
+MOST_STRANGERS = 64
 """Connections that have not shown a ticket yet."""
 SILENCE_S = 60.0
 """How long a peer's machine may be silent before a connection ends, where no setting says otherwise."""
@@ -83,6 +87,8 @@ class SealedStream(FrameStream):
     def __init__(self, silence_s: float, on_connected: Callable[[FrameStream], None] | None = None) -> None:
         """Args: silence_s: how long the other machine may be silent to the kernel before the stream ends."""
         super().__init__(on_connected=on_connected)
+        self.was_connected = False
+        """Whether there has been a connection."""
         self._silence_s = silence_s
         self.frame_limit = _SECRET_BYTES  # until both ends know each other nothing longer is due
         self._sealing: AESGCM | None = None
@@ -124,8 +130,11 @@ class SealedStream(FrameStream):
             ) from None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.was_connected = True
         if (sock := transport.get_extra_info("socket")) is not None:
             _ask_after_peer(sock, self._silence_s)
+        if address := transport.get_extra_info("peername"):
+            self.host = host_of(str(address[0]))
         super().connection_made(transport)
 
 
@@ -183,7 +192,7 @@ class DirectListener:
         self._own = own
         self._spawn = spawn
         self._expected: dict[bytes, ExpectedStream] = {}
-        self._strangers = 0
+        self._strangers = Entrance(MOST_STRANGERS)
         self._server: asyncio.AbstractServer | None = None
         self.port = 0
 
@@ -237,15 +246,11 @@ class DirectListener:
     def _accept(self, stream: FrameStream) -> None:
         assert isinstance(stream, SealedStream)
         self._own(stream)
-        if self._strangers >= _MOST_STRANGERS:
-            stream.abort(ProtocolError("too many connections without a ticket"))
-            return
         self._spawn(self._admit(stream))
 
     async def _admit(self, stream: SealedStream) -> None:
-        self._strangers += 1
         try:
-            with anyio.fail_after(_TICKET_LIFETIME_S):
+            with self._strangers.holds(stream, Holder(stream.host, "")), anyio.fail_after(_TICKET_LIFETIME_S):
                 expected = self._expected.pop(await stream.receive(), None)
             if expected is None:
                 raise ProtocolError("the ticket is not known")
@@ -256,8 +261,6 @@ class DirectListener:
         except (TimeoutError, SwarmkitError) as error:
             logger.debug("a direct connection was refused: %s", error)
             stream.abort(ProtocolError(f"a direct connection was refused: {error}"))
-        finally:
-            self._strangers -= 1
 
 
 async def connect_directly(
@@ -267,16 +270,16 @@ async def connect_directly(
     own: Callable[[FrameStream], None],
     timeout: float,
     silence_s: float = SILENCE_S,
-) -> SealedStream | None:
-    """Take up an offer at the first of these hosts that answers to it; None if none does in time.
+) -> tuple[SealedStream | None, DirectOutcome]:
+    """Take up an offer at the first of these hosts that answers to it in time, if one does.
 
     Args:
         own: called with every stream; its owner ends it.
         silence_s: how long the peer's machine may be silent before the connection ends.
     """
+    streams = {host: SealedStream(silence_s, own) for host in list(hosts)[:_MOST_HOSTS]}
     attempts = {
-        asyncio.ensure_future(_connect(peer_id, offer, host, own, silence_s))
-        for host in list(hosts)[:_MOST_HOSTS]
+        asyncio.ensure_future(_connect(stream, peer_id, offer, host)) for host, stream in streams.items()
     }
     found: SealedStream | None = None
     waiting = attempts
@@ -285,7 +288,10 @@ async def connect_directly(
             while waiting and found is None:
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 found = next((stream for task in done if (stream := task.result()) is not None), None)
-        return found
+        if found is not None:
+            return found, "connected"
+        was_reached = any(stream.was_connected for stream in streams.values())
+        return None, "turned away" if was_reached else "not reached"
     finally:
         for task in attempts:
             task.cancel()
@@ -294,10 +300,7 @@ async def connect_directly(
                 end.abort(ProtocolError("given up", peer_id))
 
 
-async def _connect(
-    peer_id: str, offer: Offer, host: str, own: Callable[[FrameStream], None], silence_s: float
-) -> SealedStream | None:
-    stream = SealedStream(silence_s, own)
+async def _connect(stream: SealedStream, peer_id: str, offer: Offer, host: str) -> SealedStream | None:
     stream.peer_id = peer_id
     try:
         await asyncio.get_running_loop().create_connection(lambda: stream, host, offer.port)

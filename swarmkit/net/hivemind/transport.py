@@ -50,6 +50,8 @@ from swarmkit.net.hivemind.direct import (
     SealedStream,
     connect_directly,
 )
+from swarmkit.net.hivemind.direct_tries import DirectTries
+from swarmkit.net.hivemind.entrance import Entrance
 from swarmkit.net.hivemind.framing import FrameStream
 from swarmkit.net.hivemind.swarm_time import SwarmTime
 from swarmkit.net.hivemind.table import (
@@ -62,6 +64,7 @@ from swarmkit.net.hivemind.table import (
 )
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.seam import Handler, RecordCheck, Stream, Transport
+from swarmkit.net.transport.shares import Holder
 from swarmkit.net.transport.swarm_key import SwarmKey, admit_opener, prove_to_server
 
 logger = logging.getLogger(__name__)
@@ -76,8 +79,8 @@ With an offer (`direct`) in its place, the opener's first frame is one of the ne
 _STAY = b"stay"
 _DIRECT = b"direct"
 _LONGEST_DIRECT_S = 1.0
-_NOT_DIRECT_S = 600.0
-"""For so long a peer is not tried again that could not be reached directly."""
+MOST_UNDECIDED = 1024
+"""Incoming streams that are not served yet, as their openers have not chosen how to go on."""
 _GREETING_TIMEOUT_S = 10.0
 _REQUEST_TIMEOUT_S = 10.0
 _WATCH_PERIOD_S = 1.0
@@ -112,7 +115,8 @@ class HivemindTransport(Transport):
         self._p2p: Any = None
         self._server: asyncio.AbstractServer | None = None
         self._direct: DirectListener | None = None
-        self._not_direct: dict[str, float] = {}
+        self._direct_tries = DirectTries()
+        self._undecided = Entrance(MOST_UNDECIDED)
         self._handlers: dict[str, Handler] = {}
         self._streams: weakref.WeakSet[FrameStream] = weakref.WeakSet()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -531,10 +535,11 @@ class HivemindTransport(Transport):
             of_name = self._serving.setdefault(name, set())
             of_name.add(task)
             task.add_done_callback(of_name.discard)
-            if self._key is not None:
-                with anyio.fail_after(_GREETING_TIMEOUT_S):
-                    await admit_opener(self._key, stream, name, self.peer_id)
-            stream = await self._agree_on_way(stream)
+            with self._undecided.holds(stream, Holder(stream.host, stream.peer_id)):
+                if self._key is not None:
+                    with anyio.fail_after(_GREETING_TIMEOUT_S):
+                        await admit_opener(self._key, stream, name, self.peer_id)
+                stream = await self._agree_on_way(stream)
             await handler(stream)
         except Exception:
             logger.debug("a stream called %r from peer %s ended", name, stream.peer_id, exc_info=True)
@@ -626,16 +631,12 @@ class HivemindTransport(Transport):
         direct: SealedStream | None = None
         hosts = list(dict.fromkeys(ip for address in addresses if (ip := ip_of(address))))
         try:
-            if hosts and self._not_direct.get(peer_id, 0.0) <= now:
+            if hosts and self._direct_tries.may_try(peer_id, now):
                 patience_s = min(max(open_s, 0.1), _LONGEST_DIRECT_S)
-                direct = await connect_directly(
+                direct, outcome = await connect_directly(
                     peer_id, offer, hosts, self._streams.add, patience_s, self._timeouts.keep_alive_s
                 )
-                if direct is None:
-                    self._not_direct = {
-                        peer: until for peer, until in self._not_direct.items() if until > now
-                    }
-                    self._not_direct[peer_id] = now + _NOT_DIRECT_S
+                self._direct_tries.note(peer_id, outcome, now)
             await stream.send(_STAY if direct is None else _DIRECT)
         except BaseException:
             stream.close()

@@ -59,7 +59,7 @@ class ServerStream(MessageStream):
         self._idle = IdleTimer(self)
         self._taking = IdleTimer(self)
         self._sending = asyncio.Lock()
-        self._life = anyio.CancelScope()
+        self.life = anyio.CancelScope()
         """Around all that is done for the peer: cancelled when it is gone, whatever runs then."""
         self._dismissal: Refusal | None = None
 
@@ -133,9 +133,9 @@ class ServerStream(MessageStream):
         Args:
             refusal: what the peer is told instead of being served, such as that there are too many streams.
         """
-        self.stream.on_end(self._life.cancel)
+        self.stream.on_end(self.life.cancel)
         try:
-            with self._life:
+            with self.life:
                 if refusal is None:
                     await self.answer_all(answer)
                 else:
@@ -151,7 +151,7 @@ class ServerStream(MessageStream):
     def dismiss(self, why: Refusal) -> None:
         """Serve the stream no longer: cancel the answer that is being made, and tell the peer why."""
         self._dismissal = why
-        self._life.cancel()
+        self.life.cancel()
 
     async def linger(self) -> None:
         """Let the peer read why the stream ends: closing it while the peer still sends could discard that."""

@@ -11,8 +11,11 @@ than its share gives way to one that would still be within its own::
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping
 from typing import NamedTuple
+
+_HOST_BITS_V6 = 64
 
 
 class Holder(NamedTuple):
@@ -24,6 +27,23 @@ class Holder(NamedTuple):
 
 NOBODY = Holder("", "")
 """Stands for a peer that is not known."""
+
+
+def host_of(address: str) -> str:
+    """Return the host that an IP address stands for; empty if it is no IP address.
+
+    Of an IPv6 address that is its network of 64 bits (RFC 4291, section 2.5.1), in which one machine may have
+    as many addresses as it likes.
+    """
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return ""
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is not None:
+            return str(ip.ipv4_mapped)
+        return str(ipaddress.ip_network((ip, _HOST_BITS_V6), strict=False))
+    return str(ip)
 
 
 def gives_way(held: Mapping[Holder, float], asking: Holder, needed: float, capacity: float) -> Holder | None:

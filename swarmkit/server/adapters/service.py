@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import anyio
 import anyio.to_thread
 from transformers import PreTrainedConfig
 
@@ -32,6 +33,8 @@ from swarmkit.server.engine.engine import Engine
 from swarmkit.settings import ServerSettings
 
 _MAX_STREAMS = 256
+_DECODED_AT_ONCE = 1
+"""Adapters whose values are checked and hashed, lest they take all processors from the device's thread."""
 
 
 def check_rows(hold: Hold | None, rows: int) -> None:
@@ -81,6 +84,7 @@ class AdapterService:
         self._receive_budget = receive_budget
         self._store = store
         self.streams = StreamShares(_MAX_STREAMS)
+        self._decoding = anyio.CapacityLimiter(_DECODED_AT_ONCE)
 
     async def serve(self, stream: Stream) -> None:
         """Serve one stream until it ends. Never raises on account of the peer."""
@@ -101,17 +105,17 @@ class AdapterService:
         self._check(message)
         room = ReceiveReservation(self._receive_budget, caller.holder, caller.dismiss)
         with room, _refusing_for_room():
-            self._store.check_room(caller.peer_id, incoming.nbytes)
+            self._store.check_room(caller.holder, incoming.nbytes)
             try:
                 await room.take(incoming.nbytes, self._settings.requests.message_timeout_s)
             except TimeoutError:
                 raise Refusal("busy", "too many large messages are under way; try another server") from None
             await incoming.payload()
-            adapter = await anyio.to_thread.run_sync(self._decoded, message, incoming)
+            adapter = await anyio.to_thread.run_sync(self._decoded, message, incoming, limiter=self._decoding)
             if self._stage.device.type != "cpu":
                 device = self._stage.device
                 adapter = (await self._engine.run(lambda: adapter.to(device))).value
-            self._store.put(caller.peer_id, message.name, adapter)
+            self._store.put(caller.holder, message.name, adapter)
         await caller.send(AdapterKept(message.name))
 
     def _check(self, message: PutAdapter) -> None:

@@ -6,8 +6,9 @@
     bytes of all clients' ones    <= capacity_bytes        (what `audit` checks)
 
 What is in use (a session has it, or a request for training) stays. Of the rest, the least recently used go
-when there is no room: first the same client's, then those of the client that has most. A client that misses
-one sends it again.
+when there is no room: first the same client's, then those of the host whose clients have most, and there of
+the client that has most. A client that misses one sends it again. As what is in use cannot go, one host may
+not have more than half of the room in use, or one client's quota if that is more.
 Hosted ones are the server's own choice; they count towards no quota and never go.
 
 Used by the event loop's thread only.
@@ -15,12 +16,14 @@ Used by the event loop's thread only.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 
 from swarmkit.errors import SwarmkitError
 from swarmkit.models.adapters.adapter import Adapter
+from swarmkit.net.transport.shares import NOBODY, Holder
 
 
 class NoRoomError(SwarmkitError):
@@ -34,7 +37,7 @@ class NoRoomError(SwarmkitError):
 @dataclass(eq=False)
 class _StoredAdapter:
     adapter: Adapter
-    owner: str
+    owner: Holder
     users: int = 0
 
 
@@ -82,7 +85,7 @@ class AdapterStore:
     @property
     def nbytes(self) -> int:
         """Of clients' adapters."""
-        return sum(kept.adapter.nbytes for kept in self._kept.values())
+        return self._of(None)
 
     @property
     def hosted(self) -> dict[str, str]:
@@ -91,7 +94,7 @@ class AdapterStore:
 
     def host(self, name: str, label: str, adapter: Adapter) -> None:
         """Keep one of the server's own for as long as it runs."""
-        self._hosted[name] = label, _StoredAdapter(adapter, "")
+        self._hosted[name] = label, _StoredAdapter(adapter, NOBODY)
 
     def hold(self, name: str) -> Hold | None:
         """Use an adapter; None if it is not here."""
@@ -103,7 +106,7 @@ class AdapterStore:
         self._kept.move_to_end(name)
         return Hold(kept)
 
-    def check_room(self, owner: str, nbytes: int) -> None:
+    def check_room(self, owner: Holder, nbytes: int) -> None:
         """Raise NoRoomError unless so many bytes of a client's can be taken, others' being let go."""
         if nbytes > self.client_bytes:
             raise NoRoomError(
@@ -111,17 +114,25 @@ class AdapterStore:
                 "have here; choose a lower rank or fewer modules",
                 quota=True,
             )
-        own = self._in_use(owner)
+        used = [kept for kept in self._kept.values() if kept.users]
+        own = _nbytes(kept for kept in used if kept.owner.peer == owner.peer)
         if own + nbytes > self.client_bytes:
             raise NoRoomError(
                 f"{nbytes} bytes more than the {own} of your adapters in use exceed the {self.client_bytes} "
                 "that one client may have here; close sessions with other adapters",
                 quota=True,
             )
-        if self._in_use(None) + nbytes > self.capacity_bytes:
+        of_host = _nbytes(kept for kept in used if owner.host and kept.owner.host == owner.host)
+        if of_host + nbytes > max(self.client_bytes, self.capacity_bytes // 2):
+            raise NoRoomError(
+                f"{nbytes} bytes more than the {of_host} of adapters in use by clients at your address are "
+                "more than may come from one address; try another server",
+                quota=False,
+            )
+        if _nbytes(used) + nbytes > self.capacity_bytes:
             raise NoRoomError("adapters in use fill this server; try another one", quota=False)
 
-    def put(self, owner: str, name: str, adapter: Adapter) -> None:
+    def put(self, owner: Holder, name: str, adapter: Adapter) -> None:
         """Keep a client's adapter as the one used last.
 
         Raises:
@@ -132,29 +143,36 @@ class AdapterStore:
                 self._kept.move_to_end(name)
             return
         self.check_room(owner, adapter.nbytes)
-        self._shrink(owner, self.client_bytes - adapter.nbytes)
+        self._shrink(owner.peer, self.client_bytes - adapter.nbytes)
         self._shrink(None, self.capacity_bytes - adapter.nbytes)
         self._kept[name] = _StoredAdapter(adapter, owner)
 
     def audit(self) -> None:
         """Raise AssertionError unless all quotas are kept."""
-        owners = {kept.owner for kept in self._kept.values()}
-        if self.nbytes > self.capacity_bytes or any(self._of(o) > self.client_bytes for o in owners):
+        peers = {kept.owner.peer for kept in self._kept.values()}
+        if self.nbytes > self.capacity_bytes or any(self._of(peer) > self.client_bytes for peer in peers):
             raise AssertionError(f"adapters of {self.nbytes} bytes exceed {self.capacity_bytes}")
 
-    def _of(self, owner: str | None) -> int:
-        return sum(kept.adapter.nbytes for kept in self._kept.values() if owner in (None, kept.owner))
+    def _of(self, peer: str | None) -> int:
+        return _nbytes(kept for kept in self._kept.values() if peer in (None, kept.owner.peer))
 
-    def _in_use(self, owner: str | None) -> int:
-        used = (kept for kept in self._kept.values() if kept.users and owner in (None, kept.owner))
-        return sum(kept.adapter.nbytes for kept in used)
-
-    def _shrink(self, owner: str | None, nbytes: int) -> None:
-        """Let go of a client's adapters; with None of any client's, of the one that has most at first."""
-        while self._of(owner) > nbytes:
-            unused = [
-                name for name, kept in self._kept.items() if not kept.users and owner in (None, kept.owner)
-            ]
+    def _shrink(self, peer: str | None, nbytes: int) -> None:
+        """Let go of a client's adapters; with None of any client's, of those that have most at first."""
+        while self._of(peer) > nbytes:
+            unused = {
+                name: kept.owner
+                for name, kept in self._kept.items()
+                if not kept.users and peer in (None, kept.owner.peer)
+            }
             if not unused:
                 return
-            del self._kept[max(unused, key=lambda name: self._of(self._kept[name].owner))]
+            hosts = Counter[str]()
+            for kept in self._kept.values():
+                hosts[kept.owner.host] += kept.adapter.nbytes
+            del self._kept[
+                max(unused, key=lambda name: (hosts[unused[name].host], self._of(unused[name].peer)))
+            ]
+
+
+def _nbytes(kept: Iterable[_StoredAdapter]) -> int:
+    return sum(one.adapter.nbytes for one in kept)

@@ -57,6 +57,7 @@ from swarmkit.server.cache.kv_budget import CacheFullError, KVBudget
 from swarmkit.server.engine.admission_policy import Ahead
 from swarmkit.server.engine.engine import Engine
 from swarmkit.server.engine.work import ExpiredError, Timed
+from swarmkit.server.quota import ClientQuota
 from swarmkit.server.sessions.admission import AdmissionControl
 from swarmkit.server.sessions.links import Links, NotLinkedError
 from swarmkit.server.sessions.opening import SessionOpening
@@ -107,12 +108,14 @@ class BlockService:
         *,
         budget: KVBudget | None = None,
         receive_budget: ReceiveBudget | None = None,
+        quota: ClientQuota | None = None,
     ) -> None:
         """Make a service.
 
         Args:
             links: how to reach the servers with the next blocks; none = outputs go to clients only.
             budget, receive_budget: memory for keys and values, and for large messages; its own if not given.
+            quota: limits what each client may have computed.
         """
         self._stage = stage
         self._engine = engine
@@ -123,11 +126,12 @@ class BlockService:
         self._clients: dict[str, _Client] = {}
         """Those with a session, by its inlet."""
         self._streams = StreamShares(settings.limits.max_sessions + _SPARE_STREAMS)
-        self._sources = 0
+        self._sources = StreamShares(self._streams.capacity)
         self._idle = asyncio.Event()
         self._idle.set()
         self.budget = budget or KVBudget(settings.limits.cache_bytes)
         self.receive_budget = receive_budget or ReceiveBudget(settings.requests.receive_budget_bytes)
+        self._quota = quota
         self._admission = AdmissionControl(settings, engine, self.receive_budget)
         self.adapters = AdapterStore(settings.adapters.adapter_bytes, settings.adapters.client_adapter_bytes)
         self._opening = SessionOpening(
@@ -211,12 +215,11 @@ class BlockService:
                 client.session = session = self._open(client, message)
                 self._clients[session.inlet] = client
                 self._idle.clear()
-                client.idle_s = self._settings.requests.idle_timeout_s
+                requests, codecs = self._settings.requests, self._settings.sessions.codecs
+                client.idle_s = requests.idle_timeout_s
                 root = b"" if session.trail is None else session.trail.root
                 dtype = str(self._stage.dtype).removeprefix("torch.")
-                settings = self._settings
-                most, codecs = settings.requests.max_step_tokens, settings.sessions.codecs
-                await client.send(Opened(most, session.inlet, root, dtype, codecs))
+                await client.send(Opened(requests.max_step_tokens, session.inlet, root, dtype, codecs))
             case RestorePrefix():
                 assert client.session is not None
                 await client.send(PrefixRestored(await self._restore_prefix(client.session, message)))
@@ -248,14 +251,8 @@ class BlockService:
 
     def resources(self) -> Resources:
         """Count what this service, its engine and its process hold now. Call it on the event loop."""
-        return count_resources(
-            len(self._clients),
-            len(self._streams),
-            self._sources,
-            self.budget,
-            self.receive_budget,
-            self._engine,
-        )
+        counts = len(self._clients), len(self._streams), len(self._sources)
+        return count_resources(*counts, self.budget, self.receive_budget, self._engine)
 
     # ------------------------------------------------------------------ sessions
 
@@ -347,13 +344,13 @@ class BlockService:
             message_timeout=self._settings.requests.message_timeout_s,
             clock=self._engine.clock.now,
         )
-        self._sources += 1
+        client: _Client | None = None
         try:
-            client = await self._attach(source)
-            if client is None or client.session is None:  # it may have ended meanwhile
-                return
-            session = client.session
-            with anyio.CancelScope() as until_it_ends:
+            with self._sources.counted(source) as refusal, source.life as until_it_ends:
+                client = await self._attach(source) if refusal is None else None
+                if client is None or client.session is None:  # it may have ended meanwhile
+                    return
+                session = client.session
                 session.sources.add(until_it_ends)
                 try:
                     await self._serve_steps(client, session, source)
@@ -361,18 +358,18 @@ class BlockService:
                     pass
                 finally:
                     session.sources.discard(until_it_ends)
+            if client is not None and not session.ended:
                 await client.send(Unlinked(session.number))
         except (PeerError, TimeoutError) as error:
             logger.debug("pushes from %s ended: %s", stream.peer_id[-6:], error)
         finally:
-            self._sources -= 1
             source.close()
 
     async def _attach(self, source: ServerStream) -> _Client | None:
         """Whose session the steps on this stream are for."""
         message: Attach = (await source.next()).message
         client = self._clients.get(message.inlet)
-        if client is None or self._sources > self._limits.max_sessions + _SPARE_STREAMS:
+        if client is None:
             await source.refuse(Refusal("not_linked", "there is no session of that name"))
             return None
         source.idle_s = math.inf  # the session's client may think for long; it ends the session, and so this
@@ -423,6 +420,8 @@ class BlockService:
         rows, tokens, _ = step.hidden.shape
         if wait_s := self._engine.ahead(rows, tokens, client.peer_id).wait_s:
             self._admission.check_queue(step, wait_s)
+        if self._quota is not None and self._quota.per_minute is not None:
+            self._quota.take(client.peer_id, rows * tokens)
         is_large = incoming.nbytes > CHUNK_BYTES
         with await self._admission.room_for(incoming, client) if is_large else nullcontext():
             await incoming.payload()

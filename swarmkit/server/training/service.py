@@ -34,6 +34,7 @@ from swarmkit.server.adapters.service import check_rows, held
 from swarmkit.server.adapters.store import AdapterStore
 from swarmkit.server.engine.engine import Engine
 from swarmkit.server.engine.work import BULK
+from swarmkit.server.quota import ClientQuota
 from swarmkit.server.training.activation_cache import ActivationCache
 from swarmkit.server.training.work import STATES_FACTOR, GradientWork, SliceTimes, check_request
 from swarmkit.settings import ServerSettings
@@ -65,11 +66,13 @@ class GradientService:
         receive_budget: ReceiveBudget,
         leaving: Callable[[], bool] = lambda: False,
         adapters: AdapterStore | None = None,
+        quota: ClientQuota | None = None,
     ) -> None:
         """Args:
         receive_budget: memory for large messages, which sessions use as well.
         adapters: those that requests may name; none if not given.
         leaving: whether the server is about to stop.
+        quota: limits what each client may have computed.
         """
         self._stage = stage
         self._fingerprint = fingerprint
@@ -77,6 +80,7 @@ class GradientService:
         self._settings = settings
         self._receive_budget = receive_budget
         self._leaving = leaving
+        self._quota = ClientQuota(engine.clock.now) if quota is None else quota
         self._adapters = AdapterStore(0, 0) if adapters is None else adapters
         self._times = SliceTimes(settings.training.gradient_slice_s)
         self._turns: dict[str, _Turn] = {}
@@ -120,6 +124,7 @@ class GradientService:
             settings.requests.max_step_tokens,
             settings.sessions.codecs,
         )
+        self._quota.take(caller.peer_id, request.hidden.shape[0] * request.hidden.shape[1])
         hold = held(self._adapters, request.adapter, request.start, request.stop)
         with hold or nullcontext(), self._reservation(caller) as room:
             check_rows(hold, request.hidden.shape[0])

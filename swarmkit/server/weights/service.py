@@ -3,7 +3,7 @@
 The protocol is in `swarmkit/net/protocol/weights_messages.py`. Only what was offered is handed out, never
 anything else that lies in the store (such as weights that their owner gates). All transfers together share
 one rate; no chunk is sent while a step of a session waits for the engine, except one every `MAX_PAUSE_S`, so
-that a transfer from a busy server is slow but not dead.
+that a transfer from a busy server is slow but not dead. Peers that ask share the number of transfers fairly.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from swarmkit.net.protocol.weights_messages import WEIGHTS, FileChunk, FileFound
 from swarmkit.net.rpc.faults import Refusal
 from swarmkit.net.rpc.message_stream import CHUNK_BYTES
 from swarmkit.net.rpc.server_stream import ServerStream
+from swarmkit.net.rpc.stream_shares import StreamShares
 from swarmkit.net.transport.rates import TokenBucket
 from swarmkit.net.transport.seam import Stream
 from swarmkit.settings import SettingsGroup, read_from
@@ -91,8 +92,8 @@ class WeightsService:
         self._files: dict[str, tuple[Path, tuple[int, ...]]] = {}
         """By content: the file, and the state in which its content was verified."""
         self._bucket = TokenBucket(settings.upload_bytes_per_s, 2 * CHUNK_BYTES, clock)
-        self._streams = 0
-        self._transfers = 0
+        self._streams = StreamShares(_MAX_STREAMS)
+        self._transfers = StreamShares(settings.max_transfers)
 
     def offer(self, content: str, path: Path) -> None:
         """From now on, hand out this file, until it changes. Its content has been verified."""
@@ -111,27 +112,17 @@ class WeightsService:
             message_timeout=self._settings.idle_timeout_s,
             clock=self._clock,
         )
-        full = self._streams >= _MAX_STREAMS
-        self._streams += 1
-        try:
-            await asker.serve(
-                lambda incoming: self._answer(asker, incoming.message),
-                Refusal("busy", "too many streams; ask another server") if full else None,
-            )
-        finally:
-            self._streams -= 1
+        with self._streams.counted(asker) as refusal:
+            await asker.serve(lambda incoming: self._answer(asker, incoming.message), refusal)
 
     async def _answer(self, asker: ServerStream, message: GetFile) -> None:
-        if self._transfers >= self._settings.max_transfers:
-            raise Refusal("busy", "as many transfers as allowed are under way")
         path, size = await anyio.to_thread.run_sync(self._held, message.content)
         if message.offset > size:
             raise Refusal("not_held", "no such file is handed out here")
-        self._transfers += 1
-        try:
+        with self._transfers.counted(asker) as refusal:
+            if refusal is not None:
+                raise Refusal("busy", "as many transfers as allowed are under way", refusal.retry_after_s)
             await self._send(asker, path, size, message.offset)
-        finally:
-            self._transfers -= 1
 
     def _held(self, content: str) -> tuple[Path, int]:
         """A file that is handed out, and its size.

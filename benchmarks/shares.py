@@ -1,0 +1,272 @@
+"""How fast is a client beside a stranger that takes all that it can get of a server?
+
+    python -m benchmarks.shares --json > benchmarks/results/shares-tiny-chat.json     (about 6 minutes)
+    python -m benchmarks.shares --kind gradients --kind "direct connections"
+
+One server has all blocks of tiny-chat, which it fetches from a stand-in for the Hub, so that it hands them
+out. A client generates answers there, each in a session of its own. For each kind of thing that a server has,
+a stranger (`tests/takers.py`) takes as much of it as it can for a while, and then goes. Server, client and
+stranger are processes of their own with p2p daemons of their own, on loopback. The stranger runs at the
+lowest priority: in the world it has a processor of its own.
+
+Reported for each kind, in tokens per second:
+
+    alone      without the stranger: the median of the windows before and after
+    beside     while it takes
+    ratio      beside / alone; at least 0.5 is wanted
+    waits_s    the longest wait for one token beside the stranger, the first of an answer included
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+_REPO = "bench/tiny-chat"
+_ANSWER_TOKENS = 32
+_PROMPT_TOKENS = 8
+_NICE = 19
+_READY_S = 90.0
+_LULL_S = 3.0
+"""For the stranger to get hold of what it takes, and for the server to be rid of it when it has gone."""
+BOUND = 0.5
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a client got in some seconds."""
+
+    tokens_per_s: float
+    longest_s: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one kind of stranger."""
+
+    kind: str
+    alone: float
+    beside: float
+    ratio: float
+    waits_s: float
+
+
+# ---------------------------------------------------------------------- the client
+
+
+def generate(model: Any, seconds: float) -> Window:
+    """Generate answers one after the other for so many seconds."""
+    import torch
+    from transformers.generation.streamers import BaseStreamer
+
+    class Stopwatch(BaseStreamer):
+        """Notes when tokens come."""
+
+        def put(self, value: Any) -> None:
+            times.append(time.perf_counter())
+
+        def end(self) -> None:
+            """Nothing is left to say."""
+
+    prompt = torch.arange(5, 5 + _PROMPT_TOKENS)[None]
+    times: list[float] = []
+    began = time.perf_counter()
+    answers = 0
+    while time.perf_counter() - began < seconds:
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=_ANSWER_TOKENS,
+            min_new_tokens=_ANSWER_TOKENS,
+            do_sample=False,
+            streamer=Stopwatch(),
+        )
+        answers += 1
+    spent = time.perf_counter() - began
+    longest = max(later - earlier for earlier, later in zip([began, *times], times, strict=False))
+    return Window(answers * _ANSWER_TOKENS / spent, longest)
+
+
+def measure(kinds: Sequence[str], seconds: float, verbose: bool) -> list[Result]:
+    """The results of each kind of stranger beside one client."""
+    import torch
+
+    from swarmkit import LocalSwarm
+    from swarmkit.settings import ClientSettings
+
+    torch.set_num_threads(1)
+    results = []
+    # Each answer is computed, and by one token at a time: what a client asks for does not change with luck.
+    settings = ClientSettings().replace(speculation="off", prefix_cache_bytes=0, check_share=0.0)
+    with LocalSwarm(_REPO, 1, processes=True, client_settings=settings) as swarm, swarm.model() as model:
+        generate(model, seconds)  # does not count
+        for kind in kinds:
+            before = generate(model, seconds)
+            with _stranger(kind, swarm.initial_peers, swarm.servers[0].pid):
+                time.sleep(_LULL_S)
+                beside = generate(model, seconds)
+            time.sleep(_LULL_S)
+            after = generate(model, seconds)
+            alone = statistics.median([before.tokens_per_s, after.tokens_per_s])
+            ratio = beside.tokens_per_s / alone
+            rounded = (round(alone, 1), round(beside.tokens_per_s, 1), round(ratio, 3))
+            results.append(Result(kind, *rounded, round(beside.longest_s, 3)))
+            if verbose:
+                print(_line(results[-1]), flush=True)
+    return results
+
+
+def _line(result: Result) -> str:
+    return (
+        f"{result.kind:20} {result.alone:8.1f} {result.beside:8.1f} {result.ratio:6.2f} {result.waits_s:8.2f}"
+    )
+
+
+# ---------------------------------------------------------------------- the stranger
+
+
+@contextmanager
+def _stranger(kind: str, initial_peers: Sequence[str], server_pid: int) -> Iterator[None]:
+    """A process in which a stranger takes, until the block ends."""
+    told = {"kind": kind, "initial_peers": list(initial_peers), "server_pid": server_pid}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.shares", "--stranger", json.dumps(told)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        if not process.stdout.readline():
+            raise RuntimeError(f"the stranger that takes {kind} did not start; what it said is above")
+        yield
+    finally:
+        process.stdin.close()  # which ends it
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        process.stdout.close()
+
+
+async def _take(kind: str, initial_peers: Sequence[str], server_pid: int) -> None:
+    """The life of a stranger's process."""
+    import anyio
+    import anyio.to_thread
+    import torch
+
+    from swarmkit.models.checkpoint.checkpoint import Checkpoint
+    from swarmkit.net.connect import joined, over_hivemind
+    from swarmkit.net.transport.identity import Identity
+    from tests.takers import KINDS, Target, take
+
+    torch.set_num_threads(1)
+    checkpoint = Checkpoint.open(_REPO, progress=False)
+    async with joined(over_hivemind(initial_peers), Identity()) as (transport, registry):
+        found = await registry.wait_for(
+            checkpoint.fingerprint,
+            checkpoint.num_blocks,
+            lambda view: bool(view.servers(time.time(), ("online",))),
+            timeout=_READY_S,
+        )
+        (server,) = found.servers(time.time(), ("online",))
+        target = Target(
+            transport,
+            server.peer_id,
+            server.fingerprint,
+            server.start,
+            server.stop,
+            checkpoint.hidden_size,
+            addresses=server.addresses,
+            service=server.service,
+            port=_direct_port(server_pid),
+            files=await _files(transport, checkpoint) if kind == "weights" else (),
+        )
+        taking, number = KINDS[kind]
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(take, target, taking, number)
+            print("ready", flush=True)
+            await anyio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)
+            tasks.cancel_scope.cancel()
+
+
+def _direct_port(server_pid: int) -> int:
+    """Where a server takes direct streams: the only port at which its own process listens."""
+    import psutil
+
+    connections = psutil.Process(server_pid).net_connections("tcp")
+    (port,) = {one.laddr.port for one in connections if one.status == psutil.CONN_LISTEN}
+    return int(port)
+
+
+async def _files(transport: Any, checkpoint: Any) -> list[str]:
+    """The hashes of the files that are offered of a model."""
+    from swarmkit.server.weights.transfer import look_up
+
+    blocks = list(range(checkpoint.num_blocks))
+    deadline = time.monotonic() + _READY_S
+    while time.monotonic() < deadline:
+        offered = await look_up(transport, checkpoint.fingerprint, blocks, time.time())
+        if found := sorted({offer.content for offers in offered.values() for offer in offers}):
+            return found
+        await asyncio.sleep(0.5)
+    raise RuntimeError("the server offers no weights")
+
+
+# ---------------------------------------------------------------------- both
+
+
+def main() -> int:
+    """Measure, and print a table or JSON; 1 if a ratio is below the bound."""
+    from tests.models.hub import local_hub
+    from tests.takers import KINDS
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kind", action="append", choices=list(KINDS), help="all if not given")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each window")
+    parser.add_argument("--json", action="store_true", help="print JSON, with the machine and the versions")
+    parser.add_argument("--stranger", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.stranger:
+        os.nice(_NICE)
+        asyncio.run(_take(**json.loads(given.stranger)))
+        return 0
+
+    import swarmkit.tinychat
+
+    kinds = given.kind or list(KINDS)
+    with (
+        tempfile.TemporaryDirectory(prefix="swarmkit-bench-shares-") as home,
+        local_hub({_REPO: Path(swarmkit.tinychat.__file__).parent / "checkpoint"}) as hub,
+    ):
+        own = {"HF_ENDPOINT": hub.url, "HF_HOME": home, "SWARMKIT_STORE_DIR": f"{home}/store"}
+        os.environ.update(own | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"})
+        results = measure(kinds, given.seconds, verbose=not given.json)
+    if given.json:
+        from swarmkit.bench.environment import environment
+
+        told = environment() | {"command": " ".join(["python -m benchmarks.shares", *sys.argv[1:]])}
+        print(json.dumps(told | {"benchmark": "shares", "rows": [asdict(row) for row in results]}, indent=2))
+    return int(any(row.ratio < BOUND for row in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
