@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
+import hypothesis
 import psutil
 import pytest
 
@@ -30,6 +31,12 @@ LONGEST_FIRST = (
     "client/test_recovery.py",
 )
 """Workers take files in order, so that none of these, which take longest, is left to one at the end."""
+
+# Else an example that takes more than 0.2 s fails, as one does now and then where other programs are at work.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import swarmkit
@@ -301,3 +302,8 @@ def test_nobody_is_told_to_install_the_package_that_has_our_name_on_pypi() -> No
     files = [*ROOT.rglob("*.py"), *ROOT.rglob("*.md"), *ROOT.rglob("*.ipynb"), *ROOT.rglob("*.toml")]
     own = [path for path in files if not {".venv", "build"} & set(path.parts) and path != Path(__file__)]
     assert [path.name for path in own if told.search(path.read_text())] == []
+
+
+def test_no_property_fails_because_the_machine_is_busy() -> None:
+    assert hypothesis.settings.default is not None
+    assert hypothesis.settings.default.deadline is None

@@ -52,7 +52,7 @@ def create_app(
     settings = settings or ApiSettings()
     turns = Turns(settings.max_running, settings.max_waiting)
     metrics = ApiMetrics(model, lambda: turns.running, lambda: turns.waiting)
-    engine = AnswerEngine(model, settings.max_running, metrics, clock)
+    engine = AnswerEngine(model, metrics, clock)
     service = ApiService(
         engine=engine,
         chat=ChatModel(engine, settings.max_tokens),

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +21,7 @@ from swarmkit.api.chances import ChanceRecorder, prompt_records
 from swarmkit.api.refusals import ApiError
 from swarmkit.api.rows import AnswerEnd, AnswerPiece, AnswerRow, TokenRecord
 from swarmkit.api.sampling import Sampling, config_for, processors_for
+from swarmkit.client.answer_thread import AnswerThread, StopSignal
 from swarmkit.client.speculation.assistants import Speculation
 from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.events import Owner
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
     from swarmkit.client.session.session import Session
 
 MakeConstraint = Callable[[], LogitsProcessor]
+
+_END_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,6 @@ class AnswerEngine:
     def __init__(
         self,
         model: SwarmModelForCausalLM,
-        threads: int,
         metrics: ApiMetrics | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
@@ -99,7 +99,7 @@ class AnswerEngine:
         self._metrics = metrics
         self._clock = clock
         self.tokenizer: Any = model.tokenizer()
-        self._pool = ThreadPoolExecutor(threads, "swarmkit-answer")
+        self._running: dict[_AnswerJob, AnswerThread[None]] = {}
         self.ends = _ends_of(model)
         """The tokens that end an answer."""
         session = model.session()
@@ -119,16 +119,17 @@ class AnswerEngine:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         job = _AnswerJob(self.model, self.tokenizer, self.ends, request, tell)
-        running = loop.run_in_executor(self._pool, job.run)
+        thread = AnswerThread(job.run, on_end=lambda: tell(None))
+        self._running = {other: its for other, its in self._running.items() if not its.done} | {job: thread}
         try:
             told = self._clock.now()
             while (event := await events.get()) is not None:
                 told = self._measure(event, len(request.prompt), told)
                 yield event
-            await running
+            thread.result()
         finally:
+            thread.stop.give()
             job.cancel()
-            running.add_done_callback(_note_failure)
 
     def _measure(self, event: AnswerEvent, prompt_tokens: int, before: float) -> float:
         now = self._clock.now()
@@ -150,18 +151,12 @@ class AnswerEngine:
         return await asyncio.get_running_loop().run_in_executor(None, function, *args)
 
     def close(self) -> None:
-        """End the threads; answers under way should have been closed before."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _note_failure(future: asyncio.Future[None]) -> None:
-    """Look at the error of an answer that nobody waits for any more, or Python reports it as forgotten."""
-    if not future.cancelled():
-        future.exception()
-
-
-class _AnswerCancelledError(Exception):
-    """Raised inside `generate()` to leave it when nothing more is wanted."""
+        """End all answers, and wait for their threads."""
+        for job, thread in self._running.items():
+            thread.stop.give()
+            job.cancel()
+        for thread in self._running.values():
+            thread.join(_END_TIMEOUT_S)
 
 
 class _AnswerJob(BaseStreamer):
@@ -180,7 +175,8 @@ class _AnswerJob(BaseStreamer):
         self._model = model
         self._request = request
         self._tell = tell
-        self._cancelled = threading.Event()
+        self._stop = StopSignal()
+        self._is_cancelled = False
         self._session: Session | None = None
         self._prompt_records: tuple[TokenRecord, ...] = ()
         self._position = 0
@@ -200,17 +196,19 @@ class _AnswerJob(BaseStreamer):
         self._ends = ends
 
     def cancel(self) -> None:
-        """End the answer from another thread: at once on the servers, and soon here. May be called late."""
-        self._cancelled.set()
+        """End the session, from another thread, after the signal to stop. May be called late.
+
+        The step under way ends at once on the servers, and soon here.
+        """
+        self._is_cancelled = True
         session = self._session
         if session is not None:
             session.close()
 
-    def run(self) -> None:
+    def run(self, stop: StopSignal) -> None:
         """Answer, in this thread, until the end."""
+        self._stop = stop
         try:
-            if self._cancelled.is_set():
-                return
             if self._request.prompt_logprobs is not None:
                 self._compute_prompt(self._request.prompt_logprobs)
             if self._request.max_tokens:
@@ -219,19 +217,14 @@ class _AnswerJob(BaseStreamer):
                 self._tell_prompt()
             for row in self._rows:
                 row.finish()
-        except _AnswerCancelledError:
-            pass
         except Exception:
-            if not self._cancelled.is_set():  # else its session was closed under it, as was meant
+            if not self._is_cancelled:  # else its session was closed under it, as was meant
                 raise
-        finally:
-            self._tell(None)
 
     def _open_session(self) -> Session:
         self._session = session = self._model.session()
-        if self._cancelled.is_set():
+        if self._is_cancelled:
             session.close()
-            raise _AnswerCancelledError
         return session
 
     def _compute_prompt(self, count: int) -> None:
@@ -263,11 +256,9 @@ class _AnswerJob(BaseStreamer):
                 session=session,
                 generation_config=config_for(self._model.generation_config, self._ends, request.max_tokens),
                 streamer=self,
+                stopping_criteria=[self._stop],
                 **options,
             )
-        except _AnswerCancelledError:
-            if self._cancelled.is_set():
-                raise
         finally:
             session.close()
 
@@ -278,15 +269,13 @@ class _AnswerJob(BaseStreamer):
         if not self._has_seen_prompt:
             self._has_seen_prompt = True
             return
-        if self._cancelled.is_set():
-            raise _AnswerCancelledError
         self._tell_prompt()
         tokens = value.reshape(-1).tolist()
         steps = [tokens] if len(self._rows) > 1 else [[token] for token in tokens]
         for step in steps:
             self._take(step)
         if all(row.is_done for row in self._rows):
-            raise _AnswerCancelledError
+            self._stop.give()
 
     def end(self) -> None:
         """Nothing is held back here."""

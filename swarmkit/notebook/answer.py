@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import TimeoutError as NotDoneError
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import StoppingCriteria
-
+from swarmkit.client.answer_thread import AnswerThread, StopSignal
 from swarmkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,26 +16,21 @@ class BackgroundAnswer:
     """An answer that is under way; made by `generate_in_background`."""
 
     def __init__(self, model: SwarmModelForCausalLM, inputs: dict[str, Any]) -> None:
-        self._stop = _StopWhenTold()
-        self._output: Any = None
-        self._error: BaseException | None = None
-        criteria = [*(inputs.pop("stopping_criteria", None) or ()), self._stop]
-        self._thread = threading.Thread(
-            target=self._run,
-            args=(model, {**inputs, "stopping_criteria": criteria}),
-            name="swarmkit-answer",
-            daemon=True,
-        )
-        self._thread.start()
+        criteria = list(inputs.pop("stopping_criteria", None) or ())
+
+        def work(stop: StopSignal) -> Any:
+            return model.generate(**inputs, stopping_criteria=[*criteria, stop])
+
+        self._answer = AnswerThread(work)
 
     @property
     def done(self) -> bool:
         """Whether the answer is complete, stopped, or has failed."""
-        return not self._thread.is_alive()
+        return self._answer.done
 
     def stop(self) -> None:
         """End the answer after the token that is under way; `result()` returns what came until then."""
-        self._stop.told.set()
+        self._answer.stop.give()
 
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the end, and return what `generate()` returned.
@@ -47,25 +40,20 @@ class BackgroundAnswer:
             Exception: what `generate()` raised.
         """
         try:
-            self._thread.join(timeout)
+            return self._answer.result(timeout)
         except KeyboardInterrupt:
             self.stop()
             raise
-        if self._thread.is_alive():
-            raise UsageError(f"the answer is still under way after {timeout:g} s; wait longer, or stop() it")
-        if self._error is not None:
-            raise self._error
-        return self._output
+        except NotDoneError:
+            if self._answer.done:  # by now, or it is what `generate()` raised
+                return self._answer.result()
+            raise UsageError(
+                f"the answer is still under way after {timeout:g} s; wait longer, or stop() it"
+            ) from None
 
     def __repr__(self) -> str:
-        state = "failed" if self._error else "done" if self.done else "under way"
+        state = "failed" if self._answer.has_failed else "done" if self.done else "under way"
         return f"<BackgroundAnswer: {state}>"
-
-    def _run(self, model: SwarmModelForCausalLM, inputs: dict[str, Any]) -> None:
-        try:
-            self._output = model.generate(**inputs)
-        except BaseException as error:  # noqa: BLE001 - handed to the caller of result()
-            self._error = error
 
 
 def generate_in_background(model: SwarmModelForCausalLM, **inputs: Any) -> BackgroundAnswer:
@@ -78,11 +66,3 @@ def generate_in_background(model: SwarmModelForCausalLM, **inputs: Any) -> Backg
         tokenizer.decode(answer.result()[0])
     """
     return BackgroundAnswer(model, inputs)
-
-
-class _StopWhenTold(StoppingCriteria):
-    def __init__(self) -> None:
-        self.told = threading.Event()
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
-        return torch.full((input_ids.shape[0],), self.told.is_set(), device=input_ids.device)

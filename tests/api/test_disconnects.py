@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
+from tests.api.held import held_engine
 from tests.api.worlds import STORY, Api
 from tests.waiting import WITHIN, wait_until
 
@@ -80,6 +81,38 @@ def test_closed_connections_leave_nothing(api: Api) -> None:
 def test_500_closed_connections_leave_nothing(api: Api) -> None:
     for seed in range(25):
         check_closed(api, 20, seed)
+
+
+def check_freed_within_a_step(api: Api, times: int, seed: int) -> None:
+    """Close connections while a step waits at one of the stages: it is not waited for."""
+    draw = random.Random(seed)
+    for _ in range(times):
+        engine = draw.choice(api.swarm.servers).serving.engine  # type: ignore[attr-defined]
+        body = {**LONG, "stream": True, "n": draw.choice([1, 1, 2])}
+        tokens = draw.randint(0, 3)
+        connection = None if tokens == 0 else ask_raw(api, "/v1/chat/completions", body)
+        for _ in range(tokens):
+            assert connection is not None
+            assert connection.recv(4096)
+        with held_engine(engine):
+            connection = connection or ask_raw(api, "/v1/chat/completions", body)
+            wait_until(lambda engine=engine: engine.waiting, "a step waits", every=0.001)
+            before = [service.steps for service in services(api)]
+            connection.close()
+            wait_until(lambda: is_empty(api), "every page is free while the step still waits", every=0.001)
+        for service, steps_before in zip(services(api), before, strict=True):
+            assert service.steps <= steps_before + 1
+            service.budget.audit()
+
+
+def test_a_closed_connection_frees_all_pages_within_a_step(api: Api) -> None:
+    check_freed_within_a_step(api, 10, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_500_closed_connections_free_all_pages_within_a_step(api: Api) -> None:
+    check_freed_within_a_step(api, 500, seed=2)
 
 
 @pytest.mark.parametrize("stream", [True, False])

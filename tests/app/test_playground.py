@@ -52,7 +52,7 @@ def swarm() -> Iterator[LocalSwarm]:
 
 @pytest.fixture(scope="module")
 def engine(swarm: LocalSwarm) -> Iterator[AnswerEngine]:
-    engine = AnswerEngine(swarm.model(), threads=2)
+    engine = AnswerEngine(swarm.model())
     yield engine
     engine.close()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
 from swarmkit.bench.draft import load_first_blocks
+from swarmkit.client.answer_thread import StopSignal
 from swarmkit.client.speculation.assistants import SpeculationCount, Speculator, choose_way, match_length
 from swarmkit.errors import UsageError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
@@ -333,7 +334,13 @@ def test_what_might_come_out_otherwise_is_drafted_only_where_asked_for(options: 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"logits_processor": []}, {"streamer": Watch({})}, {"generation_config": GenerationConfig()}],
+    [
+        {},
+        {"logits_processor": []},
+        {"streamer": Watch({})},
+        {"stopping_criteria": [StopSignal()]},
+        {"generation_config": GenerationConfig()},
+    ],
 )
 def test_greedy_answers_are_drafted(options: dict[str, Any]) -> None:
     assert _asked(None, **options)

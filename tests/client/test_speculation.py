@@ -110,7 +110,7 @@ seeds = st.integers(0, 2**16)
     way=st.floats(0, 1),
     drafting=st.booleans(),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_whatever_happens_no_more_than_3_percent_and_one_step_is_lost(
     adversary: str, seed: int, plain_s: float, dearer: list[float], finding: float, way: float, drafting: bool
 ) -> None:
@@ -137,7 +137,7 @@ def test_whatever_happens_no_more_than_3_percent_and_one_step_is_lost(
     computing=st.floats(0, 1),
     slope=st.floats(0, 1),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_where_a_step_takes_what_it_did_before_no_more_than_3_percent_are_lost_at_any_time(
     adversary: str, seed: int, plain_s: float, computing: float, slope: float
 ) -> None:

@@ -56,9 +56,7 @@ class Playground:
             raise UsageError(
                 f"everybody who reaches {host} could use the page; give it a password, or listen on 127.0.0.1"
             )
-        self._engines = {
-            model.connection.client.model.name: AnswerEngine(model, threads=max_running) for model in models
-        }
+        self._engines = {model.connection.client.model.name: AnswerEngine(model) for model in models}
         self._page = build_page(self._engines, swarm, max_running)
         self._page.queue(max_size=max_waiting + max_running, api_open=False)
         try:

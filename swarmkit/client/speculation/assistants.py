@@ -144,9 +144,11 @@ def why_not_the_same(options: Mapping[str, Any], configured: Callable[[str], Any
     """
     if configured("do_sample"):
         return "sampling"
-    for name in ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "negative_prompt_ids"):
+    for name in ("logits_processor", "prefix_allowed_tokens_fn", "negative_prompt_ids"):
         if options.get(name) is not None and (callable(options[name]) or len(options[name])):
             return name
+    if any(not getattr(each, "takes_several", False) for each in options.get("stopping_criteria") or ()):
+        return "stopping_criteria"
     for name in ("stop_strings", "watermarking_config", "output_attentions", "output_hidden_states"):
         if configured(name):
             return name
