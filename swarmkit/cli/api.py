@@ -9,18 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarmkit.cli import console
-from swarmkit.cli.app import (
-    Allow,
-    Block,
-    IdentityFile,
-    Join,
-    Json,
-    Model,
-    SwarmKeyFile,
-    Threads,
-    Verbose,
-    app,
-)
+from swarmkit.cli.app import Json, Model, app
+from swarmkit.cli.options import ProcessOptions, SwarmOptions, with_groups
 from swarmkit.cli.signals import EndRequest, end_request
 from swarmkit.errors import UsageError
 
@@ -32,13 +22,11 @@ _EVERYBODY = ("0.0.0.0", "::")
 
 
 @app.command()
+@with_groups
 def api(
+    swarm: SwarmOptions,
+    process: ProcessOptions,
     model: Model = "tiny-chat",
-    join: Join = None,
-    swarm_key: SwarmKeyFile = None,
-    identity: IdentityFile = None,
-    allow: Allow = None,
-    block: Block = None,
     host: Annotated[
         str, typer.Option("--host", help="Address to listen on; other than loopback needs keys.")
     ] = "127.0.0.1",
@@ -72,9 +60,7 @@ def api(
     max_body_bytes: Annotated[
         int | None, typer.Option("--max-body-bytes", min=1, help="Largest body of a request.")
     ] = None,
-    threads: Threads = None,
     json: Json = False,
-    verbose: Verbose = False,
 ) -> None:
     """Serve a model over HTTP, by OpenAI's and Anthropic's protocols, until Ctrl-C.
 
@@ -84,9 +70,7 @@ def api(
 
         swarmkit api Qwen/Qwen3-32B --join /ip4/192.0.2.7/… --host 0.0.0.0 --api-keys-file keys.txt
     """
-    console.setup(verbose, threads)
-    console.quiet_transformers()
-    console.set_threads(threads)
+    process.prepare()
     keys = [*(api_key or ()), *_keys_in(api_keys_file)]
     is_local = host in _LOOPBACK
     if not keys and not is_local and not without_keys:
@@ -100,7 +84,6 @@ def api(
         raise UsageError(
             f"the HTTP API needs {error.name}; install it with `pip install 'swarmkit-llm[api]'`"
         ) from None
-    from swarmkit.cli.joining import model_of
     from swarmkit.settings import ApiSettings
 
     wishes = {
@@ -110,7 +93,7 @@ def api(
         "max_body_bytes": max_body_bytes,
     }
     settings = ApiSettings().replace(**{key: value for key, value in wishes.items() if value is not None})
-    with model_of(model, join, swarm_key, identity, allow, block) as remote, end_request() as end:
+    with swarm.model(model) as remote, end_request() as end:
         end.is_orderly = True
         names = name or [remote.connection.client.model.name]
         application = create_app(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swarmkit.cli import console
-from swarmkit.cli.app import Allow, Block, IdentityFile, Join, Model, SwarmKeyFile, Threads, Verbose, app
-from swarmkit.cli.generate import Draft, MaxTokens, Seed, SpeculateOption, Temperature, TopP
+from swarmkit.cli.app import Model, app
+from swarmkit.cli.options import AnswerOptions, ProcessOptions, SwarmOptions, with_groups
 from swarmkit.errors import UsageError
 from swarmkit.events import Event, StepFinished, following
 
@@ -19,22 +19,13 @@ if TYPE_CHECKING:
 
 
 @app.command()
+@with_groups
 def chat(
+    swarm: SwarmOptions,
+    answering: AnswerOptions,
+    process: ProcessOptions,
     model: Model = "tiny-chat",
-    join: Join = None,
-    swarm_key: SwarmKeyFile = None,
-    identity: IdentityFile = None,
-    allow: Allow = None,
-    block: Block = None,
     system: Annotated[str | None, typer.Option("--system", help="A system prompt.")] = None,
-    max_new_tokens: MaxTokens = 200,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    seed: Seed = None,
-    speculate: SpeculateOption = None,
-    draft: Draft = None,
-    threads: Threads = None,
-    verbose: Verbose = False,
 ) -> None:
     """Talk to a model. `/route` shows which servers computed the last answer, `/new` starts over, `/quit`
     ends.
@@ -45,10 +36,7 @@ def chat(
 
         swarmkit chat Qwen/Qwen3-32B --join /ip4/192.0.2.7/tcp/31337/p2p/12D3Koo…
     """
-    console.setup(verbose, threads)
-    console.quiet_transformers()
-    console.set_threads(threads)
-    from swarmkit.cli.joining import model_of, speculation_of
+    process.prepare()
     from swarmkit.client.chat import chat_answer, has_chat_template
 
     def show(event: Event) -> None:
@@ -56,13 +44,13 @@ def chat(
             console.err.print(f"[yellow]{event}[/]", markup=True)
 
     with ExitStack() as owned:
-        remote = owned.enter_context(model_of(model, join, swarm_key, identity, allow, block))
-        if verbose:
+        remote = owned.enter_context(swarm.model(model))
+        if process.verbose:
             owned.enter_context(following(remote.connection.client.events, show))
         tokenizer = remote.tokenizer()
         if not has_chat_template(tokenizer):
             raise UsageError(f"{model} was not made for chats; use `swarmkit generate {model} --raw …`")
-        speculation = speculation_of(remote, speculate.value if speculate else None, draft)
+        options = answering.of(remote)
         opening = [{"role": "system", "content": system}] if system else []
         messages = list(opening)
         session = remote.session()
@@ -84,11 +72,7 @@ def chat(
                     messages,
                     session=session,
                     write=lambda piece: console.out.print(piece, end="", markup=False),
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    top_p=top_p,
-                    seed=seed,
-                    speculation=speculation,
+                    **options,
                 )
                 messages.append({"role": "assistant", "content": answer.text})
                 console.out.print(f"\n[dim]{answer.summary}[/]")

@@ -7,32 +7,19 @@ from typing import Annotated
 
 import typer
 
-from swarmkit.cli import console
-from swarmkit.cli.app import (
-    Allow,
-    Block,
-    IdentityFile,
-    Join,
-    Json,
-    Model,
-    SwarmKeyFile,
-    Threads,
-    Verbose,
-    app,
-)
+from swarmkit.cli.app import Json, Model, app
 from swarmkit.cli.interrupt import interruptible
+from swarmkit.cli.options import ProcessOptions, SwarmOptions, with_groups
 from swarmkit.cli.page import check_installed, show_page
 from swarmkit.errors import UsageError
 
 
 @app.command()
+@with_groups
 def playground(
+    swarm: SwarmOptions,
+    process: ProcessOptions,
     model: Model = "tiny-chat",
-    join: Join = None,
-    swarm_key: SwarmKeyFile = None,
-    identity: IdentityFile = None,
-    allow: Allow = None,
-    block: Block = None,
     also: Annotated[
         list[str] | None, typer.Option("--also", help="A further model of the swarm to choose; repeatable.")
     ] = None,
@@ -54,9 +41,7 @@ def playground(
     browser: Annotated[
         bool, typer.Option("--browser/--no-browser", help="Open the page, where there is a display.")
     ] = True,
-    threads: Threads = None,
     json: Json = False,
-    verbose: Verbose = False,
 ) -> None:
     """Open a page to chat with a model, and to watch the swarm while it answers, until Ctrl-C.
 
@@ -68,24 +53,18 @@ def playground(
 
         swarmkit playground Qwen/Qwen3-32B --join /ip4/192.0.2.7/tcp/31337/p2p/12D3Koo…
     """
-    console.setup(verbose, threads)
-    console.quiet_transformers()
-    console.set_threads(threads)
+    process.prepare()
     check_installed()
-    if also and not join:
+    if also and not swarm.join:
         raise UsageError("--also names further models of a swarm; give the swarm's address with --join")
-    from swarmkit.cli.joining import model_of
-
     with ExitStack() as owned:
-        if join:
-            swarm = None
-            names = [model, *(also or ())]
-            joined = [model_of(name, join, swarm_key, identity, allow, block) for name in names]
-            models = [owned.enter_context(each) for each in joined]
+        here = None
+        if swarm.join:
+            models = [owned.enter_context(swarm.model(name)) for name in [model, *(also or ())]]
         else:
             from swarmkit.cli.local_servers import start_servers
 
-            swarm = owned.enter_context(start_servers(model))
-            models = [swarm.model()]
+            here = owned.enter_context(start_servers(model))
+            models = [here.model()]
         with interruptible():
-            show_page(models, swarm, host, port, password, max_running, browser, json)
+            show_page(models, here, host, port, password, max_running, browser, json)
