@@ -178,8 +178,8 @@ async def test_an_idle_session_gives_its_place_to_another(world: World) -> None:
 
 async def waiting_step(server: TinyServer, **options: Any) -> Any:
     """What a step of eight tokens is told that comes while as long a one waits, and a pass takes a second."""
-    server.engine.times_of(server.world.stage).learn(8, 1.0)
-    server.engine.times_of(server.world.stage).learn(16, 1.0)
+    server.engine.learned_of(server.world.stage).times.learn(8, 1.0)
+    server.engine.learned_of(server.world.stage).times.learn(16, 1.0)
     gate = Gate(server)
     await eventually(
         lambda: server.engine.holds >= 1 and not server.engine.waiting, "the gate holds the engine"

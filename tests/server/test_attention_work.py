@@ -127,7 +127,7 @@ async def test_work_counts_for_the_share_of_a_client(server: TinyServer) -> None
     step = asyncio.create_task(client.try_step(MANY, order=ORDER))
     await eventually(lambda: server.engine.holds == 2, "the step waits")
     long = server.engine.ahead(1, 60).wait_s
-    expected = server.engine.times_of(server.world.stage).of(60)  # as measured by now
+    expected = server.engine.learned_of(server.world.stage).times.of(60)  # as measured by now
     gate.set()
     await asyncio.gather(held, step)
     assert long >= expected * 0.5

@@ -172,14 +172,14 @@ async def test_steps_of_different_stages_do_not_share_a_pass(engine: Engine, sta
 async def test_what_one_stage_takes_is_not_taken_for_anothers(engine: Engine, stage: FakeStage) -> None:
     other = FakeStage()
     await engine.step(FakeStep(stage))
-    await eventually(lambda: engine.times_of(stage).of(1) > 0, "the time of the pass is learned")
-    assert engine.times_of(other).of(1) == 0
+    await eventually(lambda: engine.learned_of(stage).times.of(1) > 0, "the time of the pass is learned")
+    assert engine.learned_of(other).times.of(1) == 0
 
 
 async def test_the_times_of_a_stage_are_forgotten_with_it(engine: Engine) -> None:
     stage = FakeStage()
     await engine.step(FakeStep(stage))
-    times = weakref.ref(engine.times_of(stage))
+    times = weakref.ref(engine.learned_of(stage).times)
     del stage
     gc.collect()
     assert times() is None

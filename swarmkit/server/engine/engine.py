@@ -154,13 +154,10 @@ class Engine:
             EngineClosedError: the engine has been closed. Whatever the step raises is raised here too.
             ExpiredError: its patience was over before its turn came.
         """
-        return await self._submit(QueuedStep(task, patience_s, self._learned_of(task.stage), self.now()))
+        return await self._submit(QueuedStep(task, patience_s, self.learned_of(task.stage), self.now()))
 
-    def times_of(self, stage: Stage) -> PassTimes:
-        """How long forward passes through a stage take, as far as measured."""
-        return self._learned_of(stage).times
-
-    def _learned_of(self, stage: Stage) -> LearnedTimes:
+    def learned_of(self, stage: Stage) -> LearnedTimes:
+        """How long forward passes through a stage take, and which sessions decode on it, as far as known."""
         if (learned := self._stages.get(stage)) is None:
             with self._lock:
                 learned = self._stages.setdefault(
@@ -375,7 +372,7 @@ class Engine:
             return
         now = self.now()
         self._resolve(step, Timed(value, step.started_at - step.queued_at, now - step.started_at), None)
-        if step.decode and step.past:  # a first step may be the only one, as that of a trial
+        if step.decode:
             size, client = step.rows * step.tokens, step.task.client
             step.learned.arrivals.decoded(step.task.session, size, step.queued_at, now, client)
         step.task.after_result(output)

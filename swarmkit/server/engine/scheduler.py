@@ -15,6 +15,7 @@ over too often comes before all others of its kind, so that none starves.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -446,6 +447,7 @@ class ArrivalPredictor:
         self._sessions: dict[Hashable, _DecodingSession] = {}
         self._left: dict[Hashable, _DecodingSession] = {}
         """Sessions that have left, until their time away tells nothing any more."""
+        self._ended: deque[Hashable] = deque(maxlen=1024)  # more than can have decoded since the last look
 
     def decoded(self, session: Hashable, tokens: int, came: float, done: float, client: str = "") -> None:
         """A session's decode step of `tokens` tokens arrived at `came` and was done at `done`."""
@@ -464,12 +466,23 @@ class ArrivalPredictor:
         self._sessions.pop(session, None)
         self._left.pop(session, None)
 
+    def end(self, session: Hashable) -> None:
+        """A session has ended. May be called in any thread; it counts from the next look on."""
+        self._ended.append(session)
+
+    @property
+    def num_ended(self) -> int:
+        """Sessions that have ended since the last look."""
+        return len(self._ended)
+
     def has_no_other(self, session: Hashable) -> bool:
         """Whether no other session decodes, as far as is known without looking at the time."""
         return not self._sessions or (len(self._sessions) == 1 and session in self._sessions)
 
     def expected(self, now: float, here: Container[Hashable] = ()) -> ExpectedArrivals:
         """The next steps of all sessions but those `here`."""
+        while self._ended:
+            self.leave(self._ended.popleft())
         known, self._sessions = self._left | self._sessions, {}
         self._left = {}
         for key, one in known.items():

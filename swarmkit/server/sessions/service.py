@@ -320,6 +320,7 @@ class BlockService:
             self._admission.left(client.session)
             self._clients.pop(client.session.inlet, None)
             client.session.end()
+            self._engine.learned_of(self._stage).arrivals.end(client.session.inlet)
             client.session = None
         if not self._clients:
             self._idle.set()
