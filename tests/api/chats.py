@@ -43,12 +43,18 @@ ADD = {
 }
 
 
-def with_tools(folder: Path) -> Path:
-    """Make the checkpoint in a folder."""
+def with_tools(folder: Path, context: int | None = None) -> Path:
+    """Make the checkpoint in a folder.
+
+    Args: context: the tokens that it takes; as tiny-chat if not given. Beyond that it talks nonsense.
+    """
     own = Path(swarmkit.tinychat.__file__).parent / "checkpoint"
     made = folder / "tiny-tools"
     shutil.copytree(own, made)
     (made / "chat_template.jinja").write_text(TEMPLATE)
+    if context is not None:
+        config = json.loads((made / "config.json").read_text())
+        (made / "config.json").write_text(json.dumps({**config, "max_position_embeddings": context}))
     return made
 
 

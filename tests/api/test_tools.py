@@ -208,6 +208,31 @@ def test_a_response_calls_a_tool_and_goes_on_with_its_result(api: Api) -> None:
     assert after.usage.input_tokens > found.usage.input_tokens + 8
 
 
+def test_a_tool_in_a_namespace_is_called_by_both_names(api: Api) -> None:
+    inner = {"type": "function", **ADD, "strict": True}
+    tools: Any = [{"type": "namespace", "name": "sums", "description": "Sums.", "tools": [inner]}]
+    with api.openai() as client:
+        found = client.responses.create(model="tiny-chat", input="Add.", tools=tools, tool_choice="required")
+        [call] = found.output
+        assert call.type == "function_call"
+        assert (call.name, call.model_dump()["namespace"]) == ("add", "sums")
+        result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "3"}
+        options: Any = {"model": "tiny-chat", "tools": tools, "max_output_tokens": 8}
+        after = client.responses.create(input=[result], previous_response_id=found.id, **options)
+        asked: Any = {"role": "user", "content": "Add."}
+        again = client.responses.create(input=[asked, call.model_dump(), result], **options)
+    assert after.usage is not None
+    assert again.usage is not None
+    assert after.usage.input_tokens == again.usage.input_tokens
+
+
+@pytest.mark.parametrize("broken", [{}, {"name": "sums"}, {"name": "sums", "tools": [3]}])
+def test_a_namespace_without_a_name_or_tools_is_refused(api: Api, broken: dict[str, Any]) -> None:
+    tools: Any = [{"type": "namespace", **broken}]
+    with api.openai() as client, pytest.raises(openai.BadRequestError, match=r"namespace|object"):
+        client.responses.create(model="tiny-chat", input="Add.", tools=tools)
+
+
 def test_a_message_calls_a_tool_and_goes_on_with_its_result(api: Api) -> None:
     tools: Any = [{"name": "add", "description": "", "input_schema": ADD["parameters"]}]
     messages: Any = [{"role": "user", "content": "Add."}]

@@ -7,8 +7,8 @@ from contextlib import aclosing
 from typing import Any
 
 from swarmkit.api.conversation import ChatRun
-from swarmkit.api.dialects.openai_parts import chance, error_body, new_id
-from swarmkit.api.dialects.responses import ResponsesRequest
+from swarmkit.api.dialects.openai_parts import call_of, chance, error_body, new_id
+from swarmkit.api.dialects.responses import ResponsesRequest, whole_name
 from swarmkit.api.message_events import MessageEnd, MessageEvent, TextDelta, ThoughtDelta, ToolCallMade
 from swarmkit.api.refusals import ApiError
 
@@ -23,6 +23,7 @@ class ResponseForm:
         self._run = run
         self._items: list[dict[str, Any]] = []
         self._sequence = -1
+        self._namespaces = request.namespaces()
         sampling = run.request.sampling
         self.response: dict[str, Any] = {
             "id": new_id("resp_"),
@@ -85,10 +86,9 @@ class ResponseForm:
             elif item["type"] == "reasoning":
                 found["reasoning_content"] = item["content"][0]["text"]
             else:
-                call = {"name": item["name"], "arguments": item["arguments"]}
-                found.setdefault("tool_calls", []).append(
-                    {"id": item["call_id"], "type": "function", "function": call}
-                )
+                name = whole_name(item.get("namespace"), item["name"])
+                call = call_of(item["call_id"], name, item["arguments"], "previous_response_id")
+                found.setdefault("tool_calls", []).append(call)
         return found
 
     # ------------------------------------------------------------------ events
@@ -150,18 +150,20 @@ class ResponseForm:
         ]
 
     def _call(self, event: ToolCallMade) -> list[Event]:
+        space, name = self._namespaces.get(event.name, ("", event.name))
         item = {
             "type": "function_call",
             "id": new_id("fc_"),
             "call_id": event.call_id,
-            "name": event.name,
+            **({"namespace": space} if space else {}),
+            "name": name,
             "arguments": event.arguments,
             "status": "completed",
         }
         self._items.append(item)
         place = {"item_id": item["id"], "output_index": len(self._items) - 1}
         begun = {**item, "arguments": "", "status": "in_progress"}
-        arguments = {**place, "name": event.name, "arguments": event.arguments}
+        arguments = {**place, "name": name, "arguments": event.arguments}
         return [
             self._event("response.output_item.added", output_index=place["output_index"], item=begun),
             self._event("response.function_call_arguments.delta", **place, delta=event.arguments),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field
@@ -69,7 +70,7 @@ class ResponsesRequest(SamplingFields):
         return ChatWish(
             messages=[*opening, *earlier, *self.messages()],
             max_tokens=self.max_output_tokens,
-            tools=[_tool(tool, f"tools[{place}]") for place, tool in enumerate(self.tools or ())] or None,
+            tools=[tool for tool, _ in self._functions()] or None,
             choice=self._choice(),
             most_calls=1 if self.parallel_tool_calls is False else None,
             schema=schema_of((self.text or {}).get("format"), "text.format"),
@@ -96,7 +97,8 @@ class ResponsesRequest(SamplingFields):
                     text = content_text(item.get("content"), f"{where}.content")
                     found.append({"role": role, "content": text})
                 case "function_call":
-                    call = call_of(item.get("call_id"), item.get("name"), item.get("arguments"), where)
+                    name = whole_name(item.get("namespace"), item.get("name"))
+                    call = call_of(item.get("call_id"), name, item.get("arguments"), where)
                     if not found or found[-1]["role"] != "assistant":
                         found.append({"role": "assistant", "content": ""})
                     found[-1].setdefault("tool_calls", []).append(call)
@@ -115,6 +117,29 @@ class ResponsesRequest(SamplingFields):
             thoughts = ""
         return found
 
+    def namespaces(self) -> dict[str, tuple[str, str]]:
+        """Namespace and own name of each function in a namespace, by the name that the model knows."""
+        return {
+            tool["function"]["name"]: (space, tool["function"]["name"][len(space) + 1 :])
+            for tool, space in self._functions()
+            if space
+        }
+
+    def _functions(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """The tools in the form of chat templates, each with its namespace, which is part of its name too."""
+        for place, tool in enumerate(self.tools or ()):
+            where = f"tools[{place}]"
+            if tool.get("type") != "namespace":
+                yield _tool(tool, where), ""
+                continue
+            space, within = tool.get("name"), tool.get("tools")
+            if not isinstance(space, str) or not space or not isinstance(within, list):
+                raise invalid(where, "a namespace has a name and a list of tools")
+            for inner, each in enumerate(within):
+                if not isinstance(each, dict):
+                    raise invalid(f"{where}.tools[{inner}]", "a tool is an object")
+                yield _tool(each, f"{where}.tools[{inner}]", space), space
+
     def _choice(self) -> str:
         choice = self.tool_choice
         if not isinstance(choice, dict):
@@ -124,11 +149,17 @@ class ResponsesRequest(SamplingFields):
         return str(choice["name"])
 
 
-def _tool(tool: dict[str, Any], param: str) -> dict[str, Any]:
+def _tool(tool: dict[str, Any], param: str, namespace: str = "") -> dict[str, Any]:
     if tool.get("type") != "function":
         message = f"this server runs no tools of its own, such as {tool.get('type')!r}; leave it out"
         raise invalid(param, message, "unsupported_tools")
-    return tool_of(tool.get("name"), tool.get("description"), tool.get("parameters"), param)
+    name = whole_name(namespace, tool.get("name"))
+    return tool_of(name, tool.get("description"), tool.get("parameters"), param)
+
+
+def whole_name(namespace: Any, name: Any) -> Any:
+    """What the model calls a function."""
+    return f"{namespace}.{name}" if namespace and isinstance(namespace, str) and name else name
 
 
 def _thoughts(item: dict[str, Any]) -> str:
