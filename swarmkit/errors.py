@@ -8,6 +8,7 @@
     │   ├── AdapterError      an adapter that does not fit the model, or is of a kind that is not supported
     │   └── SessionError      a session used after its end or beyond its length
     ├── TransportError        this machine's own networking could not start or has ended
+    │   ├── DaemonStartError      the p2p daemon did not start; it carries a cause
     │   └── NoContactError        no other peer of the swarm answers
     ├── NoRouteError          no server has some blocks of the model
     ├── DeadlineError         a step took longer than the user allows
@@ -30,6 +31,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 if "SwarmModelForCausalLM" not in getattr(sys.modules["swarmkit"], "__all__", ()):
     # Both packages were installed into one folder: the other one's `__init__.py` lies among our files.
@@ -61,6 +63,39 @@ class SessionError(UsageError):
 
 class TransportError(SwarmkitError):
     """This machine's own networking could not start, or has ended."""
+
+
+StartCause = Literal[
+    "port",
+    "address",
+    "forbidden",
+    "firewall",
+    "proxy",
+    "network",
+    "peers",
+    "files",
+    "limits",
+    "program",
+    "busy",
+    "unknown",
+]
+"""What keeps the p2p daemon from starting: the port is in use; this machine does not have the address; the
+system or its firewall forbids it; nothing comes back from the initial peers; a proxy is between; there is no
+way to them; they answer, but not as themselves, or refuse; open files, or memory, threads or disk are used
+up; its program is missing or of another system; the machine is too busy.
+"""
+
+
+class DaemonStartError(TransportError):
+    """The p2p daemon could not start.
+
+    Attributes:
+        cause: one word for why.
+    """
+
+    def __init__(self, message: str, cause: StartCause = "unknown") -> None:
+        super().__init__(message)
+        self.cause: StartCause = cause
 
 
 class NoContactError(TransportError):

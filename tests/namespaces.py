@@ -152,6 +152,15 @@ class Machine:
         self.set_address(self.number)
         self.clock_file.write_bytes(struct.pack("d", 0.0))
 
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """What a command begins with that shall run on this machine."""
+        return ("ip", "netns", "exec", self.namespace)
+
+    def run_ip(self, *arguments: str) -> str:
+        """Run the `ip` command on this machine, such as to change its routes."""
+        return _ip("-n", self.namespace, *arguments)
+
     def set_address(self, number: int) -> None:
         """Have another address from now on, as in another network or after a lease has ended."""
         if self.lan.ipv6:

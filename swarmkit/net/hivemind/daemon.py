@@ -34,7 +34,16 @@ from typing import IO
 
 import anyio
 
-from swarmkit.errors import TransportError
+from swarmkit.net.hivemind.startup import (
+    LOOK_AFTER_S,
+    missing,
+    most_files,
+    not_ready,
+    refuse_few_files,
+    try_peers,
+    why_it_failed,
+    why_not_run,
+)
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.seam import MAX_FRAME_BYTES
 
@@ -45,6 +54,8 @@ _LOCK_NAME = "lock"
 _LONGEST_FOLDER = 80  # a Unix socket's path may have 104 bytes (macOS) and stands inside the folder
 _SWEEP_AFTER_S = 60.0  # a younger folder without a lock may be one that is being made
 _KEPT_LINES = 20
+_FIRST_LINES = 3
+_FIRST = asyncio.FIRST_COMPLETED
 _LONGEST_LINE = 2000
 _STOP_GRACE_S = 3.0
 _IDLE_TIMEOUT_S = 30
@@ -81,6 +92,8 @@ class P2PDaemon:
         self._process = process
         self._folder = folder
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._first_lines: list[str] = []
+        """Those that the last ones have pushed out: the Go runtime says first why it ends, then where."""
         self._ready = asyncio.Event()
         self._output = asyncio.create_task(self._read_output(), name="swarmkit-p2pd-output")
 
@@ -91,11 +104,15 @@ class P2PDaemon:
         """Start a daemon that speaks for `identity`, and wait until it is ready.
 
         Raises:
-            TransportError: it could not be started; the message says why and what to do.
+            DaemonStartError: it could not be started; the message names the cause and says what to do.
         """
         options = options or DaemonOptions()
+        refuse_few_files(most_files())
         binary = find_binary()
-        folder = _Folder()
+        try:
+            folder = _Folder()
+        except OSError as error:
+            raise why_not_run(binary, error) from error
         try:
             key_file = folder.path / "identity"
             _write_secret(key_file, identity.to_bytes())
@@ -112,10 +129,7 @@ class P2PDaemon:
                     env=_environment(options),
                 )
             except OSError as error:
-                raise TransportError(
-                    f"the p2p daemon {binary} cannot be run: {error}. Reinstall hivemind for this platform: "
-                    "pip install --force-reinstall hivemind"
-                ) from error
+                raise why_not_run(binary, error) from error
         except BaseException:
             folder.remove()
             raise
@@ -184,17 +198,19 @@ class P2PDaemon:
     async def _wait_until_ready(self, timeout: float, options: DaemonOptions) -> None:
         ready = asyncio.create_task(self._ready.wait())
         try:
-            await asyncio.wait([ready, self._output], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            for patience_s in (min(LOOK_AFTER_S, timeout), max(0.0, timeout - LOOK_AFTER_S)):
+                await asyncio.wait([ready, self._output], timeout=patience_s, return_when=_FIRST)
+                if self._ready.is_set():
+                    return
+                attempts = await try_peers(options.initial_peers)
+                nobody = attempts is not None and all(each.error != 0 for each in attempts)
+                if not self._ready.is_set() and (self._output.done() or nobody):
+                    lines = [*self._first_lines, *self.last_lines]
+                    raise why_it_failed(lines, options.host_maddrs, options.initial_peers, attempts)
         finally:
             ready.cancel()
-        if self._ready.is_set():
-            return
-        if self._output.done():
-            raise TransportError(_why_it_failed(self.last_lines, options))
-        raise TransportError(
-            f"the p2p daemon was not ready after {timeout:g} s. The machine may be very busy, or a firewall "
-            f"may hold it up; try again with a longer startup_timeout.{_quoted(self.last_lines)}"
-        )
+        if not self._ready.is_set():
+            raise not_ready(timeout, self.last_lines)
 
     async def _read_output(self) -> None:
         """Read until the daemon ends, so that it never blocks on a full pipe; keep the last lines."""
@@ -209,6 +225,8 @@ class P2PDaemon:
             self._take_line(rest)
 
     def _take_line(self, line: str) -> None:
+        if len(self._lines) == _KEPT_LINES and len(self._first_lines) < _FIRST_LINES:
+            self._first_lines.append(self._lines[0])
         self._lines.append(line)
         logger.debug("p2pd[%d]: %s", self.pid, line)
         if line.startswith("Peer ID:"):
@@ -230,17 +248,15 @@ def find_binary() -> Path:
     """The daemon's program.
 
     Raises:
-        TransportError: hivemind or its daemon is not installed.
+        DaemonStartError: hivemind or its daemon is not installed.
     """
     spec = importlib.util.find_spec("hivemind")
     for location in (spec.submodule_search_locations or ()) if spec is not None else ():
         path = Path(location) / "hivemind_cli" / "p2pd"
         if os.access(path, os.X_OK):
             return path
-        raise TransportError(
-            f"{path} is missing or not executable; reinstall it: pip install --force-reinstall hivemind"
-        )
-    raise TransportError("hivemind, which carries the p2p daemon, is not installed: pip install hivemind")
+        raise missing(f"{path} is missing or not executable")
+    raise missing("hivemind, which carries it, is not installed (pip install hivemind)")
 
 
 def sweep() -> None:
@@ -327,29 +343,3 @@ def _with_shim(arguments: list[str]) -> list[str]:
     if sys.platform != "linux" or getattr(sys, "frozen", False) or not sys.executable:
         return arguments
     return [sys.executable, "-I", "-S", "-c", _SHIM, str(os.getpid()), *arguments]
-
-
-def _why_it_failed(lines: Sequence[str], options: DaemonOptions) -> str:
-    text = "\n".join(lines)
-    if "address already in use" in text:
-        hint = (
-            f"the port is in use by another program ({', '.join(options.host_maddrs)}); "
-            "choose another one, or 0 for any that is free"
-        )
-    elif "cannot assign requested address" in text:
-        hint = (
-            f"this machine does not have the address it should listen on ({', '.join(options.host_maddrs)}); "
-            "use 0.0.0.0 for all of its addresses, and announce_maddrs for what others see"
-        )
-    elif "bootstrap peers" in text:
-        hint = (
-            f"none of the initial peers could be reached: {', '.join(options.initial_peers)}. Check that one "
-            "of them is running, that its address and peer id are right, and that no firewall is between"
-        )
-    else:
-        hint = "it ended while starting; check the addresses and what it wrote"
-    return f"the p2p daemon could not start: {hint}.{_quoted(lines)}"
-
-
-def _quoted(lines: Sequence[str]) -> str:
-    return "\nThe daemon's last lines:\n  " + "\n  ".join(lines) if lines else " The daemon wrote nothing."
