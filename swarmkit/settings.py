@@ -93,7 +93,7 @@ class NetSettings(SettingsGroup):
     )
     swarm_key_file: Path | None = Field(
         default=None,
-        description="The file with the key of a private swarm, as `swarmkit swarm-key` writes it. Without a "
+        description="The file with the key of a private swarm, as `swarmkit swarm-key` writes one. Without a "
         "value, the swarm is open to everybody.",
     )
 

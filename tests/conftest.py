@@ -50,6 +50,14 @@ def kept_fork_server() -> Iterator[None]:
     assert "swarmkit-fork-server" not in {thread.name for thread in threading.enumerate()}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what commands remember, such as a meeting point's identity, out of the user's own folders."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 def pytest_configure() -> None:
     """Hear Ctrl-C, which some tests press, even if the tests run in the background, where it is ignored."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -83,7 +83,7 @@ def test_server_processes_read_the_key_from_a_file(tiny: Checkpoint) -> None:
 
 def test_commands_share_a_private_swarm(tmp_path: Path) -> None:
     key = str(tmp_path / "key")
-    assert run_here("swarm-key", key).returncode == 0
+    assert run_here("swarm-key", "create", key).returncode == 0
     secret = Path(key).read_text().split()[-1]
     server = start("serve", "tiny-chat", "--swarm-key", key, until="serving_started")
     try:

@@ -13,7 +13,12 @@ Model = Annotated[
 ]
 Join = Annotated[
     list[str] | None,
-    typer.Option("--join", "-j", metavar="ADDRESS", help="A peer of the swarm to join; may be repeated."),
+    typer.Option(
+        "--join",
+        "-j",
+        metavar="ADDRESS",
+        help="A peer to join, an invite link, or lan; may be repeated.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more about what happens.")]
@@ -25,6 +30,9 @@ Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="0 = any fre
 Announce = Annotated[
     list[str] | None,
     typer.Option("--announce", metavar="ADDRESS", help="Tell others this address instead of our own."),
+]
+Lan = Annotated[
+    bool, typer.Option("--lan", help="Let others in the local network find this peer, by `--join lan`.")
 ]
 IdentityFile = Annotated[
     str | None, typer.Option("--identity", metavar="FILE", help="Keep this peer's key, and so its name.")

@@ -7,8 +7,8 @@ from swarmkit.cli.app import app
 # Importing a command's file adds it to `app`. The order is the order in `--help`.
 # isort: off
 from swarmkit.cli import demo, serve, generate, chat, playground, api  # noqa: F401
-from swarmkit.cli import worker, status, bootstrap, swarm_key, identity  # noqa: F401
-from swarmkit.cli import plan, check, fingerprint, bench  # noqa: F401
+from swarmkit.cli import worker, status, bootstrap, invite, swarm_key, identity  # noqa: F401
+from swarmkit.cli import plan, check, doctor, fingerprint, bench  # noqa: F401
 # isort: on
 
 __all__ = ["app"]

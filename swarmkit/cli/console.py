@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from typing import Any
 
 from rich.console import Console
@@ -65,6 +66,11 @@ def busy(text: str) -> Iterator[None]:
     with Progress(*columns, console=err, transient=True) as progress:
         progress.add_task(text, total=None)
         yield
+
+
+def date(moment: float) -> str:
+    """A Unix time in seconds, for people."""
+    return f"{datetime.fromtimestamp(moment, timezone.utc):%Y-%m-%d %H:%M} UTC"
 
 
 def fail(error: BaseException) -> None:

@@ -19,6 +19,7 @@ from swarmkit.cli.app import (
     IdentityFile,
     Join,
     Json,
+    Lan,
     Model,
     Port,
     SwarmKeyFile,
@@ -85,6 +86,7 @@ def serve(
     relay: Annotated[
         bool, typer.Option("--relay", help="Be reachable through other peers when behind a NAT.")
     ] = False,
+    lan: Lan = False,
     json: Json = False,
     verbose: Verbose = False,
     until_stdin_closes: Annotated[bool, typer.Option("--until-stdin-closes", hidden=True)] = False,
@@ -142,6 +144,7 @@ def serve(
                 announce=announce or (),
                 use_relay=relay,
                 swarm_key=swarm_key,
+                lan=lan,
             ),
         )
         show = _Show(json)

@@ -108,7 +108,7 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
             initial_peers: addresses of peers of the swarm, as `swarmkit serve` and `bootstrap` print them.
             transport: another way to reach the swarm; over hivemind if not given.
             node: a `Node` that runs in this process, whose connection to the swarm is used then.
-            swarm_key: the file with the key of a private swarm, as `swarmkit swarm-key` writes it. Not used
+            swarm_key: the file with the key of a private swarm, as `swarmkit swarm-key` writes one. Not used
                 with `transport` or `node`.
             identity_path: a file that keeps this client's key, so that servers know it again. Not used with
                 `node`.

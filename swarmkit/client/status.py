@@ -12,13 +12,12 @@ from typing import Any
 from swarmkit.client.swarm.client import SwarmClient
 from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.net import portal
-from swarmkit.net.connect import over_hivemind
+from swarmkit.net.connect import identity_for, over_hivemind
 from swarmkit.net.registry.acceptance import acceptable_now
 from swarmkit.net.registry.records import Announcement, ServerState
 from swarmkit.net.registry.registry import Registry
 from swarmkit.net.registry.swarm_map import uncovered
 from swarmkit.net.rpc.server_info import InfoAnswer, ask_all
-from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.seam import Transport
 from swarmkit.net.transport.swarm_key import SwarmKey
 
@@ -128,7 +127,7 @@ def watch_swarm(
     """
     with portal.lease() as lease:
         factory = over_hivemind(initial_peers, client_mode=True, swarm_key=swarm_key)
-        transport = lease.call(factory, Identity(), acceptable_now)
+        transport = lease.call(factory, identity_for(factory), acceptable_now)
         try:
             while True:
                 yield lease.call(look_up_status, transport, SYSTEM_CLOCK, timeout_s)

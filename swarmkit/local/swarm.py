@@ -21,7 +21,7 @@ from swarmkit.local.member import LocalServer, Member, Place
 from swarmkit.local.server_process import ServerProcess
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.net import portal
-from swarmkit.net.connect import TransportFactory, over_hivemind, swarm_key_of
+from swarmkit.net.connect import TransportFactory, as_member, over_hivemind, swarm_key_of
 from swarmkit.net.emulation.link_emulator import LinkEmulator
 from swarmkit.net.emulation.link_schedule import EmulatedLink
 from swarmkit.net.registry.acceptance import acceptable_now
@@ -355,7 +355,7 @@ def over_memory(network: MemoryNetwork, swarm_key: SwarmKey | None = None) -> Tr
     """Transports of an in-memory network, in a private swarm if there is a key."""
 
     async def create(identity: Identity, record_check: RecordCheck) -> Transport:
-        return network.transport(identity, record_check, swarm_key)
+        return as_member(network.transport(identity, record_check, swarm_key), swarm_key)
 
     return create
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TypeAlias
 
 import anyio
 
 from swarmkit.clock import SYSTEM_CLOCK, Clock
+from swarmkit.errors import UsageError
 from swarmkit.net.registry.acceptance import is_acceptable
+from swarmkit.net.registry.member_transport import MemberTransport
 from swarmkit.net.registry.registry import Registry
 from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.invite import joined_links
 from swarmkit.net.transport.seam import RecordCheck, Transport
 from swarmkit.net.transport.swarm_key import SwarmKey
 from swarmkit.settings import NetSettings
@@ -47,29 +51,39 @@ def over_hivemind(
     client_mode: bool = False,
     use_relay: bool = False,
     swarm_key: SwarmKey | str | os.PathLike[str] | None = None,
-) -> TransportFactory:
+    lan: bool = False,
+    clock: Clock = SYSTEM_CLOCK,
+) -> HivemindFactory:
     """Transports that join the swarm of `initial_peers` (or start one) through hivemind's p2p daemon.
 
     Args:
+        initial_peers: addresses, or links that `swarmkit invite` made; a link of a private swarm brings its
+            key along. The word `lan` stands for the peers that are advertised in the local network.
         host, port: where to listen; port 0 lets the system choose.
         announce: addresses that others shall dial instead of the ones listened on.
         client_mode: use the swarm without keeping records for it.
         use_relay: be reachable through other peers when behind a NAT.
         swarm_key: the key of a private swarm, or its file; the settings' file if not given.
+        lan: advertise this peer in the local network.
 
     Raises:
-        UsageError: the key's file cannot be read.
+        UsageError: the key's file cannot be read, or a link is damaged or has expired.
     """
     limits = settings or NetSettings()
-    key = swarm_key_of(swarm_key or limits.swarm_key_file)
     if isinstance(initial_peers, str):  # one address, not a list of letters
         initial_peers = [initial_peers]
+    addresses, from_link = joined_links(initial_peers, clock.time())
+    key = swarm_key_of(swarm_key or (None if from_link else limits.swarm_key_file))
+    if key is not None and from_link is not None and key.swarm != from_link.swarm:
+        raise UsageError("the swarm key is not of the swarm that the invite link is of; give one of the two")
+    key = key or from_link
+    swarm = key.swarm.hex() if key is not None else ""
 
     async def create(identity: Identity, record_check: RecordCheck) -> Transport:
         from swarmkit.net.hivemind.transport import HivemindTransport
 
-        return await HivemindTransport.create(
-            initial_peers=initial_peers,
+        transport: Transport = await HivemindTransport.create(
+            initial_peers=await in_lan(addresses, swarm),
             identity=identity,
             host=host,
             port=port,
@@ -80,9 +94,56 @@ def over_hivemind(
             keep_alive_s=limits.keep_alive_s,
             record_check=record_check,
             swarm_key=key,
+            clock=clock,
         )
+        if lan:
+            from swarmkit.net.lan import LanTransport
 
-    return create
+            transport = await LanTransport.advertise(transport, swarm)
+        return as_member(transport, key, clock)
+
+    return HivemindFactory(create, key.identity if key is not None else None)
+
+
+class HivemindFactory:
+    """Starts transports over hivemind; see `over_hivemind`.
+
+    Attributes:
+        identity: the one that came with the swarm's key or link, which the peer has unless another is given.
+    """
+
+    def __init__(self, create: TransportFactory, identity: Identity | None = None) -> None:
+        self._create = create
+        self.identity = identity
+
+    async def __call__(self, identity: Identity, record_check: RecordCheck) -> Transport:
+        return await self._create(identity, record_check)
+
+
+async def in_lan(addresses: Sequence[str], swarm: str = "") -> Sequence[str]:
+    """Addresses, where those of the local network's peers stand for `lan`; see `lan.resolved`."""
+    if not any(address.lower() in ("lan", "local") for address in addresses):
+        return addresses
+    from swarmkit.net.lan import resolved
+
+    return await resolved(addresses, swarm)
+
+
+def identity_for(factory: TransportFactory, path: str | os.PathLike[str] | None = None) -> Identity:
+    """The identity of a peer: that of a file, else the one that came with its key, else a new one.
+
+    Raises:
+        UsageError: the file cannot be read or written, or holds something else.
+    """
+    if path is not None:
+        return Identity.load_or_create(Path(path))
+    found: Identity | None = getattr(factory, "identity", None)
+    return found or Identity()
+
+
+def as_member(transport: Transport, key: SwarmKey | None, clock: Clock = SYSTEM_CLOCK) -> Transport:
+    """The transport of a peer, which follows what the owner of its swarm takes back, if it has one."""
+    return transport if key is None or key.members is None else MemberTransport(transport, key.members, clock)
 
 
 def swarm_key_of(given: SwarmKey | str | os.PathLike[str] | None) -> SwarmKey | None:

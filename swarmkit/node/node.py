@@ -10,7 +10,8 @@ from anyio.abc import TaskGroup, TaskStatus
 from swarmkit.client.swarm.client import SwarmClient
 from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.errors import UsageError, unwrapped
-from swarmkit.net.connect import TransportFactory, joined
+from swarmkit.net.connect import TransportFactory, identity_for, joined
+from swarmkit.net.rpc.dial_back import DialBackService
 from swarmkit.net.transport.identity import Identity
 from swarmkit.server.config import ServerConfig
 from swarmkit.server.engine.engines import Engines
@@ -44,7 +45,7 @@ class Node:
             identity: the key pair whose public half is this peer's name; a new one if not given.
             weights: how the files of blocks are handed out to other peers.
         """
-        self.identity = identity or Identity()
+        self.identity = identity or identity_for(transport)
         self.servers: list[ModelServer] = []
         """The servers that begin with the node, and those that run."""
         self._factory = transport
@@ -118,6 +119,7 @@ class Node:
                     busy=lambda: self._engines.waiting > 0,
                     clock=self._clock.now,
                 )
+                await DialBackService(self._transport).start()
                 for server in self.servers:
                     await self._parts.start(self._run_server, server)
                 task_status.started()

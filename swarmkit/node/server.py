@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
@@ -15,8 +14,7 @@ from swarmkit.errors import UsageError
 from swarmkit.events import EventStream
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.net import portal
-from swarmkit.net.connect import TransportFactory, over_hivemind
-from swarmkit.net.transport.identity import Identity
+from swarmkit.net.connect import TransportFactory, identity_for, over_hivemind
 from swarmkit.net.transport.rates import Traffic
 from swarmkit.net.transport.swarm_key import SwarmKey
 from swarmkit.node.node import Node
@@ -55,7 +53,7 @@ class Server:
         node: runs this server beside others, over its connection to the swarm, such as `other_server.node`; a
             node of its own if not given. Then `initial_peers`, `identity_path`, `transport` and `swarm_key`
             are not used.
-        swarm_key: the file with the key of a private swarm, as `swarmkit swarm-key` writes it. Not used with
+        swarm_key: the file with the key of a private swarm, as `swarmkit swarm-key` writes one. Not used with
             `transport`.
 
     Raises:
@@ -101,9 +99,8 @@ class Server:
         self._name = config.checkpoint.name
         self._is_guest = node is not None
         if node is None:
-            identity = Identity.load_or_create(Path(identity_path)) if identity_path else Identity()
             transport = transport or over_hivemind(initial_peers, swarm_key=swarm_key)
-            node = Node(transport, identity, weights=config.weights)
+            node = Node(transport, identity_for(transport, identity_path), weights=config.weights)
             self._server = node.add(config)
         else:
             self._server = node.new_server(config)

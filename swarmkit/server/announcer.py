@@ -13,6 +13,7 @@ from swarmkit._version import __version__
 from swarmkit.clock import Clock
 from swarmkit.errors import NoContactError, TransportError
 from swarmkit.net.protocol.messages import MAX_ADDRESSES, printable
+from swarmkit.net.protocol.protocol import OWN_VERSIONS
 from swarmkit.net.registry.records import Announcement
 from swarmkit.net.registry.registry import Registry
 from swarmkit.server.config import ServerConfig
@@ -51,6 +52,7 @@ class Announcer:
             public_name=printable(config.public_name)[:64],
             software=f"swarmkit {__version__}",
             service=service,
+            protocols=OWN_VERSIONS,
             sequence=0,
             expires_at=0.0,
         )

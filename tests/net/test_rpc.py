@@ -25,11 +25,12 @@ from swarmkit.errors import (
 from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.messages import Fault
-from swarmkit.net.protocol.protocol import PROTOCOL_VERSION, Protocol
+from swarmkit.net.protocol.protocol import PROTOCOL_VERSION, Protocol, VersionRange
+from swarmkit.net.rpc import endpoints
 from swarmkit.net.rpc.client_stream import ClientStream
 from swarmkit.net.rpc.endpoints import connect, listen
 from swarmkit.net.rpc.faults import Refusal
-from swarmkit.net.rpc.message_stream import CHUNK_BYTES, HEAD, IncomingMessage
+from swarmkit.net.rpc.message_stream import CHUNK_BYTES, HEAD, IncomingMessage, MessageStream
 from swarmkit.net.rpc.server_stream import ServerStream
 from swarmkit.net.transport.memory import MemoryNetwork, MemoryTransport
 from swarmkit.net.transport.seam import Stream
@@ -102,9 +103,9 @@ class ServerAndClient:
         asyncio.get_running_loop().call_soon(self.served.set)
         await server_stream.serve(lambda incoming: self.answer(server_stream, incoming), self.refusal)
 
-    async def stream(self) -> ClientStream:
+    async def stream(self, **options: Any) -> ClientStream:
         """A new stream to the server."""
-        return await connect(self.client, TALK, self.server.peer_id, max_payload_bytes=64 * MiB)
+        return await connect(self.client, TALK, self.server.peer_id, max_payload_bytes=64 * MiB, **options)
 
     async def known(self) -> ClientStream:
         """The same, in the state `known`."""
@@ -387,6 +388,56 @@ async def test_a_message_of_a_later_version_is_refused_with_both_versions(world:
     error = await remote_error(stream.answer(Welcome))
     assert f"version {later} is not {PROTOCOL_VERSION}" in str(error)
     assert f"peer with version {PROTOCOL_VERSION} needs an update" in str(error)
+
+
+def test_two_peers_speak_the_newest_version_that_both_know() -> None:
+    mine = VersionRange(2, 4)
+    found = [mine.shared_with(theirs) for theirs in ((1, 1), (1, 2), (2, 3), (3, 9), (5, 9), (4, 3))]
+    assert found == [None, 2, 3, 4, None, None]
+
+
+async def test_a_server_goes_on_in_the_older_version_that_its_client_has_begun_with(
+    world: ServerAndClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MessageStream, "versions", VersionRange(PROTOCOL_VERSION - 1, PROTOCOL_VERSION))
+    stream = await world.stream()
+    stream.version = PROTOCOL_VERSION - 1
+    await stream.send(Greet())
+    assert (await stream.stream.receive())[2] == PROTOCOL_VERSION - 1
+
+
+async def test_a_client_begins_in_the_newest_version_that_the_server_announces(
+    world: ServerAndClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "OWN_VERSIONS", VersionRange(PROTOCOL_VERSION, PROTOCOL_VERSION + 2))
+    found = []
+    for versions in (None, (1, PROTOCOL_VERSION), (1, PROTOCOL_VERSION + 1), (1, PROTOCOL_VERSION + 9)):
+        stream = await world.stream(versions=versions)
+        found.append(stream.version - PROTOCOL_VERSION)
+        stream.close()
+    assert found == [0, 0, 1, 2]
+
+
+async def test_a_client_opens_no_stream_to_a_server_without_a_version_in_common(
+    world: ServerAndClient,
+) -> None:
+    later = (PROTOCOL_VERSION + 1, PROTOCOL_VERSION + 2)
+    with pytest.raises(ProtocolError) as caught:
+        await world.stream(versions=later)
+    assert f"version {later[0]} to {later[1]} is not {PROTOCOL_VERSION}" in str(caught.value)
+    assert f"peer with version {PROTOCOL_VERSION} needs an update" in str(caught.value)
+
+
+async def test_a_peer_changes_the_version_of_a_conversation_only_once(
+    world: ServerAndClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MessageStream, "versions", VersionRange(PROTOCOL_VERSION - 1, PROTOCOL_VERSION))
+    stream = await world.stream()
+    for version in (PROTOCOL_VERSION - 1, PROTOCOL_VERSION):
+        stream.version = version
+        await stream.send(Greet())
+        answer = await stream.stream.receive()
+    assert b"needs an update" in answer
 
 
 @pytest.mark.parametrize("sent_at", [math.nan, -1.0, math.inf])

@@ -192,7 +192,10 @@ async def test_a_table_is_joined_with_its_key_only(
 
 
 def _message() -> Any:
-    return SimpleNamespace(auth=SimpleNamespace(nonce=b"", signature=b""))
+    tokens = {
+        name: SimpleNamespace(signature=b"") for name in ("client_access_token", "service_access_token")
+    }
+    return SimpleNamespace(auth=SimpleNamespace(nonce=b"", signature=b"", **tokens))
 
 
 async def _asked(own: SwarmKey | None, theirs: SwarmKey | None, name: str = "rpc_find") -> Any:

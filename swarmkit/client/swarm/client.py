@@ -451,6 +451,7 @@ class SwarmClient:
             server.addresses,
             self._net.connect_timeout_s,
             service=server.service,
+            versions=server.protocols,
             clock=self.clock.now,
         )
         self._streams.add(stream)

@@ -18,7 +18,7 @@ from swarmkit.client.swarm.client import SwarmClient
 from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.errors import TransportError, UsageError
 from swarmkit.net import portal
-from swarmkit.net.connect import TransportFactory, joined
+from swarmkit.net.connect import TransportFactory, identity_for, joined
 from swarmkit.net.transport.identity import Identity
 
 T = TypeVar("T")
@@ -51,7 +51,10 @@ class AloneHost:
         self, client: SwarmClient, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
     ) -> None:
         """See `ClientHost.run_client`."""
-        async with joined(self._factory, self._identity or Identity(), self._clock) as (transport, registry):
+        async with joined(self._factory, self._identity or identity_for(self._factory), self._clock) as (
+            transport,
+            registry,
+        ):
             await client.run(transport=transport, registry=registry, task_status=task_status)
 
 

@@ -1,7 +1,8 @@
 """What lets only peers with the swarm's key use the shared table.
 
 hivemind's requests and answers have room for a nonce and a signature, which hivemind leaves empty unless it
-is given an authorizer. A peer with a key puts a proof there, with every request and with every answer.
+is given an authorizer. A peer with a key puts a proof there, with every request and with every answer, and
+its certificates where the swarm has an owner.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from swarmkit.errors import NotAdmittedError
+from swarmkit.net.transport.members import roles_of_request
 from swarmkit.net.transport.swarm_key import PRIVATE, SwarmKey
 
 _NONCE_BYTES = 16
+_NO_MEMBER = "not admitted to the table of this private swarm: "
 
 Call = Callable[..., Awaitable[Any]]
 """A remote procedure: `call(request, ...)` at the asking end, `call(request, context)` at the other one."""
@@ -38,9 +41,13 @@ class TableGate:
             auth = request.auth
             if not key.proves(auth.signature, "opener", name, *ends, auth.nonce):
                 raise NotAdmittedError(PRIVATE, ends[0])
+            shown = auth.client_access_token.signature
+            if fault := key.fault_of(ends[0], shown, roles_of_request(name)):
+                raise NotAdmittedError(f"{_NO_MEMBER}{fault}", ends[0])
             response = await answer(request, context)
             response.auth.nonce = auth.nonce
             response.auth.signature = key.proof("server", name, *ends, auth.nonce)
+            response.auth.service_access_token.signature = key.credentials
             return response
 
         return gated
@@ -53,6 +60,7 @@ class TableGate:
             if key is not None:
                 request.auth.nonce = secrets.token_bytes(_NONCE_BYTES)
                 request.auth.signature = key.proof("opener", name, own_id, peer_id, request.auth.nonce)
+                request.auth.client_access_token.signature = key.credentials
             try:
                 response = await ask(request, *args, **kwargs)
             except Exception as error:
@@ -60,12 +68,20 @@ class TableGate:
                     self.refusal = f"peer {peer_id} admits no request of this peer: " + (
                         PRIVATE if key is None else "the key of its swarm is another one"
                     )
+                elif _NO_MEMBER in str(error):
+                    said = str(error).partition(_NO_MEMBER)[2][:200]
+                    self.refusal = f"peer {peer_id} admits no request of this peer, and says: {said}"
                 raise
             if key is not None and not key.proves(
                 response.auth.signature, "server", name, own_id, peer_id, request.auth.nonce
             ):
                 self.refusal = f"peer {peer_id} does not have the key of this swarm"
                 raise NotAdmittedError(self.refusal, peer_id)
+            if key is not None:
+                shown = response.auth.service_access_token.signature
+                if fault := key.fault_of(peer_id, shown):
+                    self.refusal = f"peer {peer_id} is no member of this swarm: {fault}"
+                    raise NotAdmittedError(self.refusal, peer_id)
             return response
 
         return gated

@@ -386,8 +386,9 @@ class HivemindTable:
                 future.cancel()
         if self._contact.is_expected and not self._contact.heard_since(began):
             raise NoContactError(
-                "no other peer of the swarm answers; check this machine's network. This peer goes on trying "
-                "to reach the swarm again",
+                "no other peer of the swarm answers; "
+                + (self._guard.gate.refusal or "check this machine's network")
+                + ". This peer goes on trying to reach the swarm again",
                 self._contact.heard_at,
             )
         found: dict[str, Mapping[str, bytes]] = {}

@@ -172,7 +172,7 @@ class HivemindTransport(Transport):
             keep_alive_s: how long the machine of a peer may be silent before a direct stream to it ends.
 
         Raises:
-            UsageError: an address is malformed.
+            UsageError: an address is malformed, or the key is for another peer.
             TransportError: the daemon could not start, or none of the initial peers could be reached.
         """
         await asyncio.to_thread(load_hivemind)
@@ -195,6 +195,8 @@ class HivemindTransport(Transport):
             use_auto_relay=use_auto_relay,
         )
         identity = identity or Identity()
+        if swarm_key is not None:
+            swarm_key.check_own(identity.peer_id)
         daemon = await P2PDaemon.start(identity, options, startup_timeout=startup_timeout)
         timeouts = _Timeouts(startup_timeout, table_timeout, keep_alive_s)
         self = cls(identity, daemon, options, record_check, timeouts, clock, swarm_key)

@@ -4,14 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from swarmkit.errors import IllegalMessageError
 
 PROTOCOL_VERSION = 2
-"""Stands in every message. Peers of different versions refuse each other's messages, and say so."""
+"""The newest version that this peer speaks. The version of a conversation stands in each of its messages."""
+
+OLDEST_VERSION = 2
+"""The oldest one that it speaks still. Peers without a version in common refuse each other, and say so."""
+
+
+class VersionRange(NamedTuple):
+    """The protocol versions that a peer speaks, from the oldest to the newest."""
+
+    oldest: int
+    newest: int
+
+    def shared_with(self, other: tuple[int, int]) -> int | None:
+        """The newest version that two peers speak, if there is one."""
+        newest = min(self.newest, other[1])
+        return newest if newest >= max(self.oldest, other[0]) else None
+
+    def __str__(self) -> str:
+        return str(self.newest) if self.oldest == self.newest else f"{self.oldest} to {self.newest}"
+
+
+OWN_VERSIONS = VersionRange(OLDEST_VERSION, PROTOCOL_VERSION)
+
+
+def version_mismatch(theirs: int | tuple[int, int], own: VersionRange = OWN_VERSIONS) -> str:
+    """The text that a peer without a common version is sent, and that users read about such a peer.
+
+    Args: theirs: the version or versions that the peer speaks.
+    """
+    other = VersionRange(theirs, theirs) if isinstance(theirs, int) else VersionRange(*theirs)
+    older = min(own, other, key=lambda versions: versions.newest)
+    return f"protocol version {other} is not {own}: the peer with version {older} needs an update of swarmkit"
 
 
 @dataclass(frozen=True)

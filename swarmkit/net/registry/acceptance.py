@@ -8,14 +8,16 @@ from collections.abc import Callable, Mapping
 
 from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import ProtocolError
-from swarmkit.net.registry import offers, records
+from swarmkit.net.registry import offers, records, revocations
 from swarmkit.net.registry.offers import WeightsOffer
 from swarmkit.net.registry.records import Announcement
+from swarmkit.net.registry.revocations import RevocationRecord
 
-READERS: Mapping[str, Callable[[str, str, bytes, float], Announcement | WeightsOffer]] = {
+READERS: Mapping[str, Callable[[str, str, bytes, float], Announcement | WeightsOffer | RevocationRecord]] = {
     records.MODELS_KEY: records.read,
     records.PREFIX: records.read,
     offers.PREFIX: offers.read,
+    revocations.PREFIX: revocations.read,
 }
 """What reads the records under the keys that begin so: `read(key, subkey, value, now)`, which raises
 `ProtocolError` where a record does not belong there."""

@@ -32,6 +32,7 @@ PREFIX = "swarmkit/1/blocks/"
 """What the keys of announcements begin with, but for `MODELS_KEY`."""
 
 ServerState = Literal["joining", "online", "leaving"]
+ProtocolVersion = Annotated[int, msgspec.Meta(ge=1, le=255)]
 Rate = Annotated[float, msgspec.Meta(ge=0.0, le=1e12)]
 
 
@@ -45,7 +46,7 @@ class HostedAdapter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
 MAX_HOSTED_ADAPTERS = 8
 
 
-class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Announcement(msgspec.Struct, frozen=True, kw_only=True):
     """One server's word about itself.
 
     Attributes:
@@ -59,7 +60,10 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         dtype: what it computes in.
         adapters: those that it hosts.
         sequence: grows with every announcement of a service; the greatest one counts.
+        protocols: the oldest and the newest protocol version that it speaks.
         expires_at: Unix time, seconds.
+
+    Fields that a later version adds are left out of account.
     """
 
     peer_id: ShortText
@@ -76,6 +80,7 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     public_name: Annotated[str, msgspec.Meta(max_length=64, pattern=PRINTABLE)] = ""
     software: ShortText = ""
     service: ServiceNumber = 0
+    protocols: tuple[ProtocolVersion, ProtocolVersion] = (2, 2)
     adapters: Annotated[tuple[HostedAdapter, ...], msgspec.Meta(max_length=MAX_HOSTED_ADAPTERS)] = ()
     sequence: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     expires_at: float

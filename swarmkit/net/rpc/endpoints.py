@@ -1,8 +1,10 @@
 """Opening and serving streams of a protocol, with a clear word for peers of another protocol version.
 
 From version 2 on, endpoints have the same names in every version, and the head of each message tells the
-version. Version 1 had it in the endpoints' names, so that a peer of version 1 and one of a later version
-would only learn that the other "does not serve" what is asked for. Here both are told what is wrong.
+version. A peer announces which versions it speaks; a client begins in the newest one that both speak, and a
+server goes on in the one that its client has begun with. Version 1 had the version in the endpoints' names,
+so that a peer of version 1 and one of a later version would only learn that the other "does not serve" what
+is asked for. Here both are told what is wrong.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ import msgspec
 
 from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import NotServedError, PeerError, ProtocolError
-from swarmkit.net.protocol.protocol import Protocol
+from swarmkit.net.protocol.protocol import OWN_VERSIONS, Protocol, version_mismatch
 from swarmkit.net.rpc.client_stream import ClientStream
-from swarmkit.net.rpc.message_stream import MAGIC, version_mismatch
+from swarmkit.net.rpc.message_stream import MAGIC
 from swarmkit.net.transport.seam import Handler, Stream, Transport, endpoint_of
 
 _OLD_VERSION = 1
@@ -48,6 +50,7 @@ async def connect(
     timeout: float = 5.0,
     *,
     service: int = 0,
+    versions: tuple[int, int] | None = None,
     max_payload_bytes: int = 0,
     clock: Callable[[], float] = SYSTEM_CLOCK.now,
 ) -> ClientStream:
@@ -57,19 +60,26 @@ async def connect(
         addresses: where the peer said that it can be dialled; may be empty.
         timeout: seconds.
         service: the number of the service at the peer.
+        versions: the oldest and the newest protocol version that the peer says it speaks. One that says
+            nothing is spoken to in the oldest one.
 
     Raises:
-        ProtocolError: the peer speaks version 1.
+        ProtocolError: the peer speaks no version that this one speaks.
         PeerUnreachableError: the peer cannot be reached or does not serve this protocol.
         PeerTimeoutError: the peer does not answer within `timeout`.
     """
+    version = OWN_VERSIONS.oldest if versions is None else OWN_VERSIONS.shared_with(versions)
+    if version is None:
+        raise ProtocolError(version_mismatch(versions or OWN_VERSIONS), peer_id)
     try:
         stream = await transport.open(peer_id, endpoint_of(protocol.endpoint, service), addresses, timeout)
     except NotServedError as error:
         if await _is_old(transport, protocol, peer_id, addresses, timeout):
             raise ProtocolError(version_mismatch(_OLD_VERSION), peer_id) from None
         raise error from None
-    return ClientStream(stream, protocol, max_payload_bytes, clock=clock)
+    client = ClientStream(stream, protocol, max_payload_bytes, clock=clock)
+    client.version = version
+    return client
 
 
 def _old_endpoint(protocol: Protocol) -> str:

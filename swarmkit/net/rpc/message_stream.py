@@ -26,7 +26,7 @@ from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.link_speed import LinkSpeed
 from swarmkit.net.protocol.messages import tensor_specs
-from swarmkit.net.protocol.protocol import PROTOCOL_VERSION, Protocol
+from swarmkit.net.protocol.protocol import OWN_VERSIONS, PROTOCOL_VERSION, Protocol, version_mismatch
 from swarmkit.net.transport.seam import MAX_FRAME_BYTES, Buffer, Stream
 from swarmkit.net.transport.shares import Holder
 
@@ -133,7 +133,10 @@ class MessageStream:
     Attributes:
         max_payload_bytes: the tensors of one message may have so many bytes.
         speed: what the way from the peer carries, measured on the messages that came.
+        version: of what is sent. Once, it may become that of what the peer sends, if `may_follow`.
     """
+
+    versions = OWN_VERSIONS
 
     def __init__(
         self,
@@ -149,6 +152,7 @@ class MessageStream:
         clock: seconds, from any beginning.
         """
         self.stream = stream
+        self.version, self.may_follow = PROTOCOL_VERSION, False
         self.protocol = protocol
         self.max_payload_bytes = max_payload_bytes
         self.speed = LinkSpeed()
@@ -187,7 +191,7 @@ class MessageStream:
         if total != expected:
             raise UsageError(f"the message announces {expected} bytes of tensors but comes with {total}")
         sent_at = self._clock() - self._began_at
-        head = HEAD.pack(MAGIC, PROTOCOL_VERSION, len(header), total, sent_at) + header
+        head = HEAD.pack(MAGIC, self.version, len(header), total, sent_at) + header
         if total <= CHUNK_BYTES:
             await self.stream.send(head, *parts)
             return
@@ -249,8 +253,10 @@ class MessageStream:
             self.speed.observe(incoming.nbytes, incoming.sent_at, self._clock(), incoming._waiting_from)
 
     def _parsed(self, frame: bytes, waiting_from: float) -> IncomingMessage:
-        if frame[:2] == MAGIC and len(frame) > 2 and frame[2] != PROTOCOL_VERSION:
-            raise ProtocolError(version_mismatch(frame[2]), self.peer_id)
+        if frame[:2] == MAGIC and len(frame) > 2 and frame[2] != self.version:
+            if not self.may_follow or self.versions.shared_with((frame[2], frame[2])) is None:
+                raise ProtocolError(version_mismatch(frame[2], self.versions), self.peer_id)
+            self.version, self.may_follow = frame[2], False
         if len(frame) < HEAD.size:
             raise ProtocolError(f"a frame of {len(frame)} bytes is too short to be a message", self.peer_id)
         magic, _, header_bytes, total, sent_at = HEAD.unpack_from(frame)
@@ -282,12 +288,3 @@ class MessageStream:
         if len(frame) - body_at > total:
             raise ProtocolError("more payload than the message announces", self.peer_id)
         return IncomingMessage(self, message, total, view[body_at:], sent_at, waiting_from)
-
-
-def version_mismatch(version: int) -> str:
-    """The text that a peer of another protocol version is sent, and that users read about such a peer."""
-    older = min(version, PROTOCOL_VERSION)
-    return (
-        f"protocol version {version} is not {PROTOCOL_VERSION}: "
-        f"the peer with version {older} needs an update of swarmkit"
-    )

@@ -31,15 +31,20 @@ async def ask(
     question: GetInfo | GetResources,
     timeout: float,
     service: int = 0,
+    versions: tuple[int, int] | None = None,
 ) -> ServerInfo | Resources:
     """Ask one server, and return its answer.
 
-    Args: service: the number of the server at its peer.
+    Args:
+        service: the number of the server at its peer.
+        versions: the protocol versions that it says it speaks.
 
     Raises:
         PeerError: it cannot be reached, or does not answer in time and as it should.
     """
-    answer, _ = await _ask_in_time(transport, peer_id, addresses, question, timeout, service, SYSTEM_CLOCK)
+    answer, _ = await _ask_in_time(
+        transport, peer_id, addresses, question, timeout, service, SYSTEM_CLOCK, versions
+    )
     return answer
 
 
@@ -51,9 +56,12 @@ async def _ask_in_time(
     timeout: float,
     service: int,
     clock: Clock,
+    versions: tuple[int, int] | None,
 ) -> tuple[ServerInfo | Resources, float]:
     """The answer, and how many seconds it took once there was a stream."""
-    stream = await connect(transport, SESSION, peer_id, addresses, timeout, service=service)
+    stream = await connect(
+        transport, SESSION, peer_id, addresses, timeout, service=service, versions=versions
+    )
     try:
         with stream.within(timeout):
             asked = clock.now()
@@ -81,7 +89,14 @@ async def ask_all(
         async with turns:
             try:
                 reply, seconds = await _ask_in_time(
-                    transport, server.peer_id, server.addresses, GetInfo(), timeout, server.service, clock
+                    transport,
+                    server.peer_id,
+                    server.addresses,
+                    GetInfo(),
+                    timeout,
+                    server.service,
+                    clock,
+                    server.protocols,
                 )
             except PeerError:
                 return

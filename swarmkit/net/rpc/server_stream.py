@@ -50,6 +50,7 @@ class ServerStream(MessageStream):
         too_large: the code of the fault for a message with more bytes than `max_payload_bytes`.
         """
         super().__init__(stream, protocol, max_payload_bytes, message_timeout, clock)
+        self.may_follow = True
         self.state = protocol.first
         self.idle_s = message_timeout
         self.number = 0

@@ -40,6 +40,11 @@ class Identity:
         self._public = self._key.public_key().public_bytes_raw()
         self.peer_id: str = _peer_id_of(self._public)
 
+    @property
+    def seed(self) -> bytes:
+        """The 32 secret bytes that the identity is made from."""
+        return self._key.private_bytes_raw()
+
     def sign(self, data: bytes) -> bytes:
         """A 64-byte signature of `data`."""
         return self._key.sign(data)
@@ -85,6 +90,11 @@ def verify(peer_id: str, data: bytes, signature: bytes) -> bool:
     except (InvalidSignature, ValueError):
         return False
     return True
+
+
+def is_peer_id(text: str) -> bool:
+    """Whether a text is the id of an Ed25519 key."""
+    return _public_key_of(text) is not None
 
 
 @dataclass

@@ -32,6 +32,7 @@ from swarmkit.errors import (
 )
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.limits import checked_records, frame_too_large
+from swarmkit.net.transport.members import roles_of_request
 from swarmkit.net.transport.rates import Rates
 from swarmkit.net.transport.seam import (
     MAX_FRAME_BYTES,
@@ -405,6 +406,8 @@ class MemoryTransport(Transport):
         self.network = network
         self._identity = identity
         self._key = swarm_key
+        if swarm_key is not None:
+            swarm_key.check_own(identity.peer_id)
         self._check = record_check if swarm_key is None else swarm_key.check_sealed(record_check)
         self._handlers: dict[str, Handler] = {}
         self._streams: weakref.WeakSet[MemoryStream] = weakref.WeakSet()
@@ -483,6 +486,8 @@ class MemoryTransport(Transport):
         self._check_running()
         await asyncio.sleep(0)
         pairs, subkey = checked_records(records, expires_at), service_id(self.peer_id, service)
+        if self._is_refused("rpc_store"):
+            return 0
         if self._key is not None:
             pairs = [(key, self._key.seal(subkey, value, expires_at)) for key, value in pairs]
         return sum(self.network._keep(key, subkey, bytes(value), expires_at) for key, value in pairs)
@@ -491,7 +496,7 @@ class MemoryTransport(Transport):
         """See `Transport.fetch`."""
         self._check_running()
         await asyncio.sleep(0)
-        if self.network._is_isolated(self.peer_id):
+        if self.network._is_isolated(self.peer_id) or self._is_refused("rpc_find"):
             raise NoContactError("no other peer of this network answers; heal its links, or resume it")
         found: dict[str, Mapping[str, bytes]] = {}
         for key in keys:
@@ -527,6 +532,17 @@ class MemoryTransport(Transport):
     def _check_running(self) -> None:
         if self._end is not None:
             raise TransportError(str(self._end))
+
+    def _is_refused(self, request: str) -> bool:
+        """Whether there are other peers, and all of them refuse a request to the table for this one's
+        certificates.
+        """
+        others = [peer for peer in self.network._peers.values() if peer is not self]
+        shown = b"" if self._key is None else self._key.credentials
+        needed = roles_of_request(request)
+        return bool(others) and all(
+            peer._key is not None and peer._key.fault_of(self.peer_id, shown, needed) for peer in others
+        )
 
     def _accepts(self, key: str, subkey: str, value: bytes, expires_at: float) -> bool:
         return self._check is None or self._check(key, subkey, value, expires_at)

@@ -20,10 +20,9 @@ from swarmkit.models.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, Ma
 from swarmkit.models.checkpoint.store import BlockStore
 from swarmkit.models.checkpoint.store_pinned import find_manifest, keep_manifest
 from swarmkit.net import portal
-from swarmkit.net.connect import TransportFactory
+from swarmkit.net.connect import TransportFactory, identity_for
 from swarmkit.net.registry.acceptance import acceptable_now
 from swarmkit.net.registry.offers import WeightsOffer
-from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.seam import Transport
 from swarmkit.server.weights.service import WeightsSettings
 from swarmkit.server.weights.transfer import locked, look_up, receive_file
@@ -94,7 +93,7 @@ def open_with_fingerprint(
     if is_fingerprint(fingerprint) and _is_on_the_hub(model) and find_manifest(store, fingerprint) is None:
 
         async def ask_peers() -> None:
-            transport = await factory(Identity(), acceptable_now)
+            transport = await factory(identity_for(factory), acceptable_now)
             try:
                 if await fetch_manifest(transport, store, fingerprint, settings) is None:
                     logger.warning("no peer hands out the manifest of %s; the Hub is asked", fingerprint)
