@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import ExitStack
 
 import pytest
 
 from swarmkit.errors import ProtocolError
-from swarmkit.net.hivemind.entrance import Entrance
+from swarmkit.net.hivemind.entrance import Entrance, Gate
 from swarmkit.net.hivemind.framing import FrameStream
+from swarmkit.net.transport.rates import TokenBucket
 from swarmkit.net.transport.shares import Holder
 
 CAPACITY = 4
@@ -64,3 +66,49 @@ def test_places_are_given_back() -> None:
     door = Door(*[STRANGER] * CAPACITY)
     door.goes()
     assert len(door.entrance) == 0
+
+
+# one after the other
+
+
+async def let_through(*holders: Holder, burst: int = 1, ended: Holder | None = None) -> list[Holder]:
+    """In which order connections of these are let through that all come at once."""
+    gate, order = Gate(TokenBucket(per_second=500, burst=burst)), []
+
+    async def comes(holder: Holder) -> None:
+        stream = FrameStream()
+        if holder == ended:
+            stream.close()
+        await gate.turn(stream, holder)
+        order.append(holder)
+
+    await asyncio.gather(*map(comes, holders), return_exceptions=True)
+    return order
+
+
+@pytest.mark.asyncio
+async def test_who_comes_with_one_connection_does_not_wait_for_all_of_a_strangers() -> None:
+    order = await let_through(*[STRANGER] * 20, CLIENT)
+    assert (len(order), order.index(CLIENT) <= 2) == (21, True)
+
+
+@pytest.mark.asyncio
+async def test_many_peers_of_a_host_have_no_more_turns_than_one_of_another() -> None:
+    crowd = [Holder("a", str(number)) for number in range(20)]
+    order = await let_through(*crowd, CLIENT, CLIENT)
+    assert max(index for index, one in enumerate(order) if one == CLIENT) <= 4
+
+
+@pytest.mark.asyncio
+async def test_a_connection_that_ended_while_it_waited_takes_nobodys_turn() -> None:
+    order = await let_through(CLIENT, *[STRANGER] * 20, OTHER, ended=STRANGER)
+    assert order == [CLIENT, OTHER]
+
+
+@pytest.mark.asyncio
+async def test_who_gives_up_while_he_waits_holds_up_nobody() -> None:
+    gate, streams = Gate(TokenBucket(per_second=500, burst=1)), [FrameStream() for _ in range(4)]
+    first, second, third, last = [asyncio.create_task(gate.turn(stream, CLIENT)) for stream in streams]
+    await asyncio.sleep(0)
+    second.cancel()
+    await asyncio.wait_for(asyncio.gather(first, third, last), 5)

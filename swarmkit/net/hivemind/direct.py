@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import secrets
 import socket
@@ -41,6 +42,7 @@ from swarmkit.errors import PeerError, ProtocolError, SwarmkitError
 from swarmkit.net.hivemind.direct_tries import DirectOutcome
 from swarmkit.net.hivemind.entrance import Entrance
 from swarmkit.net.hivemind.framing import FrameStream
+from swarmkit.net.transport.rates import TokenBucket
 from swarmkit.net.transport.seam import MAX_FRAME_BYTES, Buffer
 from swarmkit.net.transport.shares import Holder, host_of
 
@@ -52,6 +54,9 @@ _WELCOME = b""
 _TICKET_LIFETIME_S = 10.0
 MOST_STRANGERS = 64
 """Connections that have not shown a ticket yet."""
+_BACKLOG = 1024
+_ACCEPTED_PER_S, _ACCEPTED_AT_ONCE = 500.0, 128.0
+_ACCEPT_AGAIN_S = 1.0
 SILENCE_S = 60.0
 """How long a peer's machine may be silent before a connection ends, where no setting says otherwise."""
 _PROBES = 3
@@ -193,7 +198,10 @@ class DirectListener:
         self._spawn = spawn
         self._expected: dict[bytes, ExpectedStream] = {}
         self._strangers = Entrance(MOST_STRANGERS)
-        self._server: asyncio.AbstractServer | None = None
+        self._sockets: list[socket.socket] = []
+        self._rate = TokenBucket(_ACCEPTED_PER_S, _ACCEPTED_AT_ONCE)
+        self._life = anyio.CancelScope()
+        self._loop = asyncio.get_running_loop()
         self.port = 0
 
     @classmethod
@@ -215,19 +223,46 @@ class DirectListener:
         """
         self = cls(own, spawn, silence_s)
         try:
-            self._server = await asyncio.get_running_loop().create_server(
-                lambda: SealedStream(silence_s, self._accept), list(hosts), 0
-            )
+            for host in hosts:
+                family = socket.AF_INET6 if ":" in host else socket.AF_INET
+                sock = socket.create_server((host, self.port), family=family, backlog=_BACKLOG)
+                self._sockets.append(sock)
+                sock.setblocking(False)
+                self.port = sock.getsockname()[1]
         except OSError as error:
             logger.info("no direct streams, as %s cannot be listened at: %s", ", ".join(hosts), error)
+            self.close()
             return None
-        self.port = self._server.sockets[0].getsockname()[1]
+        spawn(self._accept_all())
         return self
 
     def close(self) -> None:
         """Take no more connections."""
-        if self._server is not None:
-            self._server.close()
+        self._life.cancel()
+        for sock in self._sockets:
+            self._loop.remove_reader(sock)
+            sock.close()
+        self._sockets.clear()
+
+    async def _accept_all(self) -> None:
+        with self._life:
+            async with anyio.create_task_group() as tasks:
+                for sock in self._sockets:
+                    tasks.start_soon(self._accept_at, sock)
+
+    async def _accept_at(self, sock: socket.socket) -> None:
+        """Accept connections at a socket, no faster than at a rate, lest they hold up everything else."""
+        for _ in itertools.count():
+            try:
+                connection, _ = await self._loop.sock_accept(sock)
+                await self._loop.connect_accepted_socket(
+                    lambda: SealedStream(self._silence_s, self._accept), connection
+                )
+            except OSError as error:  # such as too many open files
+                logger.warning("direct connections cannot be taken now: %s", error)
+                await anyio.sleep(_ACCEPT_AGAIN_S)
+            if (wait_s := self._rate.take(1)) > 0:
+                await anyio.sleep(wait_s)
 
     @contextlib.contextmanager
     def offer(self, peer_id: str) -> Iterator[ExpectedStream]:

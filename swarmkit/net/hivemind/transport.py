@@ -51,7 +51,7 @@ from swarmkit.net.hivemind.direct import (
     connect_directly,
 )
 from swarmkit.net.hivemind.direct_tries import DirectTries
-from swarmkit.net.hivemind.entrance import Entrance
+from swarmkit.net.hivemind.entrance import Entrance, Gate
 from swarmkit.net.hivemind.framing import FrameStream
 from swarmkit.net.hivemind.swarm_time import SwarmTime
 from swarmkit.net.hivemind.table import (
@@ -63,6 +63,7 @@ from swarmkit.net.hivemind.table import (
     wake_sleepers,
 )
 from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.rates import TokenBucket
 from swarmkit.net.transport.seam import Handler, RecordCheck, Stream, Transport
 from swarmkit.net.transport.shares import Holder
 from swarmkit.net.transport.swarm_key import SwarmKey, admit_opener, prove_to_server
@@ -81,6 +82,8 @@ _DIRECT = b"direct"
 _LONGEST_DIRECT_S = 1.0
 MOST_UNDECIDED = 1024
 """Incoming streams that are not served yet, as their openers have not chosen how to go on."""
+_OPENED_PER_S, _OPENED_AT_ONCE = 100.0, 200.0
+"""How fast incoming streams are let in: to begin one takes a millisecond or two of the event loop's time."""
 _GREETING_TIMEOUT_S = 10.0
 _REQUEST_TIMEOUT_S = 10.0
 _WATCH_PERIOD_S = 1.0
@@ -117,6 +120,7 @@ class HivemindTransport(Transport):
         self._direct: DirectListener | None = None
         self._direct_tries = DirectTries()
         self._undecided = Entrance(MOST_UNDECIDED)
+        self._gate = Gate(TokenBucket(_OPENED_PER_S, _OPENED_AT_ONCE, clock.now))
         self._handlers: dict[str, Handler] = {}
         self._streams: weakref.WeakSet[FrameStream] = weakref.WeakSet()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -537,7 +541,9 @@ class HivemindTransport(Transport):
             of_name = self._serving.setdefault(name, set())
             of_name.add(task)
             task.add_done_callback(of_name.discard)
-            with self._undecided.holds(stream, Holder(stream.host, stream.peer_id)):
+            holder = Holder(stream.host, stream.peer_id)
+            with self._undecided.holds(stream, holder):
+                await self._gate.turn(stream, holder)
                 if self._key is not None:
                     with anyio.fail_after(_GREETING_TIMEOUT_S):
                         await admit_opener(self._key, stream, name, self.peer_id)
