@@ -14,6 +14,7 @@ import anyio
 from swarmkit.errors import unwrapped
 from swarmkit.worker.places import WorkerPlaces
 from swarmkit.worker.sensing.dbus import close_desktop_bus
+from swarmkit.worker.sensing.sleep import LogindSleepWatch
 from swarmkit.worker.worker import Worker
 
 _LOG_BYTES = 2 * 2**20
@@ -38,7 +39,7 @@ def run_worker(places: WorkerPlaces | None = None, *, loopback: bool = False, ve
 
 
 async def _run(places: WorkerPlaces, loopback: bool) -> None:
-    worker = Worker(places, loopback=loopback)
+    worker = Worker(places, sleep_watch=LogindSleepWatch(), loopback=loopback)
     loop, asked = asyncio.get_running_loop(), False
 
     def ask(*_: Any) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import sys
@@ -111,7 +112,7 @@ def _serve(order: NodeOrder, talk: _Talk, told: _Leaving) -> None:
         talk.say(NodeEvent(event=event.to_json()))
 
     with following(server.events, tell):
-        starting = threading.Thread(target=_stop_while_starting, args=(server, told), daemon=True)
+        starting = threading.Thread(target=_leave_when_told, args=(server, told), daemon=True)
         starting.start()
         try:
             server.start()
@@ -198,29 +199,37 @@ def _changes(runtime: Runtime) -> dict[str, Any]:
     return msgspec.to_builtins(runtime)
 
 
-def _stop_while_starting(server: Server, told: _Leaving) -> None:
-    """Give up loading when told to leave meanwhile."""
+def _leave_when_told(server: Server, told: _Leaving) -> None:
+    """End the server when told to, also while it loads. Told again, it waits for its sessions no longer."""
     with told.changed:
         told.changed.wait_for(lambda: told.leave is not None)
-        assert told.leave is not None
-        drain_s = told.leave.drain_s
-    server.stop(drain_s)
+        first = told.leave
+    assert first is not None
+    threading.Thread(target=server.stop, args=(first.drain_s,), daemon=True).start()
+    with told.changed:
+        told.changed.wait_for(lambda: told.leave is not first)
+    server.skip_drain()
 
 
 def _report_until_told(server: Server, talk: _Talk, told: _Leaving) -> None:
     """Say what the server does, and keep it within the limits, until it has left."""
     count = _Count(server)
     runtime = Runtime()
-    while server.alive:
+    while server.alive and told.leave is None:
         talk.say(count.report())
         with told.changed:
             told.changed.wait(_REPORT_PERIOD_S)
             latest = told.runtime
-        if latest != runtime and told.leave is None:
+        if latest != runtime:
             server.set_limits(server.limits.replace(**_changes(latest)))
             runtime = latest
-    talk.say(count.report())
-    server.wait()  # raises why it ended, if nobody asked it to
+    while True:
+        talk.say(count.report())
+        try:
+            server.wait(_REPORT_PERIOD_S)  # raises why it ended, if nobody asked it to
+        except concurrent.futures.TimeoutError:
+            continue
+        return
 
 
 class _Count:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -45,6 +46,7 @@ from swarmkit.worker.policy import Decision, Reason, Situation, decide, seconds_
 from swarmkit.worker.process_tree import Used, used_by
 from swarmkit.worker.restarts import MANY_FAILURES
 from swarmkit.worker.sensing.machine import MachineSensing, OwnMachine, SensingOrder
+from swarmkit.worker.sensing.sleep import SleepWatch
 from swarmkit.worker.settings import WorkerSettings, changed, load_settings, save_settings
 from swarmkit.worker.signals import MachineSignals, SessionSignals
 from swarmkit.worker.wakeful_clock import ClockWatch, WakefulClock
@@ -57,7 +59,6 @@ LEASE_S = 5.0
 _TICK_S = 1.0
 _SENSE_PERIOD_S = 2.0
 _WRITE_PERIOD_S = 30.0
-_DISK_PERIOD_S = 60.0
 _KEEP_ALIVE_S = 15.0
 _QUOTA_RESERVE_S = 3.0
 """The node is stopped when this month's rest would last for so many seconds at full rate."""
@@ -85,6 +86,7 @@ class Worker:
         *,
         clock: Clock | None = None,
         sensing: MachineSensing | None = None,
+        sleep_watch: SleepWatch | None = None,
         node_command: Sequence[str] = NODE_COMMAND,
         loopback: bool = False,
     ) -> None:
@@ -93,12 +95,15 @@ class Worker:
         Args:
             clock: whose durations go on while the computer sleeps.
             sensing: tells what the machine does.
+            sleep_watch: tells when the computer is about to sleep.
             node_command: starts a node process.
             loopback: listen on loopback also where there are Unix sockets.
         """
         self._places = places
         self._clock: Clock = clock or WakefulClock()
         self._sensing = sensing or OwnMachine(self._clock)
+        self._sleep_watch = sleep_watch
+        self._going_to_sleep = False
         self._loopback = loopback
         self.events = EventStream()
         self.settings = WorkerSettings()
@@ -116,6 +121,7 @@ class Worker:
         self._last_report: NodeReport | None = None
         self._counted_at = self._clock.now()
         self._disk_bytes = 0
+        self._watts: float | None = None
         self._file_trouble: dict[str, str] = {}
         self._shown: tuple[str, str] = "", ""
         self._decision: Decision | None = None
@@ -152,7 +158,7 @@ class Worker:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._sense)
             tasks.start_soon(self._node.run)
-            async with listening(self, self._places, loopback=self._loopback):
+            async with listening(self, self._places, loopback=self._loopback), self._watching_sleep():
                 self._look()
                 task_status.started()
                 tasks.start_soon(self._write_down)
@@ -160,7 +166,29 @@ class Worker:
                 with anyio.move_on_after(self.settings.drain_s + _STOP_WITHIN_S):
                     while self._node.state != "absent":
                         await self._news()
+                await self._limit_watts()
             tasks.cancel_scope.cancel()
+
+    @contextlib.asynccontextmanager
+    async def _watching_sleep(self) -> AsyncIterator[None]:
+        watch, loop = self._sleep_watch, asyncio.get_running_loop()
+        if watch is None:
+            yield
+            return
+
+        def told(going: bool) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._note_sleep, going)
+
+        await anyio.to_thread.run_sync(watch.begin, told)
+        try:
+            yield
+        finally:
+            watch.end()
+
+    def _note_sleep(self, going: bool) -> None:
+        self._going_to_sleep = going
+        self._look()
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -316,13 +344,19 @@ class Worker:
             self._node.want(self._wanted(decision))
         else:
             self._node.want(None, decision.haste, self.settings.drain_s)
+        if self._going_to_sleep and self._sleep_watch is not None and self._node.state == "absent":
+            self._sleep_watch.allow()
         self._tell_state()
 
     def _decide(self) -> Decision:
         reserve = self._quota_reserve()
         situation = Situation(
             now=self._local_now(),
-            machine=msgspec.structs.replace(self._machine, month_bytes=self._month_bytes() + reserve),
+            machine=msgspec.structs.replace(
+                self._machine,
+                month_bytes=self._month_bytes() + reserve,
+                going_to_sleep=self._going_to_sleep,
+            ),
             session=self._session,
             pause=self._pause,
             before=self._decision.reason if self._decision else None,
@@ -413,9 +447,17 @@ class Worker:
                 weights=self._places.weights,
             )
             self._machine = await anyio.to_thread.run_sync(self._sensing.sense, order)
+            await self._limit_watts()
             self._sensed = True
             self._ring()
             await anyio.sleep(max(0.1, _SENSE_PERIOD_S - (self._clock.now() - began)))
+
+    async def _limit_watts(self) -> None:
+        """Have the GPU keep to its power while the node runs; where that may not be set, it rests instead."""
+        watts = self._current().allowance.gpu_watts if self._node.pid else None
+        if watts != self._watts:
+            self._watts = watts
+            await anyio.to_thread.run_sync(self._sensing.limit_watts, watts)
 
     def _measure(self, decision: Decision) -> None:
         """What the node uses, and how much of the time it may compute."""
@@ -475,6 +517,7 @@ class Worker:
 
     async def _write_down(self) -> None:
         while True:
+            self._disk_bytes = await anyio.to_thread.run_sync(size_of, self._places.weights)
             await anyio.sleep(_WRITE_PERIOD_S)
             self._history.write(self._clock.time())
 

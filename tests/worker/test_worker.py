@@ -175,6 +175,15 @@ def test_its_processes_run_on_so_many_cores(worker: RunningWorker) -> None:
     assert len(os.sched_getaffinity(node_of(worker).pid)) == 1
 
 
+def test_the_gpus_power_is_limited_while_the_node_runs_and_no_longer(
+    worker: RunningWorker, machine: SaidMachine
+) -> None:
+    worker.serve(limits={"gpu_watts": {"in_use": 100.0, "away": 150.0}})
+    wait_until(lambda: machine.watts == 150.0, "the limit is set")
+    worker.client.pause()
+    wait_until(lambda: machine.watts is None, "the usual one is put back")
+
+
 # faults
 
 
@@ -298,11 +307,30 @@ def test_after_a_sleep_what_the_tray_said_is_not_believed(start: Start) -> None:
     assert worker.wait_for("paused").reason == "no_tray"
 
 
-def test_when_the_computer_goes_to_sleep_the_node_leaves(worker: RunningWorker, machine: SaidMachine) -> None:
+class SaidSleep:
+    """A sleep that begins when the test says so."""
+
+    allowed = False
+
+    def begin(self, on_change: Callable[[bool], None]) -> None:
+        self.tell = on_change
+
+    def allow(self) -> None:
+        self.allowed = True
+
+    def end(self) -> None:
+        pass
+
+
+def test_when_the_computer_goes_to_sleep_the_node_leaves_first(start: Start) -> None:
+    sleep = SaidSleep()
+    worker = start(sleep_watch=sleep)
     worker.serve()
     worker.wait_for("working")
-    machine.say(going_to_sleep=True)
+    assert not sleep.allowed
+    sleep.tell(True)
     assert worker.wait_for("paused").reason == "sleep"
+    wait_until(lambda: sleep.allowed, "the computer may sleep")
 
 
 def test_without_a_network_it_waits_for_one(worker: RunningWorker, machine: SaidMachine) -> None:

@@ -31,11 +31,16 @@ class SaidMachine:
 
     def __init__(self) -> None:
         self.signals = CALM
+        self.watts: float | None = None
         self.orders: list[SensingOrder] = []
 
     def sense(self, order: SensingOrder) -> MachineSignals:
         self.orders.append(order)
         return self.signals
+
+    def limit_watts(self, watts: float | None) -> bool:
+        self.watts = watts
+        return False
 
     def say(self, **signals: Any) -> None:
         """From the next look on, these differ from a calm machine's."""

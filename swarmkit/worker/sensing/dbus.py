@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import os
 import threading
+from collections.abc import Callable, Coroutine
 from typing import Any, Literal
 
 from swarmkit.worker.sensing.probes import LIMIT_S, UnknownError
@@ -34,15 +35,19 @@ class DesktopBus:
         Raises:
             UnknownError: there is no such bus or service, or it gives no answer.
         """
-        if not _may_exist(bus):
-            raise UnknownError(f"there is no {bus} bus")
         message = name, path, interface, member, signature, list(body)
-        future = asyncio.run_coroutine_threadsafe(self._call(bus, *message), self._started())
-        try:
-            return future.result(LIMIT_S)
-        except concurrent.futures.TimeoutError:
-            future.cancel()
-            raise UnknownError(f"{name} does not answer") from None
+        return self._wait(bus, name, self._call(bus, *message)).body
+
+    def call_with_files(
+        self, bus: Bus, name: str, path: str, interface: str, member: str, signature: str = "", *body: Any
+    ) -> list[int]:
+        """Call a method that answers with open files, and return these. Raises: UnknownError."""
+        message = name, path, interface, member, signature, list(body)
+        return list(self._wait(bus, name, self._call(bus, *message)).unix_fds)
+
+    def follow(self, bus: Bus, interface: str, member: str, act: Callable[[list[Any]], None]) -> None:
+        """Call `act` with the values of each signal, on the bus's thread. Raises: UnknownError."""
+        self._wait(bus, interface, self._follow(bus, interface, member, act))
 
     def property(self, bus: Bus, name: str, path: str, interface: str, member: str) -> Any:
         """Return the value of a property. Raises: UnknownError."""
@@ -61,6 +66,17 @@ class DesktopBus:
         self._connections.clear()
         loop.close()
 
+    def _wait(self, bus: Bus, name: str, question: Coroutine[Any, Any, Any]) -> Any:
+        if not _may_exist(bus):
+            question.close()
+            raise UnknownError(f"there is no {bus} bus")
+        future = asyncio.run_coroutine_threadsafe(question, self._started())
+        try:
+            return future.result(LIMIT_S)
+        except concurrent.futures.TimeoutError:
+            future.cancel()
+            raise UnknownError(f"{name} does not answer") from None
+
     def _started(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._loop is None:
@@ -73,9 +89,36 @@ class DesktopBus:
 
     async def _call(
         self, bus: Bus, name: str, path: str, interface: str, member: str, signature: str, body: list[Any]
-    ) -> list[Any]:
+    ) -> Any:
+        connection = await self._connection(bus)
+        from dbus_fast import Message, MessageType
+
+        message = Message(
+            destination=name, path=path, interface=interface, member=member, signature=signature, body=body
+        )
+        with contextlib.suppress(EOFError, OSError):
+            answer = await connection.call(message)
+            if answer is not None and answer.message_type != MessageType.ERROR:
+                return answer
+            raise UnknownError(f"{name} does not answer ({getattr(answer, 'error_name', 'nothing')})")
+        raise UnknownError(f"the {bus} bus was lost")
+
+    async def _follow(self, bus: Bus, interface: str, member: str, act: Callable[[list[Any]], None]) -> None:
+        connection = await self._connection(bus)
+        from dbus_fast import MessageType
+
+        def take(message: Any) -> None:
+            is_signal = message.message_type == MessageType.SIGNAL
+            if is_signal and (message.interface, message.member) == (interface, member):
+                act(message.body)
+
+        connection.add_message_handler(take)
+        own, rule = "org.freedesktop.DBus", f"type='signal',interface='{interface}',member='{member}'"
+        await self._call(bus, own, "/org/freedesktop/DBus", own, "AddMatch", "s", [rule])
+
+    async def _connection(self, bus: Bus) -> Any:
         try:
-            from dbus_fast import BusType, Message, MessageType
+            from dbus_fast import BusType
             from dbus_fast.aio import MessageBus
         except ImportError:
             raise UnknownError("install the extra `worker` to ask the desktop") from None
@@ -83,18 +126,11 @@ class DesktopBus:
         if connection is None or not connection.connected:
             kind = BusType.SESSION if bus == "session" else BusType.SYSTEM
             try:
-                connection = self._connections[bus] = await MessageBus(bus_type=kind).connect()
+                connection = await MessageBus(bus_type=kind, negotiate_unix_fd=True).connect()
             except Exception as error:
                 raise UnknownError(f"the {bus} bus cannot be reached: {error}") from error
-        message = Message(
-            destination=name, path=path, interface=interface, member=member, signature=signature, body=body
-        )
-        with contextlib.suppress(EOFError, OSError):
-            answer = await connection.call(message)
-            if answer is not None and answer.message_type != MessageType.ERROR:
-                return answer.body
-            raise UnknownError(f"{name} does not answer ({getattr(answer, 'error_name', 'nothing')})")
-        raise UnknownError(f"the {bus} bus was lost")
+            self._connections[bus] = connection
+        return connection
 
 
 _shared: list[DesktopBus] = []

@@ -41,6 +41,9 @@ class MachineSensing(Protocol):
     def sense(self, order: SensingOrder) -> MachineSignals:
         """Return what is known now. Takes two seconds at most; called in a thread, one call at a time."""
 
+    def limit_watts(self, watts: float | None) -> bool:
+        """Set the GPU's power limit, or put back the usual one; returns whether the system allowed that."""
+
 
 class OwnMachine:
     """Senses this computer."""
@@ -70,6 +73,10 @@ class OwnMachine:
             probe.begin()
         values = {name: probe.value() for name, probe in self._probes.items()}
         return MachineSignals(**values, notes=notes_of(*self._probes.values()))  # type: ignore[arg-type]
+
+    def limit_watts(self, watts: float | None) -> bool:
+        """See `MachineSensing.limit_watts`."""
+        return self._gpu is not None and self._gpu.set_watts(watts)
 
     def _gpu_signals(self) -> GpuSignals | None:
         if not self._order.device.startswith("cuda"):
