@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-lo
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all browser notebooks check settings pictures bench wheel clean
+.PHONY: help demo test test-all browser front-ends notebooks check settings pictures bench wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,12 @@ $(BROWSER): $(DEV)
 
 browser: $(BROWSER) ## the tests in a headless Chromium, which the distribution has; pictures go to build/screenshots
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+
+front-ends: $(BROWSER) ## the live views in Notebook 7, marimo and a kernel like Colab's, which this installs below build/
+	@$(PIP) -q --no-deps --upgrade --target build/notebook-7 'notebook>=7,<8'
+	@$(PIP) -q --upgrade --target build/marimo 'marimo>=0.14'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade --target build/colab-like -r tests/browser/colab.txt
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser/test_front_ends.py
 
 notebooks: $(DEV) ## run every notebook from a clean kernel; about 2 minutes on 2 cores
 	@$(BIN)/python -m pytest -m notebook tests/notebooks

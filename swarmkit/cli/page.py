@@ -6,7 +6,7 @@ import os
 import sys
 import webbrowser
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from swarmkit.cli import console
 from swarmkit.errors import UsageError
@@ -47,18 +47,21 @@ def has_display() -> bool:
 def show_page(
     models: list[SwarmModelForCausalLM],
     swarm: LocalSwarm | None,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    password: str | None = None,
-    max_running: int = 8,
     browser: bool = True,
     json: bool = False,
+    **options: Any,
 ) -> None:
-    """Serve the page until Ctrl-C."""
+    """Serve the page until Ctrl-C.
+
+    Args:
+        browser: open it, where there is a display.
+        json: print its address as JSON.
+        options: of `Playground`.
+    """
     with console.busy("opening the page"):
         from swarmkit_app.playground import Playground
 
-        page = Playground(models, swarm, host, port, password, max_running)
+        page = Playground(models, swarm, **options)
     with page:
         if json:
             console.emit_json(event="listening", url=page.url)

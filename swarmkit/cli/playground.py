@@ -38,6 +38,20 @@ def playground(
     max_running: Annotated[
         int, typer.Option("--max-running", min=1, max=64, help="Answers at a time; others wait.")
     ] = 8,
+    max_waiting: Annotated[
+        int, typer.Option("--max-waiting", min=0, max=1000, help="Answers that wait; more are refused.")
+    ] = 64,
+    answers_per_minute: Annotated[
+        int | None,
+        typer.Option(
+            "--answers-per-minute",
+            min=1,
+            help="Answers that each visitor may ask for; any number by default.",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="The longest answer that a visitor may ask for.")
+    ] = 2048,
     browser: Annotated[
         bool, typer.Option("--browser/--no-browser", help="Open the page, where there is a display.")
     ] = True,
@@ -67,4 +81,16 @@ def playground(
             here = owned.enter_context(start_servers(model))
             models = [here.model()]
         with interruptible():
-            show_page(models, here, host, port, password, max_running, browser, json)
+            show_page(
+                models,
+                here,
+                browser,
+                json,
+                host=host,
+                port=port,
+                password=password,
+                max_running=max_running,
+                max_waiting=max_waiting,
+                answers_per_minute=answers_per_minute,
+                max_tokens=max_tokens,
+            )

@@ -6,6 +6,7 @@ import contextlib
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,6 +136,7 @@ class PipelineView(_View):
     ) -> None:
         self._log = PipelineLog()
         self._session = session
+        self._swarm = swarm
         self._buttons = _ServerButtons(swarm) if swarm is not None else None
         self._client = model.connection.client
         super().__init__(model, model.subscribe(_CAPACITY), clock)
@@ -149,6 +151,9 @@ class PipelineView(_View):
         now = self._clock.time()
         reference = self._client.model
         servers = server_pictures(self._client.servers())
+        if self._swarm is not None:  # which knows before any client does that a server has ended
+            ended = {each.peer_id for each in self._swarm.pictures() if each.state == "lost"}
+            servers = [replace(each, state="lost") if each.peer_id in ended else each for each in servers]
         picture = self._log.picture(reference.name, reference.num_blocks, servers, now, self._is_last)
         moving = self._log.is_active(now) and not self._is_last
         phase = (now % _TOKEN_LAP_S) / _TOKEN_LAP_S if moving else None

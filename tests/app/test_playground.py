@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import ast
+import asyncio
 import json
+import shlex
 import signal
 import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 from swarmkit import LocalSwarm
+from swarmkit.clock import SystemClock
 from swarmkit.drawing.pipeline import slowest_part
 from swarmkit.drawing.values import HopPicture
 from swarmkit.errors import UsageError
@@ -24,23 +30,40 @@ from ..waiting import eventually
 pytest.importorskip("gradio")
 
 from swarmkit_app.playground import Playground
+from swarmkit_app.playground.answering import Answering
 from swarmkit_app.playground.answers import AnswerProgress, AnswerRun
+from swarmkit_app.playground.api_tab import as_curl, as_python
 from swarmkit_app.playground.conversation import (
     ChatOptions,
+    chat_request,
+    completion_request,
     edited,
     plain,
     prompt_of,
     text_of,
     until_user,
 )
-from swarmkit_app.playground.page import Visitors
+from swarmkit_app.playground.style import theme
+from swarmkit_app.playground.swarm_tab import swarm_html
+from swarmkit_app.playground.visitors import Allowance, Visitors, counted_as
+from swarmkit_app.playground.waiting_line import WaitingLine
 
 from swarmkit.api.engine import AnswerEngine
 from swarmkit.api.refusals import ApiError
+from swarmkit.client.fresh_status import FreshStatus
 
 ASKED = {"role": "user", "content": "What is 7 + 5?"}
 REPLY = {"role": "assistant", "content": "7 + 5 is 12."}
 LONG = {"role": "user", "content": "Tell me a story about a fox."}
+
+
+class SetClock(SystemClock):
+    """Stands still until it is set."""
+
+    seconds = 0.0
+
+    def now(self) -> float:  # type: ignore[override]
+        return self.seconds
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +78,10 @@ def engine(swarm: LocalSwarm) -> Iterator[AnswerEngine]:
     engine = AnswerEngine(swarm.model())
     yield engine
     engine.close()
+
+
+def answer_to(engine: AnswerEngine, *history: Any, **options: Any) -> AnswerRun:
+    return AnswerRun(engine, partial(chat_request, history=history, options=ChatOptions(**options)))
 
 
 async def all_of(run: AnswerRun) -> list[AnswerProgress]:
@@ -91,14 +118,14 @@ def test_an_empty_system_prompt_is_none() -> None:
 
 
 async def test_an_answer_grows_and_tells_its_speed_and_route(engine: AnswerEngine) -> None:
-    last = (await all_of(AnswerRun(engine, [ASKED], ChatOptions())))[-1]
+    last = (await all_of(answer_to(engine, ASKED)))[-1]
     assert "12" in last.text
     assert "tokens/s; the first after" in last.summary
     assert "server-0" in last.drawing
 
 
 async def test_an_answer_that_is_stopped_keeps_its_text(engine: AnswerEngine) -> None:
-    run = AnswerRun(engine, [LONG], ChatOptions())
+    run = answer_to(engine, LONG)
     seen: list[AnswerProgress] = []
     async for progress in run.progress():
         seen.append(progress)
@@ -112,18 +139,18 @@ async def test_fifty_answers_that_are_left_free_their_sessions(
     engine: AnswerEngine, swarm: LocalSwarm
 ) -> None:
     for _ in range(50):
-        async with aclosing(AnswerRun(engine, [LONG], ChatOptions()).progress()) as progress:
+        async with aclosing(answer_to(engine, LONG).progress()) as progress:
             async for shown in progress:
                 if shown.text:
                     break
-    last = (await all_of(AnswerRun(engine, [ASKED], ChatOptions())))[-1]
+    last = (await all_of(answer_to(engine, ASKED)))[-1]
     assert "12" in last.text
     held = [server.serving.sessions for server in swarm.servers]  # type: ignore[attr-defined]
     await eventually(lambda: not any(service.sessions for service in held), "no session is open")
 
 
 async def test_a_cut_answer_says_so(engine: AnswerEngine) -> None:
-    last = (await all_of(AnswerRun(engine, [LONG], ChatOptions(max_tokens=3))))[-1]
+    last = (await all_of(answer_to(engine, LONG, max_tokens=3)))[-1]
     assert "3 tokens" in last.summary
     assert "cut at the longest length" in last.summary
 
@@ -131,25 +158,142 @@ async def test_a_cut_answer_says_so(engine: AnswerEngine) -> None:
 async def test_a_prompt_that_is_too_long_is_refused(engine: AnswerEngine) -> None:
     too_long = {"role": "user", "content": "word " * 20_000}
     with pytest.raises(ApiError, match="takes 2048 at most"):
-        await all_of(AnswerRun(engine, [too_long], ChatOptions()))
+        await all_of(answer_to(engine, too_long))
 
 
-async def test_a_visitors_new_answer_ends_the_old_one(engine: AnswerEngine) -> None:
+async def test_an_answer_goes_on_where_it_was_cut(engine: AnswerEngine) -> None:
+    whole = (await all_of(answer_to(engine, LONG)))[-1].text
+    cut = (await all_of(answer_to(engine, LONG, max_tokens=12)))[-1].text
+    rest = (await all_of(answer_to(engine, LONG, {"role": "assistant", "content": cut})))[-1].text
+    assert cut + rest == whole
+
+
+async def test_a_text_is_gone_on_with_and_each_token_has_its_probability(engine: AnswerEngine) -> None:
+    options = ChatOptions(max_tokens=8)
+    run = AnswerRun(engine, partial(completion_request, text="One morning", options=options))
+    last = (await all_of(run))[-1]
+    assert len(last.tokens) == 8
+    assert "".join(token.chosen.text for token in last.tokens) == last.text
+
+
+async def test_a_stop_string_ends_an_answer(engine: AnswerEngine) -> None:
+    last = (await all_of(answer_to(engine, ASKED, stops=("12",))))[-1]
+    assert last.text.endswith(" is ")
+
+
+async def test_a_visitors_new_answer_ends_the_old_one_in_the_same_part(engine: AnswerEngine) -> None:
     visitors = Visitors()
-    old, new = AnswerRun(engine, [LONG], ChatOptions()), AnswerRun(engine, [ASKED], ChatOptions())
-    visitors.begin("visitor", old)
-    visitors.begin("visitor", new)
+    old, new = answer_to(engine, LONG), answer_to(engine, ASKED)
+    visitors.begin("visitor", "chat", old)
+    visitors.begin("visitor", "chat", new)
     assert "stopped" in (await all_of(old))[-1].summary
-    visitors.end("visitor", old)
-    assert visitors.running == {"visitor": new}
+    visitors.end("visitor", "chat", old)
+    assert visitors.running == {("visitor", "chat"): new}
+
+
+async def test_answers_in_two_parts_of_a_page_run_beside_each_other(engine: AnswerEngine) -> None:
+    visitors = Visitors()
+    left, right = answer_to(engine, LONG), answer_to(engine, ASKED)
+    visitors.begin("visitor", "left", left)
+    visitors.begin("visitor", "right", right)
+    assert not left.stopped.is_set()
+    visitors.stop("visitor")
+    assert left.stopped.is_set()
+    assert right.stopped.is_set()
 
 
 async def test_a_visitors_stop_touches_no_other(engine: AnswerEngine) -> None:
     visitors = Visitors()
-    visitors.begin("one", AnswerRun(engine, [LONG], ChatOptions()))
-    visitors.begin("other", other := AnswerRun(engine, [ASKED], ChatOptions()))
+    visitors.begin("one", "chat", answer_to(engine, LONG))
+    visitors.begin("other", "chat", other := answer_to(engine, ASKED))
     visitors.stop("one")
     assert "12" in (await all_of(other))[-1].text
+
+
+# the line and its limits
+
+
+async def test_the_line_moves_on_when_somebody_leaves() -> None:
+    line = WaitingLine(most_running=1, most_waiting=2)
+    first, second, third = line.join(), line.join(), line.join()
+    assert [each.look() for each in (first, second, third)] == [0, 1, 2]
+    with second:
+        pass  # whoever waits may leave, too
+    assert third.moved.is_set()
+    assert third.look() == 1
+    first.__exit__()
+    assert third.moved.is_set()
+    assert third.look() == 0
+
+
+async def test_without_room_to_wait_the_first_is_let_in() -> None:
+    assert WaitingLine(most_running=1, most_waiting=0).join().look() == 0
+
+
+async def test_a_line_that_is_full_refuses() -> None:
+    line = WaitingLine(most_running=1, most_waiting=1)
+    with line.join(), line.join(), pytest.raises(ApiError, match="2 others are answered or wait already"):
+        line.join()
+
+
+async def test_a_visitor_sees_the_place_in_the_line_and_is_answered_in_turn(engine: AnswerEngine) -> None:
+    answering = Answering({"tiny-chat": engine}, WaitingLine(1, 4))
+    with answering.line.join() as busy:
+        told = ask(answering, "visitor")
+        assert (await anext(told)).summary.startswith("You are number 1 in the line")
+        busy.__exit__()
+        assert "12" in [progress async for progress in told][-1].text
+
+
+async def test_who_waits_can_stop(engine: AnswerEngine) -> None:
+    answering = Answering({"tiny-chat": engine}, WaitingLine(1, 4))
+    with answering.line.join():
+        told = ask(answering, "visitor")
+        await anext(told)
+        answering.visitors.stop("visitor", "chat")
+        assert [progress.summary async for progress in told] == ["The answer was stopped."]
+        assert answering.line.waiting == 0
+
+
+async def test_an_error_is_told_in_words(engine: AnswerEngine) -> None:
+    answering = Answering({"tiny-chat": engine}, WaitingLine(1, 0))
+    with answering.line.join():
+        assert (
+            "⚠ 1 others are answered or wait already"
+            in [each async for each in ask(answering, "visitor")][-1].summary
+        )
+
+
+async def test_a_visitor_has_so_many_answers_a_minute(engine: AnswerEngine) -> None:
+    answering = Answering({"tiny-chat": engine}, WaitingLine(4, 4), Allowance(1))
+    assert "12" in [each async for each in ask(answering, "one")][-1].text
+    [refused] = [each async for each in ask(answering, "one")]
+    assert "ask again in" in refused.summary
+    assert "12" in [each async for each in ask(answering, "other")][-1].text
+
+
+def test_after_a_minute_a_visitor_may_ask_again() -> None:
+    clock = SetClock()
+    allowance = Allowance(2, clock)
+    assert [allowance.wait_s("visitor") for _ in range(3)] == [0.0, 0.0, 60.0]
+    clock.seconds = 60.0
+    assert allowance.wait_s("visitor") == 0.0
+
+
+def test_a_page_that_is_loaded_anew_is_no_new_visitor() -> None:
+    assert counted_as("session-1", "192.0.2.7", None) == counted_as("session-2", "192.0.2.7", "another name")
+
+
+def test_on_this_machine_each_page_is_a_visitor() -> None:
+    assert counted_as("session-1", "127.0.0.1", None) != counted_as("session-2", "127.0.0.1", None)
+
+
+def ask(answering: Answering, visitor: str) -> AsyncGenerator[AnswerProgress, None]:
+    make = partial(chat_request, history=[ASKED], options=ChatOptions())
+    return answering.answer(visitor, visitor, "chat", "tiny-chat", make)
+
+
+# what is shown
 
 
 def test_the_slowest_part_is_told_in_words() -> None:
@@ -176,9 +320,28 @@ def test_a_page_with_a_password_shows_nothing_without_it(swarm: LocalSwarm) -> N
 
 def test_the_page_names_no_other_place() -> None:
     """No font comes from elsewhere; what a browser asks of whom is checked in tests/browser."""
-    from swarmkit_app.playground.page import theme
-
     assert theme()._stylesheets == []
+
+
+async def test_the_swarm_tab_tells_what_would_break(swarm: LocalSwarm, engine: AnswerEngine) -> None:
+    shown = swarm_html(await FreshStatus(engine.model.connection).get(), "tiny-chat")
+    assert shown.count("the model would stop: no other has") == 2
+    assert "if it left" in shown
+
+
+async def test_many_who_look_at_the_swarm_look_once(engine: AnswerEngine) -> None:
+    fresh = FreshStatus(engine.model.connection)
+    first, second = await asyncio.gather(fresh.get(), fresh.get())
+    assert first is second
+
+
+def test_the_snippets_have_the_settings_of_the_page() -> None:
+    options = ChatOptions(system="It's brief.", temperature=0.7, top_k=5, stops=("END",))
+    call = ast.parse(as_python("tiny-chat", options))
+    assert "extra_body={'top_k': 5}" in ast.unparse(call)
+    words = shlex.split(as_curl("tiny-chat", options))
+    assert json.loads(words[-1])["messages"][0] == {"role": "system", "content": "It's brief."}
+    assert json.loads(words[-1])["stop"] == ["END"]
 
 
 @pytest.mark.timeout(180)

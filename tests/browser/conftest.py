@@ -15,7 +15,7 @@ import pytest
 SCREENSHOTS = Path(os.environ.get("SWARMKIT_SCREENSHOTS", "build/screenshots"))
 """Where each test leaves pictures of what it saw, to be looked at."""
 
-OWN = re.compile(r"^(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|^(data|blob|about|chrome-error):")
+OWN = re.compile(r"^(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|^(data|blob|about|file|chrome-error):")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,6 +77,35 @@ def screenshot(request: pytest.FixtureRequest) -> Callable[..., None]:
         shown.screenshot(path=str(SCREENSHOTS / f"{test}{name and '-'}{name}.png"))
 
     return keep
+
+
+def barriers(page: Any, context: str | None = None) -> list[str]:
+    """What axe-core finds on a page, or in a part of it, that is serious: what is wrong, and where."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    found = axe.run(page, context=context).response["violations"]
+    return [
+        f"{each['id']}: {node['target']}"
+        for each in found
+        if each["impact"] in ("serious", "critical")
+        for node in each["nodes"]
+    ]
+
+
+def tab_to(page: Any, wanted: str, most: int = 60) -> None:
+    """Press Tab until what has the focus fulfils a JavaScript condition on `focused`; it is outlined then."""
+    for _ in range(most):
+        page.keyboard.press("Tab")
+        if page.evaluate(f"(() => {{ const focused = document.activeElement; return {wanted}; }})()"):
+            break
+    else:
+        pytest.fail(f"cannot be reached by keyboard: {wanted}")
+
+
+FOCUS_SEEN = """(() => {
+    const style = getComputedStyle(document.activeElement);
+    return style.outlineStyle !== 'none' && parseFloat(style.outlineWidth) > 0 || style.boxShadow !== 'none';
+})()"""
+"""Whether a person sees what has the focus."""
 
 
 def free_port() -> int:

@@ -3,109 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ..waiting import wait_until
-from .conftest import free_port
+from .conftest import FOCUS_SEEN, SCREENSHOTS, barriers, tab_to
 
-nbformat = pytest.importorskip("nbformat")
+pytest.importorskip("nbformat")
 pytest.importorskip("jupyterlab")
 pytest.importorskip("anywidget")
 
+from .lab import KERNEL_IDLE, START, Lab, run, run_all, view
+
 ROOT = Path(__file__).parents[2]
-
-START = """
-import torch
-torch.set_num_threads(1)
-from swarmkit import LocalSwarm
-from swarmkit.notebook import PipelineView, SessionTimeline, SwarmView, TrainingView, generate_in_background
-swarm = LocalSwarm("tiny-chat", num_stages=2, replicas=2, transport="memory").start()
-model, tokenizer = swarm.model(), swarm.tokenizer()
-inputs = tokenizer("Tell me", return_tensors="pt")
-"""
-KERNEL_IDLE = "jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status == 'idle'"
-
-
-class Lab:
-    """A JupyterLab of this test's own, and the notebooks in its folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "notebooks"
-        self.folder.mkdir()
-        self.port = free_port()
-        homes = {f"JUPYTER_{kind}_DIR": str(folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
-        settings = folder / "settings"
-        settings.mkdir()
-        quiet = {
-            "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}
-        }
-        (settings / "overrides.json").write_text(json.dumps(quiet))
-        self._log = (folder / "lab.log").open("wb")
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "jupyterlab",
-                "--no-browser",
-                "--allow-root",
-                "--ip=127.0.0.1",
-                f"--port={self.port}",
-                "--IdentityProvider.token=",
-                "--ServerApp.password=",
-                f"--ServerApp.root_dir={self.folder}",
-                f"--LabServerApp.app_settings_dir={settings}",
-                "--expose-app-in-browser",
-            ],
-            env={**os.environ, **homes, "IPYTHONDIR": str(folder / "ipython"), "HF_HUB_OFFLINE": "1"},
-            stdout=self._log,
-            stderr=self._log,
-            start_new_session=True,
-        )
-        wait_until(self._answers, "JupyterLab answers", within=120, every=0.2)
-
-    def _answers(self) -> bool:
-        assert self._process.poll() is None, Path(self._log.name).read_text()[-2000:]
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api", timeout=5):
-                return True
-        except OSError:
-            return False
-
-    def open(self, page: Any, cells: list[str], name: str = "test") -> None:
-        """Write a notebook with these cells, open it, and wait for its kernel."""
-        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-        notebook.metadata["kernelspec"] = {
-            "name": "python3",
-            "display_name": "Python 3",
-            "language": "python",
-        }
-        nbformat.write(notebook, self.folder / f"{name}.ipynb")
-        self.show(page, name)
-
-    def show(self, page: Any, name: str) -> None:
-        """Open a notebook of the folder, and wait for its kernel."""
-        page.goto(f"http://127.0.0.1:{self.port}/lab/tree/{name}.ipynb?reset")
-        page.wait_for_selector(".jp-Notebook")
-        page.wait_for_function(f"window.jupyterapp && {KERNEL_IDLE}")
-
-    def close(self) -> None:
-        os.killpg(self._process.pid, signal.SIGTERM)
-        try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        self._log.close()
 
 
 @pytest.fixture(scope="module")
@@ -113,28 +26,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     lab = Lab(tmp_path_factory.mktemp("lab"))
     yield lab
     lab.close()
-
-
-def run_all(page: Any) -> None:
-    page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells'); }")
-
-
-def run(page: Any, code: str) -> None:
-    """Run code in the notebook's kernel, and wait until it has run."""
-    page.evaluate(
-        """async code => {
-            const kernel = jupyterapp.shell.currentWidget.sessionContext.session.kernel;
-            const reply = await kernel.requestExecute({code}).done;
-            if (reply.content.status !== 'ok') throw new Error(reply.content.evalue);
-        }""",
-        code,
-    )
-
-
-def view(page: Any, number: int = 0) -> Any:
-    shown = page.locator(".swarmkit-live").nth(number)
-    shown.wait_for()
-    return shown
 
 
 @pytest.mark.timeout(600)
@@ -155,6 +46,96 @@ def test_a_view_follows_an_answer_and_a_button_kills_a_server(
     screenshot(shown, "killed")
     run(page, "answer.stop(); assert answer.result(60).shape[1] > 5; view.stop(); swarm.close()")
     assert "ended" in shown.locator(".sk-status").inner_text()
+
+
+@pytest.mark.timeout(600)
+def test_a_view_is_used_by_keyboard(lab: Lab, page: Any, screenshot: Callable[..., None]) -> None:
+    lab.open(page, [START, "view = PipelineView(model, swarm)\nview"])
+    run_all(page)
+    shown = view(page)
+    run(page, "model.generate(**inputs, max_new_tokens=5, min_new_tokens=5)")
+    page.wait_for_function("document.querySelector('.swarmkit-live').textContent.includes('ms')")
+    page.locator(".jp-OutputArea-output").last.click(position={"x": 2, "y": 2})
+    shown.locator(".sk-drawing").focus()
+    page.keyboard.press("Shift+Tab")
+    tab_to(page, "focused.className === 'sk-drawing'")
+    assert page.evaluate(FOCUS_SEEN)
+    told = shown.locator(".sk-status")
+    page.keyboard.press("ArrowRight")
+    first = told.inner_text()
+    page.keyboard.press("ArrowDown")
+    assert first
+    assert told.inner_text() != first
+    assert shown.locator(".sk-at").count() == 1
+    screenshot(shown)
+    page.keyboard.press("Escape")
+    assert told.inner_text() == ""
+    tab_to(page, "focused.textContent.startsWith('Kill server-0')")
+    assert page.evaluate(FOCUS_SEEN)
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('.swarmkit-live').textContent.includes('✕')")
+    run(page, "assert not swarm.servers[0].alive")
+    page.wait_for_function("!document.querySelector('.sk-buttons').textContent.includes('Kill server-0')")
+    assert page.evaluate("document.querySelector('.swarmkit-live').contains(document.activeElement)")
+    run(page, "view.stop(); swarm.close()")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
+def test_the_views_have_no_serious_barrier(
+    lab: Lab, new_page: Callable[..., Any], screenshot: Callable[..., None], theme: str
+) -> None:
+    page = new_page()
+    shown = (
+        "for each in (PipelineView(model, swarm), SwarmView(swarm), SessionTimeline(model)): display(each)"
+    )
+    training = "training = TrainingView(model)\nfor step in range(20): training.log(3 / (step + 1))\ntraining"
+    lab.open(
+        page, [START, "_ = model.generate(**inputs, max_new_tokens=12, min_new_tokens=12)", shown, training]
+    )
+    page.evaluate(f"() => jupyterapp.commands.execute('apputils:change-theme', {{theme: '{theme}'}})")
+    run_all(page)
+    page.wait_for_function("document.querySelectorAll('.swarmkit-live svg').length === 4")
+    found = {}
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 1000})
+        if width < 760:  # as a person does on a phone, to see the notebook at all
+            page.evaluate("() => jupyterapp.shell.collapseLeft()")
+        for number in range(4):
+            each = view(page, number)
+            each.scroll_into_view_if_needed()
+            screenshot(each, f"{width}-{number}")
+        if serious := barriers(page, ".swarmkit-live"):
+            found[width] = serious
+    assert found == {}
+    run(page, "swarm.close()")
+
+
+@pytest.mark.timeout(600)
+def test_a_view_paints_at_once(lab: Lab, page: Any) -> None:
+    """How long it takes from the start of the cell is kept beside the pictures, for people to read."""
+    lab.open(page, [START, "view = PipelineView(model, swarm)\nview"])
+    run(page, START)
+    page.evaluate(
+        """() => {
+            window.painted = new Promise((resolve) => {
+                const seen = () => document.querySelector('.swarmkit-live svg');
+                const watch = new MutationObserver(() => {
+                    if (!seen()) return;
+                    watch.disconnect();
+                    requestAnimationFrame(() => requestAnimationFrame(() => resolve(performance.now())));
+                });
+                watch.observe(document.body, {childList: true, subtree: true});
+            });
+            window.began = performance.now();
+            jupyterapp.commands.execute('notebook:move-cursor-down');
+            jupyterapp.commands.execute('notebook:run-cell');
+        }"""
+    )
+    milliseconds = page.evaluate("async () => (await window.painted) - window.began")
+    record("first-paint", {"milliseconds": round(milliseconds)})
+    assert view(page).locator("svg").count() == 1
+    run(page, "view.stop(); swarm.close()")
 
 
 @pytest.mark.timeout(600)
@@ -202,24 +183,49 @@ def test_updates_do_not_slow_down_or_fill_the_page(lab: Lab, page: Any) -> None:
         client.send("HeapProfiler.collectGarbage")
         return float(client.send("Runtime.getHeapUsage")["usedSize"]) / 2**20
 
+    def counts() -> dict[str, float]:
+        """What the page has done and holds, in counts that no other load on the machine changes."""
+        heap()  # collects garbage
+        found = {each["name"]: each["value"] for each in client.send("Performance.getMetrics")["metrics"]}
+        return {
+            name: found[name] for name in ("Nodes", "JSEventListeners", "LayoutCount", "RecalcStyleCount")
+        }
+
     # No more updates are under way than a kernel's socket queues for a slow reader; it drops what is beyond.
     burst = """
 for number in range({start}, {start} + 250):
     view.svg = drawn.replace("steps:", f"steps {{number}}:")
 """
+    client.send("Performance.enable")
     run(page, "view.stop(); drawn = view.svg")  # so that nothing but the bursts draws
-    before, seconds = heap(), []
+    before, seconds, did = heap(), [], []
     for start in range(0, 10_000, 250):
         page.evaluate("() => { window.painted = []; }")
+        earlier = counts()
         run(page, burst.format(start=start))
         page.wait_for_function(
             f"document.querySelector('.swarmkit-live').textContent.includes('steps {start + 249}:')"
         )
         painted = page.evaluate("() => window.painted")
         seconds.append((painted[-1] - painted[0]) / max(1, len(painted) - 1))
+        later = counts()
+        did.append({"updates": len(painted), **{name: later[name] - earlier[name] for name in later}})
+        did[-1]["nodes"], did[-1]["listeners"] = later["Nodes"], later["JSEventListeners"]
     grown = heap() - before
-    print(
-        f"ms an update: {seconds[0]:.2f} at first, {seconds[-1]:.2f} at last; the heap grew by {grown:.1f} MB"
-    )
+    figures = {"ms_an_update": [round(each, 2) for each in seconds], "heap_grew_by_mb": round(grown, 1)}
+    first, *_, last = did
+    record("ten-thousand-updates", {**figures, "first": first, "last": last})
     assert grown < 20
+    for held in ("nodes", "listeners"):
+        assert last[held] <= 1.2 * first[held], held
+    for work in ("LayoutCount", "RecalcStyleCount"):
+        # the browser lays out once for several updates, as often as it has time
+        assert last[work] <= 1.2 * first["updates"], work
     run(page, "swarm.close()")
+
+
+def record(name: str, figures: dict[str, Any]) -> None:
+    """Keep figures that are looked at, and not asserted on, beside the pictures."""
+    print(name, figures)
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    (SCREENSHOTS / f"{name}.json").write_text(json.dumps(figures, indent=2))

@@ -51,6 +51,10 @@ def ask(page: Any, text: str) -> None:
     page.get_by_role("button", name="Send").click()
 
 
+def stop(page: Any) -> None:
+    page.locator("button.sk-stop:visible").click()
+
+
 def last_answer(page: Any) -> Any:
     return page.locator("[data-testid=bot]").last
 
@@ -86,7 +90,7 @@ def test_stop_keeps_what_came_and_frees_the_session(visit: Callable[..., Any], s
     page.get_by_text("Settings").click()
     ask(page, LONG)
     last_answer(page).wait_for()
-    page.get_by_role("button", name="Stop", exact=True).click()
+    stop(page)
     page.wait_for_function(
         "() => /was stopped|the first after/.test(document.querySelector('.sk-summary').textContent)"
     )
@@ -125,7 +129,7 @@ def test_an_answer_to_an_edited_question_can_be_stopped(visit: Callable[..., Any
     page.get_by_label("Submit").first.click()
     page.wait_for_function("document.querySelector('[data-testid=bot]')?.textContent.includes('5')")
     assert page.locator("[data-testid=user]").count() == 1
-    page.get_by_role("button", name="Stop", exact=True).click()
+    stop(page)
     page.get_by_role("button", name="Regenerate").click()
     wait_for_end(page)
     assert "5" in last_answer(page).inner_text()
@@ -136,9 +140,100 @@ def test_the_stop_of_one_visitor_touches_no_other(visit: Callable[..., Any]) -> 
     ask(one, LONG)
     ask(other, LONG)
     last_answer(one).wait_for()
-    one.get_by_role("button", name="Stop", exact=True).click()
+    stop(one)
     wait_for_end(other)
     assert "The end." in last_answer(other).inner_text()
+
+
+def test_escape_stops_an_answer(visit: Callable[..., Any]) -> None:
+    page = visit()
+    ask(page, LONG)
+    last_answer(page).wait_for()
+    page.keyboard.press("Escape")
+    page.wait_for_function("() => /was stopped/.test(document.querySelector('.sk-summary').textContent)")
+
+
+@pytest.mark.timeout(400)
+def test_fifty_rounds_of_send_and_stop_leave_nothing(visit: Callable[..., Any], swarm: LocalSwarm) -> None:
+    page = visit()
+    for number in range(50):
+        page.get_by_role("button", name="New chat").click()
+        page.wait_for_function("() => !document.querySelector('[data-testid=user]')")
+        ask(page, f"{LONG} Make it number {number}.")
+        last_answer(page).wait_for()
+        stop(page)
+    ask(page, "What is 7 + 5?")
+    wait_for_end(page)
+    assert "12" in last_answer(page).inner_text()
+    held = [server.serving.sessions for server in swarm.servers if server.alive]  # type: ignore[attr-defined]
+    wait_until(lambda: not any(service.sessions for service in held), "no session is open")
+
+
+def test_visitors_see_their_place_in_the_line(
+    new_page: Callable[..., Any], swarm: LocalSwarm, screenshot: Callable[..., None]
+) -> None:
+    with Playground([swarm.model()], max_running=1) as narrow:
+        pages = [new_page() for _ in range(4)]
+        for page in pages:
+            page.goto(narrow.url)
+            page.get_by_role("textbox", name="Message").fill(LONG)
+        last = pages[-1]
+        last.evaluate(
+            """() => {
+                const summary = document.querySelector('.sk-summary');
+                window.told = [];
+                new MutationObserver(() => window.told.push(summary.textContent))
+                    .observe(summary, {childList: true, subtree: true, characterData: true});
+            }"""
+        )
+        for page in pages:
+            page.get_by_role("button", name="Send").click()
+        last.wait_for_function("() => window.told.some((text) => text.includes('in the line'))")
+        screenshot(last)
+        for page in pages:
+            wait_for_end(page)
+            assert "The end." in last_answer(page).inner_text()
+
+
+def test_a_text_is_gone_on_with_in_colours(
+    visit: Callable[..., Any], screenshot: Callable[..., None]
+) -> None:
+    page = visit()
+    page.get_by_role("tab", name="Completion").click()
+    page.get_by_role("button", name="Go on").click()
+    page.locator(".sk-tokens summary").click()
+    assert page.locator(".sk-tokens td").count() > 8
+    assert "%" in page.locator(".sk-tokens span[title]").first.get_attribute("title")
+    screenshot(page)
+
+
+def test_two_settings_answer_side_by_side(visit: Callable[..., Any], screenshot: Callable[..., None]) -> None:
+    page = visit()
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_role("textbox", name="Question").fill(LONG)
+    page.get_by_role("button", name="Ask both").click()
+    page.wait_for_function(
+        """() => [...document.querySelectorAll('.sk-answer textarea')]
+            .every((each) => each.value.includes('The end.'))"""
+    )
+    wait_until(
+        lambda: page.get_by_text("the first after").locator("visible=true").count() == 2, "both speeds"
+    )
+    screenshot(page)
+
+
+def test_an_answer_that_was_stopped_is_continued(visit: Callable[..., Any]) -> None:
+    page = visit()
+    ask(page, LONG)
+    last_answer(page).wait_for()
+    page.keyboard.press("Escape")
+    page.wait_for_function("() => /was stopped/.test(document.querySelector('.sk-summary').textContent)")
+    begun = last_answer(page).inner_text()
+    page.get_by_role("button", name="Continue").click()
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('[data-testid=bot]')].at(-1).textContent.includes('The end.')"
+    )
+    assert last_answer(page).inner_text().startswith(begun.strip())
 
 
 def test_after_a_reload_the_page_works_again(visit: Callable[..., Any]) -> None:
@@ -158,6 +253,8 @@ def test_the_swarm_tab_shows_every_server(
     rows = page.locator("table tbody tr:visible")
     rows.first.wait_for()
     assert rows.count() >= sum(server.alive for server in swarm.servers)
+    heads = page.locator("table th:visible").all_inner_texts()
+    assert {"tokens/s", "free cache", "round trip", "up for", "version", "if it left"} <= set(heads)
     screenshot(page)
 
 

@@ -122,6 +122,14 @@ def test_killing_by_a_button_ends_a_server(swarm: LocalSwarm, model: SwarmModelF
         )
 
 
+def test_a_server_that_was_killed_idle_is_seen_at_once(
+    swarm: LocalSwarm, model: SwarmModelForCausalLM
+) -> None:
+    with PipelineView(model, swarm) as view:
+        press(view, "kill", "0")
+        wait_until(lambda: "✕ server-0" in view.svg, "the lost server in the view")
+
+
 def test_stopping_by_a_button_ends_a_server(swarm: LocalSwarm) -> None:
     with SwarmView(swarm, every_s=0.05) as view:
         press(view, "stop", "1")

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from swarmkit.api.engine import AnswerEngine, AnswerRequest, PromptComputed, answer_room, new_seed
-from swarmkit.api.rows import AnswerEnd, AnswerPiece
-from swarmkit.api.sampling import Sampling
+from swarmkit.api.engine import AnswerEngine, AnswerRequest, PromptComputed
+from swarmkit.api.rows import AnswerEnd, AnswerPiece, TokenRecord
 from swarmkit.client.pictures import server_pictures
 from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.drawing.pipeline import pipeline_svg, slowest_part
 from swarmkit.drawing.pipeline_log import PipelineLog
 from swarmkit.drawing.values import PipelinePicture
 from swarmkit.events import Event, Owner, Subscription
-from swarmkit_app.playground.conversation import ChatOptions, Message, prompt_of
 
 _SHOWN_EVERY_S = 0.12
+_SLOW_TOKENS_PER_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,15 @@ class AnswerProgress:
     """What the page shows of an answer at one moment.
 
     Attributes:
-        drawing: the route and the servers, as SVG.
+        drawing: the route and the servers, as SVG; None = as before.
         summary: the speed, and where the time goes, in plain words.
+        tokens: the tokens so far with their probabilities, where the request asks for them.
     """
 
     text: str
-    drawing: str
+    drawing: str | None
     summary: str
+    tokens: tuple[TokenRecord, ...] = ()
 
 
 class AnswerRun:
@@ -41,19 +42,22 @@ class AnswerRun:
     def __init__(
         self,
         engine: AnswerEngine,
-        history: Sequence[Message],
-        options: ChatOptions,
+        make_request: Callable[[AnswerEngine], AnswerRequest],
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
+        """Prepare an answer.
+
+        Args: make_request: called in a thread, as tokenizers take their time.
+        """
         self._engine = engine
-        self._history = history
-        self._options = options
+        self._make_request = make_request
         self._clock = clock
-        self._stop = asyncio.Event()
+        self.stopped = asyncio.Event()
         self._log = PipelineLog()
         self._early: list[Event] = []
         self._owner: Owner | None = None
         self._text = ""
+        self._tokens: list[TokenRecord] = []
         self._prompt_tokens = 0
         self._generated: int | None = None
         self._began = clock.now()
@@ -62,7 +66,7 @@ class AnswerRun:
 
     def stop(self) -> None:
         """End the answer; what came until then stays. To be called on the event loop. May be called late."""
-        self._stop.set()
+        self.stopped.set()
 
     async def progress(self) -> AsyncGenerator[AnswerProgress, None]:
         """Tell the answer about eight times a second, and once at its end.
@@ -71,14 +75,16 @@ class AnswerRun:
 
         Raises: what `model.generate()` raises, and `ApiError` for a prompt that is too long.
         """
-        request = await self._engine.in_thread(self._request)
+        self._began = self._clock.now()
+        request = await self._engine.in_thread(self._make_request, self._engine)
+        self._prompt_tokens = len(request.prompt)
         with self._engine.model.subscribe(4096) as events:
             answer = self._engine.answer(request)
-            stopped = asyncio.ensure_future(self._stop.wait())
+            stopped = asyncio.ensure_future(self.stopped.wait())
             piece: asyncio.Future[Any] | None = None
             shown = -_SHOWN_EVERY_S
             try:
-                while not self._stop.is_set():
+                while not self.stopped.is_set():
                     piece = piece or asyncio.ensure_future(anext(answer, None))
                     await asyncio.wait(
                         {piece, stopped}, timeout=_SHOWN_EVERY_S, return_when="FIRST_COMPLETED"
@@ -97,20 +103,9 @@ class AnswerRun:
                     piece.cancel()
                     await asyncio.wait({piece})
                 await answer.aclose()
-            if self._stop.is_set():
+            if self.stopped.is_set():
                 self._finish = "stopped"
             yield self._now(events, is_last=True)
-
-    def _request(self) -> AnswerRequest:
-        options = self._options
-        prompt = self._engine.tokenizer.apply_chat_template(
-            prompt_of(self._history, options), add_generation_prompt=True, return_dict=False
-        )
-        self._prompt_tokens = len(prompt)
-        room = answer_room(self._engine, prompt, "message")
-        seed = options.seed if options.seed >= 0 else new_seed()
-        sampling = Sampling(temperature=options.temperature, top_p=options.top_p, seed=seed)
-        return AnswerRequest(prompt, min(options.max_tokens, room), sampling, speculation=options.speculation)
 
     def _take(self, event: PromptComputed | AnswerPiece | AnswerEnd) -> None:
         if isinstance(event, PromptComputed):
@@ -118,6 +113,7 @@ class AnswerRun:
             self._first = self._clock.now()
         elif isinstance(event, AnswerPiece):
             self._text += event.text
+            self._tokens += event.tokens
         else:
             self._generated = event.generated
             self._finish = "cut at the longest length" if event.reason == "length" else ""
@@ -134,7 +130,8 @@ class AnswerRun:
         servers = server_pictures(client.servers())
         picture = self._log.picture(client.model.name, client.model.num_blocks, servers, now, is_last)
         phase = (now % 1.2) / 1.2 if self._log.is_active(now) and not is_last else None
-        return AnswerProgress(self._text, pipeline_svg(picture, phase), self._summary(picture))
+        drawing = pipeline_svg(picture, phase)
+        return AnswerProgress(self._text, drawing, self._summary(picture), tuple(self._tokens))
 
     def _summary(self, picture: PipelinePicture) -> str:
         if self._first is None and self._finish:
@@ -145,10 +142,15 @@ class AnswerRun:
         tokens = self._generated
         if tokens is None:  # the last token is there, and has not gone through the swarm yet
             tokens = max(1, picture.position - self._prompt_tokens + 1)
-        speed = f", {(tokens - 1) / seconds:.1f} tokens/s" if tokens > 1 and seconds > 0 else ""
-        parts = [f"{tokens} tokens{speed}; the first after {self._first - self._began:.2f} s."]
+        rate = (tokens - 1) / seconds if tokens > 1 and seconds > 0 else None
+        speed = "" if rate is None else f", {rate:.1f} tokens/s"
+        context = f"{self._prompt_tokens + tokens} of {self._engine.max_length} tokens of context are used."
+        parts = [f"{tokens} tokens{speed}; the first after {self._first - self._began:.2f} s.", context]
         if self._finish:
             parts.append(f"The answer was {self._finish}.")
         if reason := slowest_part(picture.hops):
             parts.append(reason)
+        if rate is not None and rate < _SLOW_TOKENS_PER_S:
+            name = self._engine.model.connection.client.model.name
+            parts.append(f"A further server would help: `swarmkit serve {name} --join ADDRESS`.")
         return " ".join(parts)

@@ -1,4 +1,4 @@
-"""A conversation as the page keeps it, and the settings that its visitor has chosen."""
+"""A conversation as the page keeps it, its visitor's settings, and what is asked of a model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from swarmkit.api.engine import AnswerEngine, AnswerRequest, answer_room, new_seed
+from swarmkit.api.sampling import Sampling
 from swarmkit.client.speculation.assistants import Speculation
 
 Message = dict[str, Any]
@@ -19,8 +21,10 @@ class ChatOptions:
     Attributes:
         system: the system prompt; none if empty.
         temperature: 0 takes the likeliest token each time.
+        top_k: 0 = all tokens.
         seed: below 0 = another one for each answer.
         speculation: `"auto"`, `"prompt-lookup"` or `"off"`.
+        stops: strings that end an answer.
     """
 
     system: str = ""
@@ -29,6 +33,19 @@ class ChatOptions:
     max_tokens: int = 200
     seed: int = -1
     speculation: Speculation = "auto"
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    stops: tuple[str, ...] = ()
+
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed if self.seed >= 0 else new_seed(),
+        )
 
 
 def text_of(message: Message) -> str:
@@ -66,3 +83,45 @@ def prompt_of(history: Sequence[Message], options: ChatOptions) -> list[Message]
     """The messages that the model is given."""
     system = [{"role": "system", "content": options.system}] if options.system.strip() else []
     return [*system, *plain(history)]
+
+
+def chat_request(engine: AnswerEngine, history: Sequence[Message], options: ChatOptions) -> AnswerRequest:
+    """Ask for the next message of a conversation, or for the rest of one that the model has begun.
+
+    Raises:
+        ApiError: the conversation is longer than the model's context.
+    """
+    begun = bool(history) and history[-1]["role"] == "assistant"
+    prompt = engine.tokenizer.apply_chat_template(
+        prompt_of(history, options),
+        add_generation_prompt=not begun,
+        continue_final_message=begun,
+        return_dict=False,
+    )
+    return _request(engine, prompt, options, "message")
+
+
+def completion_request(engine: AnswerEngine, text: str, options: ChatOptions) -> AnswerRequest:
+    """Ask for what follows a text, with the probability of each token.
+
+    Raises:
+        ApiError: there is no text, or it is longer than the model's context.
+    """
+    first = engine.tokenizer.bos_token
+    begins = first is not None and text.startswith(first)  # a text that begins so needs no further one
+    prompt = engine.tokenizer(text, add_special_tokens=not begins)["input_ids"]
+    return _request(engine, prompt, options, "text", logprobs=5)
+
+
+def _request(
+    engine: AnswerEngine, prompt: Sequence[int], options: ChatOptions, param: str, logprobs: int | None = None
+) -> AnswerRequest:
+    room = answer_room(engine, prompt, param)
+    return AnswerRequest(
+        prompt,
+        min(options.max_tokens, room),
+        options.sampling(),
+        stops=options.stops,
+        logprobs=logprobs,
+        speculation=options.speculation,
+    )

@@ -11,7 +11,11 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 from swarmkit.api.engine import AnswerEngine
 from swarmkit.errors import TransportError, UsageError
-from swarmkit_app.playground.page import CSS, build_page, theme
+from swarmkit_app.playground.answering import Answering
+from swarmkit_app.playground.page import MOST_TOKENS, build_page
+from swarmkit_app.playground.style import CSS, HEAD, theme
+from swarmkit_app.playground.visitors import Allowance
+from swarmkit_app.playground.waiting_line import WaitingLine
 
 if TYPE_CHECKING:
     from swarmkit.client.model import SwarmModelForCausalLM
@@ -34,8 +38,10 @@ class Playground:
         swarm: the local swarm of the model's servers, if visitors may kill and add servers.
         host, port: where it listens; 0 = any free port.
         password: the password that visitors give, with any name.
-        max_running: answers at a time; others wait.
+        max_running: answers at a time; others wait, and see their place in the line.
         max_waiting: answers that wait; further ones are refused.
+        answers_per_minute: answers that one visitor may ask for within a minute; None = any number.
+        max_tokens: of an answer.
 
     Raises:
         UsageError: it would listen beyond this machine without a password.
@@ -51,14 +57,20 @@ class Playground:
         password: str | None = None,
         max_running: int = 8,
         max_waiting: int = 64,
+        answers_per_minute: int | None = None,
+        max_tokens: int = MOST_TOKENS,
     ) -> None:
         if host not in _LOOPBACK and password is None:
             raise UsageError(
                 f"everybody who reaches {host} could use the page; give it a password, or listen on 127.0.0.1"
             )
         self._engines = {model.connection.client.model.name: AnswerEngine(model) for model in models}
-        self._page = build_page(self._engines, swarm, max_running)
-        self._page.queue(max_size=max_waiting + max_running, api_open=False)
+        line = WaitingLine(max_running, max_waiting)
+        self._answering = Answering(self._engines, line, Allowance(answers_per_minute))
+        self._page = build_page(self._answering, swarm, max_tokens)
+        # Gradio's own queue lets everything through, also what is to be refused: the line above decides.
+        most = 2 * (max_running + max_waiting)
+        self._page.queue(max_size=most, api_open=False, default_concurrency_limit=None)
         try:
             _, self.url, _ = self._page.launch(
                 server_name=host,
@@ -75,6 +87,8 @@ class Playground:
                 mcp_server=False,
                 theme=theme(),
                 css=CSS,
+                head=HEAD,
+                max_threads=most,
             )
         except OSError as error:
             self._close_engines()

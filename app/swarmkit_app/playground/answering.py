@@ -1,0 +1,87 @@
+"""From a visitor's wish to an answer: limits, the line of those who wait, and errors in plain words."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping
+
+from swarmkit.api.engine import AnswerEngine, AnswerRequest
+from swarmkit.clock import SYSTEM_CLOCK, Clock
+from swarmkit.errors import SwarmkitError
+from swarmkit_app.playground.answers import AnswerProgress, AnswerRun
+from swarmkit_app.playground.visitors import Allowance, Visitors
+from swarmkit_app.playground.waiting_line import Ticket, WaitingLine
+
+
+class Answering:
+    """All answers of a page."""
+
+    def __init__(
+        self,
+        engines: Mapping[str, AnswerEngine],
+        line: WaitingLine,
+        allowance: Allowance | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            engines: what answers, by the name of the model.
+            line: bounds how many answers run at a time.
+            allowance: bounds how many answers a visitor may ask for; none if not given.
+        """
+        self.engines = engines
+        self.visitors = Visitors()
+        self.line = line
+        self._allowance = allowance or Allowance(None)
+        self._clock = clock
+
+    async def answer(
+        self,
+        visitor: str,
+        counted_as: str,
+        part: str,
+        model: str,
+        make_request: Callable[[AnswerEngine], AnswerRequest],
+    ) -> AsyncGenerator[AnswerProgress, None]:
+        """Tell an answer as it grows; what goes wrong is told as its summary, and never raised.
+
+        Args:
+            visitor: whose page it is; names one window.
+            counted_as: whose allowance it counts for.
+            part: which part of the page shows it. An answer that is under way there is ended.
+        """
+        seconds = self._allowance.wait_s(counted_as)
+        if seconds > 0:
+            message = "You have asked for as many answers as one visitor may within a minute"
+            yield AnswerProgress("", None, f"⚠ {message}; ask again in {seconds:.0f} s.")
+            return
+        run = AnswerRun(self.engines[model], make_request, self._clock)
+        self.visitors.begin(visitor, part, run)
+        shown = AnswerProgress("", None, "")
+        try:
+            with self.line.join() as ticket:
+                while (place := ticket.look()) and not run.stopped.is_set():
+                    yield AnswerProgress("", None, _waiting(place))
+                    await _moved(ticket, run)
+                async for shown in run.progress():
+                    yield shown
+        except SwarmkitError as error:
+            yield AnswerProgress(shown.text, None, f"⚠ {error}", shown.tokens)
+        finally:
+            self.visitors.end(visitor, part, run)
+
+
+def _waiting(place: int) -> str:
+    others = "nobody is" if place == 1 else "one other is" if place == 2 else f"{place - 1} others are"
+    return f"You are number {place} in the line ({others} before you); the answer begins by itself."
+
+
+async def _moved(ticket: Ticket, run: AnswerRun) -> None:
+    """Wait until the place in the line may have changed, or the answer is not wanted any more."""
+    waits = [asyncio.ensure_future(each.wait()) for each in (ticket.moved, run.stopped)]
+    try:
+        await asyncio.wait(waits, return_when="FIRST_COMPLETED")
+    finally:
+        for each in waits:
+            each.cancel()
