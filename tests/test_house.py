@@ -26,7 +26,7 @@ FLOORS = [
     {"client", "server"},
     {"node"},
     {"local", "worker"},
-    {"bench", "api", "notebook"},
+    {"bench", "api", "notebook", "simulation"},
     {"cli"},
 ]
 """A room may import from the floors below it, and from itself; never from a neighbour."""

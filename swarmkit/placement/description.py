@@ -64,12 +64,14 @@ class Demand:
         arrivals_per_s: requests per second in the whole swarm; 0 = not known.
         prompt_tokens, answer_tokens: of a usual request.
         most_tokens: of a long session, prompt and answer together; 0 = as a usual request.
+        session_s: seconds that a session holds its caches besides.
     """
 
     arrivals_per_s: float = 0.0
     prompt_tokens: float = 128.0
     answer_tokens: float = 128.0
     most_tokens: float = 0.0
+    session_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.arrivals_per_s < 0 or self.prompt_tokens < 0 or self.answer_tokens <= 0:
@@ -87,7 +89,7 @@ class Demand:
 
     def sessions(self, answer_s: float) -> float:
         """Sessions that are open at a time, on average, where each lasts `answer_s` (Little's law)."""
-        return self.arrivals_per_s * answer_s
+        return self.arrivals_per_s * (answer_s + self.session_s)
 
 
 @dataclass(frozen=True)

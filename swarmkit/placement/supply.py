@@ -62,16 +62,21 @@ def greatest_rate(num_blocks: int, servers: Sequence[Served]) -> float:
     listed = [one for one in servers if one.start < one.stop and one.throughput > 0]
     by_start = sorted(listed, key=lambda one: one.start)
     high = sum(one.throughput * one.blocks for one in listed) / num_blocks
-    if not high or _is_possible(high, num_blocks, by_start):
+    if not high or _carries(high, num_blocks, by_start):
         return high
     low = 0.0
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        low, high = (middle, high) if _is_possible(middle, num_blocks, by_start) else (low, middle)
+        low, high = (middle, high) if _carries(middle, num_blocks, by_start) else (low, middle)
     return low
 
 
-def _is_possible(rate: float, num_blocks: int, by_start: Sequence[Served]) -> bool:
+def carries(rate: float, num_blocks: int, servers: Sequence[Served]) -> bool:
+    """Whether so many tokens per second pass through all blocks."""
+    return _carries(rate, num_blocks, sorted(servers, key=lambda one: one.start))
+
+
+def _carries(rate: float, num_blocks: int, by_start: Sequence[Served]) -> bool:
     heap: list[tuple[int, int]] = []  # (stop, number) of servers that hold the block and have work left
     left = [one.throughput * one.blocks for one in by_start]
     coming = 0

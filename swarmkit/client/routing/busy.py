@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 _LEAST_S = 0.1
 _MOST_S = 60.0
+_MOST_TIMES = 8.0
 _FORGOTTEN_S = 10.0
 """A peer that was not busy for so long is treated as if it had never been."""
 
@@ -31,7 +32,9 @@ class BusyPeers:
     def note(self, peer_id: str, retry_after_s: float) -> float:
         """A peer says that it has no room before so many seconds; returns for how long it is left alone.
 
-        A peer that says so repeatedly is asked less often than that: after 0.1, 0.2, 0.4, … seconds at least.
+        A peer that says so repeatedly is asked less often than that: at least after 0.1, 0.2, 0.4, … seconds,
+        up to 8 times what it says. Where many sessions wait for a peer, most are refused again though others
+        were let in meanwhile, and its room must not stay empty for long.
         """
         old = self._peers.get(peer_id)
         now = self._clock()
@@ -39,7 +42,7 @@ class BusyPeers:
         if old is not None and now < old.until + _FORGOTTEN_S:
             # While it is left alone, other sessions are told the same.
             count = old.count + (old.until <= now)
-        least_s = _LEAST_S * 2.0 ** min(count - 1, 30)
+        least_s = min(_LEAST_S * 2.0 ** min(count - 1, 30), _MOST_TIMES * max(retry_after_s, _LEAST_S))
         seconds = min(max(retry_after_s, least_s), _MOST_S)
         self._peers[peer_id] = _Busy(count, now + seconds)
         return seconds

@@ -1,0 +1,90 @@
+"""Who decides where virtual servers serve: our rule, that of Petals, or a plan made for all."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from swarmkit.placement import petals
+from swarmkit.placement.choice import PlacementPolicy, choose, should_move
+from swarmkit.placement.description import Demand, Machine, ModelSize, Served, blocks_that_fit
+
+
+class PlacementRule(Protocol):
+    """Decides for one server, which sees what the others announce."""
+
+    def choose(self, machine: Machine, others: Sequence[Served]) -> tuple[int, int]:
+        """The blocks that a newcomer serves."""
+
+    def better(
+        self, machine: Machine, own: Served, others: Sequence[Served], move_s: float
+    ) -> tuple[int, int] | None:
+        """The blocks that a server moves to, if it does."""
+
+
+class OurRule:
+    """`swarmkit.placement.choice`."""
+
+    def __init__(
+        self, model: ModelSize, demand: Demand | None = None, policy: PlacementPolicy | None = None
+    ) -> None:
+        self._model, self._demand, self._policy = model, demand or Demand(), policy or PlacementPolicy()
+
+    def choose(self, machine: Machine, others: Sequence[Served]) -> tuple[int, int]:
+        return choose(machine, others, self._model, self._demand, self._policy)
+
+    def better(
+        self, machine: Machine, own: Served, others: Sequence[Served], move_s: float
+    ) -> tuple[int, int] | None:
+        move = should_move(machine, own, others, self._model, self._demand, self._policy, move_s=move_s)
+        return None if move is None else (move.start, move.stop)
+
+
+class PetalsRule:
+    """`swarmkit.placement.petals`: as many blocks as fit beside the cache of one long session."""
+
+    def __init__(
+        self,
+        model: ModelSize,
+        chance: random.Random,
+        *,
+        cache_tokens: float = 4096,
+        balance_quality: float = petals.BALANCE_QUALITY,
+    ) -> None:
+        self._model, self._chance = model, chance
+        self._cache_tokens, self._quality = cache_tokens, balance_quality
+
+    def choose(self, machine: Machine, others: Sequence[Served]) -> tuple[int, int]:
+        count = max(1, blocks_that_fit(machine, self._model, self._cache_tokens))
+        return petals.choose_blocks(self._model.num_blocks, count, others)
+
+    def better(
+        self, machine: Machine, own: Served, others: Sequence[Served], move_s: float
+    ) -> tuple[int, int] | None:
+        servers = [*others, own]
+        if not petals.should_move(
+            self._model.num_blocks,
+            len(others),
+            servers,
+            balance_quality=self._quality,
+            chance=self._chance,
+        ):
+            return None
+        return petals.choose_blocks(self._model.num_blocks, own.blocks, others)
+
+
+class PlannedRule:
+    """Every server serves what a plan says; nobody moves."""
+
+    def __init__(self, spans: Mapping[str, tuple[int, int]]) -> None:
+        """Args: spans: blocks [start, stop) by the name of the machine."""
+        self._spans = spans
+
+    def choose(self, machine: Machine, others: Sequence[Served]) -> tuple[int, int]:
+        return self._spans[machine.name]
+
+    def better(
+        self, machine: Machine, own: Served, others: Sequence[Served], move_s: float
+    ) -> tuple[int, int] | None:
+        return None
