@@ -198,7 +198,12 @@ class _Simulation:
             await anyio.sleep(self._chance.uniform(0, 2 * _JOIN_S / self._setup.servers))
             self._on_progress("servers", number + 1, self._setup.servers)
         await self._until_covered()
-        await anyio.sleep(2 * self._setup.assumptions.look_period_s)
+        give_up_at = self._clock.now() + _MOST_WARM_UP_S
+        while len(self._swarm.online()) < len(self._swarm.servers):
+            if self._clock.now() > give_up_at:
+                break
+            await anyio.sleep(10.0)
+        await anyio.sleep(2 * min(self._setup.assumptions.look_period_s, _MOST_WARM_UP_S / 2))
 
     async def _until_covered(self) -> None:
         give_up_at = self._clock.now() + _MOST_WARM_UP_S

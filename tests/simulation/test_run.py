@@ -37,8 +37,8 @@ def test_servers_that_come_and_go_lose_no_session_while_every_block_has_a_server
 
 
 def test_a_swarm_carries_nearly_what_no_placement_can_exceed() -> None:
-    setup = replace(SETUP, requests=0, churn_per_hour=0.0, servers=60)
-    assert summary(setup, simulate(setup))["rate_to_bound"] >= 0.95
+    setup = replace(SETUP, requests=0, churn_per_hour=0.0, servers=100)
+    assert summary(setup, simulate(setup))["rate_to_bound"] >= 0.9
 
 
 def test_a_trace_says_how_many_machines_run(tmp_path: Path) -> None:
