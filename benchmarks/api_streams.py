@@ -3,6 +3,7 @@
     python -m benchmarks.api_streams                       fifty streams for three minutes
     python -m benchmarks.api_streams --seconds 30 --json   shorter, and as JSON
     python -m benchmarks.api_streams --write               into benchmarks/results/api-streams-tiny-chat.json
+    python -m benchmarks.api_streams --own-swarm           with the servers in the API's process
 
 `swarmkit api` runs in a process of its own, over two servers of tiny-chat in a process each, over p2p daemons
 on loopback. This process has the clients, which speak HTTP and nothing else. Each asks for one answer after
@@ -28,8 +29,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -57,7 +58,7 @@ class Seen:
 
 
 @contextmanager
-def served(addresses: list[str]) -> Iterator[tuple[str, int]]:
+def served(addresses: Sequence[str]) -> Iterator[tuple[str, int]]:
     """`swarmkit api` in a process of its own; its URL and its process id."""
     command = [sys.executable, "-m", "swarmkit.cli", "api", "tiny-chat", "--port", "0", "--json"]
     command += [part for address in addresses for part in ("--join", address)]
@@ -123,9 +124,13 @@ def cpu_seconds(*processes: psutil.Process) -> float:
     return sum(sum(each.cpu_times()[:2]) for each in family)
 
 
-def measure(streams: int, seconds: float) -> dict[str, Any]:
+def measure(streams: int, seconds: float, own_swarm: bool = False) -> dict[str, Any]:
     """Start a swarm and an API, and read from it."""
-    with LocalSwarm("tiny-chat", 2, processes=True) as swarm, served(swarm.initial_peers) as (url, pid):
+    with ExitStack() as owned:
+        addresses: Sequence[str] = ()
+        if not own_swarm:
+            addresses = owned.enter_context(LocalSwarm("tiny-chat", 2, processes=True)).initial_peers
+        url, pid = owned.enter_context(served(addresses))
         here, api = psutil.Process(), psutil.Process(pid)
         servers = [each for each in here.children() if each.pid != pid]
         parts = {"api": [api], "servers": servers}
@@ -147,6 +152,7 @@ def measure(streams: int, seconds: float) -> dict[str, Any]:
     return {
         "streams": streams,
         "seconds": seconds,
+        "own_swarm": own_swarm,
         "median_ms": round(median * 1e3, 2),
         "p99_ms": round(p99 * 1e3, 2),
         "most_ms": round(between[-1] * 1e3, 2),
@@ -167,10 +173,11 @@ def main() -> int:
     )
     parser.add_argument("--streams", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=180.0)
+    parser.add_argument("--own-swarm", action="store_true", help="let the API start its own swarm")
     parser.add_argument("--json", action="store_true", help="print JSON, with the machine and the versions")
     parser.add_argument("--write", action="store_true", help=f"write that to {RESULT.name}")
     given = parser.parse_args()
-    found = measure(given.streams, given.seconds)
+    found = measure(given.streams, given.seconds, given.own_swarm)
     command = {"command": "python -m benchmarks.api_streams " + " ".join(sys.argv[1:])}
     whole = {"benchmark": "api streams", **environment(), **command, **found}
     if given.write:
