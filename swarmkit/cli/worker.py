@@ -159,6 +159,22 @@ def log(lines: Annotated[int, typer.Option("--lines", "-n", min=1, max=5000)] = 
         typer.echo(line)
 
 
+@worker_app.command()
+def belongings(json: Json = False) -> None:
+    """Show what the worker has put on this computer, and how much it takes. Works also while none runs."""
+    import msgspec
+
+    from swarmkit.worker.belongings import belongings as found_here
+
+    found = found_here()
+    if json:
+        console.emit_json(**msgspec.to_builtins(found))
+        return
+    for part in found.parts:
+        console.out.print(f"{part.size_bytes / 1e9:8.3f} GB  {part.what}: {part.path}", soft_wrap=True)
+    console.out.print(f"{found.size_bytes / 1e9:8.3f} GB  in all")
+
+
 def _client() -> WorkerClient:
     from swarmkit.worker.control.client import WorkerClient
 

@@ -22,11 +22,11 @@ from swarmkit._version import __version__
 from swarmkit.clock import Clock
 from swarmkit.errors import UsageError
 from swarmkit.events import Event, EventStream, Owner
+from swarmkit.worker.belongings import belongings, size_of
 from swarmkit.worker.contributions import Contributions, Share
 from swarmkit.worker.control.app import ConflictError
 from swarmkit.worker.control.listener import listening
 from swarmkit.worker.control.values import (
-    Belonging,
     Belongings,
     Day,
     LeaseGranted,
@@ -60,10 +60,10 @@ _TICK_S = 1.0
 _SENSE_PERIOD_S = 2.0
 _WRITE_PERIOD_S = 30.0
 _KEEP_ALIVE_S = 15.0
-_QUOTA_RESERVE_S = 3.0
-"""The node is stopped when this month's rest would last for so many seconds at full rate."""
+_QUOTA_RESERVE_S = 4.0
+"""The node is stopped when this month's rest would last for so many seconds at the highest rate lately."""
 _QUOTA_RESERVE_BYTES = 4 * 2**20
-"""The rest at which it is stopped where no rate is set."""
+"""It is stopped at this rest in any case."""
 _STOP_WITHIN_S = 60.0
 
 
@@ -118,6 +118,7 @@ class Worker:
         self._cpu_cores = 0.0
         self._ram_bytes = 0
         self._tokens: deque[tuple[float, int]] = deque(maxlen=20)
+        self._bytes_per_s: deque[float] = deque(maxlen=60)
         self._last_report: NodeReport | None = None
         self._counted_at = self._clock.now()
         self._disk_bytes = 0
@@ -128,7 +129,7 @@ class Worker:
         self._changed = anyio.Event()
         self._stop = anyio.Event()
         self._node = NodeSupervisor(
-            self._clock, on_word=self._heard, on_state=self._ring, command=node_command
+            self._clock, on_word=self._heard, on_state=self._node_changed, command=node_command
         )
 
     # ------------------------------------------------------------------ life
@@ -261,6 +262,8 @@ class Worker:
 
     def pause(self, request: PauseRequest) -> None:
         """See `Controls.pause`."""
+        if request.until == "away" and self.settings.rules.presence == "headless":
+            raise UsageError("nobody sits at this computer by its settings, so name another end of the pause")
         self._set_pause(Pause.begin(request, self._local_now()))
         self._look()
 
@@ -491,11 +494,14 @@ class Worker:
             self._ring()
             return
         now = self._clock.now()
-        last = self._last_report if self._node_began_before(word) else None
+        last = self._last_report
         before = last or NodeReport(sessions=0, sessions_begun=0, tokens=0, sent_bytes=0, received_bytes=0)
         passed = now - self._counted_at if last is not None else 0.0
         self._counted_at, self._last_report = now, word
         self._tokens.append((now, word.tokens))
+        moved = word.sent_bytes + word.received_bytes - before.sent_bytes - before.received_bytes
+        if passed > 0:
+            self._bytes_per_s.append(moved / passed)
         self._history.add(
             Share(
                 tokens=word.tokens - before.tokens,
@@ -510,10 +516,10 @@ class Worker:
         if (last is None) or bool(last.sessions) != bool(word.sessions) or self._quota_is_near():
             self._ring()
 
-    def _node_began_before(self, word: NodeReport) -> bool:
-        """Whether a report goes on from the last one, and is not a new process's first."""
-        last = self._last_report
-        return last is not None and word.tokens >= last.tokens and word.sent_bytes >= last.sent_bytes
+    def _node_changed(self) -> None:
+        if self._node.state == "starting":
+            self._last_report = None  # what a new process counts begins at zero
+        self._ring()
 
     async def _write_down(self) -> None:
         while True:
@@ -526,15 +532,7 @@ class Worker:
         is_over = self._decision is not None and self._decision.reason == Reason.QUOTA
         if not self._node.pid and not is_over:
             return 0
-        limits = self.settings.limits
-        rates = [
-            rate
-            for limit in (limits.upload_bytes_per_s, limits.download_bytes_per_s)
-            for rate in (limit.in_use, limit.away)
-        ]
-        if any(rate is None for rate in rates):
-            return _QUOTA_RESERVE_BYTES
-        return int(_QUOTA_RESERVE_S * sum(rate for rate in rates if rate is not None) / 2)
+        return int(max(_QUOTA_RESERVE_BYTES, _QUOTA_RESERVE_S * max(self._bytes_per_s, default=0.0)))
 
     def _quota_is_near(self) -> bool:
         most = self._current().allowance.month_bytes
@@ -632,31 +630,6 @@ class Worker:
 
     def _today(self) -> date:
         return self._local_now().date()
-
-
-def belongings(places: WorkerPlaces) -> Belongings:
-    """Return what a worker has put on this computer, and what each takes."""
-    parts = [
-        Belonging(what=what, path=str(path), size_bytes=size_of(path))
-        for what, path in (
-            ("weights of models, also of other programs that use swarmkit", places.weights),
-            ("settings", places.config),
-            ("history, log and key", places.state),
-            ("lock, socket and token", places.runtime),
-        )
-        if path.exists()
-    ]
-    return Belongings(parts=tuple(parts), size_bytes=sum(part.size_bytes for part in parts))
-
-
-def size_of(path: Path) -> int:
-    """Bytes of all files in a folder; those that vanish meanwhile do not count."""
-    total = 0
-    for folder, _, names in os.walk(path):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += (Path(folder) / name).lstat().st_size
-    return total
 
 
 def _last_lines(path: Path, count: int) -> list[str]:

@@ -84,6 +84,18 @@ async def test_what_is_received_keeps_to_the_download_rate(
     assert naps.now == pytest.approx((len(FRAME) - 16 * 1024) / 50_000)
 
 
+async def test_what_goes_through_is_counted_with_a_limit_and_without(
+    ends: tuple[Stream, Stream], rates: Rates
+) -> None:
+    paced, other = ends
+    await paced.send(FRAME)
+    rates.replace(1e9, 1e9)
+    await paced.send(FRAME[:10])
+    await other.send(FRAME[:1])
+    await paced.receive()
+    assert (rates.traffic.sent_bytes, rates.traffic.received_bytes) == (len(FRAME) + 10, 1)
+
+
 async def test_a_limit_that_is_lifted_holds_for_no_further_frame(
     ends: tuple[Stream, Stream], naps: Naps, rates: Rates
 ) -> None:

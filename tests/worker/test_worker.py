@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from swarmkit.clock import SYSTEM_CLOCK
+from swarmkit.errors import UsageError
 from swarmkit.worker.control.client import WorkerClient
 from swarmkit.worker.control.values import Status
 from swarmkit.worker.places import WorkerPlaces
@@ -249,6 +250,24 @@ def test_a_full_disk_is_told_and_the_pause_holds_all_the_same(
     worker.client.pause()
     status: Status = worker.wait_for("paused")
     assert "No space left on device" in status.troubles[0]
+
+
+def test_settings_that_cannot_be_written_do_not_hold(
+    worker: RunningWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "worker.json")
+
+    monkeypatch.setattr("swarmkit.worker.worker.save_settings", full)
+    with pytest.raises(UsageError, match=r"worker.json: No space left on device"):
+        worker.client.change_settings({"agreed": True})
+    assert not worker.client.settings().agreed
+
+
+def test_nobody_can_be_away_from_where_nobody_sits(worker: RunningWorker) -> None:
+    worker.serve()
+    with pytest.raises(UsageError, match="another end"):
+        worker.client.pause("away")
 
 
 def test_a_pause_outlives_the_worker(places: WorkerPlaces, start: Start) -> None:

@@ -50,7 +50,7 @@ class Controls(Protocol):
         """Replace some settings. Raises: UsageError, OSError."""
 
     def pause(self, request: PauseRequest) -> None:
-        """Pause."""
+        """Pause. Raises: UsageError: such a pause would never begin, or never end."""
 
     def resume(self) -> None:
         """End the person's own pause."""

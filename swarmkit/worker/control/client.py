@@ -31,6 +31,8 @@ from swarmkit.worker.signals import SessionSignals
 
 T = TypeVar("T")
 
+_DISK_IS_FULL = 507
+
 
 class WorkerClient:
     """The worker of this person on this computer. Each call is one request on a connection of its own.
@@ -200,7 +202,7 @@ def _error(status: int, text: bytes) -> Exception:
         message = str(json.loads(text)["error"])
     except (ValueError, KeyError, TypeError):
         message = f"the worker answered with status {status}"
-    return NoWorkerError(message) if status >= 500 else UsageError(message)
+    return UsageError(message) if status < 500 or status == _DISK_IS_FULL else NoWorkerError(message)
 
 
 def _objects(answer: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,141 @@
+"""A worker with a real node: sessions go on elsewhere, with the same tokens, when the person wants peace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from swarmkit import Server, Session, SwarmModelForCausalLM
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head.head import load_local
+from swarmkit.worker.node_supervisor import NODE_COMMAND
+from swarmkit.worker.process_tree import used_by
+from tests.waiting import wait_until
+from tests.worker.worlds import RunningWorker, SaidMachine
+
+pytestmark = pytest.mark.slow
+
+PROMPT = torch.arange(5, 25)[None]
+BEFORE, AFTER = 8, 24
+ONE_CORE = {"cpu_cores": {"in_use": 1, "away": 1}}
+
+
+@pytest.fixture
+def serving(start: Callable[..., RunningWorker]) -> RunningWorker:
+    worker = start(node_command=NODE_COMMAND)
+    worker.serve("tiny-chat", limits=ONE_CORE)
+    worker.wait_for("serving")
+    return worker
+
+
+@pytest.fixture
+def model(serving: RunningWorker) -> Iterator[SwarmModelForCausalLM]:
+    node = serving.status().node
+    assert node is not None
+    with SwarmModelForCausalLM.from_pretrained("tiny-chat", initial_peers=node.addresses) as model:
+        yield model
+
+
+@pytest.fixture
+def another(serving: RunningWorker, model: SwarmModelForCausalLM) -> Iterator[Callable[[], Server]]:
+    """Start a server elsewhere, in the same swarm."""
+    started: list[Server] = []
+
+    def begin() -> Server:
+        node = serving.status().node
+        assert node is not None
+        started.append(Server("tiny-chat", initial_peers=node.addresses).start())
+        return started[-1]
+
+    yield begin
+    for server in started:
+        server.stop(0.0)
+
+
+def more(model: SwarmModelForCausalLM, session: Session, tokens: Tensor, count: int) -> Tensor:
+    result = model.generate(
+        tokens, session=session, max_new_tokens=count, min_new_tokens=count, do_sample=False
+    )
+    assert isinstance(result, Tensor)
+    return result
+
+
+def expected(count: int) -> list[int]:
+    local = load_local(Checkpoint.open("tiny-chat"))
+    tokens = local.generate(PROMPT, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+    return tokens[0].tolist()
+
+
+def by_battery(worker: RunningWorker, machine: SaidMachine) -> None:
+    machine.say(on_battery=True)
+
+
+WAYS = {
+    "a pause": lambda worker, machine: worker.client.pause(),
+    "a polite pause": lambda worker, machine: worker.client.pause(haste="polite"),
+    "a hard stop": lambda worker, machine: worker.client.pause(haste="now"),
+    "the battery": by_battery,
+    "a game": lambda worker, machine: machine.say(program="doom"),
+    "the end of the worker": lambda worker, machine: worker.client.stop(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_session_goes_on_elsewhere_with_the_same_tokens(
+    serving: RunningWorker,
+    machine: SaidMachine,
+    model: SwarmModelForCausalLM,
+    another: Callable[[], Server],
+    way: Callable[[RunningWorker, SaidMachine], object],
+) -> None:
+    node = serving.status().node
+    assert node is not None
+    with model.session() as session:
+        tokens = more(model, session, PROMPT, BEFORE)
+        other = another()
+        way(serving, machine)
+        tokens = more(model, session, tokens, AFTER)
+        used = {hop.peer_id for hop in model.trace[-1].hops}
+    wait_until(lambda: not psutil.pid_exists(node.pid), "the node process has ended")
+    assert (tokens[0].tolist(), used) == (expected(BEFORE + AFTER), {other.peer_id})
+
+
+def test_what_was_contributed_is_counted_by_the_token(
+    serving: RunningWorker, model: SwarmModelForCausalLM
+) -> None:
+    with model.session() as session:
+        more(model, session, PROMPT, BEFORE)
+        positions = session.position
+        serving.wait_until(lambda status: status.today.tokens >= positions, "tokens are counted")
+    today = serving.client.stats().today
+    assert (today.sessions, today.tokens) == (1, positions)
+    assert today.received_bytes > positions * model.config.hidden_size * 4
+
+
+def test_all_processes_of_the_node_end_with_it(serving: RunningWorker, model: SwarmModelForCausalLM) -> None:
+    node = serving.status().node
+    assert node is not None
+    pids = used_by(node.pid).pids
+    assert len(pids) > 1  # its p2p daemon is one of them
+    serving.client.pause()
+    serving.wait_for("paused")
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids), "all processes have ended")
+
+
+def test_a_node_goes_on_while_its_limits_are_replaced(
+    serving: RunningWorker, model: SwarmModelForCausalLM
+) -> None:
+    node = serving.status().node
+    assert node is not None
+    with model.session() as session:
+        tokens = more(model, session, PROMPT, BEFORE)
+        limits = {"compute_share": {"in_use": 0.5, "away": 0.5}, "upload_bytes_per_s": {"away": 1e6}}
+        serving.client.change_settings({"limits": limits})
+        tokens = more(model, session, tokens, AFTER)
+    after = serving.status().node
+    assert after is not None
+    assert (tokens[0].tolist(), after.pid) == (expected(BEFORE + AFTER), node.pid)
