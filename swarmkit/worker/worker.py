@@ -58,6 +58,9 @@ LEASE_S = 5.0
 """How long a tray's lease holds. It is to be renewed every two seconds or so."""
 _TICK_S = 1.0
 _SENSE_PERIOD_S = 2.0
+_REST_PERIOD_S = 15.0
+_AT_REST = (Reason.NOT_AGREED, Reason.NO_MODEL, Reason.ASKED)
+"""Reasons that nothing which is sensed can change."""
 _WRITE_PERIOD_S = 30.0
 _KEEP_ALIVE_S = 15.0
 _QUOTA_RESERVE_S = 4.0
@@ -109,6 +112,7 @@ class Worker:
         self.settings = WorkerSettings()
         self._machine = MachineSignals()
         self._sensed = False
+        self._sense_now = anyio.Event()
         self._lease: _Lease | None = None
         self._pause: Pause | None = None
         self._watch = ClockWatch(self._clock)
@@ -254,6 +258,8 @@ class Worker:
         """See `Controls.change_settings`."""
         settings = changed(self.settings, changes)
         save_settings(self._places.settings, settings)
+        if self._current().reason in _AT_REST:
+            self._sense_again()
         self.settings = settings
         self._trouble("settings", "")
         self.events.emit(WorkerSettingsChanged(**self._stamp()))
@@ -269,6 +275,7 @@ class Worker:
 
     def resume(self) -> None:
         """See `Controls.resume`."""
+        self._sense_again()
         self._set_pause(None)
         self._look()
 
@@ -338,6 +345,7 @@ class Worker:
         """Decide anew, and do it."""
         self._after_jumps()
         if self._pause is not None and self._pause.is_over(self._clock.time(), self._away_s()):
+            self._sense_again()
             self._set_pause(None)
         decision = self._decision = self._decide()
         self._measure(decision)
@@ -453,7 +461,16 @@ class Worker:
             await self._limit_watts()
             self._sensed = True
             self._ring()
-            await anyio.sleep(max(0.1, _SENSE_PERIOD_S - (self._clock.now() - began)))
+            period_s = _REST_PERIOD_S if self._current().reason in _AT_REST else _SENSE_PERIOD_S
+            with anyio.move_on_after(max(0.1, period_s - (self._clock.now() - began))):
+                await self._sense_now.wait()
+            self._sense_now = anyio.Event()
+
+    def _sense_again(self) -> None:
+        """What was sensed may be old: nothing begins before it was sensed anew."""
+        if self._current().reason in _AT_REST:
+            self._sensed = False
+        self._sense_now.set()
 
     async def _limit_watts(self) -> None:
         """Have the GPU keep to its power while the node runs; where that may not be set, it rests instead."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from swarmkit import Server, Session, SwarmModelForCausalLM
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
+from swarmkit.settings import ServerSettings
 from swarmkit.worker.node_supervisor import NODE_COMMAND
 from swarmkit.worker.process_tree import used_by
 from tests.waiting import wait_until
@@ -24,36 +25,25 @@ BEFORE, AFTER = 8, 24
 ONE_CORE = {"cpu_cores": {"in_use": 1, "away": 1}}
 
 
+@pytest.fixture(scope="module")
+def other() -> Iterator[Server]:
+    """A server elsewhere in the swarm, which claims to be so slow that sessions begin at the worker's."""
+    with Server("tiny-chat", settings=ServerSettings().replace(throughput=0.1)) as server:
+        yield server
+
+
 @pytest.fixture
-def serving(start: Callable[..., RunningWorker]) -> RunningWorker:
+def serving(start: Callable[..., RunningWorker], other: Server) -> RunningWorker:
     worker = start(node_command=NODE_COMMAND)
-    worker.serve("tiny-chat", limits=ONE_CORE)
+    worker.serve({"model": "tiny-chat", "join": other.addresses}, limits=ONE_CORE)
     worker.wait_for("serving")
     return worker
 
 
 @pytest.fixture
-def model(serving: RunningWorker) -> Iterator[SwarmModelForCausalLM]:
-    node = serving.status().node
-    assert node is not None
-    with SwarmModelForCausalLM.from_pretrained("tiny-chat", initial_peers=node.addresses) as model:
+def model(serving: RunningWorker, other: Server) -> Iterator[SwarmModelForCausalLM]:
+    with SwarmModelForCausalLM.from_pretrained("tiny-chat", initial_peers=other.addresses) as model:
         yield model
-
-
-@pytest.fixture
-def another(serving: RunningWorker, model: SwarmModelForCausalLM) -> Iterator[Callable[[], Server]]:
-    """Start a server elsewhere, in the same swarm."""
-    started: list[Server] = []
-
-    def begin() -> Server:
-        node = serving.status().node
-        assert node is not None
-        started.append(Server("tiny-chat", initial_peers=node.addresses).start())
-        return started[-1]
-
-    yield begin
-    for server in started:
-        server.stop(0.0)
 
 
 def more(model: SwarmModelForCausalLM, session: Session, tokens: Tensor, count: int) -> Tensor:
@@ -89,14 +79,14 @@ def test_a_session_goes_on_elsewhere_with_the_same_tokens(
     serving: RunningWorker,
     machine: SaidMachine,
     model: SwarmModelForCausalLM,
-    another: Callable[[], Server],
+    other: Server,
     way: Callable[[RunningWorker, SaidMachine], object],
 ) -> None:
     node = serving.status().node
     assert node is not None
     with model.session() as session:
         tokens = more(model, session, PROMPT, BEFORE)
-        other = another()
+        assert {hop.peer_id for hop in model.trace[-1].hops} == {node.peer_id}
         way(serving, machine)
         tokens = more(model, session, tokens, AFTER)
         used = {hop.peer_id for hop in model.trace[-1].hops}

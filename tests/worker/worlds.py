@@ -66,10 +66,11 @@ class RunningWorker:
     def status(self) -> Status:
         return self.client.status()
 
-    def serve(self, model: str = "quick", **changes: Any) -> None:
-        """Choose to serve without a desktop, and wait until it does."""
+    def serve(self, serve: str | dict[str, Any] = "quick", **changes: Any) -> None:
+        """Choose to serve without a desktop."""
         rules = {"presence": "headless", **changes.pop("rules", {})}
-        self.client.change_settings({"agreed": True, "serve": {"model": model}, "rules": rules, **changes})
+        serve = {"model": serve} if isinstance(serve, str) else serve
+        self.client.change_settings({"agreed": True, "serve": serve, "rules": rules, **changes})
 
     def wait_for(self, *states: str) -> Status:
         what = f"the worker is {' or '.join(states)}"
