@@ -17,7 +17,8 @@ class Used:
     """What a tree of processes uses.
 
     Attributes:
-        cpu_s: processor time since each of them began; those that have ended do not count.
+        cpu_s: processor time since each of them began, with that of children which have ended, where the system
+            keeps it.
         ram_bytes: pages that several of them share count for each.
     """
 
@@ -34,7 +35,8 @@ def used_by(*roots: int) -> Used:
             with process.oneshot():
                 times, memory = process.cpu_times(), process.memory_info()
             pids.add(process.pid)
-            cpu_s += times.user + times.system
+            ended_s = getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
+            cpu_s += times.user + times.system + ended_s
             ram += memory.rss
     return Used(frozenset(pids), cpu_s, ram)
 

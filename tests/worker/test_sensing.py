@@ -106,6 +106,17 @@ def test_load_of_our_own_is_not_that_of_others(burner: int) -> None:
     assert with_burner - without >= 0.5 * part / (psutil.cpu_count() or 1)
 
 
+def test_load_of_our_own_that_has_ended_is_not_that_of_others() -> None:
+    every, others = OtherCpu(), OtherCpu()
+    every.since_last(())
+    others.since_last([os.getpid()])
+    subprocess.run([sys.executable, "-c", "for _ in range(10**7): pass"], check=True)
+    with_it, without = every.since_last(()), others.since_last([os.getpid()])
+    assert with_it is not None
+    assert without is not None
+    assert without < with_it
+
+
 def test_a_listed_program_is_found_by_its_name(burner: int) -> None:
     name = psutil.Process(burner).name()
     assert first_running([name.upper()]) == name
