@@ -17,8 +17,8 @@ class Used:
     """What a tree of processes uses.
 
     Attributes:
-        cpu_s: processor time since each of them began, with that of children which have ended, where the system
-            keeps it.
+        cpu_s: processor time since each of them began, with that of children which have ended, where the
+            system keeps it.
         ram_bytes: pages that several of them share count for each.
     """
 
