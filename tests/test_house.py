@@ -114,6 +114,7 @@ def test_the_two_rooms_at_the_bottom_do_not_know_each_other(room: str) -> None:
 CLOCKS = re.compile(r"(perf_counter|monotonic|time)(_ns)?|current_time")
 OWN_CLOCKS = {
     PACKAGE / "net" / "hivemind" / "daemon.py": "compares the dates of files, which are the computer's",
+    PACKAGE / "worker" / "sensing" / "linux.py": "compares with moments of logind, which are the kernel's",
     PACKAGE / "worker" / "wakeful_clock.py": "is the clock whose durations go on while the computer sleeps",
 }
 """Files that ask the computer for the time, though a clock is handed in to everything else, and why."""

@@ -15,7 +15,7 @@ from swarmkit.events import EventStream
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.net import portal
 from swarmkit.net.connect import TransportFactory, identity_for, over_hivemind
-from swarmkit.net.transport.rates import Traffic
+from swarmkit.net.transport.rates import StreamTraffic
 from swarmkit.net.transport.swarm_key import SwarmKey
 from swarmkit.node.node import Node
 from swarmkit.server.config import ServerConfig
@@ -140,7 +140,7 @@ class Server:
         return self._server.servings
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> StreamTraffic:
         """What the server's streams have sent and received; the table of the swarm is not counted."""
         return self._server.traffic
 

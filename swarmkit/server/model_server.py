@@ -37,7 +37,7 @@ from swarmkit.net.registry.registry import Registry
 from swarmkit.net.rpc.peer_lists import ListedTransport, PeerLists
 from swarmkit.net.rpc.receive_budget import ReceiveBudget
 from swarmkit.net.transport.paced import PacedTransport
-from swarmkit.net.transport.rates import Rates, Traffic
+from swarmkit.net.transport.rates import Rates, StreamTraffic
 from swarmkit.net.transport.seam import Transport
 from swarmkit.placement.description import Served
 from swarmkit.placement.petals import choose_blocks
@@ -131,7 +131,7 @@ class ModelServer:
         return [run.serving for run in self._runs]
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> StreamTraffic:
         """What its streams have sent and received."""
         return self._rates.traffic
 

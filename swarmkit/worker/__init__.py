@@ -4,7 +4,7 @@ Three processes, each with its own task::
 
     tray (the person's session) ── senses, shows, asks        swarmkit_app/tray, or `swarmkit worker ...`
          │ local control API: a lease with signals, requests
-    worker ── decides, supervises                              Worker.run; never imports torch
+    worker ── decides, supervises                              BackgroundWorker.run; never imports torch
          │ standard input and output: limits, reports
     node process ── computes                                   `node_process.py`: a `Node` with a server
 

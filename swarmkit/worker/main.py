@@ -7,22 +7,35 @@ import logging
 import logging.handlers
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import anyio
 
 from swarmkit.errors import unwrapped
+from swarmkit.worker.node_supervisor import NODE_COMMAND
 from swarmkit.worker.places import WorkerPlaces
 from swarmkit.worker.sensing.dbus import close_desktop_bus
 from swarmkit.worker.sensing.sleep import LogindSleepWatch
-from swarmkit.worker.worker import Worker
+from swarmkit.worker.worker import BackgroundWorker
 
 _LOG_BYTES = 2 * 2**20
 _LOG_FILES = 3
 
 
-def run_worker(places: WorkerPlaces | None = None, *, loopback: bool = False, verbose: bool = False) -> None:
+def run_worker(
+    places: WorkerPlaces | None = None,
+    *,
+    loopback: bool = False,
+    verbose: bool = False,
+    node_command: Sequence[str] = NODE_COMMAND,
+) -> None:
     """Run a worker until SIGINT or SIGTERM, or until it is told to stop. A second signal asks for haste.
+
+    Args:
+        loopback: listen on loopback also where there are Unix sockets.
+        verbose: show the log as well.
+        node_command: starts a node process.
 
     Raises:
         WorkerRunsError: another worker of this person runs.
@@ -32,14 +45,16 @@ def run_worker(places: WorkerPlaces | None = None, *, loopback: bool = False, ve
     handler = _log_to(places, verbose)
     try:
         with unwrapped():
-            anyio.run(_run, places, loopback)
+            anyio.run(_run, places, loopback, node_command)
     finally:
         close_desktop_bus()
         handler.close()
 
 
-async def _run(places: WorkerPlaces, loopback: bool) -> None:
-    worker = Worker(places, sleep_watch=LogindSleepWatch(), loopback=loopback)
+async def _run(places: WorkerPlaces, loopback: bool, node_command: Sequence[str]) -> None:
+    worker = BackgroundWorker(
+        places, sleep_watch=LogindSleepWatch(), node_command=node_command, loopback=loopback
+    )
     loop, asked = asyncio.get_running_loop(), False
 
     def ask(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""`Worker`: the root of everything that a worker does. All of it is one task, `run`."""
+"""`BackgroundWorker`: the root of everything that a worker does. All of it is one task, `run`."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class _Lease(msgspec.Struct, frozen=True):
     """By the clock's `now`."""
 
 
-class Worker:
+class BackgroundWorker:
     """Lends this computer to a swarm, within the person's settings. Everything runs on one event loop."""
 
     def __init__(

@@ -393,9 +393,8 @@ def test_each_process_is_counted_from_its_own_beginning(worker: RunningWorker) -
 def program(places: WorkerPlaces) -> Iterator[subprocess.Popen[bytes]]:
     chosen(places, rules={"presence": "headless", "busy_cpu": {"in_use": 1.0, "away": 1.0}})
     code = (
-        "import sys; from tests.worker.worlds import PRETEND_NODE; import swarmkit.worker.main as main;"
-        "import functools; main.Worker = functools.partial(main.Worker, node_command=PRETEND_NODE);"
-        "main.run_worker()"
+        "from tests.worker.worlds import PRETEND_NODE; from swarmkit.worker.main import run_worker;"
+        "run_worker(node_command=PRETEND_NODE)"
     )
     environment = {**os.environ, "SWARMKIT_WORKER_HOME": str(places.config.parent)}
     started = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment)

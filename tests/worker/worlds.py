@@ -16,7 +16,7 @@ from swarmkit.worker.control.values import Status
 from swarmkit.worker.places import WorkerPlaces
 from swarmkit.worker.sensing.machine import SensingOrder
 from swarmkit.worker.signals import MachineSignals, SessionSignals
-from swarmkit.worker.worker import Worker
+from swarmkit.worker.worker import BackgroundWorker
 from tests.waiting import wait_until
 
 PRETEND_NODE = (sys.executable, str(Path(__file__).with_name("pretend_node.py")))
@@ -56,7 +56,7 @@ class RunningWorker:
         self.client = WorkerClient(places)
         self._owned = ExitStack()
         self._portal = self._owned.enter_context(start_blocking_portal())
-        self.worker = Worker(places, sensing=machine, **options)
+        self.worker = BackgroundWorker(places, sensing=machine, **options)
         try:
             self._running, _ = self._portal.start_task(self.worker.run)
         except BaseException:

@@ -38,7 +38,7 @@ class TokenBucket:
 
 
 @dataclass
-class Traffic:
+class StreamTraffic:
     """Bytes of all frames that went through, without what the protocols below them add."""
 
     sent_bytes: int = 0
@@ -61,7 +61,7 @@ class Rates:
         self._sleep = sleep
         self.upload: TokenBucket | None = None
         self.download: TokenBucket | None = None
-        self.traffic = Traffic()
+        self.traffic = StreamTraffic()
 
     def replace(self, upload_bytes_per_s: float | None, download_bytes_per_s: float | None) -> None:
         """Pace every frame that is sent or received from now on at these rates."""
