@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import math
 import os
 import subprocess
@@ -306,6 +307,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write the results and the page")
     write = parser.parse_args().write
     torch.set_num_threads(1)
+    logging.getLogger("swarmkit").setLevel(logging.ERROR)  # the swarm ends under the client, again and again
     rows: list[Measured] = [temperature()]
     with tempfile.TemporaryDirectory() as home:
         bench = Bench(Path(home))

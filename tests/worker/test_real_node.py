@@ -12,7 +12,7 @@ from torch import Tensor
 from swarmkit import Server, Session, SwarmModelForCausalLM
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head.head import load_local
-from swarmkit.settings import ServerSettings
+from swarmkit.settings import ClientSettings, ServerSettings
 from swarmkit.worker.node_supervisor import NODE_COMMAND
 from swarmkit.worker.process_tree import used_by
 from tests.waiting import wait_until
@@ -42,7 +42,10 @@ def serving(start: Callable[..., RunningWorker], other: Server) -> RunningWorker
 
 @pytest.fixture
 def model(serving: RunningWorker, other: Server) -> Iterator[SwarmModelForCausalLM]:
-    with SwarmModelForCausalLM.from_pretrained("tiny-chat", initial_peers=other.addresses) as model:
+    settings = ClientSettings().replace(speculation="off")  # so that each position is computed once
+    with SwarmModelForCausalLM.from_pretrained(
+        "tiny-chat", initial_peers=other.addresses, settings=settings
+    ) as model:
         yield model
 
 
