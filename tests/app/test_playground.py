@@ -264,6 +264,21 @@ async def test_an_error_is_told_in_words(engine: AnswerEngine) -> None:
         )
 
 
+async def test_a_whole_number_is_a_temperature_too(engine: AnswerEngine) -> None:
+    assert (await all_of(answer_to(engine, ASKED, temperature=2, seed=1)))[-1].summary
+
+
+async def test_what_nobody_expected_is_told_too(engine: AnswerEngine) -> None:
+    answering = Answering({"tiny-chat": engine}, WaitingLine(1, 0))
+
+    def broken(engine: AnswerEngine) -> Any:
+        raise ZeroDivisionError
+
+    [told] = [each async for each in answering.answer("one", "one", "chat", "tiny-chat", broken)]
+    assert told.summary == "⚠ an internal error; the log of the server has the details"
+    assert answering.line.running == 0
+
+
 async def test_a_visitor_has_so_many_answers_a_minute(engine: AnswerEngine) -> None:
     answering = Answering({"tiny-chat": engine}, WaitingLine(4, 4), Allowance(1))
     assert "12" in [each async for each in ask(answering, "one")][-1].text

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 
 from swarmkit.api.engine import AnswerEngine, AnswerRequest
+from swarmkit.api.refusals import from_failure
 from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.errors import SwarmkitError
 from swarmkit_app.playground.answers import AnswerProgress, AnswerRun
 from swarmkit_app.playground.visitors import Allowance, Visitors
 from swarmkit_app.playground.waiting_line import Ticket, WaitingLine
+
+logger = logging.getLogger(__name__)
 
 
 class Answering:
@@ -68,6 +72,9 @@ class Answering:
                     yield shown
         except SwarmkitError as error:
             yield AnswerProgress(shown.text, None, f"⚠ {error}", shown.tokens)
+        except Exception as error:
+            logger.exception("an answer of the playground failed")
+            yield AnswerProgress(shown.text, None, f"⚠ {from_failure(error)}", shown.tokens)
         finally:
             self.visitors.end(visitor, part, run)
 

@@ -39,11 +39,12 @@ class ChatOptions:
 
     def sampling(self) -> Sampling:
         """How tokens are chosen."""
+        # A browser sends 2 for 2.0, and transformers takes floating-point numbers only.
         return Sampling(
-            temperature=self.temperature,
-            top_p=self.top_p,
+            temperature=float(self.temperature),
+            top_p=float(self.top_p),
             top_k=self.top_k,
-            repetition_penalty=self.repetition_penalty,
+            repetition_penalty=float(self.repetition_penalty),
             seed=self.seed if self.seed >= 0 else new_seed(),
         )
 

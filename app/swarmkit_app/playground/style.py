@@ -14,11 +14,12 @@ CSS = """
 .sk-scroll svg { min-width: 460px; }
 :is(.sk-scroll, .sk-tokens) table { border-collapse: collapse; font-size: 13px; margin: 8px 0; }
 .sk-scroll table { white-space: nowrap; }
+.sk-scroll td:last-child { white-space: normal; min-width: 11em; }
 :is(.sk-scroll, .sk-tokens) :is(table, thead, tr, th, td) { border: 0 !important; }
 :is(.sk-scroll, .sk-tokens) :is(th, td) { border-bottom: 1px solid var(--neutral-300) !important; }
 .dark :is(.sk-scroll, .sk-tokens) :is(th, td) { border-bottom-color: var(--neutral-600) !important; }
 .sk-actions { gap: 8px; }
-.sk-actions button { white-space: nowrap; padding-left: 4px; padding-right: 4px; font-size: 14px; }
+.sk-actions button { flex: 1 1 auto !important; white-space: nowrap; padding: 6px 4px; font-size: 14px; }
 :is(button, input, select, textarea, summary, [tabindex]):focus-visible {
   outline: 2px solid var(--primary-500) !important;
   outline-offset: 2px !important;
