@@ -148,3 +148,20 @@ async def test_a_waiting_sender_learns_of_the_end(wire: tuple[FrameStream, socke
     there.close()
     with pytest.raises(PeerUnreachableError):
         await sending
+
+
+async def test_a_stream_whose_last_bytes_left_after_its_peers_end_can_be_ended(
+    wire: tuple[FrameStream, socket.socket],
+) -> None:
+    """Then asyncio's transport has gone, and knows nothing any more."""
+    stream, there = wire
+    sending = asyncio.create_task(stream.send(bytes(1024 * 1024)))
+    await asyncio.sleep(0)
+    there.shutdown(socket.SHUT_WR)
+    loop, taken = asyncio.get_running_loop(), 0
+    while part := await loop.sock_recv(there, 2**16):
+        taken += len(part)
+    assert taken == 4 + 1024 * 1024
+    stream.abort(PeerUnreachableError("ended", "peer"))
+    with pytest.raises(PeerUnreachableError):
+        await sending

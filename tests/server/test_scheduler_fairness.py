@@ -258,3 +258,13 @@ def test_clients_with_as_many_sessions_each_all_decode_together() -> None:
 def test_of_many_sessions_those_that_waited_longest_are_next() -> None:
     late = of_client("many", 7, passed_over=3)
     assert 7 in keys_of(*of_client("many", *range(100, 300)), *late, *of_client("one", 999))
+
+
+def test_where_passes_are_short_the_messages_of_many_sessions_count() -> None:
+    times = PassTimes()
+    for tokens in (1, 2, 256):
+        times.learn(tokens, 0.005)  # however many run together
+    steps = (*of_client("many", *range(200)), *of_client("one", 999))
+    turn = next_schedule(steps, (), NOBODY, times, LIMITS)
+    assert turn is not None
+    assert 2 < len(turn.steps) < 25

@@ -234,6 +234,7 @@ class FrameStream(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         why = f"the connection to peer {self.peer_id} was lost" + (f": {error}" if error else "")
         self._finish(PeerUnreachableError(why, self.peer_id))
+        self._transport = None  # asyncio's has nothing left that could be ended
 
     def pause_writing(self) -> None:
         self._writing_paused = True

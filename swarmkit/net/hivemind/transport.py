@@ -82,7 +82,7 @@ _DIRECT = b"direct"
 _LONGEST_DIRECT_S = 1.0
 MOST_UNDECIDED = 1024
 """Incoming streams that are not served yet, as their openers have not chosen how to go on."""
-_OPENED_PER_S, _OPENED_AT_ONCE = 100.0, 200.0
+_OPENED_PER_S, _OPENED_AT_ONCE = 50.0, 200.0
 """How fast incoming streams are let in: to begin one takes a millisecond or two of the event loop's time."""
 _GREETING_TIMEOUT_S = 10.0
 _REQUEST_TIMEOUT_S = 10.0

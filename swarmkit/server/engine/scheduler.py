@@ -46,6 +46,9 @@ _BULK_SHARE = 0.4
 """Of the time, for bulk jobs while sessions decode: a token that waits for one of them waits for all of it.
 A client beside somebody who trains is to have at least half of its usual speed."""
 
+_MESSAGES_S = 0.0003
+"""What a step costs beside the device, about: its message is received and checked, and its answer sent."""
+
 _OTHER_STAGE_TURNS = 2
 """A stage that has been passed over in so many turns is next."""
 _ROWS = 4
@@ -230,7 +233,8 @@ def _decode_steps(
 
     A client with many sessions runs them all where it is alone. Beside another one that decodes, which waits
     for a step or will before long, each has as many tokens as the one that has fewest, and the others have as
-    many more as take no longer than the slowdown allows.
+    many more as take no longer than the slowdown allows, messages included: where passes are short, a hundred
+    steps more take hardly longer together than two, and yet a hundred messages come and go for them.
     """
     clients: dict[str, list[WaitingStep]] = {}
     for step in steps:
@@ -243,7 +247,8 @@ def _decode_steps(
     if len(clients) + len(away) < 2:
         return sorted(steps, key=_order)
     fewest = min(*wanted.values(), *away.values())
-    allowed_s = limits.decode_slowdown * times.of(sum(min(tokens, fewest) for tokens in wanted.values()))
+    least_s = times.of(sum(min(tokens, fewest) for tokens in wanted.values()))
+    allowed_s = limits.decode_slowdown * (least_s + _MESSAGES_S * len(wanted)) if least_s else 0.0
     for of in clients.values():
         of.sort(key=lambda step: step.passed_over)  # the last one is next
     served = {client: of[0].client_served for client, of in clients.items()}
@@ -253,7 +258,7 @@ def _decode_steps(
         client = min(clients, key=lambda one: (taken[one], served[one]))
         step = clients[client].pop()
         size = step.rows * step.tokens
-        together_s = times.of(sum(taken.values()) + size)
+        together_s = times.of(sum(taken.values()) + size) + _MESSAGES_S * (len(chosen) + 1)
         if taken[client] >= fewest and together_s > allowed_s > 0:
             del clients[client]
             continue
