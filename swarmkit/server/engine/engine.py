@@ -24,9 +24,8 @@ import torch
 
 from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.models.execution.stage import Stage
-from swarmkit.server.engine.admission_policy import NOTHING_AHEAD, Ahead, expected_wait_s
+from swarmkit.server.engine.admission_policy import NOTHING_AHEAD, Ahead
 from swarmkit.server.engine.scheduler import (
-    DECODE_TOKENS,
     ExpectedArrivals,
     FairShares,
     JobTurns,
@@ -47,7 +46,8 @@ from swarmkit.server.engine.work import (
     StepTask,
     Timed,
     Work,
-    work_ahead,
+    WorkAhead,
+    in_turn,
 )
 from swarmkit.server.engine.worker import ThreadWorker, Worker
 
@@ -94,6 +94,7 @@ class Engine:
         self._stages: WeakKeyDictionary[Stage, LearnedTimes] = WeakKeyDictionary()
         self._fair = FairShares()
         self._job_turns = JobTurns()
+        self._ahead = WorkAhead()
         # In order of arrival. Both threads add and remove single entries, which a dict lets them.
         self._works: dict[Work, None] = {}
         self._closed = False
@@ -122,11 +123,7 @@ class Engine:
         """What a step of `rows` x `tokens` of a client would have to wait for if it came now."""
         if not self._works:
             return NOTHING_AHEAD
-        works, chunk = list(self._works), self.limits.chunk_tokens
-        decode, size = tokens <= DECODE_TOKENS, rows * tokens
-        left = work_ahead(works, client)
-        wait_s = sum(expected_wait_s(size, decode, of, one.times, chunk) for one, of in left.items())
-        return Ahead(len(works), wait_s)
+        return self._ahead.of(self._works, rows, tokens, client, self.limits.chunk_tokens, self.now())
 
     def set_pace(self, threads: int | None, compute_share: float) -> None:
         """From the next turn on, use so many threads (None: as at the start), and rest the other time."""
@@ -270,7 +267,7 @@ class Engine:
             if not step.decode:
                 step.learned.arrivals.leave(step.task.session)
         by_stage: dict[LearnedTimes, list[WaitingStep]] = {}
-        for key, step in enumerate(steps):
+        for key, step in in_turn(steps):
             waiting = WaitingStep(
                 key,
                 served[step.task.client],

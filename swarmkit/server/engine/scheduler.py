@@ -46,7 +46,7 @@ _BULK_SHARE = 0.4
 """Of the time, for bulk jobs while sessions decode: a token that waits for one of them waits for all of it.
 A client beside somebody who trains is to have at least half of its usual speed."""
 
-_MESSAGES_S = 0.0003
+_MESSAGES_S = 0.0005
 """What a step costs beside the device, about: its message is received and checked, and its answer sent."""
 
 _OTHER_STAGE_TURNS = 2

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -17,11 +18,25 @@ from swarmkit.errors import SwarmkitError
 from swarmkit.models.execution.attention_cost import AttentionCost
 from swarmkit.models.execution.stage import Stage, StepPart
 from swarmkit.net.rpc.faults import Refusal
+from swarmkit.server.engine.admission_policy import Ahead, expected_wait_s
 from swarmkit.server.engine.device_watch import DeviceWatch
-from swarmkit.server.engine.scheduler import NO_ATTENTION, ArrivalPredictor, PassTimes, is_decode
+from swarmkit.server.engine.scheduler import (
+    DECODE_TOKENS,
+    MOST_DECODE_TOKENS,
+    NO_ATTENTION,
+    ArrivalPredictor,
+    PassTimes,
+    is_decode,
+)
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+
+_CROWD = 32
+"""So many steps and jobs are counted anew no more often than each `_COUNTED_FOR_S` seconds."""
+_COUNTED_FOR_S = 0.005
+_MOST_CONSIDERED = 64
+"""Decode steps of one client beside others."""
 
 INTERACTIVE = 0
 """Priority of a job that a user is waiting for."""
@@ -271,6 +286,45 @@ class QueuedStep(Work):
         """Leave the cache as it was before the step, which is done as a whole or not at all."""
         if self.part is not None:
             self.part.cache.rewind(self.past)
+
+
+class WorkAhead:
+    """What a step finds waiting when it arrives, without counting it anew for each step of a crowd."""
+
+    def __init__(self) -> None:
+        self._counted_at = -math.inf
+        self._counted: dict[LearnedTimes, list[int]] = {}
+
+    def of(
+        self, works: Collection[Work], rows: int, tokens: int, client: str, chunk_tokens: int, now: float
+    ) -> Ahead:
+        """What a step of `rows` x `tokens` of a client would have to wait for if it came now.
+
+        A step of few tokens waits for the sum of all that is here, whosever it is. Where many wait, that sum
+        changes little from one arrival to the next.
+        """
+        decode = tokens <= DECODE_TOKENS
+        if not decode or len(works) < _CROWD or now - self._counted_at > _COUNTED_FOR_S:
+            self._counted, self._counted_at = work_ahead(list(works), client), now
+        times = self._counted.items()
+        wait_s = sum(expected_wait_s(rows * tokens, decode, of, one.times, chunk_tokens) for one, of in times)
+        return Ahead(len(works), wait_s)
+
+
+def in_turn(steps: Sequence[QueuedStep]) -> Iterator[tuple[int, QueuedStep]]:
+    """The steps that may run next, with their places: of each client's decode steps those that came first.
+
+    Beside others a client with a crowd of sessions runs few of them at a time. To look at all of them each
+    time would take longer than to run them.
+    """
+    most = _MOST_CONSIDERED if len({step.task.client for step in steps}) > 1 else MOST_DECODE_TOKENS
+    considered = Counter[str]()
+    for key, step in enumerate(steps):
+        if step.decode:
+            considered[step.task.client] += 1
+            if considered[step.task.client] > most:
+                continue
+        yield key, step
 
 
 def work_ahead(works: Iterable[Work], client: str) -> dict[LearnedTimes, list[int]]:

@@ -1,0 +1,70 @@
+"""Which of many waiting steps are looked at, and what a newcomer is told that it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from swarmkit.server.engine.work import LearnedTimes, QueuedStep, WorkAhead, in_turn
+
+pytestmark = pytest.mark.asyncio
+
+
+@dataclass
+class Task:
+    """A decode step of a session, as far as the engine's queue looks at it."""
+
+    client: str
+    shape: tuple[int, int] = (1, 1)
+    past: int = 4
+    session: object = field(default_factory=object)
+
+
+@pytest.fixture
+def learned() -> LearnedTimes:
+    learned = LearnedTimes(torch.device("cpu"), lambda: 0.0)
+    for tokens in (1, 512):
+        learned.times.learn(tokens, 0.001 * tokens)
+    return learned
+
+
+def steps_of(learned: LearnedTimes, client: str, number: int, **more: Any) -> list[QueuedStep]:
+    return [QueuedStep(Task(client, **more), 0.0, learned, 0.0) for _ in range(number)]  # type: ignore[arg-type]
+
+
+def looked_at(steps: Sequence[QueuedStep]) -> list[int]:
+    return [key for key, _ in in_turn(steps)]
+
+
+async def test_of_a_crowd_beside_another_client_those_that_came_first_are_looked_at(
+    learned: LearnedTimes,
+) -> None:
+    steps = [*steps_of(learned, "many", 1000), *steps_of(learned, "one", 1)]
+    assert looked_at(steps) == [*range(64), 1000]
+
+
+async def test_a_client_alone_has_all_steps_looked_at_that_fit_into_a_pass(learned: LearnedTimes) -> None:
+    assert looked_at(steps_of(learned, "many", 1000)) == [*range(256)]
+
+
+async def test_prompts_are_all_looked_at(learned: LearnedTimes) -> None:
+    prompts = steps_of(learned, "many", 100, shape=(1, 100))
+    assert len(looked_at([*prompts, *steps_of(learned, "one", 1)])) == 101
+
+
+async def test_a_crowd_is_not_counted_anew_for_each_that_comes(learned: LearnedTimes) -> None:
+    ahead, few, many = WorkAhead(), steps_of(learned, "many", 40), steps_of(learned, "many", 80)
+    at_first = ahead.of(few, 1, 1, "one", 512, now=0.0)
+    assert (at_first.steps, at_first.wait_s) == (40, pytest.approx(0.04))
+    assert ahead.of(many, 1, 1, "one", 512, now=0.001).wait_s == at_first.wait_s
+    assert ahead.of(many, 1, 1, "one", 512, now=0.01).wait_s == pytest.approx(0.08)
+
+
+async def test_a_prompt_is_always_told_what_it_would_wait_for(learned: LearnedTimes) -> None:
+    ahead, few, many = WorkAhead(), steps_of(learned, "many", 40), steps_of(learned, "many", 80)
+    ahead.of(few, 1, 1, "one", 512, now=0.0)
+    assert ahead.of(many, 1, 100, "one", 512, now=0.001).wait_s == pytest.approx(0.08)
