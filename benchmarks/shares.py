@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import signal
 import statistics
@@ -177,6 +178,7 @@ async def _take(kind: str, initial_peers: Sequence[str], server_pid: int) -> Non
     from tests.takers import KINDS, Target, take
 
     torch.set_num_threads(1)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it tells of each stream that was ended
     checkpoint = Checkpoint.open(_REPO, progress=False)
     async with joined(over_hivemind(initial_peers), Identity()) as (transport, registry):
         found = await registry.wait_for(

@@ -26,6 +26,7 @@ from swarmkit.net.protocol.gradient_messages import (
 )
 from swarmkit.net.protocol.messages import Fault, Open, Step
 from swarmkit.net.rpc.message_stream import MessageStream
+from swarmkit.net.transport.seam import Transport
 from swarmkit.server.engine.engine import Engine
 from swarmkit.server.engine.scheduler import (
     ExpectedArrivals,
@@ -67,8 +68,8 @@ class TrainingServer(TinyServer):
         await self.transport.listen(GRADIENT.endpoint, self.gradients.serve)
         return self
 
-    async def line(self) -> Line:
-        transport = await self._connect()
+    async def line(self, transport: Transport | None = None) -> Line:
+        transport = transport or await self._connect()
         stream = await transport.open(self.transport.peer_id, GRADIENT.endpoint, self.transport.addresses)
         return Line(MessageStream(stream, GRADIENT, 2**24), self.world.checkpoint.fingerprint)
 
@@ -507,3 +508,22 @@ async def test_a_client_that_goes_away_leaves_nothing(server: TrainingServer) ->
     await blocking
     await eventually(lambda: not (server.gradients.streams or server.gradients.waiting), "the stream ends")
     assert server.used() == (0, 0, 0)
+
+
+async def test_of_one_clients_requests_few_are_received_at_a_time(world: World) -> None:
+    large = hidden_states(160, 64)  # of more than a megabyte, which takes room
+    server = await TrainingServer(world, max_step_tokens=160 * 64).start()
+    gate = threading.Event()
+    blocking = asyncio.create_task(server.engine.run(lambda: gate.wait(60), BULK))
+    greedy = await server.join()
+    lines = [await server.line(greedy) for _ in range(8)]
+    asking = [asyncio.create_task(line.ask(large)) for line in lines]
+    await eventually(lambda: server.gradients.waiting == 8, "all requests have come")
+    held = server.service.receive_budget
+    await eventually(lambda: held.held_bytes == 4 * large.nbytes, "four are received")
+    asking.append(asyncio.create_task((await server.line()).ask(large)))
+    await eventually(lambda: held.held_bytes == 5 * large.nbytes, "another client's is, too")
+    gate.set()
+    await blocking
+    assert all(isinstance(answer, torch.Tensor) for answer in await asyncio.gather(*asking))
+    await server.close()

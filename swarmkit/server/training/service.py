@@ -44,13 +44,20 @@ logger = logging.getLogger(__name__)
 _SIDE_BYTES = 16 * 1024 * 1024
 """For masks and positions: small beside hidden states, but bounded too."""
 _TELL_EVERY_S = 1.0
+_RECEIVED_AHEAD = 4
+"""Requests of one client that are received or run at a time. The others wait on their way: to receive
+hundreds of megabytes at once would hold up everybody else's messages.
+"""
 
 
 @dataclass
 class _Turn:
-    """One client's requests: the lock that one of them holds, and how many there are."""
+    """One client's requests: the lock that one of them holds, those that are received, and how many there
+    are.
+    """
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    received: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_RECEIVED_AHEAD))
     requests: int = 0
 
 
@@ -126,33 +133,38 @@ class GradientService:
         )
         self._quota.take(caller.peer_id, request.hidden.shape[0] * request.hidden.shape[1])
         hold = held(self._adapters, request.adapter, request.start, request.stop)
-        with hold or nullcontext(), self._reservation(caller) as room:
+        with hold or nullcontext():
             check_rows(hold, request.hidden.shape[0])
-            try:
-                await room.take(incoming.nbytes, settings.requests.message_timeout_s)
-            except TimeoutError:
-                raise Refusal("busy", "too many large requests are under way; try another server") from None
-            await incoming.payload()
-            work = GradientWork(
-                self._stage,
-                request,
-                incoming,
-                self._times,
-                settings.engine.prefill_chunk_tokens,
-                None if hold is None else hold.adapter,
-                caller.peer_id,
-                self.kept,
-                self._engine.clock.now,
-            )
-            await self._do(caller, request, work)
+            async with self._turn(caller.peer_id) as turn, turn.received:
+                with self._reservation(caller) as room:
+                    try:
+                        await room.take(incoming.nbytes, settings.requests.message_timeout_s)
+                    except TimeoutError:
+                        reason = "too many large requests are under way; try another server"
+                        raise Refusal("busy", reason) from None
+                    await incoming.payload()
+                    work = GradientWork(
+                        self._stage,
+                        request,
+                        incoming,
+                        self._times,
+                        settings.engine.prefill_chunk_tokens,
+                        None if hold is None else hold.adapter,
+                        caller.peer_id,
+                        self.kept,
+                        self._engine.clock.now,
+                    )
+                    await self._do(caller, request, work, turn)
 
     def _reservation(self, caller: ServerStream) -> ReceiveReservation:
         return ReceiveReservation(self._receive_budget, caller.holder, caller.dismiss)
 
-    async def _do(self, caller: ServerStream, request: GradientRequest, work: GradientWork) -> None:
+    async def _do(
+        self, caller: ServerStream, request: GradientRequest, work: GradientWork, turn: _Turn
+    ) -> None:
         """Run a request when the client's turn comes, and send its result."""
         arrived = self._engine.clock.now()
-        async with self._turn(caller.peer_id):
+        async with turn.lock:
             compute_s = await self._run(caller, work)
             spec, payload = work.result()
             of_adapter = work.adapter_gradient()
@@ -180,13 +192,12 @@ class GradientService:
         return compute_s
 
     @asynccontextmanager
-    async def _turn(self, peer_id: str) -> AsyncIterator[None]:
-        """One client's requests one after the other."""
+    async def _turn(self, peer_id: str) -> AsyncIterator[_Turn]:
+        """One client's requests, of which this is one."""
         turn = self._turns.setdefault(peer_id, _Turn())
         turn.requests += 1
         try:
-            async with turn.lock:
-                yield
+            yield turn
         finally:
             turn.requests -= 1
             if not turn.requests:
