@@ -82,6 +82,16 @@ class Sealed:
         task.add_done_callback(self._tasks.discard)
 
 
+class TlsStream(FrameStream):
+    """A stream whose transport may hold bytes back: asyncio's TLS never goes on where it may hold none."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.Protocol`."""
+        super().connection_made(transport)
+        assert isinstance(transport, asyncio.Transport)
+        transport.set_write_buffer_limits(high=256 * 1024)
+
+
 class Tls:
     """The same frames over TLS 1.3."""
 
@@ -97,14 +107,14 @@ class Tls:
         loop = asyncio.get_running_loop()
         context = _context(ssl.PROTOCOL_TLS_SERVER, server, client)
         listening = await loop.create_server(
-            lambda: FrameStream(on_connected=self._accept), _HOST, 0, ssl=context
+            lambda: TlsStream(on_connected=self._accept), _HOST, 0, ssl=context
         )
         owned.callback(listening.close)
         port = listening.sockets[0].getsockname()[1]
         own = _context(ssl.PROTOCOL_TLS_CLIENT, client, server)
 
         async def connect() -> tuple[FrameStream, FrameStream]:
-            opener = FrameStream()
+            opener = TlsStream()
             await loop.create_connection(lambda: opener, _HOST, port, ssl=own)
             self._streams.append(opener)
             await opener.send(_TICKET)
