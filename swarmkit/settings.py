@@ -91,6 +91,12 @@ class NetSettings(SettingsGroup):
         description="How long the machine of a peer may be silent before a direct connection to it ends. A "
         "machine that is there answers the kernel's probes.",
     )
+    reachability: Literal["auto", "private", "public"] = Field(
+        default="auto",
+        description="Whether others can reach this peer from outside its network. With `public` it passes "
+        "connections on to peers that cannot be reached, and with `private` it looks for such a peer at "
+        "once; with `auto` it waits for what other peers find, which takes minutes.",
+    )
     swarm_key_file: Path | None = Field(
         default=None,
         description="The file with the key of a private swarm, as `swarmkit swarm-key` writes one. Without a "

@@ -63,6 +63,12 @@ def _ip(*arguments: str) -> str:
     return done.stdout
 
 
+def _run(*command: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, input=text, capture_output=True, text=True, timeout=_IP_TIMEOUT_S, check=False
+    )
+
+
 def _remove(namespace: str) -> None:
     """End all processes of a namespace, and remove it."""
     with contextlib.suppress(subprocess.CalledProcessError):
@@ -85,7 +91,8 @@ class Lan:
 
     _number = 0
 
-    def __init__(self, *, ipv6: bool = False, mtu: int = 1500) -> None:
+    def __init__(self, *, ipv6: bool = False, mtu: int = 1500, prefix: str = "10.90.0") -> None:
+        """Args: prefix: of the IPv4 addresses; one of the Internet's for what peers do only there."""
         reason = why_not()
         if reason:
             pytest.skip(reason)
@@ -93,7 +100,7 @@ class Lan:
         Lan._number += 1
         self._name = f"{_PREFIX}{os.getpid()}-{Lan._number}"
         self._hub = f"{self._name}-hub"
-        self.ipv6, self.mtu = ipv6, mtu
+        self.ipv6, self.mtu, self.prefix = ipv6, mtu, prefix
         self.machines: list[Machine] = []
         self.folder = Path(tempfile.mkdtemp(prefix="swarmkit-lan-"))
         self.fork_server = ForkServer(PROGRAM)
@@ -109,6 +116,14 @@ class Lan:
         """One more machine, connected and with an address."""
         number = len(self.machines) + 1
         machine = Machine(self, f"{self._name}-{number}", self._hub, f"port{number}", number)
+        self.machines.append(machine)
+        machine.plug_in()
+        return machine
+
+    def machine_behind(self, router: Machine) -> Machine:
+        """One more machine, in a home of its own from which only `router` can be reached."""
+        number = len(self.machines) + 1
+        machine = HomeMachine(self, f"{self._name}-{number}", router.namespace, "home0", number)
         self.machines.append(machine)
         machine.plug_in()
         return machine
@@ -167,7 +182,7 @@ class Machine:
             address, options = f"fd00:5a::{number:x}", ("nodad",)
             _ip("-n", self.namespace, "-6", "addr", "flush", "dev", "eth0", "scope", "global")
         else:
-            address, options = f"10.90.0.{number}", ()
+            address, options = f"{self.lan.prefix}.{number}", ()
             _ip("-n", self.namespace, "-4", "addr", "flush", "dev", "eth0")
         _ip(
             "-n", self.namespace, "addr", "add", f"{address}/{64 if self.lan.ipv6 else 24}", "dev", "eth0",
@@ -206,6 +221,21 @@ class Machine:
 
     # programs
 
+    def translate(self) -> None:
+        """Be the router of a home: what comes from there goes on under this machine's own address (NAT)."""
+        _run(*self.inside, "sysctl", "-q", "-w", "net.ipv4.ip_forward=1")
+        if shutil.which("nft"):
+            rules = "table ip nat {\nchain out {\ntype nat hook postrouting priority 100;\n"
+            rules += 'oifname "eth0" masquerade;\n}\n}\n'
+            done = _run(*self.inside, "nft", "-f", "-", text=rules)
+        elif shutil.which("iptables"):
+            rule = ("-t", "nat", "-A", "POSTROUTING", "-o", "eth0", "-j", "MASQUERADE")
+            done = _run(*self.inside, "iptables", *rule)
+        else:
+            pytest.skip("NAT between network namespaces needs the `nft` or the `iptables` command")
+        if done.returncode:
+            pytest.skip(f"this kernel allows no NAT: {done.stderr.strip()}")
+
     def serve(
         self,
         model: str,
@@ -214,12 +244,22 @@ class Machine:
         settings: ServerSettings | None = None,
         *,
         listen: str = "",
+        relay: bool = False,
     ) -> ServerProcess:
         """Start `swarmkit serve` and wait until it serves; its identity is the machine's.
 
-        Args: listen: the address to listen at; the machine's own if not given.
+        Args:
+            listen: the address to listen at; the machine's own if not given.
+            relay: have it be reachable through the peers that it joins.
         """
-        host = ("--host", listen or self.address, "--identity", str(self.lan.folder / f"id-{self.number}"))
+        relays = ("--relay",) if relay else ()
+        host = (
+            *relays,
+            "--host",
+            listen or self.address,
+            "--identity",
+            str(self.lan.folder / f"id-{self.number}"),
+        )
         server = ServerProcess(
             model,
             join,
@@ -257,6 +297,25 @@ class Machine:
         """Start `tests.machine_program` on this machine."""
         where = [self.namespace, str(self.clock_file)]
         return self.lan.fork_server.spawn([*where, *arguments], environment, log)
+
+
+class HomeMachine(Machine):
+    """A computer behind a router, which is another machine; nobody else can reach it."""
+
+    def plug_in(self) -> None:
+        _ip("netns", "add", self.namespace)
+        _ip("-n", self.namespace, "link", "set", "lo", "up")
+        cable = ("link", "add", "eth0", "type", "veth", "peer", "name", self.port, "netns", self.hub)
+        _ip("-n", self.namespace, *cable)
+        for namespace, device, address in (
+            (self.namespace, "eth0", "192.168.7.2"),
+            (self.hub, self.port, "192.168.7.1"),
+        ):
+            _ip("-n", namespace, "link", "set", device, "up")
+            _ip("-n", namespace, "addr", "add", f"{address}/24", "dev", device)
+        _ip("-n", self.namespace, "route", "add", "default", "via", "192.168.7.1")
+        self.address = "192.168.7.2"
+        self.clock_file.write_bytes(struct.pack("d", 0.0))
 
 
 class _InNamespace(ForkServer):

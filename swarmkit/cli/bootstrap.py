@@ -27,7 +27,8 @@ def bootstrap(
     """Run a peer that serves no model: a meeting point with an address that stays the same.
 
     Its identity is kept in a file of this user's, or in that of `--identity`. Give it a `--port` as well, so
-    that its whole address stays the same.
+    that its whole address stays the same. It passes connections on to servers that were started with
+    `--relay`, since nobody can reach them otherwise.
 
     Examples:
 
@@ -42,7 +43,13 @@ def bootstrap(
     from swarmkit.net.rpc.dial_back import DialBackService
 
     factory = over_hivemind(
-        join or (), host=host, port=port, announce=announce or (), swarm_key=swarm_key, lan=lan
+        join or (),
+        host=host,
+        port=port,
+        announce=announce or (),
+        swarm_key=swarm_key,
+        lan=lan,
+        is_reachable=True,
     )
     with end_request() as end, portal.lease() as lease, ExitStack() as held:
         if identity is None and factory.identity is None:

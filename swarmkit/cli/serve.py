@@ -84,7 +84,7 @@ def serve(
         ),
     ] = None,
     relay: Annotated[
-        bool, typer.Option("--relay", help="Be reachable through other peers when behind a NAT.")
+        bool, typer.Option("--relay", help="Be reachable through the peers of --join, from behind a NAT.")
     ] = False,
     lan: Lan = False,
     json: Json = False,

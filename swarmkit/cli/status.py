@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from swarmkit.cli import console
-from swarmkit.cli.app import Join, Json, SwarmKeyFile, Verbose, app
+from swarmkit.cli.app import IdentityFile, Join, Json, SwarmKeyFile, Verbose, app
 from swarmkit.cli.interrupt import interruptible
 from swarmkit.errors import UsageError
 
@@ -32,6 +32,7 @@ def status(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Only this model, by name or fingerprint.")
     ] = None,
+    identity: IdentityFile = None,
     swarm_key: SwarmKeyFile = None,
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="Look again every few seconds, until Ctrl-C.")
@@ -61,10 +62,13 @@ def status(
         return [each for each in found if model is None or model in (each.model, each.fingerprint)]
 
     if watch:
-        with interruptible(), closing(watch_swarm(join, every, swarm_key=swarm_key)) as looks:
+        with (
+            interruptible(),
+            closing(watch_swarm(join, every, swarm_key=swarm_key, identity_path=identity)) as looks,
+        ):
             _watch((wanted(found) for found in looks), json)
         return
-    models = wanted(swarm_status(join, swarm_key=swarm_key))
+    models = wanted(swarm_status(join, swarm_key=swarm_key, identity_path=identity))
     if json:
         console.emit_json(models=[each.to_json() for each in models])
     else:

@@ -93,6 +93,7 @@ def swarm_status(
     initial_peers: Sequence[str],
     timeout_s: float = ANSWER_TIMEOUT_S,
     swarm_key: SwarmKey | str | os.PathLike[str] | None = None,
+    identity_path: str | os.PathLike[str] | None = None,
 ) -> list[ModelStatus]:
     """Join a swarm, look at all models in it, and leave. Must not be called on an event loop's thread.
 
@@ -100,11 +101,12 @@ def swarm_status(
         initial_peers: addresses of peers of the swarm.
         timeout_s: how long a server may take to answer.
         swarm_key: the key of a private swarm, or its file.
+        identity_path: a file with the identity to come as; a new one if not given.
 
     Raises:
         TransportError: no peer can be reached.
     """
-    with closing(watch_swarm(initial_peers, 0.0, timeout_s, swarm_key)) as looks:
+    with closing(watch_swarm(initial_peers, 0.0, timeout_s, swarm_key, identity_path)) as looks:
         return next(looks)
 
 
@@ -113,6 +115,7 @@ def watch_swarm(
     every_s: float = 2.0,
     timeout_s: float = ANSWER_TIMEOUT_S,
     swarm_key: SwarmKey | str | os.PathLike[str] | None = None,
+    identity_path: str | os.PathLike[str] | None = None,
 ) -> Generator[list[ModelStatus], None, None]:
     """Join a swarm and look at all models in it again and again; leave when the generator is closed.
 
@@ -121,13 +124,14 @@ def watch_swarm(
         every_s: seconds between two looks.
         timeout_s: how long a server may take to answer.
         swarm_key: the key of a private swarm, or its file.
+        identity_path: a file with the identity to come as; a new one if not given.
 
     Raises:
         TransportError: no peer can be reached.
     """
     with portal.lease() as lease:
         factory = over_hivemind(initial_peers, client_mode=True, swarm_key=swarm_key)
-        transport = lease.call(factory, identity_for(factory), acceptable_now)
+        transport = lease.call(factory, identity_for(factory, identity_path), acceptable_now)
         try:
             while True:
                 yield lease.call(look_up_status, transport, SYSTEM_CLOCK, timeout_s)

@@ -50,6 +50,7 @@ def over_hivemind(
     announce: Sequence[str] = (),
     client_mode: bool = False,
     use_relay: bool = False,
+    is_reachable: bool = False,
     swarm_key: SwarmKey | str | os.PathLike[str] | None = None,
     lan: bool = False,
     clock: Clock = SYSTEM_CLOCK,
@@ -62,7 +63,9 @@ def over_hivemind(
         host, port: where to listen; port 0 lets the system choose.
         announce: addresses that others shall dial instead of the ones listened on.
         client_mode: use the swarm without keeping records for it.
-        use_relay: be reachable through other peers when behind a NAT.
+        use_relay: be reachable through the initial peers, since this one is behind a NAT.
+        is_reachable: pass connections on to such peers, since this one can be reached from outside. Of a peer
+            that says neither, the settings do.
         swarm_key: the key of a private swarm, or its file; the settings' file if not given.
         lan: advertise this peer in the local network.
 
@@ -90,6 +93,7 @@ def over_hivemind(
             announce_maddrs=announce,
             client_mode=client_mode,
             use_auto_relay=use_relay,
+            reachability="private" if use_relay else "public" if is_reachable else limits.reachability,
             startup_timeout=limits.startup_timeout_s,
             keep_alive_s=limits.keep_alive_s,
             record_check=record_check,

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import importlib
 import ipaddress
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
+
+import base58
 
 from swarmkit.net.transport.shares import host_of
 
 logger = logging.getLogger(__name__)
 
+_P2P = bytes([0xA5, 0x03])
+"""421, the code of `p2p` in a multiaddress, as a varint."""
+_LIBP2P_KEY = bytes([0x01, 0x72])
+"""How the CID of a peer id begins: version 1, libp2p-key."""
 _LOCAL_HOSTS = ("127.", "::1", "localhost")
 
 
@@ -26,8 +33,22 @@ def dialable(peer_id: str, addresses: Sequence[str]) -> list[bytes]:
                 continue  # another peer's
             address = head
         if address.strip("/") and (parsed := multiaddr(address)) is not None:
-            found.append(bytes(parsed.to_bytes()))
+            found.append(_encoded(address, bytes(parsed.to_bytes())))
     return found
+
+
+def _encoded(address: str, data: bytes) -> bytes:
+    """A multiaddress as the daemon reads it: with plain multihashes for peer ids, such as that of a relay.
+
+    hivemind's class writes ids as CIDs, which the daemon takes for addresses that are cut off.
+    """
+    parts = address.split("/")
+    for name, value in itertools.pairwise(parts):
+        if name == "p2p":
+            raw = base58.b58decode(value)
+            cid = _LIBP2P_KEY + raw
+            data = data.replace(_P2P + bytes([len(cid)]) + cid, _P2P + bytes([len(raw)]) + raw)
+    return data
 
 
 def ip_of(address: str) -> str | None:

@@ -30,7 +30,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import anyio
 
@@ -70,6 +70,9 @@ if os.getppid() != int(sys.argv[1]):
 os.execv(sys.argv[2], sys.argv[2:])
 """
 
+Reachability = Literal["auto", "private", "public"]
+"""Whether a peer can be reached from outside: as other peers find it, or as its owner says."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DaemonOptions:
@@ -83,6 +86,7 @@ class DaemonOptions:
     nat: bool = False
     use_relay: bool = True
     use_auto_relay: bool = False
+    reachability: Reachability = "auto"
 
 
 class P2PDaemon:
@@ -327,6 +331,13 @@ def _arguments(binary: Path, folder: _Folder, key_file: Path, options: DaemonOpt
         "idleTimeout": f"{_IDLE_TIMEOUT_S}s",
         "persistentConnMaxMsgSize": MAX_FRAME_BYTES,
     }
+    if options.reachability == "private":
+        flags["forceReachabilityPrivate"] = 1
+    elif options.reachability == "public":
+        flags["forceReachabilityPublic"] = 1
+    if options.use_auto_relay and options.initial_peers:
+        flags["trustedRelays"] = ",".join(options.initial_peers)
+        flags["relayDiscovery"] = 0
     if options.initial_peers:
         flags["bootstrapPeers"] = ",".join(options.initial_peers)
     if options.listen:

@@ -42,7 +42,7 @@ from swarmkit.net.hivemind.addresses import (
     tcp_port_of,
 )
 from swarmkit.net.hivemind.contact import Contact
-from swarmkit.net.hivemind.daemon import DaemonOptions, P2PDaemon
+from swarmkit.net.hivemind.daemon import DaemonOptions, P2PDaemon, Reachability
 from swarmkit.net.hivemind.direct import (
     SILENCE_S,
     DirectListener,
@@ -146,6 +146,7 @@ class HivemindTransport(Transport):
         announce_maddrs: Sequence[str] = (),
         use_relay: bool = True,
         use_auto_relay: bool = False,
+        reachability: Reachability = "auto",
         client_mode: bool = False,
         direct: bool = True,
         record_check: RecordCheck | None = None,
@@ -165,6 +166,8 @@ class HivemindTransport(Transport):
             announce_maddrs: how others see this peer, if that differs from where it listens.
             use_relay: reach peers that are behind a firewall through relays.
             use_auto_relay: be reachable through a relay oneself.
+            reachability: whether this peer can be reached from outside: `private` looks for a relay at once;
+                `auto` waits for what other peers find.
             client_mode: neither listen nor keep a part of the table; open streams and look things up only.
             direct: let streams leave the daemons aside where peers can reach each other by plain TCP, at a
                 port of its own that the system chooses; not where others see this peer elsewhere than it
@@ -197,6 +200,7 @@ class HivemindTransport(Transport):
             nat=not client_mode and not all(is_local(address) for address in host_maddrs),
             use_relay=use_relay,
             use_auto_relay=use_auto_relay,
+            reachability=reachability,
         )
         identity = identity or Identity()
         if swarm_key is not None:
