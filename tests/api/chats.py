@@ -21,6 +21,11 @@ TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
 """
+FORGETFUL = """\
+{%- if tools -%}{#- it takes tools, as a template with <tool_call> does, and shows none -#}{%- endif -%}
+{{- bos_token + '<|user|>' + messages[-1].content + '<|assistant|>' -}}
+"""
+"""Shows the last message and nothing else, so that tiny-chat answers it whatever came before."""
 WEATHER = {
     "name": "weather",
     "description": "Tells the weather of a town.",
@@ -43,18 +48,12 @@ ADD = {
 }
 
 
-def with_tools(folder: Path, context: int | None = None) -> Path:
-    """Make the checkpoint in a folder.
-
-    Args: context: the tokens that it takes; as tiny-chat if not given. Beyond that it talks nonsense.
-    """
+def with_tools(folder: Path, template: str = TEMPLATE) -> Path:
+    """Make the checkpoint in a folder."""
     own = Path(swarmkit.tinychat.__file__).parent / "checkpoint"
     made = folder / "tiny-tools"
     shutil.copytree(own, made)
-    (made / "chat_template.jinja").write_text(TEMPLATE)
-    if context is not None:
-        config = json.loads((made / "config.json").read_text())
-        (made / "config.json").write_text(json.dumps({**config, "max_position_embeddings": context}))
+    (made / "chat_template.jinja").write_text(template)
     return made
 
 
