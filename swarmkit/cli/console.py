@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 out = Console(highlight=False)
@@ -75,7 +76,7 @@ def date(moment: float) -> str:
 
 def fail(error: BaseException) -> None:
     """Say what went wrong, in one paragraph."""
-    err.print(f"[bold red]error[/] {error}", soft_wrap=True)
+    err.print(f"[bold red]error[/] {escape(str(error))}", soft_wrap=True)
 
 
 def emit_json(**fields: Any) -> None:
