@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from functools import partial
 
 from swarmkit.client.status import ModelStatus, look_up_status
 from swarmkit.client.swarm.connection import Connection
@@ -30,7 +31,7 @@ class FreshStatus:
         async with self._looking:
             if self._clock.now() - self._seen_at > self._fresh_s:
                 client = self._connection.client
-                work = (self._connection.call, look_up_status, client.transport, client.clock)
-                self._seen = await asyncio.get_running_loop().run_in_executor(None, *work)
+                look = partial(self._connection.call, look_up_status, client.transport, client.clock)
+                self._seen = await asyncio.get_running_loop().run_in_executor(None, look)
                 self._seen_at = self._clock.now()
         return self._seen

@@ -64,7 +64,7 @@ class StatusNotifierHost:
     def stop(self) -> None:
         """See `TrayHost.stop`."""
         self._stopped = True
-        self._soon(lambda: self._ended is not None and self._ended.set())
+        self._soon(self._end)
 
     # ------------------------------------------------------------------ on the event loop
 
@@ -122,6 +122,10 @@ class StatusNotifierHost:
         is_owner = message.message_type == MessageType.SIGNAL and message.member == "NameOwnerChanged"
         if is_owner and message.body and message.body[0] == _WATCHER and message.body[2]:
             self._begin(self._register())
+
+    def _end(self) -> None:
+        if self._ended is not None:
+            self._ended.set()
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -36,6 +36,7 @@ Layout = Annotated[list[Any], DBusSignature("u(ia{sv}av)")]
 ManyProperties = Annotated[list[list[Any]], DBusSignature("a(ia{sv})")]
 Events = Annotated[list[list[Any]], DBusSignature("a(isvu)")]
 LayoutChange = Annotated[list[int], DBusSignature("ui")]
+Nothing = Annotated[None, DBusSignature("")]
 PropertyChanges = Annotated[list[Any], DBusSignature("a(ia{sv})a(ias)")]
 
 
@@ -119,31 +120,31 @@ class NotifierItem(ServiceInterface):
         return MENU_PATH
 
     @dbus_method()
-    def Activate(self, x: DBusInt32, y: DBusInt32) -> None:
+    def Activate(self, x: DBusInt32, y: DBusInt32) -> Nothing:
         self._act(self._click)
 
     @dbus_method()
-    def SecondaryActivate(self, x: DBusInt32, y: DBusInt32) -> None:
+    def SecondaryActivate(self, x: DBusInt32, y: DBusInt32) -> Nothing:
         self._act(self._click)
 
     @dbus_method()
-    def ContextMenu(self, x: DBusInt32, y: DBusInt32) -> None:
+    def ContextMenu(self, x: DBusInt32, y: DBusInt32) -> Nothing:
         """The panel shows the menu by itself."""
 
     @dbus_method()
-    def Scroll(self, delta: DBusInt32, orientation: DBusStr) -> None:
+    def Scroll(self, delta: DBusInt32, orientation: DBusStr) -> Nothing:
         """Nothing here scrolls."""
 
     @dbus_signal()
-    def NewIcon(self) -> None:
+    def NewIcon(self) -> Nothing:
         return None
 
     @dbus_signal()
-    def NewTitle(self) -> None:
+    def NewTitle(self) -> Nothing:
         return None
 
     @dbus_signal()
-    def NewToolTip(self) -> None:
+    def NewToolTip(self) -> Nothing:
         return None
 
     @dbus_signal()
@@ -233,7 +234,7 @@ class NotifierMenu(ServiceInterface):
         return self._properties(number if number in self._lines else _ROOT).get(name, Variant("s", ""))
 
     @dbus_method()
-    def Event(self, number: DBusInt32, kind: DBusStr, data: DBusVariant, timestamp: DBusUInt32) -> None:
+    def Event(self, number: DBusInt32, kind: DBusStr, data: DBusVariant, timestamp: DBusUInt32) -> Nothing:
         self._on_event(number, kind)
 
     @dbus_method()
