@@ -25,7 +25,7 @@ from swarmkit.simulation.demand import SimulatedRequest
 from swarmkit.simulation.distances import Distances
 from swarmkit.simulation.hardware import SimulatedModel
 from swarmkit.simulation.options import SwarmAssumptions
-from swarmkit.simulation.server import FINGERPRINT, Place, SimulatedServer
+from swarmkit.simulation.server import FINGERPRINT, SimulatedPlace, SimulatedServer
 from swarmkit.simulation.virtual_time import VirtualClock
 
 CONNECT_S = 1.0
@@ -199,7 +199,7 @@ class _AnswerSession:
         self._client, self._request, self._answer = client, request, answer
         self._router = client._router
         self._state = self._router.begin()
-        self._hops: list[tuple[Hop, SimulatedServer, Place]] = []
+        self._hops: list[tuple[Hop, SimulatedServer, SimulatedPlace]] = []
         self._told = asyncio.Event()
         self._clock = client._clock
         self.began = self._clock.now()
@@ -233,9 +233,9 @@ class _AnswerSession:
 
     async def _open(
         self, start: int, stop: int, tokens: int, error: RemoteError | None = None
-    ) -> list[tuple[Hop, SimulatedServer, Place]]:
+    ) -> list[tuple[Hop, SimulatedServer, SimulatedPlace]]:
         """Be let in by servers of some blocks."""
-        opened: list[tuple[Hop, SimulatedServer, Place]] = []
+        opened: list[tuple[Hop, SimulatedServer, SimulatedPlace]] = []
         hops = await self._router.find(self._state, start, stop, tokens, error)
         try:
             while hops:
@@ -255,7 +255,7 @@ class _AnswerSession:
                     hops = await self._replacing(hop, hops, tokens, error)
                     continue
                 place = server.open(hop.stop - hop.start, self._needed(tokens), self._told.set)
-                if isinstance(place, Place):
+                if isinstance(place, SimulatedPlace):
                     opened.append((hop, server, place))
                     hops = hops[1:]
                 else:

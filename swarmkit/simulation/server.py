@@ -27,7 +27,7 @@ CHUNK_TOKENS = 512
 FINGERPRINT = "0" * 64
 
 
-class Place:
+class SimulatedPlace:
     """One session's place at a server: its lease, and what it is told."""
 
     def __init__(self, lease: CacheLease, opened_at: float, told: Callable[[], None]) -> None:
@@ -66,7 +66,7 @@ class SimulatedServer:
         """None before it has chosen blocks, and when it is gone."""
         self.moves = 0
         self.sequence = 0
-        self.places: set[Place] = set()
+        self.places: set[SimulatedPlace] = set()
         self._model, self._rule, self._assumptions = model, rule, assumptions
         self._clock, self._chance = clock, chance
         self._others, self._tell = others, tell
@@ -179,7 +179,7 @@ class SimulatedServer:
 
     # ------------------------------------------------------------------ sessions
 
-    def open(self, blocks: int, tokens: float, told: Callable[[], None]) -> Place | Refusal:
+    def open(self, blocks: int, tokens: float, told: Callable[[], None]) -> SimulatedPlace | Refusal:
         """Let a session in that may hold so many tokens in some of its blocks, or say when there is room."""
         lease = self._budget.lease(max(1, int(blocks * self._model.size.token_bytes)))
         try:
@@ -187,11 +187,11 @@ class SimulatedServer:
         except CacheFullError as error:
             lease.release()
             return self._admission.cache_full(error, len(self.places))
-        place = Place(lease, self._clock.now(), told)
+        place = SimulatedPlace(lease, self._clock.now(), told)
         self.places.add(place)
         return place
 
-    def grow(self, place: Place, tokens: int) -> Refusal | None:
+    def grow(self, place: SimulatedPlace, tokens: int) -> Refusal | None:
         """Let a session's cache hold so many tokens, or say when there is room."""
         try:
             place.lease.grow(1, tokens)
@@ -199,7 +199,7 @@ class SimulatedServer:
             return self._admission.cache_full(error, len(self.places))
         return None
 
-    def close(self, place: Place) -> None:
+    def close(self, place: SimulatedPlace) -> None:
         """A session ends here."""
         if place in self.places:
             self.places.remove(place)

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from swarmkit.errors import ProtocolError
-from swarmkit.net.hivemind.entrance import Entrance, Gate
+from swarmkit.net.hivemind.entrance import Entrance, StreamGate
 from swarmkit.net.hivemind.framing import FrameStream
 from swarmkit.net.transport.rates import TokenBucket
 from swarmkit.net.transport.shares import Holder
@@ -73,7 +73,7 @@ def test_places_are_given_back() -> None:
 
 async def let_through(*holders: Holder, burst: int = 1, ended: Holder | None = None) -> list[Holder]:
     """In which order connections of these are let through that all come at once."""
-    gate, order = Gate(TokenBucket(per_second=500, burst=burst)), []
+    gate, order = StreamGate(TokenBucket(per_second=500, burst=burst)), []
 
     async def comes(holder: Holder) -> None:
         stream = FrameStream()
@@ -107,7 +107,7 @@ async def test_a_connection_that_ended_while_it_waited_takes_nobodys_turn() -> N
 
 @pytest.mark.asyncio
 async def test_who_gives_up_while_he_waits_holds_up_nobody() -> None:
-    gate, streams = Gate(TokenBucket(per_second=500, burst=1)), [FrameStream() for _ in range(4)]
+    gate, streams = StreamGate(TokenBucket(per_second=500, burst=1)), [FrameStream() for _ in range(4)]
     first, second, third, last = [asyncio.create_task(gate.turn(stream, CLIENT)) for stream in streams]
     await asyncio.sleep(0)
     second.cancel()

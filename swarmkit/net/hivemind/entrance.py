@@ -62,7 +62,7 @@ class Entrance:
         return True
 
 
-class Gate:
+class StreamGate:
     """Lets connections through one after the other, no faster than at a rate once a burst has passed.
 
     What is done for a connection that begins holds up everything else on the event loop, however little is

@@ -51,7 +51,7 @@ from swarmkit.net.hivemind.direct import (
     connect_directly,
 )
 from swarmkit.net.hivemind.direct_tries import DirectTries
-from swarmkit.net.hivemind.entrance import Entrance, Gate
+from swarmkit.net.hivemind.entrance import Entrance, StreamGate
 from swarmkit.net.hivemind.framing import FrameStream
 from swarmkit.net.hivemind.swarm_time import SwarmTime
 from swarmkit.net.hivemind.table import (
@@ -120,7 +120,7 @@ class HivemindTransport(Transport):
         self._direct: DirectListener | None = None
         self._direct_tries = DirectTries()
         self._undecided = Entrance(MOST_UNDECIDED)
-        self._gate = Gate(TokenBucket(_OPENED_PER_S, _OPENED_AT_ONCE, clock.now))
+        self._gate = StreamGate(TokenBucket(_OPENED_PER_S, _OPENED_AT_ONCE, clock.now))
         self._handlers: dict[str, Handler] = {}
         self._streams: weakref.WeakSet[FrameStream] = weakref.WeakSet()
         self._tasks: set[asyncio.Task[Any]] = set()
