@@ -1,17 +1,19 @@
 """How long does a new client take to its first token beside fifty strangers?
 
-    python -m benchmarks.strangers
-    python -m benchmarks.strangers --manner silent --clients 20 --json
+    python -m benchmarks.strangers                            # strangers of all manners at once
+    python -m benchmarks.strangers --manner silent --clients 5
+    python -m benchmarks.strangers --manner each --json > benchmarks/results/strangers-tiny-chat.json
 
-Two servers of tiny-chat run in this process, over p2p daemons on loopback, and a peer announces fifty more
-servers, which claim 10^12 tokens/s and have the manner that is asked for (`tests/strangers.py`). New clients
-come one after the other, each with a daemon of its own, and generate one token twice. As many do so before
-the strangers come.
+Two servers of tiny-chat run in processes of their own, over p2p daemons on loopback, and another process
+announces fifty more servers, which claim 10^12 tokens/s and have the manner that is asked for
+(`tests/strangers.py`). New clients come one after the other, each with a daemon of its own, and generate one
+token twice. As many do so before the strangers come. "each" takes one manner after the other.
 
 Reported, as medians over clients:
 
     usual_s, usual_second_s     seconds to the token of a client's first and second session, without strangers
     first_s, second_s           the same, beside strangers
+    first_most_s                the longest of the first ones
     first_bound_s               3 x usual_s + 3
     second_ratio                second_s / usual_second_s
 """
@@ -21,21 +23,24 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from itertools import cycle, islice
 from typing import Any
 
 import torch
 
+from benchmarks.stranger_process import MODEL, strangers
 from swarmkit import LocalSwarm
 from swarmkit.bench.environment import environment
-from swarmkit.local.member import Place
-from tests.strangers import STRANGE, Manner, Stranger
+from tests.strangers import STRANGE
 
 _STRANGERS = 50
 _PROMPT = torch.tensor([[5, 6, 7, 8]])
-MANNERS = {name: manner for name, manner in STRANGE.items() if name not in ("lying", "replaying")}
+MANNERS = [name for name in STRANGE if name not in ("lying", "replaying")]
+ALL, EACH = "all at once", "each"
 
 
 def token_s(model: Any) -> float:
@@ -51,30 +56,39 @@ def two_sessions(swarm: LocalSwarm) -> tuple[float, float]:
         return token_s(model), token_s(model)
 
 
-def _strangers(swarm: LocalSwarm, manner: Manner, services: int) -> Callable[[Place], Stranger]:
-    return lambda place: Stranger(place.transport, swarm.checkpoint, manner, services=services)
+def measure(crowds: Mapping[str, Mapping[str, int]], clients: int) -> list[dict[str, Any]]:
+    """The times of so many clients of either kind.
 
-
-def measure(manners: Sequence[Manner], clients: int) -> dict[str, Any]:
-    """The times of so many clients of either kind."""
+    Args: crowds: for each row, how many strangers there are of each manner.
+    """
     torch.set_num_threads(1)
-    with LocalSwarm("tiny-chat", 1, 2) as swarm:
+    rows = []
+    with LocalSwarm(MODEL, 1, 2, processes=True) as swarm:
         two_sessions(swarm)  # the first one of all is not counted
         alone = [two_sessions(swarm) for _ in range(clients)]
-        for manner in dict.fromkeys(manners):
-            services = manners.count(manner)
-            swarm.add(_strangers(swarm, manner, services))
-        beside = [two_sessions(swarm) for _ in range(clients)]
-    usual, second = (statistics.median(times) for times in zip(*alone, strict=True))
-    first_s, second_s = (statistics.median(times) for times in zip(*beside, strict=True))
-    return {
+        for name, crowd in crowds.items():
+            with strangers(swarm.initial_peers, crowd):
+                beside = [two_sessions(swarm) for _ in range(clients)]
+            rows.append(row(name, alone, beside))
+            print(rows[-1], file=sys.stderr)
+    return rows
+
+
+def row(name: str, alone: list[tuple[float, float]], beside: list[tuple[float, float]]) -> dict[str, Any]:
+    """What is reported of one crowd of strangers."""
+    usual, usual_second = (statistics.median(times) for times in zip(*alone, strict=True))
+    first, second = (statistics.median(times) for times in zip(*beside, strict=True))
+    found = {
         "usual_s": usual,
-        "usual_second_s": second,
-        "first_s": first_s,
+        "first_s": first,
         "first_most_s": max(first for first, _ in beside),
-        "second_s": second_s,
         "first_bound_s": 3 * usual + 3,
-        "second_ratio": second_s / second,
+        "usual_second_s": usual_second,
+        "second_s": second,
+        "second_ratio": second / usual_second,
+    }
+    return {"strangers": name, "clients": len(beside)} | {
+        key: round(value, 3) for key, value in found.items()
     }
 
 
@@ -83,18 +97,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--manner", choices=["all at once", *MANNERS], default="all at once")
+    parser.add_argument("--manner", choices=[ALL, EACH, *MANNERS], default=ALL)
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--json", action="store_true", help="print JSON, with the machine and the versions")
     given = parser.parse_args()
-    kinds = list(MANNERS.values()) if given.manner == "all at once" else [MANNERS[given.manner]]
-    found = measure(list(islice(cycle(kinds), _STRANGERS)), given.clients)
+    crowds: dict[str, Mapping[str, int]] = {name: {name: _STRANGERS} for name in MANNERS}
+    crowds[ALL] = Counter(islice(cycle(MANNERS), _STRANGERS))
+    wanted = crowds if given.manner == EACH else {given.manner: crowds[given.manner]}
+    rows = measure(wanted, given.clients)
     if given.json:
+        command = "python -m benchmarks.strangers " + " ".join(sys.argv[1:])
         print(
-            json.dumps({"manner": given.manner, "clients": given.clients, **found, **environment()}, indent=2)
+            json.dumps(
+                {**environment(), "command": command, "benchmark": "strangers", "rows": rows}, indent=2
+            )
         )
-    else:
-        print("\n".join(f"{name:16} {value:8.3f}" for name, value in found.items()))
 
 
 if __name__ == "__main__":

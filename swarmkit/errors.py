@@ -137,6 +137,11 @@ class PeerError(SwarmkitError):
         super().__init__(message)
         self.peer_id = peer_id
 
+    @property
+    def is_exclusion(self) -> bool:
+        """Whether the peer deals with other peers and not with this one, whatever it asks."""
+        return False
+
 
 class PeerUnreachableError(PeerError):
     """The peer cannot be dialled, or the connection to it ended."""
@@ -150,6 +155,10 @@ class NotAdmittedError(PeerUnreachableError):
     """The peer was reached and refuses this one, or is refused by it: by a list of peers, or for want of the
     swarm's key.
     """
+
+    @property
+    def is_exclusion(self) -> bool:
+        return True
 
 
 class PeerTimeoutError(PeerError):
@@ -185,6 +194,10 @@ class RemoteError(PeerError):
     def is_busy(self) -> bool:
         """Whether the peer is well, and only has no room now."""
         return self.code == "busy"
+
+    @property
+    def is_exclusion(self) -> bool:
+        return self.code == "not_admitted"
 
 
 @contextmanager

@@ -305,10 +305,13 @@ class AccessSettings(SettingsGroup):
     allowed_peers: tuple[str, ...] = Field(
         default=(),
         description="The peer ids of the only peers that the server deals with. It opens no streams to "
-        "others and serves none of theirs. An empty list allows all.",
+        "others and serves none of theirs. Only they, and the peers that it joins, may use its part of the "
+        "shared table. An empty list allows all.",
     )
     blocked_peers: tuple[str, ...] = Field(
-        default=(), description="The peer ids of peers that the server never deals with."
+        default=(),
+        description="The peer ids of peers that the server never deals with. It neither keeps nor believes "
+        "their records.",
     )
 
 
@@ -370,7 +373,9 @@ class RoutingSettings(SettingsGroup):
         description="The peer ids of the only servers that the client uses. An empty list allows all.",
     )
     blocked_servers: tuple[str, ...] = Field(
-        default=(), description="The peer ids of servers that the client never uses."
+        default=(),
+        description="The peer ids of servers that the client never uses. It asks them for no records, and "
+        "believes none of theirs.",
     )
 
 

@@ -46,6 +46,7 @@ from swarmkit.models.kv.cache import StageCache
 from swarmkit.net import portal
 from swarmkit.net.connect import TransportFactory
 from swarmkit.net.protocol import codec
+from swarmkit.net.protocol.gradient_messages import GRADIENT, GetCodecs, TakenCodecs
 from swarmkit.net.protocol.messages import (
     SESSION,
     Fault,
@@ -144,6 +145,29 @@ class Talk:
         await self.conversation.send(Fault(code, f"a stranger says {code}", number))
 
 
+class TrainingTalk:
+    """Requests of a client that trains. A stranger computes none of them; its manner says what it does."""
+
+    def __init__(self, stranger: Stranger, stream: Stream) -> None:
+        self.conversation = MessageStream(stream, GRADIENT, 2**26)
+        self._stranger = stranger
+
+    async def serve(self) -> None:
+        """Answer until the stream ends."""
+        with suppress(PeerError):
+            while True:
+                message = (await self.conversation.receive()).message
+                self._stranger.met[type(message).__name__] += 1
+                if isinstance(message, GetCodecs):
+                    await self.conversation.send(TakenCodecs())
+                else:
+                    await self._stranger.manner.at_training(self)
+
+    async def refuse(self, code: FaultCode) -> None:
+        """Answer with a fault."""
+        await self.conversation.send(Fault(code, f"a stranger says {code}"))
+
+
 class Manner:
     """How a stranger treats a session; this one works as it should."""
 
@@ -160,12 +184,18 @@ class Manner:
         start, stop = talk.stranger.blocks
         await talk.conversation.send(ServerInfo(start, stop, 0, 2**20, 2**20, 0, False))
 
+    async def at_training(self, talk: TrainingTalk) -> None:
+        await talk.refuse("internal")
+
 
 class _Silent(Manner):
     async def at_open(self, talk: Talk, message: Open) -> None:
         await asyncio.Event().wait()
 
     async def at_info(self, talk: Talk) -> None:
+        await asyncio.Event().wait()
+
+    async def at_training(self, talk: TrainingTalk) -> None:
         await asyncio.Event().wait()
 
 
@@ -197,6 +227,9 @@ class _Refusing(Manner):
 
     async def at_step(self, talk: Talk, received: IncomingMessage, step: Step) -> None:
         await talk.refuse(self._code, step.number)
+
+    async def at_training(self, talk: TrainingTalk) -> None:
+        await talk.refuse(self._code)
 
 
 class _Resetting(Manner):
@@ -323,6 +356,7 @@ class Stranger:
         transport = self._transport = await self._reach()
         for service in range(self._services):
             await transport.listen(endpoint_of(SESSION.endpoint, service), self._serve)
+            await transport.listen(endpoint_of(GRADIENT.endpoint, service), self._serve_training)
         await self.announce("online")
         if not self.manner.exists:
             await transport.close()
@@ -369,6 +403,9 @@ class Stranger:
 
     async def _serve(self, stream: Stream) -> None:
         await Talk(self, stream).serve()
+
+    async def _serve_training(self, stream: Stream) -> None:
+        await TrainingTalk(self, stream).serve()
 
     # in a thread
 

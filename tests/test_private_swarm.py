@@ -11,7 +11,7 @@ import torch
 from swarmkit import LocalSwarm, NoRouteError
 from swarmkit.client.model import SwarmModelForCausalLM
 from swarmkit.client.status import swarm_status
-from swarmkit.errors import NotAdmittedError, SwarmkitError, TransportError, UsageError
+from swarmkit.errors import NotAdmittedError, TransportError, UsageError
 from swarmkit.local.swarm import over_memory
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.net import portal
@@ -133,16 +133,45 @@ def test_a_server_that_excludes_a_client_is_left_for_one_that_does_not(
         server.stop(0.0)
 
 
-def test_a_client_that_all_servers_exclude_is_told_so(
-    tiny: Checkpoint, client_identity: tuple[Path, str]
+@pytest.fixture(scope="module")
+def closed_swarm(tiny: Checkpoint) -> Iterator[LocalSwarm]:
+    """Servers that admit nobody who is there."""
+    settings = ServerSettings().replace(allowed_peers=("a friend",))
+    with LocalSwarm(tiny, 2, 2, transport="memory", server_settings=settings) as swarm:
+        yield swarm
+
+
+PATIENT = ClientSettings().replace(route_timeout_s=3600.0)
+"""A client that would wait for longer than a test may take."""
+
+
+@pytest.mark.timeout(60)
+def test_a_client_that_all_servers_exclude_is_told_so_at_once(
+    closed_swarm: LocalSwarm, client_identity: tuple[Path, str]
 ) -> None:
     path, client = client_identity
-    settings = ServerSettings().replace(blocked_peers=(client,))
-    impatient = ClientSettings().replace(route_timeout_s=1.0)
     with (
-        LocalSwarm(tiny, num_stages=1, transport="memory", server_settings=settings) as swarm,
-        swarm.model(identity_path=path, settings=impatient) as model,
-        pytest.raises(SwarmkitError, match="does not admit"),
+        closed_swarm.model(identity_path=path, settings=PATIENT) as model,
+        pytest.raises(NoRouteError, match=r"refuses this client.*does not admit.*--allow") as caught,
+    ):
+        model.generate(PROMPT, max_new_tokens=1)
+    assert client in str(caught.value)
+
+
+@pytest.mark.timeout(60)
+def test_a_client_that_trains_and_is_excluded_is_told_so_at_once(closed_swarm: LocalSwarm) -> None:
+    with (
+        closed_swarm.model(settings=PATIENT) as model,
+        pytest.raises(NoRouteError, match="refuses this client"),
+    ):
+        model(PROMPT, labels=PROMPT, use_cache=False).loss.backward()
+
+
+def test_a_client_whose_lists_exclude_all_servers_is_told_so(open_swarm: LocalSwarm) -> None:
+    impatient = ClientSettings().replace(route_timeout_s=0.1, allowed_servers=("a friend",))
+    with (
+        open_swarm.model(settings=impatient) as model,
+        pytest.raises(NoRouteError, match="the lists of this client exclude every server of blocks 0:5"),
     ):
         model.generate(PROMPT, max_new_tokens=1)
 

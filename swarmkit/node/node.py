@@ -9,7 +9,7 @@ from anyio.abc import TaskGroup, TaskStatus
 
 from swarmkit.client.swarm.client import SwarmClient
 from swarmkit.clock import SYSTEM_CLOCK, Clock
-from swarmkit.errors import UsageError, unwrapped
+from swarmkit.errors import TransportError, UsageError, unwrapped
 from swarmkit.net.connect import TransportFactory, identity_for, joined
 from swarmkit.net.rpc.dial_back import DialBackService
 from swarmkit.net.transport.identity import Identity
@@ -95,6 +95,8 @@ class Node:
     def crash(self) -> None:
         """End as a crash would: nothing is announced, streams just end."""
         if self._life is not None:
+            if self._parts is not None:  # else parts that end could still tell their clients something
+                self._transport.kill()
             self._life.cancel()
 
     # ------------------------------------------------------------------ life
@@ -108,25 +110,32 @@ class Node:
             TransportError: the swarm cannot be reached, or a server could not announce itself for too long.
             Exception: what a server that was added raises when it starts.
         """
-        with anyio.CancelScope() as self._life, unwrapped():
-            async with (
-                joined(self._factory, self.identity, self._clock) as (self._transport, self._registry),
-                Engines(self._clock) as self._engines,
-                anyio.create_task_group() as self._parts,
-            ):
-                self._weights = WeightsService(
-                    self._weights_settings,
-                    busy=lambda: self._engines.waiting > 0,
-                    clock=self._clock.now,
-                )
-                await DialBackService(self._transport).start()
-                for server in self.servers:
-                    await self._parts.start(self._run_server, server)
-                task_status.started()
-                await self._stop.wait()
-                await self._end_clients()  # first, because they may use these servers
-                for server in self.servers:
-                    server.request_stop(self._drain_timeout)
+        try:
+            with anyio.CancelScope() as self._life, unwrapped():
+                await self._run(task_status)
+        except TransportError:  # parts may find the transport killed before they are cancelled
+            if self._life is None or not self._life.cancel_called:
+                raise
+
+    async def _run(self, task_status: TaskStatus[None]) -> None:
+        async with (
+            joined(self._factory, self.identity, self._clock) as (self._transport, self._registry),
+            Engines(self._clock) as self._engines,
+            anyio.create_task_group() as self._parts,
+        ):
+            self._weights = WeightsService(
+                self._weights_settings,
+                busy=lambda: self._engines.waiting > 0,
+                clock=self._clock.now,
+            )
+            await DialBackService(self._transport).start()
+            for server in self.servers:
+                await self._parts.start(self._run_server, server)
+            task_status.started()
+            await self._stop.wait()
+            await self._end_clients()  # first, because they may use these servers
+            for server in self.servers:
+                server.request_stop(self._drain_timeout)
 
     async def _run_server(
         self, server: ModelServer, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED

@@ -34,9 +34,10 @@ from swarmkit.models.execution.stage import Stage
 from swarmkit.models.plan import cache_cost
 from swarmkit.net.registry.records import Announcement
 from swarmkit.net.registry.registry import Registry
-from swarmkit.net.rpc.peer_lists import ListedTransport, PeerLists
+from swarmkit.net.rpc.listed_transport import ListedTransport
 from swarmkit.net.rpc.receive_budget import ReceiveBudget
 from swarmkit.net.transport.paced import PacedTransport
+from swarmkit.net.transport.peer_lists import PeerLists
 from swarmkit.net.transport.rates import Rates, StreamTraffic
 from swarmkit.net.transport.seam import Transport
 from swarmkit.placement.description import Served
@@ -97,6 +98,8 @@ class ModelServer:
         self.limits = config.settings.limits
         """What it keeps within; see `set_limits`."""
         self._clock = clock
+        access = config.settings.access
+        self._lists = PeerLists(access.allowed_peers, access.blocked_peers)
         self._rates = Rates(clock.now)
         self._quota = ClientQuota(clock.now)
         self._engine: Engine | None = None
@@ -236,7 +239,7 @@ class ModelServer:
             weights: hands out the files of blocks to other servers.
         """
         try:
-            with anyio.CancelScope() as self._life, unwrapped():
+            with anyio.CancelScope() as self._life, transport.deal_with(self._lists), unwrapped():
                 self.events.emit(ServerJoined(tuple(transport.addresses), **self._now()))
                 await self._prepare(transport, registry, engine, weights)
                 blocks = await self._choose(registry)
@@ -265,9 +268,7 @@ class ModelServer:
         available = precision.ensure_available  # which may import much
         await anyio.to_thread.run_sync(available, config.checkpoint.name, config.device)
         self._fingerprint = await anyio.to_thread.run_sync(lambda: config.checkpoint.fingerprint)
-        access = config.settings.access
-        lists = PeerLists(access.allowed_peers, access.blocked_peers)
-        self._transport = PacedTransport(ListedTransport(transport, lists), self._rates)
+        self._transport = PacedTransport(ListedTransport(transport, self._lists), self._rates)
         self._registry, self._engine = registry, engine
         self._weights = SharedWeights(
             self._transport,

@@ -142,8 +142,9 @@ class Serving:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End all streams, and with them the sessions that are left."""
-        self.sessions.leaving = True
+        """End all streams, and with them the sessions that are left; after a crash without a word."""
+        if kind is None:
+            self.sessions.leaving = True
         await self._owned.aclose()
 
     async def _end_streams(self, protocol: Protocol) -> None:

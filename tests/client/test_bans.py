@@ -110,3 +110,21 @@ def test_a_ban_lasts_several_times_what_the_failure_cost_up_to_the_limit(
     bans: Bans, cost_s: float, banned_s: float
 ) -> None:
     assert bans.failed("peer", cost_s) == banned_s
+
+
+def test_a_peer_that_refuses_altogether_is_avoided_for_longer(clock: Clock) -> None:
+    assert Bans(2.0, 60.0, clock).failed("peer", excludes=True) == 10.0
+
+
+def test_a_refusal_counts_until_the_peer_is_asked_again(bans: Bans, clock: Clock) -> None:
+    bans.failed("peer")
+    bans.failed("peer", excludes=True)
+    assert bans.excludes("peer")
+    clock.now += 10.0
+    assert not bans.excludes("peer")
+
+
+def test_a_peer_that_works_excludes_nobody(bans: Bans) -> None:
+    bans.failed("peer", excludes=True)
+    bans.worked("peer")
+    assert not bans.excludes("peer")

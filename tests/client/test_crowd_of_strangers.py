@@ -198,6 +198,20 @@ def test_the_second_session_is_quick_beside_strangers_of_all_manners(mixed: Time
     assert median(mixed.later[0]) <= 1.2 * median(usual.later[0])
 
 
+@pytest.mark.parametrize("name", ["silent", "mute", "slow just under the deadline", "absent"])
+def test_honest_servers_that_need_long_for_a_token_are_found_soon_too(
+    checkpoint: Checkpoint, name: str
+) -> None:
+    stages = virtual_time.SharedStages(checkpoint, lambda tokens: 6.0)  # a busy machine, or a large model
+
+    def first(manners: Sequence[Manner]) -> float:
+        return median(
+            virtual_time.run(lambda clock: Water(clock, checkpoint).measure(manners, 2, 1), stages).first
+        )
+
+    assert first([MANNERS[name]] * STRANGERS) <= 3 * first([]) + 3.0
+
+
 def test_servers_that_are_slow_but_not_too_slow_are_left_after_some_sessions(
     measure: Measure, usual: Times
 ) -> None:

@@ -113,3 +113,30 @@ def test_a_step_that_is_malformed_is_refused_once_and_its_server_is_not_banned(s
             session.step(broken)
         assert caught.value.code == "not_finite"
         assert not model.connection.client.bans.is_banned(swarm.servers[0].peer_id)
+
+
+# training
+
+
+def gradient(model: Any) -> torch.Tensor:
+    embeddings = model.get_input_embeddings()(TRAINED).detach().requires_grad_()
+    model(inputs_embeds=embeddings, labels=TRAINED, use_cache=False).loss.backward()
+    assert embeddings.grad is not None
+    return embeddings.grad
+
+
+TRAINED = torch.arange(3, 35).reshape(2, 16)
+
+
+@pytest.mark.parametrize("manner", ["silent", "absent", "refusing steps as malformed"])
+def test_the_gradient_is_the_honest_servers_whatever_the_manner_of_strangers(
+    swarm: LocalSwarm,
+    crowd: Callable[[Manner], list[Stranger]],
+    monkeypatch: pytest.MonkeyPatch,
+    manner: str,
+) -> None:
+    monkeypatch.setenv("SWARMKIT_NET_CONNECT_TIMEOUT_S", "0.5")
+    crowd(STRANGE[manner])
+    with swarm.model() as model:
+        found = gradient(model)
+    torch.testing.assert_close(found, gradient(load_local(swarm.checkpoint)), rtol=1e-5, atol=1e-5)

@@ -41,7 +41,10 @@ async def main() -> None:
     watching = asyncio.create_task(turn.watch())
     await asyncio.to_thread(sys.stdin.read)
     watching.cancel()
+    storage = peer._guard.storage
     figures = {
+        "table_records": storage.records,
+        "table_bytes": storage.nbytes,
         "memory_bytes": process.memory_info().rss - memory,
         "processor_s": sum(process.cpu_times()[:2]) - used,
         "longest_turn_s": turn.seconds,

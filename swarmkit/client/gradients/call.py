@@ -26,6 +26,7 @@ from swarmkit.client.gradients.flows import Direction, Flow, PassRequest
 from swarmkit.client.gradients.plan import IN_FLIGHT, Paces, claimed_pace, finish_cost
 from swarmkit.client.routing.deadline import StepTimes
 from swarmkit.client.routing.route import Hop, find_route
+from swarmkit.client.routing.step_failures import StepFailures
 from swarmkit.client.session.codecs import CLIENT
 from swarmkit.client.swarm.client import SwarmClient
 from swarmkit.errors import (
@@ -45,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
-_REFUSALS = 2
-"""A micro-batch that so many servers refuse is malformed."""
 
 
 class Training:
@@ -114,7 +113,10 @@ class Call:
         self._asked: set[int] = set()
         """Micro-batches that are at a server, by index."""
         self._places: defaultdict[str, _Place] = defaultdict(_Place)
-        self._refusals: defaultdict[int, int] = defaultdict(int)
+        self._failures: defaultdict[int, StepFailures] = defaultdict(StepFailures)
+        """Of the request that a micro-batch is at, by index."""
+        self._worked: set[str] = set()
+        """Servers that did something in this call, by service id."""
         self._stuck: dict[int, _Stuck] = {}
         self._looking = False
         self._last_loss: tuple[Hop, PeerError] | None = None
@@ -125,8 +127,9 @@ class Call:
         """Bring all micro-batches to their end.
 
         Raises:
-            NoRouteError: no server had some blocks for `route_timeout_s` seconds.
-            RemoteError: two servers refused a micro-batch as malformed.
+            NoRouteError: no server had some blocks for `route_timeout_s` seconds, or all that have them
+                refuse this client altogether.
+            RemoteError: a micro-batch is malformed, by the rule of `StepFailures`.
         """
         try:
             async with anyio.create_task_group() as tasks:
@@ -160,7 +163,7 @@ class Call:
             hop = self._plan(flow, start, stop)
         except NoRouteError:
             hop = None
-        if hop is None or self._swarm.bans.is_banned(hop.server.service_id):
+        if hop is None or self._is_avoided(flow, hop.server.service_id):
             stuck = self._stuck.get(flow.index)
             if stuck is None:
                 timeout = self._swarm.settings.routing.route_timeout_s
@@ -181,9 +184,12 @@ class Call:
             return None
         return hop
 
+    def _is_avoided(self, flow: Flow, service_id: str) -> bool:
+        return self._swarm.bans.is_banned(service_id) or self._failures[flow.index].has_failed(service_id)
+
     def _plan(self, flow: Flow, start: int, stop: int) -> Hop:
         """The first hop of the way on which the micro-batch is done earliest, as things stand."""
-        swarm = self._swarm
+        swarm, failures = self._swarm, self._failures[flow.index]
         servers = swarm.servers(self._hosted_adapter)
         claims = {server.service_id: claimed_pace(server) for server in servers}
         paces = {kind: paces.of(claims) for kind, paces in self._training.paces.items()}
@@ -197,7 +203,7 @@ class Call:
             pace_s=paces[flow.direction].__getitem__,
             backlog_s=backlog_s,
             round_trip_s=swarm.round_trip_s,
-            penalty_s=swarm.bans.penalty_s,
+            penalty_s=lambda service_id: swarm.bans.penalty_s(service_id) + failures.penalty_s(service_id),
             salt=swarm.salt,
             kept_by=flow.kept_by,
         )
@@ -241,6 +247,8 @@ class Call:
             times.observe(units, seconds)
             self._training.paces[direction].observe(service_id, units, seconds)
             self._swarm.bans.worked(service_id)
+            self._worked.add(service_id)
+            self._failures.pop(flow.index, None)
             self._stuck.pop(flow.index, None)
             self._note(flow, hop)
             place.idle.append(line)
@@ -248,7 +256,7 @@ class Call:
         except PeerError as error:
             if isinstance(error, PeerTimeoutError):
                 times.timed_out()
-            self._lost(flow, hop, error)
+            self._lost(flow, hop, error, self._swarm.clock.now() - asked_at)
         except SwarmkitError as error:
             self._error = error
         finally:
@@ -287,22 +295,37 @@ class Call:
                 raise
         return line
 
-    def _lost(self, flow: Flow, hop: Hop, error: PeerError) -> None:
-        """A server failed: its part of this micro-batch is for another one."""
+    def _lost(self, flow: Flow, hop: Hop, error: PeerError, cost_s: float) -> None:
+        """A server failed: its part of this micro-batch is for another one.
+
+        Args: cost_s: seconds that it was waited for in vain.
+        """
         swarm, service_id = self._swarm, hop.server.service_id
         self._last_loss = hop, error
         self._progress[flow.index].lost += 1
-        if isinstance(error, RemoteError) and error.code in SENDERS_FAULT:
-            self._refusals[flow.index] += 1
-            if self._refusals[flow.index] >= _REFUSALS:
-                self._error = error
-                return
+        failures = self._failures[flow.index]
+        refused = isinstance(error, RemoteError) and error.code in SENDERS_FAULT
+        failures.note(service_id, refused)
+        if refused and self._is_to_blame(hop, failures):
+            for refuser in failures.refusers:
+                swarm.bans.worked(refuser)
+            self._error = error
+            return
         if not swarm.bans.is_banned(service_id):
             swarm.note_loss(hop, error, self._owner)
-        swarm.ban(service_id)
+        swarm.ban(service_id, cost_s, excludes=error.is_exclusion)
+        try:
+            swarm.check_admission(hop.start, hop.stop, error, self._hosted_adapter)
+        except NoRouteError as shut_out:
+            self._error = shut_out
         for line in self._places[service_id].idle:
             line.close()
         self._places[service_id].idle.clear()
+
+    def _is_to_blame(self, hop: Hop, failures: StepFailures) -> bool:
+        """Whether a micro-batch is believed to be malformed, which servers have refused as such."""
+        servers = self._swarm.servers(self._hosted_adapter)
+        return failures.is_step_to_blame(hop.start, hop.stop, servers, self._worked)
 
     def _note(self, flow: Flow, hop: Hop) -> None:
         """A server did its part of a micro-batch; where that was the last one, tell so."""

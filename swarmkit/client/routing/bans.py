@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 _COSTS = 4.0
 """A ban lasts so many times what the failure cost."""
+_EXCLUSION_S = 10.0
+"""A server that refuses this client altogether is avoided for at least so long: lists seldom change."""
 PENALTY_S = 1e6
 """Seconds that are added to the cost of a banned peer: it is used only where no other peer has the blocks."""
 
@@ -15,6 +17,7 @@ PENALTY_S = 1e6
 class _Failures:
     count: int
     until: float
+    excludes: bool = False
 
 
 class Bans:
@@ -33,16 +36,21 @@ class Bans:
         self.convicted: dict[str, float] = {}
         """Peers whose outputs were found wrong, and until when they are avoided, whatever they do."""
 
-    def failed(self, peer_id: str, cost_s: float = 0.0) -> float:
+    def failed(self, peer_id: str, cost_s: float = 0.0, *, excludes: bool = False) -> float:
         """Note a failure that took `cost_s` seconds to see; returns for how many seconds the peer is avoided.
 
         While it is avoided nothing is added: one crash is met by all sessions that used the peer.
+
+        Args: excludes: the peer refuses this one altogether.
         """
         if self.is_banned(peer_id):
-            return self.failures[peer_id].until - self._clock()
+            entry = self.failures[peer_id]
+            entry.excludes |= excludes
+            return entry.until - self._clock()
         count = self.failures[peer_id].count + 1 if peer_id in self.failures else 1
-        seconds = min(max(self._first_s * 2.0 ** min(count - 1, 30), _COSTS * cost_s), self._longest_s)
-        self.failures[peer_id] = _Failures(count, self._clock() + seconds)
+        first_s = max(self._first_s, _EXCLUSION_S) if excludes else self._first_s
+        seconds = min(max(first_s * 2.0 ** min(count - 1, 30), _COSTS * cost_s), self._longest_s)
+        self.failures[peer_id] = _Failures(count, self._clock() + seconds, excludes)
         return seconds
 
     def worked(self, peer_id: str) -> None:
@@ -67,6 +75,10 @@ class Bans:
     def is_banned(self, peer_id: str) -> bool:
         entry = self.failures.get(peer_id)
         return entry is not None and entry.until > self._clock()
+
+    def excludes(self, peer_id: str) -> bool:
+        """Whether the peer has lately refused this one altogether."""
+        return self.is_banned(peer_id) and self.failures[peer_id].excludes
 
     def penalty_s(self, peer_id: str) -> float:
         """For `routing.route_cost`. Among banned peers the one that failed least often comes first."""

@@ -39,6 +39,17 @@ def best_per_block(shown: Iterable[Shown]) -> float:
     return min((one.seconds / max(one.blocks, 1) for one in shown), default=0.0)
 
 
+def counted_per_block(claimed_work_s: float, shown: Shown) -> float:
+    """Seconds per block with which a server counts that has shown something; see `believed_s`.
+
+    Where all servers are slower than they claim, as on busy machines, those that have shown nothing must not
+    come before them for that.
+
+    Args: claimed_work_s: of the blocks that it has shown, as it claims, without the way.
+    """
+    return believed_s(0.0, claimed_work_s, shown.blocks, shown, 0.0) / max(shown.blocks, 1)
+
+
 def believed_s(claimed_s: float, work_s: float, blocks: int, shown: Shown | None, best_s: float) -> float:
     """Seconds that a token is expected to take at a server for so many blocks, the way included.
 
@@ -46,7 +57,7 @@ def believed_s(claimed_s: float, work_s: float, blocks: int, shown: Shown | None
         claimed_s: seconds as the server claims, the way included.
         work_s: those of them without the way.
         shown: what it has shown, if anything.
-        best_s: of `best_per_block`.
+        best_s: the least of `counted_per_block` of those that have shown something; 0 = none has.
     """
     if shown is None:
         return max(claimed_s, best_s * blocks) * _UNKNOWN if best_s else claimed_s

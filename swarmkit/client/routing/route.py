@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from swarmkit.client.routing.claims import Shown, believed_s
-from swarmkit.errors import NoRouteError
+from swarmkit.errors import NoRouteError, NotAdmittedError, PeerError
 from swarmkit.net.registry.records import Announcement
 from swarmkit.net.registry.swarm_map import uncovered
 
@@ -99,12 +99,44 @@ def no_route(
             [(start, stop)],
         )
     missing = uncovered(start, stop, [(server.start, server.stop) for server in servers])
-    named = ", ".join(f"{low}:{high}" for low, high in missing) or f"{start}:{stop}"
+    named = _named(missing) or f"{start}:{stop}"
     return NoRouteError(
         f"no server has blocks {named}; start a server for them (`swarmkit serve MODEL --blocks "
         f"{named.split(',')[0]} --join ADDRESS`), or wait for one with a larger route_timeout_s",
         missing,
     )
+
+
+def shut_out(missing: Sequence[tuple[int, int]], peer_id: str, error: PeerError) -> NoRouteError:
+    """The error of a client that every server of some blocks refuses altogether.
+
+    Args:
+        missing: these blocks.
+        peer_id: the client's.
+        error: what one of the servers said.
+    """
+    advice = (
+        ". Ask the owners of the servers to admit this peer (`swarmkit serve --allow`), and keep its id with "
+        "--identity FILE or identity_path="
+    )
+    return NoRouteError(
+        f"every server of blocks {_named(missing)} refuses this client, peer {peer_id}; one of them says: "
+        f"{error}" + ("" if isinstance(error, NotAdmittedError) else advice),
+        missing,
+    )
+
+
+def left_out(missing: Sequence[tuple[int, int]]) -> NoRouteError:
+    """The error of a client whose own lists exclude every server of some blocks."""
+    return NoRouteError(
+        f"the lists of this client exclude every server of blocks {_named(missing)}; allow one of them "
+        "(--allow, allowed_servers), or do not block it (--block, blocked_servers)",
+        missing,
+    )
+
+
+def _named(ranges: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{low}:{high}" for low, high in ranges)
 
 
 def describe(name: str, num_blocks: int, servers: Sequence[Announcement]) -> str:

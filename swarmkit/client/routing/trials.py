@@ -16,8 +16,8 @@ PATIENCE_S = 1.25
 """A server that has never worked is waited for so long, and as long as it claims, before others are tried."""
 ROUND_S = 0.3
 """The time between two rounds of trials, unless all trials have ended before."""
-TRIAL_S = 5.0
-"""A trial that takes longer has failed."""
+TRIAL_S = 20.0
+"""A trial that takes longer has failed. It holds up no other one, and ends with the search at the latest."""
 MOST_TRIALS = 512
 """In one search for servers that work."""
 MOST_TRIALS_FOR_BETTER = 32

@@ -231,7 +231,7 @@ class SessionRoute:
 
         Raises:
             PeerError: `error`, if the session keeps no history, or if the step itself is to blame.
-            NoRouteError: no other server was found in time.
+            NoRouteError: no other server was found in time, or all of them refuse this client altogether.
         """
         stage = self.stages[index]
         if not self._swarm.settings.sessions.recovery and changes.position:
@@ -247,11 +247,13 @@ class SessionRoute:
         if isinstance(error, PeerTimeoutError) and index:
             # Perhaps the previous server never pushed what it said it pushed: it is not asked to again.
             self._swarm.cannot_link(self.stages[index - 1].hop.server, stage.hop.server)
-        self._swarm.ban(stage.hop.server.service_id, cost_s)
+        self._swarm.ban(stage.hop.server.service_id, cost_s, excludes=error.is_exclusion)
         self._lose(stage, changes, error)
+        blocks = stage.hop.start, stage.hop.stop
         if changes.failures.count > 1:  # before the session is sent to one after the other
-            await self._swarm.scout.find(stage.hop.start, stage.hop.stop, changes.hosted_adapter)
-        hops = await changes.find(stage.hop.start, stage.hop.stop, error)
+            await self._swarm.scout.find(*blocks, changes.hosted_adapter)
+        self._swarm.check_admission(*blocks, error, changes.hosted_adapter)
+        hops = await changes.find(*blocks, error)
         self._splice(index, hops)
 
     def _is_step_to_blame(self, stage: StageReplica, changes: RouteChanges) -> bool:

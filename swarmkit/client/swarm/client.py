@@ -8,6 +8,7 @@ import random
 import secrets
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,9 +19,17 @@ from swarmkit.client.checks.agreement import Comparison
 from swarmkit.client.routing.bans import Bans
 from swarmkit.client.routing.busy import BusyPeers
 from swarmkit.client.routing.candidates import best_of_each_block
-from swarmkit.client.routing.claims import Shown, best_per_block
+from swarmkit.client.routing.claims import Shown, counted_per_block
 from swarmkit.client.routing.deadline import DeadlinePolicy, StepTimes
-from swarmkit.client.routing.route import Hop, find_route, lost_contact, no_route, route_cost
+from swarmkit.client.routing.route import (
+    Hop,
+    find_route,
+    left_out,
+    lost_contact,
+    no_route,
+    route_cost,
+    shut_out,
+)
 from swarmkit.client.routing.step_failures import StepFailures
 from swarmkit.client.swarm.adapter_sender import AdapterSender
 from swarmkit.client.swarm.background import Background
@@ -51,7 +60,8 @@ from swarmkit.net.registry.registry import Registry
 from swarmkit.net.registry.swarm_map import SwarmMap, uncovered
 from swarmkit.net.rpc.client_stream import ClientStream
 from swarmkit.net.rpc.endpoints import connect
-from swarmkit.net.rpc.peer_lists import ListedTransport, PeerLists
+from swarmkit.net.rpc.listed_transport import ListedTransport
+from swarmkit.net.transport.peer_lists import PeerLists
 from swarmkit.net.transport.seam import Transport
 from swarmkit.settings import ClientSettings, NetSettings
 
@@ -166,14 +176,15 @@ class SwarmClient:
         self._transport, self._registry = ListedTransport(transport, self._lists), registry
         self._peer_id = transport.peer_id
         try:
-            await self.refresh()
-            task_status.started()
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._refresh_forever)
-                tasks.start_soon(self._find_better_forever)
-                tasks.start_soon(self.checks.run)
-                await self._stop.wait()
-                tasks.cancel_scope.cancel()
+            with transport.deal_with(self._lists):
+                await self.refresh()
+                task_status.started()
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self._refresh_forever)
+                    tasks.start_soon(self._find_better_forever)
+                    tasks.start_soon(self.checks.run)
+                    await self._stop.wait()
+                    tasks.cancel_scope.cancel()
         finally:
             self._transport = None
             for stream in list(self._streams):
@@ -272,11 +283,14 @@ class SwarmClient:
             tokens=tokens,
             salt=self.salt,
             shown=self._shown,
-            best_s=best_per_block(
-                shown
-                for server in servers
-                if not self.bans.is_banned(server.service_id)
-                and (shown := self._shown(server.service_id)) is not None
+            best_s=min(
+                (
+                    counted_per_block(_claimed_work_s(server, shown.blocks), shown)
+                    for server in servers
+                    if not self.bans.is_banned(server.service_id)
+                    and (shown := self._shown(server.service_id)) is not None
+                ),
+                default=0.0,
             ),
         )
         return find_route(start, stop, best_of_each_block(start, stop, servers, cost, self.salt), cost)
@@ -290,12 +304,14 @@ class SwarmClient:
         service_id = hop.server.service_id
         return not self.bans.is_banned(service_id) and not self.busy.wait_s(service_id)
 
-    def ban(self, service_id: str, cost_s: float = 0.0) -> None:
+    def ban(self, service_id: str, cost_s: float = 0.0, *, excludes: bool = False) -> None:
         """Avoid a server for a while, and use nothing any more that it took part in.
 
-        Args: cost_s: seconds that its failure took to see.
+        Args:
+            cost_s: seconds that its failure took to see.
+            excludes: it refuses this client altogether.
         """
-        self.bans.failed(service_id, cost_s)
+        self.bans.failed(service_id, cost_s, excludes=excludes)
         self.prefix_cache.drop(service_id)
 
     def convict(self, server: Announcement) -> None:
@@ -393,13 +409,37 @@ class SwarmClient:
     def unserved(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
         """The blocks that no server has, apart from peers that are avoided because they failed."""
         servers = [s for s in self._known() if not self.bans.is_banned(s.service_id)]
-        return tuple(uncovered(start, stop, [(server.start, server.stop) for server in servers]))
+        return tuple(self._uncovered(start, stop, servers))
 
     def no_route(self, start: int, stop: int) -> Exception:
         """The error that says which of these blocks no server has now, or that this client cannot know it."""
         if self._no_contact is not None:
             return lost_contact(start, stop, self._no_contact.since)
+        missing = self._uncovered(start, stop, self._known())
+        there = self._uncovered(start, stop, self.view.servers(self.clock.time()))
+        if missing and missing != there:
+            return left_out(missing)
         return no_route(start, stop, self._known(), self.model.name, self._other_models)
+
+    def check_admission(self, start: int, stop: int, error: PeerError, hosted_adapter: str = "") -> None:
+        """Give up where waiting is of no use: every server of some block has refused this client altogether.
+
+        Args:
+            error: of the server that failed last.
+            hosted_adapter: use only servers that host the adapter of this hash.
+
+        Raises:
+            NoRouteError: they all have, as far as they are known.
+        """
+        if not error.is_exclusion:
+            return
+        others = [one for one in self.servers(hosted_adapter) if not self.bans.excludes(one.service_id)]
+        if missing := self._uncovered(start, stop, others):
+            raise shut_out(missing, self._peer_id, error) from error
+
+    @staticmethod
+    def _uncovered(start: int, stop: int, servers: Sequence[Announcement]) -> list[tuple[int, int]]:
+        return uncovered(start, stop, [(server.start, server.stop) for server in servers])
 
     @property
     def has_contact(self) -> bool:
@@ -461,6 +501,10 @@ class SwarmClient:
         """Measured or assumed seconds to a peer and back."""
         times = self._times.get(peer_id)
         return (times.round_trip_s if times else None) or _ASSUMED_ROUND_TRIP_S
+
+
+def _claimed_work_s(server: Announcement, blocks: int) -> float:
+    return blocks / (server.stop - server.start) / max(server.throughput, 1e-3)
 
 
 def _claimed_per_block_s(server: Announcement) -> float:

@@ -102,6 +102,7 @@ class Scout:
 
         Raises:
             PeerTimeoutError: others have its blocks, and work.
+            PeerError: it failed.
         """
         server = hop.server
         name = "" if adapter is None else adapter.hosted_name
@@ -110,19 +111,30 @@ class Scout:
             return await act()
         wait_s = patience_s(size, server.throughput)
         results: list[T] = []
+        error: PeerError = PeerTimeoutError("others answered before it did", server.peer_id)
+        searched: anyio.Event | None = None
+
+        async def outrun() -> None:
+            nonlocal searched
+            await anyio.sleep(wait_s)
+            searched = anyio.Event()
+            if await self.find(hop.start, hop.stop, name, without=server.service_id):
+                tasks.cancel_scope.cancel()
+            searched.set()
+
         with unwrapped():
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._outrun, hop, wait_s, tasks, name)
-                results.append(await act())
+                tasks.start_soon(outrun)
+                try:
+                    results.append(await act())
+                except PeerError as failure:
+                    error = failure
+                    if searched is not None:  # what follows would begin the same search anew
+                        await searched.wait()
                 tasks.cancel_scope.cancel()
         if not results:
-            raise PeerTimeoutError("others answered before it did", server.peer_id)
+            raise error
         return results[0]
-
-    async def _outrun(self, hop: Hop, wait_s: float, tasks: anyio.abc.TaskGroup, hosted_adapter: str) -> None:
-        await anyio.sleep(wait_s)
-        if await self.find(hop.start, hop.stop, hosted_adapter, without=hop.server.service_id):
-            tasks.cancel_scope.cancel()
 
     async def find(self, start: int, stop: int, hosted_adapter: str = "", without: str = "") -> bool:
         """Try servers until some that work hold all blocks [start, stop); returns whether they do.
@@ -226,7 +238,7 @@ class Scout:
                 self._busy.note(server.service_id, error.retry_after_s)
                 return
             logger.info("%s failed when it was tried: %s", server.label, error)
-            self._bans.failed(server.service_id, self._clock.now() - began_at)
+            self._bans.failed(server.service_id, self._clock.now() - began_at, excludes=error.is_exclusion)
         except SwarmkitError as error:
             logger.debug("could not try %s: %s", server.label, error)
 

@@ -34,6 +34,7 @@ from swarmkit.net.hivemind.storage import bounded_storage
 from swarmkit.net.hivemind.swarm_time import SwarmTime
 from swarmkit.net.transport.identity import Identity, VerifiedSignatures
 from swarmkit.net.transport.limits import MAX_LIFETIME_S, MAX_VALUE_BYTES, checked_records
+from swarmkit.net.transport.peer_lists import TableLists
 from swarmkit.net.transport.seam import RecordCheck, peer_of, service_id
 from swarmkit.net.transport.swarm_key import SwarmKey
 
@@ -153,9 +154,12 @@ class RecordGuard:
         contact: Contact | None = None,
         swarm_key: SwarmKey | None = None,
         swarm_time: SwarmTime | None = None,
+        lists: TableLists | None = None,
     ) -> None:
+        """Args: lists: of the peers with which the table is shared; all of them if not given."""
         self.swarm_key = swarm_key
-        self.gate = TableGate(swarm_key)
+        self._lists = lists or TableLists("")
+        self.gate = TableGate(swarm_key, self._lists)
         self._check = check
         self._clock = clock
         self.note_heard = (contact or Contact(clock, ())).note_heard
@@ -182,7 +186,7 @@ class RecordGuard:
             return None
         if expires_at > self._clock.time() + MAX_LIFETIME_S + _CLOCK_TOLERANCE_S:
             return None
-        if self._key_id(sealed.key).to_bytes() != key_id:
+        if self._key_id(sealed.key).to_bytes() != key_id or self._lists.block(peer_of(subkey)):
             return None
         if not self._authentic(peer_of(subkey), _signed_part(expires_at, sealed.value), sealed.signature):
             return None

@@ -14,6 +14,7 @@ import re
 import socket
 import weakref
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,6 +64,7 @@ from swarmkit.net.hivemind.table import (
     wake_sleepers,
 )
 from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.peer_lists import PeerLists, TableLists
 from swarmkit.net.transport.rates import TokenBucket
 from swarmkit.net.transport.seam import Handler, RecordCheck, Stream, Transport
 from swarmkit.net.transport.shares import Holder
@@ -112,7 +114,10 @@ class HivemindTransport(Transport):
         self._clock = clock
         self._contact = Contact(clock, options.initial_peers)
         self._swarm_time = SwarmTime(clock, self._contact.initial_ids)
-        self._guard = RecordGuard(record_check, clock, self._contact, swarm_key, self._swarm_time)
+        self._lists = TableLists(identity.peer_id, self._contact.initial_ids)
+        self._guard = RecordGuard(
+            record_check, clock, self._contact, swarm_key, self._swarm_time, self._lists
+        )
         self._addresses: tuple[str, ...] = ()
         self._table: HivemindTable | None = None
         self._p2p: Any = None
@@ -452,8 +457,12 @@ class HivemindTransport(Transport):
         self._check_running()
         return await self._table_call(self._joined_table.fetch(keys))
 
+    def deal_with(self, lists: PeerLists) -> AbstractContextManager[None]:
+        """See `Transport.deal_with`."""
+        return self._lists.of_part(lists)
+
     def kill(self) -> None:
-        """Vanish without a word, as a machine does that loses power. `close` is still due, to clean up."""
+        """See `Transport.kill`."""
         self._stop_serving(TransportError("this peer was killed; start a new one"))
         self._daemon.kill()
 

@@ -33,6 +33,7 @@ from swarmkit.errors import (
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.limits import checked_records, frame_too_large
 from swarmkit.net.transport.members import roles_of_request
+from swarmkit.net.transport.peer_lists import PeerLists, TableLists
 from swarmkit.net.transport.rates import Rates
 from swarmkit.net.transport.seam import (
     MAX_FRAME_BYTES,
@@ -41,6 +42,7 @@ from swarmkit.net.transport.seam import (
     RecordCheck,
     Stream,
     Transport,
+    peer_of,
     service_id,
 )
 from swarmkit.net.transport.swarm_key import SwarmKey, admit_opener, prove_to_server
@@ -409,6 +411,7 @@ class MemoryTransport(Transport):
         if swarm_key is not None:
             swarm_key.check_own(identity.peer_id)
         self._check = record_check if swarm_key is None else swarm_key.check_sealed(record_check)
+        self._lists = TableLists(identity.peer_id)
         self._handlers: dict[str, Handler] = {}
         self._streams: weakref.WeakSet[MemoryStream] = weakref.WeakSet()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -509,8 +512,12 @@ class MemoryTransport(Transport):
                 found[key] = good
         return found
 
+    def deal_with(self, lists: PeerLists) -> contextlib.AbstractContextManager[None]:
+        """See `Transport.deal_with`. Here only the records of peers that are blocked are affected."""
+        return self._lists.of_part(lists)
+
     def kill(self) -> None:
-        """Vanish without a word, as a machine does that loses power."""
+        """See `Transport.kill`."""
         self._leave(TransportError("this peer was killed; start a new one"))
 
     async def close(self) -> None:
@@ -545,6 +552,8 @@ class MemoryTransport(Transport):
         )
 
     def _accepts(self, key: str, subkey: str, value: bytes, expires_at: float) -> bool:
+        if self._lists.block(peer_of(subkey)):
+            return False
         return self._check is None or self._check(key, subkey, value, expires_at)
 
     def _opened(self, subkey: str, value: bytes, expires_at: float) -> bytes:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.peer_lists import PeerLists
 from swarmkit.net.transport.rates import Rates
 from swarmkit.net.transport.seam import Buffer, Handler, Stream, Transport
 
@@ -43,6 +45,12 @@ class PartTransport(Transport):
 
     async def fetch(self, keys: Iterable[str]) -> Mapping[str, Mapping[str, bytes]]:
         return await self._transport.fetch(keys)
+
+    def deal_with(self, lists: PeerLists) -> AbstractContextManager[None]:
+        return self._transport.deal_with(lists)
+
+    def kill(self) -> None:
+        self._transport.kill()
 
     async def close(self) -> None:
         await self._transport.close()

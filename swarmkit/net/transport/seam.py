@@ -17,9 +17,11 @@ Contract of every body, which `tests/net/test_transport_contract.py` holds again
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, TypeAlias, runtime_checkable
 
 from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.peer_lists import PeerLists
 from swarmkit.net.transport.rates import Rates
 
 MAX_FRAME_BYTES = 4 * 1024 * 1024
@@ -148,6 +150,14 @@ class Transport(Protocol):
         Raises:
             NoContactError: there are other peers, as far as is known, and none of them answered.
         """
+
+    def deal_with(self, lists: PeerLists) -> AbstractContextManager[None]:
+        """Inside the `with` block, the shared table keeps to the lists of one more part of this peer; see
+        `TableLists`.
+        """
+
+    def kill(self) -> None:
+        """Vanish without a word, as a machine does that loses power. `close` is still due, to clean up."""
 
     async def close(self) -> None:
         """End everything this transport started. May be called twice."""

@@ -1,8 +1,8 @@
-"""Lists of the peers that a client or a server deals with, and what keeps all its streams to them."""
+"""What keeps all streams of a client or a server to the peers that its lists admit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from swarmkit.errors import NotAdmittedError
 from swarmkit.net.protocol.messages import SESSION
@@ -10,27 +10,10 @@ from swarmkit.net.rpc.faults import Refusal
 from swarmkit.net.rpc.message_stream import IncomingMessage
 from swarmkit.net.rpc.server_stream import ServerStream
 from swarmkit.net.transport.part import PartTransport
+from swarmkit.net.transport.peer_lists import PeerLists
 from swarmkit.net.transport.seam import Handler, Stream, Transport
 
 _REFUSAL_TIMEOUT_S = 10.0
-
-
-class PeerLists:
-    """Which peers are dealt with: those that are allowed, or all if none is named, without those blocked."""
-
-    def __init__(self, allowed: Iterable[str] = (), blocked: Iterable[str] = ()) -> None:
-        """Args: allowed, blocked: peer ids."""
-        self._allowed = frozenset(allowed)
-        self._blocked = frozenset(blocked)
-
-    def admit(self, peer_id: str) -> bool:
-        """Whether a peer is dealt with."""
-        return peer_id not in self._blocked and (not self._allowed or peer_id in self._allowed)
-
-    @property
-    def admit_all(self) -> bool:
-        """Whether there is nothing to check."""
-        return not self._allowed and not self._blocked
 
 
 class ListedTransport(PartTransport):
