@@ -319,6 +319,36 @@ class DrainStarted(Event, frozen=True):
         return f"leaving blocks {self.start}:{self.stop}; {self.sessions} sessions are moving away"
 
 
+class MoveStarted(Event, frozen=True):
+    """A server is about to serve blocks [start, stop) in the place of blocks [from_start, from_stop)."""
+
+    from_start: int
+    from_stop: int
+    start: int
+    stop: int
+    reason: str
+
+    def __str__(self) -> str:
+        left = f"{self.from_start}:{self.from_stop}"
+        return f"moving from blocks {left} to {self.start}:{self.stop}: {self.reason}"
+
+
+class MoveFailed(Event, frozen=True):
+    """A server could not serve other blocks, and goes on with those that it had."""
+
+    from_start: int
+    from_stop: int
+    start: int
+    stop: int
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"could not move to blocks {self.start}:{self.stop} ({self.reason}); "
+            f"serving {self.from_start}:{self.from_stop} as before"
+        )
+
+
 class ServerLeft(Event, frozen=True):
     """A server has ended."""
 

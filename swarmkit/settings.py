@@ -170,7 +170,13 @@ class NodeSettings(SettingsGroup):
         default=None,
         gt=0,
         description="How many decode steps per second the server announces that it computes. Without a "
-        "value, it measures this when it starts.",
+        "value, it measures this when it starts, and again from the steps of its clients.",
+    )
+    measure_period_s: float = Field(
+        default=300.0,
+        gt=0,
+        description="How long a server that no client uses waits until it measures its speed again, and "
+        "asks itself for a token to see that it still answers.",
     )
     drain_timeout_s: float = Field(
         default=30.0, ge=0, description="How long a server that leaves waits for its sessions to move away."
@@ -179,6 +185,30 @@ class NodeSettings(SettingsGroup):
         default=False,
         description="Whether the server tells any peer that asks how many streams, tasks and bytes it "
         "holds. Tests of long runs need this.",
+    )
+
+
+class MovingSettings(SettingsGroup):
+    """Moves of a server to blocks that need it more. A server whose blocks were named stays with them."""
+
+    model_config = read_from("SWARMKIT_SERVER_")
+
+    moves: bool = Field(
+        default=False,
+        description="Whether the server moves by itself. `swarmkit serve` turns this on where no blocks are "
+        "named.",
+    )
+    move_period_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="The mean time between two looks at whether another place is better. The server looks "
+        "four times as often while some block has no server.",
+    )
+    move_gain: float = Field(
+        default=0.2,
+        ge=0,
+        description="How much better the swarm must become by a move, as a share, for the server to move. A "
+        "block without a server is reason enough.",
     )
 
 
@@ -335,6 +365,7 @@ class ServerSettings(Settings):
 
     limits: Limits = Field(default_factory=Limits)
     node: NodeSettings = Field(default_factory=NodeSettings)
+    moving: MovingSettings = Field(default_factory=MovingSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
     requests: RequestSettings = Field(default_factory=RequestSettings)
     sessions: SessionSettings = Field(default_factory=SessionSettings)
@@ -376,6 +407,11 @@ class RoutingSettings(SettingsGroup):
         default=(),
         description="The peer ids of servers that the client never uses. It asks them for no records, and "
         "believes none of theirs.",
+    )
+    spares: bool = Field(
+        default=True,
+        description="Whether the client keeps a stream to each server that would be used next if one in use "
+        "were lost, and asks it every `refresh_period_s` seconds whether it is there.",
     )
 
 

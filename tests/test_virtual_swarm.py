@@ -38,7 +38,9 @@ MOST = 1000
 """Lives of a server and answers of a session; an hour holds fewer."""
 BLOCKS = 4
 
-SERVER = ServerSettings().replace(announce_period_s=120.0, record_lifetime_s=300.0, drain_timeout_s=20.0)
+SERVER = ServerSettings().replace(
+    announce_period_s=120.0, record_lifetime_s=300.0, drain_timeout_s=20.0, measure_period_s=3600.0
+)
 CLIENT = ClientSettings().replace(refresh_period_s=120.0, route_timeout_s=300.0)
 
 

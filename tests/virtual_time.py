@@ -24,6 +24,7 @@ from swarmkit.models.execution.stage import Stage
 from swarmkit.net.registry.envelope import Envelope
 from swarmkit.net.transport.identity import Identity
 from swarmkit.server import model_server as server_module
+from swarmkit.server import vitals as vitals_module
 from swarmkit.server.engine import engine as engine_module
 from swarmkit.server.engine.engine import Engine
 
@@ -151,6 +152,10 @@ class SharedStages:
         """As `measure_decode_rate`, of what would always be measured here."""
         return 1 / self._seconds(1)
 
+    async def forward_rate(self, stage: Stage, engine: Engine) -> float:
+        """As `measure_forward_rate`."""
+        return 64 / self._seconds(64)
+
     def load(self, checkpoint: Checkpoint, start: int, stop: int, **options: Any) -> Stage:
         """As `Stage.load`."""
         if checkpoint is not self._checkpoint:
@@ -183,7 +188,8 @@ def run(main: Callable[[VirtualClock], Coroutine[Any, Any, T]], stages: SharedSt
         # Pure functions of many peers, all of which read the same records of the same model.
         patch.setattr(Envelope, "read", cache(Envelope.read))
         patch.setattr(server_module, "ensure_servable", lambda config: None)
-        patch.setattr(server_module, "measure_decode_rate", stages.decode_rate)
+        patch.setattr(vitals_module, "measure_decode_rate", stages.decode_rate)
+        patch.setattr(vitals_module, "measure_forward_rate", stages.forward_rate)
         patch.setattr(secrets, "token_hex", lambda size=32: chance.randbytes(size).hex())
         patch.setattr(Identity, "__init__", _seeded(Identity.__init__, chance))
         return runner.run(main(VirtualClock(loop)))

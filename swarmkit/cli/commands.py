@@ -7,7 +7,7 @@ from swarmkit.cli.app import app
 # Importing a command's file adds it to `app`. The order is the order in `--help`.
 # isort: off
 from swarmkit.cli import demo, serve, generate, chat, playground, api  # noqa: F401
-from swarmkit.cli import worker, tray, status, bootstrap, invite, swarm_key, identity  # noqa: F401
+from swarmkit.cli import worker, tray, status, route, bootstrap, invite, swarm_key, identity  # noqa: F401
 from swarmkit.cli import plan, simulate, check, doctor, fingerprint, bench  # noqa: F401
 # isort: on
 

@@ -47,9 +47,13 @@ def serve(
         typer.Option(
             "--num-blocks",
             metavar="N",
-            help="So many, where the swarm is weakest; auto = what fits.",
+            help="So many, where the swarm is weakest; auto = what fits, also if left out.",
         ),
     ] = None,
+    stay: Annotated[
+        bool,
+        typer.Option("--stay", help="Do not move, even if other blocks need this server more."),
+    ] = False,
     memory: Annotated[
         str | None, typer.Option("--memory", metavar="SIZE", help="Plan with so much for auto, as in 24GiB.")
     ] = None,
@@ -95,6 +99,9 @@ def serve(
 
     Without `--join` this starts a new swarm; the address that is printed lets others join it.
 
+    Without `--blocks` the server takes as many blocks as fit into its memory, where the swarm is weakest. It
+    looks now and then whether it is needed more elsewhere, and moves there by itself; clients go on.
+
     Examples:
 
         swarmkit serve tiny-chat --blocks 0:4
@@ -128,7 +135,7 @@ def serve(
         server = Server(
             checkpoint,
             blocks=parse_blocks(blocks, checkpoint.num_blocks) if blocks else None,
-            num_blocks=_count(num_blocks),
+            num_blocks=_count(num_blocks, blocks),
             memory_bytes=parse_bytes(memory) if memory else None,
             device=device,
             dtype=dtype,
@@ -136,7 +143,7 @@ def serve(
             identity_path=identity,
             adapters=adapter or (),
             weights=weights,
-            settings=_settings(allow, block),
+            settings=_settings(allow, block, moves=not (blocks or stay)),
             transport=over_hivemind(
                 join or (),
                 host=host,
@@ -165,17 +172,23 @@ def serve(
             _serve_until(server, end)
 
 
-def _settings(allow: list[str] | None, block: list[str] | None) -> ServerSettings:
-    """The settings of the environment, with the lists of peers that were given."""
+def _settings(allow: list[str] | None, block: list[str] | None, moves: bool) -> ServerSettings:
+    """The settings of the environment, with the lists of peers that were given.
+
+    Args: moves: whether the server moves by itself.
+    """
     from swarmkit.settings import ServerSettings
 
     lists = {"allowed_peers": allow, "blocked_peers": block}
-    return ServerSettings().replace(**{name: tuple(peers) for name, peers in lists.items() if peers})
+    given = {name: tuple(peers) for name, peers in lists.items() if peers}
+    return ServerSettings().replace(**given, moves=moves)
 
 
-def _count(text: str | None) -> int | Literal["auto"] | None:
-    if text is None or text == "auto":
-        return text  # type: ignore[return-value]
+def _count(text: str | None, blocks: str | None) -> int | Literal["auto"] | None:
+    if text is None:
+        return None if blocks else "auto"
+    if text == "auto":
+        return "auto"
     if not text.isdecimal():
         raise UsageError(f"--num-blocks takes a number or auto; got {text!r}")
     return int(text)

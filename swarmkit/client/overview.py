@@ -70,7 +70,7 @@ def _row(model: ModelStatus, server: ServerStatus) -> Sequence[str]:
     return (
         shown_name(server),
         f"{server.blocks[0]}:{server.blocks[1]}",
-        server.state,
+        _state(model, server),
         f"{server.throughput:,.0f}",
         f"{server.free_cache_tokens:,}",
         told(server.round_trip_s, lambda seconds: f"{seconds * 1e3:.1f} ms"),
@@ -82,6 +82,18 @@ def _row(model: ModelStatus, server: ServerStatus) -> Sequence[str]:
         server.software,
         _if_it_left(model, server),
     )
+
+
+def _state(model: ModelStatus, server: ServerStatus) -> str:
+    """A server's state, and of one that moves from where or where to."""
+    others = [one for one in model.servers if one.peer_id == server.peer_id and one is not server]
+    for other in others:
+        low, high = other.blocks
+        if server.state == "joining" and other.state != "joining":
+            return f"joining from {low}:{high}"
+        if server.state == "leaving" and other.state == "online":
+            return f"leaving for {low}:{high}"
+    return server.state
 
 
 def _if_it_left(model: ModelStatus, server: ServerStatus) -> str:

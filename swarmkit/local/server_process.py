@@ -39,6 +39,7 @@ class ServerProcess:
     when this process does, because its standard input closes then.
 
     Args:
+        blocks: to serve; None = as many as `num_blocks` says, where the swarm is weakest. It moves then.
         port: where it listens; 0 = any free port.
         announce: addresses that others shall dial instead.
         adapters: to be hosted.
@@ -50,8 +51,9 @@ class ServerProcess:
         self,
         model: str,
         initial_peers: Sequence[str],
-        blocks: tuple[int, int],
+        blocks: tuple[int, int] | None,
         *,
+        num_blocks: int | None = None,
         public_name: str = "",
         dtype: str | torch.dtype = "auto",
         threads: int = 1,
@@ -64,7 +66,11 @@ class ServerProcess:
         fork_server: ForkServer | None = None,
     ) -> None:
         command = ["serve", model]
-        command += ["--blocks", f"{blocks[0]}:{blocks[1]}", "--dtype", str(dtype).removeprefix("torch.")]
+        if blocks is not None:
+            command += ["--blocks", f"{blocks[0]}:{blocks[1]}"]
+        elif num_blocks is not None:
+            command += ["--num-blocks", str(num_blocks)]
+        command += ["--dtype", str(dtype).removeprefix("torch.")]
         command += ["--device", device]
         command += ["--threads", str(threads), "--name", public_name, "--json", "--until-stdin-closes"]
         command += ["--port", str(port)]
@@ -81,10 +87,11 @@ class ServerProcess:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._last_words = b""
         self._process = _started(command, environment, self._log, fork_server)
+        self.blocks = blocks or (0, 0)
+        """That it serves; (0, 0) before it has chosen."""
         self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read_events, name=f"swarmkit-{public_name}", daemon=True)
         self._reader.start()
-        self.blocks = blocks
         self.public_name = public_name
         self.peer_id = ""
         self.addresses: list[str] = []
@@ -180,6 +187,8 @@ class ServerProcess:
             except ValueError:
                 continue
             if isinstance(event, dict):
+                if event.get("event") == "serving_started":
+                    self.blocks = event["start"], event["stop"]
                 self._events.put(event)
         self._events.put(None)
 

@@ -20,6 +20,9 @@ from swarmkit.server.config import ServerConfig
 
 logger = logging.getLogger(__name__)
 
+_TRIES_IN_A_LIFETIME = 6
+"""An announcement that failed is repeated so soon that what was announced before has not expired by then."""
+
 
 class Announcer:
     """Announces one service of a peer; each announcement supersedes those before it."""
@@ -57,10 +60,12 @@ class Announcer:
             expires_at=0.0,
         )
 
-    async def announce(self, **news: Any) -> None:
+    async def announce(self, **news: Any) -> bool:
         """Announce what is new, and what was announced before of everything else.
 
         Args: news: fields of the `Announcement`.
+
+        Returns: whether any peer took it.
 
         Raises:
             TransportError: the shared table cannot be reached.
@@ -80,22 +85,28 @@ class Announcer:
             logger.warning("no peer accepted the announcement of this server; it will be tried again")
             # The next one need not outlive what no peer keeps, and what a clock that is wrong may have dated.
             self._latest = msgspec.structs.replace(self._latest, expires_at=0.0)
+            return False
+        return True
 
     async def announce_until(self, end: anyio.Event, news: Callable[[], dict[str, Any]]) -> None:
-        """Announce every period until `end` is set.
+        """Announce every period until `end` is set, and sooner again where no peer took it.
 
         Raises:
             TransportError: for so long that the last announcement has expired, and no peer can know of this
                 server any more.
         """
         settings = self._settings
+        soon_s = min(settings.announce_period_s, settings.record_lifetime_s / _TRIES_IN_A_LIFETIME)
         succeeded_at = self._clock.now()
+        pause_s = settings.announce_period_s
         while not end.is_set():
-            with anyio.move_on_after(settings.announce_period_s):
+            with anyio.move_on_after(pause_s):
                 await end.wait()
                 return
+            pause_s = soon_s
             try:
-                await self.announce(**news())
+                if await self.announce(**news()):
+                    pause_s = settings.announce_period_s
                 succeeded_at = self._clock.now()
             except TransportError as error:
                 too_long = self._clock.now() - succeeded_at > settings.record_lifetime_s

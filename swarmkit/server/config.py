@@ -18,6 +18,14 @@ from swarmkit.settings import ServerSettings
 
 
 @dataclass(frozen=True)
+class FittingBlocks:
+    """How many blocks a server holds, and bytes that it has left for the keys and values of sessions."""
+
+    count: int
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """Which model one server serves, how much of it, and how."""
 
@@ -59,22 +67,26 @@ class ServerConfig:
         """What the blocks are computed in."""
         return Precision.parse(self.dtype, self.checkpoint.config, self.device)
 
-    def blocks_that_fit(self) -> int:
-        """As many blocks as fit into memory beside the cache and the workspace.
+    def fitting(self) -> FittingBlocks:
+        """As many blocks as fit into memory beside the workspace and the least cache, and the room that is
+        left for sessions then.
 
         Raises:
             UsageError: not one does.
         """
         memory = device_memory_bytes(self.device) if self.memory_bytes is None else self.memory_bytes
-        fitting = self._plan(memory)
-        if not fitting.blocks_that_fit:
-            needed = fitting.workspace_bytes + fitting.block_bytes + fitting.kv_bytes_per_block
+        plan = self._plan(memory)
+        count = plan.blocks_that_fit
+        if not count:
+            needed = plan.workspace_bytes + plan.block_bytes + plan.kv_bytes_per_block
             raise UsageError(
-                f"not one block of {self.checkpoint.name} in {fitting.precision} fits: it needs "
+                f"not one block of {self.checkpoint.name} in {plan.precision} fits: it needs "
                 f"{format_bytes(needed)}, there are {format_bytes(memory)}; "
                 "choose a lower precision or less cache"
             )
-        return fitting.blocks_that_fit
+        of_graphs = plan.kv_bytes_per_block - self._plan(memory, graph_slots=0).kv_bytes_per_block
+        taken = plan.workspace_bytes + count * (plan.block_bytes + of_graphs)
+        return FittingBlocks(count, memory - taken)
 
     def fits_beside(self, held: tuple[int, int], more: tuple[int, int]) -> bool:
         """Whether blocks `more` can be loaded while blocks `held` are served; the cache is shared."""
@@ -85,15 +97,16 @@ class ServerConfig:
             free = min(free, self.memory_bytes - plan.workspace_bytes - of_held)
         return (more[1] - more[0]) * plan.block_bytes <= free
 
-    def _plan(self, memory_bytes: int) -> Plan:
+    def _plan(self, memory_bytes: int, graph_slots: int | None = None) -> Plan:
         settings = self.settings
+        slots = settings.engine.cuda_graph_slots if graph_slots is None else graph_slots
         return plan_checkpoint(
             self.checkpoint,
             memory_bytes,
             self.precision,
             cache_tokens=settings.node.cache_tokens,
             max_step_tokens=settings.requests.max_step_tokens,
-            cuda_graph_slots=settings.engine.cuda_graph_slots,
+            cuda_graph_slots=slots,
             cuda_graph_tokens=settings.engine.cuda_graph_tokens,
             training_bytes=settings.limits.activation_cache_bytes,
             device=self.device,

@@ -22,6 +22,8 @@ from swarmkit.events import (
     Event,
     EventStream,
     LoadProgressed,
+    MoveFailed,
+    MoveStarted,
     Owner,
     ServerJoined,
     ServerLeft,
@@ -34,25 +36,26 @@ from swarmkit.models.execution.stage import Stage
 from swarmkit.models.plan import cache_cost
 from swarmkit.net.registry.records import Announcement
 from swarmkit.net.registry.registry import Registry
+from swarmkit.net.registry.swarm_map import uncovered
 from swarmkit.net.rpc.listed_transport import ListedTransport
 from swarmkit.net.rpc.receive_budget import ReceiveBudget
 from swarmkit.net.transport.paced import PacedTransport
 from swarmkit.net.transport.peer_lists import PeerLists
 from swarmkit.net.transport.rates import Rates, StreamTraffic
 from swarmkit.net.transport.seam import Transport
-from swarmkit.placement.description import Served
-from swarmkit.placement.petals import choose_blocks
 from swarmkit.server.adapters.service import load_hosted
 from swarmkit.server.announcer import Announcer
 from swarmkit.server.cache.kv_budget import KVBudget
 from swarmkit.server.config import ServerConfig
 from swarmkit.server.engine.engine import Engine
-from swarmkit.server.engine.throughput import measure_decode_rate
 from swarmkit.server.engine.trim_malloc import trim_malloc
 from swarmkit.server.engine.work import BULK, EngineClosedError
 from swarmkit.server.quota import ClientQuota
+from swarmkit.server.relocation import Relocation, first_place, needed_for, staying
 from swarmkit.server.serving import Serving
+from swarmkit.server.sessions.link_times import LinkTimes
 from swarmkit.server.sessions.links import Links, NextServers
+from swarmkit.server.vitals import Vitals
 from swarmkit.server.weights.service import WeightsService
 from swarmkit.server.weights.share import SharedWeights
 from swarmkit.settings import Limits
@@ -60,6 +63,8 @@ from swarmkit.settings import Limits
 logger = logging.getLogger(__name__)
 
 _TAKE_BACK_S = 2.0
+_LEAST_PATIENCE_S = 1.0
+"""Between two looks at whether others have the blocks that sessions still use."""
 
 
 class _Run:
@@ -73,16 +78,26 @@ class _Run:
         self.ended = anyio.Event()
         """Set when `run` ends, however it does."""
         self.drain_timeout = 0.0
+        self.is_patient = False
 
-    def leave(self, drain_timeout: float) -> None:
-        """End once all sessions have moved away, at the latest after `drain_timeout` seconds."""
+    def leave(self, drain_timeout: float, is_patient: bool = False) -> None:
+        """End once all sessions have moved away, at the latest after `drain_timeout` seconds.
+
+        Args: is_patient: while sessions are left and nobody else has these blocks, go on serving them.
+        """
         self.drain_timeout = drain_timeout
+        self.is_patient = is_patient
         self.told_to_leave.set()
 
     async def end_within(self, drain_timeout: float) -> None:
         """Wait for the end of a run that drains already, but for `drain_timeout` seconds at most."""
         with anyio.move_on_after(drain_timeout):
             await self.ended.wait()
+        self.skip_drain()
+
+    def skip_drain(self) -> None:
+        """Wait for sessions no longer."""
+        self.is_patient = False
         self.serving.skip_drain()
 
 
@@ -95,6 +110,8 @@ class ModelServer:
         self.events = EventStream(apart={LoadProgressed: 1})
         self.rate = 0.0
         """Decode steps (tokens) per second through all blocks, as measured, or as expected until then."""
+        self.load_s = 0.0
+        """How long it took to fetch and load blocks the last time."""
         self.limits = config.settings.limits
         """What it keeps within; see `set_limits`."""
         self._clock = clock
@@ -103,6 +120,9 @@ class ModelServer:
         self._rates = Rates(clock.now)
         self._quota = ClientQuota(clock.now)
         self._engine: Engine | None = None
+        self._cache: KVBudget | None = None
+        self._most_cache_bytes: int | None = None
+        """Where the number of blocks follows the memory: what they leave for sessions."""
         self._owner = Owner("server", peer_id)
         self.ended = anyio.Event()
         """Set when `run` ends, however it does."""
@@ -140,11 +160,15 @@ class ModelServer:
 
     def set_limits(self, limits: Limits) -> None:
         """Keep within other limits from the next step on; see `BlockService.set_limits`."""
+        if self._most_cache_bytes is not None and limits.cache_bytes > self._most_cache_bytes:
+            limits = limits.replace(cache_bytes=self._most_cache_bytes)
         self.limits = limits
         self._rates.replace(limits.upload_bytes_per_s, limits.download_bytes_per_s)
         self._quota.per_minute = limits.client_tokens_per_minute
         if self._engine is not None:
             self._engine.set_pace(limits.threads, limits.compute_share)
+        if self._cache is not None:
+            self._cache.set_capacity(limits.cache_bytes)
         for serving in self.servings:
             serving.set_limits(limits)
 
@@ -158,23 +182,32 @@ class ModelServer:
 
     def skip_drain(self) -> None:
         """While leaving: wait for sessions no longer."""
-        for serving in self.servings:
-            serving.skip_drain()
+        for run in self._runs:
+            run.skip_drain()
 
     def crash(self) -> None:
         """End as a crash would: nothing is announced, streams just end."""
         if self._life is not None:
             self._life.cancel()
 
-    async def move(self, blocks: tuple[int, int]) -> None:
+    async def move(
+        self, blocks: tuple[int, int], why: str = "its owner wants it", *, if_not_needed: bool = False
+    ) -> None:
         """Serve other blocks [a, b) from now on; returns when clients can use them.
 
         Where memory allows, the new blocks are loaded while the old ones serve, and the old ones drain when
         the new ones are announced. Else the old ones drain first. Should the new ones fail to load, the old
         ones are served again.
 
+        Sessions of the old blocks are told to move with their next step, and replay at the server that they
+        move to. Where nobody else has the old blocks, they are served until the last session has ended.
+
+        Args:
+            why: for people.
+            if_not_needed: stay if nobody else would have some of the old blocks.
+
         Raises:
-            UsageError: the blocks are outside the model, or the server does not serve.
+            UsageError: the blocks are outside the model, the server does not serve, or it is needed here.
             ModelError: the new blocks cannot be had.
         """
         self.config.check_blocks(blocks)
@@ -182,14 +215,27 @@ class ModelServer:
             old = self._current
             if old is None or self._stop.is_set():
                 raise UsageError("this server does not serve (any more), so that it cannot move")
-            if blocks == old.serving.blocks:
+            held = old.serving.blocks
+            if blocks == held:
                 return
-            if await anyio.to_thread.run_sync(self.config.fits_beside, old.serving.blocks, blocks):
-                self._current = await self._begin(blocks)
-                old.leave(self.config.settings.node.drain_timeout_s)
-            else:
-                del old  # so that its stage can go
-                await self._replace(blocks)
+            self._emit(MoveStarted, *held, *blocks, why)
+            try:
+                if await anyio.to_thread.run_sync(self.config.fits_beside, held, blocks):
+                    new = await self._begin(blocks)
+                    try:
+                        await self._check_not_needed(held, blocks, if_not_needed)
+                    except UsageError:
+                        new.leave(0.0, is_patient=True)
+                        raise
+                    self._current = new
+                    old.leave(self.config.settings.node.drain_timeout_s, is_patient=True)
+                else:
+                    await self._check_not_needed(held, (0, 0), if_not_needed)
+                    del old  # so that its stage can go
+                    await self._replace(blocks)
+            except Exception as error:
+                self._emit(MoveFailed, *held, *blocks, str(error))
+                raise
 
     async def _replace(self, blocks: tuple[int, int]) -> None:
         """Move where there is no room for both the old and the new blocks."""
@@ -248,7 +294,7 @@ class ModelServer:
                         self._current = await self._tasks.start(self._serve, blocks)
                     self._loading = None
                     task_status.started()
-                    await self._stop.wait()
+                    await self._until_stopped(registry)
                     for run in self._runs:
                         if run.told_to_leave.is_set():
                             self._tasks.start_soon(run.end_within, self._drain_timeout)
@@ -258,6 +304,16 @@ class ModelServer:
             self.events.close()
         finally:
             self.ended.set()
+
+    async def _until_stopped(self, registry: Registry) -> None:
+        """Wait until told to stop, and meanwhile move where it is needed more, if its owner lets it."""
+        settings, total = self.config.settings.moving, self.config.checkpoint.num_blocks
+        async with anyio.create_task_group() as beside:
+            if settings.moves and self.config.blocks is None:
+                relocation = Relocation(self, registry, self._fingerprint, total, settings, self._clock)
+                beside.start_soon(relocation.run)
+            await self._stop.wait()
+            beside.cancel_scope.cancel()
 
     async def _prepare(
         self, transport: Transport, registry: Registry, engine: Engine, weights: WeightsService
@@ -280,6 +336,7 @@ class ModelServer:
         cost = await anyio.to_thread.run_sync(cache_cost, config.checkpoint, precision.dtype)
         self._cache = KVBudget(self.limits.cache_bytes, cost.row_tokens)
         self._receive_budget = ReceiveBudget(config.settings.requests.receive_budget_bytes)
+        self._ways = LinkTimes(self._clock.now)
         self.set_limits(self.limits)
 
     async def _choose(self, registry: Registry) -> tuple[int, int]:
@@ -289,12 +346,14 @@ class ModelServer:
         if config.blocks is not None:
             return config.blocks
         total = config.checkpoint.num_blocks
-        served = [Served(o.start, o.stop, max(o.throughput, 1e-6)) for o in others]
         if config.num_blocks == "auto":
-            count = await anyio.to_thread.run_sync(config.blocks_that_fit)
+            fitting = await anyio.to_thread.run_sync(config.fitting)
+            count = fitting.count
+            self._most_cache_bytes = fitting.cache_bytes
+            self.set_limits(self.limits)
         else:
             count = config.num_blocks or total
-        return choose_blocks(total, count, served)
+        return first_place(total, count, self.rate, staying(others))
 
     async def _others(self, registry: Registry) -> list[Announcement]:
         """The servers of the model that are here, or are about to be.
@@ -304,7 +363,8 @@ class ModelServer:
         """
         view = await registry.look_up(self._fingerprint, self.config.checkpoint.num_blocks)
         others = view.servers(self._clock.time(), ("joining", "online"))
-        self.rate = statistics.median([o.throughput for o in others]) if others else 1.0
+        usual = statistics.median([o.throughput for o in others]) if others else 1.0
+        self.rate = self.config.settings.node.throughput or usual
         return others
 
     # ------------------------------------------------------------------ one run of blocks
@@ -320,10 +380,10 @@ class ModelServer:
             await announcer.announce(state="joining", throughput=self.rate)
             try:
                 stage = await self._load(blocks)
-                rate = await self._measure(stage, engine)
             except BaseException:
                 await self._take_back(announcer)
                 raise
+            assert self._cache is not None
             run = _Run(
                 Serving(
                     stage,
@@ -345,12 +405,14 @@ class ModelServer:
             self._runs.append(run)
             run.serving.set_limits(self.limits)
             ended = run.ended
+            vitals = Vitals(run.serving, self._fingerprint, config.settings.node, self._ways, self._clock)
             try:
                 async with run.serving:
-                    await self._announce(run, announcer, rate, task_status)
+                    await self._get_ready(vitals, announcer)
+                    await self._announce(run, announcer, vitals, task_status)
             finally:
                 self._runs.remove(run)
-                del run  # and with it the stage
+                del run, vitals  # and with them the stage
                 with anyio.CancelScope(shield=True), contextlib.suppress(EngineClosedError):
                     await engine.run(trim_malloc, BULK)
                 ended.set()
@@ -362,7 +424,22 @@ class ModelServer:
             return None
         find = NextServers(self._registry, self._fingerprint, self._clock).find
         times = settings.sessions.link_timeout_s, settings.requests.message_timeout_s
-        return Links(lambda: self._transport, find, *times, self._clock.now)
+        return Links(lambda: self._transport, find, *times, self._clock.now, self._ways)
+
+    async def _get_ready(self, vitals: Vitals, announcer: Announcer) -> None:
+        """Measure a run of blocks, and see that it answers, before clients are told of it.
+
+        Raises:
+            ProbeError: it does not answer a token.
+        """
+        assert self._engine is not None
+        try:
+            await vitals.measure()
+            await self._engine.run(trim_malloc, BULK)
+            await vitals.probe()
+        except BaseException:
+            await self._take_back(announcer)
+            raise
 
     async def _take_back(self, announcer: Announcer) -> None:
         """Tell the swarm that blocks which were announced will not come, but for a crash."""
@@ -372,39 +449,71 @@ class ModelServer:
             await announcer.announce(state="leaving")
 
     async def _announce(
-        self, run: _Run, announcer: Announcer, rate: float, task_status: TaskStatus[_Run]
+        self, run: _Run, announcer: Announcer, vitals: Vitals, task_status: TaskStatus[_Run]
     ) -> None:
         """Tell the swarm of a run of blocks while it is served, and when it ends."""
         serving, (low, high) = run.serving, run.serving.blocks
-        await announcer.announce(
-            state="online",
-            throughput=rate,
-            free_cache_tokens=serving.sessions.free_cache_tokens,
-            adapters=serving.hosted,
-        )
-        self.rate = rate
-        name, addresses = self.config.checkpoint.name, tuple(self._transport.addresses)
-        self._emit(ServingStarted, low, high, rate, name, self._fingerprint, addresses)
-        task_status.started(run)
 
         def news() -> dict[str, object]:
             serving.gradients.kept.drop_old()
-            return {"free_cache_tokens": serving.sessions.free_cache_tokens}
+            found = vitals.news()
+            self.rate = found["throughput"]
+            return {**found, "free_cache_tokens": serving.sessions.free_cache_tokens}
 
-        await announcer.announce_until(run.told_to_leave, news)
+        await announcer.announce(**news(), adapters=serving.hosted)
+        name, addresses = self.config.checkpoint.name, tuple(self._transport.addresses)
+        self._emit(ServingStarted, low, high, self.rate, name, self._fingerprint, addresses)
+        task_status.started(run)
+        async with anyio.create_task_group() as beside:
+            beside.start_soon(vitals.watch)
+            await announcer.announce_until(run.told_to_leave, news)
+            beside.cancel_scope.cancel()
         serving.sessions.leaving = True
         self._emit(DrainStarted, low, high, serving.sessions.num_sessions)
         try:
-            await announcer.announce(state="leaving", **news())
+            await announcer.announce(**{**news(), "state": "leaving"})
         except TransportError as error:
             logger.warning("could not announce that blocks %d:%d are no longer served: %s", low, high, error)
-        if not await serving.drain(run.drain_timeout):
+        if not await self._drain(run):
             left = serving.sessions.num_sessions
             logger.warning("%d sessions of blocks %d:%d had not moved away in time", left, low, high)
+
+    async def _drain(self, run: _Run) -> bool:
+        """Let sessions move away; returns whether all have."""
+        while not await run.serving.drain(run.drain_timeout):
+            if not (run.is_patient and await self._has_nobody_else(run.serving.blocks)):
+                return False
+            run.drain_timeout = max(run.drain_timeout, _LEAST_PATIENCE_S)
+        return True
+
+    async def _has_nobody_else(self, blocks: tuple[int, int]) -> bool:
+        """Whether no other peer offers some of these blocks, as far as can be seen."""
+        try:
+            return bool(uncovered(*blocks, [(one.start, one.stop) for one in await self._online_elsewhere()]))
+        except TransportError:
+            return True
+
+    async def _check_not_needed(self, held: tuple[int, int], new: tuple[int, int], wanted: bool) -> None:
+        """Raise UsageError if some of the blocks held would have no server without this one."""
+        if wanted:
+            parts = needed_for(held, await self._online_elsewhere())
+            if [part for low, high in parts for part in uncovered(low, high, [new])]:
+                raise UsageError("nobody else has some of these blocks any more, so that it stays")
+
+    async def _online_elsewhere(self) -> list[Announcement]:
+        """The servers of other peers.
+
+        Raises:
+            TransportError: the shared table cannot be read.
+        """
+        view = await self._registry.look_up(self._fingerprint, self.config.checkpoint.num_blocks)
+        here = self._registry.peer_id
+        return [one for one in view.servers(self._clock.time()) if one.peer_id != here]
 
     async def _load(self, blocks: tuple[int, int]) -> Stage:
         """Have the blocks' weights here, from peers or the Hub, and then in the device's memory."""
         (low, high), config = blocks, self.config
+        began_at = self._clock.now()
         await self._weights.fetch(low, high, self._progress(low, high, "fetching"))
         progress = self._progress(low, high, "loading")
         progress(0, 1)
@@ -416,16 +525,9 @@ class ModelServer:
         settings = config.settings.engine
         if settings.cuda_graph_slots and stage.device.type == "cuda":
             stage.enable_cuda_graphs(settings.cuda_graph_slots, settings.cuda_graph_tokens)
+        self.load_s = self._clock.now() - began_at
         self._emit(BlocksLoaded, low, high)
         return stage
-
-    async def _measure(self, stage: Stage, engine: Engine) -> float:
-        """Decode steps per second through all blocks of a stage, measured unless the settings name them."""
-        rate = self.config.settings.node.throughput
-        if rate is None:
-            rate = await measure_decode_rate(stage, engine)
-        await engine.run(trim_malloc, BULK)
-        return rate
 
     async def _adapters_for(self, stage: Stage) -> list[tuple[str, str, Adapter]]:
         """The parts of the hosted adapters for a stage's blocks, with hash and label."""

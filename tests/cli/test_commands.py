@@ -71,6 +71,33 @@ def test_status_draws_a_table_for_people(address: str) -> None:
     assert "would stop if one of these left: server-0 0:4, server-1 4:8" in result.stdout
 
 
+def test_route_tells_the_servers_and_what_to_expect(address: str) -> None:
+    result = run_here("route", "tiny-chat", "--join", address, "--json")
+
+    report = result.last_json()
+    assert [
+        (hop["facts"]["label"], hop["facts"]["start"], hop["facts"]["stop"]) for hop in report["hops"]
+    ] == [
+        ("server-0", 0, 4),
+        ("server-1", 4, 8),
+    ]
+    assert report["forecast"]["tokens_per_s"] > 0
+
+
+def test_route_explains_itself_to_people(address: str) -> None:
+    result = run_here("route", "tiny-chat", "--join", address, "--explain")
+
+    said = " ".join(result.stdout.split())
+    for words in (
+        "nobody else has these blocks",
+        "Expect",
+        "The bottleneck is",
+        "One more server",
+        "This machine",
+    ):
+        assert words in said
+
+
 def test_generate_answers_over_the_swarm(address: str) -> None:
     result = run_here("generate", "tiny-chat", "What is 2 + 3?", "--join", address, "--json")
 

@@ -221,3 +221,49 @@ def test_no_route_is_cheaper_than_the_one_that_is_found(
     found = find_route(0, 5, servers, cost)
     assert found in routes
     assert total(found) == min(map(total, routes))
+
+
+# servers that are far from each other
+
+
+def test_a_server_that_is_far_from_the_one_before_is_not_chosen() -> None:
+    servers = [server("a", 0, 3), server("near", 3, 6), server("far", 3, 6)]
+    assert [hop.server.peer_id for hop in find_route(0, 6, servers, by_blocks, {("a", "near"): 1.0})][
+        1
+    ] == "far"
+
+
+def test_the_first_of_two_is_chosen_by_the_way_that_follows() -> None:
+    servers = [server("a", 0, 3), server("b", 0, 3), server("end", 3, 6)]
+    found = find_route(0, 6, servers, by_blocks, {("a", "end"): 5.0})
+    assert [hop.server.peer_id for hop in found] == ["b", "end"]
+
+
+@given(
+    st.lists(ranges, max_size=4),
+    st.lists(st.integers(1, 9), min_size=8, max_size=8),
+    st.lists(st.integers(0, 9), min_size=16, max_size=16),
+)
+def test_no_route_is_cheaper_where_ways_between_servers_count(
+    pairs: list[tuple[int, int]], prices: list[int], ways: list[int]
+) -> None:
+    servers = [server(str(number), low, high) for number, (low, high) in enumerate(pairs)]
+    longer = {(str(at // 4), str(at % 4)): float(way) for at, way in enumerate(ways) if at // 4 != at % 4}
+
+    def cost(server: Announcement, start: int, stop: int) -> float:
+        number = int(server.peer_id)
+        return prices[number] + prices[number + 4] * (stop - start)
+
+    def total(hops: list[Hop]) -> float:
+        passed = sum(
+            longer.get((a.server.peer_id, b.server.peer_id), 0.0) for a, b in itertools.pairwise(hops)
+        )
+        return passed + sum(cost(hop.server, hop.start, hop.stop) for hop in hops)
+
+    if routes := every_route(0, 5, servers):
+        assert total(find_route(0, 5, servers, cost, longer)) == min(map(total, routes))
+
+
+def test_a_server_at_which_steps_wait_is_chosen_last() -> None:
+    servers = [server("crowded", 0, 6, throughput=99.0, expected_wait_s=5.0), server("free", 0, 6)]
+    assert route(0, 6, *servers, cost=usual_cost()) == ["free [0:6]"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
@@ -29,11 +30,31 @@ class Hop:
         return f"{self.server.label} [{self.start}:{self.stop}]"
 
 
-def find_route(start: int, stop: int, servers: Sequence[Announcement], cost: Cost) -> list[Hop]:
+Detours = Mapping[tuple[str, str], float]
+"""By two peer ids, how many seconds longer the way between the peers is than `cost` says; 0 or more."""
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """The cheapest way through all blocks before a boundary that ends at one server."""
+
+    seconds: float
+    hop: Hop
+    before: _Arrival | None
+
+
+def find_route(
+    start: int, stop: int, servers: Sequence[Announcement], cost: Cost, detours: Detours | None = None
+) -> list[Hop]:
     """The cheapest chain of servers that runs blocks [start, stop) in order.
 
     A server may be used for any part of what it holds. Blocks only go forward, so the shortest path over
-    block boundaries is found in one sweep: best(b) = min over servers that hold [a, b) of best(a) + cost.
+    (server, block boundary) is found in one sweep, with the cheapest way from server to server::
+
+        arrive(s, a) = min over servers r of best(r, a) + detour(r, s)
+        best(s, b)   = min over a of arrive(s, a) + cost(s, a, b)
+
+    Args: detours: as far as known. The time of a sweep grows with those that are on the way only.
 
     Raises:
         NoRouteError: no server has some of the blocks; the error names them.
@@ -42,29 +63,45 @@ def find_route(start: int, stop: int, servers: Sequence[Announcement], cost: Cos
     for server in servers:
         cuts.update(edge for edge in (server.start, server.stop) if start < edge < stop)
     boundaries = sorted(cuts)
-    best: dict[int, tuple[float, Hop | None]] = {start: (0.0, None)}
+    best: dict[int, dict[str, _Arrival]] = {boundary: {} for boundary in boundaries}
     for index, low in enumerate(boundaries):
-        if low not in best:
+        ways = sorted(best[low].values(), key=lambda one: one.seconds)
+        if low > start and not ways:
             continue
         for server in servers:
             if not server.start <= low < server.stop:
                 continue
+            came_s, before = _cheapest(ways, server, detours or {})
             for high in boundaries[index + 1 :]:
                 if high > server.stop:
                     break
-                total = best[low][0] + cost(server, low, high)
-                if high not in best or total < best[high][0]:
-                    best[high] = (total, Hop(server, low, high))
-    if stop not in best:
+                total, name = came_s + cost(server, low, high), server.service_id
+                if name not in best[high] or total < best[high][name].seconds:
+                    best[high][name] = _Arrival(total, Hop(server, low, high), before)
+    if start == stop:
+        return []
+    if not best[stop]:
         raise no_route(start, stop, servers)
+    last: _Arrival | None = min(best[stop].values(), key=lambda one: one.seconds)
     route: list[Hop] = []
-    position = stop
-    while position > start:
-        hop = best[position][1]
-        assert hop is not None
-        route.append(hop)
-        position = hop.start
+    while last is not None:
+        route.append(last.hop)
+        last = last.before
     return route[::-1]
+
+
+def _cheapest(
+    ways: Sequence[_Arrival], server: Announcement, detours: Detours
+) -> tuple[float, _Arrival | None]:
+    """The cheapest of some ways, in their order by seconds, to go on from to a server; (0, None) for none."""
+    seconds, found = (math.inf, None) if ways else (0.0, None)
+    for way in ways:
+        if way.seconds >= seconds:
+            break
+        total = way.seconds + detours.get((way.hop.server.peer_id, server.peer_id), 0.0)
+        if total < seconds:
+            seconds, found = total, way
+    return seconds, found
 
 
 def lost_contact(start: int, stop: int, since: float | None) -> NoRouteError:
@@ -176,7 +213,7 @@ def route_cost(
     def cost(server: Announcement, start: int, stop: int) -> float:
         share = (stop - start) / (server.stop - server.start)
         work = share / max(server.throughput, 1e-3)
-        claimed = round_trip_s(server.service_id) + work
+        claimed = round_trip_s(server.service_id) + work + server.expected_wait_s
         shown_s = shown(server.service_id)
         seconds = believed_s(claimed, work, stop - start, shown_s, best_s)
         crowded = 0.5 if server.free_cache_tokens < max(tokens, 1) else 0.0

@@ -177,7 +177,7 @@ class ChainSession:
         all_positions = self._merged_positions(rows, end, positions)
         self._is_plain = self._is_plain and rows == 1 and mask is None and all_positions is None
         hosted_adapter = "" if self.adapter is None else self.adapter.hosted_name
-        changes = RouteChanges(swarm, self.owner, self.position, rows * end, hosted_adapter)
+        changes = RouteChanges(swarm, self.owner, self.position, rows * end, hosted_adapter, hidden)
         await route.prepare(changes)
         if swarm.settings.transfer.codecs:
             agree(swarm, route.stages, self._outputs, hidden)

@@ -9,10 +9,12 @@ from functools import cached_property, partial
 from itertools import pairwise
 
 import anyio
+import torch
 
 from swarmkit.client.adapters.model_adapters import ClientAdapter, ServerAdapter
 from swarmkit.client.routing.route import Hop
 from swarmkit.client.routing.step_failures import StepFailures
+from swarmkit.client.session.familiar_route import familiar_route
 from swarmkit.client.session.history import NoHistory
 from swarmkit.client.session.replica import Predecessor, StageReplica
 from swarmkit.client.swarm.client import SwarmClient
@@ -49,6 +51,7 @@ class RouteChanges:
     Attributes:
         position: tokens per row that the session held before the step.
         size: rows x tokens that servers hold after it.
+        hidden: what it brings, `[rows, tokens, hidden]`.
     """
 
     swarm: SwarmClient
@@ -56,6 +59,7 @@ class RouteChanges:
     position: int
     size: int
     hosted_adapter: str
+    hidden: torch.Tensor
     losses: list[_Loss] = field(default_factory=list)
     mixed: bool = False
     """Whether what was computed before is not all by the present servers, nor like what they compute."""
@@ -141,6 +145,8 @@ class SessionRoute:
         """
         if not self.stages:
             hops = await changes.find(self.start, self.stop, None)
+            if not changes.position and changes.hidden.shape[0] == 1 and self._swarm.prefix_cache:
+                hops = await familiar_route(self._swarm, hops, changes.hidden[0], changes.hosted_adapter)
             self.stages = [self._replica(hop) for hop in hops]
             self._swarm.events.emit(
                 RoutePlanned(tuple(map(str, hops)), time=self._swarm.clock.time(), owner=self._owner)

@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import anyio
@@ -21,7 +22,9 @@ from swarmkit.client.routing.busy import BusyPeers
 from swarmkit.client.routing.candidates import best_of_each_block
 from swarmkit.client.routing.claims import Shown, counted_per_block
 from swarmkit.client.routing.deadline import DeadlinePolicy, StepTimes
+from swarmkit.client.routing.detours import detours
 from swarmkit.client.routing.route import (
+    Cost,
     Hop,
     find_route,
     left_out,
@@ -35,6 +38,7 @@ from swarmkit.client.swarm.adapter_sender import AdapterSender
 from swarmkit.client.swarm.background import Background
 from swarmkit.client.swarm.prefix_cache import ClientPrefixCache
 from swarmkit.client.swarm.scout import Scout
+from swarmkit.client.swarm.spares import Spares
 from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.errors import (
     NoContactError,
@@ -54,6 +58,7 @@ from swarmkit.events import (
     PeerRefused,
     StepFinished,
 )
+from swarmkit.net.protocol.messages import SESSION
 from swarmkit.net.protocol.protocol import Protocol
 from swarmkit.net.registry.records import Announcement
 from swarmkit.net.registry.registry import Registry
@@ -72,6 +77,7 @@ _OTHERS_TIMEOUT_S = 5.0
 _ASSUMED_ROUND_TRIP_S = 0.02
 _LOOK_PAUSE_S = 0.5
 _UNLINKED_S = 600.0
+_PROMPT_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,15 @@ class SwarmClient:
             salt=self.salt,
         )
 
+        self.spares = Spares(
+            connect=self.connect,
+            wanted=self._spares_wanted,
+            note=self._note_spare,
+            period_s=self.settings.routing.refresh_period_s,
+            clock=clock,
+        )
+        """Streams to servers that would be used next if one in use were lost."""
+
     # ------------------------------------------------------------------ life
 
     @property
@@ -182,6 +197,8 @@ class SwarmClient:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(self._refresh_forever)
                     tasks.start_soon(self._find_better_forever)
+                    if self.settings.routing.spares:
+                        tasks.start_soon(self.spares.run)
                     tasks.start_soon(self.checks.run)
                     await self._stop.wait()
                     tasks.cancel_scope.cancel()
@@ -248,6 +265,31 @@ class SwarmClient:
             if len(seconds) == len(hops):
                 await self.scout.find_better(sum(seconds) / self.model.num_blocks, _claimed_per_block_s)
 
+    def _spares_wanted(self) -> list[Announcement]:
+        """The servers that would take the place of those in use, best first; none if no session was begun."""
+        if not self._owners:
+            return []
+        try:
+            used = self.plan(0, self.model.num_blocks)
+        except NoRouteError:
+            return []
+        in_use = frozenset(hop.server.service_id for hop in used)
+        found: dict[str, Announcement] = {}
+        for hop in used:
+            try:
+                others = self.plan(hop.start, hop.stop, in_use)
+            except NoRouteError:
+                continue
+            found.update((other.server.service_id, other.server) for other in filter(self.may_use, others))
+        return list(found.values())
+
+    def _note_spare(self, server: Announcement, seconds: float | None) -> None:
+        """A server that is kept as a spare answered after so many seconds; None = it did not."""
+        if seconds is None:
+            self.bans.failed(server.service_id)
+        else:
+            self.times_of(server).way_s = seconds
+
     # ------------------------------------------------------------------ routes and peers
 
     @property
@@ -274,10 +316,34 @@ class SwarmClient:
         Raises:
             NoRouteError: no server has some of them.
         """
-        failed = failures or StepFailures()
         servers = [server for server in self.servers(hosted_adapter) if server.service_id not in without]
-        cost = route_cost(
-            round_trip_s=lambda service_id: _ASSUMED_ROUND_TRIP_S,
+        cost = self._cost(servers, tokens, failures or StepFailures())
+        candidates = best_of_each_block(start, stop, servers, cost, self.salt)
+        longer = detours(self.trace, candidates, self.way_s) if self.settings.transfer.push else None
+        return find_route(start, stop, candidates, cost, longer)
+
+    def seconds(self, hops: Sequence[Hop], tokens: int = 0) -> float:
+        """What a token over a route costs, as `plan` compares routes: in seconds, with all that speaks
+        against a server.
+        """
+        cost = self._cost(self.servers(), tokens, StepFailures())
+        longer = detours(self.trace, [hop.server for hop in hops], self.way_s)
+        ways = sum(longer.get((a.server.peer_id, b.server.peer_id), 0.0) for a, b in pairwise(hops))
+        return ways + sum(cost(hop.server, hop.start, hop.stop) for hop in hops)
+
+    def prompt_token_s(self, hops: Sequence[Hop]) -> float:
+        """Seconds that each token of a prompt takes over a route, as seen, or as its servers say."""
+        seconds = 0.0
+        for hop in hops:
+            times = self._times.get(hop.server.service_id)
+            seen_s = times.usual_s(_PROMPT_TOKENS) if times else None
+            claimed = hop.server.forward_rate or hop.server.throughput
+            seconds += seen_s / _PROMPT_TOKENS if seen_s is not None else 1.0 / max(claimed, 1e-3)
+        return seconds
+
+    def _cost(self, servers: Sequence[Announcement], tokens: int, failed: StepFailures) -> Cost:
+        return route_cost(
+            round_trip_s=self.way_s,
             penalty_s=lambda service_id: self.bans.penalty_s(service_id) + failed.penalty_s(service_id),
             wait_s=self.busy.wait_s,
             tokens=tokens,
@@ -293,7 +359,11 @@ class SwarmClient:
                 default=0.0,
             ),
         )
-        return find_route(start, stop, best_of_each_block(start, stop, servers, cost, self.salt), cost)
+
+    def way_s(self, service_id: str) -> float:
+        """Seconds to a server and back that computes nothing, measured or assumed."""
+        times = self._times.get(service_id)
+        return (times.way_s if times else 0.0) or _ASSUMED_ROUND_TRIP_S
 
     def _shown(self, service_id: str) -> Shown | None:
         times = self._times.get(service_id)
@@ -484,6 +554,8 @@ class SwarmClient:
         Raises:
             PeerError: it cannot be reached in time, or speaks another protocol version.
         """
+        if protocol is SESSION and (warm := self.spares.take(server)) is not None:
+            return warm
         stream = await connect(
             self.transport,
             protocol,

@@ -101,6 +101,13 @@ class ClientPrefixCache:
     def _new_nbytes(self) -> int:
         return sum(_nbytes(new.states) for new in self._new)
 
+    def chains(self, start: int, stop: int, most: int) -> list[Chain]:
+        """The servers of kept sessions over blocks [start, stop), the latest used first, each once."""
+        with self._lock:
+            kept = [*(entry.chain for entry in self._entries), *(new.chain for new in self._new)]
+        found = dict.fromkeys(reversed(kept))
+        return [each for each in found if each and (each[0][1], each[-1][2]) == (start, stop)][:most]
+
     def find(self, chain: Chain, inputs: Tensor) -> tuple[CachedPrefix, int] | None:
         """The session over the same servers that shares most full pages with `inputs`, `[tokens, hidden]`.
 

@@ -16,8 +16,10 @@ from swarmkit.errors import ProtocolError
 from swarmkit.net.protocol.messages import (
     PRINTABLE,
     Addresses,
+    Age,
     BlockIndex,
     Fingerprint,
+    Seconds,
     ServiceNumber,
     ShortText,
 )
@@ -46,6 +48,17 @@ class HostedAdapter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown
 MAX_HOSTED_ADAPTERS = 8
 
 
+class MeasuredLink(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The way from a server to one that it hands outputs on to: a round trip, seen `age_s` seconds ago."""
+
+    service_id: ShortText
+    round_trip_s: Seconds
+    age_s: Age
+
+
+MAX_LINKS = 4
+
+
 class Announcement(msgspec.Struct, frozen=True, kw_only=True):
     """One server's word about itself.
 
@@ -56,6 +69,10 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True):
         num_blocks: blocks of the whole model.
         start, stop: the blocks it serves, [start, stop).
         throughput: measured decode steps (tokens) per second through all its blocks.
+        forward_rate: tokens per second of long passes through all its blocks; 0 = not measured.
+        measured_age_s: for how many seconds these two had not been measured when it said so.
+        expected_wait_s: how long a step of one token would have waited.
+        links: to servers that it hands outputs on to.
         free_cache_tokens: tokens of one row that its cache can still take.
         dtype: what it computes in.
         adapters: those that it hosts.
@@ -82,6 +99,10 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True):
     service: ServiceNumber = 0
     protocols: tuple[ProtocolVersion, ProtocolVersion] = (2, 2)
     adapters: Annotated[tuple[HostedAdapter, ...], msgspec.Meta(max_length=MAX_HOSTED_ADAPTERS)] = ()
+    forward_rate: Rate = 0.0
+    measured_age_s: Age = 0.0
+    expected_wait_s: Seconds = 0.0
+    links: Annotated[tuple[MeasuredLink, ...], msgspec.Meta(max_length=MAX_LINKS)] = ()
     sequence: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     expires_at: float
 
@@ -149,6 +170,7 @@ def _verified(value: bytes, subkey: str) -> Announcement:
     announcement = _envelope.read(value, subkey)
     if not announcement.start < announcement.stop <= announcement.num_blocks:
         raise ProtocolError("the record's block range is not inside its model", announcement.peer_id)
-    if not (math.isfinite(announcement.throughput) and math.isfinite(announcement.expires_at)):
+    numbers = announcement.throughput, announcement.forward_rate, announcement.expires_at
+    if not all(map(math.isfinite, numbers)):
         raise ProtocolError("the record's numbers are not finite", announcement.peer_id)
     return announcement

@@ -557,6 +557,16 @@ class PassTimes:
             return points[-1][1] * tokens / points[-1][0]
         return _interpolated(points, tokens)
 
+    def measured(self) -> tuple[float | None, float]:
+        """Seconds of a pass over one token, if there was one, and tokens per second of the longest passes.
+
+        The second is 0 before anything was measured.
+        """
+        seen = dict(self._seen)  # at once, as in `_points`
+        single, longest = seen.get(1), seen[max(seen)] if seen else None
+        rate = longest.tokens / longest.seconds.mean if longest and longest.seconds.mean > 0 else 0.0
+        return (single.seconds.mean if single and single.seconds.mean > 0 else None), rate
+
     def tokens_within(self, seconds: float) -> int:
         """Most tokens of a pass that is done in time even if it takes longer than usual by its mean
         deviation.

@@ -23,6 +23,7 @@ from swarmkit.net.registry.registry import Registry
 from swarmkit.net.rpc.client_stream import ClientStream
 from swarmkit.net.transport.dialling import may_dial
 from swarmkit.net.transport.seam import Transport, endpoint_of, service_id
+from swarmkit.server.sessions.link_times import LinkTimes
 from swarmkit.server.sessions.push import Downstream
 
 _DIALS_AT_A_TIME = 32
@@ -88,6 +89,7 @@ class Links:
         link_timeout: float,
         message_timeout: float,
         now: Callable[[], float] = SYSTEM_CLOCK.now,
+        times: LinkTimes | None = None,
     ) -> None:
         """Prepare to link sessions.
 
@@ -97,7 +99,9 @@ class Links:
             link_timeout: seconds to reach the next server, and after which a failure is answered.
             message_timeout: seconds for the next server to take a step.
             now: seconds on this server's clock.
+            times: where the round trips to next servers are noted.
         """
+        self._times = times or LinkTimes(now)
         self._transport = transport
         self._find = find
         self._link_timeout = link_timeout
@@ -143,7 +147,9 @@ class Links:
             await transport.open(link.peer_id, name, addresses, self._link_timeout), PUSH, clock=self._now
         )
         try:
+            asked_at = self._now()
             await stream.ask(Attach(link.inlet), Attached)
+            self._times.note(service_id(link.peer_id, link.service), self._now() - asked_at)
         except BaseException:
             stream.close()
             raise

@@ -1,0 +1,151 @@
+"""A server looks now and then whether the swarm needs it more with other blocks, and moves there by itself.
+
+Whether to move is decided by a pure rule over what servers announce. What is done here is to look, at times
+that differ from server to server, and to look twice: several servers that see the same need at the same
+moment would all meet it. The first that moves announces its new blocks as it begins to load them, so that the
+others see at their second look that it is met.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+from collections import Counter
+from collections.abc import Iterable
+from typing import Protocol
+
+import anyio
+
+from swarmkit.clock import Clock
+from swarmkit.errors import SwarmkitError, UsageError
+from swarmkit.net.registry.records import Announcement
+from swarmkit.net.registry.registry import Registry
+from swarmkit.net.registry.swarm_map import uncovered
+from swarmkit.placement.choice import PlacementMove, PlacementPolicy, choose, should_move
+from swarmkit.placement.description import Machine, ModelSize, Served
+from swarmkit.settings import MovingSettings
+
+logger = logging.getLogger(__name__)
+
+_HURRY = 4
+"""While blocks are missing, servers look so many times as often."""
+_LEAST_RATE = 1e-6
+_SECOND_LOOK = 0.5
+"""After up to this share of the usual pause comes the second look."""
+
+
+class Movable(Protocol):
+    """A server that can move."""
+
+    @property
+    def blocks(self) -> tuple[int, int]: ...
+
+    @property
+    def rate(self) -> float: ...
+
+    @property
+    def load_s(self) -> float: ...
+
+    async def move(self, blocks: tuple[int, int], why: str, *, if_not_needed: bool) -> None: ...
+
+
+class Relocation:
+    """Moves one server, by its settings."""
+
+    def __init__(
+        self,
+        server: Movable,
+        registry: Registry,
+        fingerprint: str,
+        num_blocks: int,
+        settings: MovingSettings,
+        clock: Clock,
+    ) -> None:
+        """Args: num_blocks: of the whole model."""
+        self._server = server
+        self._registry = registry
+        self._fingerprint = fingerprint
+        self._num_blocks = num_blocks
+        self._settings = settings
+        self._clock = clock
+        self._chance = random.Random(secrets.token_hex(8))
+        self._is_hurried = False
+
+    async def run(self) -> None:
+        """Look and move, until cancelled."""
+        while True:
+            pause_s = self._settings.move_period_s / (_HURRY if self._is_hurried else 1)
+            await anyio.sleep(self._chance.uniform(0.5, 1.5) * pause_s)
+            try:
+                await self._look_twice(pause_s)
+            except UsageError as error:
+                logger.info("did not move: %s", error)
+            except (SwarmkitError, MemoryError, OSError, RuntimeError) as error:
+                logger.warning("could not move to other blocks, will look again: %s", error)
+
+    async def _look_twice(self, pause_s: float) -> None:
+        if await self._better_place() is None:
+            return
+        await anyio.sleep(self._chance.uniform(0, _SECOND_LOOK) * pause_s)
+        found = await self._better_place()
+        if found is not None:
+            await self._server.move((found.start, found.stop), found.reason, if_not_needed=True)
+
+    async def _better_place(self) -> PlacementMove | None:
+        """Where the server is needed more, as things stand; None if it had better stay."""
+        view = await self._registry.look_up(self._fingerprint, self._num_blocks)
+        present = view.servers(self._clock.time(), ("joining", "online"))
+        others = staying(one for one in present if one.peer_id != self._registry.peer_id)
+        (low, high), rate = self._server.blocks, max(self._server.rate, _LEAST_RATE)
+        ranges = [(low, high), *((one.start, one.stop) for one in others)]
+        self._is_hurried = bool(uncovered(0, self._num_blocks, ranges))
+        return should_move(
+            _machine(high - low, rate),
+            Served(low, high, rate),
+            _served(others),
+            _model(self._num_blocks),
+            policy=PlacementPolicy(least_gain=self._settings.move_gain),
+            move_s=self._server.load_s,
+            count=high - low,
+        )
+
+
+def first_place(num_blocks: int, count: int, rate: float, others: Iterable[Announcement]) -> tuple[int, int]:
+    """The `count` blocks [start, stop) of a model that a newcomer serves.
+
+    Args:
+        rate: decode steps per second through all of them, as expected.
+        others: the servers that are here, or are about to be.
+    """
+    return choose(_machine(count, max(rate, _LEAST_RATE)), _served(others), _model(num_blocks), count=count)
+
+
+def _machine(count: int, rate: float) -> Machine:
+    # How many blocks fit is decided before, so that memory is no matter here.
+    return Machine(memory_bytes=count, decode_s=1.0 / (rate * count), token_s=1.0 / (rate * count))
+
+
+def _model(num_blocks: int) -> ModelSize:
+    return ModelSize(num_blocks=num_blocks, block_bytes=1.0, token_bytes=0.0)
+
+
+def _served(servers: Iterable[Announcement]) -> list[Served]:
+    return [Served(one.start, one.stop, max(one.throughput, _LEAST_RATE), one.service_id) for one in servers]
+
+
+def staying(servers: Iterable[Announcement]) -> list[Announcement]:
+    """The servers that are here to stay: a peer that loads blocks is about to leave those that it has."""
+    listed = list(servers)
+    moving = {one.peer_id for one in listed if one.state == "joining"}
+    return [one for one in listed if one.state == "joining" or one.peer_id not in moving]
+
+
+def needed_for(blocks: tuple[int, int], servers: Iterable[Announcement]) -> list[tuple[int, int]]:
+    """The parts of `blocks` that none of some servers holds for certain.
+
+    A peer that serves two ranges may be in the middle of a move as well, and does not count.
+    """
+    listed = list(servers)
+    number = Counter(one.peer_id for one in listed)
+    return uncovered(*blocks, [(one.start, one.stop) for one in listed if number[one.peer_id] == 1])
