@@ -231,7 +231,7 @@ def download(bench: Bench) -> Measured:
 
 
 def memory(bench: Bench) -> Measured:
-    most = 2 * 2**30
+    most = 2**30
     bench.set(ram_bytes=most)
     bench.wait("stopping", "starting", "serving")
     time.sleep(2)
