@@ -124,7 +124,8 @@ def test_the_battery_ends_it_and_the_mains_bring_it_back(worker: RunningWorker, 
 
 def test_what_it_senses_leaves_out_itself_and_the_tray(worker: RunningWorker, machine: SaidMachine) -> None:
     worker.client.renew_lease("tray", AWAY)
-    wait_until(lambda: len(machine.orders) > 1 and len(machine.orders[-1].own) == 2, "both are ours")
+    worker.serve()
+    wait_until(lambda: machine.orders and len(machine.orders[-1].own) == 2, "both are ours", every=0.05)
     assert machine.orders[-1].own[0] == os.getpid()
 
 
