@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 BLOCKS = 400
 """Of each model: a record of its own stands in the table for each."""
 FILLER = ("/ip4/192.0.2.1/tcp/1/" + "x" * 220,) * 15
-AT_ONCE = 1000
-"""Records of one request, which then has nearly the 4 MiB that a request may have."""
+AT_ONCE = 500
+"""Records of one request, which then has about 2 MiB."""
 _REQUEST_TIMEOUT_S = 60.0
 
 Record = tuple[str, bytes]
