@@ -25,6 +25,7 @@ from swarmkit.net.hivemind.startup import Attempt, why_it_failed
 from swarmkit.net.transport.identity import Identity
 
 from ..namespaces import Lan
+from ..waiting import eventually
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -89,8 +90,9 @@ async def test_nobody_listens_at_the_initial_peer() -> None:
 
 async def test_another_peer_is_at_the_address() -> None:
     daemon = await P2PDaemon.start(Identity())
-    address = next(line for line in daemon.last_lines if line.startswith("/ip4/"))
     try:
+        await eventually(lambda: any(line.startswith("/ip4/") for line in daemon.last_lines), "its address")
+        address = next(line for line in daemon.last_lines if line.startswith("/ip4/"))
         error = await start_here(f"{address}/p2p/{STRANGER}")
     finally:
         await daemon.stop()
