@@ -23,7 +23,7 @@ from .announcements import announcement
 ROOT = Path(__file__).parents[2]
 BLOCKS = 400
 """Of each model: a record of its own stands in the table for each."""
-FILLER = ("/ip4/192.0.2.1/tcp/1/" + "x" * 220,) * 15
+FILLER = ("/ip4/192.0.2.1/tcp/1/" + "x" * 212,) * 15
 AT_ONCE = 500
 """Records of one request, which then has about 2 MiB."""
 _REQUEST_TIMEOUT_S = 60.0
