@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Protocol, cast
@@ -101,7 +102,7 @@ class SwarmRouter:
             return self._look_up()
 
         await self.client.run(
-            transport=cast(Any, SimpleNamespace(peer_id=self._owner.peer_id)),
+            transport=cast(Any, SimpleNamespace(peer_id=self._owner.peer_id, deal_with=nullcontext)),
             registry=cast(Registry, SimpleNamespace(look_up=look_up, look_up_all=look_up_all)),
         )
 

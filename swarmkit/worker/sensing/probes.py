@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from swarmkit.clock import SYSTEM_CLOCK, Clock
+from swarmkit.errors import SwarmkitError
 
 T = TypeVar("T")
 
@@ -14,7 +15,7 @@ LIMIT_S = 2.0
 """How long a provider may take; after that its signal is not known."""
 
 
-class UnknownError(Exception):
+class UnknownError(SwarmkitError):
     """A signal cannot be had here; says why, in words."""
 
 
