@@ -121,8 +121,9 @@ def test_a_liar_that_a_third_server_finds_wrong_is_left_aside(
         world.add(FIRST)
         wait_until(lambda: more(world, said) and world.client.bans.convicted != {}, "the liar is convicted")
         assert_same(*both(world, local, said))
-    (event,) = [event for event in differences(world) if event.loser]
-    assert event.loser == liar.peer_id
+    event, *others = [event for event in differences(world) if event.loser]
+    # Another opinion of the same steps may have been under way.
+    assert {each.loser for each in (event, *others)} == {liar.peer_id}
     assert liar.peer_id in event.peer_ids
     assert (event.start, event.stop) == FIRST
     assert "is left aside" in str(event)
