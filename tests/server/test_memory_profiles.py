@@ -60,6 +60,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             tmp_path_factory.mktemp("model"),
             "llama",
             num_blocks=blocks,
+            shards=blocks,  # of which one at a time is mapped, which counts as memory of its own
             hidden_size=hidden,
             intermediate_size=inner,
             num_attention_heads=8,
