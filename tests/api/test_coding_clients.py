@@ -156,7 +156,7 @@ def test_codex_asks_with_all_its_tools(api: Api, programs: Path, home: Path, sto
     assert answered_since(api, before) >= 1
 
 
-def test_opencode_asks_with_all_its_tools(api: Api, programs: Path, home: Path, story: str) -> None:
+def test_opencode_asks_with_all_its_tools(api: Api, programs: Path, home: Path) -> None:
     found = sorted(programs.glob("opencode-*/bin/opencode"))
     if not found:
         pytest.skip("opencode has no program for this machine")
@@ -172,5 +172,6 @@ def test_opencode_asks_with_all_its_tools(api: Api, programs: Path, home: Path, 
     )
     before = requests(api)
     told = run(home, [str(found[0]), "run", ASKED], OPENCODE_DISABLE_MODELS_FETCH="1")
-    assert "".join(story.split()) in "".join(told.split())
+    assert "met a fox" in told  # a whole story, and another one: its request is not the official client's
+    assert told.strip().endswith("The end.")
     assert answered_since(api, before) >= 1

@@ -154,7 +154,7 @@ def test_a_stream_of_calls_tells_what_the_plain_answer_does(api: Api, seed: int)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_streams_of_calls_tell_what_200_plain_answers_do(api: Api) -> None:
     for seed in range(4, 204):
         check_stream_of_calls(api, seed)
