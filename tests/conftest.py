@@ -36,7 +36,11 @@ LONGEST_FIRST = (
 hypothesis.settings.register_profile(
     "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
-hypothesis.settings.load_profile("untimed")
+# A change is judged by the same examples each time; `--hypothesis-profile untimed` looks for new ones.
+hypothesis.settings.register_profile(
+    "same", parent=hypothesis.settings.get_profile("untimed"), derandomize=True
+)
+hypothesis.settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")

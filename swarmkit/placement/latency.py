@@ -38,8 +38,9 @@ class RouteTimes:
     def with_one_more(self, count: int, way_s: float, block_s: float) -> Floats:
         """Seconds of a token if one more server held `count` blocks, for each of its possible starts.
 
-        It may be used for any part: min over s <= low < high <= s + count of
-        to[low] + way_s + (high - low) block_s + beyond[high].
+        It is visited once, for any part: min over s <= low < high <= s + count of
+        to[low] + way_s + (high - low) block_s + beyond[high]. A route that leaves it and comes back may be
+        faster, where another server is much faster for a few blocks in between; that is not looked for.
         """
         boundaries = np.arange(self.num_blocks + 1)
         enter = self.to - boundaries * block_s
