@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "swarmkit"
 
 FLOORS = [
-    {"errors", "settings", "ewma", "clock", "events", "lazy", "_version", "tinychat"},
+    {"errors", "settings", "ewma", "clock", "events", "http_server", "lazy", "_version", "tinychat"},
     {"drawing", "placement"},
     {"net", "models"},
     {"client", "server"},

@@ -1,4 +1,4 @@
-"""An event loop whose time jumps to the next timer when nothing is ready, and what a simulation needs beside.
+"""What tests of whole peers in virtual time need beside the loop of `swarmkit.simulation.virtual_time`.
 
 Nothing waits: an hour of timers takes as long as what they start. In virtual time all code runs on the loop's
 thread, so that the same program does the same things in the same order, however busy the machine is.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-import selectors
 from collections.abc import Callable, Coroutine
 from functools import cache
 from typing import Any, TypeVar
@@ -27,54 +26,9 @@ from swarmkit.server import model_server as server_module
 from swarmkit.server import vitals as vitals_module
 from swarmkit.server.engine import engine as engine_module
 from swarmkit.server.engine.engine import Engine
+from swarmkit.simulation.virtual_time import VirtualClock, VirtualTimeLoop
 
 T = TypeVar("T")
-
-EPOCH = 1_800_000_000.0
-"""Unix time at which virtual time begins."""
-
-
-class StalledError(AssertionError):
-    """Nothing is ready and no timer is set: the program would wait for ever."""
-
-
-class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """asyncio's loop, on which time passes only while it waits, and then at once."""
-
-    def __init__(self) -> None:
-        self._now = 0.0
-        super().__init__(_Jump(self))
-
-    def time(self) -> float:
-        return self._now
-
-    def jump(self, seconds: float) -> None:
-        """Let so many seconds pass."""
-        self._now += seconds
-
-
-class _Jump(selectors.SelectSelector):
-    """Waits for no file for longer than an instant: the loop's time passes instead."""
-
-    def __init__(self, loop: VirtualTimeLoop) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout is None:
-            raise StalledError("nothing is ready and no timer is set")
-        if timeout > 0:
-            self._loop.jump(timeout)
-            return []
-        return super().select(0)
-
-
-class VirtualClock:
-    """The loop's time as a `Clock`."""
-
-    def __init__(self, loop: VirtualTimeLoop) -> None:
-        self.now = loop.time
-        self.time = lambda: EPOCH + loop.time()
 
 
 class VirtualWorker:

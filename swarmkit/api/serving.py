@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from swarmkit.errors import TransportError
+from swarmkit.http_server import QuietServer
 
 _MOST_CONNECTIONS = 2048
 _SHUTDOWN_TIMEOUT_S = 5
@@ -62,7 +63,7 @@ async def serving(app: FastAPI, host: str = "127.0.0.1", port: int = 0) -> Async
             timeout_graceful_shutdown=_SHUTDOWN_TIMEOUT_S,
             server_header=False,
         )
-        server = _QuietServer(config)
+        server = QuietServer(config)
         running = asyncio.create_task(server.serve([listening]))
         try:
             await _started(server, running)
@@ -72,15 +73,6 @@ async def serving(app: FastAPI, host: str = "127.0.0.1", port: int = 0) -> Async
             await running
     finally:
         listening.close()
-
-
-class _QuietServer(uvicorn.Server):
-    """Leaves signals to the program that it runs in."""
-
-    def capture_signals(self):  # type: ignore[no-untyped-def]
-        from contextlib import nullcontext
-
-        return nullcontext()
 
 
 async def _started(server: uvicorn.Server, running: asyncio.Task[None]) -> None:

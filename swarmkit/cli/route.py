@@ -11,17 +11,11 @@ from rich.text import Text
 
 from swarmkit.cli import console
 from swarmkit.cli.app import (
-    Allow,
-    Block,
-    IdentityFile,
-    Join,
     Json,
     Model,
-    SwarmKeyFile,
-    Threads,
-    Verbose,
     app,
 )
+from swarmkit.cli.options import ProcessOptions, SwarmOptions, with_groups
 
 if TYPE_CHECKING:
     from swarmkit.client.route_report import HopReason, RouteReport
@@ -29,22 +23,18 @@ if TYPE_CHECKING:
 
 
 @app.command()
+@with_groups
 def route(
+    swarm: SwarmOptions,
+    process: ProcessOptions,
     model: Model,
-    join: Join = None,
-    swarm_key: SwarmKeyFile = None,
-    identity: IdentityFile = None,
-    allow: Allow = None,
-    block: Block = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say why, what to expect, and what would make it faster.")
     ] = False,
     prompt_tokens: Annotated[
         int, typer.Option("--prompt-tokens", min=1, help="The prompt for which the first token is forecast.")
     ] = 128,
-    threads: Threads = None,
     json: Json = False,
-    verbose: Verbose = False,
 ) -> None:
     """Show the servers that a session would use now.
 
@@ -58,14 +48,11 @@ def route(
 
         swarmkit route tiny-chat --join … --json | jq .forecast.tokens_per_s
     """
-    console.setup(verbose, threads)
-    console.quiet_transformers()
-    console.set_threads(threads)
-    from swarmkit.cli.joining import model_of
+    process.prepare()
     from swarmkit.client.route_report import explain_route
 
     with (
-        model_of(model, join, swarm_key, identity, allow, block) as client,
+        swarm.model(model) as client,
         console.busy("measuring the servers on the route"),
     ):
         report = explain_route(client, prompt_tokens, alone=explain or json)

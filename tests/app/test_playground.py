@@ -20,11 +20,11 @@ import pytest
 import torch
 
 from swarmkit import LocalSwarm
-from swarmkit.clock import SystemClock
 from swarmkit.drawing.pipeline import slowest_part
 from swarmkit.drawing.values import HopPicture
 from swarmkit.errors import UsageError
 
+from ..clocks import SetClock
 from ..waiting import eventually
 
 pytest.importorskip("gradio")
@@ -55,15 +55,6 @@ from swarmkit.client.fresh_status import FreshStatus
 ASKED = {"role": "user", "content": "What is 7 + 5?"}
 REPLY = {"role": "assistant", "content": "7 + 5 is 12."}
 LONG = {"role": "user", "content": "Tell me a story about a fox."}
-
-
-class SetClock(SystemClock):
-    """Stands still until it is set."""
-
-    seconds = 0.0
-
-    def now(self) -> float:  # type: ignore[override]
-        return self.seconds
 
 
 @pytest.fixture(scope="module")

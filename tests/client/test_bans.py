@@ -6,22 +6,16 @@ import pytest
 
 from swarmkit.client.routing.bans import PENALTY_S, Bans
 
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from ..clocks import SetTime
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> SetTime:
+    return SetTime(1000.0)
 
 
 @pytest.fixture
-def bans(clock: Clock) -> Bans:
+def bans(clock: SetTime) -> Bans:
     return Bans(2.0, 10.0, clock)
 
 
@@ -40,13 +34,13 @@ def test_a_failure_of_one_peer_bans_no_other(bans: Bans) -> None:
 
 
 @pytest.mark.parametrize(("later", "banned"), [(1.9, True), (2.0, False), (3.0, False)])
-def test_a_ban_ends(bans: Bans, clock: Clock, later: float, banned: bool) -> None:
+def test_a_ban_ends(bans: Bans, clock: SetTime, later: float, banned: bool) -> None:
     bans.failed("peer")
     clock.now += later
     assert bans.is_banned("peer") is banned
 
 
-def test_every_failure_in_a_row_doubles_the_time_up_to_a_limit(bans: Bans, clock: Clock) -> None:
+def test_every_failure_in_a_row_doubles_the_time_up_to_a_limit(bans: Bans, clock: SetTime) -> None:
     times = []
     for _ in range(5):
         times.append(bans.failed("peer"))
@@ -54,19 +48,19 @@ def test_every_failure_in_a_row_doubles_the_time_up_to_a_limit(bans: Bans, clock
     assert times == [2.0, 4.0, 8.0, 10.0, 10.0]
 
 
-def test_failing_for_ever_does_not_overflow(bans: Bans, clock: Clock) -> None:
+def test_failing_for_ever_does_not_overflow(bans: Bans, clock: SetTime) -> None:
     for _ in range(2000):
         clock.now += bans.failed("peer")
     assert bans.failed("peer") == 10.0
 
 
-def test_failures_at_the_same_time_are_one(bans: Bans, clock: Clock) -> None:
+def test_failures_at_the_same_time_are_one(bans: Bans, clock: SetTime) -> None:
     bans.failed("peer")
     clock.now += 0.5
     assert bans.failed("peer") == 1.5
 
 
-def test_a_success_wipes_the_slate(bans: Bans, clock: Clock) -> None:
+def test_a_success_wipes_the_slate(bans: Bans, clock: SetTime) -> None:
     clock.now += bans.failed("peer")
     bans.worked("peer")
     assert bans.failed("peer") == 2.0
@@ -92,13 +86,13 @@ def test_a_penalty_is_above_all_other_costs(bans: Bans) -> None:
     assert bans.penalty_s("peer") >= PENALTY_S
 
 
-def test_a_penalty_ends_with_the_ban(bans: Bans, clock: Clock) -> None:
+def test_a_penalty_ends_with_the_ban(bans: Bans, clock: SetTime) -> None:
     bans.failed("peer")
     clock.now += 2.0
     assert bans.penalty_s("peer") == 0.0
 
 
-def test_who_failed_more_often_costs_more(bans: Bans, clock: Clock) -> None:
+def test_who_failed_more_often_costs_more(bans: Bans, clock: SetTime) -> None:
     clock.now += bans.failed("often")
     bans.failed("often")
     bans.failed("once")
@@ -112,11 +106,11 @@ def test_a_ban_lasts_several_times_what_the_failure_cost_up_to_the_limit(
     assert bans.failed("peer", cost_s) == banned_s
 
 
-def test_a_peer_that_refuses_altogether_is_avoided_for_longer(clock: Clock) -> None:
+def test_a_peer_that_refuses_altogether_is_avoided_for_longer(clock: SetTime) -> None:
     assert Bans(2.0, 60.0, clock).failed("peer", excludes=True) == 10.0
 
 
-def test_a_refusal_counts_until_the_peer_is_asked_again(bans: Bans, clock: Clock) -> None:
+def test_a_refusal_counts_until_the_peer_is_asked_again(bans: Bans, clock: SetTime) -> None:
     bans.failed("peer")
     bans.failed("peer", excludes=True)
     assert bans.excludes("peer")

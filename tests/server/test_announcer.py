@@ -15,8 +15,8 @@ from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.server.announcer import Announcer
 from swarmkit.server.config import ServerConfig
 from swarmkit.settings import ServerSettings
+from swarmkit.simulation.virtual_time import VirtualClock, VirtualTimeLoop
 
-from ..virtual_time import VirtualClock, VirtualTimeLoop
 from .worlds import World
 
 NOW = 1.8e9

@@ -19,9 +19,9 @@ from swarmkit.net.transport.memory import MemoryNetwork, MemoryTransport
 from swarmkit.net.transport.seam import Stream
 from swarmkit.server.sessions.links import Links, NextServers, NotLinkedError
 from swarmkit.server.sessions.push import Downstream
+from swarmkit.simulation.virtual_time import VirtualClock, VirtualTimeLoop
 
 from ..net.announcements import FINGERPRINT, announcement, identity
-from ..virtual_time import VirtualClock, VirtualTimeLoop
 
 T = TypeVar("T")
 

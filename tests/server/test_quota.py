@@ -11,6 +11,7 @@ from swarmkit.net.protocol.messages import StepDone
 from swarmkit.net.rpc.faults import Refusal
 from swarmkit.server.quota import ClientQuota
 
+from ..clocks import SetTime
 from .test_gradients import TrainingServer
 from .worlds import World, fault_of, hidden_states
 
@@ -18,23 +19,13 @@ LIMIT = 60
 """Tokens a minute: one a second."""
 
 
-class Clock:
-    """A clock that is set by hand."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+@pytest.fixture
+def clock() -> SetTime:
+    return SetTime()
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def quota(clock: Clock) -> ClientQuota:
+def quota(clock: SetTime) -> ClientQuota:
     return ClientQuota(clock, LIMIT)
 
 
@@ -47,7 +38,7 @@ def wait_of(quota: ClientQuota, tokens: int, client: str = "ann") -> float:
     return 0.0
 
 
-def test_without_a_limit_all_is_taken(clock: Clock) -> None:
+def test_without_a_limit_all_is_taken(clock: SetTime) -> None:
     assert wait_of(ClientQuota(clock), 10**9) == 0
 
 
@@ -55,7 +46,7 @@ def test_a_client_may_have_the_tokens_of_a_minute_at_once(quota: ClientQuota) ->
     assert [wait_of(quota, 30), wait_of(quota, 30)] == [0, 0]
 
 
-def test_who_has_had_them_is_told_when_to_come_back(quota: ClientQuota, clock: Clock) -> None:
+def test_who_has_had_them_is_told_when_to_come_back(quota: ClientQuota, clock: SetTime) -> None:
     quota.take("ann", LIMIT)
     assert wait_of(quota, 15) == pytest.approx(15)
     clock.now += 15
@@ -74,7 +65,7 @@ def test_what_is_refused_does_not_count(quota: ClientQuota) -> None:
 
 
 def test_a_request_of_more_than_a_minutes_tokens_is_taken_once_and_waited_for_later(
-    quota: ClientQuota, clock: Clock
+    quota: ClientQuota, clock: SetTime
 ) -> None:
     assert wait_of(quota, 5 * LIMIT) == 0
     assert wait_of(quota, 1) == pytest.approx(4 * 60 + 1)
@@ -88,7 +79,7 @@ def test_a_limit_holds_from_the_moment_that_it_is_set(quota: ClientQuota) -> Non
     assert wait_of(quota, LIMIT) == 0
 
 
-def test_clients_that_have_used_nothing_lately_are_forgotten(quota: ClientQuota, clock: Clock) -> None:
+def test_clients_that_have_used_nothing_lately_are_forgotten(quota: ClientQuota, clock: SetTime) -> None:
     for number in range(5000):
         quota.take(f"client {number}", 1)
         clock.now += 0.1

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -27,6 +26,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from swarmkit.errors import SwarmkitError, UsageError
+from swarmkit.http_server import QuietServer
 from swarmkit.worker.control.client import WorkerClient
 from swarmkit.worker.control.handle import NoWorkerError
 from swarmkit.worker.places import WorkerPlaces
@@ -92,8 +92,8 @@ class TrayPages:
         self._server.run(sockets=[self._socket])
 
 
-class _PageServer(uvicorn.Server):
-    """A server whose signals belong to the tray."""
+class _PageServer(QuietServer):
+    """A server that tells other threads when it is up."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -102,11 +102,6 @@ class _PageServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.is_up.set()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave signals alone."""
-        yield
 
 
 def pages_app(requests: _PageRequests, keys: PageKeys, port: int) -> ASGIApp:

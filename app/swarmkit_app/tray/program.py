@@ -21,7 +21,7 @@ from swarmkit.worker.pause import Haste, Until
 from swarmkit.worker.places import WorkerPlaces, write_atomically
 from swarmkit.worker.sensing.dbus import close_desktop_bus
 from swarmkit.worker.sensing.session import OwnSession, SessionSensing
-from swarmkit_app.tray.face import face_of, news
+from swarmkit_app.tray.face import TrayFace, face_of, news
 from swarmkit_app.tray.host import NoTrayHostError, TrayHost
 from swarmkit_app.tray.pages import TrayPages
 from swarmkit_app.tray.watch import WorkerWatch
@@ -99,10 +99,6 @@ class Tray:
         """Open a page in the person's browser."""
         self._show_page(self._pages.link(page))
 
-    def link(self, page: str = "dashboard") -> str:
-        """Return an address that opens a page once, within a minute."""
-        return self._pages.link(page)
-
     def start_worker(self) -> None:
         """Start a worker as a process of the tray, unless one runs."""
         with self._starting:
@@ -173,12 +169,11 @@ class DashboardHost:
         while not self._ended.wait(0.5):  # so that Ctrl-C is seen
             pass
 
-    def show(self, face: object) -> None:
+    def show(self, face: TrayFace) -> None:
         """Say what has changed."""
-        title = str(getattr(face, "title", ""))
-        if title != self._title:
-            self._title = title
-            self._say(title)
+        if face.title != self._title:
+            self._title = face.title
+            self._say(face.title)
 
     def notify(self, title: str, text: str) -> None:
         """Say it."""

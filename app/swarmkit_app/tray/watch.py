@@ -7,7 +7,7 @@ import secrets
 import threading
 from collections.abc import Callable
 
-from swarmkit.errors import SwarmkitError, UsageError
+from swarmkit.errors import SwarmkitError
 from swarmkit.worker.control.client import WorkerClient
 from swarmkit.worker.control.values import Status
 from swarmkit.worker.sensing.session import SessionSensing
@@ -35,14 +35,11 @@ class WorkerWatch:
         self._holder = f"tray-{secrets.token_hex(8)}"
         self._ended = threading.Event()
         self._look = threading.Event()
-        self._lock = threading.Lock()
         self._threads = [
             threading.Thread(target=self._tell, name="swarmkit-lease", daemon=True),
             threading.Thread(target=self._follow_events, name="swarmkit-worker-events", daemon=True),
             threading.Thread(target=self._follow, name="swarmkit-worker-status", daemon=True),
         ]
-        self.lease_trouble = ""
-        """Why the worker does not listen to this tray, in words; empty where it does."""
 
     def start(self) -> None:
         """Begin."""
@@ -97,9 +94,6 @@ class WorkerWatch:
             signals = self._sensing.sense()
             try:
                 wait_s = self._client.renew_lease(self._holder, signals).seconds * _RENEW_PART
-                self.lease_trouble = ""
-            except UsageError as error:
-                self.lease_trouble = str(error)
             except SwarmkitError as error:
                 logger.debug("the lease was not renewed: %s", error)
             self._ended.wait(wait_s)

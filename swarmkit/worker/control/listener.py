@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import anyio
 import uvicorn
 
+from swarmkit.http_server import QuietServer
 from swarmkit.worker.control.access import UNIX_HOST
 from swarmkit.worker.control.app import Controls, control_app
 from swarmkit.worker.control.handle import Handle
@@ -18,15 +19,6 @@ from swarmkit.worker.places import WorkerPlaces
 
 _STARTS_WITHIN_S = 10.0
 _MOST_CONNECTIONS = 64
-
-
-class _Server(uvicorn.Server):
-    """A server whose signals belong to the worker."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave signals alone."""
-        yield
 
 
 @asynccontextmanager
@@ -61,7 +53,7 @@ async def listening(
             timeout_keep_alive=5,
             timeout_graceful_shutdown=1,
         )
-        server = _Server(config)
+        server = QuietServer(config)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(server.serve, [bound])
             with anyio.fail_after(_STARTS_WITHIN_S):

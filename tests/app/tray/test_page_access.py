@@ -5,20 +5,11 @@ from __future__ import annotations
 import pytest
 from swarmkit_app.tray.page_access import PageKeys, refusal
 
-from swarmkit.clock import SystemClock
+from tests.clocks import SetClock
 
 PORT = 4321
 HERE = f"http://127.0.0.1:{PORT}"
 OURS = {"host": f"127.0.0.1:{PORT}", "origin": HERE, "content-type": "application/json"}
-
-
-class SetClock(SystemClock):
-    """Stands still until it is set."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seconds = 0.0
-        self.now = lambda: self.seconds  # type: ignore[method-assign]
 
 
 @pytest.fixture
