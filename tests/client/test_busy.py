@@ -18,23 +18,23 @@ from swarmkit.models.kv.cache import PAGE_TOKENS
 from swarmkit.models.plan import cache_cost
 from swarmkit.settings import ServerSettings
 
+from ..clocks import SetTime
 from ..net.announcements import announcement
 from .answers import answer, prompt
 from .recovery import NEW_TOKENS, World, a_world, assert_same
-from .test_bans import Clock
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> SetTime:
+    return SetTime()
 
 
 @pytest.fixture
-def busy(clock: Clock) -> BusyPeers:
+def busy(clock: SetTime) -> BusyPeers:
     return BusyPeers(clock)
 
 
-def test_a_busy_peer_is_left_alone_for_as_long_as_it_says(busy: BusyPeers, clock: Clock) -> None:
+def test_a_busy_peer_is_left_alone_for_as_long_as_it_says(busy: BusyPeers, clock: SetTime) -> None:
     busy.note("peer", 3.0)
     clock.now += 2.0
     assert busy.wait_s("peer") == pytest.approx(1.0)
@@ -47,7 +47,7 @@ def test_what_is_said_is_believed_within_bounds(busy: BusyPeers) -> None:
     assert busy.note("short", 0.0) > 0
 
 
-def test_a_peer_that_stays_busy_is_asked_less_and_less_often(busy: BusyPeers, clock: Clock) -> None:
+def test_a_peer_that_stays_busy_is_asked_less_and_less_often(busy: BusyPeers, clock: SetTime) -> None:
     waits = []
     for _ in range(4):
         waits.append(busy.note("peer", 0.0))
@@ -59,7 +59,7 @@ def test_sessions_that_are_told_the_same_count_once(busy: BusyPeers) -> None:
     assert busy.note("peer", 0.0) == busy.note("peer", 0.0)
 
 
-def test_a_peer_that_was_not_busy_for_long_begins_anew(busy: BusyPeers, clock: Clock) -> None:
+def test_a_peer_that_was_not_busy_for_long_begins_anew(busy: BusyPeers, clock: SetTime) -> None:
     clock.now += busy.note("peer", 0.0) + 60
     assert busy.note("peer", 0.0) == pytest.approx(0.1)
 
