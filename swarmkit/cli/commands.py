@@ -8,7 +8,7 @@ from swarmkit.cli.app import app
 # isort: off
 from swarmkit.cli import demo, serve, generate, chat, playground, api  # noqa: F401
 from swarmkit.cli import worker, tray, status, route, bootstrap, invite, swarm_key, identity  # noqa: F401
-from swarmkit.cli import plan, simulate, check, doctor, fingerprint, bench  # noqa: F401
+from swarmkit.cli import plan, simulate, check, doctor, fingerprint, bench, uninstall  # noqa: F401
 # isort: on
 
 __all__ = ["app"]

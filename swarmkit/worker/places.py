@@ -40,8 +40,11 @@ class WorkerPlaces:
     def of_this_person(cls) -> WorkerPlaces:
         """Return the system's usual folders, or those inside the folder that `SWARMKIT_WORKER_HOME` names."""
         home = os.environ.get(HOME_VARIABLE)
-        if home:
-            return cls.inside(Path(home).expanduser())
+        return cls.inside(Path(home).expanduser()) if home else cls.usual()
+
+    @classmethod
+    def usual(cls) -> WorkerPlaces:
+        """Return the system's usual folders."""
         store = os.environ.get("SWARMKIT_STORE_DIR")
         return cls(
             Path(platformdirs.user_config_dir(_APP)),

@@ -239,8 +239,8 @@ def test_what_is_asked_wrongly_is_answered_with_a_sentence(handle: Handle, path:
 
 
 def test_belongings_name_every_file(worker: RunningWorker) -> None:
-    found = worker.client.belongings()
-    assert str(worker.places.state) in {part.path for part in found.parts}
+    paths = {part.path for part in worker.client.belongings().parts}
+    assert {str(path) for path in worker.places.state.iterdir()} <= paths
 
 
 def test_the_client_needs_no_heavy_library() -> None:

@@ -27,10 +27,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from swarmkit.errors import SwarmkitError, UsageError
 from swarmkit.http_server import QuietServer
+from swarmkit.worker import autostart
 from swarmkit.worker.control.client import WorkerClient
 from swarmkit.worker.control.handle import NoWorkerError
 from swarmkit.worker.places import WorkerPlaces
-from swarmkit_app.tray import autostart, computer
+from swarmkit_app.tray import computer
 from swarmkit_app.tray.face import Shape
 from swarmkit_app.tray.icons import icon
 from swarmkit_app.tray.page_access import COOKIE, PageKeys, refusal, wrong_host

@@ -19,6 +19,7 @@ from swarmkit.worker.control.client import WorkerClient
 from swarmkit.worker.control.values import Status
 from swarmkit.worker.pause import Haste, Until
 from swarmkit.worker.places import WorkerPlaces, write_atomically
+from swarmkit.worker.removal import QUIT, TRAY_PID, TRAY_REQUEST
 from swarmkit.worker.sensing.dbus import close_desktop_bus
 from swarmkit.worker.sensing.session import OwnSession, SessionSensing
 from swarmkit_app.tray.face import TrayFace, face_of, news
@@ -29,9 +30,9 @@ from swarmkit_app.tray.watch import WorkerWatch
 logger = logging.getLogger(__name__)
 
 HostKind = Literal["auto", "status-notifier", "pystray", "none"]
+PAGES = ("dashboard", "settings", "wizard", "log")
 _WORKER_STARTS_S = 20.0
 _WORKER_ENDS_S = 60.0
-_REQUEST = "tray.open"
 
 
 class TrayRunsError(UsageError):
@@ -80,13 +81,16 @@ class Tray:
             ) from None
         with ExitStack() as owned:
             owned.callback(lock.release)
+            pid = self._places.runtime / TRAY_PID
+            write_atomically(pid, str(os.getpid()).encode())
+            owned.callback(pid.unlink, missing_ok=True)
             owned.callback(close_desktop_bus)
             owned.callback(self._end_worker)
             owned.enter_context(self._pages)
             self.start_worker()
             owned.callback(self._watch.stop)
             self._watch.start()
-            watcher = _Requests(self._places, self.open)
+            watcher = _Requests(self._places, self.act)
             owned.callback(watcher.stop)
             watcher.start()
             self._host.run(self.act)
@@ -196,17 +200,19 @@ def open_running(places: WorkerPlaces, page: str) -> None:
             with lock.acquire(timeout=0):
                 pass
         except Timeout:
-            write_atomically(places.runtime / _REQUEST, page.encode())
+            write_atomically(places.runtime / TRAY_REQUEST, page.encode())
             return
     raise UsageError("no tray of yours runs; start one with `swarmkit tray`")
 
 
 class _Requests:
-    """Looks for a request of another program of this person to open a page: a file in a private folder."""
+    """Looks for a request of another program of this person, to open a page or to quit: a file in a private
+    folder.
+    """
 
-    def __init__(self, places: WorkerPlaces, open_page: Callable[[str], None]) -> None:
-        self._path = places.runtime / _REQUEST
-        self._open = open_page
+    def __init__(self, places: WorkerPlaces, act: Callable[[str], None]) -> None:
+        self._path = places.runtime / TRAY_REQUEST
+        self._act = act
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="swarmkit-tray-requests", daemon=True)
 
@@ -224,7 +230,7 @@ class _Requests:
                 continue
             page = self._path.read_text(errors="replace")[:32]
             self._path.unlink(missing_ok=True)
-            self._open(page if page.isalpha() else "dashboard")
+            self._act(page if page in (QUIT, *PAGES) else "dashboard")
 
 
 def host_here(kind: HostKind, on_no_panel: Callable[[], None]) -> TrayHost:

@@ -125,16 +125,25 @@ class Status(Struct, frozen=True, kw_only=True):
     version: str
 
 
-class Belonging(Struct, frozen=True, kw_only=True):
-    """Something that the worker has put on this computer, which its removal takes away."""
+BelongingKind = Literal[
+    "weights", "settings", "identity", "history", "log", "running", "startup", "desktop", "program", "other"
+]
+"""`running` ends with worker and tray: locks, socket and token; `program` is what an installer made."""
 
+
+class Belonging(Struct, frozen=True, kw_only=True):
+    """Something that swarmkit has put on this computer, which its removal takes away."""
+
+    kind: BelongingKind
     what: str
+    """The kind in words."""
     path: str
+    """A file, or a folder that belongs to swarmkit with all that is in it."""
     size_bytes: int
 
 
 class Belongings(Struct, frozen=True, kw_only=True):
-    """All that the worker has put on this computer."""
+    """All that swarmkit has put on this computer for this person."""
 
     parts: tuple[Belonging, ...]
     size_bytes: int

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from swarmkit_app.tray import autostart
 from swarmkit_app.tray.pages import TrayPages
 
+from swarmkit.worker import autostart
 from swarmkit.worker.places import WorkerPlaces
 from tests.worker.worlds import RunningWorker
 

@@ -1,7 +1,7 @@
 """Starting the tray when the person logs in. Off until they choose it; an upgrade never switches it on.
 
 Linux: a desktop entry in the person's autostart folder. macOS: a launch agent. Windows: a value under the
-person's `Run` key. Each names the program that is running now.
+person's `Run` key. Each names what started the program that is running now.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+LAUNCHER_VARIABLE = "SWARMKIT_LAUNCHER"
+"""An environment variable with the path of the launcher that started this program, where one did."""
 _NAME = "swarmkit-tray"
 _LABEL = "org.swarmkit.tray"
 _RUN_KEY = r"Software\Microsoft\Windows\CurrentVersion\Run"
@@ -51,8 +53,12 @@ def entry_path() -> Path:
 
 
 def command() -> list[str]:
-    """The command that starts the tray with the Python and the packages that run now."""
-    return [sys.executable, "-m", "swarmkit.cli", "tray"]
+    """The command that starts the tray: the installed launcher, or the Python and the packages that run now.
+
+    An upgrade replaces the environment in which the tray runs. The launcher stays where it is.
+    """
+    launcher = os.environ.get(LAUNCHER_VARIABLE)
+    return [launcher, "tray"] if launcher else [sys.executable, "-m", "swarmkit.cli", "tray"]
 
 
 def _desktop_entry() -> bytes:
