@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
 import pytest
 import torch
 
@@ -15,17 +18,32 @@ from swarmkit.errors import NotAdmittedError, TransportError, UsageError
 from swarmkit.local.swarm import over_memory
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.net import portal
-from swarmkit.net.protocol.adapter_messages import ADAPTER
-from swarmkit.net.protocol.gradient_messages import GRADIENT
-from swarmkit.net.protocol.messages import PUSH, SESSION
-from swarmkit.net.rpc.endpoints import connect
+from swarmkit.net import protocol as protocols
+from swarmkit.net.connect import joined
+from swarmkit.net.protocol.messages import SESSION, Fault
+from swarmkit.net.protocol.protocol import Protocol
+from swarmkit.net.protocol.weights_messages import WEIGHTS
+from swarmkit.net.rpc.endpoints import connect, listen
+from swarmkit.net.rpc.message_stream import MessageStream
 from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.memory import MemoryNetwork
+from swarmkit.net.transport.peer_lists import PeerLists
+from swarmkit.net.transport.seam import Stream
 from swarmkit.net.transport.swarm_key import SwarmKey
 from swarmkit.settings import ClientSettings, ServerSettings
 
 from .cli.commands import run, run_here, start
 from .models.tiny import make_checkpoint
 
+PROTOCOLS = list(
+    {
+        protocol.name: protocol
+        for module in pkgutil.iter_modules(protocols.__path__, f"{protocols.__name__}.")
+        for protocol in vars(importlib.import_module(module.name)).values()
+        if isinstance(protocol, Protocol)
+    }.values()
+)
+"""All that peers speak to each other over streams, so that a new one is not forgotten here."""
 KEY = SwarmKey()
 PROMPT = torch.tensor([[5, 9, 33]])
 
@@ -60,18 +78,20 @@ def test_a_client_without_the_key_sees_no_server(
         model.generate(PROMPT, max_new_tokens=1)
 
 
-@pytest.mark.parametrize("protocol", [SESSION, PUSH, GRADIENT, ADAPTER], ids=lambda one: one.name)
-def test_a_stranger_is_refused_at_each_endpoint_of_a_server(swarm: LocalSwarm, protocol: object) -> None:
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda one: one.name)
+def test_a_stranger_is_refused_at_each_endpoint_of_a_server(swarm: LocalSwarm, protocol: Protocol) -> None:
     server = swarm.servers[0].peer_id
 
     async def knock() -> None:
         assert swarm.network is not None
         stranger = swarm.network.transport()
         try:
-            await connect(stranger, protocol, server)  # type: ignore[arg-type]
+            await connect(stranger, protocol, server)
         finally:
             await stranger.close()
 
+    if protocol is WEIGHTS:
+        pytest.skip("files that are only on this machine are not handed out")
     with portal.lease() as lease, pytest.raises(NotAdmittedError, match="is private"):
         lease.call(knock)
 
@@ -139,6 +159,44 @@ def closed_swarm(tiny: Checkpoint) -> Iterator[LocalSwarm]:
     settings = ServerSettings().replace(allowed_peers=("a friend",))
     with LocalSwarm(tiny, 2, 2, transport="memory", server_settings=settings) as swarm:
         yield swarm
+
+
+async def code_at(network: MemoryNetwork, peer_id: str, endpoint: str) -> str:
+    """What a stranger is told that opens a stream at an endpoint, and says nothing."""
+    stranger = network.transport()
+    try:
+        stream = await stranger.open(peer_id, endpoint)
+        with anyio.fail_after(20):
+            said = (await MessageStream(stream, SESSION, 0).next()).message
+        return said.code if isinstance(said, Fault) else ""
+    finally:
+        await stranger.close()
+
+
+def test_a_peer_that_is_not_admitted_is_told_so_at_every_endpoint_of_a_server(
+    closed_swarm: LocalSwarm,
+) -> None:
+    assert closed_swarm.network is not None
+    server = closed_swarm.servers[0].peer_id
+    endpoints = sorted(closed_swarm.network._peers[server]._handlers)
+    assert set(endpoints) >= {one.endpoint for one in PROTOCOLS} - {WEIGHTS.endpoint}  # not of local files
+    with portal.lease() as lease:
+        codes = {at: lease.call(code_at, closed_swarm.network, server, at) for at in endpoints}
+    assert codes == dict.fromkeys(endpoints, "not_admitted")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda one: one.name)
+async def test_whatever_a_peer_serves_is_not_for_those_that_its_lists_exclude(protocol: Protocol) -> None:
+    network, served = MemoryNetwork(), []
+
+    async def serve(stream: Stream) -> None:
+        served.append(stream.peer_id)
+
+    async with joined(over_memory(network), Identity()) as (transport, _):
+        await listen(transport, protocol, serve)
+        with transport.deal_with(PeerLists(allowed=["a friend"])):
+            assert await code_at(network, transport.peer_id, protocol.endpoint) == "not_admitted"
+    assert served == []
 
 
 PATIENT = ClientSettings().replace(route_timeout_s=3600.0)

@@ -15,6 +15,7 @@ from swarmkit.errors import UsageError
 from swarmkit.net.registry.acceptance import is_acceptable
 from swarmkit.net.registry.member_transport import MemberTransport
 from swarmkit.net.registry.registry import Registry
+from swarmkit.net.rpc.listed_transport import AdmittingTransport
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.invite import joined_links
 from swarmkit.net.transport.seam import RecordCheck, Transport
@@ -35,7 +36,7 @@ async def joined(
         lambda key, subkey, value, expires_at: is_acceptable(key, subkey, value, expires_at, clock.time()),
     )
     try:
-        yield transport, Registry(transport, lambda: clock.time())
+        yield AdmittingTransport(transport), Registry(transport, lambda: clock.time())
     finally:
         with anyio.CancelScope(shield=True):
             await transport.close()

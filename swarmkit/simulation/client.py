@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -95,7 +95,7 @@ class SwarmRouter:
     async def run(self) -> None:
         """Look up the swarm every period."""
 
-        async def look_up(fingerprint: str, num_blocks: int) -> SwarmMap:
+        async def look_up(fingerprint: str, num_blocks: int, first: Container[str]) -> SwarmMap:
             return self._look_up()
 
         async def look_up_all() -> SwarmMap:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from itertools import islice
 from typing import Any
 
 import pytest
 
-from swarmkit.client.routing.candidates import MOST_FOR_A_BLOCK, best_of_each_block
+from swarmkit.client.routing.candidates import MOST_FOR_A_BLOCK, best_of_each_block, within_bounds
 from swarmkit.client.routing.claims import Shown, believed_s, best_per_block, is_promising
 from swarmkit.client.routing.route import Cost, find_route, route_cost
 from swarmkit.client.routing.trials import PATIENCE_S, order_of_trials, patience_s, rounds
 from swarmkit.net.registry.records import Announcement
+from swarmkit.net.registry.swarm_map import SwarmMap
 
 from ..net.announcements import announcement
 
@@ -129,6 +131,34 @@ def test_a_few_servers_are_all_looked_at() -> None:
 def test_of_a_flood_only_some_are_looked_at_for_each_block() -> None:
     kept = best_of_each_block(0, 6, flood(10_000, 6), cost(), "")
     assert len(kept) <= 6 * MOST_FOR_A_BLOCK
+
+
+def view_of(servers: list[Announcement]) -> SwarmMap:
+    return SwarmMap().apply(*servers)
+
+
+def test_a_view_of_a_few_servers_stays_as_it_is() -> None:
+    view = view_of(flood(20, 6))
+    assert within_bounds(view, (), random.Random(1), most=20) is view
+
+
+def test_of_a_flood_a_view_keeps_so_many() -> None:
+    assert len(within_bounds(view_of(flood(500, 6)), (), random.Random(1), most=100).announcements) == 100
+
+
+def test_a_view_keeps_in_a_flood_what_was_used() -> None:
+    view = within_bounds(view_of([*flood(500, 6), server("used")]), {"used"}, random.Random(1), most=100)
+    assert "used" in view.announcements
+
+
+def test_a_flood_over_some_blocks_leaves_a_view_the_servers_of_others() -> None:
+    servers = [*flood(500, 6), server("only", 6, 8)]
+    assert "only" in within_bounds(view_of(servers), (), random.Random(1), most=100).announcements
+
+
+def test_another_part_of_a_flood_is_kept_each_time() -> None:
+    view, chance = view_of(flood(500, 6)), random.Random(1)
+    assert within_bounds(view, (), chance, most=100) != within_bounds(view, (), chance, most=100)
 
 
 def test_of_a_flood_every_block_keeps_a_server() -> None:

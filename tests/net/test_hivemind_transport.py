@@ -22,12 +22,15 @@ import pytest
 from swarmkit.errors import PeerError, PeerUnreachableError, ProtocolError, TransportError, UsageError
 from swarmkit.net.hivemind import daemon as p2p_daemon
 from swarmkit.net.hivemind import framing
+from swarmkit.net.hivemind import protocol as table_protocol
 from swarmkit.net.hivemind.daemon import DaemonOptions, P2PDaemon
 from swarmkit.net.hivemind.table import RecordGuard, _sealed
 from swarmkit.net.hivemind.transport import HivemindTransport
 from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.peer_lists import PeerLists, TableLists
 from swarmkit.net.transport.seam import MAX_FRAME_BYTES
 
+from ..clocks import SetClock
 from ..waiting import eventually
 from .worlds import HivemindWorld, collector, echo, own_tasks
 
@@ -370,6 +373,77 @@ async def test_nobody_prolongs_anothers_record(world: HivemindWorld) -> None:
     now = time.time()
     sealed = _sealed(honest.identity, "k", b"v", now + 60)
     assert await dht_store(hostile, honest, "k", sealed, now + 1000, honest.peer_id) == [False]
+
+
+async def test_of_more_records_than_a_peer_keeps_under_a_key_some_are_taken(
+    world: HivemindWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hivemind.dht.routing import DHTID
+    from hivemind.dht.storage import DHTLocalStorage
+    from hivemind.utils import MSGPackSerializer
+
+    hostile: Any = await world.peer()
+    honest = await world.peer()
+    without_bounds, expires_at = DHTLocalStorage(), time.time() + 60
+    for one in [Identity() for _ in range(20)]:
+        value = MSGPackSerializer.dumps(_sealed(one, "k", b"v", expires_at))
+        without_bounds.store(DHTID.generate("k"), value, expires_at, subkey=one.peer_id)
+    hostile._table._node.protocol.storage = without_bounds
+    monkeypatch.setattr(table_protocol, "MAX_KEY_RECORDS", 5)
+    assert len((await honest.fetch(["k"]))["k"]) == 5
+
+
+class LookedAt:
+    """A record that is good for a minute, and how often a guard has had it checked."""
+
+    def __init__(self) -> None:
+        from hivemind.dht.routing import DHTID
+        from hivemind.utils import MSGPackSerializer
+
+        self.checks = 0
+        self.clock = SetClock()
+        self.lists = TableLists("own")
+        self.guard = RecordGuard(self._check, self.clock, lists=self.lists)
+        self.signer = Identity()
+        self.expires_at = self.clock.time() + 60
+        self.key_id = DHTID.generate("k").to_bytes()
+        self.value = MSGPackSerializer.dumps(_sealed(self.signer, "k", b"v", self.expires_at))
+
+    def _check(self, *_: object) -> bool:
+        self.checks += 1
+        return True
+
+    def is_good(self, key_id: bytes = b"", subkey: str = "") -> bool:
+        return self.guard.is_good(
+            key_id or self.key_id, subkey or self.signer.peer_id, self.value, self.expires_at, False
+        )
+
+
+async def test_a_record_that_was_found_good_is_not_checked_again() -> None:
+    record = LookedAt()
+    assert (record.is_good(), record.is_good(), record.checks) == (True, True, 1)
+
+
+async def test_a_record_that_was_found_good_is_not_so_elsewhere() -> None:
+    record = LookedAt()
+    assert record.is_good()
+    assert not record.is_good(key_id=bytes(20))
+    assert not record.is_good(subkey=Identity().peer_id)
+
+
+async def test_a_record_that_was_found_good_is_checked_again_when_it_has_expired() -> None:
+    record = LookedAt()
+    record.is_good()
+    record.clock.correct(61)
+    record.is_good()
+    assert record.checks == 2
+
+
+async def test_a_record_that_was_found_good_is_not_so_when_its_peer_is_blocked() -> None:
+    record = LookedAt()
+    assert record.is_good()
+    with record.lists.of_part(PeerLists(blocked=[record.signer.peer_id])):
+        assert not record.is_good()
 
 
 async def test_bad_entries_do_not_take_good_ones_with_them() -> None:

@@ -172,6 +172,6 @@ async def test_verifying_a_flood_leaves_the_loop_its_turns() -> None:
             await asyncio.sleep(0)
 
     watching = asyncio.create_task(watch())
-    await in_slices(verify, [("peer", b"", 0.0, False)] * 1000)
+    await in_slices(verify, [(b"key", "peer", b"", 0.0, False)] * 1000)
     watching.cancel()
     assert max(later - earlier for earlier, later in pairwise(seen)) <= SLICE

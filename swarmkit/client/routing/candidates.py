@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Container, Sequence
 
+from swarmkit.net.registry.lot import draw
 from swarmkit.net.registry.records import Announcement
+from swarmkit.net.registry.swarm_map import SwarmMap
+
+MOST_IN_VIEW = 4096
+"""So many servers of a model are kept in mind: a search for a route goes through all of them."""
 
 MOST_FOR_A_BLOCK = 32
 """So many servers of each block are looked at: one half are those that cost least, the others are drawn."""
@@ -53,6 +59,23 @@ def best_of_each_block(
             if not room:
                 break
     return list(kept.values())
+
+
+def within_bounds(
+    view: SwarmMap, used: Container[str], chance: random.Random, most: int = MOST_IN_VIEW
+) -> SwarmMap:
+    """A view with at most `most` servers besides those in `used`: the others are drawn anew each time, from
+    those of each block.
+
+    Announcements that are good for an hour would otherwise heap up, as long as a flood of them goes on.
+
+    Args: used: ids of the services that this client has used or tried.
+    """
+    others = [each for service, each in view.announcements.items() if service not in used]
+    if len(others) <= most:
+        return view
+    kept = [each for service, each in view.announcements.items() if service in used]
+    return SwarmMap().apply(*kept, *draw(others, lambda each: range(each.start, each.stop), most, chance))
 
 
 def _digest(text: str) -> bytes:

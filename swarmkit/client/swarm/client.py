@@ -19,7 +19,7 @@ from anyio.abc import TaskStatus
 from swarmkit.client.checks.agreement import Comparison
 from swarmkit.client.routing.bans import Bans
 from swarmkit.client.routing.busy import BusyPeers
-from swarmkit.client.routing.candidates import best_of_each_block
+from swarmkit.client.routing.candidates import best_of_each_block, within_bounds
 from swarmkit.client.routing.claims import Shown, counted_per_block
 from swarmkit.client.routing.deadline import DeadlinePolicy, StepTimes
 from swarmkit.client.routing.detours import detours
@@ -114,7 +114,8 @@ class SwarmClient:
             self.settings.deadlines.deadline_factor,
         )
         self.checks = Background()
-        self.chance = random.Random().random
+        self._random = random.Random()
+        self.chance = self._random.random
         """Between 0 and 1: a generator of this client's own, which peers cannot foresee."""
         self.adapters = AdapterSender(model.fingerprint, self.policy.first_s, self.connect)
         self.prefix_cache = ClientPrefixCache(self.settings.sessions.prefix_cache_bytes)
@@ -220,13 +221,15 @@ class SwarmClient:
             if self._looks == looks:  # else another call began to look meanwhile, and has the answer
                 self._looks += 1
                 try:
-                    found = await self._registry.look_up(self.model.fingerprint, self.model.num_blocks)
+                    model = self.model
+                    found = await self._registry.look_up(model.fingerprint, model.num_blocks, self._times)
                 except NoContactError as error:
                     self._no_contact = error
                     raise
                 self._no_contact = None
                 self._looked_at = self.clock.time()
-                self.view = self.view.without_expired(self._looked_at).apply(*found.announcements.values())
+                view = self.view.without_expired(self._looked_at).apply(*found.announcements.values())
+                self.view = within_bounds(view, self._times, self._random)
         return self.view
 
     async def look(self) -> list[Announcement]:

@@ -12,6 +12,7 @@ import asyncio
 import functools
 import importlib
 import logging
+import random
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from itertools import chain
@@ -19,6 +20,7 @@ from typing import Any, Protocol, TypeAlias
 
 from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.net.hivemind.gate import TableGate
+from swarmkit.net.hivemind.storage import MAX_KEY_RECORDS
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +29,8 @@ MAX_STORED_AT_ONCE = 1024
 SLICE = 16
 """Signatures that are verified before other tasks get their turn: about two milliseconds."""
 
-SignedRecord: TypeAlias = tuple[Any, bytes, float, bool]
-"""Subkey, serialized value, expiry, and whether the subkey is serialized as well."""
+SignedRecord: TypeAlias = tuple[bytes, Any, bytes, float, bool]
+"""The key's hash, subkey, serialized value, expiry, and whether the subkey is serialized as well."""
 
 _storing_peer: ContextVar[str] = ContextVar("swarmkit_storing_peer", default="")
 
@@ -47,9 +49,9 @@ class Guard(Protocol):
 
     def purge(self, key_id: bytes, dictionary: Any) -> bool: ...
 
-    def verify_signature(
-        self, subkey: Any, serialized: bytes, expires_at: float, packed_subkey: bool
-    ) -> None: ...
+    def is_good(
+        self, key_id: bytes, subkey: Any, serialized: bytes, expires_at: Any, packed_subkey: bool
+    ) -> bool: ...
 
 
 def storing_peer() -> str:
@@ -57,7 +59,7 @@ def storing_peer() -> str:
     return _storing_peer.get()
 
 
-async def in_slices(verify: Callable[..., None], signed: Iterable[SignedRecord]) -> None:
+async def in_slices(verify: Callable[..., object], signed: Iterable[SignedRecord]) -> None:
     """Verify signatures, and let other tasks run after every few of them."""
     for number, record in enumerate(signed, 1):
         verify(*record)
@@ -112,22 +114,38 @@ def guarded_protocol() -> type:
         async def _verify(self, signed: Iterable[SignedRecord]) -> None:
             # One request at a time: many of them would otherwise take a slice each in every turn of the loop.
             async with self.record_validator.verifying:
-                await in_slices(self.record_validator.verify_signature, signed)
+                await in_slices(self.record_validator.is_good, signed)
 
-        def _signed_in(self, tag: bytes, value: bytes, expires_at: float) -> Iterable[SignedRecord]:
+        def _signed_in(
+            self, key_id: bytes, tag: bytes, value: bytes, expires_at: float
+        ) -> Iterable[SignedRecord]:
             if tag != self.IS_DICTIONARY:
-                return [(tag, value, expires_at, True)]
+                return [(key_id, tag, value, expires_at, True)]
+            return _signed(key_id, self._dictionary_in(value))
+
+        def _dictionary_in(self, value: bytes) -> Any:
+            """The records of all subkeys in a serialized value; an empty dictionary if it is none."""
             dictionary = self.serializer.loads(value)
-            if not isinstance(dictionary, dictionary_type):
-                return []
-            return [(subkey, item.value, item.expiration_time, False) for subkey, item in dictionary.items()]
+            return dictionary if isinstance(dictionary, dictionary_type) else dictionary_type()
+
+    def _signed(key_id: bytes, dictionary: Any) -> Iterable[SignedRecord]:
+        return [
+            (key_id, subkey, item.value, item.expiration_time, False) for subkey, item in dictionary.items()
+        ]
+
+    def _some_of(dictionary: Any) -> Any:
+        """So many records as an honest peer keeps under one key at most, drawn from those that one sent."""
+        some = dictionary_type()
+        for subkey, item in random.sample(list(dictionary.items()), MAX_KEY_RECORDS):
+            some.store(subkey, *item)
+        return some
 
     async def rpc_store(self: Any, request: Any, context: Any) -> Any:
         """Keep records for another peer, as far as they are signed and there is room."""
         if len(request.keys) > MAX_STORED_AT_ONCE:
             logger.debug("refused to store %d records at once", len(request.keys))
             return pb.StoreResponse(store_ok=[False] * len(request.keys), peer=self.node_info)
-        stored = zip(request.subkeys, request.values, request.expiration_time, strict=False)
+        stored = zip(request.keys, request.subkeys, request.values, request.expiration_time, strict=False)
         await self._verify(chain.from_iterable(self._signed_in(*record) for record in stored))
         token = _storing_peer.set(str(context.remote_id))
         response = pb.StoreResponse(store_ok=[], peer=self.node_info)
@@ -176,10 +194,13 @@ def guarded_protocol() -> type:
 
         async def rpc_find(self, request: Any, *args: Any, **kwargs: Any) -> Any:
             response = await self.__getattr__("rpc_find")(request, *args, **kwargs)
-            for result in response.results:
+            for key_id, result in zip(request.keys, response.results, strict=False):
                 if result.type == pb.FOUND_DICTIONARY:
-                    found = (base.IS_DICTIONARY, result.value, result.expiration_time)
-                    await self._protocol._verify(self._protocol._signed_in(*found))
+                    dictionary = self._protocol._dictionary_in(result.value)
+                    if len(dictionary) > MAX_KEY_RECORDS:
+                        dictionary = _some_of(dictionary)
+                        result.value = self._protocol.serializer.dumps(dictionary)
+                    await self._protocol._verify(_signed(key_id, dictionary))
             return response
 
     return DHTProtocol

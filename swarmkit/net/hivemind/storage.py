@@ -93,6 +93,8 @@ def bounded_storage(
         def __init__(self) -> None:
             super().__init__()
             self._stored_by: dict[tuple[Any, Any], str] = {}
+            self._key_bytes: Counter[Any] = Counter()
+            """Of the values under each key, or more: those that have expired since are counted still."""
             self._writes = 0
             self.records = 0
             self.nbytes = 0
@@ -111,6 +113,7 @@ def bounded_storage(
                 after = self._size_of(key, subkey)
                 self.nbytes += after - before
                 self.records += bool(after) - bool(before)
+                self._key_bytes[key] += after - before - _RECORD_OVERHEAD_BYTES * (bool(after) - bool(before))
                 stored = self._bound_key(key, subkey)
             # hivemind's heaps grow with every write, also with those that replace a record or are refused.
             if self.records > max_records or self.nbytes > max_bytes or self._writes > 2 * max_records:
@@ -120,26 +123,27 @@ def bounded_storage(
 
         def _bound_key(self, key: Any, subkey: Any) -> bool:
             """Drop what exceeds the bounds of one key. Returns whether the record of `subkey` stays."""
-            dictionary = self.data[key].value
-            nbytes = sum(len(entry.value) for entry in dictionary.data.values())
-            if len(dictionary.data) <= MAX_KEY_RECORDS and nbytes <= MAX_KEY_BYTES:
+            if len(self.data[key].value.data) <= MAX_KEY_RECORDS and self._key_bytes[key] <= MAX_KEY_BYTES:
+                return True
+            records = self._records_under(key)
+            self._key_bytes[key] = sum(record.nbytes for record in records)
+            if len(records) <= MAX_KEY_RECORDS and self._key_bytes[key] <= MAX_KEY_BYTES:
                 return True
             limits = int(MAX_KEY_RECORDS * _SHRINK_TO), int(MAX_KEY_BYTES * _SHRINK_TO)
-            dropped = choose_dropped(self._records_under(key), *limits)
+            dropped = choose_dropped(records, *limits)
             self._drop(dropped)
             return subkey not in {record.subkey for record in dropped}
 
         def _records_under(self, key: Any) -> list[StoredRecord]:
+            entries = list(self.data[key].value.items())
+            wanted = bool(entries) and is_wanted(
+                entries[0][1].value
+            )  # one key stands for one kind of records
             return [
                 StoredRecord(
-                    key,
-                    subkey,
-                    len(value),
-                    self._stored_by.get((key, subkey), ""),
-                    expires_at,
-                    is_wanted(value),
+                    key, subkey, len(value), self._stored_by.get((key, subkey), ""), expires_at, wanted
                 )
-                for subkey, (value, expires_at) in self.data[key].value.items()
+                for subkey, (value, expires_at) in entries
             ]
 
         def _drop(self, records: Iterable[StoredRecord]) -> None:
@@ -149,8 +153,9 @@ def bounded_storage(
                 self._stored_by.pop((record.key, record.subkey), None)
                 self.records -= 1
                 self.nbytes -= record.nbytes + _RECORD_OVERHEAD_BYTES
+                self._key_bytes[record.key] -= record.nbytes
                 if not dictionary.data:
-                    del self[record.key]
+                    del self[record.key], self._key_bytes[record.key]
 
         def _size_of(self, key: Any, subkey: Any) -> int:
             """Bytes that a record is counted with; 0 if it is not kept."""
@@ -171,6 +176,9 @@ def bounded_storage(
             self.records = len(records)
             self.nbytes = sum(record.nbytes + _RECORD_OVERHEAD_BYTES for record in records)
             self._stored_by = {(record.key, record.subkey): record.stored_by for record in records}
+            self._key_bytes = Counter()
+            for record in records:
+                self._key_bytes[record.key] += record.nbytes
             self._writes = 0
             for storage in (self, *(found.value for found in self.data.values())):
                 storage.expiration_heap = sorted(storage.key_to_heap.values())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import hashlib
 import importlib
 import logging
 import math
@@ -19,6 +20,7 @@ import struct
 import sys
 import threading
 import types
+from collections import OrderedDict
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -59,7 +61,10 @@ _task_owner: ContextVar[set[asyncio.Task[Any]] | None] = ContextVar("swarmkit_ta
 _ENVELOPE = struct.Struct(">B64sdH")  # version, signature, expires_at, bytes of the key; then key and value
 _ENVELOPE_VERSION = 1
 _CONTEXT = b"swarmkit table record 1\n"
-_VERIFIED_RECORDS = 8192
+_PLACE = struct.Struct(">dII")  # expires_at, bytes of the key's hash and of the subkey
+_VERIFIED_RECORDS = 16_384
+_GOOD_RECORDS = 32_768
+"""So many records are remembered as good where they stand, by 20 bytes each."""
 _CLOCK_TOLERANCE_S = 5.0
 """hivemind lets peers' clocks differ by three seconds."""
 
@@ -168,7 +173,9 @@ class RecordGuard:
         serializer = importlib.import_module("hivemind.utils.serializer")
         self._key_id = routing.DHTID.generate
         self._loads = serializer.MSGPackSerializer.loads
+        self._dumps = serializer.MSGPackSerializer.dumps
         self._authentic = VerifiedSignatures(_VERIFIED_RECORDS).verify
+        self._good: OrderedDict[bytes, None] = OrderedDict()
         self.verifying = asyncio.Lock()
         """Held while the signatures of one request or answer are verified."""
         self._wanted: set[str] = set()
@@ -179,14 +186,10 @@ class RecordGuard:
 
     def open(self, key_id: bytes, subkey: Any, envelope: Any, expires_at: float) -> tuple[str, bytes] | None:
         """Key and value from an envelope, or None if anything about it is wrong."""
+        if not isinstance(subkey, str) or not self._may_stand(subkey, expires_at):
+            return None
         sealed = _Sealed.read(envelope)
-        if sealed is None or not isinstance(subkey, str):
-            return None
-        if sealed.expires_at != expires_at or not math.isfinite(expires_at):
-            return None
-        if expires_at > self._clock.time() + MAX_LIFETIME_S + _CLOCK_TOLERANCE_S:
-            return None
-        if self._key_id(sealed.key).to_bytes() != key_id or self._lists.block(peer_of(subkey)):
+        if sealed is None or sealed.expires_at != expires_at or self._key_id(sealed.key).to_bytes() != key_id:
             return None
         if not self._authentic(peer_of(subkey), _signed_part(expires_at, sealed.value), sealed.signature):
             return None
@@ -199,21 +202,53 @@ class RecordGuard:
             return None
         return sealed.key, value
 
+    def _may_stand(self, subkey: str, expires_at: float) -> bool:
+        """Whether a record may be kept and believed now, as far as its name and its date tell."""
+        longest = self._clock.time() + MAX_LIFETIME_S + _CLOCK_TOLERANCE_S
+        return expires_at <= longest and not self._lists.block(peer_of(subkey))
+
     def want(self, keys: Iterable[str]) -> None:
         """Note that this peer itself uses records of these keys' kinds, and keeps them before others."""
         self._wanted.update(kind_of(key) for key in keys)
 
-    def verify_signature(
-        self, subkey: Any, serialized: bytes, expires_at: float, packed_subkey: bool
-    ) -> None:
-        """Verify the signatures of a record and of what is in it; its validation, which follows, finds the
-        results.
+    def is_good(
+        self, key_id: bytes, subkey: Any, serialized: bytes, expires_at: Any, packed_subkey: bool
+    ) -> bool:
+        """Whether a record is right where it stands.
+
+        A look-up meets each record at every peer that keeps it, and more than once there. What was found
+        good is remembered, by hashes, and only its name and its date are looked at again.
+
+        Args: packed_subkey: whether the subkey is serialized as well.
         """
-        with contextlib.suppress(Exception):  # foreign bytes may break a decoder; validation says so
+        try:
             name = self._loads(subkey) if packed_subkey else subkey
-            envelope = self._loads(serialized)
-            if (sealed := _Sealed.read(envelope)) is not None:
-                self.open(self._key_id(sealed.key).to_bytes(), name, envelope, expires_at)
+            label = name.encode()
+            head = _PLACE.pack(expires_at, len(key_id), len(label))
+            place = hashlib.blake2b(b"".join((head, key_id, label, serialized)), digest_size=20).digest()
+            if place in self._good and self._clock.time() < expires_at:
+                return self._may_stand(name, expires_at)
+            if self.open(key_id, name, self._loads(serialized), expires_at) is None:
+                return False
+        except Exception as error:  # noqa: BLE001 - foreign bytes may break a decoder in any way
+            logger.debug("refused a record: %r", error)
+            return False
+        if self.swarm_key is None:  # else the peer that signed it may cease to be a member
+            self._good[place] = None
+            if len(self._good) > _GOOD_RECORDS:
+                self._good.popitem(last=False)
+        return True
+
+    def opened(
+        self, key_id: bytes, subkey: Any, envelope: Any, expires_at: float
+    ) -> tuple[str, bytes] | None:
+        """What `open` says, which is quick for a record that was found good before."""
+        if self.swarm_key is None and isinstance(envelope, bytes):
+            if not self.is_good(key_id, subkey, self._dumps(envelope), expires_at, False):
+                return None
+            sealed = _Sealed.read(envelope)
+            return None if sealed is None else (sealed.key, sealed.value)
+        return self.open(key_id, subkey, envelope, expires_at)
 
     def key_of(self, serialized: bytes) -> str:
         """The key under which a kept record stands; empty if it has none."""
@@ -226,9 +261,7 @@ class RecordGuard:
 
     def validate(self, record: Any) -> bool:
         """Whether to keep or believe a record (hivemind calls this)."""
-        return self._is_good(
-            record.key, record.subkey, record.value, record.expiration_time, packed_subkey=True
-        )
+        return self.is_good(record.key, record.subkey, record.value, record.expiration_time, True)
 
     def sign_value(self, record: Any) -> bytes:
         """Our values are signed before hivemind sees them."""
@@ -244,21 +277,11 @@ class RecordGuard:
             bad = [
                 subkey
                 for subkey, (value, expires_at) in dictionary.items()
-                if not self._is_good(key_id, subkey, value, expires_at, packed_subkey=False)
+                if not self.is_good(key_id, subkey, value, expires_at, False)
             ]
             for subkey in bad:
                 del dictionary[subkey]
         return True
-
-    def _is_good(
-        self, key_id: bytes, subkey: Any, value: Any, expires_at: Any, *, packed_subkey: bool
-    ) -> bool:
-        try:
-            name = self._loads(subkey) if packed_subkey else subkey
-            return self.open(key_id, name, self._loads(value), expires_at) is not None
-        except Exception as error:  # noqa: BLE001 - foreign bytes may break a decoder in any way
-            logger.debug("refused a record: %r", error)
-            return False
 
 
 class HivemindTable:
@@ -401,6 +424,7 @@ class HivemindTable:
                 continue
             if values := self._values(key, future.result()):
                 found[key] = values
+            await asyncio.sleep(0)  # a thousand records under a key take some milliseconds
         return found
 
     def close(self) -> None:
@@ -413,7 +437,7 @@ class HivemindTable:
         key_id = self._guard._key_id(key).to_bytes()
         values: dict[str, bytes] = {}
         for subkey, (envelope, expires_at) in result.value.items():
-            if (opened := self._guard.open(key_id, subkey, envelope, expires_at)) is not None:
+            if (opened := self._guard.opened(key_id, subkey, envelope, expires_at)) is not None:
                 values[subkey] = opened[1]
         return values
 

@@ -461,6 +461,10 @@ class HivemindTransport(Transport):
         """See `Transport.deal_with`."""
         return self._lists.of_part(lists)
 
+    def admits(self, peer_id: str) -> bool:
+        """See `Transport.admits`."""
+        return self._lists.admit(peer_id)
+
     def kill(self) -> None:
         """See `Transport.kill`."""
         self._stop_serving(TransportError("this peer was killed; start a new one"))

@@ -8,12 +8,13 @@ import logging
 import random
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from swarmkit.clock import system_date
 from swarmkit.errors import ProtocolError
 from swarmkit.net.registry import records
+from swarmkit.net.registry.lot import draw
 from swarmkit.net.registry.records import MODELS_KEY, Announcement, block_key, keys_of
 from swarmkit.net.registry.swarm_map import SwarmMap
 from swarmkit.net.transport.seam import Transport
@@ -78,10 +79,15 @@ class Registry:
             [(key, value) for key in keys_of(announcement)], announcement.expires_at, announcement.service
         )
 
-    async def look_up(self, fingerprint: str, num_blocks: int) -> SwarmMap:
-        """The servers that announce a block of the model."""
+    async def look_up(
+        self, fingerprint: str, num_blocks: int, first: Container[str] = frozenset()
+    ) -> SwarmMap:
+        """The servers that announce a block of the model.
+
+        Args: first: ids of services whose announcements are read in any case, however many others there are.
+        """
         keys = [block_key(fingerprint, block) for block in range(num_blocks)]
-        found = [r for r in await self._read(keys) if r.num_blocks == num_blocks]
+        found = [r for r in await self._read(keys, first) if r.num_blocks == num_blocks]
         return SwarmMap().apply(*found)
 
     async def look_up_block(self, fingerprint: str, block: int) -> SwarmMap:
@@ -109,33 +115,36 @@ class Registry:
                 return found
             await asyncio.sleep(poll)
 
-    async def _read(self, keys: Iterable[str]) -> list[Announcement]:
-        """The announcements under some keys.
+    async def _read(self, keys: Iterable[str], first: Container[str] = frozenset()) -> list[Announcement]:
+        """The announcements under some keys, each once.
 
         A flood of records neither holds up the event loop nor the caller: so many new ones are read at a
-        time, drawn by lot, and the others at later times.
+        time, those of the services in `first` and others drawn by lot, and what is left at later times.
         """
         now = self._clock()
         places: dict[tuple[str, bytes], list[str]] = {}
         for key, entries in (await self._transport.fetch(keys)).items():
             for subkey, value in entries.items():
                 places.setdefault((subkey, value), []).append(key)
-        new = [record for record in places if record[1] not in self._known]
+        new = [record for record in places if record[1] not in self._known and record[0] not in first]
         if len(new) > _MOST_NEW_RECORDS:
             logger.warning("only %d of %d new announcements are read at a time", _MOST_NEW_RECORDS, len(new))
-            for record in self._chance.sample(new, len(new) - _MOST_NEW_RECORDS):
-                del places[record]
-        good: list[Announcement] = []
+            drawn = set(draw(new, places.__getitem__, _MOST_NEW_RECORDS, self._chance))
+            for record in new:
+                if record not in drawn:
+                    del places[record]
+        good: dict[int, Announcement] = {}
         for number, ((subkey, value), under) in enumerate(places.items(), start=1):
             if not number % _READ_IN_A_TURN:
                 await asyncio.sleep(0)
             for key in under:
                 try:
-                    good.append(self._remember(key, subkey, value, now))
+                    announcement = self._remember(key, subkey, value, now)
+                    good[id(announcement)] = announcement
                 except ProtocolError as error:  # noqa: PERF203
                     self._rejected += 1
                     logger.debug("ignored a record at %s from %s: %s", key, subkey, error)
-        return good
+        return list(good.values())
 
     def _remember(self, key: str, subkey: str, value: bytes, now: float) -> Announcement:
         """Read a record; a signature that was checked once is not checked again under the next key."""

@@ -1,8 +1,8 @@
-"""What keeps all streams of a client or a server to the peers that its lists admit."""
+"""What keeps the streams of a whole peer, and of a client or a server in it, to those that lists admit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 
 from swarmkit.errors import NotAdmittedError
 from swarmkit.net.protocol.messages import SESSION
@@ -49,6 +49,19 @@ class ListedTransport(PartTransport):
 
     def _admits(self, peer_id: str) -> bool:
         return peer_id == self.peer_id or self._lists.admit(peer_id)
+
+
+class AdmittingTransport(PartTransport):
+    """A peer's transport that serves no stream, at any endpoint, to peers that none of its parts admits.
+
+    All parts of a peer listen through it, so that no endpoint is left out.
+    """
+
+    async def listen(self, name: str, handler: Handler) -> None:
+        def admitted(stream: Stream) -> Awaitable[None]:
+            return handler(stream) if self.admits(stream.peer_id) else _refuse(stream)
+
+        await super().listen(name, admitted)
 
 
 async def _refuse(stream: Stream) -> None:

@@ -101,7 +101,7 @@ def is_peer_id(text: str) -> bool:
 class VerifiedSignatures:
     """Remembers which signatures were verified, by hashes, so that large records are not kept for it."""
 
-    most: int = 8192
+    most: int = 16_384
     _known: OrderedDict[bytes, bool] = field(default_factory=OrderedDict, repr=False)
 
     def verify(self, peer_id: str, data: bytes, signature: bytes) -> bool:

@@ -516,6 +516,10 @@ class MemoryTransport(Transport):
         """See `Transport.deal_with`. Here only the records of peers that are blocked are affected."""
         return self._lists.of_part(lists)
 
+    def admits(self, peer_id: str) -> bool:
+        """See `Transport.admits`."""
+        return self._lists.admit(peer_id)
+
     def kill(self) -> None:
         """See `Transport.kill`."""
         self._leave(TransportError("this peer was killed; start a new one"))

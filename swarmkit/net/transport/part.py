@@ -49,6 +49,9 @@ class PartTransport(Transport):
     def deal_with(self, lists: PeerLists) -> AbstractContextManager[None]:
         return self._transport.deal_with(lists)
 
+    def admits(self, peer_id: str) -> bool:
+        return self._transport.admits(peer_id)
+
     def kill(self) -> None:
         self._transport.kill()
 

@@ -1,4 +1,4 @@
-"""Lists of the peers that a client or a server deals with, and what they say about the shared table. Pure."""
+"""Lists of the peers that a client or a server deals with, and what they say about their whole peer. Pure."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class PeerLists:
 
 
 class TableLists:
-    """With whom a peer shares its part of the table: one part for all servers and clients of the peer.
+    """Whom a peer serves at all, and with whom it shares its part of the table: one part for all servers and
+    clients of the peer.
 
     A server is to be found by clients that it admits, wherever these look, and finds others with the help of
     any peer. So a list of allowed peers says who may use the peer's own part of the table, and a list of
@@ -58,7 +59,7 @@ class TableLists:
         return all(lists.block(peer_id) for lists in self._lists)
 
     def admit(self, peer_id: str) -> bool:
-        """Whether a peer's requests are answered."""
+        """Whether a peer's requests are answered, and its streams are served."""
         if not self._lists or peer_id in self._always:
             return True
         named = peer_id in self._joined and not self.block(peer_id)

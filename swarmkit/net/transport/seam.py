@@ -156,6 +156,9 @@ class Transport(Protocol):
         `TableLists`.
         """
 
+    def admits(self, peer_id: str) -> bool:
+        """Whether the lists of any part of this peer admit another one; `deal_with` has told of them."""
+
     def kill(self) -> None:
         """Vanish without a word, as a machine does that loses power. `close` is still due, to clean up."""
 
