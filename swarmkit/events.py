@@ -142,6 +142,22 @@ class MicroBatchFinished(Event, frozen=True):
         )
 
 
+class LogitsServed(Event, frozen=True):
+    """A server computed the output layer for `rows` rows of a step of this client."""
+
+    peer_id: str
+    label: str
+    rows: int
+    top: int
+    """How many logits of each row came, the largest ones; 0 = all of them."""
+    total_ms: float
+    compute_ms: float
+
+    def __str__(self) -> str:
+        what = f"the {self.top} largest logits" if self.top else "all logits"
+        return f"{self.label} computed {what} of {self.rows} rows in {self.total_ms:.1f} ms"
+
+
 class RoutePlanned(Event, frozen=True):
     """A session chose the servers that it starts with."""
 

@@ -327,6 +327,18 @@ class AdapterSettings(SettingsGroup):
     )
 
 
+class ServedHeadSettings(SettingsGroup):
+    """The output layer that a server computes for clients."""
+
+    model_config = read_from("SWARMKIT_SERVER_")
+
+    offer_head: bool = Field(
+        default=False,
+        description="Whether the server computes the model's output layer for clients that ask for it, in "
+        "float32. Its weights take memory beside those of the blocks.",
+    )
+
+
 class AccessSettings(SettingsGroup):
     """The peers that a server deals with: clients, and servers that it exchanges outputs or weights with."""
 
@@ -371,6 +383,7 @@ class ServerSettings(Settings):
     sessions: SessionSettings = Field(default_factory=SessionSettings)
     adapters: AdapterSettings = Field(default_factory=AdapterSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
+    head: ServedHeadSettings = Field(default_factory=ServedHeadSettings)
     access: AccessSettings = Field(default_factory=AccessSettings)
 
 
@@ -505,6 +518,26 @@ class CheckSettings(SettingsGroup):
     )
 
 
+class HeadSettings(SettingsGroup):
+    """Where a client has the output layer of its model computed."""
+
+    model_config = read_from("SWARMKIT_CLIENT_")
+
+    head: Literal["auto", "local", "remote"] = Field(
+        default="auto",
+        description="Where `generate()` has the output layer computed: `local` is on this machine, `remote` "
+        "is by a server that offers it, and `auto` is wherever it is measured to be quicker. Where no server "
+        "offers it, and where a call needs what no server gives, it is computed on this machine.",
+    )
+    head_top: int = Field(
+        default=64,
+        ge=2,
+        le=4096,
+        description="How many of the largest logits of a token a server is asked for. A call with a larger "
+        "`top_k` asks for more by itself. Where they do not suffice, all logits are computed.",
+    )
+
+
 class ClientSettings(Settings):
     """How a client finds, uses and replaces servers."""
 
@@ -513,6 +546,7 @@ class ClientSettings(Settings):
     transfer: TransferSettings = Field(default_factory=TransferSettings)
     sessions: ClientSessionSettings = Field(default_factory=ClientSessionSettings)
     checks: CheckSettings = Field(default_factory=CheckSettings)
+    head: HeadSettings = Field(default_factory=HeadSettings)
 
 
 class ApiSettings(SettingsGroup):

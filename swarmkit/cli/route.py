@@ -109,6 +109,15 @@ def _explanation(report: RouteReport) -> list[Text]:
             f"All servers of the weakest block together claim {report.swarm_rate:.1f} tokens/s for everybody."
         )
     )
+    if report.heads:
+        label, seconds = report.heads[0]
+        others = f", and {len(report.heads) - 1} more offer it" if len(report.heads) > 1 else ""
+        lines.append(
+            Text(
+                f"Embeddings and output layer take {report.own_s * 1e3:.1f} ms here; {label} says that it "
+                f"computes the output layer in {seconds * 1e3:.1f} ms, with the way there and back{others}."
+            )
+        )
     if (more := report.one_more) is None:
         lines.append(Text("One more server would not make this route faster."))
     else:

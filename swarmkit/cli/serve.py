@@ -87,6 +87,10 @@ def serve(
             help="Host this LoRA adapter, for clients to choose; may be given several times.",
         ),
     ] = None,
+    head: Annotated[
+        bool,
+        typer.Option("--head", help="Compute the output layer for clients, too; it takes memory of its own."),
+    ] = False,
     relay: Annotated[
         bool, typer.Option("--relay", help="Be reachable through the peers of --join, from behind a NAT.")
     ] = False,
@@ -143,7 +147,7 @@ def serve(
             identity_path=identity,
             adapters=adapter or (),
             weights=weights,
-            settings=_settings(allow, block, moves=not (blocks or stay)),
+            settings=_settings(allow, block, moves=not (blocks or stay), head=head),
             transport=over_hivemind(
                 join or (),
                 host=host,
@@ -172,15 +176,19 @@ def serve(
             _serve_until(server, end)
 
 
-def _settings(allow: list[str] | None, block: list[str] | None, moves: bool) -> ServerSettings:
+def _settings(allow: list[str] | None, block: list[str] | None, moves: bool, head: bool) -> ServerSettings:
     """The settings of the environment, with the lists of peers that were given.
 
-    Args: moves: whether the server moves by itself.
+    Args:
+        moves: whether the server moves by itself.
+        head: whether it computes the output layer for clients, whatever the environment says.
     """
     from swarmkit.settings import ServerSettings
 
     lists = {"allowed_peers": allow, "blocked_peers": block}
-    given = {name: tuple(peers) for name, peers in lists.items() if peers}
+    given: dict[str, object] = {name: tuple(peers) for name, peers in lists.items() if peers}
+    if head:
+        given["offer_head"] = True
     return ServerSettings().replace(**given, moves=moves)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from swarmkit.client.blocks import Blocks
 from swarmkit.client.generation import LengthLimit, prompt_length, without_cache_implementation
 from swarmkit.client.gradients.exchange import Traffic
 from swarmkit.client.gradients.function import RemotePass
+from swarmkit.client.head.served_head import ServedHead
 from swarmkit.client.pictures import server_pictures, swarm_bundle
 from swarmkit.client.refusals import RefusalsMixin, hub_options
 from swarmkit.client.remote_blocks import RemoteBlocks, record_states
@@ -65,10 +67,12 @@ class _GenerateCall:
 
     Attributes:
         held: tokens that the session held before an assisted call; 0 after its first step.
+        asks_for_logits: whether servers may compute the output layer.
     """
 
     speculation: Speculation = "auto"
     held: int = 0
+    asks_for_logits: bool = False
 
 
 _call: ContextVar[_GenerateCall | None] = ContextVar("swarmkit_generate_call", default=None)
@@ -82,6 +86,7 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
     _checkpoint: Checkpoint
     _speculator: Speculator
     _remote: RemotePass
+    _served_head: ServedHead
     _head = HeadKind("causal")
 
     @classmethod
@@ -161,6 +166,8 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
         head._speculator = Speculator()
         head._remote_adapters = adapters
         head._remote = remote
+        if kind.name == "causal":
+            head._served_head = ServedHead(head, connection)
         return head
 
     # ------------------------------------------------------------------ the swarm
@@ -312,9 +319,11 @@ class SwarmModelForCausalLM(SwarmModel):
         kwargs = choose_way(
             speculation, usual, kwargs, lambda name: self._configured(kwargs, name), rows, self._is_stateful
         )
-        token = _call.set(_GenerateCall(speculation or usual))
+        asks = "custom_generate" not in kwargs and self._served_head.is_offered(self)
+        token = _call.set(_GenerateCall(speculation or usual, asks_for_logits=asks))
         try:
-            output = self._generate(session, name, inputs, tokens, kwargs)
+            with self._served_head.of_call() if asks else nullcontext():
+                output = self._generate(session, name, inputs, tokens, kwargs)
         finally:
             _call.reset(token)
         if limit is not None:
@@ -399,11 +408,17 @@ class SwarmModelForCausalLM(SwarmModel):
             return inner
         return self._speculator.adapt(inner, session, kwargs["generation_config"].max_length)
 
+    def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)  # type: ignore[misc]
+        return self._served_head.wrapped(processors, generation_config)
+
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
     ) -> Any:
         """What a step computes. An assisted call's first one would compute what its session holds again."""
         call, text = _call.get(), input_ids.shape[1]
+        if call is not None and call.asks_for_logits:
+            self._served_head.prepared(input_ids)
         if call is not None and call.held:
             held, call.held = call.held, 0
             mask = kwargs.get("attention_mask")

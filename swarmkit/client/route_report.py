@@ -60,6 +60,9 @@ class RouteReport:
         swarm_rate: tokens per second that the servers of the weakest block claim together.
         one_more: what another server would bring to this client; None if nothing.
         local_token_s: of a token on this machine alone; None if the model does not fit, or is not here.
+        own_s: of a token in the client's own part: embeddings and output layer.
+        heads: the servers that offer to compute the output layer, each with the seconds that it says it
+            takes for a token, with the way there and back; the quickest first.
     """
 
     model: str
@@ -71,6 +74,8 @@ class RouteReport:
     swarm_rate: float
     one_more: OneMore | None
     local_token_s: float | None
+    own_s: float = 0.0
+    heads: tuple[tuple[str, float], ...] = ()
 
     @property
     def is_faster_alone(self) -> bool:
@@ -134,7 +139,18 @@ async def report_route(
         swarm_rate=min(_rates(servers, total), default=0.0),
         one_more=one_more(facts, links, most, found),
         local_token_s=local_s,
+        own_s=own_s,
+        heads=_heads(swarm, servers),
     )
+
+
+def _heads(swarm: SwarmClient, servers: Sequence[Announcement]) -> tuple[tuple[str, float], ...]:
+    found = [
+        (server.label, server.head_ms / 1e3 + swarm.way_s(server.service_id))
+        for server in servers
+        if server.head_ms
+    ]
+    return tuple(sorted(found, key=lambda one: one[1]))
 
 
 async def _facts(swarm: SwarmClient, route: Sequence[Hop]) -> list[HopFacts]:

@@ -10,6 +10,7 @@ import torch
 from swarmkit.errors import UsageError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.device import ensure_device
+from swarmkit.models.head.output_layer import output_layer_bytes
 from swarmkit.models.plan import Plan, device_memory_bytes, format_bytes, plan_checkpoint
 from swarmkit.models.quantization.precision import Precision
 from swarmkit.net.registry.records import MAX_HOSTED_ADAPTERS
@@ -75,6 +76,7 @@ class ServerConfig:
             UsageError: not one does.
         """
         memory = device_memory_bytes(self.device) if self.memory_bytes is None else self.memory_bytes
+        memory -= self._head_bytes
         plan = self._plan(memory)
         count = plan.blocks_that_fit
         if not count:
@@ -94,8 +96,13 @@ class ServerConfig:
         plan = self._plan(free if self.memory_bytes is None else self.memory_bytes)
         if self.memory_bytes is not None:
             of_held = (held[1] - held[0]) * (plan.block_bytes + plan.kv_bytes_per_block)
-            free = min(free, self.memory_bytes - plan.workspace_bytes - of_held)
+            free = min(free, self.memory_bytes - self._head_bytes - plan.workspace_bytes - of_held)
         return (more[1] - more[0]) * plan.block_bytes <= free
+
+    @property
+    def _head_bytes(self) -> int:
+        """What the output layer takes that the server computes for clients."""
+        return output_layer_bytes(self.checkpoint) if self.settings.head.offer_head else 0
 
     def _plan(self, memory_bytes: int, graph_slots: int | None = None) -> Plan:
         settings = self.settings

@@ -33,6 +33,7 @@ from swarmkit.events import (
 from swarmkit.models.adapters.adapter import Adapter
 from swarmkit.models.check import ensure_servable
 from swarmkit.models.execution.stage import Stage
+from swarmkit.models.head.output_layer import OutputLayer
 from swarmkit.models.plan import cache_cost
 from swarmkit.net.registry.records import Announcement
 from swarmkit.net.registry.registry import Registry
@@ -50,6 +51,7 @@ from swarmkit.server.config import ServerConfig
 from swarmkit.server.engine.engine import Engine
 from swarmkit.server.engine.trim_malloc import trim_malloc
 from swarmkit.server.engine.work import BULK, EngineClosedError
+from swarmkit.server.head.service import HeadService
 from swarmkit.server.quota import ClientQuota
 from swarmkit.server.relocation import Relocation, first_place, needed_for, staying
 from swarmkit.server.serving import Serving
@@ -121,6 +123,7 @@ class ModelServer:
         self._quota = ClientQuota(clock.now)
         self._engine: Engine | None = None
         self._cache: KVBudget | None = None
+        self._head: HeadService | None = None
         self._most_cache_bytes: int | None = None
         """Where the number of blocks follows the memory: what they leave for sessions."""
         self._owner = Owner("server", peer_id)
@@ -303,6 +306,7 @@ class ModelServer:
             self.events.emit(ServerLeft(**self._now()))
             self.events.close()
         finally:
+            self._head = None
             self.ended.set()
 
     async def _until_stopped(self, registry: Registry) -> None:
@@ -338,6 +342,25 @@ class ModelServer:
         self._receive_budget = ReceiveBudget(config.settings.requests.receive_budget_bytes)
         self._ways = LinkTimes(self._clock.now)
         self.set_limits(self.limits)
+        self._head = await self._load_head(engine)
+
+    async def _load_head(self, engine: Engine) -> HeadService | None:
+        """The output layer for clients, if its owner offers it; all runs of blocks share it."""
+        config = self.config
+        if not config.settings.head.offer_head:
+            return None
+        layer = await anyio.to_thread.run_sync(OutputLayer.load, config.checkpoint, config.device)
+        head = HeadService(
+            layer,
+            self._fingerprint,
+            engine,
+            config.settings,
+            self._receive_budget,
+            self._stop.is_set,
+            self._quota,
+        )
+        await head.measure()
+        return head
 
     async def _choose(self, registry: Registry) -> tuple[int, int]:
         """The blocks to begin with."""
@@ -399,6 +422,7 @@ class ModelServer:
                     weights=self._weights,
                     links=self._links(),
                     settings=config.settings,
+                    head=self._head,
                 )
             )
             del stage
@@ -458,7 +482,8 @@ class ModelServer:
             serving.gradients.kept.drop_old()
             found = vitals.news()
             self.rate = found["throughput"]
-            return {**found, "free_cache_tokens": serving.sessions.free_cache_tokens}
+            head_ms = 0.0 if serving.head is None else serving.head.row_ms
+            return {**found, "free_cache_tokens": serving.sessions.free_cache_tokens, "head_ms": head_ms}
 
         await announcer.announce(**news(), adapters=serving.hosted)
         name, addresses = self.config.checkpoint.name, tuple(self._transport.addresses)

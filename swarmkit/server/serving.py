@@ -17,6 +17,7 @@ from swarmkit.models.execution.stage import Stage
 from swarmkit.models.plan import cache_cost
 from swarmkit.net.protocol.adapter_messages import ADAPTER
 from swarmkit.net.protocol.gradient_messages import GRADIENT
+from swarmkit.net.protocol.logits_messages import LOGITS
 from swarmkit.net.protocol.messages import PUSH, SESSION, printable
 from swarmkit.net.protocol.protocol import Protocol
 from swarmkit.net.registry.records import HostedAdapter
@@ -26,6 +27,7 @@ from swarmkit.net.transport.seam import Handler, Transport
 from swarmkit.server.adapters.service import AdapterService
 from swarmkit.server.cache.kv_budget import KVBudget
 from swarmkit.server.engine.engine import Engine
+from swarmkit.server.head.service import HeadService
 from swarmkit.server.quota import ClientQuota
 from swarmkit.server.sessions.links import Links
 from swarmkit.server.sessions.service import BlockService
@@ -59,6 +61,7 @@ class Serving:
         weights: SharedWeights,
         links: Links | None,
         settings: ServerSettings,
+        head: HeadService | None = None,
     ) -> None:
         """Prepare to serve a stage.
 
@@ -69,6 +72,7 @@ class Serving:
                 model share them.
             weights: offers the blocks' files to other servers.
             links: how to reach servers with the next blocks; None: outputs go to clients only.
+            head: computes the output layer for clients; None: nothing does.
         """
         self.stage = stage
         self.engine = engine
@@ -91,6 +95,7 @@ class Serving:
         self.gradients = GradientService(
             stage, fingerprint, engine, settings, receive_budget, lambda: self.sessions.leaving, store, quota
         )
+        self.head = head
         self._transport = transport
         self._weights = weights
         self._owned = AsyncExitStack()
@@ -129,6 +134,8 @@ class Serving:
             (GRADIENT, self.gradients.serve),
             (SESSION, self.sessions.serve),
         ]
+        if self.head is not None:
+            handlers.insert(0, (LOGITS, self.head.serve))
         try:
             for protocol, handler in handlers:
                 self._owned.push_async_callback(self._end_streams, protocol)

@@ -51,6 +51,7 @@ from swarmkit.errors import (
 )
 from swarmkit.events import (
     EventStream,
+    LogitsServed,
     MicroBatchFinished,
     OutputsDiffered,
     Owner,
@@ -105,7 +106,7 @@ class SwarmClient:
         self.view = SwarmMap()
         self.clock = clock
         steps = self.settings.sessions.trace_steps
-        self.events = EventStream(apart={StepFinished: steps, MicroBatchFinished: steps})
+        self.events = EventStream(apart={StepFinished: steps, MicroBatchFinished: steps, LogitsServed: steps})
         self.bans = Bans(self.settings.routing.ban_s, self.settings.routing.max_ban_s, clock.now)
         self.busy = BusyPeers(clock.now)
         self.policy = DeadlinePolicy(

@@ -19,6 +19,7 @@ from swarmkit.net.protocol.messages import (
     Age,
     BlockIndex,
     Fingerprint,
+    Millis,
     Seconds,
     ServiceNumber,
     ShortText,
@@ -76,6 +77,7 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True):
         free_cache_tokens: tokens of one row that its cache can still take.
         dtype: what it computes in.
         adapters: those that it hosts.
+        head_ms: how long it takes to compute the output layer of one token for a client; 0 = it does not.
         sequence: grows with every announcement of a service; the greatest one counts.
         protocols: the oldest and the newest protocol version that it speaks.
         expires_at: Unix time, seconds.
@@ -103,6 +105,7 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True):
     measured_age_s: Age = 0.0
     expected_wait_s: Seconds = 0.0
     links: Annotated[tuple[MeasuredLink, ...], msgspec.Meta(max_length=MAX_LINKS)] = ()
+    head_ms: Millis = 0.0
     sequence: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     expires_at: float
 
