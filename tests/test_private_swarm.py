@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from swarmkit.errors import NotAdmittedError, TransportError, UsageError
 from swarmkit.local.swarm import over_memory
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.net import portal
-from swarmkit.net import protocol as protocols
 from swarmkit.net.connect import joined
 from swarmkit.net.protocol.messages import SESSION, Fault
 from swarmkit.net.protocol.protocol import Protocol
@@ -34,16 +31,8 @@ from swarmkit.settings import ClientSettings, ServerSettings
 
 from .cli.commands import run, run_here, start
 from .models.tiny import make_checkpoint
+from .net.protocols import PROTOCOLS
 
-PROTOCOLS = list(
-    {
-        protocol.name: protocol
-        for module in pkgutil.iter_modules(protocols.__path__, f"{protocols.__name__}.")
-        for protocol in vars(importlib.import_module(module.name)).values()
-        if isinstance(protocol, Protocol)
-    }.values()
-)
-"""All that peers speak to each other over streams, so that a new one is not forgotten here."""
 KEY = SwarmKey()
 PROMPT = torch.tensor([[5, 9, 33]])
 
