@@ -224,16 +224,39 @@ async def test_a_failed_start_leaves_nothing(temp_dir: Path) -> None:
     assert (list(temp_dir.iterdir()), own_tasks() - before) == ([], set())
 
 
-async def test_a_daemon_that_died_is_noticed(world: HivemindWorld) -> None:
+async def test_a_stream_is_opened_as_soon_as_a_daemon_that_died_was_started_again(
+    world: HivemindWorld,
+) -> None:
+    server, peer = await world.peer(), await world.peer()
+    await server.listen("echo", echo)
+    os.kill(peer.daemon_pid, signal.SIGKILL)  # type: ignore[attr-defined]
+    stream = await peer.open(server.peer_id, "echo", server.addresses, timeout=30.0)
+    await stream.send(b"again")
+    assert await stream.receive() == b"again"
+
+
+async def test_a_stream_that_waits_in_vain_for_a_daemon_says_so(
+    world: HivemindWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def start(*_: Any, **__: Any) -> P2PDaemon:
+        raise TransportError("no daemon today")
+
     peer: Any = await world.peer()
+    monkeypatch.setattr(P2PDaemon, "start", start)
     os.kill(peer.daemon_pid, signal.SIGKILL)
+    with pytest.raises(PeerUnreachableError, match="daemon has ended"):
+        await peer.open(Identity().peer_id, "echo", timeout=2.0)
 
-    async def is_noticed() -> bool:
-        with pytest.raises(TransportError) as caught:
-            await peer.open(Identity().peer_id, "echo")
-        return "daemon has ended" in str(caught.value)
 
-    await eventually(is_noticed, "the peer says that its daemon has ended")
+async def test_a_stream_is_opened_although_its_daemon_is_replaced_meanwhile(world: HivemindWorld) -> None:
+    server, peer = await world.peer(), await world.peer()
+    await server.listen("echo", echo)
+    replacing = asyncio.ensure_future(peer._replace_daemon())  # type: ignore[attr-defined]
+    for _ in range(5):
+        stream = await peer.open(server.peer_id, "echo", server.addresses, timeout=30.0)
+        await stream.send(b"still")
+        assert await stream.receive() == b"still"
+    await replacing
 
 
 # hivemind's habits

@@ -89,6 +89,7 @@ _OPENED_PER_S, _OPENED_AT_ONCE = 50.0, 200.0
 _GREETING_TIMEOUT_S = 10.0
 _REQUEST_TIMEOUT_S = 10.0
 _WATCH_PERIOD_S = 1.0
+_DAEMON_POLL_S = 0.05
 _PEERS_ASKED_FOR_TIME = 4
 """Besides the initial peers."""
 
@@ -136,6 +137,8 @@ class HivemindTransport(Transport):
         """Whether the daemon does not dial now because it failed to before: it pauses for up to five minutes,
         and another daemon dials at once.
         """
+        self._is_replacing = False
+        """Whether the daemon is being stopped, or another one being started in its place."""
         self._end: TransportError | None = None
         self._closing: asyncio.Task[None] | None = None
 
@@ -320,12 +323,16 @@ class HivemindTransport(Transport):
 
     async def _replace_daemon(self) -> None:
         """Start another daemon under the same identity and at the same port."""
-        await self._detach()
-        # It cannot start if none of its initial peers is there; joining them is tried repeatedly instead.
-        options = replace(self._options, host_maddrs=self._listened_at(), initial_peers=())
-        self._daemon = await P2PDaemon.start(
-            self._identity, options, startup_timeout=self._timeouts.startup_s
-        )
+        self._is_replacing = True
+        try:
+            await self._detach()
+            # It cannot start if none of its initial peers is there; joining them is tried repeatedly instead.
+            options = replace(self._options, host_maddrs=self._listened_at(), initial_peers=())
+            self._daemon = await P2PDaemon.start(
+                self._identity, options, startup_timeout=self._timeouts.startup_s
+            )
+        finally:
+            self._is_replacing = False
         await self._attach(())
         for name in self._handlers:
             await self._accept_streams(name)
@@ -413,28 +420,19 @@ class HivemindTransport(Transport):
     async def open(
         self, peer_id: str, name: str, addresses: Sequence[str] = (), timeout: float = 5.0
     ) -> Stream:
-        """See `Transport.open`."""
-        self._check_running()
-        if peer_id == self.peer_id:
-            return await self._open_to_self(name)
-        try:
-            raw_id = base58.b58decode(peer_id)
-        except ValueError:
-            raise PeerUnreachableError(f"{peer_id!r} is not a peer id", peer_id) from None
-        pb = _messages()
-        began = self._clock.now()
+        """See `Transport.open`. While the daemon is being started again, it is waited for."""
+        no_daemon: NoContactError | None = None
         try:
             with anyio.fail_after(timeout):
-                await self._connect(peer_id, addresses, timeout)
-                request = pb.StreamOpenRequest(peer=raw_id, proto=[name], timeout=_whole_seconds(timeout))
-                stream, offer = await self._ask_for_stream(
-                    pb.Request(type=pb.Request.STREAM_OPEN, streamOpen=request), peer_id, name
-                )
-                self._contact.note_reached(peer_id, addresses)
-                if offer is None:
-                    return stream
-                return await self._choose_way(stream, offer, addresses, self._clock.now() - began)
+                while True:
+                    try:
+                        return await self._open(peer_id, name, addresses, timeout)
+                    except NoContactError as error:
+                        no_daemon = error
+                    await anyio.sleep(_DAEMON_POLL_S)
         except TimeoutError:
+            if no_daemon is not None:
+                raise PeerUnreachableError(str(no_daemon), peer_id) from None
             self._spawn(self._disconnect(peer_id))
             raise PeerTimeoutError(f"peer {peer_id} did not answer within {timeout:g} s", peer_id) from None
         except ProtocolError as error:
@@ -444,6 +442,26 @@ class HivemindTransport(Transport):
             if isinstance(found, PeerTimeoutError):
                 self._spawn(self._disconnect(peer_id))
             raise found from None
+
+    async def _open(self, peer_id: str, name: str, addresses: Sequence[str], timeout: float) -> Stream:
+        self._check_running()
+        if peer_id == self.peer_id:
+            return await self._open_to_self(name)
+        try:
+            raw_id = base58.b58decode(peer_id)
+        except ValueError:
+            raise PeerUnreachableError(f"{peer_id!r} is not a peer id", peer_id) from None
+        pb = _messages()
+        began = self._clock.now()
+        await self._connect(peer_id, addresses, timeout)
+        request = pb.StreamOpenRequest(peer=raw_id, proto=[name], timeout=_whole_seconds(timeout))
+        stream, offer = await self._ask_for_stream(
+            pb.Request(type=pb.Request.STREAM_OPEN, streamOpen=request), peer_id, name
+        )
+        self._contact.note_reached(peer_id, addresses)
+        if offer is None:
+            return stream
+        return await self._choose_way(stream, offer, addresses, self._clock.now() - began)
 
     async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float, service: int = 0) -> int:
         """See `Transport.store`."""
@@ -522,7 +540,7 @@ class HivemindTransport(Transport):
     def _check_running(self) -> None:
         if self._end is not None:
             raise TransportError(str(self._end))
-        if not self._daemon.is_running:
+        if self._is_replacing or not self._daemon.is_running:
             raise NoContactError(
                 "the p2p daemon has ended and is being started again; try again in a few seconds. Its last "
                 "lines: " + " | ".join(self._daemon.last_lines[-3:]),
@@ -687,7 +705,10 @@ class HivemindTransport(Transport):
                 error, TimeoutError
             ):
                 self._check_running()
-                raise TransportError(f"the p2p daemon does not answer: {error}; restart this peer") from error
+                raise NoContactError(  # it may have ended just now
+                    f"the p2p daemon does not answer: {error}; restart this peer if that lasts",
+                    self._contact.heard_at,
+                ) from error
             raise
         return connection, response
 
