@@ -42,6 +42,9 @@ def simulate(
         Path | None,
         typer.Option("--demand", help="Table (CSV) of times, prompt and answer tokens, instead of a rate."),
     ] = None,
+    stretch: Annotated[
+        float, typer.Option("--stretch", min=1e-6, help="Requests of that table come so many times as slowly.")
+    ] = 1.0,
     clients: Annotated[int, typer.Option("--clients", min=1, help="Clients that requests come from.")] = 8,
     topology: Annotated[
         Path | None,
@@ -87,6 +90,7 @@ def simulate(
         rate=rate,
         requests=requests,
         demand=demand,
+        stretch=stretch,
         clients=clients,
         topology=topology,
         assumptions=SwarmAssumptions(batching=batching, paged=paged, notice_s=None if crash else 30.0),

@@ -40,6 +40,7 @@ from swarmkit.net.registry.registry import Registry
 from swarmkit.net.registry.swarm_map import uncovered
 from swarmkit.net.rpc.listed_transport import ListedTransport
 from swarmkit.net.rpc.receive_budget import ReceiveBudget
+from swarmkit.net.rpc.server_info import is_there
 from swarmkit.net.transport.paced import PacedTransport
 from swarmkit.net.transport.peer_lists import PeerLists
 from swarmkit.net.transport.rates import Rates, StreamTraffic
@@ -66,6 +67,7 @@ logger = logging.getLogger(__name__)
 
 _TAKE_BACK_S = 2.0
 _LEAST_PATIENCE_S = 1.0
+_SIGN_OF_LIFE_S = 5.0
 """Between two looks at whether others have the blocks that sessions still use."""
 
 
@@ -314,10 +316,16 @@ class ModelServer:
         settings, total = self.config.settings.moving, self.config.checkpoint.num_blocks
         async with anyio.create_task_group() as beside:
             if settings.moves and self.config.blocks is None:
-                relocation = Relocation(self, registry, self._fingerprint, total, settings, self._clock)
+                relocation = Relocation(
+                    self, registry, self._fingerprint, total, settings, self._clock, self._is_there
+                )
                 beside.start_soon(relocation.run)
             await self._stop.wait()
             beside.cancel_scope.cancel()
+
+    async def _is_there(self, server: Announcement) -> bool:
+        assert self._transport is not None
+        return await is_there(self._transport, server, _SIGN_OF_LIFE_S)
 
     async def _prepare(
         self, transport: Transport, registry: Registry, engine: Engine, weights: WeightsService

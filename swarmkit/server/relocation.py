@@ -4,6 +4,9 @@ Whether to move is decided by a pure rule over what servers announce. What is do
 that differ from server to server, and to look twice: several servers that see the same need at the same
 moment would all meet it. The first that moves announces its new blocks as it begins to load them, so that the
 others see at their second look that it is met.
+
+A server that crashed stays in the table until its announcement ends. Some servers are asked for a sign of
+life at each look, so that its place is taken before that.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import logging
 import random
 import secrets
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 import anyio
@@ -24,6 +27,7 @@ from swarmkit.net.registry.registry import Registry
 from swarmkit.net.registry.swarm_map import uncovered
 from swarmkit.placement.choice import PlacementMove, PlacementPolicy, choose, should_move
 from swarmkit.placement.description import Machine, ModelSize, Served
+from swarmkit.placement.signs_of_life import gone, to_ask
 from swarmkit.settings import MovingSettings
 
 logger = logging.getLogger(__name__)
@@ -61,14 +65,21 @@ class Relocation:
         num_blocks: int,
         settings: MovingSettings,
         clock: Clock,
+        is_there: Callable[[Announcement], Awaitable[bool]],
     ) -> None:
-        """Args: num_blocks: of the whole model."""
+        """Make it; `run` moves.
+
+        Args:
+            num_blocks: of the whole model.
+            is_there: asks a server for a sign of life.
+        """
         self._server = server
         self._registry = registry
         self._fingerprint = fingerprint
         self._num_blocks = num_blocks
         self._settings = settings
         self._clock = clock
+        self._is_there = is_there
         self._chance = random.Random(secrets.token_hex(8))
         self._is_hurried = False
 
@@ -97,6 +108,7 @@ class Relocation:
         view = await self._registry.look_up(self._fingerprint, self._num_blocks)
         present = view.servers(self._clock.time(), ("joining", "online"))
         others = staying(one for one in present if one.peer_id != self._registry.peer_id)
+        others = await self._not_gone(others)
         (low, high), rate = self._server.blocks, max(self._server.rate, _LEAST_RATE)
         ranges = [(low, high), *((one.start, one.stop) for one in others)]
         self._is_hurried = bool(uncovered(0, self._num_blocks, ranges))
@@ -109,6 +121,23 @@ class Relocation:
             move_s=self._server.load_s,
             count=high - low,
         )
+
+    async def _not_gone(self, servers: list[Announcement]) -> list[Announcement]:
+        """Those that give a sign of life, or are not asked for one."""
+        asked: set[int] = set()
+        silent: set[int] = set()
+
+        async def ask(number: int) -> None:
+            if not await self._is_there(servers[number]):
+                silent.add(number)
+
+        while turn := to_ask(self._num_blocks, servers, asked, silent, self._chance.random):
+            asked.update(turn)
+            async with anyio.create_task_group() as tasks:
+                for number in turn:
+                    tasks.start_soon(ask, number)
+        away = gone(asked, silent)
+        return [one for number, one in enumerate(servers) if number not in away]
 
 
 def first_place(num_blocks: int, count: int, rate: float, others: Iterable[Announcement]) -> tuple[int, int]:

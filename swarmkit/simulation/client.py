@@ -43,7 +43,10 @@ class SimulatedAnswer:
     total_s: float = 0.0
     replaced: int = 0
     """Servers that were lost or left meanwhile, and replaced."""
+    begun: bool = False
+    """Whether servers had let it in."""
     lost: bool = False
+    """Whether it got no answer: it was lost, or, where it had not begun, turned away."""
     uncovered: bool = False
     """Whether some block had no server at the time when it was lost."""
     route: list[str] = field(default_factory=list)
@@ -210,6 +213,7 @@ class _AnswerSession:
         client, request = self._client, self._request
         blocks = client._model.size.num_blocks
         self._hops = await self._open(0, blocks, request.prompt_tokens)
+        self._answer.begun = True
         self._answer.waited_s = self._clock.now() - self.began
         self._answer.route = [str(hop) for hop, *_ in self._hops]
         if self._assumptions.session_s:

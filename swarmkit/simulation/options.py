@@ -23,6 +23,7 @@ class SwarmAssumptions:
         reserved_tokens: that a session takes then; 0 = as many as its prompt and answer have.
         announce_period_s, record_lifetime_s: of announcements.
         look_period_s: mean time between two looks of a server at its placement; it looks at random times.
+        silence_s: after which a server that does not answer counts as gone.
         load_bytes_per_s: of blocks that are fetched and loaded.
         notice_s: a server that goes tells so, and goes so many seconds later; None = it crashes.
     """
@@ -39,5 +40,6 @@ class SwarmAssumptions:
     announce_period_s: float = 10.0
     record_lifetime_s: float = 30.0
     look_period_s: float = 60.0
+    silence_s: float = 2.0
     load_bytes_per_s: float = 250e6
     notice_s: float | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,7 +57,8 @@ class SimulationSetup:
         prompt_tokens, answer_tokens: mean lengths, drawn anew for each request.
         hours: how long servers come and go; requests that are under way are answered.
         churn_per_hour: which share of the servers goes in an hour, and as many come.
-        trace: a table of running machines, instead of churn; one of requests; distances.
+        trace, demand, topology: a table of running machines, instead of churn; one of requests; distances.
+        stretch: requests of the table come so many times as slowly.
         rule: of placement, and of the clients' choice of servers.
         seed: of everything that is drawn.
     """
@@ -76,6 +77,7 @@ class SimulationSetup:
     churn_per_hour: float = 0.1
     trace: Path | None = None
     demand: Path | None = None
+    stretch: float = 1.0
     topology: Path | None = None
     rule: RuleName = "ours"
     assumptions: SwarmAssumptions = field(default_factory=SwarmAssumptions)
@@ -122,7 +124,8 @@ class _Simulation:
         if not setup.requests:
             return []
         if setup.demand is not None:
-            return read_requests(setup.demand, setup.requests)
+            found = read_requests(setup.demand, setup.requests)
+            return [replace(one, at_s=one.at_s * setup.stretch) for one in found]
         return poisson_requests(
             setup.rate,
             setup.requests,
@@ -268,8 +271,9 @@ def summary(setup: SimulationSetup, history: SwarmHistory) -> dict[str, Any]:
         "gaps": len(history.gaps),
         "longest_gap_s": _rounded(max((until - since for since, until in history.gaps), default=0.0)),
         "answers": len(good),
-        "lost": sum(one.lost for one in answers),
-        "lost_while_covered": sum(one.lost and not one.uncovered for one in answers),
+        "turned_away": sum(one.lost and not one.begun for one in answers),
+        "lost": sum(one.lost and one.begun for one in answers),
+        "lost_while_covered": sum(one.lost and one.begun and not one.uncovered for one in answers),
         "replaced": sum(one.replaced for one in answers),
         "answer_s": _spread([one.total_s for one in good]),
         "waited_s": _spread([one.waited_s for one in good]),

@@ -14,6 +14,7 @@ from swarmkit.net.registry.records import Announcement, ServerState
 from swarmkit.net.rpc.faults import Refusal
 from swarmkit.net.rpc.receive_budget import ReceiveBudget
 from swarmkit.placement.description import Machine, Served, served_by
+from swarmkit.placement.signs_of_life import gone, to_ask
 from swarmkit.server.cache.kv_budget import CacheFullError, CacheLease, KVBudget
 from swarmkit.server.sessions.admission import AdmissionControl
 from swarmkit.settings import ServerSettings
@@ -51,6 +52,7 @@ class SimulatedServer:
         chance: random.Random,
         others: Callable[[], list[Served]],
         tell: Callable[[SimulatedServer, ServerState], None],
+        lives: Callable[[str], bool],
         *,
         pass_s: Callable[[Machine, int, float], float] | None = None,
     ) -> None:
@@ -58,6 +60,7 @@ class SimulatedServer:
         place: where it is, in the swarm's distances.
         others: what the other servers announce, as this one sees it now.
         tell: announces this server in a state.
+        lives: whether a server of that name answers.
         pass_s: seconds of a forward pass at a machine through so many blocks with so many tokens.
         """
         self.machine, self.place = machine, place
@@ -69,7 +72,7 @@ class SimulatedServer:
         self.places: set[SimulatedPlace] = set()
         self._model, self._rule, self._assumptions = model, rule, assumptions
         self._clock, self._chance = clock, chance
-        self._others, self._tell = others, tell
+        self._others, self._tell, self._lives = others, tell, lives
         self._pass_s = pass_s or _pass_s
         self._gone = asyncio.Event()
         self._budget = KVBudget(0)
@@ -129,10 +132,31 @@ class SimulatedServer:
             if self._assumptions.batching:
                 tasks.start_soon(self._compute_forever)
             while True:
-                await anyio.sleep(self._chance.uniform(0, 2 * self._assumptions.look_period_s))
-                found = self._rule.better(self.machine, self.served, self._others(), self._load_s(self.span))
-                if found is not None and found != self.span and self.state == "online":
+                await anyio.sleep(self._chance.uniform(0.5, 1.5) * self._assumptions.look_period_s)
+                if await self._better_place() is None:
+                    continue
+                await anyio.sleep(self._chance.uniform(0, 0.5) * self._assumptions.look_period_s)
+                found = await self._better_place()
+                if found is not None:
                     await self.move(found)
+
+    async def _better_place(self) -> tuple[int, int] | None:
+        """Where it is needed more, among the others that are not known to be gone."""
+        if self.state != "online":
+            return None
+        others = self._others()
+        asked: set[int] = set()
+        silent: set[int] = set()
+        while turn := to_ask(self._model.size.num_blocks, others, asked, silent, self._chance.random):
+            unanswered = {number for number in turn if not self._lives(others[number].name)}
+            asked.update(turn)
+            silent |= unanswered
+            if unanswered:
+                await anyio.sleep(self._assumptions.silence_s)
+        away = gone(asked, silent)
+        staying = [one for number, one in enumerate(others) if number not in away]
+        found = self._rule.better(self.machine, self.served, staying, self._load_s(self.span))
+        return None if found == self.span or self.state != "online" else found
 
     async def move(self, blocks: tuple[int, int]) -> None:
         """Serve other blocks: sessions are told to leave, and then the blocks are loaded."""

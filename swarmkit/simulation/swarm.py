@@ -94,6 +94,7 @@ class SimulatedSwarm:
             random.Random(f"{self._seed} {machine.name}"),
             lambda: self.announced(machine.name),
             self._announce,
+            self.servers.__contains__,
             pass_s=self._pass_s,
         )
         self.servers[machine.name] = server

@@ -153,6 +153,14 @@ def test_nobody_has_room_for_as_long_as_the_client_waits(tiny_llama: Checkpoint)
         assert not world.client.bans.is_banned(world.swarm.servers[-1].peer_id)
 
 
+def test_what_another_session_was_told_is_not_said_to_be_an_error_of_this_one(tiny_llama: Checkpoint) -> None:
+    with a_world(tiny_llama, replicas=1, route_timeout_s=0.3) as world:
+        world.answer(new_tokens=1)
+        world.client.busy.note(next(iter(world.client.servers())).service_id, 60.0)
+        with pytest.raises(NoRouteError, match=r"had no room for 0 s; start another server"):
+            world.answer()
+
+
 @pytest.mark.parametrize("push", [True, False])
 def test_a_session_whose_idle_cache_made_room_for_others_goes_on_with_the_same_tokens(
     tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], push: bool

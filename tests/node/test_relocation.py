@@ -158,6 +158,17 @@ def test_blocks_that_lost_all_their_servers_have_one_again(checkpoint: Checkpoin
     assert min(colony.holders) >= 1
 
 
+def test_the_place_of_crashed_servers_is_taken_before_their_announcements_end(checkpoint: Checkpoint) -> None:
+    async def story(colony: Colony) -> None:
+        for _ in range(5):
+            await colony.add(3, record_lifetime_s=3000.0)
+        await colony.lose(*(peer for peer in list(colony.peers) if peer.server.blocks == (3, 6)))
+        await anyio.sleep(3 * PERIOD_S)
+
+    colony = live(checkpoint, story)
+    assert min(colony.holders) >= 1
+
+
 def test_sessions_go_on_when_blocks_have_a_server_again(checkpoint: Checkpoint) -> None:
     async def story(colony: Colony) -> None:
         await five_of_three(colony)

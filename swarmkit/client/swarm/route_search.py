@@ -121,8 +121,10 @@ class RouteSearch:
         if not route or not self._swarm.has_contact:
             return self._swarm.no_route(start, stop)
         what = "had no room" if busy else "kept failing"
+        # What another session was told keeps this one waiting as well, which then has no error of its own.
+        cause = f" ({error})" if error is not None else ""
         return NoRouteError(
-            f"the only servers of blocks {start}:{stop} {what} for {seconds:.0f} s ({error}); "
+            f"the only servers of blocks {start}:{stop} {what} for {seconds:.0f} s{cause}; "
             "start another server for them, or try again later",
             [(start, stop)],
         )

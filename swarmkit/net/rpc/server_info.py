@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import anyio
 
 from swarmkit.clock import SYSTEM_CLOCK, Clock
-from swarmkit.errors import PeerError
+from swarmkit.errors import (
+    NotAdmittedError,
+    NotServedError,
+    PeerError,
+    PeerTimeoutError,
+    PeerUnreachableError,
+)
 from swarmkit.net.protocol.messages import (
     SESSION,
     GetInfo,
@@ -76,6 +82,21 @@ class InfoAnswer:
 
     info: ServerInfo
     round_trip_s: float
+
+
+async def is_there(transport: Transport, server: Announcement, timeout: float) -> bool:
+    """Whether a server's peer answers within `timeout` seconds, be it with a refusal."""
+    try:
+        await ask(
+            transport, server.peer_id, server.addresses, GetInfo(), timeout, server.service, server.protocols
+        )
+    except (NotServedError, NotAdmittedError):
+        return True
+    except (PeerUnreachableError, PeerTimeoutError):
+        return False
+    except PeerError:
+        return True
+    return True
 
 
 async def ask_all(
