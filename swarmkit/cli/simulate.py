@@ -43,7 +43,8 @@ def simulate(
         typer.Option("--demand", help="Table (CSV) of times, prompt and answer tokens, instead of a rate."),
     ] = None,
     stretch: Annotated[
-        float, typer.Option("--stretch", min=1e-6, help="Requests of that table come so many times as slowly.")
+        float,
+        typer.Option("--stretch", min=1e-6, help="Requests of the table come so many times as slowly."),
     ] = 1.0,
     clients: Annotated[int, typer.Option("--clients", min=1, help="Clients that requests come from.")] = 8,
     topology: Annotated[

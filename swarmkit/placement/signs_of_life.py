@@ -20,7 +20,7 @@ ASKERS = 8
 _SEVERAL = 3
 
 
-class Span(Protocol):
+class HeldBlocks(Protocol):
     """Blocks [start, stop)."""
 
     @property
@@ -32,7 +32,7 @@ class Span(Protocol):
 
 def to_ask(
     num_blocks: int,
-    servers: Sequence[Span],
+    servers: Sequence[HeldBlocks],
     asked: Collection[int],
     silent: Collection[int],
     chance: Callable[[], float],
@@ -66,7 +66,7 @@ def gone(asked: Collection[int], silent: Collection[int]) -> Collection[int]:
     return () if len(silent) == len(asked) >= _SEVERAL else silent
 
 
-def without_replica(num_blocks: int, servers: Sequence[Span]) -> list[int]:
+def without_replica(num_blocks: int, servers: Sequence[HeldBlocks]) -> list[int]:
     """The servers, by their place in the list, that are the only ones of some block."""
     changes = np.zeros(num_blocks + 1, dtype=np.int64)
     for one in servers:
