@@ -16,6 +16,7 @@ from swarmkit.errors import NoContactError, SwarmkitError
 from swarmkit.net.hivemind.contact import Contact
 from swarmkit.net.transport.seam import Stream
 
+from ..clocks import SetClock
 from ..waiting import eventually
 from .worlds import HivemindWorld, echo
 
@@ -169,3 +170,27 @@ async def test_a_client_is_in_contact_again_after_an_outage_that_emptied_its_rou
     finally:
         os.kill(first.daemon_pid, signal.SIGCONT)
     assert await fetched(client, "k", 45) == {first.peer_id: b"v"}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("silent", "given_up"), [(False, 0), (True, 1)], ids=["refuses", "is silent"])
+async def test_only_a_connection_to_a_peer_that_is_silent_is_given_up(
+    world: HivemindWorld, monkeypatch: pytest.MonkeyPatch, silent: bool, given_up: int
+) -> None:
+    await world.peer()
+    other: Any = await world.peer()
+    times = iter([0.0, 3.0 if silent else 0.1])
+    disconnected: list[str] = []
+
+    async def meet(peer_id: str) -> bool:
+        return False
+
+    async def disconnect(peer_id: str) -> None:
+        disconnected.append(peer_id)
+
+    monkeypatch.setattr(other._table, "meet", meet)
+    monkeypatch.setattr(other, "_disconnect", disconnect)
+    monkeypatch.setattr(other, "_clock", SetClock())
+    monkeypatch.setattr(other._clock, "now", lambda: next(times))
+    assert not await other._rejoin()
+    assert len(disconnected) == given_up

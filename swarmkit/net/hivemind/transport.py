@@ -90,6 +90,10 @@ _GREETING_TIMEOUT_S = 10.0
 _REQUEST_TIMEOUT_S = 10.0
 _WATCH_PERIOD_S = 1.0
 _DAEMON_POLL_S = 0.05
+_SILENT_S = 2.0
+"""Who refuses sooner has a connection that is alive, such as a peer that is just starting: it stays, because
+that peer is joining over it.
+"""
 _PEERS_ASKED_FOR_TIME = 4
 """Besides the initial peers."""
 
@@ -294,9 +298,10 @@ class HivemindTransport(Transport):
             with anyio.move_on_after(_REQUEST_TIMEOUT_S):
                 try:
                     await self._connect(peer_id, addresses, _REQUEST_TIMEOUT_S)
+                    asked_at = self._clock.now()
                     if await table.meet(peer_id):
                         met = True
-                    else:
+                    elif self._clock.now() - asked_at > _SILENT_S:
                         await self._disconnect(peer_id)
                 except (SwarmkitError, _DaemonRefusal, ValueError) as error:
                     self._holds_back |= "dial backoff" in str(error)
