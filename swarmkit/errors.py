@@ -5,6 +5,7 @@
     SwarmkitError
     ├── UsageError            the caller asked for something that cannot be; fix the call
     │   ├── ModelError        a checkpoint that is missing, incomplete or not supported
+    │   ├── MemoryLimitError  not even one block of a model fits into the memory that is allowed
     │   ├── AdapterError      an adapter that does not fit the model, or is of a kind that is not supported
     │   └── SessionError      a session used after its end or beyond its length
     ├── TransportError        this machine's own networking could not start or has ended
@@ -51,6 +52,18 @@ class UsageError(SwarmkitError, ValueError):
 
 class ModelError(UsageError):
     """A checkpoint is missing, incomplete, or of a kind that is not supported."""
+
+
+class MemoryLimitError(UsageError):
+    """Not even one block of a model fits into the memory that is allowed.
+
+    Attributes:
+        missing_bytes: how much more it takes.
+    """
+
+    def __init__(self, message: str, missing_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.missing_bytes = missing_bytes
 
 
 class AdapterError(UsageError):

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "swarmkit"
 
 FLOORS = [
     {"errors", "settings", "ewma", "clock", "events", "http_server", "lazy", "_version", "tinychat"},
-    {"drawing", "placement"},
+    {"drawing", "placement", "sizes"},
     {"net", "models"},
     {"client", "server"},
     {"node"},

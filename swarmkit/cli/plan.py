@@ -38,8 +38,9 @@ def plan(
     console.setup(False)
     console.quiet_transformers()
     from swarmkit.models.checkpoint.checkpoint import Checkpoint
-    from swarmkit.models.plan import device_memory_bytes, format_bytes, parse_bytes, plan_checkpoint
+    from swarmkit.models.plan import device_memory_bytes, plan_checkpoint
     from swarmkit.models.quantization.precision import choices
+    from swarmkit.sizes import format_bytes, parse_bytes
 
     checkpoint = Checkpoint.open(model)
     memory_bytes = parse_bytes(memory) if memory else device_memory_bytes(device)

@@ -121,12 +121,12 @@ def serve(
     console.set_threads(threads)
     with end_request(watch_stdin=until_stdin_closes) as end:
         from swarmkit.models.checkpoint.checkpoint import Checkpoint
-        from swarmkit.models.plan import parse_bytes
         from swarmkit.net.connect import over_hivemind
         from swarmkit.node.server import Server
         from swarmkit.placement.ranges import parse_blocks
         from swarmkit.server.weights.manifest import open_with_fingerprint
         from swarmkit.server.weights.service import WeightsSettings
+        from swarmkit.sizes import parse_bytes
 
         if weights_from not in ("any", "hub", "peers"):
             raise UsageError(f"--weights-from takes any, hub or peers; got {weights_from!r}")

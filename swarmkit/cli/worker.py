@@ -12,6 +12,7 @@ import typer
 from swarmkit.cli import console
 from swarmkit.cli.app import Json, Verbose, app
 from swarmkit.errors import UsageError
+from swarmkit.sizes import format_bytes, format_data, parse_bytes
 
 if TYPE_CHECKING:
     from swarmkit.worker.control.client import WorkerClient
@@ -24,8 +25,6 @@ worker_app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(worker_app)
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 @worker_app.command()
@@ -171,8 +170,8 @@ def belongings(json: Json = False) -> None:
         console.emit_json(**msgspec.to_builtins(found))
         return
     for part in found.parts:
-        console.out.print(f"{part.size_bytes / 1e9:8.3f} GB  {part.what}: {part.path}", soft_wrap=True)
-    console.out.print(f"{found.size_bytes / 1e9:8.3f} GB  in all")
+        console.out.print(f"{format_data(part.size_bytes):>10}  {part.what}: {part.path}", soft_wrap=True)
+    console.out.print(f"{format_data(found.size_bytes):>10}  in all")
 
 
 def _client() -> WorkerClient:
@@ -207,9 +206,8 @@ def _merge_patch(changes: list[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]|[KMG]i)B", text)
-    if size:
-        return int(float(size[1]) * _UNITS[size[2].upper()])
+    if re.fullmatch(r"\d+(?:\.\d+)?\s*[KMGT]i?B", text):
+        return parse_bytes(text)
     try:
         return json_module.loads(text)
     except ValueError:
@@ -229,11 +227,11 @@ def _show(status: Status, json: bool) -> None:
         low, high = node.blocks
         console.out.print(
             f"  {status.model}, blocks {low}:{high}; {node.sessions} sessions, {node.tokens_per_s:.1f} "
-            f"tokens/s, {node.cpu_cores:.1f} cores, {node.ram_bytes / 1e9:.1f} GB of memory"
+            f"tokens/s, {node.cpu_cores:.1f} cores, {format_bytes(node.ram_bytes)} of memory"
         )
     console.out.print(
         f"  today {status.today.tokens} tokens for {status.today.sessions} sessions; "
-        f"this month {status.month_bytes / 1e9:.2f} GB sent and received"
+        f"this month {format_data(status.month_bytes)} sent and received"
     )
     for trouble in status.troubles:
         console.out.print(f"  [yellow]{trouble}[/]", soft_wrap=True)
@@ -245,6 +243,6 @@ def _columns(totals: Totals) -> list[str]:
         str(totals.sessions),
         f"{totals.serving_s / 3600:.1f} h",
         f"{totals.working_s / 3600:.1f} h",
-        f"{totals.sent_bytes / 1e6:,.1f} MB",
-        f"{totals.received_bytes / 1e6:,.1f} MB",
+        format_data(totals.sent_bytes),
+        format_data(totals.received_bytes),
     ]

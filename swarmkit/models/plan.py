@@ -5,14 +5,12 @@ All of it is computed from the config; only what quantised weights take is read 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedConfig
 
-from swarmkit.errors import UsageError
 from swarmkit.models.architecture.anatomy import block_numel, block_skeletons
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.device import ensure_device
@@ -20,11 +18,8 @@ from swarmkit.models.kv.measure import measure_block_cache
 from swarmkit.models.kv.state_history import MARKS
 from swarmkit.models.quantization.precision import Precision
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_RUNTIME_BYTES = {"cpu": 512 * 2**20, "cuda": 1024 * 2**20, "mps": 512 * 2**20}
+RUNTIME_BYTES = {"cpu": 512 * 2**20, "cuda": 1024 * 2**20, "mps": 512 * 2**20}
 """What the interpreter, torch and its kernels take beside weights, cache and activations."""
-
 
 SESSION_TOKENS = 2048
 """Length that sessions are assumed to have, where a session takes room however long it is (recurrent blocks).
@@ -151,7 +146,7 @@ def plan(
     # Of one block at a time: the inputs and outputs of attention and the two wide halves of the feed-forward.
     activations = max_step_tokens * (4 * config.hidden_size + 2 * width) * precision.dtype.itemsize
     kind = torch.device(device).type
-    runtime = _RUNTIME_BYTES.get(kind, _RUNTIME_BYTES["cuda"])
+    runtime = RUNTIME_BYTES.get(kind, RUNTIME_BYTES["cuda"])
     with_graphs = kind == "cuda" and precision.allows_cuda_graphs
     room_tokens = cache_tokens
     if with_graphs and cuda_graph_slots:
@@ -212,24 +207,3 @@ def device_memory_bytes(device: str) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
-
-
-def parse_bytes(text: str) -> int:
-    """Read a size such as "24GiB", "24 GB" or "512MiB".
-
-    Raises:
-        UsageError: it is not a size.
-    """
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?I?B?)\s*", text.upper())
-    if not found or found[2] not in _UNITS:
-        raise UsageError(f"{text!r} is not a size; write 24GiB, 24GB or 512MiB")
-    return int(float(found[1]) * _UNITS[found[2]])
-
-
-def format_bytes(count: float) -> str:
-    """Write a size in binary units, such as "24.0 GiB"."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

@@ -29,10 +29,10 @@ from swarmkit.net.protocol.protocol import OWN_VERSIONS
 from swarmkit.net.registry.acceptance import acceptable_now
 from swarmkit.net.rpc.dial_back import ask_to_dial_back
 from swarmkit.net.transport.seam import Transport
+from swarmkit.sizes import GIB
 
 State = Literal["ok", "warning", "failure", "unknown"]
 
-GIB = 1024**3
 _LIBRARIES = ("torch", "transformers", "hivemind", "cryptography")
 _FEWEST_FILES = 1024
 _LITTLE_MEMORY = 2 * GIB

@@ -7,15 +7,16 @@ from typing import Literal
 
 import torch
 
-from swarmkit.errors import UsageError
+from swarmkit.errors import MemoryLimitError, UsageError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.device import ensure_device
 from swarmkit.models.head.output_layer import output_layer_bytes
-from swarmkit.models.plan import Plan, device_memory_bytes, format_bytes, plan_checkpoint
+from swarmkit.models.plan import Plan, device_memory_bytes, plan_checkpoint
 from swarmkit.models.quantization.precision import Precision
 from swarmkit.net.registry.records import MAX_HOSTED_ADAPTERS
 from swarmkit.server.weights.service import WeightsSettings
 from swarmkit.settings import ServerSettings
+from swarmkit.sizes import format_bytes
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class ServerConfig:
         left for sessions then.
 
         Raises:
-            UsageError: not one does.
+            MemoryLimitError: not one does.
         """
         memory = device_memory_bytes(self.device) if self.memory_bytes is None else self.memory_bytes
         memory -= self._head_bytes
@@ -81,10 +82,11 @@ class ServerConfig:
         count = plan.blocks_that_fit
         if not count:
             needed = plan.workspace_bytes + plan.block_bytes + plan.kv_bytes_per_block
-            raise UsageError(
+            raise MemoryLimitError(
                 f"not one block of {self.checkpoint.name} in {plan.precision} fits: it needs "
                 f"{format_bytes(needed)}, there are {format_bytes(memory)}; "
-                "choose a lower precision or less cache"
+                "choose a lower precision or less cache",
+                needed - memory,
             )
         of_graphs = plan.kv_bytes_per_block - self._plan(memory, graph_slots=0).kv_bytes_per_block
         taken = plan.workspace_bytes + count * (plan.block_bytes + of_graphs)

@@ -83,6 +83,7 @@ class _Run:
         """Set when `run` ends, however it does."""
         self.drain_timeout = 0.0
         self.is_patient = False
+        self.pace_changed: Callable[[], None] = lambda: None
 
     def leave(self, drain_timeout: float, is_patient: bool = False) -> None:
         """End once all sessions have moved away, at the latest after `drain_timeout` seconds.
@@ -167,6 +168,9 @@ class ModelServer:
         """Keep within other limits from the next step on; see `BlockService.set_limits`."""
         if self._most_cache_bytes is not None and limits.cache_bytes > self._most_cache_bytes:
             limits = limits.replace(cache_bytes=self._most_cache_bytes)
+        if limits.threads != self.limits.threads:
+            for run in self._runs:
+                run.pace_changed()
         self.limits = limits
         self._rates.replace(limits.upload_bytes_per_s, limits.download_bytes_per_s)
         self._quota.per_minute = limits.client_tokens_per_minute
@@ -437,7 +441,15 @@ class ModelServer:
             self._runs.append(run)
             run.serving.set_limits(self.limits)
             ended = run.ended
-            vitals = Vitals(run.serving, self._fingerprint, config.settings.node, self._ways, self._clock)
+            vitals = Vitals(
+                run.serving,
+                self._fingerprint,
+                config.settings.node,
+                self._ways,
+                self._clock,
+                compute_share=lambda: self.limits.compute_share,
+            )
+            run.pace_changed = vitals.pace_changed
             try:
                 async with run.serving:
                     await self._get_ready(vitals, announcer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import anyio
@@ -29,14 +30,26 @@ class Vitals:
     """
 
     def __init__(
-        self, serving: Serving, fingerprint: str, settings: NodeSettings, ways: LinkTimes, clock: Clock
+        self,
+        serving: Serving,
+        fingerprint: str,
+        settings: NodeSettings,
+        ways: LinkTimes,
+        clock: Clock,
+        *,
+        compute_share: Callable[[], float] = lambda: 1.0,
     ) -> None:
-        """Args: ways: round trips to next servers."""
+        """Args:
+        ways: round trips to next servers.
+        compute_share: tells for which share of the time the device may compute.
+        """
         self._serving = serving
         self._fingerprint = fingerprint
         self._settings = settings
         self._ways = ways
         self._clock = clock
+        self._compute_share = compute_share
+        self._other_pace = anyio.Event()
         self._engine: Engine = serving.engine
         self._seconds: Ewma | None = None
         """Of a decode step."""
@@ -50,18 +63,28 @@ class Vitals:
 
     @property
     def rate(self) -> float:
-        """Decode steps (tokens) per second through all blocks."""
+        """Decode steps (tokens) per second through all blocks, with the time in which the device rests."""
         if self._settings.throughput is not None:
             return self._settings.throughput
-        return 1.0 / self._seconds.mean if self._seconds is not None else 0.0
+        return self._compute_share() / self._seconds.mean if self._seconds is not None else 0.0
 
     async def measure(self) -> None:
         """Measure both rates, unless they are set."""
+        is_other_pace = self._other_pace.is_set()
+        if is_other_pace:
+            self._other_pace = anyio.Event()
         if self._settings.throughput is not None:
             return
         stage = self._serving.stage
         rate = await measure_decode_rate(stage, self._engine)
-        self._note(1.0 / rate, await measure_forward_rate(stage, self._engine))
+        forward_rate = await measure_forward_rate(stage, self._engine)
+        if is_other_pace:
+            self._seconds = None  # what was measured before counts no more
+        self._note(1.0 / rate, forward_rate)
+
+    def pace_changed(self) -> None:
+        """Measure anew soon: the device computes with another number of threads."""
+        self._other_pace.set()
 
     async def probe(self) -> None:
         """Have it answer one token.
@@ -77,12 +100,13 @@ class Vitals:
     def news(self) -> dict[str, Any]:
         """Fields of the next `Announcement`."""
         self._learn()
+        share = self._compute_share()
         return {
             "state": "online" if self.answers else "leaving",
             "throughput": self.rate,
-            "forward_rate": self._forward_rate,
+            "forward_rate": self._forward_rate * share,
             "measured_age_s": self._clock.now() - self._measured_at,
-            "expected_wait_s": min(self._engine.ahead(1, 1).wait_s, 3600.0),
+            "expected_wait_s": min(self._engine.ahead(1, 1).wait_s / share, 3600.0),
             "links": self._ways.latest,
         }
 
@@ -90,7 +114,10 @@ class Vitals:
         """Measure again, and ask for a token again, while no client does; until cancelled."""
         every_s = self._settings.measure_period_s
         while True:
-            await anyio.sleep(every_s)
+            with anyio.move_on_after(every_s):
+                await self._other_pace.wait()
+            if self._other_pace.is_set():
+                await self.measure()
             self._learn()
             now = self._clock.now()
             if now - self._heard_at >= every_s:

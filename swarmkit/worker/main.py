@@ -16,6 +16,7 @@ from swarmkit.errors import unwrapped
 from swarmkit.worker.node_supervisor import NODE_COMMAND
 from swarmkit.worker.places import WorkerPlaces
 from swarmkit.worker.sensing.dbus import close_desktop_bus
+from swarmkit.worker.sensing.machine import MachineSensing
 from swarmkit.worker.sensing.sleep import LogindSleepWatch
 from swarmkit.worker.worker import BackgroundWorker
 
@@ -29,6 +30,7 @@ def run_worker(
     loopback: bool = False,
     verbose: bool = False,
     node_command: Sequence[str] = NODE_COMMAND,
+    sensing: MachineSensing | None = None,
 ) -> None:
     """Run a worker until SIGINT or SIGTERM, or until it is told to stop. A second signal asks for haste.
 
@@ -36,6 +38,7 @@ def run_worker(
         loopback: listen on loopback also where there are Unix sockets.
         verbose: show the log as well.
         node_command: starts a node process.
+        sensing: tells what the machine does; this machine's own signals if not given.
 
     Raises:
         WorkerRunsError: another worker of this person runs.
@@ -45,15 +48,21 @@ def run_worker(
     handler = _log_to(places, verbose)
     try:
         with unwrapped():
-            anyio.run(_run, places, loopback, node_command)
+            anyio.run(_run, places, loopback, node_command, sensing)
     finally:
         close_desktop_bus()
         handler.close()
 
 
-async def _run(places: WorkerPlaces, loopback: bool, node_command: Sequence[str]) -> None:
+async def _run(
+    places: WorkerPlaces, loopback: bool, node_command: Sequence[str], sensing: MachineSensing | None
+) -> None:
     worker = BackgroundWorker(
-        places, sleep_watch=LogindSleepWatch(), node_command=node_command, loopback=loopback
+        places,
+        sensing=sensing,
+        sleep_watch=LogindSleepWatch(),
+        node_command=node_command,
+        loopback=loopback,
     )
     loop, asked = asyncio.get_running_loop(), False
 

@@ -3,7 +3,7 @@
 ::
 
     worker ── NodeOrder, then Replace and Leave ──> standard input of the node process
-           <── NodeEvent and NodeReport ─────────── its standard output
+           <── NodeEvent, NodeReport, NodeFailed ── its standard output
 
 When the standard input ends, the worker has ended, and the node process ends itself at once.
 """
@@ -69,5 +69,12 @@ class NodeReport(Struct, frozen=True, kw_only=True, tag="report"):
     gpu_bytes: int = 0
 
 
-FromNode = NodeEvent | NodeReport
+class NodeFailed(Struct, frozen=True, kw_only=True, tag="failed"):
+    """It cannot go on, and ends. Said only where people can do something about it."""
+
+    why: str
+    """A sentence without its full stop."""
+
+
+FromNode = NodeEvent | NodeReport | NodeFailed
 ToNode = NodeOrder | Replace | Leave

@@ -10,16 +10,20 @@ import contextlib
 import os
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psutil
 
+from swarmkit.errors import MemoryLimitError, SwarmkitError
+from swarmkit.sizes import format_bytes
 from swarmkit.worker.node_messages import (
     FromNode,
     Leave,
     NodeEvent,
+    NodeFailed,
     NodeOrder,
     NodeReport,
     Replace,
@@ -36,6 +40,10 @@ _REPORT_PERIOD_S = 0.5
 _NICE = 15
 _CACHE_PART = 8
 """The keys and values of sessions take at most this part of the memory, which weights need too."""
+_DAEMON_BYTES = 64 * 2**20
+"""What the p2p daemon takes, beside the process itself."""
+_ROUNDING_BYTES = 64 * 2**20
+"""What the interpreter takes differs a little from run to run."""
 
 
 class _Talk:
@@ -75,8 +83,23 @@ def main() -> None:
     commands.start()
     try:
         _serve(order, talk, leaving)
-    finally:
+    except Exception as error:  # noqa: BLE001 - it is told and written down, and the process ends
+        if isinstance(error, SwarmkitError):
+            talk.say(NodeFailed(why=_why(error, order)))
+        traceback.print_exc()
         sys.stderr.flush()
+        os._exit(1)  # the thread that reads standard input cannot be ended in any other way
+
+
+def _why(error: SwarmkitError, order: NodeOrder) -> str:
+    """Words for the person, who knows nothing of plans but has set a limit."""
+    if not isinstance(error, MemoryLimitError) or order.serve.device != "cpu":
+        return str(error)
+    least = format_bytes(order.ram_bytes + error.missing_bytes + _ROUNDING_BYTES)
+    return (
+        f"{format_bytes(order.ram_bytes)} is too little memory to serve {order.serve.model}; allow at least "
+        f"{least}"
+    )
 
 
 class _Leaving:
@@ -135,7 +158,7 @@ def _server(order: NodeOrder, runtime: Runtime) -> Server:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     serve = order.serve
-    memory = _memory(order)
+    memory, left = _memory(order)
     return Server(
         Checkpoint.open(serve.model),
         num_blocks=serve.num_blocks or "auto",
@@ -144,7 +167,7 @@ def _server(order: NodeOrder, runtime: Runtime) -> Server:
         dtype=serve.dtype,
         public_name=serve.name,
         identity_path=order.identity,
-        settings=_settings(memory, runtime),
+        settings=_settings(left, runtime),
         transport=over_hivemind(
             serve.join,
             host=serve.host,
@@ -156,26 +179,33 @@ def _server(order: NodeOrder, runtime: Runtime) -> Server:
     )
 
 
-def _memory(order: NodeOrder) -> int:
-    """Bytes to plan with: what the limits allow, but no more than the device has free."""
+def _memory(order: NodeOrder) -> tuple[int, int]:
+    """Bytes to plan with: what the limits allow, but no more than the device has free. And how many of them
+    are left beside what runs here already.
+    """
     from swarmkit.models.device import ensure_device
-    from swarmkit.models.plan import device_memory_bytes
+    from swarmkit.models.plan import RUNTIME_BYTES, device_memory_bytes
 
     device = order.serve.device
     ensure_device(device)
     free = device_memory_bytes(device)
     if device == "cpu":
-        own = psutil.Process().memory_info().rss  # the interpreter and its libraries count as well
-        return max(1, min(free, order.ram_bytes - own))
+        # The interpreter and its libraries count as well. The plan has a part for them, though they are
+        # loaded already.
+        own = psutil.Process().memory_info().rss + _DAEMON_BYTES
+        left = min(free, order.ram_bytes - own)
+        return max(1, left + RUNTIME_BYTES["cpu"]), max(1, left)
     if not device.startswith("cuda"):
-        return min(free, order.ram_bytes)
+        least = min(free, order.ram_bytes)
+        return least, least
     import torch
 
     index = torch.device(device).index or 0
     share = max(0.01, order.gpu_memory_share)
     torch.cuda.set_per_process_memory_fraction(share, index)
     _, total = torch.cuda.mem_get_info(index)
-    return min(free, int(total * share))
+    least = min(free, int(total * share))
+    return least, least
 
 
 def _settings(memory: int, runtime: Runtime) -> ServerSettings:

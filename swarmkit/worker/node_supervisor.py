@@ -28,7 +28,7 @@ from swarmkit.clock import Clock
 from swarmkit.worker.node_messages import (
     FromNode,
     Leave,
-    NodeEvent,
+    NodeFailed,
     NodeOrder,
     NodeReport,
     Replace,
@@ -69,6 +69,7 @@ class NodeSupervisor:
         pid: of the node process; 0 without one.
         failures: how often in a row it has ended by itself.
         retry_at: by the clock's `time`, when it is started again; None if that is not awaited.
+        why: the reason for which it failed, where people can do something about it; else empty.
         last_words: what it wrote last to its standard error before it failed.
         report: what it said last of its work.
     """
@@ -90,6 +91,7 @@ class NodeSupervisor:
         self.pid = 0
         self.failures = 0
         self.retry_at: float | None = None
+        self.why = self._said = ""
         self.last_words = ""
         self.report: NodeReport | None = None
         self.served_event: dict[str, Any] = {}
@@ -131,7 +133,7 @@ class NodeSupervisor:
     def fail(self, why: str) -> None:
         """End the node process at once, and count that as its failure."""
         if self.pid:
-            self._words.append(why)
+            self._said = why
             end_tree(self.pid)
 
     async def run(self) -> None:
@@ -151,6 +153,7 @@ class NodeSupervisor:
     async def _live(self, wanted: Wanted) -> None:
         self.report, self.served_event, self.progress, self.retry_at = None, {}, "", None
         self._renewed = False
+        self._said = ""
         self._words.clear()
         try:
             process = await anyio.open_process(
@@ -240,9 +243,11 @@ class NodeSupervisor:
             self._note(word)
             self._on_word(word)
 
-    def _note(self, word: NodeEvent | NodeReport) -> None:
+    def _note(self, word: FromNode) -> None:
         if isinstance(word, NodeReport):
             self.report = word
+        elif isinstance(word, NodeFailed):
+            self._said = word.why
         elif word.event.get("event") == "serving_started":
             self.served_event = word.event
             if self.state == "starting":
@@ -261,7 +266,7 @@ class NodeSupervisor:
         self.failures = 1 if lived_s > SETTLED_S else self.failures + 1
         self.retry_at = self._clock.time() + pause_before_restart(self.failures)
         self._retry_from = self._clock.now()
-        self.last_words = "\n".join(self._words)
+        self.why, self.last_words = self._said, "\n".join(self._words)
         self._set_state("failed")
 
     def _until_retry(self) -> float:

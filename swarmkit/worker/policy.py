@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 
 from msgspec import Struct
 
+from swarmkit.sizes import format_data
 from swarmkit.worker.pause import UNTIL_AWAY_S, Haste, Pause
 from swarmkit.worker.settings import DAYS, InUseOrAway, WorkerLimits, WorkerSettings
 from swarmkit.worker.signals import MachineSignals, SessionSignals
@@ -240,7 +241,7 @@ def _quota(case: _Case) -> _Objection | None:
     if used is None or most is None or used < most:
         return None
     first = next_month(case.situation.now)
-    words = f"this month's {_gigabytes(most)} are used up; goes on on {first.day} {first:%B}"
+    words = f"this month's {format_data(most)} are used up; goes on on {first.day} {first:%B}"
     return _Objection(Reason.QUOTA, words, first)
 
 
@@ -298,7 +299,7 @@ def _in_use(case: _Case) -> _Objection | None:
     if case.away_s is None:
         return _Objection(Reason.PRESENCE_UNKNOWN, "it cannot be told whether you are away")
     left_s = rules.away_after_s - case.away_s
-    words = f"you use the computer ({_minutes(case.away_s)} of {_minutes(rules.away_after_s)})"
+    words = f"you use the computer ({_so_far(case.away_s, rules.away_after_s)})"
     return _Objection(Reason.IN_USE, words, case.situation.now + timedelta(seconds=left_s))
 
 
@@ -335,7 +336,7 @@ def _heat(case: _Case) -> _Objection | None:
 def _disk(case: _Case) -> _Objection | None:
     free, least = case.machine.disk_free_bytes, case.allowance.disk_free_bytes
     if free is not None and free < least:
-        return _Objection(Reason.DISK, f"only {_gigabytes(free)} of the disk are free")
+        return _Objection(Reason.DISK, f"only {format_data(free)} of the disk are free")
     return None
 
 
@@ -385,11 +386,8 @@ def _moment(then: datetime, now: datetime) -> str:
     return f"{then:%A} {then:%H:%M}" if days < 7 else f"{then:%d %B}".lstrip("0")
 
 
-def _minutes(seconds: float) -> str:
-    if seconds < 60:
-        return f"{int(seconds)} s"
-    return f"{int(seconds // 60)} min"
-
-
-def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:.0f} GB" if count >= 10e9 else f"{count / 1e9:.1f} GB"
+def _so_far(passed_s: float, of_s: float) -> str:
+    """In minutes, where that is not too coarse: whatever shows it is drawn anew with each change."""
+    if of_s < 120:
+        return f"{int(passed_s)} of {int(of_s)} s"
+    return f"{int(passed_s // 60)} of {int(of_s // 60)} min"

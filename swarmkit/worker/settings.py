@@ -17,11 +17,11 @@ import msgspec
 from msgspec import Meta, Struct
 
 from swarmkit.errors import UsageError
+from swarmkit.sizes import GIB
 from swarmkit.worker.places import write_atomically
 
 logger = logging.getLogger(__name__)
 
-GIB = 1024**3
 T = TypeVar("T")
 
 Share = Annotated[float, Meta(ge=0, le=1)]

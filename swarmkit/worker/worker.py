@@ -22,6 +22,7 @@ from swarmkit._version import __version__
 from swarmkit.clock import Clock
 from swarmkit.errors import UsageError
 from swarmkit.events import Event, EventStream, Owner
+from swarmkit.sizes import format_bytes
 from swarmkit.worker.belongings import belongings, size_of
 from swarmkit.worker.contributions import Contributions, Share
 from swarmkit.worker.control.app import ConflictError
@@ -38,7 +39,7 @@ from swarmkit.worker.control.values import (
     Status,
 )
 from swarmkit.worker.governor import Governor
-from swarmkit.worker.node_messages import FromNode, NodeEvent, NodeOrder, NodeReport, Runtime
+from swarmkit.worker.node_messages import FromNode, NodeOrder, NodeReport, Runtime
 from swarmkit.worker.node_supervisor import NODE_COMMAND, NodeSupervisor, Wanted
 from swarmkit.worker.pause import Pause, PauseRequest
 from swarmkit.worker.places import WorkerPlaces, write_atomically
@@ -501,13 +502,19 @@ class BackgroundWorker:
             self._cpu_cores = max(0.0, (used.cpu_s - self._used[1].cpu_s) / (now - self._used[0]))
         self._used, self._ram_bytes = (now, used), used.ram_bytes
         if used.ram_bytes > most_ram:
-            self._node.fail(
-                f"The node used {used.ram_bytes / 2**30:.1f} GiB of memory, more than the "
-                f"{most_ram / 2**30:.1f} GiB that you allow, and was ended."
-            )
+            self._node.fail(self._too_much(used.ram_bytes, most_ram))
+
+    def _too_much(self, used: int, most: int) -> str:
+        if self._node.state == "starting":
+            # Before it could count what it needs: that is what any node takes.
+            return f"{format_bytes(most)} is too little memory to serve anything; allow at least 1.0 GiB"
+        return (
+            f"the node used {format_bytes(used)} of memory, more than the {format_bytes(most)} that you "
+            "allow, and was ended"
+        )
 
     def _heard(self, word: FromNode) -> None:
-        if isinstance(word, NodeEvent):
+        if not isinstance(word, NodeReport):
             self._ring()
             return
         now = self._clock.now()
@@ -570,7 +577,8 @@ class BackgroundWorker:
                 return "stopping", decision.reason.value, decision.words, decision.until
             return "paused", decision.reason.value, decision.words, decision.until
         if node.state == "failed":
-            words = f"Trouble: the node has ended by itself {_times(node.failures)}; it is started again soon"
+            why = node.why or f"the node has ended by itself {_times(node.failures)}"
+            words = f"Trouble: {why}; it is started again soon"
             return "trouble", "failed", words, node.retry_at
         if node.state == "serving":
             sessions = node.report.sessions if node.report else 0
@@ -595,10 +603,9 @@ class BackgroundWorker:
             found.append(self._history.trouble)
         if self._node.failures:
             often = "" if self._node.failures < MANY_FAILURES else " Look into the log."
-            found.append(
-                f"The node has ended by itself {_times(self._node.failures)}. It wrote last: "
-                f"{self._node.last_words[-600:] or 'nothing'}{often}"
-            )
+            wrote = f"It wrote last: {self._node.last_words[-600:] or 'nothing'}"
+            why = f"{self._node.why[:1].upper()}{self._node.why[1:]}." if self._node.why else wrote
+            found.append(f"The node has ended by itself {_times(self._node.failures)}. {why}{often}")
         return tuple(found)
 
     def _trouble(self, of: str, words: str) -> None:

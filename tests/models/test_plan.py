@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from swarmkit.errors import ModelError, UsageError
+from swarmkit.errors import ModelError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.stage import Stage
-from swarmkit.models.plan import Plan, format_bytes, parse_bytes, plan, plan_checkpoint
+from swarmkit.models.plan import Plan, plan, plan_checkpoint
 from swarmkit.models.quantization.precision import PRECISIONS, Precision, choices
 
 from .quantise import with_bitsandbytes
@@ -109,26 +109,6 @@ def test_no_static_slots_are_planned_for_where_there_are_no_cuda_graphs(
 ) -> None:
     found = planned(device, precision, cuda_graph_slots=slots, cuda_graph_tokens=10)
     assert found.kv_bytes_per_block == 100 * 1000
-
-
-@pytest.mark.parametrize(
-    ("text", "count"), [("24GiB", 24 * 2**30), ("24 GB", 24 * 10**9), ("1.5mib", 3 * 2**19), ("7", 7)]
-)
-def test_sizes_are_read_as_people_write_them(text: str, count: int) -> None:
-    assert parse_bytes(text) == count
-
-
-@pytest.mark.parametrize("text", ["", "much", "-1GiB", "3 apples"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is not a size"):
-        parse_bytes(text)
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(12, "12 B"), (1536, "1.5 KiB"), (3 * 2**20, "3.0 MiB"), (2**40, "1024.0 GiB")]
-)
-def test_sizes_are_written_for_people(count: int, text: str) -> None:
-    assert format_bytes(count) == text
 
 
 def test_an_unknown_precision_names_the_known_ones() -> None:

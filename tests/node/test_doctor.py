@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from swarmkit.errors import DaemonStartError, StartCause, TransportError
-from swarmkit.node.doctor import GIB, Facts, Finding, Reach, examine
+from swarmkit.node.doctor import Facts, Finding, Reach, examine
+from swarmkit.sizes import GIB
 
 from ..cli.commands import run_here
 

@@ -1,4 +1,4 @@
-"""A device that may compute for a share of the time rests for the others, while there is work."""
+"""A device that may compute for a share of the time rests for the others."""
 
 from __future__ import annotations
 
@@ -57,6 +57,26 @@ def test_it_rests_after_each_turn(worker: ThreadWorker, clock: Jumping, share: f
     worker.ring()
     wait_until(lambda: len(clock.rested) == 5, "five turns were taken")
     assert clock.rested == [pytest.approx(rest_s)] * 5
+
+
+def test_it_rests_also_where_each_turn_waits_for_its_client(worker: ThreadWorker, clock: Jumping) -> None:
+    worker.compute_share = 0.5
+    worker.ring()
+    wait_until(lambda: len(clock.rested) == 5, "there is no more to do")
+    worker.ring()
+    wait_until(lambda: len(clock.rested) == 6, "the work that came at once had to wait")
+    assert clock.rested[-1] == pytest.approx(0.1)
+
+
+def test_waiting_for_work_is_rest(worker: ThreadWorker, clock: Jumping) -> None:
+    worker.compute_share = 0.5
+    worker.ring()
+    wait_until(lambda: clock.at > 1.05, "there is no more to do")
+    clock.at += 10.0
+    before = clock.at
+    worker.ring()
+    wait_until(lambda: clock.at > before, "another turn was taken")
+    assert len(clock.rested) == 5
 
 
 def test_it_never_rests_where_it_may_compute_all_the_time(worker: ThreadWorker, clock: Jumping) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -131,6 +132,42 @@ async def test_a_speed_that_the_owner_sets_is_announced_as_it_is(here: Neighbour
     vitals = vitals_of(await here.start(num_blocks=2), throughput=12.5)
     await vitals.measure()
     assert vitals.news()["throughput"] == 12.5
+
+
+async def test_a_device_that_rests_half_of_the_time_announces_half_the_speed(here: Neighbourhood) -> None:
+    server = await here.start(num_blocks=2)
+    vitals = vitals_of(server)
+    await vitals.measure()
+    whole = vitals.news()
+    vitals._compute_share = lambda: 0.5
+    half = vitals.news()
+    assert [half[name] for name in ("throughput", "forward_rate")] == [
+        pytest.approx(whole[name] / 2) for name in ("throughput", "forward_rate")
+    ]
+
+
+async def test_the_share_that_is_left_reaches_the_announcement(here: Neighbourhood) -> None:
+    settings = ServerSettings().replace(throughput=None, announce_period_s=0.01, measure_period_s=1000.0)
+    server = await here.start(num_blocks=2, settings=settings)
+    await eventually(lambda: here.announced[-1].throughput > 1.0, "its speed is announced")
+    usual = here.announced[-1].throughput
+    server.server.set_limits(server.server.limits.replace(compute_share=0.25))
+    await eventually(
+        lambda: here.announced[-1].throughput == pytest.approx(usual / 4), "a quarter is announced"
+    )
+
+
+async def test_another_number_of_threads_is_measured_at_once(here: Neighbourhood) -> None:
+    settings = ServerSettings().replace(throughput=None, announce_period_s=0.01, measure_period_s=1000.0)
+    server = await here.start(num_blocks=2, settings=settings)
+    before = len(here.announced)
+    server.server.set_limits(server.server.limits.replace(threads=1))
+
+    def was_measured_anew() -> bool:
+        ages = [one.measured_age_s for one in here.announced[before:]]
+        return any(later < earlier for earlier, later in itertools.pairwise(ages))
+
+    await eventually(was_measured_anew, "it was measured anew")
 
 
 async def test_the_links_that_were_used_are_announced(here: Neighbourhood) -> None:

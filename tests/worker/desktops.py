@@ -184,11 +184,11 @@ def message_bus() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def x_server() -> Iterator[str]:
-    """An X server without a screen; the name of its display."""
+def x_server(screen: str = "320x200x24") -> Iterator[str]:
+    """An X server whose screen nobody sees; the name of its display."""
     read, write = os.pipe()
     server = subprocess.Popen(
-        ["Xvfb", "-displayfd", str(write), "-screen", "0", "320x200x24", "-nolisten", "tcp"],
+        ["Xvfb", "-displayfd", str(write), "-screen", "0", screen, "-nolisten", "tcp"],
         pass_fds=[write],
         stderr=subprocess.DEVNULL,
     )

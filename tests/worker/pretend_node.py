@@ -30,12 +30,12 @@ def report(count: int, behaviour: str) -> None:
 
 
 def work(behaviour: str) -> None:
-    held = bytearray(600 * 2**20) if behaviour == "greedy-for-memory" else b""
-    for place in range(0, len(held), 4096):
-        held[place] = 1  # type: ignore[index]
     owner = {"kind": "server", "peer_id": "pretended", "number": 0}
     event = {"event": "serving_started", "start": 0, "stop": 4, "owner": owner, "addresses": ["/pretended"]}
     say(type="event", event={**event, "message": "serving blocks 0:4"})
+    held = bytearray(600 * 2**20) if behaviour == "greedy-for-memory" else b""
+    for place in range(0, len(held), 4096):
+        held[place] = 1  # type: ignore[index]
     for count in range(1, 100_000):
         report(count, behaviour)
         time.sleep(PERIOD_S)
@@ -46,6 +46,9 @@ def main() -> None:
     behaviour = order["serve"]["model"]
     if behaviour == "failing":
         sys.exit("the pretended model cannot be had")
+    if behaviour == "too-large":
+        say(type="failed", why="1.0 GiB is too little memory to serve too-large; allow at least 1.5 GiB")
+        sys.exit("Traceback: what no person understands")
     if behaviour == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=work, args=(behaviour,), daemon=True).start()

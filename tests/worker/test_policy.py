@@ -71,7 +71,7 @@ PAUSED = {
     "metered": (decided(metered=True), "Paused: the connection is metered"),
     "the quota": (
         decided(month_bytes=50 * 10**9),
-        "Paused: this month's 50 GB are used up; goes on on 1 December",
+        "Paused: this month's 50.0 GB are used up; goes on on 1 December",
     ),
     "the schedule": (decided(schedule(saturday=NIGHT)), "Paused: by your schedule, until 22:00"),
     "no tray": (decided(session=None), "Paused: the tray does not run, which tells when you are away"),
@@ -84,7 +84,7 @@ PAUSED = {
     "a film": (decided(session=with_session(film="VLC")), "Paused: VLC plays"),
     "the person": (
         decided(session=with_session(idle_s=125.0)),
-        "Paused: you use the computer (2 min of 5 min)",
+        "Paused: you use the computer (2 of 5 min)",
     ),
     "who knows": (
         decided(session=with_session(idle_s=None)),

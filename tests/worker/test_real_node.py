@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import psutil
@@ -117,6 +118,20 @@ def test_all_processes_of_the_node_end_with_it(serving: RunningWorker, model: Sw
     serving.client.pause()
     serving.wait_for("paused")
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids), "all processes have ended")
+
+
+def test_too_little_memory_is_said_with_the_least_that_would_do(
+    start: Callable[..., RunningWorker],
+) -> None:
+    worker = start(node_command=NODE_COMMAND)
+    little = 608 * 2**20
+    worker.serve("tiny-chat", limits={**ONE_CORE, "ram_bytes": {"in_use": little, "away": little}})
+    words = worker.wait_for("trouble").words
+    found = re.search(r"608.0 MiB is too little memory to serve .*; allow at least ([\d.]+) MiB", words)
+    assert found, words
+    enough = int(float(found[1]) * 2**20)
+    worker.client.change_settings({"limits": {"ram_bytes": {"in_use": enough, "away": enough}}})
+    worker.wait_for("serving")
 
 
 def test_a_node_goes_on_while_its_limits_are_replaced(

@@ -236,6 +236,13 @@ def test_a_player_that_plays_is_a_film(desktop: SaidDesktop, status: str, film: 
 
 
 @needs_bus
+def test_a_player_that_starts_later_is_a_film_too(desktop: SaidDesktop) -> None:
+    assert linux.film() == ""
+    desktop.say("player", PlaybackStatus="Playing")
+    wait_until(lambda: linux.film() == "VLC media player", "the player is seen", every=0.02)
+
+
+@needs_bus
 @pytest.mark.parametrize(("told", "is_metered"), [(1, True), (3, True), (2, False), (4, False), (0, None)])
 def test_the_network_manager_tells_whether_the_connection_is_metered(
     desktop: SaidDesktop, told: int, is_metered: bool | None

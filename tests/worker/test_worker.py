@@ -154,7 +154,7 @@ def test_a_node_that_takes_too_much_memory_is_ended_and_the_person_told(worker: 
     limits = {"ram_bytes": {"in_use": least, "away": least}}
     worker.serve("greedy-for-memory", limits=limits)
     status = worker.wait_for("trouble")
-    assert "more than the 0.2 GiB that you allow" in status.troubles[0]
+    assert "more than the 256.0 MiB that you allow" in status.troubles[0]
 
 
 def test_it_stops_before_the_months_quota_is_used_up(worker: RunningWorker) -> None:
@@ -194,6 +194,14 @@ def test_a_node_that_fails_is_started_again_and_its_words_are_kept(worker: Runni
     status = worker.wait_for("trouble")
     assert "the pretended model cannot be had" in status.troubles[0]
     worker.wait_until(lambda status: status.restarts > 1, "it was started again")
+
+
+def test_what_a_person_can_mend_is_the_reason_also_while_it_is_tried_again(worker: RunningWorker) -> None:
+    worker.serve("too-large")
+    words = "too little memory to serve too-large; allow at least 1.5 GiB"
+    assert words in worker.wait_for("trouble").words
+    (told,) = worker.wait_for("starting").troubles
+    assert (words in told, "Traceback" in told) == (True, False)
 
 
 def test_a_node_that_is_killed_is_started_again(worker: RunningWorker) -> None:

@@ -11,18 +11,11 @@ from typing import Any
 import psutil
 
 from swarmkit.errors import SwarmkitError
+from swarmkit.sizes import GIB
+from swarmkit.worker.sensing.nvidia import Gpu, gpus
+from swarmkit.worker.sensing.probes import UnknownError
 
-GIB = 2**30
 _TEST_WITHIN_S = 180.0
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """An NVIDIA GPU. Memory in bytes."""
-
-    device: str
-    name: str
-    memory: int
 
 
 @dataclass(frozen=True)
@@ -94,20 +87,6 @@ def _rounded(bytes_: int) -> int:
 
 def _gpus() -> tuple[Gpu, ...]:
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # noqa: BLE001 - without NVIDIA's driver there is no GPU of theirs
+        return gpus()
+    except UnknownError:  # without NVIDIA's driver there is no GPU of theirs
         return ()
-    try:
-        found = []
-        for number in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(number)
-            name = pynvml.nvmlDeviceGetName(handle)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
-            found.append(Gpu(f"cuda:{number}", str(name), int(memory)))
-        return tuple(found)
-    except Exception:  # noqa: BLE001 - see above
-        return ()
-    finally:
-        pynvml.nvmlShutdown()

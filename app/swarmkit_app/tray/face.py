@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from swarmkit.sizes import format_data
 from swarmkit.worker.control.values import NodeStatus, Status, Totals
 
 Shape = Literal["serving", "working", "paused", "trouble"]
@@ -119,21 +120,13 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def size(bytes_: float) -> str:
-    """Return a size for people, in powers of ten, as mobile tariffs count."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if bytes_ >= unit:
-            return f"{bytes_ / unit:.1f} {name}"
-    return f"{bytes_:.0f} B"
-
-
 def _tokens(totals: Totals) -> str:
     return f"{count(totals.tokens)} tokens"
 
 
 def _data(status: Status) -> str:
-    used, most = size(status.month_bytes), status.allowance.month_bytes
-    return f"{used} of {size(most)} used this month" if most is not None else f"{used} used this month"
+    used, most = format_data(status.month_bytes), status.allowance.month_bytes
+    return f"{used} of {format_data(most)} used this month" if most is not None else f"{used} used this month"
 
 
 def _served(model: str, node: NodeStatus | None) -> str:

@@ -5,6 +5,8 @@ The pages are files beside this module, and ask for values under `/api/`, which 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import socket
 import threading
 from collections.abc import Callable
@@ -66,7 +68,8 @@ class TrayPages:
             uvicorn.Config(
                 pages_app(requests, self._keys, self.port),
                 http="h11", ws="none", lifespan="off", log_config=None, log_level="critical",
-                access_log=False, proxy_headers=False, server_header=False, limit_concurrency=64,
+                access_log=False, proxy_headers=False, server_header=False, date_header=False,
+                limit_concurrency=64,
                 timeout_graceful_shutdown=1,
             )
         )  # fmt: skip
@@ -85,7 +88,7 @@ class TrayPages:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
+        self._server.end()
         self._thread.join(10.0)
         self._socket.close()
 
@@ -94,11 +97,29 @@ class TrayPages:
 
 
 class _PageServer(QuietServer):
-    """A server that tells other threads when it is up."""
+    """A server that tells other threads when it is up, and that costs nothing while nobody asks it.
+
+    uvicorn looks ten times a second whether it is to end, which would be more than all else that a tray does.
+    """
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.is_up = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._told = asyncio.Event()
+
+    def end(self) -> None:
+        """End it, from any thread."""
+        self.should_exit = True
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(self._told.set)
+
+    async def main_loop(self) -> None:
+        """Wait until it is to end."""
+        self._loop = asyncio.get_running_loop()
+        if not await self.on_tick(0):  # which also prepares the headers of all answers
+            await self._told.wait()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -33,6 +33,7 @@ HostKind = Literal["auto", "status-notifier", "pystray", "none"]
 PAGES = ("dashboard", "settings", "wizard", "log")
 _WORKER_STARTS_S = 20.0
 _WORKER_ENDS_S = 60.0
+_LOOK_FOR_REQUEST_S = 1.5
 
 
 class TrayRunsError(UsageError):
@@ -225,8 +226,8 @@ class _Requests:
         self._thread.join(5.0)
 
     def _run(self) -> None:
-        while not self._ended.wait(1.0):
-            if not self._path.exists():
+        while not self._ended.wait(_LOOK_FOR_REQUEST_S):
+            if not os.path.exists(self._path):  # noqa: PTH110 - four times as cheap, and asked all the time
                 continue
             page = self._path.read_text(errors="replace")[:32]
             self._path.unlink(missing_ok=True)

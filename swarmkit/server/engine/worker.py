@@ -25,7 +25,8 @@ class Worker(Protocol):
     the work would have taken.
 
     Attributes:
-        compute_share: the share of time in which turns may run; it rests for the others while there is work.
+        compute_share: the share of time in which turns may run. After each turn it rests for the other time,
+            of which what it waits for work is a part.
     """
 
     compute_share: float
@@ -65,6 +66,7 @@ class ThreadWorker:
         self._stopped = False
         self._stopping = threading.Event()
         self.compute_share = 1.0
+        self._rested_at = 0.0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self, turn: Callable[[], float | None], end: Callable[[], None]) -> None:
@@ -106,9 +108,14 @@ class ThreadWorker:
         self._end()
 
     def _turn_and_rest(self) -> float | None:
+        owed_s = self._rested_at - self.now()
+        if owed_s > 0:
+            self._stopping.wait(owed_s)
+            if self._stopped:
+                return None
         began = self.now()
         timeout = self._turn()
-        if timeout == 0:
-            rest_s = (self.now() - began) * (1 / max(self.compute_share, _LEAST_SHARE) - 1)
-            self._stopping.wait(min(rest_s, _LONGEST_REST_S))
+        ended = self.now()
+        rest_s = (ended - began) * (1 / max(self.compute_share, _LEAST_SHARE) - 1)
+        self._rested_at = ended + min(rest_s, _LONGEST_REST_S)
         return timeout

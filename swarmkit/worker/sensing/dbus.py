@@ -16,6 +16,8 @@ Bus = Literal["session", "system"]
 SESSION: Bus = "session"
 SYSTEM: Bus = "system"
 _PROPERTIES = "org.freedesktop.DBus.Properties"
+_BUS = "org.freedesktop.DBus"
+_BUS_PATH = "/org/freedesktop/DBus"
 
 
 class DesktopBus:
@@ -26,6 +28,8 @@ class DesktopBus:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._connections: dict[Bus, Any] = {}
+        self._names: tuple[Any, set[str]] = None, set()
+        """The connection to the session's bus, and the names that it has told of."""
 
     def call(
         self, bus: Bus, name: str, path: str, interface: str, member: str, signature: str = "", *body: Any
@@ -52,6 +56,15 @@ class DesktopBus:
     def property(self, bus: Bus, name: str, path: str, interface: str, member: str) -> Any:
         """Return the value of a property. Raises: UnknownError."""
         return self.call(bus, name, path, _PROPERTIES, "Get", "ss", interface, member)[0].value
+
+    def names(self) -> set[str]:
+        """Return the well-known names on the session's bus: of programs that run, not of those that could be
+        started. The bus tells of changes, so that only the first time asks it. Raises: UnknownError.
+        """
+        connection, names = self._names
+        if connection is None or not connection.connected:
+            names = self._wait(SESSION, _BUS, self._follow_names())
+        return set(names)
 
     def close(self) -> None:
         """Close both connections and end the thread."""
@@ -113,8 +126,22 @@ class DesktopBus:
                 act(message.body)
 
         connection.add_message_handler(take)
-        own, rule = "org.freedesktop.DBus", f"type='signal',interface='{interface}',member='{member}'"
-        await self._call(bus, own, "/org/freedesktop/DBus", own, "AddMatch", "s", [rule])
+        rule = f"type='signal',interface='{interface}',member='{member}'"
+        await self._call(bus, _BUS, _BUS_PATH, _BUS, "AddMatch", "s", [rule])
+
+    async def _follow_names(self) -> set[str]:
+        names: set[str] = set()
+
+        def take(change: list[Any]) -> None:
+            name, _, owner = change
+            if not name.startswith(":"):
+                (names.add if owner else names.discard)(name)
+
+        await self._follow(SESSION, _BUS, "NameOwnerChanged", take)
+        answer = await self._call(SESSION, _BUS, _BUS_PATH, _BUS, "ListNames", "", [])
+        names.update(name for name in answer.body[0] if not name.startswith(":"))
+        self._names = self._connections[SESSION], names
+        return names
 
     async def _connection(self, bus: Bus) -> Any:
         try:

@@ -91,6 +91,8 @@ def locked() -> bool:
         known = False
     name, path = "org.freedesktop.ScreenSaver", "/org/freedesktop/ScreenSaver"
     try:
+        if name not in desktop_bus().names():
+            raise UnknownError("this desktop has neither logind nor a screen saver that tells")
         return bool(desktop_bus().call(SESSION, name, path, name, "GetActive")[0])
     except UnknownError:
         if known:
@@ -100,11 +102,7 @@ def locked() -> bool:
 
 def film() -> str:
     """The first player that plays, by the interface that players and browsers have for media keys."""
-    bus = desktop_bus()
-    names = bus.call(
-        SESSION, "org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "ListNames"
-    )
-    for name in names[0]:
+    for name in sorted(desktop_bus().names()):
         if name.startswith(f"{_PLAYER}.") and _plays(name):
             return _identity(name)
     return ""
@@ -138,6 +136,8 @@ def game_mode() -> str:
     """Whether a game has asked for Feral's GameMode; empty without one, or without GameMode."""
     name = "com.feralinteractive.GameMode"
     try:
+        if name not in desktop_bus().names():  # to ask would start it
+            return ""
         clients = desktop_bus().property(SESSION, name, "/com/feralinteractive/GameMode", name, "ClientCount")
     except UnknownError:
         return ""

@@ -14,7 +14,7 @@ from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.worker.process_tree import used_by
 from swarmkit.worker.sensing.metered import metered
 from swarmkit.worker.sensing.nvidia import NvidiaGpu
-from swarmkit.worker.sensing.probes import Probe, UnknownError, notes_of
+from swarmkit.worker.sensing.probes import Probe, UnknownError, ask_all, notes_of
 from swarmkit.worker.signals import GpuSignals, MachineSignals
 
 
@@ -69,8 +69,7 @@ class OwnMachine:
     def sense(self, order: SensingOrder) -> MachineSignals:
         """See `MachineSensing.sense`."""
         self._order = order
-        for probe in self._probes.values():
-            probe.begin()
+        ask_all(self._probes.values())
         values = {name: probe.value() for name, probe in self._probes.items()}
         return MachineSignals(**values, notes=notes_of(*self._probes.values()))  # type: ignore[arg-type]
 

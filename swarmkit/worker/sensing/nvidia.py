@@ -4,12 +4,55 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 
 from swarmkit.worker.sensing.probes import UnknownError
 from swarmkit.worker.signals import GpuSignals
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a GPU is. Memory in bytes."""
+
+    device: str
+    name: str
+    memory: int
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """Return all GPUs of this computer.
+
+    Raises:
+        UnknownError: there is no NVML, or it does not tell.
+    """
+    nvml = _begun()
+    try:
+        found = []
+        for number in range(nvml.nvmlDeviceGetCount()):
+            handle = nvml.nvmlDeviceGetHandleByIndex(number)
+            name, memory = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetMemoryInfo(handle).total
+            found.append(Gpu(f"cuda:{number}", str(name), int(memory)))
+        return tuple(found)
+    except nvml.NVMLError as error:
+        raise UnknownError(f"the driver does not tell about its GPUs: {error}") from error
+    finally:
+        nvml.nvmlShutdown()  # which counts how often it was begun
+
+
+def _begun() -> Any:
+    """NVML, ready to be asked. Raises: UnknownError."""
+    try:
+        import pynvml
+    except ImportError:
+        raise UnknownError("install the extra `worker` to see what the GPU does") from None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise UnknownError(f"NVIDIA's driver does not answer: {error}") from error
+    return pynvml
 
 
 class NvidiaGpu:
@@ -24,17 +67,12 @@ class NvidiaGpu:
         Raises:
             UnknownError: there is no NVML, or no such GPU.
         """
-        try:
-            import pynvml
-        except ImportError:
-            raise UnknownError("install the extra `worker` to see what the GPU does") from None
         self.device = device
-        self._nvml: Any = pynvml
+        self._nvml = nvml = _begun()
         number = device.partition(":")[2]
         try:
-            pynvml.nvmlInit()
-            self._gpu = pynvml.nvmlDeviceGetHandleByIndex(int(number) if number else 0)
-        except pynvml.NVMLError as error:
+            self._gpu = nvml.nvmlDeviceGetHandleByIndex(int(number) if number else 0)
+        except nvml.NVMLError as error:
             raise UnknownError(f"the driver does not tell about {device}: {error}") from error
 
     def signals(self, own: Collection[int]) -> GpuSignals:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 from swarmkit.clock import SYSTEM_CLOCK, Clock
@@ -13,6 +14,8 @@ T = TypeVar("T")
 
 LIMIT_S = 2.0
 """How long a provider may take; after that its signal is not known."""
+_PATIENCE_S = 0.1
+"""A provider that has not answered by then does not keep the others waiting."""
 
 
 class UnknownError(SwarmkitError):
@@ -41,12 +44,16 @@ class Probe(Generic[T]):
 
     def begin(self) -> None:
         """Ask, unless an earlier question is still open."""
+        if question := self.open():
+            threading.Thread(target=question, name=f"swarmkit-{self.name}", daemon=True).start()
+
+    def open(self) -> Callable[[], None] | None:
+        """Return what asks the provider, to be called in some thread; None: an earlier question is open."""
         if self._done is not None and not self._done.is_set():
-            return
-        self._done = threading.Event()
+            return None
+        done = self._done = threading.Event()
         self._asked_at = self._clock.now()
-        args = (self._done,)
-        threading.Thread(target=self._run, args=args, name=f"swarmkit-{self.name}", daemon=True).start()
+        return lambda: self._run(done)
 
     def value(self, limit_s: float = LIMIT_S) -> T | None:
         """Return the answer to the latest question; None: it is not known."""
@@ -67,6 +74,24 @@ class Probe(Generic[T]):
             self._found, self._why = None, f"{type(error).__name__}: {error}"
         finally:
             done.set()
+
+
+def ask_all(probes: Iterable[Probe[object]]) -> None:
+    """Begin with several. As a rule one thread asks all of them, for threads are what this costs."""
+    questions = deque(question for probe in probes if (question := probe.open()) is not None)
+
+    def ask() -> None:
+        while True:
+            try:
+                question = questions.popleft()
+            except IndexError:
+                return
+            question()
+
+    while questions:
+        thread = threading.Thread(target=ask, name="swarmkit-sensing", daemon=True)
+        thread.start()
+        thread.join(_PATIENCE_S)
 
 
 def notes_of(*probes: Probe[object]) -> tuple[str, ...]:

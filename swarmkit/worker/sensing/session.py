@@ -7,7 +7,7 @@ import sys
 from typing import Protocol
 
 from swarmkit.clock import SYSTEM_CLOCK, Clock
-from swarmkit.worker.sensing.probes import Probe, notes_of
+from swarmkit.worker.sensing.probes import Probe, ask_all, notes_of
 from swarmkit.worker.sensing.session_providers import SessionProviders, logged_in_remotely
 from swarmkit.worker.signals import SessionSignals
 
@@ -31,8 +31,7 @@ class OwnSession:
 
     def sense(self) -> SessionSignals:
         """See `SessionSensing.sense`."""
-        for probe in self._probes.values():
-            probe.begin()
+        ask_all(self._probes.values())
         values = {name: probe.value() for name, probe in self._probes.items()}
         return SessionSignals(**values, notes=notes_of(*self._probes.values()))  # type: ignore[arg-type]
 

@@ -55,7 +55,7 @@ def _full_screen(display: Any) -> str:
     from Xlib import X
 
     def values(window: Any, name: str, kind: int) -> list[int]:
-        found = window.get_full_property(display.intern_atom(name), kind)
+        found = window.get_full_property(display.get_atom(name), kind)
         return [] if found is None else list(found.value)
 
     active = values(display.screen().root, "_NET_ACTIVE_WINDOW", X.AnyPropertyType)
@@ -63,7 +63,7 @@ def _full_screen(display: Any) -> str:
         return ""
     window = display.create_resource_object("window", active[0])
     states = values(window, "_NET_WM_STATE", X.AnyPropertyType)
-    if display.intern_atom("_NET_WM_STATE_FULLSCREEN") not in states:
+    if display.get_atom("_NET_WM_STATE_FULLSCREEN") not in states:
         return ""
     pids = values(window, "_NET_WM_PID", X.AnyPropertyType)
     try:

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from swarmkit_app.tray.face import SEPARATOR, MenuItem, count, face_of, news, shape_of, size
+from swarmkit_app.tray.face import SEPARATOR, MenuItem, count, face_of, news, shape_of
 
 from swarmkit.worker.control.values import NodeStatus, Status, Totals
 from swarmkit.worker.pause import Pause
@@ -135,11 +135,3 @@ def test_only_new_trouble_is_told(before: Status | None, after: Status | None, t
 )
 def test_numbers_are_for_people(number: float, shown: str) -> None:
     assert count(number) == shown
-
-
-@pytest.mark.parametrize(
-    ("bytes_", "shown"),
-    [(12, "12 B"), (1500, "1.5 kB"), (2.5e6, "2.5 MB"), (5e10, "50.0 GB"), (2e12, "2.0 TB")],
-)
-def test_sizes_are_for_people(bytes_: float, shown: str) -> None:
-    assert size(bytes_) == shown
