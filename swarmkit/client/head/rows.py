@@ -92,17 +92,20 @@ class PartialRows:
             first: which of these rows `scores` begins with.
             complete: computes all logits `[n, vocabulary]` for hidden states `[n, hidden]`.
         """
-        filled = self._filled(demand, text, scores, first)
-        if filled is None:
-            filled = complete(self.hidden[first : first + len(scores)]).to(scores)
-        processed: Tensor = processors(text, filled)  # type: ignore[arg-type]
+        edited = self._edited(demand, text, scores, first)
+        if edited is None:
+            edited, left = complete(self.hidden[first : first + len(scores)]).to(scores), processors
+        else:
+            left = LogitsProcessorList(processors[len(demand.editors) :])
+        processed: Tensor = left(text, edited)  # type: ignore[arg-type]
         return processed
 
-    def _filled(self, demand: LogitsDemand, text: Tensor, scores: Tensor, first: int) -> Tensor | None:
-        """The rows with something harmless for what is not known; None if processors would see through it."""
+    def _edited(self, demand: LogitsDemand, text: Tensor, scores: Tensor, first: int) -> Tensor | None:
+        """The rows as editors leave them, with something harmless for what is not known; None if the other
+        processors would see through it.
+        """
         unknown = scores.isnan()
-        filled = scores.masked_fill(unknown, -math.inf)
-        edited = demand.edit(text, filled.clone())
+        edited = demand.edit(text, scores.masked_fill(unknown, -math.inf))
         for row in range(len(scores)):
             index = first + row
             slack = float(self.slack[index])
@@ -118,8 +121,8 @@ class PartialRows:
                 # All that is not known, taken together, has its true weight; alike for all of these tokens,
                 # which is at most the bound.
                 each = largest + demand.temperature * math.log(tail / int(unknown[row].sum()))
-                filled[row].masked_fill_(unknown[row], min(each, bound))
-        return filled
+                edited[row].masked_fill_(unknown[row], min(each, bound))
+        return edited
 
     def _tail(self, index: int, temperature: float, largest: float) -> float:
         """The sum of exp((logit - largest) / temperature) over the tokens of a row that are not known."""
