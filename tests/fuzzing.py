@@ -77,7 +77,7 @@ TYPES = (
     "Open", "Opened", "RestorePrefix", "PrefixRestored", "Link", "Linked", "Attach", "Attached", "Unlinked",
     "Step", "StepDone", "GetInfo", "ServerInfo", "GetResources", "Fault", "Forward", "Backward", "Working",
     "ForwardDone", "BackwardDone", "PutAdapter", "AdapterKept", "GetFile", "FileFound", "FileChunk",
-    "Nothing",
+    "GetLogits", "Logits", "Nothing",
 )  # fmt: skip
 
 

@@ -59,16 +59,16 @@ SERVER = ServerSettings().replace(
     announce_period_s=3000, record_lifetime_s=3600, report_resources=True, max_step_tokens=256,
     max_session_length=512, message_timeout_s=1.0, link_timeout_s=0.05, cache_bytes=8 * 1024**2,
     receive_budget_bytes=4 * 1024**2, max_admission_wait_s=0.2,
-    adapter_bytes=1024**2, client_adapter_bytes=256 * 1024,
+    adapter_bytes=1024**2, client_adapter_bytes=256 * 1024, offer_head=True,
 )  # fmt: skip
-CLIENT = ClientSettings().replace(refresh_period_s=3000)
+CLIENT = ClientSettings().replace(refresh_period_s=3000, head="local")
 PATIENCE_S = 0.1
 """For so long an attacker that waits for answers waits for one."""
 ENDPOINTS = {protocol.name for protocol in PROTOCOLS}
 
 DEEP = {
     "Opened", "StepDone", "PrefixRestored", "not_linked", "Attached", "ForwardDone", "BackwardDone",
-    "AdapterKept", "FileFound", "FileChunk", "ServerInfo", "Resources", "DialedBack",
+    "AdapterKept", "FileFound", "FileChunk", "ServerInfo", "Resources", "DialedBack", "Logits",
     "bad_message", "illegal_message", "out_of_order", "not_finite",
 }  # fmt: skip
 """What servers answer where mutations get past the first checks."""
@@ -121,6 +121,9 @@ class Target:
                 answer(model, *prompt(5, 3), new_tokens=4, num_beams=2)
                 for _ in range(2):  # the second one finds the pages of the first one
                     answer(model, prompt(70)[0], new_tokens=2)
+            asking = self.client(self.transport, owned, CLIENT.replace(head="remote", head_top=4))
+            answer(asking, *prompt(7), new_tokens=4)
+            answer(asking, *prompt(7), new_tokens=4, num_beams=2)
             tuned = swarmkit.get_peft_model(self.client(self.transport, owned), _lora())
             randomise(tuned)
             ids, mask = prompt(6, 4)

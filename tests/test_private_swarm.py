@@ -44,7 +44,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def swarm(tiny: Checkpoint) -> Iterator[LocalSwarm]:
-    with LocalSwarm(tiny, num_stages=2, transport="memory", swarm_key=KEY) as swarm:
+    offered = ServerSettings().replace(offer_head=True)
+    with LocalSwarm(tiny, num_stages=2, transport="memory", swarm_key=KEY, server_settings=offered) as swarm:
         yield swarm
 
 
@@ -144,8 +145,8 @@ def test_a_server_that_excludes_a_client_is_left_for_one_that_does_not(
 
 @pytest.fixture(scope="module")
 def closed_swarm(tiny: Checkpoint) -> Iterator[LocalSwarm]:
-    """Servers that admit nobody who is there."""
-    settings = ServerSettings().replace(allowed_peers=("a friend",))
+    """Servers with all that servers can offer, that admit nobody who is there."""
+    settings = ServerSettings().replace(allowed_peers=("a friend",), offer_head=True)
     with LocalSwarm(tiny, 2, 2, transport="memory", server_settings=settings) as swarm:
         yield swarm
 

@@ -204,6 +204,23 @@ def test_weights_of_the_users_own_are_used_here(checkpoint: Checkpoint) -> None:
         assert served_since(world, lambda: answer(world.model, *prompt(7)))[1] == []
 
 
+@pytest.mark.parametrize(
+    ("local_s", "is_asked"),
+    [(5.0, True), pytest.param(1e-9, False, marks=pytest.mark.slow)],
+    ids=["slow", "quick"],
+)
+def test_by_default_a_server_is_asked_where_this_machine_was_measured_to_be_slower(
+    checkpoint: Checkpoint, local: Any, local_s: float, is_asked: bool
+) -> None:
+    with a_head(checkpoint, head="auto") as world:
+        client = world.client
+        for _ in range(2):
+            world.model._served_head._times.note("local", 1, local_s, client.clock.now())
+        found, tops = served_since(world, lambda: answer(world.model, *prompt(7)))
+    assert_same(found, answer(local, *prompt(7)))
+    assert bool(tops) is is_asked
+
+
 NOW = 100.0
 
 
