@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-lo
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all browser front-ends notebooks check settings pictures bench wheel clean
+.PHONY: help demo test test-all browser front-ends notebooks check settings pictures bench wheel installers clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -76,6 +76,9 @@ bench: $(READY) ## measure; writes to benchmarks/results/
 
 wheel: $(READY) ## build the wheel in dist/, install it into a fresh environment, and run the demo from there
 	@$(BIN)/python tools/check_wheel.py
+
+installers: $(DEV) ## build in dist/installers what this machine can build: .deb, Linux archive, Windows set-up, macOS app
+	@$(BIN)/python -m installer.build
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -25,9 +25,9 @@ def run(*command: str | Path, cwd: Path) -> None:
         sys.exit(done.returncode)
 
 
-def build() -> Path:
-    """The one wheel in `dist/`, made anew."""
-    shutil.rmtree(DIST, ignore_errors=True)
+def build(into: Path = DIST) -> Path:
+    """The one wheel in a folder, which is emptied first."""
+    shutil.rmtree(into, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
         # A copy of what belongs into it: setuptools would leave a build folder here, and use old files in it.
         for package in ("swarmkit", "app"):
@@ -36,8 +36,8 @@ def build() -> Path:
             )
         for name in ("pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, folder)
-        run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", DIST, ".", cwd=Path(folder))
-    (wheel,) = DIST.glob("*.whl")
+        run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", into, ".", cwd=Path(folder))
+    (wheel,) = into.glob("*.whl")
     return wheel
 
 

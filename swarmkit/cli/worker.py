@@ -158,6 +158,17 @@ def log(lines: Annotated[int, typer.Option("--lines", "-n", min=1, max=5000)] = 
         typer.echo(line)
 
 
+@worker_app.command(hidden=True)
+def handle() -> None:
+    """Print how a program of yours reaches the worker, with its token. The tray on Windows asks in WSL2."""
+    import msgspec
+
+    from swarmkit.worker.control.handle import Handle
+    from swarmkit.worker.places import WorkerPlaces
+
+    typer.echo(msgspec.json.encode(Handle.read(WorkerPlaces.of_this_person().handle)))
+
+
 @worker_app.command()
 def belongings(json: Json = False) -> None:
     """Show what the worker has put on this computer, and how much it takes. Works also while none runs."""

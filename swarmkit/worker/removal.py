@@ -35,6 +35,7 @@ _POLITE_S = 45.0
 """More than sessions usually have to move away."""
 _TERMINATE_S = 10.0
 _KILL_S = 5.0
+_LOOK_S = 0.25
 _SYSTEMCTL_S = 60.0
 _ORDER = {"startup": 0, "desktop": 1, "running": 3, "program": 4}
 """Everything else goes between."""
@@ -104,13 +105,13 @@ def stop_all(places: WorkerPlaces | None = None) -> None:
         with contextlib.suppress(SwarmkitError):
             WorkerClient(worker).stop()
     asked = [process for process in processes if not _is_of_program(process)]
-    psutil.wait_procs(asked, timeout=_POLITE_S)
+    _wait(asked, _POLITE_S)
     processes = _living(running_processes(places), processes)
     for end, within_s in ((psutil.Process.terminate, _TERMINATE_S), (psutil.Process.kill, _KILL_S)):
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 end(process)
-        processes = psutil.wait_procs(processes, timeout=within_s)[1]
+        processes = _wait(processes, within_s)
     if processes:
         raise RemovalError(
             f"these processes of swarmkit do not end: {', '.join(str(each.pid) for each in processes)}. "
@@ -130,6 +131,8 @@ def remove(
     # The folders are asked for while their libraries are still there: this program may be in one of them.
     emptied = [*own_folders(places), *store_folders(places), *{path.parent for path in startup_entries()}]
     for part in parts:
+        if sys.platform == "win32" and part.kind == "program":
+            continue  # Windows does not remove what runs; the set-up's removal does it afterwards
         trouble = _take_away(Path(part.path))
         if trouble:
             left.append(trouble)
@@ -169,6 +172,8 @@ def _places(places: WorkerPlaces | None) -> list[WorkerPlaces]:
 
 
 def _worker_pid(places: WorkerPlaces) -> int | None:
+    if sys.platform == "win32":
+        return None  # it runs in WSL2, where process ids are others
     try:
         return Handle.read(places.handle).pid
     except (NoWorkerError, UsageError):
@@ -228,11 +233,30 @@ def _self_and_ancestors() -> list[int]:
 
 def _living(found: Sequence[RunningProcess], before: Sequence[psutil.Process] = ()) -> list[psutil.Process]:
     """The processes that still run: of those that were found before, and those that were found now."""
-    living = {process for process in before if process.is_running()}
+    processes = set(before)
     for each in found:
         with contextlib.suppress(psutil.Error):
-            living.add(psutil.Process(each.pid))
-    return sorted(living, key=lambda process: process.pid)
+            processes.add(psutil.Process(each.pid))
+    return sorted(filter(_lives, processes), key=lambda process: process.pid)
+
+
+def _wait(processes: Sequence[psutil.Process], within_s: float) -> list[psutil.Process]:
+    """Wait until processes have ended; returns those that have not."""
+    living = list(filter(_lives, processes))
+    for _ in range(round(within_s / _LOOK_S)):
+        if not living:
+            break
+        psutil.wait_procs(living, timeout=_LOOK_S)
+        living = list(filter(_lives, living))
+    return living
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether a process runs; one that has ended exists until its parent asks for its exit code."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _stop_unit() -> None:

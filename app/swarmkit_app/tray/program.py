@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -109,8 +110,11 @@ class Tray:
         with self._starting:
             if self._client.runs or (self._worker is not None and self._worker.poll() is None):
                 return
+            program = ["swarmkit.cli", "worker", "run"]
+            if sys.platform == "win32":
+                program = ["swarmkit_app.tray.wsl_worker"]
             self._worker = subprocess.Popen(
-                [sys.executable, "-m", "swarmkit.cli", "worker", "run"],
+                [sys.executable, "-m", *program],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
@@ -152,7 +156,11 @@ class Tray:
         worker = self._worker
         if worker is None or worker.poll() is not None:
             return
-        worker.terminate()
+        if sys.platform == "win32":  # where to terminate is to kill
+            with contextlib.suppress(SwarmkitError):
+                self._client.stop()
+        else:
+            worker.terminate()
         try:
             worker.wait(_WORKER_ENDS_S)
         except subprocess.TimeoutExpired:
