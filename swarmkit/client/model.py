@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -322,7 +321,7 @@ class SwarmModelForCausalLM(SwarmModel):
         asks = "custom_generate" not in kwargs and self._served_head.is_offered(self)
         token = _call.set(_GenerateCall(speculation or usual, asks_for_logits=asks))
         try:
-            with self._served_head.of_call() if asks else nullcontext():
+            with self._served_head.of_call(asks):
                 output = self._generate(session, name, inputs, tokens, kwargs)
         finally:
             _call.reset(token)

@@ -158,6 +158,15 @@ def test_a_draft_model_may_draft(world: World, local: Any) -> None:
 
 
 @pytest.mark.slow
+def test_a_draft_model_of_a_swarm_computes_its_own_output_layer(world: World, local: Any) -> None:
+    draft = world.swarm.model(settings=world.client.settings.replace(head="local"))
+    found, tops = served_since(world, lambda: answer(world.model, *prompt(7), assistant_model=draft))
+    assert_same(found, answer(local, *prompt(7)))
+    assert tops
+    assert not draft.connection.client.events.kept(LogitsServed)
+
+
+@pytest.mark.slow
 def test_logits_that_the_model_changes_come_completely(tmp_path: Path) -> None:
     checkpoint = model_of(tmp_path, "gemma2")  # which caps its logits
     wanted = answer(load_local(checkpoint), *prompt(7), do_sample=True, top_k=5)

@@ -81,9 +81,13 @@ class ServedHead:
     # ------------------------------------------------------------------ a call of generate()
 
     @contextmanager
-    def of_call(self) -> Iterator[None]:
-        """Let servers compute the output layer inside the `with` block, which is a call of `generate()`."""
-        token = _current.set(_HeadCall())
+    def of_call(self, asks: bool) -> Iterator[None]:
+        """Say whether servers compute the output layer inside the `with` block, which is a call of
+        `generate()`. What holds for a call around it, as for that of a draft model, does not hold in it.
+
+        Args: asks: whether they do.
+        """
+        token = _current.set(_HeadCall() if asks else None)
         try:
             yield
         finally:
