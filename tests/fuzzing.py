@@ -140,10 +140,10 @@ class Mutator:
     def _change_field(self, frames: list[bytes]) -> list[bytes]:
         at = self._some(frames)
         parts = taken_apart(frames[at])
-        if parts is None:
+        if parts is None or not parts[0]:
             return frames
         header, payload = parts
-        name = self._chance.choice(sorted(header))
+        name = self._chance.choice(sorted(header, key=str))
         match self._chance.randrange(6):
             case 0:
                 del header[name]

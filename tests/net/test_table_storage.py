@@ -56,6 +56,12 @@ def test_large_records_go_where_small_ones_still_fit() -> None:
     assert names(choose_dropped(records, 9, 100)) == {"large"}
 
 
+def test_peers_that_store_alike_draw_lots_however_long_they_claim_to_last() -> None:
+    records = [record("claims", "liar", expires_at=9.0), record("honest", "b", expires_at=1.0)]
+    drawn = {"liar": 2, "b": 1}
+    assert names(choose_dropped(records, 1, 100, lot=drawn.__getitem__)) == {"claims"}
+
+
 def test_this_peers_own_records_stay() -> None:
     records = [record("own", "", wanted=False), record("foreign", "b")]
     assert names(choose_dropped(records, 1, 100)) == {"foreign"}
@@ -118,6 +124,15 @@ def test_a_flood_under_one_key_leaves_the_record_of_another_peer_there() -> None
         storing.store(1, f"name {number}", later=1.0)
     assert "honest" in storing.storage.get(1).value
     assert len(storing.storage.get(1).value) <= MAX_KEY_RECORDS
+
+
+def test_many_peers_that_claim_to_last_long_do_not_displace_all_that_do_not() -> None:
+    storing = Storing(max_records=100)
+    for number in range(400):
+        storing.peer = f"peer {number}"
+        storing.store(number, storing.peer, later=60.0 if number % 2 else 0.0)
+    kept = {subkey for _, found in storing.storage.items() for subkey, _ in found.value.items()}
+    assert {int(name.split()[1]) % 2 for name in kept} == {0, 1}
 
 
 def test_replacing_one_record_over_and_over_does_not_grow_the_heaps() -> None:

@@ -9,7 +9,9 @@ MiB.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import secrets
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
@@ -42,26 +44,34 @@ class StoredRecord:
 
 
 def choose_dropped(
-    records: Iterable[StoredRecord], max_records: int, max_bytes: int, overhead_bytes: int = 0
+    records: Iterable[StoredRecord],
+    max_records: int,
+    max_bytes: int,
+    overhead_bytes: int = 0,
+    lot: Callable[[str], int] = lambda stored_by: 0,
 ) -> list[StoredRecord]:
     """Choose which records go, so that those that stay keep within both bounds.
 
     Records that are wanted stay before those that are not. Among equals every storing peer may keep its
     first record before any may keep its second, and so on; of one peer's records the longest-lasting stay.
-    This peer's own records always stay.
+    Peers that store as many draw lots, since otherwise those would win that claim to last longest. This
+    peer's own records always stay.
 
-    Args: overhead_bytes: what each record counts besides its value.
+    Args:
+        overhead_bytes: what each record counts besides its value.
+        lot: the number that a storing peer has drawn; the smallest are kept.
     """
     ordered = sorted(records, key=lambda record: (not record.wanted, -record.expires_at))
     rank: Counter[str] = Counter()
-    ranked: list[tuple[bool, bool, int, StoredRecord]] = []
+    ranked: list[tuple[bool, bool, int, int, StoredRecord]] = []
     for record in ordered:
-        ranked.append((bool(record.stored_by), not record.wanted, rank[record.stored_by], record))
-        rank[record.stored_by] += 1
-    ranked.sort(key=lambda entry: entry[:3])
+        by = record.stored_by
+        ranked.append((bool(by), not record.wanted, rank[by], lot(by), record))
+        rank[by] += 1
+    ranked.sort(key=lambda entry: entry[:4])
     dropped: list[StoredRecord] = []
     kept_records = kept_bytes = 0
-    for foreign, _, _, record in ranked:
+    for foreign, _, _, _, record in ranked:
         nbytes = record.nbytes + overhead_bytes
         fits = kept_records < max_records and kept_bytes + nbytes <= max_bytes
         if foreign and not fits:
@@ -96,6 +106,7 @@ def bounded_storage(
             self._key_bytes: Counter[Any] = Counter()
             """Of the values under each key, or more: those that have expired since are counted still."""
             self._writes = 0
+            self._salt = secrets.token_bytes(8)
             self.records = 0
             self.nbytes = 0
 
@@ -121,6 +132,11 @@ def bounded_storage(
                 stored = stored and bool(self._size_of(key, subkey))
             return stored
 
+        def _lot(self, stored_by: str) -> int:
+            """What a peer has drawn here; at other peers it draws anew."""
+            drawn = hashlib.blake2b(stored_by.encode(), key=self._salt, digest_size=8).digest()
+            return int.from_bytes(drawn, "big")
+
         def _bound_key(self, key: Any, subkey: Any) -> bool:
             """Drop what exceeds the bounds of one key. Returns whether the record of `subkey` stays."""
             if len(self.data[key].value.data) <= MAX_KEY_RECORDS and self._key_bytes[key] <= MAX_KEY_BYTES:
@@ -130,7 +146,7 @@ def bounded_storage(
             if len(records) <= MAX_KEY_RECORDS and self._key_bytes[key] <= MAX_KEY_BYTES:
                 return True
             limits = int(MAX_KEY_RECORDS * _SHRINK_TO), int(MAX_KEY_BYTES * _SHRINK_TO)
-            dropped = choose_dropped(records, *limits)
+            dropped = choose_dropped(records, *limits, lot=self._lot)
             self._drop(dropped)
             return subkey not in {record.subkey for record in dropped}
 
@@ -168,7 +184,7 @@ def bounded_storage(
             records = self._counted()
             if self.records > max_records or self.nbytes > max_bytes:
                 limits = int(max_records * _SHRINK_TO), int(max_bytes * _SHRINK_TO)
-                self._drop(choose_dropped(records, *limits, _RECORD_OVERHEAD_BYTES))
+                self._drop(choose_dropped(records, *limits, _RECORD_OVERHEAD_BYTES, self._lot))
                 self._counted()
 
         def _counted(self) -> list[StoredRecord]:
