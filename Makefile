@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-lo
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all browser front-ends notebooks check settings pictures bench wheel installers clean
+.PHONY: help demo test test-all browser desktop front-ends notebooks check settings pictures bench wheel installers clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,7 +38,7 @@ demo: $(READY) ## four servers, a chat, and a server that dies in the middle of 
 	@$(BIN)/swarmkit demo
 
 test: $(DEV) ## the tests; under 10 minutes on 2 cores
-	@$(PYTEST) -m "not slow and not notebook and not browser"
+	@$(PYTEST) -m "not slow and not notebook and not browser and not desktop"
 
 test-all: $(LIBRARIES) ## the slow tests and the notebooks too
 	@$(PYTEST)
@@ -50,6 +50,9 @@ $(BROWSER): $(DEV)
 
 browser: $(BROWSER) ## the tests in a headless Chromium, which the distribution has; pictures go to build/screenshots
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+
+desktop: $(DEV) ## the tray on a small desktop, which the distribution has; pictures go to build/screenshots
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m desktop tests/app/tray
 
 front-ends: $(BROWSER) ## the live views in Notebook 7, marimo and a kernel like Colab's, which this installs below build/
 	@$(PIP) -q --no-deps --upgrade --target build/notebook-7 'notebook>=7,<8'

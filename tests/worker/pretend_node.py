@@ -26,7 +26,7 @@ def report(count: int, behaviour: str) -> None:
     """Every period 10 tokens, 1,000 bytes up and 500 down; much more where it is greedy."""
     factor = 10_000 if behaviour == "greedy-for-traffic" else 1
     amounts = {"tokens": 10 * count, "sent_bytes": 1000 * factor * count, "received_bytes": 500 * count}
-    say(**REPORT, **amounts)
+    say(**{**REPORT, "sessions": 0 if behaviour == "unused" else 1}, **amounts)
 
 
 def work(behaviour: str) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from swarmkit_app.tray.face import Shape
 
 from tests.waiting import wait_until
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 PROGRAMS = ("Xvfb", "dbus-daemon", "openbox", "xfce4-panel", "xdotool", "dunst")
 WIDTH, HEIGHT = 900, 520
 _PANEL_HEIGHT = 36
-_LEAST_PIXELS = 8
-"""Of a state's colour, for its icon to be there: edges are blended."""
+_LEAST_PIXELS, _BLENDED = 8, 12
+"""So many pixels of a state's colour make its icon; each may differ so much, for it is small, and scaled."""
 
 COLOURS: dict[Shape, tuple[int, int, int]] = {
     "serving": (0x2F, 0x9E, 0x44),
@@ -58,6 +60,20 @@ _PANEL = """<?xml version="1.0" encoding="UTF-8"?>
     </property>
   </property>
 </channel>
+"""
+
+
+_FULL_SCREEN = """
+import sys
+from Xlib import Xatom, display
+screen = display.Display()
+root = screen.screen().root
+window = root.create_window(0, 0, 300, 200, 0, screen.screen().root_depth)
+state = [screen.get_atom("_NET_WM_STATE_FULLSCREEN")]
+window.change_property(screen.get_atom("_NET_WM_STATE"), Xatom.ATOM, 32, state)
+window.map()
+screen.sync()
+sys.stdin.read()
 """
 
 
@@ -95,16 +111,11 @@ class SeenDesktop:
 
     def icon(self, shape: Shape) -> tuple[int, int] | None:
         """The middle of the panel's icon of a state; None where it is not there."""
-        panel = self.picture().crop((0, HEIGHT - _PANEL_HEIGHT, WIDTH, HEIGHT))
-        found = [
-            (place % WIDTH, place // WIDTH)
-            for place, colour in enumerate(panel.getdata())
-            if colour == COLOURS[shape]
-        ]
-        if len(found) < _LEAST_PIXELS:
+        panel = np.asarray(self.picture(), dtype=int)[-_PANEL_HEIGHT:]
+        rows, columns = np.nonzero((abs(panel - COLOURS[shape]) <= _BLENDED).all(axis=2))
+        if len(rows) < _LEAST_PIXELS:
             return None
-        x, y = (sum(values) // len(found) for values in zip(*found, strict=True))
-        return x, y + HEIGHT - _PANEL_HEIGHT
+        return int(columns.mean()), int(rows.mean()) + HEIGHT - _PANEL_HEIGHT
 
     def wait_for_icon(self, shape: Shape) -> tuple[int, int]:
         wait_until(lambda: self.icon(shape), f"the panel shows the icon of {shape!r}", every=0.2)
@@ -133,6 +144,16 @@ class SeenDesktop:
             ["xdotool", *words], env=self.environment, capture_output=True, text=True, timeout=30, check=False
         )
         return done.stdout
+
+    @contextmanager
+    def full_screen_program(self) -> Iterator[None]:
+        """A program whose window fills the screen, as the window manager makes it."""
+        command = [sys.executable, "-c", _FULL_SCREEN]
+        with subprocess.Popen(command, env=self.environment, stdin=subprocess.PIPE) as game:
+            try:
+                yield
+            finally:
+                game.communicate()
 
     def notices(self) -> int:
         """How many windows with notices stand on the screen."""
