@@ -3,25 +3,32 @@
     python benchmarks/worker_limits.py            prints the table
     python benchmarks/worker_limits.py --write    also writes the results and docs/limits.md
 
-It takes about three minutes. `swarmkit worker run` serves tiny-chat on this machine, a client keeps it as
-busy as it can, and one limit after the other is set. What is measured is the whole tree of the node's
-processes, from outside.
+It takes about ten minutes. A worker serves tiny-chat on this machine, a client keeps it as busy as it can,
+and one limit after the other is set. What is measured is the whole tree of the node's processes, from
+outside.
+
+The worker is the one of `swarmkit worker run`, and senses this machine. What cannot be had on a test machine
+(a battery, a metered line, another program on a GPU) it reads from a file in the place of its own senses, and
+what a tray would tell it is told by this program: these rows say "told".
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import itertools
 import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +39,21 @@ import torch
 
 from swarmkit import SwarmModelForCausalLM
 from swarmkit.bench.environment import environment
+from swarmkit.sizes import format_bytes
 from swarmkit.worker.control.client import WorkerClient
 from swarmkit.worker.control.handle import NoWorkerError
 from swarmkit.worker.control.values import Status
 from swarmkit.worker.governor import Governor
+from swarmkit.worker.main import run_worker
 from swarmkit.worker.places import WorkerPlaces
 from swarmkit.worker.policy import allowed
 from swarmkit.worker.process_tree import used_by
-from swarmkit.worker.settings import WorkerLimits
+from swarmkit.worker.sensing.machine import OwnMachine, SensingOrder
+from swarmkit.worker.sensing.nvidia import gpus
+from swarmkit.worker.sensing.probes import UnknownError
+from swarmkit.worker.settings import DAYS, WorkerLimits
+from swarmkit.worker.signals import GpuSignals, MachineSignals, SessionSignals
+from swarmkit.worker.worker import LEASE_S
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "worker-limits.json"
@@ -47,6 +61,10 @@ PAGE = ROOT / "docs" / "limits.md"
 TABLE = "<!-- the table below is written by `python benchmarks/worker_limits.py --write` -->\n"
 
 WATCH_S = 6.0
+MOST_OTHERS_CPU = 1.0
+COMPUTE_ENDS_S, MEMORY_ENDS_S = 1.0, 3.0
+SENSED_WITHIN_S = 2.5
+"""The worker looks at its machine every two seconds."""
 ROWS, TOKENS = 1, 512
 """Of a request of the load; its hidden states travel both ways."""
 MANY = 1e12
@@ -64,17 +82,45 @@ class Measured:
     """The same without the limit."""
 
 
+@dataclass(frozen=True)
+class Unmeasured:
+    """A row that this machine cannot fill, and why."""
+
+    limit: str
+    why: str
+
+
+class ToldMachine:
+    """This machine, but for what a file says."""
+
+    def __init__(self, path: Path) -> None:
+        self._own, self._path = OwnMachine(), path
+
+    def sense(self, order: SensingOrder) -> MachineSignals:
+        """See `MachineSensing.sense`."""
+        told = msgspec.json.decode(self._path.read_bytes()) if self._path.exists() else {}
+        if "gpu" in told:
+            told["gpu"] = msgspec.convert(told["gpu"], GpuSignals)
+        return msgspec.structs.replace(self._own.sense(order), **told)
+
+    def limit_watts(self, watts: float | None) -> bool:
+        """See `MachineSensing.limit_watts`."""
+        return self._own.limit_watts(watts)
+
+
 class Bench:
     """A worker, and a client that keeps it busy."""
 
     def __init__(self, home: Path) -> None:
         self.client = WorkerClient(WorkerPlaces.inside(home))
+        self._told = home / "told.json"
+        self._home = home
         self._stop = threading.Event()
         self._environment = {**os.environ, "SWARMKIT_WORKER_HOME": str(home)}
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        command = [sys.executable, "-m", "swarmkit.cli", "worker", "run"]
+        command = [sys.executable, __file__, "--worker", str(self._told)]
         worker = subprocess.Popen(command, env=self._environment, cwd=ROOT, stderr=subprocess.DEVNULL)
         try:
             wait_for(lambda: self.client.runs, "the worker answers")
@@ -82,7 +128,7 @@ class Bench:
                 "presence": "headless",
                 "on_battery": True,
                 "on_metered": True,
-                "busy_cpu": {"in_use": 1.0, "away": 1.0},
+                "busy_cpu": {"in_use": MOST_OTHERS_CPU, "away": MOST_OTHERS_CPU},
             }
             self.client.change_settings(
                 {"agreed": True, "serve": {"model": "tiny-chat"}, "rules": rules, "limits": limits()}
@@ -92,6 +138,19 @@ class Bench:
         finally:
             worker.terminate()
             worker.wait(60)
+
+    def tell(self, **signals: object) -> None:
+        """Have the worker sense these, in the place of its machine's."""
+        told = self._told.with_suffix(".new")
+        told.write_bytes(msgspec.json.encode(signals))
+        told.replace(self._told)
+
+    def renew(self, **changed: float | None) -> None:
+        """Set limits with which another node process has to begin, and wait until that one serves."""
+        before = self.pid()
+        self.set(**changed)
+        wait_for(lambda: (n := self.client.status().node) and n.pid != before, "another node begins")
+        self.wait("serving")
 
     def wait(self, *states: str) -> Status:
         wait_for(lambda: self.client.status().state in states, f"the worker is {states}")
@@ -126,6 +185,10 @@ class Bench:
         with torch.no_grad(), contextlib.suppress(Exception):  # the node is ended under it
             while not self._stop.is_set():
                 blocks(hidden)
+
+    @property
+    def folder(self) -> Path:
+        return self._home
 
     def pid(self) -> int:
         node = self.client.status().node
@@ -199,7 +262,7 @@ def compute_share(bench: Bench) -> Measured:
         time.sleep(2)
         used = bench.cores_used()
     part = used / without
-    return Measured("share of computing time", "0.25", f"{part:.2f} of the processor time", part < 0.5, "1")
+    return Measured("share of computing time", "0.25", f"{part:.2f} of the processor time", part <= 0.3, "1")
 
 
 def upload(bench: Bench) -> Measured:
@@ -231,33 +294,234 @@ def download(bench: Bench) -> Measured:
 
 
 def memory(bench: Bench) -> Measured:
-    most = 2**30
-    bench.set(ram_bytes=most)
-    bench.wait("stopping", "starting", "serving")
-    time.sleep(2)
-    bench.wait("serving")
-    peak = 0
+    bench.set()
     with bench.load():
-        for _ in range(int(WATCH_S * 10)):
-            peak = max(peak, used_by(bench.pid()).ram_bytes)
-            time.sleep(0.1)
-    return Measured("memory", f"{most / 2**30:.1f} GiB", f"{peak / 2**30:.2f} GiB at most", peak <= most)
+        without = _most_memory(bench)
+    most = 2**30
+    bench.renew(ram_bytes=most)
+    with bench.load():
+        peak = _most_memory(bench)
+    return Measured(
+        "memory", format_bytes(most), f"{format_bytes(peak)} at most", peak <= most, format_bytes(without)
+    )
+
+
+def _most_memory(bench: Bench) -> int:
+    peak = 0
+    for _ in range(int(WATCH_S * 10)):
+        peak = max(peak, used_by(bench.pid()).ram_bytes)
+        time.sleep(0.1)
+    return peak
 
 
 def pause(bench: Bench, haste: str) -> Measured:
     bench.set()
     bench.wait("serving", "working")
     with bench.load():
-        pids = used_by(bench.pid()).pids
-        bench.client.pause(haste=haste)  # type: ignore[arg-type]
-        seconds = wait_for(
-            lambda: not any(psutil.pid_exists(pid) for pid in pids), "all processes have ended"
-        )
+        ended = _end(bench, lambda: bench.client.pause(haste=haste))  # type: ignore[arg-type]
     bench.client.resume()
     bench.wait("serving", "working")
-    set_to = {"prompt": "no computing after 1 s, memory back after 3 s", "now": "at once"}[haste]
-    measured = f"all processes, and so their memory, gone after {seconds:.2f} s"
-    return Measured(f"a pause under load ({haste})", set_to, measured, seconds < 3.0)
+    set_to = f"no computing after {COMPUTE_ENDS_S:g} s, memory back after {MEMORY_ENDS_S:g} s"
+    return Measured(f"a pause under load (`{haste}`)", set_to, str(ended), ended.is_in_time(0.0))
+
+
+@dataclass(frozen=True)
+class _End:
+    """How soon a node ended."""
+
+    computed_s: float
+    """Until it had computed for the last time."""
+    gone_s: float
+    """Until its last process had gone, and with it all its memory."""
+
+    def is_in_time(self, sensed_s: float) -> bool:
+        return self.computed_s <= COMPUTE_ENDS_S + sensed_s and self.gone_s <= MEMORY_ENDS_S + sensed_s
+
+    def __str__(self) -> str:
+        return f"computed for {self.computed_s:.2f} s more, all memory back after {self.gone_s:.2f} s"
+
+
+def _end(bench: Bench, act: Callable[[], object]) -> _End:
+    pids = used_by(bench.pid()).pids
+    began = time.monotonic()
+    computed_s, before = 0.0, _cpu_s(pids)
+    act()
+    while (now := _cpu_s(pids)) is not None:
+        passed = time.monotonic() - began
+        if before is None or now > before:
+            computed_s, before = passed, now
+        if passed > 60:
+            raise SystemExit("did not come about: the node has ended")
+        time.sleep(0.01)
+    return _End(computed_s, time.monotonic() - began)
+
+
+def _cpu_s(pids: frozenset[int]) -> float | None:
+    """Processor time of those of some processes that are left; None if none is."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            if process.status() != psutil.STATUS_ZOMBIE:
+                times = process.cpu_times()
+                found.append(times.user + times.system)
+    return sum(found) if found else None
+
+
+def rule(
+    bench: Bench,
+    name: str,
+    reason: str,
+    begin: Callable[[], object],
+    end: Callable[[], object],
+    sensed_s: float = 0.0,
+) -> Measured:
+    """Have something happen at which the worker pauses, under load, and end again."""
+    bench.set()
+    bench.wait("serving", "working")
+    with bench.load():
+        ended = _end(bench, begin)
+    status = bench.client.status()
+    end()
+    bench.wait("serving", "working")
+    said = status.words if status.reason == reason else f"**{status.words}**"
+    kept = status.reason == reason and ended.is_in_time(sensed_s)
+    return Measured(
+        name, f"pause; sensed within {sensed_s:g} s" if sensed_s else "pause", f"{ended}; {said!r}", kept
+    )
+
+
+def rules(bench: Bench) -> Iterator[Measured]:
+    """All rules that the worker itself senses, or reads from its settings."""
+    change = bench.client.change_settings
+    sensed = {"sensed_s": SENSED_WITHIN_S}
+
+    def programs(*names: str) -> object:
+        return change({"rules": {"programs": list(names)}})
+
+    on_battery = change({"rules": {"on_battery": False, "on_metered": False}})
+    assert on_battery.rules.on_battery is False
+    yield rule(bench, "battery (told)", "battery", lambda: bench.tell(on_battery=True), bench.tell, **sensed)
+    yield rule(
+        bench, "metered line (told)", "metered", lambda: bench.tell(metered=True), bench.tell, **sensed
+    )
+    gpu = {"other_programs": ["blender"]}
+    yield rule(
+        bench,
+        "another program on the GPU (told)",
+        "gpu_program",
+        lambda: bench.tell(gpu=gpu),
+        bench.tell,
+        **sensed,
+    )
+    with _game(bench) as (start, stop):
+        programs("swarmkit-game")
+        yield rule(bench, "a listed program", "program", start, stop, **sensed)
+    programs()
+    change({"rules": {"busy_cpu": {"in_use": 0.2, "away": 0.2}}})
+    with _busy() as (start, stop):
+        yield rule(
+            bench, "busy processors (limit 20 %)", "busy_cpu", start, stop, sensed_s=2 * SENSED_WITHIN_S
+        )
+    change({"rules": {"busy_cpu": {"in_use": MOST_OTHERS_CPU, "away": MOST_OTHERS_CPU}}})
+    closed, open_ = dict.fromkeys(DAYS, "." * 24), dict.fromkeys(DAYS, "#" * 24)
+    change({"drain_s": 0.5})  # sessions may move away for so long, where nothing is urgent
+    yield rule(
+        bench, "schedule (no hours)", "schedule", lambda: change({"rules": {"schedule": closed}}),
+        lambda: change({"rules": {"schedule": open_}}),
+    )  # fmt: skip
+    change({"drain_s": 30.0})
+    full = {"disk_free_bytes": {"in_use": 2**59, "away": 2**59}}
+    yield rule(
+        bench, "free disk (more than there is)", "disk", lambda: change({"limits": full}), bench.set, **sensed
+    )
+
+
+def rules_of_the_session(bench: Bench) -> Iterator[Measured]:
+    """What a tray tells: this program holds its lease."""
+    away = SessionSignals(idle_s=3600.0, locked=False, full_screen="", film="", remote_session=False)
+    with _Lease(bench.client, away) as lease:
+        bench.client.change_settings({"rules": {"presence": "desktop"}})
+        for name, reason, signals in (
+            ("somebody comes back (told)", "in_use", {"idle_s": 0.0}),
+            ("a program fills the screen (told)", "full_screen", {"full_screen": "doom"}),
+            ("a film plays (told)", "film", {"film": "VLC media player"}),
+            ("somebody logs in from afar (told)", "remote_session", {"remote_session": True}),
+        ):
+            told = msgspec.structs.replace(away, **signals)
+            yield rule(bench, name, reason, functools.partial(lease.tell, told), lambda: lease.tell(away))
+        yield rule(bench, "the tray is killed", "no_tray", lease.lose, lease.find, sensed_s=LEASE_S)
+        bench.client.change_settings({"rules": {"presence": "headless"}})
+
+
+class _Lease:
+    """Renews a tray's lease every second, inside `with`."""
+
+    def __init__(self, client: WorkerClient, signals: SessionSignals) -> None:
+        self._client, self._signals = client, signals
+        self._held, self._ended = True, threading.Event()
+        self._thread = threading.Thread(target=self._renew)
+
+    def __enter__(self) -> _Lease:
+        self.tell(self._signals)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._client.release_lease("bench")
+
+    def tell(self, signals: SessionSignals) -> None:
+        self._signals = signals
+        self._client.renew_lease("bench", signals)
+
+    def lose(self) -> None:
+        self._held = False
+
+    def find(self) -> None:
+        self._held = True
+        self.tell(self._signals)
+
+    def _renew(self) -> None:
+        while not self._ended.wait(1.0):
+            if self._held:
+                self._client.renew_lease("bench", self._signals)
+
+
+Switch = tuple[Callable[[], object], Callable[[], object]]
+
+
+@contextlib.contextmanager
+def _game(bench: Bench) -> Iterator[Switch]:
+    """A program with a name of its own, to start and to end."""
+    game = bench.folder / "swarmkit-game"
+    shutil.copy(shutil.which("sleep") or "/bin/sleep", game)
+    with _programs([str(game), "600"], 1) as switch:
+        yield switch
+
+
+@contextlib.contextmanager
+def _busy() -> Iterator[Switch]:
+    """Programs that compute on all processors."""
+    with _programs([sys.executable, "-c", "while True: pass"], os.cpu_count() or 1) as switch:
+        yield switch
+
+
+@contextlib.contextmanager
+def _programs(command: list[str], count: int) -> Iterator[Switch]:
+    running: list[subprocess.Popen[bytes]] = []
+
+    def stop() -> None:
+        while running:
+            program = running.pop()
+            program.kill()
+            program.wait()
+
+    try:
+        yield lambda: running.extend(subprocess.Popen(command) for _ in range(count)), stop
+    finally:
+        stop()
 
 
 def quota(bench: Bench) -> Measured:
@@ -292,12 +556,25 @@ def temperature() -> Measured:
     )
 
 
-def table(rows: list[Measured]) -> str:
+def unmeasured() -> list[Unmeasured]:
+    """Rows that this machine cannot fill."""
+    try:
+        of_gpu = "this program serves on the processor only" if gpus() else "this machine has no GPU"
+    except UnknownError:
+        of_gpu = "this machine has no GPU"
+    return [
+        Unmeasured("a GPU's memory and watts", of_gpu),
+        Unmeasured("disk for weights", "tiny-chat comes with the package, and needs none"),
+    ]
+
+
+def table(rows: list[Measured], left_out: Sequence[Unmeasured] = ()) -> str:
     lines = ["| limit | set to | measured | without it | kept |", "| --- | --- | --- | --- | --- |"]
     lines += [
         f"| {row.limit} | {row.set_to} | {row.measured} | {row.without} | {'yes' if row.kept else '**no**'} |"
         for row in rows
     ]
+    lines += [f"| {row.limit} | | not measured: {row.why} | | |" for row in left_out]
     return "\n".join(lines) + "\n"
 
 
@@ -305,25 +582,38 @@ def main() -> int:
     """Measure all, and show it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="write the results and the page")
-    write = parser.parse_args().write
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker is not None:
+        run_worker(sensing=ToldMachine(options.worker))
+        return 0
     torch.set_num_threads(1)
     logging.getLogger("swarmkit").setLevel(logging.ERROR)  # the swarm ends under the client, again and again
     rows: list[Measured] = [temperature()]
+
+    def note(row: Measured) -> None:
+        rows.append(row)
+        print(table([row]).splitlines()[-1], flush=True)
+
     with tempfile.TemporaryDirectory() as home:
         bench = Bench(Path(home))
         with bench.running():
             for measure in (cores, compute_share, upload, download, memory, quota):
-                rows.append(measure(bench))
-                print(table(rows[-1:]).splitlines()[-1], flush=True)
-            rows += [pause(bench, "prompt"), pause(bench, "now")]
-    print(table(rows))
-    if write:
+                note(measure(bench))
+            for haste in ("prompt", "now"):
+                note(pause(bench, haste))
+            for row in itertools.chain(rules(bench), rules_of_the_session(bench)):
+                note(row)
+    left_out = unmeasured()
+    print(table(rows, left_out))
+    if options.write:
         result = {**environment(), "command": "python benchmarks/worker_limits.py --write"}
         result["rows"] = [asdict(row) for row in rows]
+        result["not_measured"] = [asdict(row) for row in left_out]
         RESULTS.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         head, mark, _ = PAGE.read_text().partition(TABLE)
         made = f"Measured on {result['date'][:10]} on {result['machine']['cores']} cores.\n\n"
-        PAGE.write_text(f"{head}{mark}\n{made}{table(rows)}")
+        PAGE.write_text(f"{head}{mark}\n{made}{table(rows, left_out)}")
     return 0 if all(row.kept for row in rows) else 1
 
 
