@@ -14,7 +14,7 @@ import anyio.to_thread
 from anyio.abc import TaskGroup, TaskStatus
 
 from swarmkit.clock import SYSTEM_CLOCK, Clock
-from swarmkit.errors import TransportError, UsageError, unwrapped
+from swarmkit.errors import NoContactError, TransportError, UsageError, unwrapped
 from swarmkit.events import (
     AdapterHosted,
     BlocksLoaded,
@@ -65,6 +65,8 @@ from swarmkit.settings import Limits
 
 logger = logging.getLogger(__name__)
 
+_CONTACT_PATIENCE_S = 30.0
+_CONTACT_PAUSE_S = 0.5
 _TAKE_BACK_S = 2.0
 _LEAST_PATIENCE_S = 1.0
 _SIGN_OF_LIFE_S = 5.0
@@ -396,7 +398,16 @@ class ModelServer:
         Until this one has measured itself it counts as a typical one of them, so that several that start
         together do not all fill the same hole.
         """
-        view = await registry.look_up(self._fingerprint, self.config.checkpoint.num_blocks)
+        patience = self._clock.now() + _CONTACT_PATIENCE_S
+        while True:
+            try:
+                view = await registry.look_up(self._fingerprint, self.config.checkpoint.num_blocks)
+                break
+            except NoContactError as error:
+                if self._clock.now() > patience:
+                    raise
+                logger.warning("%s", error)  # the transport joins the swarm again by itself
+                await anyio.sleep(_CONTACT_PAUSE_S)
         others = view.servers(self._clock.time(), ("joining", "online"))
         usual = statistics.median([o.throughput for o in others]) if others else 1.0
         self.rate = self.config.settings.node.throughput or usual

@@ -13,7 +13,7 @@ import pytest
 from anyio.abc import TaskStatus
 
 from swarmkit.clock import Clock
-from swarmkit.errors import PeerUnreachableError, TransportError, UsageError
+from swarmkit.errors import NoContactError, PeerUnreachableError, TransportError, UsageError
 from swarmkit.events import (
     BlocksLoaded,
     DrainStarted,
@@ -191,6 +191,28 @@ async def here(world: World) -> AsyncIterator[Neighbourhood]:
 async def test_a_server_is_joining_before_it_is_online(here: Neighbourhood) -> None:
     await here.start(num_blocks=2)
     assert [announcement.state for announcement in here.announced] == ["joining", "online"]
+
+
+async def test_a_server_that_hears_nobody_at_first_looks_again(
+    here: Neighbourhood, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+
+    async def transport(identity: Identity, check: RecordCheck) -> Transport:
+        made = await here.transport(identity, check)
+        fetch = made.fetch
+
+        async def fetch_at_last(keys: Any) -> Any:
+            looks.append("a look")
+            if len(looks) == 1:
+                raise NoContactError("no other peer of the swarm answers")
+            return await fetch(keys)
+
+        monkeypatch.setattr(made, "fetch", fetch_at_last)
+        return made
+
+    await here.start(factory=transport, num_blocks=2)
+    assert (len(looks) > 1, await here.states()) == (True, ["online"])
 
 
 async def test_a_server_announces_what_it_serves(here: Neighbourhood) -> None:
