@@ -56,12 +56,28 @@ async def test_prompts_are_all_looked_at(learned: LearnedTimes) -> None:
     assert len(looked_at([*prompts, *steps_of(learned, "one", 1)])) == 101
 
 
+def crowd(learned: LearnedTimes, clients: int) -> list[QueuedStep]:
+    return [step for client in range(clients) for step in steps_of(learned, f"client {client}", 1)]
+
+
 async def test_a_crowd_is_not_counted_anew_for_each_that_comes(learned: LearnedTimes) -> None:
-    ahead, few, many = WorkAhead(), steps_of(learned, "many", 40), steps_of(learned, "many", 80)
+    ahead, few, many = WorkAhead(), crowd(learned, 40), crowd(learned, 80)
     at_first = ahead.of(few, 1, 1, "one", 512, now=0.0)
     assert (at_first.steps, at_first.wait_s) == (40, pytest.approx(0.04))
     assert ahead.of(many, 1, 1, "one", 512, now=0.001).wait_s == at_first.wait_s
-    assert ahead.of(many, 1, 1, "one", 512, now=0.01).wait_s == pytest.approx(0.08)
+    assert ahead.of(many, 1, 1, "one", 512, now=0.03).wait_s == pytest.approx(0.08)
+
+
+async def test_a_token_does_not_wait_for_all_sessions_of_another_client(learned: LearnedTimes) -> None:
+    few, many = (
+        WorkAhead().of(steps_of(learned, "many", number), 1, 1, "one", 512, now=0.0) for number in (16, 500)
+    )
+    assert many.wait_s == few.wait_s
+
+
+async def test_a_token_waits_for_all_sessions_of_its_own_client(learned: LearnedTimes) -> None:
+    ahead = WorkAhead().of(steps_of(learned, "many", 500), 1, 1, "many", 512, now=0.0)
+    assert ahead.wait_s == pytest.approx(0.5)
 
 
 async def test_a_prompt_is_always_told_what_it_would_wait_for(learned: LearnedTimes) -> None:

@@ -98,9 +98,11 @@ def beyond_share(holdings: Sequence[Holding], asking: Holder, needed: int, capac
     held: dict[Holder, float] = {}
     for holding in holdings:
         held[holding.holder] = held.get(holding.holder, 0.0) + holding.nbytes
+    free = capacity - sum(held.values())
+    if free < needed and gives_way(held, asking, needed, capacity) is None:
+        return []  # as for a crowd that asks again and again, for which nothing is sorted
     left = sorted((one for one in holdings if one.nbytes), key=lambda one: (not one.busy, one.idle_s))
     chosen: list[str] = []
-    free = capacity - sum(held.values())
     while free < needed:
         victim = gives_way(held, asking, needed, capacity)
         longest = next((one for one in reversed(left) if one.holder == victim), None)

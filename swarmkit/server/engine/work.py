@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -34,9 +33,12 @@ T_co = TypeVar("T_co", covariant=True)
 
 _CROWD = 32
 """So many steps and jobs are counted anew no more often than each `_COUNTED_FOR_S` seconds."""
-_COUNTED_FOR_S = 0.005
+_COUNTED_FOR_S = 0.02
 _MOST_CONSIDERED = 64
 """Decode steps of one client beside others."""
+
+_MOST_MET = 16
+"""Tokens of another client's decode steps that a decode step is taken to wait for."""
 
 INTERACTIVE = 0
 """Priority of a job that a user is waiting for."""
@@ -293,22 +295,42 @@ class WorkAhead:
 
     def __init__(self) -> None:
         self._counted_at = -math.inf
-        self._counted: dict[LearnedTimes, list[int]] = {}
+        self._counted: dict[LearnedTimes, dict[str, list[int]]] = {}
 
     def of(
         self, works: Collection[Work], rows: int, tokens: int, client: str, chunk_tokens: int, now: float
     ) -> Ahead:
         """What a step of `rows` x `tokens` of a client would have to wait for if it came now.
 
-        A step of few tokens waits for the sum of all that is here, whosever it is. Where many wait, that sum
-        changes little from one arrival to the next.
+        A step of few tokens waits for the sum of what is here; where many wait, that changes little from one
+        arrival to the next. Of another client's crowd of decode steps only few run before it, or beside it.
         """
         decode = tokens <= DECODE_TOKENS
-        if not decode or len(works) < _CROWD or now - self._counted_at > _COUNTED_FOR_S:
-            self._counted, self._counted_at = work_ahead(list(works), client), now
-        times = self._counted.items()
+        if not decode:
+            left = work_ahead(list(works), client)
+        else:
+            if len(works) < _CROWD or now - self._counted_at > _COUNTED_FOR_S:
+                self._counted, self._counted_at = _work_of_clients(list(works)), now
+            left = {learned: _as_met_by(client, of) for learned, of in self._counted.items()}
+        times = left.items()
         wait_s = sum(expected_wait_s(rows * tokens, decode, of, one.times, chunk_tokens) for one, of in times)
         return Ahead(len(works), wait_s)
+
+
+def _work_of_clients(works: Iterable[Work]) -> dict[LearnedTimes, dict[str, list[int]]]:
+    """The work of each client's decode steps, and of its other steps, on each stage."""
+    left: dict[LearnedTimes, dict[str, list[int]]] = {}
+    for work in works:
+        if isinstance(work, QueuedStep):
+            of_client = left.setdefault(work.learned, {}).setdefault(work.task.client, [0, 0])
+            of_client[not work.decode] += int(work.work(work.tokens_left, work.rows_left))
+    return left
+
+
+def _as_met_by(client: str, of_stage: Mapping[str, Sequence[int]]) -> list[int]:
+    """The work of each client that a decode step of one of them has to wait for."""
+    met = of_stage.items()
+    return [(few if one == client else min(few, _MOST_MET)) + others for one, (few, others) in met]
 
 
 def in_turn(steps: Sequence[QueuedStep]) -> Iterator[tuple[int, QueuedStep]]:
@@ -318,12 +340,13 @@ def in_turn(steps: Sequence[QueuedStep]) -> Iterator[tuple[int, QueuedStep]]:
     time would take longer than to run them.
     """
     most = _MOST_CONSIDERED if len({step.task.client for step in steps}) > 1 else MOST_DECODE_TOKENS
-    considered = Counter[str]()
+    considered: dict[str, int] = {}
     for key, step in enumerate(steps):
         if step.decode:
-            considered[step.task.client] += 1
-            if considered[step.task.client] > most:
+            client = step.task.client
+            if (number := considered.get(client, 0)) >= most:
                 continue
+            considered[client] = number + 1
         yield key, step
 
 
