@@ -60,6 +60,26 @@ def test_a_decoder_that_is_late_is_waited_for_no_longer() -> None:
     assert decoders().expected(now=10.9) == ExpectedArrivals(((math.inf, 3),))
 
 
+class Counted:
+    """Counts the sessions that are looked at."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def __contains__(self, session: object) -> bool:
+        self.looks += 1
+        return False
+
+
+def test_of_a_crowd_of_sessions_few_are_looked_at() -> None:
+    crowd, looked_at = ArrivalPredictor(), Counted()
+    for number in range(1000):
+        crowd.decoded(number, 1, came=10.0, done=10.1, client="many")
+    crowd.decoded("session", 3, came=10.0, done=10.1, client="one")
+    assert 3 in [tokens for _, tokens in crowd.expected(now=10.2, here=looked_at).arrivals]
+    assert looked_at.looks == 64 + 1
+
+
 def test_a_decoder_that_stays_away_has_left() -> None:
     assert decoders().expected(now=11.3) == NOBODY
 

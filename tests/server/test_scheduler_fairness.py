@@ -12,6 +12,7 @@ from swarmkit.server.engine.scheduler import (
     ExpectedArrivals,
     FairShares,
     PassTimes,
+    RecentClients,
     Schedule,
     WaitingJob,
     WaitingStep,
@@ -22,9 +23,12 @@ from .scheduling import (
     LIMITS,
     NOBODY,
     READING_S,
+    TIMES,
     TOKEN_S,
     decode,
+    prefill,
     times_learnt,
+    tokens_for,
     turn_of,
 )
 
@@ -246,9 +250,62 @@ def test_a_client_with_many_sessions_takes_no_more_beside_another_than_the_slowd
 
 
 def test_it_takes_no_more_while_the_other_ones_step_is_expected() -> None:
-    soon = ExpectedArrivals(((0.01, 1),), 0.01, (("one", 1),))
+    soon = ExpectedArrivals(((0.5, 1),), 0.5, (("one", 1, 0.5),))
     keys = keys_of(*of_client("many", *range(200)), expected=soon)
     assert READING_S + len(keys) * TOKEN_S <= LIMITS.decode_slowdown * (READING_S + TOKEN_S)
+
+
+def test_it_takes_no_more_beside_a_client_that_has_decoded_lately() -> None:
+    turn = next_schedule(of_client("many", *range(200)), (), NOBODY, TIMES, LIMITS, recent={"one": 1})
+    assert turn is not None
+    assert READING_S + len(turn.steps) * TOKEN_S <= LIMITS.decode_slowdown * (READING_S + TOKEN_S)
+
+
+@pytest.mark.parametrize(("in_s", "waits"), [(0.01, True), (-0.005, True), (0.05, False), (-0.05, False)])
+def test_a_crowd_waits_for_the_step_of_another_client_that_comes_before_it_would_be_done(
+    in_s: float, waits: bool
+) -> None:
+    soon = ExpectedArrivals(((in_s, 1),), in_s, (("one", 1, in_s),))
+    crowd = of_client("many", *range(200), waited_s=9.0)
+    assert (turn_of(*crowd, expected=soon) == Schedule()) is waits
+
+
+@pytest.mark.parametrize(("client", "waits"), [("other", True), ("one", False)])
+def test_a_prompt_of_which_nothing_fits_waits_for_another_clients_step(client: str, waits: bool) -> None:
+    soon = ExpectedArrivals(((0.001, 1),), -1.0, (("one", 1, 0.001),))
+    assert (turn_of(prefill(client=client, passed_over=1), expected=soon) == Schedule()) is waits
+
+
+def test_what_a_crowd_takes_does_not_grow_with_the_time_that_passes_beside_it_took() -> None:
+    times = PassTimes()
+    times.learn(1, 0.01)
+    for tokens in (2, 8):
+        times.learn(tokens, 0.1)
+    crowd = of_client("many", *range(200))
+    turn = next_schedule([*crowd, *of_client("one", 999)], (), NOBODY, times, LIMITS)
+    assert turn is not None
+    assert len(turn.steps) == 2
+
+
+def test_who_has_decoded_lately_is_known_for_two_seconds() -> None:
+    clients = RecentClients()
+    clients.decoded("one", 3, now=10.0)
+    clients.decoded("other", 1, now=11.5)
+    assert [dict(clients.at(now)) for now in (11.9, 12.1, 14.0)] == [
+        {"one": 3, "other": 1},
+        {"other": 1},
+        {},
+    ]
+
+
+def test_a_prompt_leaves_room_for_a_client_that_has_decoded_lately() -> None:
+    turn = next_schedule([prefill(0, client="many")], (), NOBODY, TIMES, LIMITS, recent={"one": 1})
+    assert READING_S + tokens_for(0, turn) * TOKEN_S <= 4 * (READING_S + TOKEN_S)
+
+
+def test_a_prompt_of_the_only_client_that_has_decoded_lately_runs_in_whole_chunks() -> None:
+    turn = next_schedule([prefill(0, client="one")], (), NOBODY, TIMES, LIMITS, recent={"one": 1})
+    assert tokens_for(0, turn) == LIMITS.chunk_tokens
 
 
 def test_clients_with_as_many_sessions_each_all_decode_together() -> None:

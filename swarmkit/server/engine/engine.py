@@ -31,6 +31,7 @@ from swarmkit.server.engine.scheduler import (
     JobTurns,
     PassLimits,
     PassTimes,
+    RecentClients,
     Schedule,
     WaitingStep,
     next_schedule,
@@ -93,6 +94,7 @@ class Engine:
         """Seconds on the clock that goes on during a turn; in a simulation `clock` stands still then."""
         self._stages: WeakKeyDictionary[Stage, LearnedTimes] = WeakKeyDictionary()
         self._fair = FairShares()
+        self._recent = RecentClients()
         self._job_turns = JobTurns()
         self._ahead = WorkAhead()
         # In order of arrival. Both threads add and remove single entries, which a dict lets them.
@@ -296,8 +298,9 @@ class Engine:
             expected = ExpectedArrivals()  # nothing is gained by a pause while another stage has work
         if learned is None:
             return next_schedule((), waiting_jobs, expected, PassTimes(), self.limits)
+        steps_of, recent = by_stage[learned], self._recent.at(now)
         return next_schedule(
-            by_stage[learned], waiting_jobs, expected, learned.times, self.limits, learned.cost
+            steps_of, waiting_jobs, expected, learned.times, self.limits, learned.cost, recent
         )
 
     def _run_job(self, job: Job) -> None:
@@ -372,6 +375,7 @@ class Engine:
         if step.decode:
             size, client = step.rows * step.tokens, step.task.client
             step.learned.arrivals.decoded(step.task.session, size, step.queued_at, now, client)
+            self._recent.decoded(client, size, now)
         step.task.after_result(output)
 
     def _fail(self, step: QueuedStep, error: BaseException) -> None:

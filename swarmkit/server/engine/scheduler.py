@@ -14,10 +14,12 @@ over too often comes before all others of its kind, so that none starves.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import deque
-from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count, islice
 from typing import TypeVar
 
 from swarmkit.ewma import Ewma
@@ -27,6 +29,8 @@ S = TypeVar("S")
 
 NO_ATTENTION = AttentionCost()
 """Of blocks whose attention costs nothing."""
+
+NO_CLIENTS: Mapping[str, int] = {}
 
 DECODE_TOKENS = 16
 """A step of at most so many tokens per row is a decode step, also with draft tokens; it is never cut. Only a
@@ -46,8 +50,16 @@ _BULK_SHARE = 0.4
 """Of the time, for bulk jobs while sessions decode: a token that waits for one of them waits for all of it.
 A client beside somebody who trains is to have at least half of its usual speed."""
 
-_MESSAGES_S = 0.0005
+_MESSAGES_S = 0.001
 """What a step costs beside the device, about: its message is received and checked, and its answer sent."""
+
+_CROWD_SLOWDOWN_SHARE = 0.5
+"""Of the slowdown that a decode step may have, for the many steps of another client: these also run, and
+their messages come and go, while it is away, so that it waits for some of them first."""
+
+_NEWCOMER_PASSES = 4
+"""While another client has decoded lately, a piece of a prompt takes no longer than so many passes over one
+token: that client's next answer may begin at any moment."""
 
 _OTHER_STAGE_TURNS = 2
 """A stage that has been passed over in so many turns is next."""
@@ -123,8 +135,8 @@ class ExpectedArrivals:
     soonest_s: float = math.inf
     """Seconds until the first step may arrive, as far as arrivals vary; infinity: unknown."""
 
-    clients: tuple[tuple[str, int], ...] = ()
-    """The client of each step that is not long overdue, and the step's tokens."""
+    clients: tuple[tuple[str, int, float], ...] = ()
+    """The client of each step that is not long overdue, the step's tokens, and seconds until it arrives."""
 
     @property
     def tokens(self) -> int:
@@ -178,6 +190,7 @@ def next_schedule(
     times: PassTimes,
     limits: PassLimits,
     cost: AttentionCost = NO_ATTENTION,
+    recent: Mapping[str, int] = NO_CLIENTS,
 ) -> Schedule | None:
     """Decide what to do next; None: there is nothing to do.
 
@@ -187,6 +200,7 @@ def next_schedule(
         expected: the next steps of sessions that decode and have no step waiting.
         times: how long the stage's forward passes take, by their work.
         cost: of the stage's attention.
+        recent: the clients that have decoded lately, see `RecentClients`.
     """
     decodes = bool(expected.tokens) or any(step.decode for step in steps)
     ready = [job for job in jobs if not (job.rests and decodes)]
@@ -195,22 +209,32 @@ def next_schedule(
         return Schedule(job=min(due, key=lambda job: (job.passed_over < _STARVING_TURNS, job.bulk)).key)
     scheduled: list[ScheduledTokens] = []
     tokens, waited_s = 0, 0.0
-    for step in _decode_steps([step for step in steps if step.decode], expected, times, limits):
+    decode_steps = [step for step in steps if step.decode]
+    for step in _decode_steps(decode_steps, expected, times, limits, recent):
         if scheduled and tokens + step.rows * step.tokens > MOST_DECODE_TOKENS:
             continue
         scheduled.append(ScheduledTokens(step.key, step.tokens, step.rows))
         tokens += step.rows * step.tokens
         waited_s = max(waited_s, step.waited_s)
     prefills = sorted((step for step in steps if not step.decode), key=_order)
-    if scheduled and not prefills and _worth_waiting(tokens, waited_s, expected, times):
-        return Schedule()
+    if scheduled and not prefills:
+        is_cut = len(scheduled) < len(decode_steps)
+        if is_cut and _others_come_first(decode_steps, tokens, expected, times):
+            return Schedule()
+        if _worth_waiting(tokens, waited_s, expected, times):
+            return Schedule()
     if prefills:
         passed_over = max(step.passed_over for step in prefills)
         if scheduled:
             budget = _prefill_beside(tokens, waited_s, passed_over > 1, times, limits)
         else:
             budget = _prefill_before(expected, passed_over > 0, times, limits)
+            if budget <= _ROWS and _others_come_first(prefills, budget, expected, times):
+                return Schedule()
         hurried = bool(scheduled or expected.tokens)
+        if not hurried and any(client not in {step.client for step in prefills} for client in recent):
+            hurried = True
+            budget = _prefill_before_newcomers(times, limits)
         left: float = budget
         for step in prefills:
             piece = _piece(step, left, hurried, cost)
@@ -227,13 +251,17 @@ def next_schedule(
 
 
 def _decode_steps(
-    steps: Sequence[WaitingStep], expected: ExpectedArrivals, times: PassTimes, limits: PassLimits
+    steps: Sequence[WaitingStep],
+    expected: ExpectedArrivals,
+    times: PassTimes,
+    limits: PassLimits,
+    recent: Mapping[str, int],
 ) -> Sequence[WaitingStep]:
     """The decode steps that run next, in the order in which they are taken.
 
     A client with many sessions runs them all where it is alone. Beside another one that decodes, which waits
-    for a step or will before long, each has as many tokens as the one that has fewest, and the others have as
-    many more as take no longer than the slowdown allows, messages included: where passes are short, a hundred
+    for a step, will before long or has had one lately, each has as many tokens as the one that has fewest,
+    and the others have as many more as delay it little, messages included: where passes are short, a hundred
     steps more take hardly longer together than two, and yet a hundred messages come and go for them.
     """
     clients: dict[str, list[WaitingStep]] = {}
@@ -241,31 +269,40 @@ def _decode_steps(
         clients.setdefault(step.client, []).append(step)
     wanted = {client: sum(step.rows * step.tokens for step in of) for client, of in clients.items()}
     away: dict[str, int] = {}
-    for client, tokens in expected.clients:
+    for client, tokens, _ in expected.clients:
         if client not in clients:
             away[client] = away.get(client, 0) + tokens
+    away = {client: tokens for client, tokens in recent.items() if client not in clients} | away
     if len(clients) + len(away) < 2:
         return sorted(steps, key=_order)
     fewest = min(*wanted.values(), *away.values())
-    least_s = times.of(sum(min(tokens, fewest) for tokens in wanted.values()))
-    allowed_s = limits.decode_slowdown * (least_s + _MESSAGES_S * len(wanted)) if least_s else 0.0
+    # Passes beside a crowd take longer than those tokens by themselves, and would allow for more of it.
+    least = sum(min(tokens, fewest) for tokens in wanted.values())
+    least_s = min(times.of(least), least * times.of(1))
+    slowdown = 1 + _CROWD_SLOWDOWN_SHARE * (limits.decode_slowdown - 1)
+    allowed_s = slowdown * (least_s + _MESSAGES_S * len(wanted)) if least_s else 0.0
     for of in clients.values():
         of.sort(key=lambda step: step.passed_over)  # the last one is next
-    served = {client: of[0].client_served for client, of in clients.items()}
-    taken = dict.fromkeys(clients, 0)
+    # The client that has least in this pass is next, and of those the one that has been served least.
+    turns = [(0, of[0].client_served, client) for client, of in clients.items()]
+    heapq.heapify(turns)
     chosen: list[WaitingStep] = []
-    while clients:
-        client = min(clients, key=lambda one: (taken[one], served[one]))
-        step = clients[client].pop()
+    total = 0
+    while turns:
+        taken, served, client = turns[0]
+        step = clients[client][-1]
         size = step.rows * step.tokens
-        together_s = times.of(sum(taken.values()) + size) + _MESSAGES_S * (len(chosen) + 1)
-        if taken[client] >= fewest and together_s > allowed_s > 0:
-            del clients[client]
-            continue
-        taken[client] += size
-        chosen.append(step)
-        if not clients[client]:
-            del clients[client]
+        if taken >= fewest and allowed_s > 0:
+            together_s = times.of(total + size) + _MESSAGES_S * (len(chosen) + 1)
+            if together_s > allowed_s:
+                heapq.heappop(turns)
+                continue
+        chosen.append(clients[client].pop())
+        total += size
+        if clients[client]:
+            heapq.heapreplace(turns, (taken + size, served, client))
+        else:
+            heapq.heappop(turns)
     return chosen
 
 
@@ -287,6 +324,20 @@ def _piece(step: WaitingStep, budget: float, hurried: bool, cost: AttentionCost)
     tokens = step.tokens if step.keeps_tokens else 1
     rows = cost.rows_within(budget, step.rows, tokens, step.past)
     return ScheduledTokens(step.key, tokens if rows else 0, rows)
+
+
+def _others_come_first(
+    steps: Sequence[WaitingStep], tokens: int, expected: ExpectedArrivals, times: PassTimes
+) -> bool:
+    """Whether a pass over `tokens` tokens had better wait for a step of a client that has none here.
+
+    It is a pass of a crowd, of which a part waits in any case, or one over a very small piece of a prompt. If
+    it began now it would not be done when that client's step arrives, and would have it wait: the client
+    would be served half as often as it could be.
+    """
+    here = {step.client for step in steps}
+    alone_s = times.of(tokens)
+    return any(-alone_s / 2 < in_s < alone_s for client, _, in_s in expected.clients if client not in here)
 
 
 def _worth_waiting(tokens: int, waited_s: float, expected: ExpectedArrivals, times: PassTimes) -> bool:
@@ -340,6 +391,12 @@ def _prefill_before(expected: ExpectedArrivals, starving: bool, times: PassTimes
     soonest_s = min(expected.soonest_s, alone_s) if is_late else expected.soonest_s
     fitting = times.tokens_within(max(soonest_s, 0.0) + (limits.decode_slowdown - 1) * alone_s)
     return _chunk(fitting, 0, starving, limits)
+
+
+def _prefill_before_newcomers(times: PassTimes, limits: PassLimits) -> int:
+    """Tokens of prefill when no session decodes, but another client's may begin to at any moment."""
+    fitting = times.tokens_within(_NEWCOMER_PASSES * times.of(1))
+    return _chunk(fitting, 0, True, limits) if fitting else limits.chunk_tokens
 
 
 def _chunk(fitting: int, others: int, starving: bool, limits: PassLimits) -> int:
@@ -421,6 +478,30 @@ class FairShares:
         self._served[client] = self._served.get(client, 0.0) + work
 
 
+class RecentClients:
+    """The clients that have decoded in the last seconds, whether or not they have a session now.
+
+    Between two answers a client has none; and one that a crowd has made late would be taken to have left.
+    Either way its next step may come at any moment, and then waits for all of what runs just then.
+    """
+
+    _FOR_S = 2.0
+
+    def __init__(self) -> None:
+        self._latest: dict[str, tuple[float, int]] = {}  # the client that decoded last is the last one
+
+    def decoded(self, client: str, tokens: int, now: float) -> None:
+        """A decode step of a client was done."""
+        self._latest.pop(client, None)
+        self._latest[client] = now, tokens
+
+    def at(self, now: float) -> Mapping[str, int]:
+        """The tokens of the latest step of each of them."""
+        while self._latest and (first := next(iter(self._latest.items())))[1][0] < now - self._FOR_S:
+            del self._latest[first[0]]
+        return {client: tokens for client, (_, tokens) in self._latest.items()}
+
+
 @dataclass(frozen=True)
 class _DecodingSession:
     """A session's latest decode step: when it was done, its tokens, and how long the session stays away."""
@@ -447,16 +528,23 @@ class ArrivalPredictor:
     _TIMES_AWAY = 4
     _LEAST_S, _MOST_S = 0.1, 20.0
     _UNKNOWN_S = 2.0
+    _MOST_LOOKED_AT = 64
+    """Sessions of each client: those that decoded last. A look takes as long however many others it has."""
 
     def __init__(self) -> None:
         self._sessions: dict[Hashable, _DecodingSession] = {}
+        self._by_client: dict[str, dict[Hashable, None]] = {}
+        """The same, the session that decoded last at the end."""
         self._left: dict[Hashable, _DecodingSession] = {}
         """Sessions that have left, until their time away tells nothing any more."""
+        self._due: list[tuple[float, int, Hashable]] = []
+        """A heap of when sessions are to be looked at, since they may have left. Some decoded again since."""
+        self._numbers = count()
         self._ended: deque[Hashable] = deque(maxlen=1024)  # more than can have decoded since the last look
 
     def decoded(self, session: Hashable, tokens: int, came: float, done: float, client: str = "") -> None:
         """A session's decode step of `tokens` tokens arrived at `came` and was done at `done`."""
-        last = self._left.pop(session, None) or self._sessions.get(session)
+        last = self._left.get(session) or self._sessions.get(session)
         usual_s = None
         if last is not None and (away_s := came - last.done) < self._MOST_S:
             usual_s = last.away_s
@@ -464,12 +552,19 @@ class ArrivalPredictor:
                 usual_s = Ewma(away_s, away_s / 2, self._WEIGHT)
             else:
                 usual_s.observe(away_s)
-        self._sessions[session] = _DecodingSession(done, tokens, client, usual_s)
+        self.leave(session)
+        self._sessions[session] = one = _DecodingSession(done, tokens, client, usual_s)
+        self._by_client.setdefault(client, {})[session] = None
+        heapq.heappush(self._due, (self._leaves(one), next(self._numbers), session))
 
     def leave(self, session: Hashable) -> None:
         """A session does something else than decode."""
-        self._sessions.pop(session, None)
         self._left.pop(session, None)
+        if (one := self._sessions.pop(session, None)) is not None:
+            of_client = self._by_client[one.client]
+            del of_client[session]
+            if not of_client:
+                del self._by_client[one.client]
 
     def end(self, session: Hashable) -> None:
         """A session has ended. May be called in any thread; it counts from the next look on."""
@@ -485,20 +580,30 @@ class ArrivalPredictor:
         return not self._sessions or (len(self._sessions) == 1 and session in self._sessions)
 
     def expected(self, now: float, here: Container[Hashable] = ()) -> ExpectedArrivals:
-        """The next steps of all sessions but those `here`."""
+        """The next steps of all sessions but those `here`; of a client with a crowd of them, of some."""
         while self._ended:
             self.leave(self._ended.popleft())
-        known, self._sessions = self._left | self._sessions, {}
-        self._left = {}
-        for key, one in known.items():
-            if now < self._leaves(one):
-                self._sessions[key] = one
-            elif now < one.done + self._MOST_S:
-                self._left[key] = one
-        away = [(self._back_in(one, now), one) for key, one in self._sessions.items() if key not in here]
+        while self._due and self._due[0][0] <= now:
+            self._look_at(heapq.heappop(self._due)[2], now)
+        away = [(self._back_in(one, now), one) for one in self._away(here)]
         soonest_s = min((in_s - self._variation(one) for in_s, one in away), default=math.inf)
-        clients = tuple((one.client, one.tokens) for in_s, one in away if in_s < math.inf)
+        clients = tuple((one.client, one.tokens, in_s) for in_s, one in away if in_s < math.inf)
         return ExpectedArrivals(tuple(sorted((in_s, one.tokens) for in_s, one in away)), soonest_s, clients)
+
+    def _look_at(self, session: Hashable, now: float) -> None:
+        """Take a session to have left if it is time to, and forget it in the end."""
+        if (one := self._sessions.get(session)) is not None and self._leaves(one) <= now:
+            self.leave(session)
+            self._left[session] = one
+            heapq.heappush(self._due, (one.done + self._MOST_S, next(self._numbers), session))
+        elif (one := self._left.get(session)) is not None and one.done + self._MOST_S <= now:
+            del self._left[session]
+
+    def _away(self, here: Container[Hashable]) -> Iterator[_DecodingSession]:
+        for of_client in self._by_client.values():
+            for session in islice(reversed(of_client), self._MOST_LOOKED_AT):
+                if session not in here:
+                    yield self._sessions[session]
 
     def _variation(self, one: _DecodingSession) -> float:
         return 0.0 if one.away_s is None else self._VARIATIONS * one.away_s.deviation
