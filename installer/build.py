@@ -114,7 +114,7 @@ def deb(wheel: Path, out: Path) -> Path:
         for folder in (root, *(path for path in root.rglob("*") if path.is_dir())):
             folder.chmod(0o755)
         target = out / f"swarmkit_{__version__}-1_all.deb"
-        run("dpkg-deb", "--root-owner-group", "-Zxz", "--build", root, target)
+        run("dpkg-deb", "--root-owner-group", "-Zxz", "-z1", "--build", root, target)
     return target
 
 
@@ -140,7 +140,7 @@ def of_nobody(member: tarfile.TarInfo) -> tarfile.TarInfo:
     return member
 
 
-def windows(wheel: Path, out: Path) -> Path:
+def windows(wheel: Path, out: Path, compressor: str = "lzma") -> Path:
     """The set-up for Windows: the tray runs natively, and the worker in WSL2."""
     need("makensis")
     with tempfile.TemporaryDirectory() as temporary:
@@ -154,6 +154,7 @@ def windows(wheel: Path, out: Path) -> Path:
         put(folder / "id.txt", identity_of(wheel))
         target = out / f"swarmkit-{__version__}-setup.exe"
         names = {"VERSION": __version__, "WHEEL": wheel.name, "TARBALL": linux.name, "OUT": str(target)}
+        names["COMPRESSOR"] = compressor
         run("makensis", "-V2", *(f"-D{name}={value}" for name, value in names.items()), folder / "setup.nsi")
     return target
 

@@ -57,7 +57,7 @@ install_with_window() {
     [ ! -e "$failed" ] && [ -e "$environment/complete" ]
 }
 
-# Environments of former versions go when no process uses them any more.
+# Environments of former versions go at the next start after the last process that uses them has ended.
 prune() {
     for old in "$environments"/*/; do
         old=${old%/}
@@ -66,16 +66,22 @@ prune() {
     done
 }
 
+# Keep other starts of this person out while environments come and go.
+locked() {
+    exec 9>"$environments/.lock"
+    flock 9
+    "$@"
+    exec 9>&-
+}
+
 newest_complete() {
     for old in $(ls -1t "$environments" 2>/dev/null); do
         [ -e "$environments/$old/complete" ] && echo "$environments/$old" && return
     done
+    return 0
 }
 
 prepare() {
-    mkdir -p "$environments"
-    exec 9>"$environments/.lock"
-    flock 9
     if [ ! -e "$environment/complete" ]; then
         say "making your Python environment in $environment (several gigabytes are downloaded) …"
         rm -rf "$environment"
@@ -90,7 +96,6 @@ prepare() {
         fi
     fi
     prune
-    exec 9>&-
 }
 
 [ -r "$package/id" ] || { say "$package is not there; install swarmkit again"; exit 1; }
@@ -104,7 +109,10 @@ if [ "${1:-}" = uninstall ] && [ ! -e "$environment/complete" ]; then
         exit 0
     fi
 elif [ ! -e "$environment/complete" ]; then
-    prepare
+    mkdir -p "$environments"
+    locked prepare
+elif [ "$(echo "$environments"/*/)" != "$environment/" ]; then
+    locked prune
 fi
 [ "${1:-}" != --prepare ] || exit 0
 export SWARMKIT_LAUNCHER="$launcher"

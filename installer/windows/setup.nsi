@@ -7,7 +7,7 @@ Name "swarmkit"
 OutFile "${OUT}"
 RequestExecutionLevel user
 InstallDir "$LOCALAPPDATA\Programs\swarmkit"
-SetCompressor /SOLID lzma
+SetCompressor /SOLID ${COMPRESSOR}
 Icon "swarmkit.ico"
 UninstallIcon "swarmkit.ico"
 !include "MUI2.nsh"

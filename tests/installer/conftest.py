@@ -76,6 +76,7 @@ class Person:
 
     def __init__(self, home: Path, variables: dict[str, str]) -> None:
         self.home = home
+        self._as: dict[str, int] = {}
         self.launcher = home / ".local" / "bin" / "swarmkit"
         own = home / ".config" / "mine"
         own.parent.mkdir(parents=True)
@@ -86,12 +87,21 @@ class Person:
         self.variables |= variables
         self._started: list[subprocess.Popen[bytes]] = []
 
+    def become(self, uid: int, uv: Path) -> None:
+        """Be somebody else than root, who cannot read what the tests keep in root's folders."""
+        self._as = {"user": uid, "group": uid}
+        shutil.copytree(uv, self.home / "bin", copy_function=shutil.copy)
+        self.variables |= {"PATH": f"{self.home}/bin:/usr/bin:/bin", "UV_CACHE_DIR": f"{self.home}/uv-cache"}
+        self.home.parent.chmod(0o755)
+        for path in (self.home, *self.home.rglob("*")):
+            os.chown(path, uid, uid)
+
     def run(self, *command: str | Path, ok: bool = True) -> str:
         """Run a command to its end; returns what it says."""
         done = subprocess.run(
             [*command],
             env=self.variables, cwd=self.home, text=True, timeout=170, check=False,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **self._as,
         )  # fmt: skip
         assert (done.returncode == 0) == ok, done.stdout
         return done.stdout
@@ -99,13 +109,14 @@ class Person:
     def start(self, *command: str | Path) -> None:
         """Start a command that goes on."""
         quiet = {name: subprocess.DEVNULL for name in ("stdin", "stdout", "stderr")}
-        process = subprocess.Popen([*command], env=self.variables, cwd=self.home, **quiet)
+        process = subprocess.Popen([*command], env=self.variables, cwd=self.home, **quiet, **self._as)
         self._started.append(process)
 
     def traces(self) -> set[str]:
         """All files in the home, and the folders that are swarmkit's, by relative path."""
         found = (path for path in self.home.rglob("*") if not path.is_dir() or "swarmkit" in path.name)
-        return {str(path.relative_to(self.home)) for path in found}
+        names = {str(path.relative_to(self.home)) for path in found}
+        return {name for name in names if not name.startswith("uv-cache")}
 
     def processes(self) -> list[str]:
         """Commands that run from this home."""

@@ -17,7 +17,10 @@ LINUX = Path(__file__).parents[2] / "installer" / "linux"
 SCRIPTS = sorted([*LINUX.glob("*.sh"), *(LINUX / "debian").glob("p*rm"), *LINUX.parent.glob("macos/*.sh")])
 EVERY_END = ["before it ever ran", "while it runs", "while it is paused", "after an upgrade"]
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the installers for Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the installers for Linux"),
+    pytest.mark.timeout(900),  # the first test waits until all is built
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
@@ -98,6 +101,23 @@ def machine(person: Person, tmp_path: Path) -> Machine:
     if os.getuid() != 0:
         pytest.skip("only root installs packages")
     return Machine(tmp_path / "root", person, uid=0)
+
+
+@pytest.mark.slow
+@needs("dpkg")
+def test_another_person_than_root_loses_nothing_but_swarmkit(
+    person: Person, installers: Installers, uv: Path
+) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root installs packages")
+    person.become(12345, uv)
+    machine = Machine(person.home.parent / "root", person, uid=12345)
+    traces = person.traces()
+    machine.install(installers.debs[0])
+    lives_in(person)
+    machine.dpkg("--purge", "swarmkit")
+    assert person.processes() == []
+    assert person.traces() == traces
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ pytest.importorskip("PIL")
 from installer import build
 from tests.installer.conftest import Installers, needs
 
-pytestmark = [pytest.mark.slow, needs("makensis", "wine")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), needs("makensis", "wine")]
 KEEPABLE = "AppData/Local/swarmkit/swarmkit/worker.json"
 RUN = r"HKCU\Software\Microsoft\Windows\CurrentVersion\Run"
 UNINSTALL = r"HKCU\Software\Microsoft\Windows\CurrentVersion\Uninstall\swarmkit"
@@ -24,7 +24,7 @@ UNINSTALL = r"HKCU\Software\Microsoft\Windows\CurrentVersion\Uninstall\swarmkit"
 def setup(installers: Installers, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (wheel,) = installers.folders[0].glob("*.whl")
     try:
-        return build.windows(wheel, tmp_path_factory.mktemp("setup"))
+        return build.windows(wheel, tmp_path_factory.mktemp("setup"), compressor="zlib")
     except build.SkippedError as error:
         pytest.skip(str(error))
 
