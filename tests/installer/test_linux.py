@@ -276,3 +276,21 @@ def test_a_launcher_of_another_installation_is_not_replaced(person: Person, inst
     said = person.run(installers.folders[0] / "bootstrap.sh", ok=False)
     assert "belongs to another installation" in said
     assert person.launcher.read_text() == "#!/bin/sh\n"
+
+
+@pytest.mark.slow
+def test_tray_and_worker_need_no_more_than_the_set_up_for_windows_installs(
+    person: Person, installers: Installers
+) -> None:
+    program, before = person.home / ".local/share/swarmkit/envs/1", person.traces()
+    (wheel,) = installers.folders[0].glob("*.whl")
+    requirements = LINUX.parent / "windows" / "tray-requirements.txt"
+    install = ["uv", "pip", "install", "--python", program / "bin/python"]
+    person.run("uv", "venv", program)
+    person.run(*install, "-r", requirements)
+    person.run(*install, "--no-deps", wheel)
+    person.launcher = program / "bin/swarmkit"
+    lives_in(person)
+    person.run(person.launcher, "uninstall", "--yes")
+    assert person.processes() == []
+    assert person.traces() == before
