@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from swarmkit.models.kernels import blocked_linear
-from swarmkit.models.kernels.blocked_linear import BlockedLinear, use_blocked
+from swarmkit.models.kernels.blocked_linear import BlockedLinear, compare_layouts, use_blocked
 
 IN, OUT = 512, 768
 
@@ -92,6 +92,13 @@ def test_large_layers_are_exchanged_wherever_they_are() -> None:
     model = nn.Sequential(layer(), nn.ModuleDict({"down": nn.Linear(OUT, IN).requires_grad_(False)}))
     assert use_blocked(model) == 2
     assert isinstance(model[0], BlockedLinear)
+
+
+@pytest.mark.usefixtures("faster")
+def test_what_was_compared_before_weights_are_read_is_not_compared_again() -> None:
+    compare_layouts(nn.Sequential(nn.Linear(IN, OUT, device="meta")), torch.float32)
+    use_blocked(nn.Sequential(layer()))
+    assert blocked_linear.is_faster.cache_info().misses == 1
 
 
 @pytest.mark.usefixtures("faster")

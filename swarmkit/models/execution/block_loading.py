@@ -1,15 +1,23 @@
-"""Some blocks of a checkpoint as transformers' own base model, truncated."""
+"""Some blocks of a checkpoint as transformers' own base model, truncated.
+
+Beside what stays, loading takes little memory. The layouts of weights are compared before any are read. The
+files of one or two blocks are mapped at a time, and each tensor is copied (or converted, or quantised) when
+transformers asks for it, so that neither a block's file nor its weights in another dtype are kept.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from swarmkit.models.architecture.anatomy import anatomy_of, skeleton_of, stage_config
+from swarmkit.models.architecture.anatomy import anatomy_of, block_skeletons, skeleton_of, stage_config
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
-from swarmkit.models.kernels.blocked_linear import use_blocked
+from swarmkit.models.kernels.blocked_linear import compare_layouts, use_blocked
 from swarmkit.models.kernels.cut_linear import use_cuts
 from swarmkit.models.loading import load_model
 from swarmkit.models.quantization.precision import Precision
@@ -32,6 +40,9 @@ def load_blocks(
     """
     anatomy = anatomy_of(checkpoint.config)
     config = stage_config(checkpoint.config, start, stop)
+    if torch.device(device).type == "cpu" and precision.stored is None and not precision.quantized:
+        for kind in block_skeletons(checkpoint.config):
+            compare_layouts(kind, precision.dtype)
     # What lies outside the blocks is never read: it is taken away below.
     tensors = {
         key: torch.zeros(value.shape)
@@ -44,7 +55,10 @@ def load_blocks(
         names = checkpoint.block_keys(block, block + 1)
         # Within the stage the block is number `done`, not 0.
         one, here = f"{anatomy.layers}.0.", f"{anatomy.layers}.{done}."
-        for key, tensor in checkpoint.read(names).items():
+        found = checkpoint.read(names)
+        if precision.stored is None:
+            found = _Block(checkpoint, found, precision, device).tensors
+        for key, tensor in found.items():
             tensors[here + names[key].removeprefix(one)] = tensor
     if precision.stored is not None:
         config.quantization_config = precision.stored.of_blocks(start, stop, anatomy)
@@ -64,3 +78,48 @@ def load_blocks(
     if progress is not None:
         progress(stop - start, stop - start)
     return base
+
+
+class _Block:
+    """A block's tensors, each of which is read when it is asked for, once.
+
+    Its file is mapped from the first of them to the last.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        found: Mapping[str, Tensor],
+        precision: Precision,
+        device: str | torch.device,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._precision = precision
+        self._on_cpu = torch.device(device).type == "cpu"
+        self._left = set(found)
+        self._mapped: dict[str, Tensor] = {}
+        self._lock = threading.Lock()  # transformers asks from several threads
+        self.tensors: dict[str, Any] = {key: _Unread(self, key, value.shape) for key, value in found.items()}
+
+    def take(self, key: str) -> Tensor:
+        """Read a tensor."""
+        with self._lock:
+            if key not in self._mapped:
+                self._mapped = self._checkpoint.read({*self._left, key})
+            tensor = self._mapped.pop(key)
+            self._left.discard(key)
+        # Any other tensor transformers converts, moves or quantises, which is a copy as well.
+        stays = self._on_cpu and tensor.dtype == self._precision.dtype
+        return tensor.clone() if stays and not (self._precision.quantized and tensor.ndim > 1) else tensor
+
+
+class _Unread:
+    """Stands for a tensor among the weights that transformers loads, which takes it as `self[...]`."""
+
+    def __init__(self, block: _Block, key: str, shape: torch.Size) -> None:
+        self.shape = shape
+        self._block = block
+        self._key = key
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._block.take(self._key)[index]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from swarmkit.models.kernels.replace_linear import can_be_replaced, median_seconds, replace_linear
+from swarmkit.models.kernels.replace_linear import SMALLEST, can_be_replaced, median_seconds, replace_linear
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,21 @@ def use_blocked(model: nn.Module) -> int:
     return replace_linear(model, lambda layer: BlockedLinear.of(layer) if _is_better(layer) else None)
 
 
+def compare_layouts(block: nn.Module, dtype: torch.dtype) -> None:
+    """Find out now which linear layers of a block `use_blocked` would replace.
+
+    A comparison takes the memory of three weights, or of `_CACHE_BYTES` if that is more; this is the time to
+    have it while the model's own weights do not have it yet.
+
+    Args:
+        block: it may be on the meta device.
+        dtype: of the weights that it will have.
+    """
+    for layer in block.modules():
+        if type(layer) is nn.Linear and layer.weight.numel() >= SMALLEST and dtype in _BOUND:
+            is_faster(layer.out_features, layer.in_features, dtype, torch.get_num_threads())
+
+
 def _is_better(layer: nn.Linear) -> bool:
     weight = layer.weight
     if not can_be_replaced(layer) or weight.dtype not in _BOUND or weight.is_mkldnn:
@@ -105,10 +120,11 @@ def _is_measured_faster(rows: int, columns: int, dtype: torch.dtype) -> bool:
     # A lone client's token is one row, and finds no weight in the cache. On processors without AVX512, one
     # row by a blocked weight was seen to take twice as long as by a plain one.
     one = given[:1]
-    plain = [weight.clone() for _ in range(max(1, _CACHE_BYTES // weight.nbytes))]
-    laid_out = [_blocked(each) for each in plain]
-    plain_s = _seconds(lambda: [functional.linear(one, each) for each in plain])
-    return _seconds(lambda: [multiply(one, each, None) for each in laid_out]) <= _AS_FAST * plain_s
+    copies = [weight.clone() for _ in range(max(1, _CACHE_BYTES // weight.nbytes))]
+    plain_s = _seconds(lambda: [functional.linear(one, each) for each in copies])
+    for number in range(len(copies)):  # so that there is one copy too many at a time, not all of them
+        copies[number] = _blocked(weight)
+    return _seconds(lambda: [multiply(one, each, None) for each in copies]) <= _AS_FAST * plain_s
 
 
 def _seconds(work: Callable[[], object]) -> float:
