@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
+import msgspec
 import psutil
 import pytest
 import torch
@@ -17,7 +18,7 @@ from swarmkit.settings import ClientSettings, ServerSettings
 from swarmkit.worker.node_supervisor import NODE_COMMAND
 from swarmkit.worker.process_tree import used_by
 from tests.waiting import wait_until
-from tests.worker.worlds import RunningWorker, SaidMachine
+from tests.worker.worlds import AWAY, RunningWorker, SaidMachine
 
 pytestmark = pytest.mark.slow
 
@@ -64,16 +65,44 @@ def expected(count: int) -> list[int]:
     return tokens[0].tolist()
 
 
-def by_battery(worker: RunningWorker, machine: SaidMachine) -> None:
-    machine.say(on_battery=True)
+Way = Callable[[RunningWorker, SaidMachine], object]
 
 
-WAYS = {
+def sensed(**signals: object) -> Way:
+    """What the worker senses of its machine, at its next look."""
+
+    def sense(worker: RunningWorker, machine: SaidMachine) -> None:
+        machine.say(**signals)
+        worker.wait_for("stopping", "paused")
+
+    return sense
+
+
+def told(**signals: object) -> Way:
+    """What a tray tells of the person's session, who was away until now."""
+
+    def tell(worker: RunningWorker, machine: SaidMachine) -> None:
+        worker.client.renew_lease("tray", AWAY)
+        worker.client.change_settings({"rules": {"presence": "desktop"}})
+        assert worker.status().state in ("serving", "working")
+        worker.client.renew_lease("tray", msgspec.structs.replace(AWAY, **signals))
+
+    return tell
+
+
+WAYS: dict[str, Way] = {
     "a pause": lambda worker, machine: worker.client.pause(),
     "a polite pause": lambda worker, machine: worker.client.pause(haste="polite"),
     "a hard stop": lambda worker, machine: worker.client.pause(haste="now"),
-    "the battery": by_battery,
-    "a game": lambda worker, machine: machine.say(program="doom"),
+    "the battery": sensed(on_battery=True),
+    "a metered line": sensed(metered=True),
+    "a game": sensed(program="doom"),
+    "load of other programs": sensed(other_cpu=0.9),
+    "no network": sensed(online=False),
+    "the person comes back": told(idle_s=0.0),
+    "a film": told(film="VLC media player"),
+    "a program fills the screen": told(full_screen="doom"),
+    "somebody comes in from afar": told(remote_session=True),
     "the end of the worker": lambda worker, machine: worker.client.stop(),
 }
 
@@ -84,17 +113,18 @@ def test_a_session_goes_on_elsewhere_with_the_same_tokens(
     machine: SaidMachine,
     model: SwarmModelForCausalLM,
     other: Server,
-    way: Callable[[RunningWorker, SaidMachine], object],
+    way: Way,
 ) -> None:
     node = serving.status().node
     assert node is not None
+    pids = used_by(node.pid).pids
     with model.session() as session:
         tokens = more(model, session, PROMPT, BEFORE)
         assert {hop.peer_id for hop in model.trace[-1].hops} == {node.peer_id}
         way(serving, machine)
         tokens = more(model, session, tokens, AFTER)
         used = {hop.peer_id for hop in model.trace[-1].hops}
-    wait_until(lambda: not psutil.pid_exists(node.pid), "the node process has ended")
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids), "it computes no more")
     assert (tokens[0].tolist(), used) == (expected(BEFORE + AFTER), {other.peer_id})
 
 
