@@ -14,17 +14,23 @@ import pytest
 
 from swarmkit.local import fork_server
 
+from .cli import commands
 from .waiting import wait_until
 
 THROUGHPUT = "SWARMKIT_SERVER_THROUGHPUT"
 
 LONGEST_FIRST = (
+    "test_virtual_swarm.py",
     "client/test_kill_processes.py",
     "test_local_swarm.py",
     "server/test_no_leaks.py",
     "test_fork_server.py",
     "cli/test_commands.py",
     "test_local_links.py",
+    "client/test_crowd_of_strangers.py",
+    "test_private_swarm.py",
+    "app/test_playground.py",
+    "client/test_kill_in_training.py",
     "net/test_hivemind_transport.py",
     "models/test_check.py",
     "models/test_equality.py",
@@ -47,9 +53,11 @@ hypothesis.settings.load_profile("same")
 def kept_fork_server() -> Iterator[None]:
     """Keep the process's fork server for all tests that need one: to start one takes seconds of work."""
     others = set(psutil.Process().children())
-    with fork_server.shared():
+    with fork_server.shared() as server:
         its = set(psutil.Process().children()) - others
+        commands.kept[:] = [server] if server is not None else []
         yield
+        commands.kept.clear()
     assert not any(process.is_running() for process in its)
     assert "swarmkit-fork-server" not in {thread.name for thread in threading.enumerate()}
 

@@ -133,12 +133,14 @@ def test_the_last_words_of_a_copy_are_kept(server: ForkServer) -> None:
 
 
 OWNER = """
-import os, sys, time
+import os, psutil, sys, time
 from swarmkit.local.fork_server import ForkServer
 server = ForkServer()
 process = server.spawn(["serve", "tiny-chat", "--blocks", "0:1", "--json", "--until-stdin-closes"],
                        os.environ, open(os.devnull, "wb"))
-print(server._process.pid, process.pid, flush=True)
+process.stdout.readline()  # it has a p2p daemon
+daemon, = psutil.Process(process.pid).children()
+print(server._process.pid, process.pid, daemon.pid, flush=True)
 time.sleep(600)
 """
 
@@ -148,5 +150,5 @@ def test_all_end_with_an_owner_that_is_killed() -> None:
         assert owner.stdout is not None
         pids = [int(pid) for pid in owner.stdout.readline().split()]
         owner.kill()
-    assert len(pids) == 2
+    assert len(pids) == 3
     wait_until(lambda: all(map(gone, pids)), "all processes end")

@@ -33,6 +33,8 @@ from .cli.commands import run, run_here, start
 from .models.tiny import make_checkpoint
 from .net.protocols import PROTOCOLS
 
+pytestmark = pytest.mark.usefixtures("kept_fork_server")
+
 KEY = SwarmKey()
 PROMPT = torch.tensor([[5, 9, 33]])
 

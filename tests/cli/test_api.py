@@ -13,6 +13,8 @@ from swarmkit.local.swarm import LocalSwarm
 
 from .commands import TIMEOUT_S, run_here, start
 
+pytestmark = pytest.mark.usefixtures("kept_fork_server")
+
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "What is 3 + 4?"}]}
 
 

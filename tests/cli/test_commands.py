@@ -16,13 +16,15 @@ from swarmkit.local.swarm import LocalSwarm
 
 from .commands import Running, run, run_here, start
 
+pytestmark = pytest.mark.usefixtures("kept_fork_server")
+
 
 def processes_marked(mark: str) -> list[psutil.Process]:
     """What still runs of all that was started with `mark` in its environment."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("SWARMKIT_TEST_MARK") == mark:
+            if process.environ().get("PYTEST_SWARM_MARK") == mark:
                 found.append(process)
     return found
 
@@ -140,7 +142,8 @@ def test_generate_without_a_swarm_makes_one_of_its_own() -> None:
 
 def test_the_demo_kills_a_server_and_the_answer_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     mark = uuid.uuid4().hex
-    monkeypatch.setenv("SWARMKIT_TEST_MARK", mark)  # all that is started inherits it
+    monkeypatch.setenv("PYTEST_SWARM_MARK", mark)  # all that is started inherits it
+    before = set(psutil.Process().children(recursive=True))
 
     result = run_here("demo", "--json")
 
@@ -160,6 +163,9 @@ def test_the_demo_kills_a_server_and_the_answer_is_the_same(monkeypatch: pytest.
     assert told["replaced_by"] not in ([], [told["killed"]])
     assert "was killed with SIGKILL" in " ".join(result.stderr.split())
     assert processes_marked(mark) == []
+    # From outside, a copy's environment looks like the fork server's.
+    left = set(psutil.Process().children(recursive=True)) - before
+    assert not [process for process in left if process.is_running() and process.status() != "zombie"]
 
 
 MISTAKES: list[Any] = [

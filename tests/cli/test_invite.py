@@ -15,6 +15,8 @@ from swarmkit.net.transport.swarm_key import SwarmKey
 
 from .commands import Running, run_here, start
 
+pytestmark = pytest.mark.usefixtures("kept_fork_server")
+
 ADDRESS = "/ip4/192.0.2.7/tcp/31337/p2p/12D3KooWAabcYN2M2JFtbPW8TJZBjR4dcfpZPiM2HPBkndYRMjus"
 
 

@@ -17,7 +17,7 @@ from swarmkit import SwarmModelForCausalLM
 from ..waiting import wait_until
 from .commands import TIMEOUT_S, Running, start
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("kept_fork_server")]
 
 QUESTION = "Tell me a story about a fox."
 

@@ -17,7 +17,7 @@ from .test_gradients import batch
 
 pytestmark = pytest.mark.timeout(300)
 
-STEPS, FIRST_REPLICAS_DIE_AT, OTHERS_DIE_AT = 6, 2, 4
+STEPS, FIRST_REPLICAS_DIE_AT, OTHERS_DIE_AT = 4, 1, 3
 
 
 def curve(swarm: LocalSwarm, model: SwarmModelForCausalLM, kill: bool) -> list[float]:

@@ -337,6 +337,7 @@ with LocalSwarm(sys.argv[1], num_stages=1, processes=True) as swarm:
 """
 
 
+@pytest.mark.slow  # tests/test_fork_server.py kills an owner of a fork server, a server and its daemon
 def test_a_killed_parent_leaves_no_process(tiny_llama: Checkpoint) -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", HOLDER, tiny_llama.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
