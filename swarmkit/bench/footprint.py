@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -33,12 +35,14 @@ def measure(options: FootprintBenchmark, subject: Subject, on_progress: Progress
     It has measured its own speed by the time it serves, so that all of its weights have been used. The first
     round, which finds the files of the model cold, is not counted.
     """
-    found = []
+    found, imports = [], []
     for number in range(options.rounds + 1):
         on_progress("starting a server", number, options.rounds + 1)
+        imports_s = _imports_s()
         footprint = _start_once(subject, options.blocks, options.threads, options.dtype)
         if number:
             found.append(footprint)
+            imports.append(imports_s)
     on_progress("done", options.rounds + 1, options.rounds + 1)
     weights = options.blocks * block_bytes(subject.checkpoint, getattr(torch, options.dtype))
     memory = statistics.median(each.memory_bytes for each in found)
@@ -51,7 +55,18 @@ def measure(options: FootprintBenchmark, subject: Subject, on_progress: Progress
         "memory_beyond_weights_bytes": int(memory) - weights,
         "ratio_to_weights": round(memory / weights, 3),
         "ready_s": round(statistics.median(each.ready_s for each in found), 3),
+        "imports_s": round(statistics.median(imports), 3),
+        "ready_ratio_to_imports": round(
+            statistics.median(each.ready_s / s for each, s in zip(found, imports, strict=True)), 3
+        ),
     }
+
+
+def _imports_s() -> float:
+    """Seconds of a process that imports torch and transformers, and ends."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import torch, transformers"], check=True)
+    return time.perf_counter() - began
 
 
 def _start_once(subject: Subject, blocks: int, threads: int, dtype: str) -> Footprint:

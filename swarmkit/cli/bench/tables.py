@@ -217,7 +217,7 @@ def _codecs(result: dict[str, Any]) -> Group:
 def _footprint(result: dict[str, Any]) -> Table:
     return make_table(
         f"{result['blocks']} blocks of {conditions(result)}",
-        ("processes", "MB in all", "MB of weights", "MB beyond them", "seconds until it serves"),
+        ("processes", "MB in all", "MB of weights", "MB beyond them", "seconds until it serves", "÷ imports"),
         [
             (
                 result["processes"],
@@ -225,6 +225,7 @@ def _footprint(result: dict[str, Any]) -> Table:
                 f"{result['weights_bytes'] / 1e6:.0f}",
                 f"{result['memory_beyond_weights_bytes'] / 1e6:.0f}",
                 f"{result['ready_s']:.1f}",
+                f"{result['ready_ratio_to_imports']:.2f}",
             )
         ],
     )
