@@ -225,7 +225,7 @@ def _footprint(result: dict[str, Any]) -> Table:
                 f"{result['weights_bytes'] / 1e6:.0f}",
                 f"{result['memory_beyond_weights_bytes'] / 1e6:.0f}",
                 f"{result['ready_s']:.1f}",
-                f"{result['ready_ratio_to_imports']:.2f}",
+                f"{result['ready_ratio_to_imports']:.2f}" if "ready_ratio_to_imports" in result else "",
             )
         ],
     )
