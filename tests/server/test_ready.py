@@ -160,11 +160,12 @@ async def test_the_share_that_is_left_reaches_the_announcement(here: Neighbourho
 async def test_another_number_of_threads_is_measured_at_once(here: Neighbourhood) -> None:
     settings = ServerSettings().replace(throughput=None, announce_period_s=0.01, measure_period_s=1000.0)
     server = await here.start(num_blocks=2, settings=settings)
-    before = len(here.announced)
+    await eventually(lambda: here.announced[-1].measured_age_s > 0.05, "what it measured has some age")
+    last = len(here.announced) - 1
     server.server.set_limits(server.server.limits.replace(threads=1))
 
     def was_measured_anew() -> bool:
-        ages = [one.measured_age_s for one in here.announced[before:]]
+        ages = [one.measured_age_s for one in here.announced[last:]]
         return any(later < earlier for earlier, later in itertools.pairwise(ages))
 
     await eventually(was_measured_anew, "it was measured anew")
