@@ -74,7 +74,7 @@ async def test_steps_of_several_clients_go_through_the_blocks_together(
     clients = [await server.session() for _ in range(3)]
     steps = [hidden_states(1, tokens) for tokens in (1, 5, 2)]
     await all_at_once(server, *zip(clients, steps, strict=True))
-    assert passes == [[1, 5, 2]]
+    assert [sorted(tokens) for tokens in passes] == [[1, 2, 5]]
 
 
 async def test_each_of_many_clients_gets_what_it_would_get_alone(server: TinyServer, world: World) -> None:

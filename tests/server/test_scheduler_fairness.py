@@ -28,7 +28,6 @@ from .scheduling import (
     decode,
     prefill,
     times_learnt,
-    tokens_for,
     turn_of,
 )
 
@@ -296,16 +295,6 @@ def test_who_has_decoded_lately_is_known_for_two_seconds() -> None:
         {"other": 1},
         {},
     ]
-
-
-def test_a_prompt_leaves_room_for_a_client_that_has_decoded_lately() -> None:
-    turn = next_schedule([prefill(0, client="many")], (), NOBODY, TIMES, LIMITS, recent={"one": 1})
-    assert READING_S + tokens_for(0, turn) * TOKEN_S <= 4 * (READING_S + TOKEN_S)
-
-
-def test_a_prompt_of_the_only_client_that_has_decoded_lately_runs_in_whole_chunks() -> None:
-    turn = next_schedule([prefill(0, client="one")], (), NOBODY, TIMES, LIMITS, recent={"one": 1})
-    assert tokens_for(0, turn) == LIMITS.chunk_tokens
 
 
 def test_clients_with_as_many_sessions_each_all_decode_together() -> None:

@@ -57,10 +57,6 @@ _CROWD_SLOWDOWN_SHARE = 0.5
 """Of the slowdown that a decode step may have, for the many steps of another client: these also run, and
 their messages come and go, while it is away, so that it waits for some of them first."""
 
-_NEWCOMER_PASSES = 4
-"""While another client has decoded lately, a piece of a prompt takes no longer than so many passes over one
-token: that client's next answer may begin at any moment."""
-
 _OTHER_STAGE_TURNS = 2
 """A stage that has been passed over in so many turns is next."""
 _ROWS = 4
@@ -232,9 +228,6 @@ def next_schedule(
             if budget <= _ROWS and _others_come_first(prefills, budget, expected, times):
                 return Schedule()
         hurried = bool(scheduled or expected.tokens)
-        if not hurried and any(client not in {step.client for step in prefills} for client in recent):
-            hurried = True
-            budget = _prefill_before_newcomers(times, limits)
         left: float = budget
         for step in prefills:
             piece = _piece(step, left, hurried, cost)
@@ -391,12 +384,6 @@ def _prefill_before(expected: ExpectedArrivals, starving: bool, times: PassTimes
     soonest_s = min(expected.soonest_s, alone_s) if is_late else expected.soonest_s
     fitting = times.tokens_within(max(soonest_s, 0.0) + (limits.decode_slowdown - 1) * alone_s)
     return _chunk(fitting, 0, starving, limits)
-
-
-def _prefill_before_newcomers(times: PassTimes, limits: PassLimits) -> int:
-    """Tokens of prefill when no session decodes, but another client's may begin to at any moment."""
-    fitting = times.tokens_within(_NEWCOMER_PASSES * times.of(1))
-    return _chunk(fitting, 0, True, limits) if fitting else limits.chunk_tokens
 
 
 def _chunk(fitting: int, others: int, starving: bool, limits: PassLimits) -> int:
