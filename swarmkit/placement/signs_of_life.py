@@ -16,7 +16,6 @@ import numpy as np
 ASKERS = 8
 """About so many servers ask the same one at each turn, however large the swarm is."""
 
-
 _SEVERAL = 3
 
 

@@ -68,8 +68,8 @@ logger = logging.getLogger(__name__)
 _CONTACT_PATIENCE_S = 30.0
 _CONTACT_PAUSE_S = 0.5
 _TAKE_BACK_S = 2.0
-_LEAST_PATIENCE_S = 1.0
 _SIGN_OF_LIFE_S = 5.0
+_LEAST_PATIENCE_S = 1.0
 """Between two looks at whether others have the blocks that sessions still use."""
 
 

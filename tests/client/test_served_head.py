@@ -20,6 +20,7 @@ from swarmkit.models.head.head import load_local
 from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.logits_messages import Logits
 from swarmkit.node.server import Server
+from swarmkit.server.head.service import HeadService
 from swarmkit.settings import ServerSettings
 
 from ..models.tiny import make_checkpoint
@@ -270,13 +271,18 @@ def test_a_server_that_did_not_answer_is_left_alone_for_a_while() -> None:
 # servers that fail, and servers that lie
 
 
-def bend(world: World, change: Callable[[dict[str, Tensor]], object]) -> None:
-    """Have the server change the tensors of its answers before it sends them."""
+def head_of(world: World) -> HeadService:
+    """What the world's only server computes logits with."""
     (server,) = world.swarm.servers
     assert isinstance(server, Server)
     assert server.serving is not None
-    head = server.serving.head
-    assert head is not None
+    assert server.serving.head is not None
+    return server.serving.head
+
+
+def bend(world: World, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Have the server change the tensors of its answers before it sends them."""
+    head = head_of(world)
     honest = head._reply
 
     async def bent(request: Any) -> tuple[Logits, list[memoryview]]:
@@ -331,11 +337,7 @@ def test_wrong_logits_are_seen_at_once(checkpoint: Checkpoint, local: Any, how: 
 
 def test_a_token_that_is_left_out_is_missed_by_a_check(checkpoint: Checkpoint, local: Any) -> None:
     with a_head(checkpoint, check_share=1.0) as world:
-        (server,) = world.swarm.servers
-        assert isinstance(server, Server)
-        assert server.serving is not None
-        head = server.serving.head
-        assert head is not None
+        head = head_of(world)
         honest = head._layer
 
         class Hiding:

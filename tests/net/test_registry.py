@@ -201,15 +201,20 @@ async def test_waiting_in_vain_gives_what_there_is(place: Place) -> None:
     assert view.servers(NOW) == []
 
 
-async def test_in_a_flood_the_announcements_that_a_client_asks_for_are_read_first(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(registry_module, "_MOST_NEW_RECORDS", 1)
+async def reader_of_a_flood() -> Registry:
+    """Of a client, in a network where 25 servers have announced themselves."""
     network = MemoryNetwork(clock=lambda: NOW)
     for number in range(25):
         registry = Registry(network.transport(identity(number)), clock=lambda: NOW)
         await registry.announce(announcement(number))
-    reader = Registry(network.transport(), clock=lambda: NOW)
+    return Registry(network.transport(), clock=lambda: NOW)
+
+
+async def test_in_a_flood_the_announcements_that_a_client_asks_for_are_read_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry_module, "_MOST_NEW_RECORDS", 1)
+    reader = await reader_of_a_flood()
     first = {identity(number).peer_id for number in (3, 4)}
     assert first < set((await reader.look_up(FINGERPRINT, 6, first)).announcements)
 
@@ -218,10 +223,6 @@ async def test_of_a_flood_of_records_each_look_reads_a_part_until_all_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(registry_module, "_MOST_NEW_RECORDS", 10)
-    network = MemoryNetwork(clock=lambda: NOW)
-    for number in range(25):
-        registry = Registry(network.transport(identity(number)), clock=lambda: NOW)
-        await registry.announce(announcement(number))
-    reader = Registry(network.transport(), clock=lambda: NOW)
+    reader = await reader_of_a_flood()
     found = [len((await reader.look_up(FINGERPRINT, 6)).announcements) for _ in range(3)]
     assert found == [10, 20, 25]

@@ -12,6 +12,7 @@ from swarmkit.client.routing.bans import Bans
 from swarmkit.client.swarm.client import SwarmClient
 from swarmkit.errors import PeerError, PeerUnreachableError, ProtocolError
 from swarmkit.events import LogitsServed, Owner
+from swarmkit.ewma import Ewma
 from swarmkit.models.head.output_layer import TopLogits
 from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.logits_messages import LOGITS, GetLogits, Logits
@@ -46,7 +47,7 @@ class LogitsAsker:
         """Of servers that did not answer a request for logits as they should."""
         self._idle: dict[str, list[ClientStream]] = {}
         """Streams that nobody uses, by server."""
-        self._seconds: dict[str, float] = {}
+        self._seconds: dict[str, Ewma] = {}
         """How long a server took for the largest logits, as seen."""
 
     def offers(self) -> list[Announcement]:
@@ -63,7 +64,8 @@ class LogitsAsker:
     def expected_s(self, server: Announcement) -> float:
         """Seconds that a server will take for the largest logits of a token."""
         claimed_s = server.head_ms / 1e3 + self._swarm.way_s(server.service_id)
-        return self._seconds.get(server.service_id, claimed_s)
+        seen = self._seconds.get(server.service_id)
+        return claimed_s if seen is None else seen.mean
 
     async def ask(self, hidden: Tensor, top: int, temperature: float) -> Answer:
         """Have the quickest server compute logits; the next one if it fails.
@@ -108,8 +110,7 @@ class LogitsAsker:
         logits = self._checked(incoming, rows, top, temperature, server)
         self.bans.worked(server.service_id)
         if top:
-            known = self._seconds.get(server.service_id, seconds)
-            self._seconds[server.service_id] = known + _GAIN * (seconds - known)
+            self._seconds.setdefault(server.service_id, Ewma(seconds, 0.0, _GAIN)).observe(seconds)
         reply: Logits = incoming.message
         swarm.events.emit(
             LogitsServed(
@@ -150,10 +151,10 @@ class LogitsAsker:
 
     def _patience_s(self, server: Announcement, nbytes: int) -> float:
         deadlines = self._swarm.settings.deadlines
-        usual_s = self._seconds.get(server.service_id)
-        if usual_s is None:
+        usual = self._seconds.get(server.service_id)
+        if usual is None:
             return deadlines.first_step_timeout_s
-        return max(deadlines.min_step_timeout_s, deadlines.deadline_factor * usual_s) + (
+        return max(deadlines.min_step_timeout_s, deadlines.deadline_factor * usual.mean) + (
             nbytes / _SLOWEST_BYTES_PER_S
         )
 
