@@ -437,6 +437,12 @@ class DeadlineSettings(SettingsGroup):
         default=30.0, gt=0, description="The deadline of a step while no step has been measured yet."
     )
     min_step_timeout_s: float = Field(default=1.0, gt=0, description="The shortest deadline of a step.")
+    untried_wait_s: float = Field(
+        default=1.25,
+        gt=0,
+        description="How long a server that has never worked for this client is waited for, beyond the time "
+        "that it claims, before others are tried beside it.",
+    )
     deadline_factor: float = Field(
         default=8.0,
         ge=4,

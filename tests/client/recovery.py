@@ -92,6 +92,7 @@ def a_world(checkpoint: Checkpoint, replicas: int = 2, stages: int = 3, **option
             "ban_s": 60,  # longer than the records of the dead are believed
             "max_ban_s": 60,
             "min_step_timeout_s": 60,
+            "untried_wait_s": 60,  # a machine that stands still for a second has no server be left aside
             "refresh_period_s": 3600,
             **options,
         }

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 
 from swarmkit.net.registry.records import Announcement
 
-PATIENCE_S = 1.25
-"""A server that has never worked is waited for so long, and as long as it claims, before others are tried."""
 ROUND_S = 0.3
 """The time between two rounds of trials, unless all trials have ended before."""
 TRIAL_S = 20.0
@@ -26,14 +24,15 @@ _FIRST_ROUND = 2
 _LARGEST_ROUND = 64
 
 
-def patience_s(size: int, throughput: float) -> float:
+def patience_s(untried_wait_s: float, size: int, throughput: float) -> float:
     """How long a server that has never worked is waited for before others are tried.
 
     Args:
+        untried_wait_s: `DeadlineSettings.untried_wait_s`.
         size: rows x tokens of the step; 0 = a request that computes nothing.
         throughput: tokens per second that the server claims.
     """
-    return PATIENCE_S + size / max(throughput, 1e-3)
+    return untried_wait_s + size / max(throughput, 1e-3)
 
 
 def rounds() -> Iterator[int]:

@@ -152,6 +152,7 @@ class SwarmClient:
             bans=self.bans,
             busy=self.busy,
             clock=clock,
+            untried_wait_s=self.settings.deadlines.untried_wait_s,
             salt=self.salt,
         )
 

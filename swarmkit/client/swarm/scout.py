@@ -57,6 +57,7 @@ class Scout:
         servers: those that may be used, by the hash of an adapter that they host.
         shown: what a server has shown, by its service id; None = it has never worked.
         times_of: where the time of a step at a server is noted.
+        untried_wait_s: `DeadlineSettings.untried_wait_s`.
         salt: the client's own, for the order.
     """
 
@@ -72,6 +73,7 @@ class Scout:
         bans: Bans,
         busy: BusyPeers,
         clock: Clock,
+        untried_wait_s: float,
         salt: str,
     ) -> None:
         self._fingerprint = fingerprint
@@ -82,6 +84,7 @@ class Scout:
         self._bans = bans
         self._busy = busy
         self._clock = clock
+        self._untried_wait_s = untried_wait_s
         self._salt = salt
         self._searching = anyio.Lock()
         # Nothing of the user's: it may go to many strangers.
@@ -109,7 +112,7 @@ class Scout:
         may_be_sent = adapter is not None and not name and not size
         if self._shown(server.service_id) is not None or may_be_sent:
             return await act()
-        wait_s = patience_s(size, server.throughput)
+        wait_s = patience_s(self._untried_wait_s, size, server.throughput)
         results: list[T] = []
         error: PeerError = PeerTimeoutError("others answered before it did", server.peer_id)
         searched: anyio.Event | None = None
