@@ -15,6 +15,13 @@ from typing import Any
 _WIDTH, _LABELS, _ROW, _TOP, _BOTTOM = 860, 420, 30, 44, 40
 _LEAST, _MOST = 0.125, 8.0
 """The scale's ends, in goals; what lies beyond is drawn at the end."""
+_BESIDE_LLAMA_CPP = {
+    "M, 1 client, 4 servers": (1.0, 0.61),
+    "S, 1 client, 2 servers": (0.9, 0.27),
+    "M, 8 clients, 2 servers": (1.05, 0.40),
+    "M, first token of 1,024, 2 servers": (1.54, 0.62),
+}
+"""Goals, and what Petals reached in a run beside llama.cpp."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,11 @@ def goals(results: Mapping[str, Mapping[str, Any]]) -> list[Goal]:
         if lookup := distance["prompt_lookup"]:
             ratio = lookup["ratio_to_chain_bound"]
             found.append(Goal("M, 100 ms apart, speculation: ÷ bound", ratio, 2.5))
+    if beside := results.get("beside-llama-cpp"):
+        for name, (target, petals) in _BESIDE_LLAMA_CPP.items():
+            for row in _with(beside["rows"], name=name):
+                speed = row["times_as_fast_as"]["llama.cpp"]
+                found.append(Goal(f"{name}: speed ÷ llama.cpp's", speed, target, petals))
     for name in ("s", "m"):
         if recovery := results.get(f"recovery-{name}"):
             label = f"{name.upper()}: recovery kept ready ÷ switched off"

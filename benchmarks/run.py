@@ -26,11 +26,13 @@ PLOT = RESULTS / "engine.svg"
 SCRIPTS = {
     "machine": "machine.py",  # not a benchmark of ours, but what the others are to be read beside
     "views": "views.py --json",
+    "beside-llama-cpp": "beside_llama_cpp.py --json",
 }
 """Files beside this one; they print their result as one JSON value."""
 COMMANDS = {
     "machine": "",
     "views": "",
+    "beside-llama-cpp": "",
     "decode-tiny-chat": "decode --stages 1,2,4 --rounds 9",
     "decode-s": "decode --model S --stages 1,2,4 --rounds 9",
     "decode-m": "decode --model M --stages 1,2,4 --tokens 32",
@@ -70,6 +72,8 @@ def main() -> int:
         chosen = {name: command for name, command in chosen.items() if not name.endswith("-cuda")}
     if find_spec("ipykernel") is None:
         chosen.pop("views", None)  # it measures in a notebook's kernel
+    if find_spec("llama_cpp") is None or find_spec("gguf") is None:
+        chosen.pop("beside-llama-cpp", None)  # they are no dependency of anything else
     if not chosen:
         parser.error(f"no benchmark begins with {', '.join(wanted)}; there are {', '.join(COMMANDS)}")
     RESULTS.mkdir(exist_ok=True)
