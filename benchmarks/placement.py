@@ -39,6 +39,7 @@ from swarmkit.placement.description import (
     served_by,
 )
 from swarmkit.placement.supply import greatest_rate, greatest_rate_of_any
+from swarmkit.placement.together import SMALL_SWARM, PlacementMover
 from swarmkit.placement.whole import plan_placement
 from swarmkit.simulation.demand import (
     SimulatedRequest,
@@ -284,16 +285,19 @@ def gap(found: float, best: float) -> float:
 def one_by_one(machines: Sequence[Machine], size: ModelSize, chance: random.Random) -> float:
     """Servers that join in turn and move by our rule, until nobody wants to."""
     demand = Demand()
+    movers = [PlacementMover() for _ in machines]
     placed: list[Served] = []
     for machine in machines:
         start, stop = choose(machine, placed, size, demand, count=blocks_that_fit(machine, size))
         placed.append(served_by(machine, start, stop, size))
-    for _ in range(6):
+    for _ in range(12):
         moved = False
         for number in chance.sample(range(len(placed)), len(placed)):
             others = [one for other, one in enumerate(placed) if other != number]
             own = placed[number]
-            move = should_move(machines[number], own, others, size, demand, count=own.blocks, move_s=1.0)
+            move = movers[number].better_place(
+                machines[number], own, others, size, demand, count=own.blocks, move_s=1.0
+            )
             if move is not None:
                 placed[number] = served_by(machines[number], move.start, move.stop, size)
                 moved = True
@@ -808,7 +812,29 @@ def decisions(data: Path) -> Row:
                 "should_move_s": round(statistics.median(moved), 5),
             }
         )
-    return {"results": rows}
+    return {"results": rows, "together": together(model.size.num_blocks)}
+
+
+def together(num_blocks: int) -> Row:
+    """Seconds of a decision in the largest swarm in which moves of several servers are thought of."""
+    chance = random.Random("together")
+    size = ModelSize(num_blocks=num_blocks, block_bytes=1.0, token_bytes=0.0)
+    placed: list[Served] = []
+    machines = []
+    for _ in range(SMALL_SWARM):
+        count = chance.choice((4, 8, 12, 20, 24))
+        each = 1.0 / (chance.uniform(10, 60) * count)
+        machines.append(Machine(memory_bytes=count, decode_s=each, token_s=each))
+        start, stop = choose(machines[-1], placed, size, count=count)
+        placed.append(served_by(machines[-1], start, stop, size))
+    seconds = []
+    for number in range(9):
+        own, others = placed[number], placed[:number] + placed[number + 1 :]
+        began = time.perf_counter()
+        PlacementMover().better_place(machines[number], own, others, size, count=own.blocks)
+        seconds.append(time.perf_counter() - began)
+    median = round(statistics.median(seconds), 5)
+    return {"servers": SMALL_SWARM, "blocks": num_blocks, "better_place_s": median}
 
 
 ROWS: Mapping[str, Callable[[Path], Row]] = {
@@ -898,6 +924,9 @@ def lines(found: Mapping[str, Row]) -> list[str]:
         for row, target in zip(one["results"], ("35 ms", "1 s", "near n log n"), strict=True):
             text = f"{row['choose_s'] * 1e3:.0f} ms; {row['should_move_s'] * 1e3:.0f} ms"
             rows.append((f"One decision among {row['servers']:,} servers: choose; move", target, text))
+        if several := one.get("together"):
+            text = f"{several['better_place_s'] * 1e3:.0f} ms"
+            rows.append((f"… among {several['servers']}, with moves that help together", "35 ms", text))
     return [
         "| scenario | target | found |",
         "| --- | --- | --- |",

@@ -198,6 +198,15 @@ class Machine:
         """Put its cable in again."""
         _ip("-n", self.hub, "link", "set", self.port, "up")
 
+    def stop_reaching(self, other: Machine) -> None:
+        """Lose all packets to another machine from now on, silently. Those from there arrive."""
+        nobody = ("lladdr", "02:00:00:00:00:ff", "nud", "permanent")
+        self.run_ip("neigh", "replace", other.address, *nobody, "dev", "eth0")
+
+    def reach_again(self, other: Machine) -> None:
+        """Undo `stop_reaching`."""
+        self.run_ip("neigh", "del", other.address, "dev", "eth0")
+
     def pids(self, name: str = "") -> list[int]:
         """Its processes, or those whose command has that name."""
         pids = [int(pid) for pid in _ip("netns", "pids", self.namespace).split()]

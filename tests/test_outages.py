@@ -137,6 +137,39 @@ def test_a_client_that_was_cut_off_says_so_and_finds_the_swarm_again(
     assert hasty.answer_at_last(6, prompt=PROMPT) == undisturbed(6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [3, 12])
+@pytest.mark.parametrize(
+    "which", ["user to second", "second to user", "first to second", "second to first"], ids=str
+)
+def test_a_session_goes_on_after_one_direction_was_dropped_for_seconds(
+    fresh: Swarm, undisturbed: Undisturbed, which: str, seconds: float
+) -> None:
+    silent, unreached = (getattr(fresh, name) for name in which.split(" to "))
+    fresh.client.ask(12, pause_s=0.1, prompt=PROMPT)
+    fresh.client.wait_for("token")
+    silent.stop_reaching(unreached)
+    time.sleep(seconds)
+    silent.reach_again(unreached)
+    assert fresh.client.tokens() == undisturbed(12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["user to second", "second to user"], ids=str)
+def test_a_session_goes_on_at_another_server_if_one_direction_stays_dropped(
+    fresh: Swarm, undisturbed: Undisturbed, which: str
+) -> None:
+    silent, unreached = (getattr(fresh, name) for name in which.split(" to "))
+    fresh.client.ask(60, pause_s=0.1, prompt=PROMPT)
+    fresh.client.wait_for("token")
+    spare = fresh.lan.machine().serve(
+        fresh.model, (2, 5), fresh.join, LIVELY.replace(throughput=1.0), listen="0.0.0.0"
+    )
+    silent.stop_reaching(unreached)
+    assert fresh.client.tokens() == undisturbed(60)
+    assert spare.alive
+
+
 # what takes longer
 
 OUTAGES = [12, 25, 120]

@@ -151,8 +151,7 @@ def should_move(
         return PlacementMove(start, stop, math.inf, f"{covered - held:.0f} more blocks have a server there")
     if held < model.num_blocks:
         return None  # no route either way
-    lost = move_s / policy.horizon_s
-    least = max(1 + policy.least_gain, (1 + lost) / max(1 - lost, 1e-9))
+    least = least_gain(policy, move_s)
     gain = _scarcity(better_worth, worth)
     if gain >= least:
         return PlacementMove(start, stop, gain, f"its work is {gain:.2f} times as scarce there")
@@ -164,6 +163,12 @@ def should_move(
     if not better_worth and not worth and gain >= least and better_route_s <= route_s * (1 + policy.equal):
         return PlacementMove(start, stop, gain, f"its work is {gain:.2f} times as scarce there")
     return None
+
+
+def least_gain(policy: PlacementPolicy, move_s: float) -> float:
+    """How many times as scarce a server's work has to be elsewhere for a move that takes so many seconds."""
+    lost = move_s / policy.horizon_s
+    return max(1 + policy.least_gain, (1 + lost) / max(1 - lost, 1e-9))
 
 
 def _scarcity(there: float, here: float) -> float:

@@ -1,9 +1,9 @@
 """A server looks now and then whether the swarm needs it more with other blocks, and moves there by itself.
 
-Whether to move is decided by a pure rule over what servers announce. What is done here is to look, at times
-that differ from server to server, and to look twice: several servers that see the same need at the same
-moment would all meet it. The first that moves announces its new blocks as it begins to load them, so that the
-others see at their second look that it is met.
+Whether to move is decided by a pure rule over what servers announce (`swarmkit/placement/together.py`). What
+is done here is to look, at times that differ from server to server, and to look twice: several servers that
+see the same need at the same moment would all meet it. The first that moves announces its new blocks as it
+begins to load them, so that the others see at their second look that it is met.
 
 A server that crashed stays in the table until its announcement ends. Some servers are asked for a sign of
 life at each look, so that its place is taken before that.
@@ -16,18 +16,21 @@ import random
 import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import Protocol
 
 import anyio
+import anyio.to_thread
 
 from swarmkit.clock import Clock
 from swarmkit.errors import SwarmkitError, UsageError
 from swarmkit.net.registry.records import Announcement
 from swarmkit.net.registry.registry import Registry
 from swarmkit.net.registry.swarm_map import uncovered
-from swarmkit.placement.choice import PlacementMove, PlacementPolicy, choose, should_move
+from swarmkit.placement.choice import PlacementMove, PlacementPolicy, choose
 from swarmkit.placement.description import Machine, ModelSize, Served
 from swarmkit.placement.signs_of_life import gone, to_ask
+from swarmkit.placement.together import PlacementMover
 from swarmkit.settings import MovingSettings
 
 logger = logging.getLogger(__name__)
@@ -81,6 +84,7 @@ class Relocation:
         self._clock = clock
         self._is_there = is_there
         self._chance = random.Random(secrets.token_hex(8))
+        self._mover = PlacementMover()
         self._is_hurried = False
 
     async def run(self) -> None:
@@ -112,7 +116,8 @@ class Relocation:
         (low, high), rate = self._server.blocks, max(self._server.rate, _LEAST_RATE)
         ranges = [(low, high), *((one.start, one.stop) for one in others)]
         self._is_hurried = bool(uncovered(0, self._num_blocks, ranges))
-        return should_move(
+        decide = partial(
+            self._mover.better_place,
             _machine(high - low, rate),
             Served(low, high, rate),
             _served(others),
@@ -121,6 +126,7 @@ class Relocation:
             move_s=self._server.load_s,
             count=high - low,
         )
+        return await anyio.to_thread.run_sync(decide)
 
     async def _not_gone(self, servers: list[Announcement]) -> list[Announcement]:
         """Those that give a sign of life, or are not asked for one."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from swarmkit.placement import petals
-from swarmkit.placement.choice import PlacementPolicy, choose, should_move
+from swarmkit.placement.choice import PlacementPolicy, choose
 from swarmkit.placement.description import Demand, Machine, ModelSize, Served, blocks_that_fit
+from swarmkit.placement.together import PlacementMover
 
 
 class PlacementRule(Protocol):
@@ -24,12 +26,13 @@ class PlacementRule(Protocol):
 
 
 class OurRule:
-    """`swarmkit.placement.choice`."""
+    """`swarmkit.placement.choice`, and `swarmkit.placement.together` for moves."""
 
     def __init__(
         self, model: ModelSize, demand: Demand | None = None, policy: PlacementPolicy | None = None
     ) -> None:
         self._model, self._demand, self._policy = model, demand or Demand(), policy or PlacementPolicy()
+        self._movers: defaultdict[str, PlacementMover] = defaultdict(PlacementMover)
 
     def choose(self, machine: Machine, others: Sequence[Served]) -> tuple[int, int]:
         return choose(machine, others, self._model, self._demand, self._policy)
@@ -37,7 +40,10 @@ class OurRule:
     def better(
         self, machine: Machine, own: Served, others: Sequence[Served], move_s: float
     ) -> tuple[int, int] | None:
-        move = should_move(machine, own, others, self._model, self._demand, self._policy, move_s=move_s)
+        mover = self._movers[machine.name]
+        move = mover.better_place(
+            machine, own, others, self._model, self._demand, self._policy, move_s=move_s
+        )
         return None if move is None else (move.start, move.stop)
 
 

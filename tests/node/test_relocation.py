@@ -199,7 +199,7 @@ def test_a_move_says_why_and_from_where(checkpoint: Checkpoint) -> None:
 
     (moved,) = live(checkpoint, story).events(MoveStarted)
     assert (moved.from_start, moved.from_stop, moved.start, moved.stop) == (0, 3, 3, 6)
-    assert "scarce" in moved.reason
+    assert moved.reason == "the weakest block carries 2.00 times as much then"
 
 
 def test_a_move_under_load_drops_nothing(checkpoint: Checkpoint) -> None:
