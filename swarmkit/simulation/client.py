@@ -16,7 +16,7 @@ from swarmkit.client.routing.route import Hop
 from swarmkit.client.routing.step_failures import StepFailures
 from swarmkit.client.swarm.client import ModelRef, SwarmClient
 from swarmkit.client.swarm.route_search import RouteSearch
-from swarmkit.errors import NoRouteError, RemoteError
+from swarmkit.errors import NoRouteError, PeerUnreachableError, RemoteError
 from swarmkit.events import Owner
 from swarmkit.net.registry.registry import Registry
 from swarmkit.net.registry.swarm_map import SwarmMap
@@ -129,7 +129,8 @@ class SwarmRouter:
         return error
 
     def failed(self, hop: Hop, state: tuple[RouteSearch, StepFailures], cost_s: float) -> None:
-        self.client.ban(hop.server.service_id, cost_s)
+        service_id = hop.server.service_id
+        self.client.ban(service_id, PeerUnreachableError("it has gone", service_id), cost_s)
         state[1].note(hop.server.service_id, refused=False)
 
     def worked(self, hop: Hop, tokens: int, seconds: float, state: tuple[RouteSearch, StepFailures]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from swarmkit.client.routing.bans import PENALTY_S, Bans
 
 from ..clocks import SetTime
+from ..net.announcements import announcement
 
 
 @pytest.fixture
@@ -122,3 +125,69 @@ def test_a_peer_that_works_excludes_nobody(bans: Bans) -> None:
     bans.failed("peer", excludes=True)
     bans.worked("peer")
     assert not bans.excludes("peer")
+
+
+# connections that were lost
+
+
+@pytest.fixture
+def after_a_loss(bans: Bans, clock: SetTime) -> Bans:
+    """A connection to a server was lost some time ago, at second 1000; its ban has ended."""
+    bans.failed(announcement().service_id, lost=True)
+    clock.now += 3.0
+    return bans
+
+
+def heard(bans: Bans, asked_at: float, *sequences: int) -> None:
+    """Look-ups find one announcement of the server after the other."""
+    for sequence in sequences:
+        found = announcement(sequence=sequence)
+        bans.heard({found.service_id: found}, asked_at)
+
+
+def is_last(bans: Bans) -> bool:
+    return bans.is_doubtful(announcement().service_id) and bans.penalty_s(announcement().service_id) > 0
+
+
+def test_a_server_that_was_lost_comes_last_when_its_ban_has_ended(after_a_loss: Bans) -> None:
+    assert is_last(after_a_loss)
+    assert not after_a_loss.is_banned(announcement().service_id)
+
+
+def test_a_banned_server_comes_after_one_that_was_lost(after_a_loss: Bans) -> None:
+    after_a_loss.failed("banned")
+    assert after_a_loss.penalty_s("banned") > after_a_loss.penalty_s(announcement().service_id)
+
+
+def test_what_a_lost_server_announced_before_does_not_bring_it_back(after_a_loss: Bans) -> None:
+    heard(after_a_loss, 1001.0, 7, 7, 7)
+    assert is_last(after_a_loss)
+
+
+def test_an_announcement_that_this_peer_had_not_seen_yet_does_not_bring_it_back(after_a_loss: Bans) -> None:
+    heard(after_a_loss, 999.0, 7)  # a look-up that was under way
+    heard(after_a_loss, 1001.0, 8, 8)
+    assert is_last(after_a_loss)
+
+
+def test_a_lost_server_that_announces_itself_anew_is_one_like_others(after_a_loss: Bans) -> None:
+    heard(after_a_loss, 1001.0, 7, 8)
+    assert not is_last(after_a_loss)
+
+
+def test_a_lost_server_that_works_is_one_like_others(after_a_loss: Bans) -> None:
+    after_a_loss.worked(announcement().service_id)
+    assert not is_last(after_a_loss)
+
+
+def test_a_lost_server_that_nobody_announces_any_more_is_forgotten(after_a_loss: Bans) -> None:
+    after_a_loss.heard({}, 1001.0)
+    assert not is_last(after_a_loss)
+
+
+@pytest.mark.parametrize("how", [{}, {"cost_s": 1.0}, {"lost": True, "excludes": True}], ids=str)
+def test_a_server_that_answered_or_was_slow_may_not_be_gone(
+    bans: Bans, clock: SetTime, how: dict[str, Any]
+) -> None:
+    clock.now += bans.failed(announcement().service_id, **how)
+    assert not is_last(bans)

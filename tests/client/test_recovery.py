@@ -10,6 +10,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import anyio
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from swarmkit.client.session.replica import StageReplica
 from swarmkit.client.session.session import Session
-from swarmkit.errors import NoRouteError
+from swarmkit.errors import NoRouteError, PeerUnreachableError
 from swarmkit.events import (
     PeerLost,
     PeerRefused,
@@ -490,6 +491,39 @@ def test_a_replacement_that_dies_during_the_replay(
 
 
 # the search for others
+
+
+@contextmanager
+def a_world_with_a_slow_server(checkpoint: Checkpoint) -> Iterator[World]:
+    """A server, another one that says it is slow, and a client that bans for a moment only."""
+    settings = ServerSettings().replace(announce_period_s=0.05)
+    with a_world(checkpoint, replicas=1, stages=1, ban_s=1e-6, server_settings=settings) as world:
+        world.add((0, 5), settings=settings.replace(throughput=1.0))
+        yield world
+
+
+def would_use(world: World) -> str:
+    (hop,) = world.client.plan(0, 5)
+    return hop.server.peer_id
+
+
+def test_a_server_that_was_lost_is_used_last_when_its_ban_has_ended(tiny_llama: Checkpoint) -> None:
+    with a_world_with_a_slow_server(tiny_llama) as world:
+        lost, slow = (server.peer_id for server in world.swarm.servers)
+        assert would_use(world) == lost
+        world.answer(actions={2: world.server(lost).kill})
+        world.look()
+        world.look()
+        assert not world.client.bans.is_banned(lost)
+        assert would_use(world) == slow
+
+
+def test_a_server_that_was_lost_is_used_again_when_it_has_announced_itself(tiny_llama: Checkpoint) -> None:
+    with a_world_with_a_slow_server(tiny_llama) as world:
+        there, _ = (server.peer_id for server in world.swarm.servers)
+        world.on_loop(lambda: world.client.ban(there, PeerUnreachableError("the connection was lost")))
+        assert would_use(world) != there
+        wait_until(lambda: (world.look(), would_use(world) == there)[1], "it has announced itself anew")
 
 
 def test_known_replicas_are_used_without_a_look_at_the_table(

@@ -313,7 +313,7 @@ class Call:
             return
         if not swarm.bans.is_banned(service_id):
             swarm.note_loss(hop, error, self._owner)
-        swarm.ban(service_id, cost_s, excludes=error.is_exclusion)
+        swarm.ban(service_id, error, cost_s)
         try:
             swarm.check_admission(hop.start, hop.stop, error, self._hosted_adapter)
         except NoRouteError as shut_out:

@@ -1,9 +1,15 @@
-"""Peers that failed are avoided for a while, which grows with repeated failure."""
+"""Peers that failed are avoided for a while, which grows with repeated failure.
+
+A peer whose connection was lost may be gone, though its announcement outlives it for half a minute. So it
+comes after all others until it has announced itself anew.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from swarmkit.net.registry.records import Announcement
 
 _COSTS = 4.0
 """A ban lasts so many times what the failure cost."""
@@ -11,6 +17,10 @@ _EXCLUSION_S = 10.0
 """A server that refuses this client altogether is avoided for at least so long: lists seldom change."""
 PENALTY_S = 1e6
 """Seconds that are added to the cost of a banned peer: it is used only where no other peer has the blocks."""
+_DOUBT_S = 10.0
+"""Seconds that are added for each block to the cost of a peer that may be gone: more than the wait for any
+that works, and less than the wait for one that is busy for long.
+"""
 
 
 @dataclass
@@ -18,6 +28,18 @@ class _Failures:
     count: int
     until: float
     excludes: bool = False
+
+
+@dataclass
+class _LostConnection:
+    """A connection that was lost.
+
+    Attributes:
+        sequence: of the latest announcement from before; None until the first look-up that began afterwards.
+    """
+
+    at: float
+    sequence: int | None = None
 
 
 class Bans:
@@ -36,13 +58,22 @@ class Bans:
         self.convicted: dict[str, float] = {}
         """Peers whose outputs were found wrong, and until when they are avoided, whatever they do."""
 
-    def failed(self, peer_id: str, cost_s: float = 0.0, *, excludes: bool = False) -> float:
+        self._losses: dict[str, _LostConnection] = {}
+        """Peers that have not announced themselves since a connection to them was lost."""
+
+    def failed(
+        self, peer_id: str, cost_s: float = 0.0, *, excludes: bool = False, lost: bool = False
+    ) -> float:
         """Note a failure that took `cost_s` seconds to see; returns for how many seconds the peer is avoided.
 
         While it is avoided nothing is added: one crash is met by all sessions that used the peer.
 
-        Args: excludes: the peer refuses this one altogether.
+        Args:
+            excludes: the peer refuses this one altogether.
+            lost: it could not be reached, or the connection to it ended.
         """
+        if lost and not excludes:
+            self._losses[peer_id] = _LostConnection(self._clock())
         if self.is_banned(peer_id):
             entry = self.failures[peer_id]
             entry.excludes |= excludes
@@ -57,6 +88,21 @@ class Bans:
         """Note a success: the next failure starts from the beginning."""
         if not (self.convicted and self.is_convicted(peer_id)):
             self.failures.pop(peer_id, None)
+            self._losses.pop(peer_id, None)
+
+    def heard(self, announcements: Mapping[str, Announcement], asked_at: float) -> None:
+        """Note what a look-up found that began at `asked_at`: those that announced themselves are back.
+
+        The first look-up after a loss shows which announcement is the latest from before.
+
+        Args: announcements: the latest of each peer, by peer id.
+        """
+        for peer_id, loss in list(self._losses.items()):
+            latest = announcements.get(peer_id)
+            if latest is None or (loss.sequence is not None and latest.sequence > loss.sequence):
+                del self._losses[peer_id]
+            elif loss.sequence is None and asked_at >= loss.at:
+                loss.sequence = latest.sequence
 
     def convict(self, peer_id: str, seconds: float) -> None:
         """Avoid a peer whose outputs were found wrong; that it seems to work does not change it."""
@@ -76,10 +122,18 @@ class Bans:
         entry = self.failures.get(peer_id)
         return entry is not None and entry.until > self._clock()
 
+    def is_doubtful(self, peer_id: str) -> bool:
+        """Whether the peer is banned, or may be gone."""
+        return peer_id in self._losses or self.is_banned(peer_id)
+
     def excludes(self, peer_id: str) -> bool:
         """Whether the peer has lately refused this one altogether."""
         return self.is_banned(peer_id) and self.failures[peer_id].excludes
 
     def penalty_s(self, peer_id: str) -> float:
-        """For `routing.route_cost`. Among banned peers the one that failed least often comes first."""
-        return PENALTY_S * self.failures[peer_id].count if self.is_banned(peer_id) else 0.0
+        """For `routing.route_cost`. Peers that may be gone come after all others, and after them the banned
+        ones, of which the one that failed least often comes first.
+        """
+        if self.is_banned(peer_id):
+            return PENALTY_S * self.failures[peer_id].count
+        return _DOUBT_S if peer_id in self._losses else 0.0

@@ -253,7 +253,7 @@ class SessionRoute:
         if isinstance(error, PeerTimeoutError) and index:
             # Perhaps the previous server never pushed what it said it pushed: it is not asked to again.
             self._swarm.cannot_link(self.stages[index - 1].hop.server, stage.hop.server)
-        self._swarm.ban(stage.hop.server.service_id, cost_s, excludes=error.is_exclusion)
+        self._swarm.ban(stage.hop.server.service_id, error, cost_s)
         self._lose(stage, changes, error)
         blocks = stage.hop.start, stage.hop.stop
         if changes.failures.count > 1:  # before the session is sent to one after the other

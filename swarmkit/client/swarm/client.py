@@ -222,6 +222,7 @@ class SwarmClient:
         async with self._looking:
             if self._looks == looks:  # else another call began to look meanwhile, and has the answer
                 self._looks += 1
+                asked_at = self.clock.now()
                 try:
                     model = self.model
                     found = await self._registry.look_up(model.fingerprint, model.num_blocks, self._times)
@@ -232,6 +233,7 @@ class SwarmClient:
                 self._looked_at = self.clock.time()
                 view = self.view.without_expired(self._looked_at).apply(*found.announcements.values())
                 self.view = within_bounds(view, self._times, self._random)
+                self.bans.heard(self.view.announcements, asked_at)
         return self.view
 
     async def look(self) -> list[Announcement]:
@@ -288,12 +290,12 @@ class SwarmClient:
             found.update((other.server.service_id, other.server) for other in filter(self.may_use, others))
         return list(found.values())
 
-    def _note_spare(self, server: Announcement, seconds: float | None) -> None:
-        """A server that is kept as a spare answered after so many seconds; None = it did not."""
-        if seconds is None:
-            self.bans.failed(server.service_id)
+    def _note_spare(self, server: Announcement, outcome: float | PeerError) -> None:
+        """A server that is kept as a spare answered after so many seconds, or did not."""
+        if isinstance(outcome, PeerError):
+            self.bans.failed(server.service_id, lost=isinstance(outcome, PeerUnreachableError))
         else:
-            self.times_of(server).way_s = seconds
+            self.times_of(server).way_s = outcome
 
     # ------------------------------------------------------------------ routes and peers
 
@@ -377,16 +379,17 @@ class SwarmClient:
     def may_use(self, hop: Hop) -> bool:
         """Whether nothing is known that speaks against a server: it has not failed lately, nor is it busy."""
         service_id = hop.server.service_id
-        return not self.bans.is_banned(service_id) and not self.busy.wait_s(service_id)
+        return not self.bans.is_doubtful(service_id) and not self.busy.wait_s(service_id)
 
-    def ban(self, service_id: str, cost_s: float = 0.0, *, excludes: bool = False) -> None:
+    def ban(self, service_id: str, error: PeerError, cost_s: float = 0.0) -> None:
         """Avoid a server for a while, and use nothing any more that it took part in.
 
         Args:
+            error: how it failed.
             cost_s: seconds that its failure took to see.
-            excludes: it refuses this client altogether.
         """
-        self.bans.failed(service_id, cost_s, excludes=excludes)
+        lost = isinstance(error, PeerUnreachableError)
+        self.bans.failed(service_id, cost_s, excludes=error.is_exclusion, lost=lost)
         self.prefix_cache.drop(service_id)
 
     def convict(self, server: Announcement) -> None:

@@ -27,7 +27,15 @@ from swarmkit.client.routing.trials import (
     rounds,
 )
 from swarmkit.clock import Clock
-from swarmkit.errors import PeerError, PeerTimeoutError, ProtocolError, RemoteError, SwarmkitError, unwrapped
+from swarmkit.errors import (
+    PeerError,
+    PeerTimeoutError,
+    PeerUnreachableError,
+    ProtocolError,
+    RemoteError,
+    SwarmkitError,
+    unwrapped,
+)
 from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.messages import HIDDEN_DTYPES, SESSION, Open, Opened, Step, StepDone
 from swarmkit.net.protocol.protocol import Protocol as MessageProtocol
@@ -195,7 +203,7 @@ class Scout:
         ]
 
     def _is_free(self, server: Announcement) -> bool:
-        return not self._bans.is_banned(server.service_id) and not self._busy.wait_s(server.service_id)
+        return not self._bans.is_doubtful(server.service_id) and not self._busy.wait_s(server.service_id)
 
     async def _try_all(
         self, waiting: deque[Announcement], start: int, stop: int, is_enough: Callable[[], bool]
@@ -241,7 +249,12 @@ class Scout:
                 self._busy.note(server.service_id, error.retry_after_s)
                 return
             logger.info("%s failed when it was tried: %s", server.label, error)
-            self._bans.failed(server.service_id, self._clock.now() - began_at, excludes=error.is_exclusion)
+            self._bans.failed(
+                server.service_id,
+                self._clock.now() - began_at,
+                excludes=error.is_exclusion,
+                lost=isinstance(error, PeerUnreachableError),
+            )
         except SwarmkitError as error:
             logger.debug("could not try %s: %s", server.label, error)
 

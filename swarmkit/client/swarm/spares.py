@@ -35,7 +35,7 @@ class Spares:
         *,
         connect: Callable[[Announcement, Protocol], Awaitable[ClientStream]],
         wanted: Callable[[], Sequence[Announcement]],
-        note: Callable[[Announcement, float | None], None],
+        note: Callable[[Announcement, float | PeerError], None],
         period_s: float,
         clock: Clock,
     ) -> None:
@@ -44,7 +44,7 @@ class Spares:
         Args:
             connect: opens a stream to a server.
             wanted: the servers that are to be kept, best first.
-            note: called with a server and the seconds after which it answered; None = it did not.
+            note: called with a server and the seconds after which it answered, or how it failed.
             period_s: between two questions.
         """
         self._connect = connect
@@ -96,7 +96,7 @@ class Spares:
             self._note(server, self._clock.now() - asked_at)
         except PeerError as error:
             logger.info("%s does not answer as a spare: %s", server.label, error)
-            self._note(server, None)
+            self._note(server, error)
         except SwarmkitError as error:
             logger.debug("could not ask %s as a spare: %s", server.label, error)
         else:
