@@ -36,7 +36,7 @@ from swarmkit.client.swarm.client import ModelRef, SwarmClient
 from swarmkit.local.swarm import over_memory
 from swarmkit.net import portal
 from swarmkit.net.connect import TransportFactory, joined, over_hivemind
-from swarmkit.net.hivemind.table import _sealed, load_hivemind
+from swarmkit.net.hivemind.table import load_hivemind, sealed_record
 from swarmkit.net.hivemind.transport import HivemindTransport
 from swarmkit.net.registry import records
 from swarmkit.net.registry.records import Announcement
@@ -72,7 +72,7 @@ async def flood(addresses: Sequence[str], made: list[tuple[Identity, Announcemen
     """Store announcements at the peers of a swarm, in the largest requests that these take."""
     stranger = await HivemindTransport.create(initial_peers=addresses)
     try:
-        node = stranger._table._node  # type: ignore[union-attr]
+        node = stranger.table.node
         dumps = importlib.import_module("hivemind.utils.serializer").MSGPackSerializer.dumps
         key_id = importlib.import_module("hivemind.dht.routing").DHTID.generate
         node.protocol.wait_timeout = _REQUEST_TIMEOUT_S
@@ -81,7 +81,7 @@ async def flood(addresses: Sequence[str], made: list[tuple[Identity, Announcemen
         for key in records.keys_of(made[0][1]):
             for first in range(0, len(signed), _AT_ONCE):
                 part = signed[first : first + _AT_ONCE]
-                values = [dumps(_sealed(who, key, value, until)) for who, until, value in part]
+                values = [dumps(sealed_record(who, key, value, until)) for who, until, value in part]
                 for peer in peers:
                     await node.protocol.call_store(
                         peer,

@@ -84,7 +84,7 @@ class Target:
         self.transport = tapped(over_memory(self.network), self.tape)
         self.lease = owned.enter_context(portal.lease())
         # Nothing is dialled, because peers in memory have no address, and the answer need not come late.
-        owned.enter_context(pytest.MonkeyPatch.context()).setattr(dial_back, "_DIAL_TIMEOUT_S", 0.05)
+        owned.enter_context(pytest.MonkeyPatch.context()).setattr(dial_back, "DIAL_TIMEOUT_S", 0.05)
         self.servers = [
             Server(checkpoint, blocks=blocks, transport=self.transport, settings=SERVER)
             for blocks in ((0, 2), (2, 5))

@@ -170,7 +170,7 @@ def test_a_peer_that_is_not_admitted_is_told_so_at_every_endpoint_of_a_server(
 ) -> None:
     assert closed_swarm.network is not None
     server = closed_swarm.servers[0].peer_id
-    endpoints = sorted(closed_swarm.network._peers[server]._handlers)
+    endpoints = sorted(closed_swarm.network.endpoints(server))
     assert set(endpoints) >= {one.endpoint for one in PROTOCOLS} - {WEIGHTS.endpoint}  # not of local files
     with portal.lease() as lease:
         codes = {at: lease.call(code_at, closed_swarm.network, server, at) for at in endpoints}

@@ -58,7 +58,7 @@ class LanTransport(PartTransport):
 
         Returns: the transport, or what takes its place.
         """
-        places = _places_in(transport.addresses)
+        places = places_in(transport.addresses)
         if not places:
             logger.warning("this peer listens at no address of a local network, so that it is not advertised")
             return transport
@@ -89,8 +89,10 @@ class LanTransport(PartTransport):
         await super().close()
 
 
-async def resolved(given: Sequence[str], swarm: str = "", interfaces: Interfaces = _ALL) -> list[str]:
-    """Addresses, where those of the local network's peers stand for `lan` or `local`.
+async def resolved(
+    given: Sequence[str], swarm: str = "", interfaces: Interfaces = _ALL, patience_s: float = _PATIENCE_S
+) -> list[str]:
+    """Addresses, where those of the local network's peers stand for `lan` or `local`; see `find`.
 
     Raises:
         TransportError: it was asked for, and no peer of the swarm answers there.
@@ -98,7 +100,7 @@ async def resolved(given: Sequence[str], swarm: str = "", interfaces: Interfaces
     addresses = [address for address in given if address.lower() not in WORDS]
     if len(addresses) == len(given):
         return addresses
-    found = await find(swarm, interfaces)
+    found = await find(swarm, interfaces, patience_s)
     if not found and not addresses:
         kind = "this private swarm" if swarm else "an open swarm"
         raise TransportError(
@@ -134,7 +136,7 @@ async def find(swarm: str = "", interfaces: Interfaces = _ALL, patience_s: float
             while len(found) < _MOST_PEERS:
                 info = AsyncServiceInfo(SERVICE, await names.get())
                 if await info.async_request(zeroconf.zeroconf, _ANSWER_TIMEOUT_MS):
-                    peer_id, addresses = _advertised(info, swarm)
+                    peer_id, addresses = read_advertisement(info, swarm)
                     if addresses:
                         if grace is None:
                             grace = asyncio.get_running_loop().call_later(_GRACE_S, waiting.cancel)
@@ -147,7 +149,7 @@ async def find(swarm: str = "", interfaces: Interfaces = _ALL, patience_s: float
     return [address for addresses in found.values() for address in addresses]
 
 
-def _advertised(info: AsyncServiceInfo, swarm: str) -> tuple[str, list[str]]:
+def read_advertisement(info: AsyncServiceInfo, swarm: str) -> tuple[str, list[str]]:
     """The peer id and the addresses in an advertisement; none if it is of another swarm, or malformed."""
     peer_id = info.name.partition(".")[0]
     its_swarm = (info.properties.get(b"swarm") or b"").decode(errors="replace")
@@ -158,12 +160,13 @@ def _advertised(info: AsyncServiceInfo, swarm: str) -> tuple[str, list[str]]:
     return peer_id, [f"/ip{host.version}/{host}/tcp/{port}/p2p/{peer_id}" for host in hosts[:_MOST_PEERS]]
 
 
-_Place = tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]
+Place = tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]
+"""Where a peer listens by TCP: host and port."""
 
 
-def _places_in(addresses: Sequence[str]) -> list[_Place]:
+def places_in(addresses: Sequence[str]) -> list[Place]:
     """Where a peer listens by TCP; not on loopback, unless it listens nowhere else."""
-    places: list[_Place] = []
+    places: list[Place] = []
     for address in addresses:
         parts = address.split("/")
         if len(parts) > 4 and parts[1] in ("ip4", "ip6") and parts[3] == "tcp" and "p2p-circuit" not in parts:
@@ -171,5 +174,5 @@ def _places_in(addresses: Sequence[str]) -> list[_Place]:
     return [place for place in places if not place[0].is_loopback] or places
 
 
-def _version_for(places: Sequence[_Place]) -> IPVersion:
+def _version_for(places: Sequence[Place]) -> IPVersion:
     return IPVersion.All if any(host.version == 6 for host, _ in places) else IPVersion.V4Only

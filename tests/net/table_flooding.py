@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from swarmkit.net.hivemind.table import _sealed
+from swarmkit.net.hivemind.table import sealed_record
 from swarmkit.net.hivemind.transport import HivemindTransport
 from swarmkit.net.registry import records
 from swarmkit.net.registry.envelope import MAX_RECORD_BYTES
@@ -59,14 +59,14 @@ async def store_at_once(
 
     Returns: how many times a record was taken.
     """
-    node = stranger._table._node  # type: ignore[union-attr]
+    node = stranger.table.node
     key_id = importlib.import_module("hivemind.dht.routing").DHTID.generate
     dumps = importlib.import_module("hivemind.utils.serializer").MSGPackSerializer.dumps
     node.protocol.wait_timeout = _REQUEST_TIMEOUT_S
     taken = 0
     for first in range(0, len(made), AT_ONCE):
         part = made[first : first + AT_ONCE]
-        values = [dumps(_sealed(identity, key, value, expires_at)) for key, value in part]
+        values = [dumps(sealed_record(identity, key, value, expires_at)) for key, value in part]
         for peer in list(node.protocol.routing_table.peer_id_to_uid):
             stored = await node.protocol.call_store(
                 peer,

@@ -41,7 +41,7 @@ async def main() -> None:
     watching = asyncio.create_task(turn.watch())
     await asyncio.to_thread(sys.stdin.read)
     watching.cancel()
-    storage = peer._guard.storage
+    storage = peer.table.storage
     figures = {
         "table_records": storage.records,
         "table_bytes": storage.nbytes,

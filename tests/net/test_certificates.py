@@ -46,8 +46,8 @@ def signed(
     return issue(by, above, swarm=swarm, subject=subject.peer_id, roles=roles, expires_at=expires_at)
 
 
-def members(chain: Chain = (), now: Callable[[], float] = lambda: NOW) -> Members:
-    return Members(SWARM, OWNER.peer_id, chain, now)
+def members(chain: Chain = (), now: Callable[[], float] = lambda: NOW, **bounds: int) -> Members:
+    return Members(SWARM, OWNER.peer_id, chain, now, **bounds)
 
 
 def fault(chain: Chain, of: Identity = ALICE) -> str:
@@ -256,12 +256,11 @@ def test_who_was_refused_is_no_member() -> None:
     assert not here.is_member(EVE.peer_id)
 
 
-def test_peers_that_show_much_cost_a_bounded_amount_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swarmkit.net.transport.members._REMEMBERED", 10)
-    here = members()
+def test_peers_that_show_much_cost_a_bounded_amount_of_memory() -> None:
+    here = members(most_remembered=10)
     for number in range(30):
         here.fault_of(EVE.peer_id, bytes([number]))
-    assert len(here._known) == 10
+    assert here.remembered == 10
 
 
 def test_the_roles_of_a_certificate_are_those_that_exist() -> None:

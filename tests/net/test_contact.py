@@ -178,19 +178,18 @@ async def test_only_a_connection_to_a_peer_that_is_silent_is_given_up(
     world: HivemindWorld, monkeypatch: pytest.MonkeyPatch, silent: bool, given_up: int
 ) -> None:
     await world.peer()
-    other: Any = await world.peer()
-    times = iter([0.0, 3.0 if silent else 0.1])
+    clock = SetClock()
+    other: Any = await world.peer(clock=clock)
     disconnected: list[str] = []
 
     async def meet(peer_id: str) -> bool:
+        clock.seconds += 3.0 if silent else 0.1
         return False
 
     async def disconnect(peer_id: str) -> None:
         disconnected.append(peer_id)
 
-    monkeypatch.setattr(other._table, "meet", meet)
-    monkeypatch.setattr(other, "_disconnect", disconnect)
-    monkeypatch.setattr(other, "_clock", SetClock())
-    monkeypatch.setattr(other._clock, "now", lambda: next(times))
-    assert not await other._rejoin()
+    monkeypatch.setattr(other.table, "meet", meet)
+    monkeypatch.setattr(other, "disconnect", disconnect)
+    assert not await other.rejoin()
     assert len(disconnected) == given_up

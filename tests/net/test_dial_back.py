@@ -54,7 +54,7 @@ async def pair() -> AsyncIterator[Pair]:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dial_back, "_DIAL_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(dial_back, "DIAL_TIMEOUT_S", 0.2)
 
 
 @asynccontextmanager
@@ -96,7 +96,7 @@ async def test_no_port_of_the_system_is_dialled(pair: Pair) -> None:
 
 
 async def test_few_are_dialled_at_a_time(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dial_back, "_MOST_AT_A_TIME", 0)
+    monkeypatch.setattr(dial_back, "MOST_AT_A_TIME", 0)
     with pytest.raises(RemoteError, match="too many peers"):
         await pair.ask(2000)
 

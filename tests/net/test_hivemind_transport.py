@@ -24,7 +24,7 @@ from swarmkit.net.hivemind import daemon as p2p_daemon
 from swarmkit.net.hivemind import framing
 from swarmkit.net.hivemind import protocol as table_protocol
 from swarmkit.net.hivemind.daemon import DaemonOptions, P2PDaemon
-from swarmkit.net.hivemind.table import RecordGuard, _sealed
+from swarmkit.net.hivemind.table import RecordGuard, sealed_record
 from swarmkit.net.hivemind.transport import HivemindTransport
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.peer_lists import PeerLists, TableLists
@@ -251,7 +251,7 @@ async def test_a_stream_that_waits_in_vain_for_a_daemon_says_so(
 async def test_a_stream_is_opened_although_its_daemon_is_replaced_meanwhile(world: HivemindWorld) -> None:
     server, peer = await world.peer(), await world.peer()
     await server.listen("echo", echo)
-    replacing = asyncio.ensure_future(peer._replace_daemon())  # type: ignore[attr-defined]
+    replacing = asyncio.ensure_future(peer.replace_daemon())  # type: ignore[attr-defined]
     for _ in range(5):
         stream = await peer.open(server.peer_id, "echo", server.addresses, timeout=30.0)
         await stream.send(b"still")
@@ -362,7 +362,7 @@ async def dht_store(
     from hivemind.utils import MSGPackSerializer
 
     packed = MSGPackSerializer.dumps(value)
-    return await peer._table._node.protocol.call_store(
+    return await peer.table.node.protocol.call_store(
         PeerID.from_base58(at.peer_id), [DHTID.generate(key)], [packed], expires_at, [subkey], **options
     )
 
@@ -379,7 +379,7 @@ async def test_a_cached_copy_cannot_hide_the_records_under_a_key(world: Hivemind
     honest, hostile = await world.peer(), await world.peer()
     now = time.time()
     await honest.store([("k", b"v")], now + 60)
-    sealed = _sealed(hostile.identity, "k", b"mine", now + 1000)
+    sealed = sealed_record(hostile.identity, "k", b"mine", now + 1000)
     await dht_store(hostile, honest, "k", sealed, now + 1000, hostile.peer_id, in_cache=True)
     assert (await honest.fetch(["k"]))["k"][honest.peer_id] == b"v"
 
@@ -387,14 +387,14 @@ async def test_a_cached_copy_cannot_hide_the_records_under_a_key(world: Hivemind
 async def test_nobody_stores_under_anothers_name(world: HivemindWorld) -> None:
     honest, hostile = await world.peer(), await world.peer()
     now = time.time()
-    sealed = _sealed(hostile.identity, "k", b"forged", now + 60)
+    sealed = sealed_record(hostile.identity, "k", b"forged", now + 60)
     assert await dht_store(hostile, honest, "k", sealed, now + 60, honest.peer_id) == [False]
 
 
 async def test_nobody_prolongs_anothers_record(world: HivemindWorld) -> None:
     honest, hostile = await world.peer(), await world.peer()
     now = time.time()
-    sealed = _sealed(honest.identity, "k", b"v", now + 60)
+    sealed = sealed_record(honest.identity, "k", b"v", now + 60)
     assert await dht_store(hostile, honest, "k", sealed, now + 1000, honest.peer_id) == [False]
 
 
@@ -409,9 +409,9 @@ async def test_of_more_records_than_a_peer_keeps_under_a_key_some_are_taken(
     honest = await world.peer()
     without_bounds, expires_at = DHTLocalStorage(), time.time() + 60
     for one in [Identity() for _ in range(20)]:
-        value = MSGPackSerializer.dumps(_sealed(one, "k", b"v", expires_at))
+        value = MSGPackSerializer.dumps(sealed_record(one, "k", b"v", expires_at))
         without_bounds.store(DHTID.generate("k"), value, expires_at, subkey=one.peer_id)
-    hostile._table._node.protocol.storage = without_bounds
+    hostile.table.node.protocol.storage = without_bounds
     monkeypatch.setattr(table_protocol, "MAX_KEY_RECORDS", 5)
     assert len((await honest.fetch(["k"]))["k"]) == 5
 
@@ -430,7 +430,7 @@ class LookedAt:
         self.signer = Identity()
         self.expires_at = self.clock.time() + 60
         self.key_id = DHTID.generate("k").to_bytes()
-        self.value = MSGPackSerializer.dumps(_sealed(self.signer, "k", b"v", self.expires_at))
+        self.value = MSGPackSerializer.dumps(sealed_record(self.signer, "k", b"v", self.expires_at))
 
     def _check(self, *_: object) -> bool:
         self.checks += 1
@@ -476,7 +476,7 @@ async def test_bad_entries_do_not_take_good_ones_with_them() -> None:
 
     one, expires_at = Identity(), time.time() + 60
     entries = DictionaryDHTValue()
-    good = MSGPackSerializer.dumps(_sealed(one, "k", b"v", expires_at))
+    good = MSGPackSerializer.dumps(sealed_record(one, "k", b"v", expires_at))
     entries.store(one.peer_id, good, expires_at)
     entries.store(Identity().peer_id, good, expires_at)
     entries.store(7, b"\xff\xff", expires_at + 1)

@@ -13,9 +13,8 @@ import pytest
 from zeroconf.asyncio import AsyncServiceInfo
 
 from swarmkit.errors import TransportError
-from swarmkit.net import lan as lan_module
 from swarmkit.net.connect import in_lan
-from swarmkit.net.lan import SERVICE, LanTransport, find, resolved
+from swarmkit.net.lan import SERVICE, LanTransport, find, places_in, read_advertisement, resolved
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.net.transport.part import PartTransport
@@ -74,7 +73,7 @@ async def test_nobody_is_found_after_the_peer_has_left() -> None:
 
 
 def test_loopback_is_not_advertised_beside_an_address_of_the_network() -> None:
-    places = lan_module._places_in(At("/ip4/127.0.0.1/tcp/1", "/ip4/192.0.2.7/tcp/1").addresses)
+    places = places_in(At("/ip4/127.0.0.1/tcp/1", "/ip4/192.0.2.7/tcp/1").addresses)
     assert [str(host) for host, _ in places] == ["192.0.2.7"]
 
 
@@ -91,17 +90,16 @@ async def test_what_is_malformed_is_not_believed(name: str, port: int) -> None:
     info = AsyncServiceInfo(
         SERVICE, f"{name}.{SERVICE}", port=port, properties={"swarm": ""}, addresses=[bytes(4)]
     )
-    assert lan_module._advertised(info, "") == ("", [])
+    assert read_advertisement(info, "") == ("", [])
 
 
 async def test_addresses_are_kept_where_lan_is_not_asked_for() -> None:
     assert await in_lan(["/ip4/192.0.2.7/tcp/1"]) == ["/ip4/192.0.2.7/tcp/1"]
 
 
-async def test_who_finds_nobody_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lan_module, "_PATIENCE_S", 0.2)
+async def test_who_finds_nobody_is_told_what_to_do() -> None:
     with pytest.raises(TransportError, match="--lan and --host"):
-        await resolved(["lan"], "ef" * 16, LOOPBACK)
+        await resolved(["lan"], "ef" * 16, LOOPBACK, patience_s=0.2)
 
 
 async def test_looking_leaves_no_task() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +28,12 @@ from swarmkit.net.transport.certificates import (
     sign_revocations,
 )
 from swarmkit.net.transport.identity import Identity
+from swarmkit.net.transport.members import Members
 from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.net.transport.seam import Stream, Transport
 from swarmkit.net.transport.swarm_key import SwarmKey
 
+from ..clocks import SetTime
 from ..waiting import eventually
 from .worlds import WORLDS, HivemindWorld, echo
 
@@ -309,13 +311,20 @@ def test_a_record_is_not_believed_under_another_name_or_at_another_time() -> Non
 
 
 @asynccontextmanager
-async def swarm_of_three() -> AsyncIterator[tuple[MemberTransport, MemberTransport, MemoryNetwork]]:
-    """A server, a user that learns from it, and their network; in memory."""
+async def swarm_of_three(
+    now: Callable[[], float] = time.time,
+) -> AsyncIterator[tuple[MemberTransport, MemberTransport, MemoryNetwork]]:
+    """A server, a user that learns from it, and their network; in memory.
+
+    Args: now: the Unix time by which the server judges certificates.
+    """
     network = MemoryNetwork()
     keys = [key(chain(SERVER, "serve", "use")), key(chain(USER, "use"))]
     peers = []
     for identity, its_key in zip((SERVER, USER), keys, strict=True):
         assert its_key.members is not None
+        if identity is SERVER:
+            its_key.members = Members(OWNERS.swarm, OWNER.peer_id, its_key.members.chain, now)
         peers.append(MemberTransport(network.transport(identity, acceptable_now, its_key), its_key.members))
     try:
         yield peers[0], peers[1], network
@@ -327,10 +336,10 @@ async def swarm_of_three() -> AsyncIterator[tuple[MemberTransport, MemberTranspo
 @pytest.mark.asyncio
 async def test_what_one_server_knows_to_be_taken_back_all_members_learn() -> None:
     async with swarm_of_three() as (server, user, _):
-        server._members.learn(taken_back(7, EVE))
+        server.members.learn(taken_back(7, EVE))
         await server.look()
         await user.look()
-        assert user._members.signed_revocations == taken_back(7, EVE)
+        assert user.members.signed_revocations == taken_back(7, EVE)
 
 
 @pytest.mark.asyncio
@@ -343,32 +352,33 @@ async def test_a_list_outlives_the_peer_that_brought_it() -> None:
         assert await owner.hand_on() == 1
         await owner.close()
         await server.look()
-        network._table.get(revocations.key_of(OWNERS.swarm), {}).pop(OWNER.peer_id)
+        network.lose(revocations.key_of(OWNERS.swarm), OWNER.peer_id)
         await user.look()
-        assert user._members.revocations is not None
+        assert user.members.revocations is not None
 
 
 @pytest.mark.asyncio
 async def test_a_list_that_is_put_into_the_table_again_later_changes_nothing() -> None:
     async with swarm_of_three() as (server, user, _):
-        server._members.learn(taken_back(2, EVE))
-        user._members.learn(taken_back(4, EVE, INTRUDER))
+        server.members.learn(taken_back(2, EVE))
+        user.members.learn(taken_back(4, EVE, INTRUDER))
         await server.look()
         await user.look()
-        assert user._members.signed_revocations == taken_back(4, EVE, INTRUDER)
+        assert user.members.signed_revocations == taken_back(4, EVE, INTRUDER)
 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("gone", ["revoked", "expired"])
-async def test_open_streams_of_a_former_member_end(gone: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with swarm_of_three() as (server, user, _):
+async def test_open_streams_of_a_former_member_end(gone: str) -> None:
+    now = SetTime(time.time())
+    async with swarm_of_three(now) as (server, user, _):
         await server.listen("echo", echo)
         stream = await user.open(SERVER.peer_id, "echo")
         assert await said(stream) == b"hello"
         if gone == "revoked":
-            server._members.learn(taken_back(1, USER))
+            server.members.learn(taken_back(1, USER))
         else:
-            server._members._clock = lambda: LATER + 1
+            now.now = LATER + 1
         await server.look()
         with pytest.raises(PeerUnreachableError):
             await stream.receive()
@@ -378,8 +388,8 @@ async def test_open_streams_of_a_former_member_end(gone: str, monkeypatch: pytes
 async def test_a_peer_looks_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(member_transport, "PERIOD_S", 0.01)
     async with swarm_of_three() as (server, user, _):
-        server._members.learn(taken_back(1, EVE))
-        await eventually(lambda: user._members.revocations is not None, "the user learns of it")
+        server.members.learn(taken_back(1, EVE))
+        await eventually(lambda: user.members.revocations is not None, "the user learns of it")
 
 
 @pytest.mark.asyncio

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from swarmkit.net.registry import registry as registry_module
 from swarmkit.net.registry.acceptance import acceptable_now, is_acceptable
 from swarmkit.net.registry.records import MODELS_KEY, block_key, sign
 from swarmkit.net.registry.registry import Registry
@@ -24,11 +23,11 @@ class Place:
         self.network = MemoryNetwork(clock=lambda: self.now)
         self.transports: list[Any] = []
 
-    def registry(self, number: int) -> Registry:
+    def registry(self, number: int, **bounds: int) -> Registry:
         """Of server `number`; it keeps whatever it is told."""
         transport = self.network.transport(identity(number))
         self.transports.append(transport)
-        return Registry(transport, lambda: self.now)
+        return Registry(transport, lambda: self.now, **bounds)
 
 
 @pytest.fixture
@@ -161,11 +160,8 @@ def test_a_record_of_another_time_is_not_kept_now() -> None:
     assert not acceptable_now(MODELS_KEY, identity(0).peer_id, sign(announcement(0), identity(0)), NOW)
 
 
-async def test_what_is_remembered_is_bounded_whatever_is_stored(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(registry_module, "_KNOWN_RECORDS", 2)
-    client = place.registry(0)
+async def test_what_is_remembered_is_bounded_whatever_is_stored(place: Place) -> None:
+    client = place.registry(0, most_remembered=2)
     for number in range(1, 6):
         old = sign(announcement(number, expires_at=NOW - 1), identity(number))
         await put(place, number, block_key(FINGERPRINT, 2), old)
@@ -201,28 +197,22 @@ async def test_waiting_in_vain_gives_what_there_is(place: Place) -> None:
     assert view.servers(NOW) == []
 
 
-async def reader_of_a_flood() -> Registry:
-    """Of a client, in a network where 25 servers have announced themselves."""
+async def reader_of_a_flood(most_new: int) -> Registry:
+    """Of a client that reads so many new records at a look; 25 servers have announced themselves."""
     network = MemoryNetwork(clock=lambda: NOW)
     for number in range(25):
         registry = Registry(network.transport(identity(number)), clock=lambda: NOW)
         await registry.announce(announcement(number))
-    return Registry(network.transport(), clock=lambda: NOW)
+    return Registry(network.transport(), clock=lambda: NOW, most_new=most_new)
 
 
-async def test_in_a_flood_the_announcements_that_a_client_asks_for_are_read_first(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(registry_module, "_MOST_NEW_RECORDS", 1)
-    reader = await reader_of_a_flood()
+async def test_in_a_flood_the_announcements_that_a_client_asks_for_are_read_first() -> None:
+    reader = await reader_of_a_flood(most_new=1)
     first = {identity(number).peer_id for number in (3, 4)}
     assert first < set((await reader.look_up(FINGERPRINT, 6, first)).announcements)
 
 
-async def test_of_a_flood_of_records_each_look_reads_a_part_until_all_are_read(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(registry_module, "_MOST_NEW_RECORDS", 10)
-    reader = await reader_of_a_flood()
+async def test_of_a_flood_of_records_each_look_reads_a_part_until_all_are_read() -> None:
+    reader = await reader_of_a_flood(most_new=10)
     found = [len((await reader.look_up(FINGERPRINT, 6)).announcements) for _ in range(3)]
     assert found == [10, 20, 25]

@@ -153,7 +153,7 @@ async def test_the_attackers_own_session_is_as_before(server: TinyServer, attack
 async def test_a_stream_on_which_the_two_may_disagree_is_ended(
     server: TinyServer, attack: Attack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_stream, "_LINGER_S", 0.01)
+    monkeypatch.setattr(server_stream, "LINGER_S", 0.01)
     attacker = await attacker_at(server, attack)
     await attacker.send_frames(*attack.frames)
     await attacker.answer()

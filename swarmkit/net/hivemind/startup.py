@@ -19,7 +19,8 @@ from swarmkit.errors import DaemonStartError, StartCause
 
 LOOK_AFTER_S = 2.0
 """A daemon that is not ready after so long is probably waiting for peers that do not answer."""
-_TRY_S = 2.0
+TRY_S = 2.0
+"""For so long each initial peer is dialled when the cause is looked for."""
 _FEWEST_FILES = 64
 """Open files without which the daemon has none left for connections, though it starts."""
 _FORBIDDEN = (errno.EPERM, errno.EACCES)
@@ -43,7 +44,7 @@ async def try_peers(addresses: Sequence[str]) -> list[Attempt] | None:
 
     async def attempt(address: str, host: str, port: int) -> None:
         error: int | None = None
-        with anyio.move_on_after(_TRY_S):
+        with anyio.move_on_after(TRY_S):
             try:
                 _, writer = await asyncio.open_connection(host, port)
                 writer.close()

@@ -285,7 +285,10 @@ class RecordGuard:
 
 
 class HivemindTable:
-    """This peer's part of the shared table."""
+    """This peer's part of the shared table.
+
+    Attributes: node: of hivemind, which does the work.
+    """
 
     def __init__(
         self,
@@ -296,7 +299,7 @@ class HivemindTable:
         identity: Identity,
         timeout: float,
     ) -> None:
-        self._node = node
+        self.node = node
         self._contact = contact
         self._clock = clock
         self._guard = guard
@@ -352,25 +355,30 @@ class HivemindTable:
         return cls(node, guard, contact, clock, identity, timeout)
 
     @property
+    def storage(self) -> Any:
+        """The records that this peer keeps for others; see `bounded_storage`."""
+        return self._guard.storage
+
+    @property
     def is_alone(self) -> bool:
         """Whether no other peer's part of the table is known, so that a look-up would ask none."""
-        return not self._node.protocol.routing_table.uid_to_peer_id
+        return not self.node.protocol.routing_table.uid_to_peer_id
 
     async def meet(self, peer_id: str) -> bool:
         """Enter a connected peer into the routing table. Returns whether it answered."""
         p2p_peer = importlib.import_module("hivemind.p2p").PeerID.from_base58(peer_id)
-        return await self._node.protocol.call_ping(p2p_peer) is not None
+        return await self.node.protocol.call_ping(p2p_peer) is not None
 
     def some_peers(self, count: int) -> list[str]:
         """Return the ids of some peers whose part of the table is known."""
-        known = list(self._node.protocol.routing_table.peer_id_to_uid)
+        known = list(self.node.protocol.routing_table.peer_id_to_uid)
         return [str(peer) for peer in random.sample(known, min(count, len(known)))]
 
     async def explore(self) -> None:
         """Fill the routing table with the peers around this one, after it has met some."""
-        self._node.blacklist.clear()
+        self.node.blacklist.clear()
         with anyio.move_on_after(self._timeout):
-            await self._node.find_nearest_nodes([self._node.node_id])
+            await self.node.find_nearest_nodes([self.node.node_id])
 
     async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float, service: int = 0) -> int:
         """See `Transport.store`."""
@@ -383,12 +391,12 @@ class HivemindTable:
             pairs = [(key, swarm_key.seal(subkey, bytes(value), expires_at)) for key, value in pairs]
         try:
             with anyio.fail_after(self._timeout):
-                stored = await self._node.store_many(
+                stored = await self.node.store_many(
                     keys=[key for key, _ in pairs],
-                    values=[_sealed(self._identity, key, value, expires_at) for key, value in pairs],
+                    values=[sealed_record(self._identity, key, value, expires_at) for key, value in pairs],
                     expiration_time=float(expires_at),
                     subkeys=[subkey] * len(pairs),
-                    exclude_self=self._node.protocol.client_mode,  # no peer could ask a client for them
+                    exclude_self=self.node.protocol.client_mode,  # no peer could ask a client for them
                 )
         except TimeoutError:
             return 0
@@ -405,7 +413,7 @@ class HivemindTable:
             return {}
         self._guard.want(wanted)
         began = self._clock.now()
-        futures = await self._node.get_many(wanted, sufficient_expiration_time=math.inf, return_futures=True)
+        futures = await self.node.get_many(wanted, sufficient_expiration_time=math.inf, return_futures=True)
         try:
             await asyncio.wait(futures.values(), timeout=self._timeout)
         finally:
@@ -429,7 +437,7 @@ class HivemindTable:
 
     def close(self) -> None:
         """Stop; the tasks are ended by their owner (see `owning`)."""
-        self._node.is_alive = False
+        self.node.is_alive = False
 
     def _values(self, key: str, result: Any) -> dict[str, bytes]:
         if result is None or not isinstance(result.value, dict):
@@ -471,7 +479,8 @@ class _Sealed(NamedTuple):
         return cls(signature, expires_at, key, envelope[end_of_key:])
 
 
-def _sealed(identity: Identity, key: str, value: bytes, expires_at: float) -> bytes:
+def sealed_record(identity: Identity, key: str, value: bytes, expires_at: float) -> bytes:
+    """The envelope in which a record stands in the table, signed by the peer whose record it is."""
     name = key.encode()
     signature = identity.sign(_signed_part(expires_at, value))
     return _ENVELOPE.pack(_ENVELOPE_VERSION, signature, expires_at, len(name)) + name + bytes(value)

@@ -272,11 +272,11 @@ class HivemindTransport(Transport):
             try:
                 if not self._daemon.is_running or self._table is None:
                     logger.warning("the p2p daemon has ended; starting it again")
-                    await self._replace_daemon()
-                elif self._is_lost and not await self._rejoin():
+                    await self.replace_daemon()
+                elif self._is_lost and not await self.rejoin():
                     await anyio.sleep(self._contact.next_pause_s())
                     if self._holds_back and not any(map(_passes_daemon, list(self._streams))):
-                        await self._replace_daemon()
+                        await self.replace_daemon()
                 elif self._swarm_time.should_ask():
                     await self._ask_for_time()
             except (SwarmkitError, TimeoutError, OSError) as error:
@@ -287,7 +287,7 @@ class HivemindTransport(Transport):
     def _is_lost(self) -> bool:
         return self._table is not None and self._table.is_alone and self._contact.is_expected
 
-    async def _rejoin(self) -> bool:
+    async def rejoin(self) -> bool:
         """Connect to some of the peers that are known. Returns whether one of them answered."""
         assert self._table is not None
         table, met = self._table, False
@@ -302,7 +302,7 @@ class HivemindTransport(Transport):
                     if await table.meet(peer_id):
                         met = True
                     elif self._clock.now() - asked_at > _SILENT_S:
-                        await self._disconnect(peer_id)
+                        await self.disconnect(peer_id)
                 except (SwarmkitError, _DaemonRefusal, ValueError) as error:
                     self._holds_back |= "dial backoff" in str(error)
                     logger.debug("peer %s does not answer: %s", peer_id, error)
@@ -326,7 +326,7 @@ class HivemindTransport(Transport):
                 for peer_id in peers:
                     tasks.start_soon(table.meet, peer_id)
 
-    async def _replace_daemon(self) -> None:
+    async def replace_daemon(self) -> None:
         """Start another daemon under the same identity and at the same port."""
         self._is_replacing = True
         try:
@@ -341,7 +341,7 @@ class HivemindTransport(Transport):
         await self._attach(())
         for name in self._handlers:
             await self._accept_streams(name)
-        await self._rejoin()
+        await self.rejoin()
 
     async def _detach(self) -> None:
         """Give up what belongs to the present daemon; streams that bypass it go on."""
@@ -438,14 +438,14 @@ class HivemindTransport(Transport):
         except TimeoutError:
             if no_daemon is not None:
                 raise PeerUnreachableError(str(no_daemon), peer_id) from None
-            self._spawn(self._disconnect(peer_id))
+            self._spawn(self.disconnect(peer_id))
             raise PeerTimeoutError(f"peer {peer_id} did not answer within {timeout:g} s", peer_id) from None
         except ProtocolError as error:
             raise PeerUnreachableError(str(error), peer_id) from None
         except _DaemonRefusal as refusal:
             found = _unreachable(peer_id, name, str(refusal))
             if isinstance(found, PeerTimeoutError):
-                self._spawn(self._disconnect(peer_id))
+                self._spawn(self.disconnect(peer_id))
             raise found from None
 
     async def _open(self, peer_id: str, name: str, addresses: Sequence[str], timeout: float) -> Stream:
@@ -471,14 +471,14 @@ class HivemindTransport(Transport):
     async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float, service: int = 0) -> int:
         """See `Transport.store`."""
         self._check_running()
-        stored = await self._table_call(self._joined_table.store(records, expires_at, service))
+        stored = await self._table_call(self.table.store(records, expires_at, service))
         await self._refresh_addresses()
         return stored
 
     async def fetch(self, keys: Iterable[str]) -> Mapping[str, Mapping[str, bytes]]:
         """See `Transport.fetch`."""
         self._check_running()
-        return await self._table_call(self._joined_table.fetch(keys))
+        return await self._table_call(self.table.fetch(keys))
 
     def deal_with(self, lists: PeerLists) -> AbstractContextManager[None]:
         """See `Transport.deal_with`."""
@@ -505,7 +505,12 @@ class HivemindTransport(Transport):
         await self._detach()
 
     @property
-    def _joined_table(self) -> HivemindTable:
+    def table(self) -> HivemindTable:
+        """This peer's part of the shared table.
+
+        Raises:
+            NoContactError: there is none for a moment, as the daemon is being replaced.
+        """
         if self._table is None:
             raise NoContactError("this peer is just joining the swarm again; try again in a few seconds")
         return self._table
@@ -622,7 +627,7 @@ class HivemindTransport(Transport):
             )
             await self._ask(pb.Request(type=pb.Request.CONNECT, connect=connect))
 
-    async def _disconnect(self, peer_id: str) -> None:
+    async def disconnect(self, peer_id: str) -> None:
         """Have the daemon give up its connection to a peer that does not answer, so that it dials anew.
 
         A connection whose peer has another address now, or which has lost packets for long, looks alive to

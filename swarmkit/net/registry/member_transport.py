@@ -32,11 +32,14 @@ _LIFETIME_S = 600.0
 
 
 class MemberTransport(PartTransport):
-    """A peer's transport, with a task that lives until `close`."""
+    """A peer's transport, with a task that lives until `close`.
+
+    Attributes: members: what this peer knows of who belongs to its swarm.
+    """
 
     def __init__(self, transport: Transport, members: Members, clock: Clock = SYSTEM_CLOCK) -> None:
         super().__init__(transport)
-        self._members = members
+        self.members = members
         self._clock = clock
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._key = key_of(members.swarm)
@@ -67,18 +70,18 @@ class MemberTransport(PartTransport):
             found = await self._transport.fetch([self._key])
             for value in found.get(self._key, {}).values():
                 with suppress(ProtocolError):
-                    self._members.learn(value)
+                    self.members.learn(value)
             await self.hand_on()
         finally:
             for stream in list(self._streams):
-                if stream.peer_id != self.peer_id and not self._members.is_member(stream.peer_id):
+                if stream.peer_id != self.peer_id and not self.members.is_member(stream.peer_id):
                     logger.info("peer %s is no member any more; its stream ends", stream.peer_id)
                     stream.close()
 
     async def hand_on(self) -> int:
         """Keep the newest list in the table, if this peer may. Returns how many keys took it."""
-        signed = self._members.signed_revocations
-        if not signed or "serve" not in roles_in(self._members.chain):
+        signed = self.members.signed_revocations
+        if not signed or "serve" not in roles_in(self.members.chain):
             return 0
         return await self._transport.store([(self._key, signed)], self._clock.time() + _LIFETIME_S)
 

@@ -21,7 +21,7 @@ from swarmkit.net.transport.seam import Transport
 
 logger = logging.getLogger(__name__)
 
-_KNOWN_RECORDS = 8192
+_MOST_REMEMBERED = 8192
 _MOST_NEW_RECORDS = 4096
 """New records that one look reads. To verify a signature takes a tenth of a millisecond."""
 _READ_IN_A_TURN = 64
@@ -31,9 +31,23 @@ _READ_IN_A_TURN = 64
 class Registry:
     """This peer's access to the shared table. It owns no task: its users call it in loops of their own."""
 
-    def __init__(self, transport: Transport, clock: Callable[[], float] = system_date) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        clock: Callable[[], float] = system_date,
+        *,
+        most_remembered: int = _MOST_REMEMBERED,
+        most_new: int = _MOST_NEW_RECORDS,
+    ) -> None:
+        """Args:
+        clock: Unix time, seconds.
+        most_remembered: records that were verified once and are not verified again.
+        most_new: new records that one look reads.
+        """
         self._transport = transport
         self._clock = clock
+        self._most_remembered = most_remembered
+        self._most_new = most_new
         self._known: OrderedDict[bytes, Announcement] = OrderedDict()
         self._rejected = 0
         self._chance = random.Random(secrets.token_hex(8))
@@ -127,9 +141,9 @@ class Registry:
             for subkey, value in entries.items():
                 places.setdefault((subkey, value), []).append(key)
         new = [record for record in places if record[1] not in self._known and record[0] not in first]
-        if len(new) > _MOST_NEW_RECORDS:
-            logger.warning("only %d of %d new announcements are read at a time", _MOST_NEW_RECORDS, len(new))
-            drawn = set(draw(new, places.__getitem__, _MOST_NEW_RECORDS, self._chance))
+        if len(new) > self._most_new:
+            logger.warning("only %d of %d new announcements are read at a time", self._most_new, len(new))
+            drawn = set(draw(new, places.__getitem__, self._most_new, self._chance))
             for record in new:
                 if record not in drawn:
                     del places[record]
@@ -154,5 +168,5 @@ class Registry:
             # Also for a record that is well signed and yet refused, of which a peer can make any number.
             if value in self._known:
                 self._known.move_to_end(value)
-            while len(self._known) > _KNOWN_RECORDS:
+            while len(self._known) > self._most_remembered:
                 self._known.popitem(last=False)

@@ -16,9 +16,11 @@ from swarmkit.net.rpc.server_stream import ServerStream
 from swarmkit.net.transport.dialling import may_dial
 from swarmkit.net.transport.seam import Stream, Transport
 
-_DIAL_TIMEOUT_S = 3.0
+DIAL_TIMEOUT_S = 3.0
+"""For so long a peer is dialled, and so late is the answer that it was not reached."""
 _MESSAGE_TIMEOUT_S = 10.0
-_MOST_AT_A_TIME = 4
+MOST_AT_A_TIME = 4
+"""Peers that are dialled at the same time; others are told to ask elsewhere."""
 
 
 class DialBackService:
@@ -54,17 +56,17 @@ class DialBackService:
         return stream.host if stream.host and may_dial([address], self._transport.addresses) else ""
 
     async def _dial(self, host: str, port: int) -> bool:
-        if self._dialling >= _MOST_AT_A_TIME:
+        if self._dialling >= MOST_AT_A_TIME:
             raise Refusal("busy", "too many peers are being dialled back; ask another one", retry_after_s=5.0)
         self._dialling += 1
         try:
-            with anyio.move_on_after(_DIAL_TIMEOUT_S):
+            with anyio.move_on_after(DIAL_TIMEOUT_S):
                 with suppress(OSError):
                     if host:
                         _, writer = await asyncio.open_connection(host, port)
                         writer.close()
                         return True
-                await anyio.sleep(_DIAL_TIMEOUT_S)  # a failure tells nothing by its time
+                await anyio.sleep(DIAL_TIMEOUT_S)  # a failure tells nothing by its time
         finally:
             self._dialling -= 1
         return False

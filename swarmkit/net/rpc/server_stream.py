@@ -20,7 +20,8 @@ from swarmkit.net.transport.seam import Buffer, Stream
 
 logger = logging.getLogger(__name__)
 
-_LINGER_S = 1.0
+LINGER_S = 1.0
+"""For so long a peer may read why its stream ends."""
 
 
 class ServerStream(MessageStream):
@@ -156,7 +157,7 @@ class ServerStream(MessageStream):
 
     async def linger(self) -> None:
         """Let the peer read why the stream ends: closing it while the peer still sends could discard that."""
-        with anyio.move_on_after(_LINGER_S):
+        with anyio.move_on_after(LINGER_S):
             while True:
                 await self.stream.receive()
 

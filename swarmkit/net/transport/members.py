@@ -30,7 +30,7 @@ from swarmkit.net.transport.identity import VerifiedSignatures
 
 logger = logging.getLogger(__name__)
 
-_REMEMBERED = 4096
+_MOST_REMEMBERED = 4096
 
 _ANY: frozenset[Role] = frozenset()
 _OPENERS: dict[str, frozenset[Role]] = {
@@ -76,8 +76,12 @@ class Members:
         owner: str,
         chain: Chain = (),
         clock: Callable[[], float] = system_date,
+        most_remembered: int = _MOST_REMEMBERED,
     ) -> None:
-        """Args: clock: Unix time, seconds."""
+        """Args:
+        clock: Unix time, seconds.
+        most_remembered: chains that were judged once and are not judged again.
+        """
         self.swarm = swarm
         self.owner = owner
         self.chain = chain
@@ -86,12 +90,18 @@ class Members:
         self.on_news: Callable[[bytes], None] = lambda _: None
         """Called with a signed list of revocations that is newer than the one before."""
         self._clock = clock
+        self._most_remembered = most_remembered
         self._verify = VerifiedSignatures().verify
         self._known: OrderedDict[tuple[str, bytes], Chain | str] = OrderedDict()
         """Chains that peers have shown, or what is wrong with them for ever."""
         self._shown_last: OrderedDict[str, bytes] = OrderedDict()
         self._revocations: Revocations | None = None
         self._signed_revocations = b""
+
+    @property
+    def remembered(self) -> int:
+        """How many chains are remembered, which need not be judged again."""
+        return len(self._known)
 
     @property
     def revocations(self) -> Revocations | None:
@@ -139,7 +149,7 @@ class Members:
             raise NotAdmittedError(fault, peer_id)
         self._shown_last[peer_id] = shown
         self._shown_last.move_to_end(peer_id)
-        while len(self._shown_last) > _REMEMBERED:
+        while len(self._shown_last) > self._most_remembered:
             self._shown_last.popitem(last=False)
 
     def is_member(self, peer_id: str) -> bool:
@@ -177,7 +187,7 @@ class Members:
             except ProtocolError:
                 found = "it shows no certificate of this swarm"
             self._known[name] = found
-            if len(self._known) > _REMEMBERED:
+            if len(self._known) > self._most_remembered:
                 self._known.popitem(last=False)
         else:
             self._known.move_to_end(name)

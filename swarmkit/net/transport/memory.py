@@ -174,6 +174,14 @@ class MemoryNetwork:
         """How frames fare between two peers now."""
         return self._links.get(frozenset((a, b)), MemoryLink())
 
+    def lose(self, key: str, subkey: str) -> None:
+        """Those who kept a record are gone, and with them the record."""
+        self._table.get(key, {}).pop(subkey, None)
+
+    def endpoints(self, peer_id: str) -> frozenset[str]:
+        """The names of the streams that a peer serves."""
+        return frozenset(self._peer(peer_id)._handlers)
+
     def is_silent(self, a: str, b: str) -> bool:
         """Whether nothing passes between two peers because one of them hangs."""
         return a in self._hung or b in self._hung
