@@ -12,6 +12,7 @@ import copy
 import hashlib
 import inspect
 import json
+import sys
 import tempfile
 import threading
 import time
@@ -49,6 +50,7 @@ TOLERANCE = 1e-4
 """The largest difference that counts as equal, relative to the largest value. A correct cut differs by the
 rounding of float32, some 1e-6; all wrong ones seen so far differ by more than 1e-2."""
 
+_BESIDE_THE_POINT = ("_name_or_path", "transformers_version")
 _BLOCKS_AT_A_TIME = 2
 """Servers run backward passes in pieces, between which they run what is more urgent; so does a check."""
 _DECISIVE = (anatomy, cache, contiguous, full_sequences, head, loading, quirks, stage, state_history, view)
@@ -117,19 +119,29 @@ def ensure_servable(config: PreTrainedConfig) -> Verdict:
     """
     family_of(config.model_type)
     with _CHECKING:
-        tiny, key = _shrunk_once(config)
-        known = recall(key)
-        try:
-            verdict = Verdict(**known)
-        except TypeError:
-            verdict = _check(tiny)
-            remember(key, asdict(verdict))
+        # Most starts find it under the config itself, so that no small model need be made.
+        own = f"check:{_identity(config)}"
+        verdict = _recalled(own)
+        if verdict is None:
+            tiny, key = _shrunk_once(config)
+            verdict = _recalled(key)
+            if verdict is None:
+                verdict = _check(tiny)
+                remember(key, asdict(verdict))
+            remember(own, asdict(verdict))
     if not verdict.agrees:
         raise ModelError(
             f"{config.model_type!r} models cannot be served by this version: {verdict.reason}. "
             f"`swarmkit check {config.model_type}` shows it; docs/models.md lists what works."
         )
     return verdict
+
+
+def _recalled(key: str) -> Verdict | None:
+    try:
+        return Verdict(**recall(key))
+    except TypeError:  # there is none, or another version of this code wrote it
+        return None
 
 
 def _shrunk_once(config: PreTrainedConfig) -> tuple[PreTrainedConfig, str]:
@@ -165,12 +177,14 @@ def _disagrees(model_type: str, reason: str) -> Verdict:
     return Verdict(model_type, False, 0, float("inf"), float("inf"), float("inf"), reason)
 
 
-def _identity(tiny: PreTrainedConfig) -> str:
-    """Return a hash of all that a verdict depends on."""
-    digest = hashlib.sha256(json.dumps(tiny.to_dict(), sort_keys=True, default=str).encode())
-    for part in (__version__, transformers.__version__, torch.__version__, repr(family_of(tiny.model_type))):
+def _identity(config: PreTrainedConfig) -> str:
+    """Return a hash of all that the verdict on a config depends on."""
+    values = {name: value for name, value in config.to_dict().items() if name not in _BESIDE_THE_POINT}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
+    versions = (__version__, transformers.__version__, torch.__version__)
+    for part in (*versions, repr(type(config)), repr(family_of(config.model_type))):
         digest.update(f"\0{part}".encode())
-    for module in _DECISIVE:
+    for module in (*_DECISIVE, sys.modules[__name__]):
         digest.update(inspect.getsource(module).encode())
     return digest.hexdigest()[:32]
 

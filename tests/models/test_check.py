@@ -141,6 +141,21 @@ def test_a_verdict_is_found_once_and_remembered(monkeypatch: pytest.MonkeyPatch)
         ensure_servable(tiny_config("llama"))
 
 
+def test_a_verdict_on_the_same_config_is_remembered_for_other_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = ensure_servable(tiny_config("llama"))
+
+    def not_again(*args: object) -> None:
+        raise AssertionError("made small again")
+
+    monkeypatch.setattr(check, "_SHRUNK", {})  # as in another process
+    monkeypatch.setattr(check, "shrink", not_again)
+    moved = tiny_config("llama")
+    moved._name_or_path = "elsewhere"
+    assert ensure_servable(moved) == first
+
+
 def test_a_config_is_made_small_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     ensure_servable(tiny_config("llama"))
 

@@ -112,6 +112,15 @@ def test_a_file_that_has_just_changed_is_not_remembered(folder: Path) -> None:
     assert fingerprints.recall(str(shard.resolve())) is None
 
 
+def test_where_the_cache_folder_is_a_file_nothing_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setattr(fingerprints.platformdirs, "user_cache_dir", lambda name: str(tmp_path / "a file"))
+    fingerprints.remember("key", 1)
+    assert fingerprints.recall("key") is None
+
+
 def test_a_folder_without_all_shards_has_no_fingerprint(folder: Path) -> None:
     next(folder.glob("*.safetensors")).unlink()
     with pytest.raises(ModelError, match="needs all"):

@@ -7,6 +7,7 @@ user's cache folder until the file changes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -119,4 +120,5 @@ def remember(key: str, value: Any) -> None:
         scratch.replace(path)
     except OSError:
         # Only speed is lost: the file is hashed again next time.
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may be none
+            scratch.unlink(missing_ok=True)
