@@ -203,6 +203,28 @@ class PeerReplaced(_BlocksTakenOver, frozen=True):
         )
 
 
+class KeysHandedOver(Event, frozen=True):
+    """A server that leaves has brought a session's keys and values to the one that takes its place."""
+
+    peer_id: str
+    label: str
+    start: int
+    stop: int
+    to_peer_id: str
+    to_label: str
+    tokens: int
+    """Of each row."""
+    nbytes: int
+    """As the server that leaves says."""
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.label} handed blocks {self.start}:{self.stop} of the session over to {self.to_label}: "
+            f"{self.tokens} tokens, {self.nbytes / 1e6:.1f} MB in {self.seconds * 1e3:.0f} ms"
+        )
+
+
 class PeerRefused(Event, frozen=True):
     """A server works, but has no room; another one is used, or this one as soon as it has room again."""
 

@@ -502,6 +502,11 @@ class ClientSessionSettings(SettingsGroup):
         "never, where this does not change the answer, or wherever it is possible, when sampling too (the "
         "answer then differs, with the same probabilities).",
     )
+    hand_over: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Whether a server that leaves brings a session's keys and values to the server that "
+        "takes its place: where that is quicker than to compute them again, wherever it can be, or never.",
+    )
     trace_steps: int = Field(default=256, ge=1, description="How many steps `model.trace` keeps.")
 
 

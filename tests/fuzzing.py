@@ -77,7 +77,8 @@ TYPES = (
     "Open", "Opened", "RestorePrefix", "PrefixRestored", "Link", "Linked", "Attach", "Attached", "Unlinked",
     "Step", "StepDone", "GetInfo", "ServerInfo", "GetResources", "Fault", "Forward", "Backward", "Working",
     "ForwardDone", "BackwardDone", "PutAdapter", "AdapterKept", "GetFile", "FileFound", "FileChunk",
-    "GetLogits", "Logits", "Nothing",
+    "GetLogits", "Logits", "AwaitKeys", "KeysAwaited", "HandOver", "HandedOver", "BringKeys", "KeysWelcome",
+    "BroughtKeys", "GetKeysTaken", "KeysTaken", "Nothing",
 )  # fmt: skip
 
 

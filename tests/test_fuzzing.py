@@ -2,7 +2,7 @@
 
 The conversations are those of real clients and servers: of generation with beams and padded prompts, of
 prefixes that are found again, of training with LoRA, of outputs that go from server to server, of the status
-page, and of weights that are handed on.
+page, of weights that are handed on, and of keys and values that go along when a server leaves.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ import swarmkit
 from swarmkit import Server, SwarmModelForCausalLM
 from swarmkit.client.status import look_up_status
 from swarmkit.errors import PeerError
+from swarmkit.events import KeysHandedOver
 from swarmkit.local.swarm import over_memory
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.checkpoint.store import BlockStore
 from swarmkit.models.head.head import load_local
 from swarmkit.net import portal
+from swarmkit.net.protocol.handover_messages import HANDOVER, AwaitKeys, KeysAwaited
 from swarmkit.net.protocol.messages import SESSION, GetResources, Open, Opened, Resources
 from swarmkit.net.protocol.weights_messages import WEIGHTS
 from swarmkit.net.registry.offers import WeightsOffer
@@ -44,7 +46,7 @@ from swarmkit.server.weights.service import WeightsService, WeightsSettings
 from swarmkit.server.weights.transfer import receive_file
 from swarmkit.settings import ClientSettings, ServerSettings
 
-from .client.answers import answer, prompt
+from .client.answers import answer, at, prompt
 from .fuzzing import Conversation, Mutator, put_together, taken_apart, tapped
 from .models.tiny import make_checkpoint
 from .models.tuned import randomise
@@ -69,7 +71,7 @@ ENDPOINTS = {protocol.name for protocol in PROTOCOLS}
 DEEP = {
     "Opened", "StepDone", "PrefixRestored", "not_linked", "Attached", "ForwardDone", "BackwardDone",
     "AdapterKept", "FileFound", "FileChunk", "ServerInfo", "Resources", "DialedBack", "Logits",
-    "bad_message", "illegal_message", "out_of_order", "not_finite",
+    "KeysAwaited", "KeysWelcome", "KeysTaken", "bad_message", "illegal_message", "out_of_order", "not_finite",
 }  # fmt: skip
 """What servers answer where mutations get past the first checks."""
 
@@ -81,6 +83,8 @@ class Target:
         self.checkpoint = checkpoint
         self.network = MemoryNetwork()
         self.tape: list[Conversation] = []
+        self.handed_tokens = 0
+        """That the session held whose keys and values were handed over."""
         self.transport = tapped(over_memory(self.network), self.tape)
         self.lease = owned.enter_context(portal.lease())
         # Nothing is dialled, because peers in memory have no address, and the answer need not come late.
@@ -130,7 +134,34 @@ class Target:
             tuned(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
             tuned.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False)
             self.lease.call(self._ask_around, folder)
-        return [one for one in self.tape if one.frames]
+            spare = self._hand_over_and_back(owned)
+        return [one for one in self.tape if one.frames and one.peer_id != spare]
+
+    def _hand_over_and_back(self, owned: ExitStack) -> str:
+        """Have a session's keys and values go to a third server and back; returns its peer id."""
+        spare = Server(self.checkpoint, blocks=(0, 2), transport=self.transport, settings=SERVER)
+        owned.callback(spare.stop, 0.0)
+        spare.start()
+
+        def leave() -> None:
+            in_use = model.connection.client.trace[-1].hops[0].peer_id
+            for server in (self.servers[0], spare):
+                assert server.serving is not None
+                server.serving.sessions.leaving = server.peer_id == in_use
+
+        handed: list[KeysHandedOver] = []
+        for _ in range(20):  # this swarm's servers reach each other at once, or not at all
+            model = self.client(self.transport, owned, CLIENT.replace(hand_over="always"))
+            answer(model, *prompt(7), new_tokens=9, logits_processor=at({1: leave, 5: leave}))
+            handed = [event for event in model.events if isinstance(event, KeysHandedOver)]
+            if {event.peer_id for event in handed} == {self.servers[0].peer_id, spare.peer_id}:
+                break
+        serving = self.servers[0].serving
+        assert serving is not None
+        serving.sessions.leaving = False
+        back = next(event for event in handed if event.peer_id == spare.peer_id)
+        self.handed_tokens = back.tokens
+        return spare.peer_id
 
     async def _ask_around(self, folder: Path) -> None:
         asking = await self.transport(Identity(), lambda *_: True)
@@ -217,6 +248,8 @@ class Attacker:
             "push" in conversation.name and conversation.peer_id != self._target.holder.peer_id
         ):  # the real conversation's session has ended: into one's own
             frames = await self._into_own_session(transport, conversation)
+        if "handover" in conversation.name:
+            frames = await self._with_own_ticket(transport, conversation)
         stream = await transport.open(conversation.peer_id, conversation.name)
         heard = Heard(is_due=self._mutator.waits())
         async with anyio.create_task_group() as tasks:
@@ -242,6 +275,25 @@ class Attacker:
             header, payload = taken_apart(frame) or ({}, b"")
             known = header.get("type") == "Attach" and isinstance(header.get("inlet"), str)
             frames.append(put_together({**header, "inlet": opened.inlet}, payload) if known else frame)
+        return frames
+
+    async def _with_own_ticket(self, transport: Any, conversation: Conversation) -> list[bytes]:
+        """The same, where keys and values are brought into a session of the attacker's own."""
+        server = next(s for s in self._target.servers if s.peer_id == conversation.peer_id)
+        session = await connect(transport, SESSION, server.peer_id, max_payload_bytes=2**24)
+        opened = await session.ask(Open(self._target.checkpoint.fingerprint, *server.blocks, 128), Opened)
+        ticket = ""
+        frames = []
+        for frame in conversation.frames:
+            header, payload = taken_apart(frame) or ({}, b"")
+            if header.get("type") == "BringKeys" and isinstance(header.get("ticket"), str) and not ticket:
+                awaiting = await connect(transport, HANDOVER, server.peer_id)
+                ask = AwaitKeys(opened.inlet, 1, self._target.handed_tokens, transport.peer_id)
+                ticket = (await awaiting.ask(ask, KeysAwaited)).ticket
+                frame = put_together({**header, "ticket": ticket}, payload)
+            elif header.get("type") == "AwaitKeys" and isinstance(header.get("session"), str):
+                frame = put_together({**header, "session": opened.inlet}, payload)
+            frames.append(frame)
         return frames
 
     async def _listen(self, stream: Any, conversation: Conversation, heard: Heard) -> None:

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from swarmkit.events import (
     Event,
+    KeysHandedOver,
     PeerLost,
     PeerRefused,
     PeerReplaced,
@@ -100,6 +101,7 @@ class ApiMetrics:
         self._changes.labels(_kind(event)).inc()
         self._replayed.inc(event.replayed_tokens)
 
+    @_count.register(KeysHandedOver)
     @_count.register(PeerLost)
     @_count.register(PeerRefused)
     @_count.register(RoutePlanned)

@@ -514,7 +514,8 @@ class ModelServer:
             found = vitals.news()
             self.rate = found["throughput"]
             head_ms = 0.0 if serving.head is None else serving.head.row_ms
-            return {**found, "free_cache_tokens": serving.sessions.free_cache_tokens, "head_ms": head_ms}
+            free, kv_bytes = serving.sessions.free_cache_tokens, serving.handover.kv_bytes
+            return {**found, "free_cache_tokens": free, "head_ms": head_ms, "kv_bytes": kv_bytes}
 
         await announcer.announce(**news(), adapters=serving.hosted)
         name, addresses = self.config.checkpoint.name, tuple(self._transport.addresses)

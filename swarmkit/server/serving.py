@@ -17,6 +17,7 @@ from swarmkit.models.execution.stage import Stage
 from swarmkit.models.plan import cache_cost
 from swarmkit.net.protocol.adapter_messages import ADAPTER
 from swarmkit.net.protocol.gradient_messages import GRADIENT
+from swarmkit.net.protocol.handover_messages import HANDOVER
 from swarmkit.net.protocol.logits_messages import LOGITS
 from swarmkit.net.protocol.messages import PUSH, SESSION, printable
 from swarmkit.net.protocol.protocol import Protocol
@@ -29,6 +30,7 @@ from swarmkit.server.cache.kv_budget import KVBudget
 from swarmkit.server.engine.engine import Engine
 from swarmkit.server.head.service import HeadService
 from swarmkit.server.quota import ClientQuota
+from swarmkit.server.sessions.handover import HandoverService
 from swarmkit.server.sessions.links import Links
 from swarmkit.server.sessions.service import BlockService
 from swarmkit.server.training.service import GradientService
@@ -41,7 +43,7 @@ class Serving:
 
     Attributes:
         service: the number of the service at this peer; the names of its endpoints contain it.
-        sessions, gradients, adapters: what answers the requests of each kind.
+        sessions, handover, gradients, adapters: what answers the requests of each kind.
         engine: computes what they ask for.
     """
 
@@ -77,10 +79,11 @@ class Serving:
         self.stage = stage
         self.engine = engine
         self.service = service
+        kv_bytes = cache_cost(checkpoint, stage.dtype).token_bytes
         self.sessions = BlockService(
             stage,
             fingerprint,
-            cache_cost(checkpoint, stage.dtype).token_bytes,
+            kv_bytes,
             engine,
             settings,
             links,
@@ -88,6 +91,7 @@ class Serving:
             receive_budget=receive_budget,
             quota=quota,
         )
+        self.handover = HandoverService(stage, self.sessions, kv_bytes, engine, settings, links)
         for digest, label, adapter in hosted:
             self.sessions.adapters.host(digest, label, adapter)
         store = self.sessions.adapters
@@ -131,6 +135,7 @@ class Serving:
         handlers: list[tuple[Protocol, Handler]] = [
             (ADAPTER, self.adapters.serve),
             (PUSH, self.sessions.serve_pushes),
+            (HANDOVER, self.handover.serve),
             (GRADIENT, self.gradients.serve),
             (SESSION, self.sessions.serve),
         ]

@@ -16,6 +16,7 @@ from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.stage import Stage
 from swarmkit.models.plan import cache_cost
 from swarmkit.net.protocol import codec
+from swarmkit.net.protocol.handover_messages import HANDOVER
 from swarmkit.net.protocol.messages import (
     PUSH,
     SESSION,
@@ -34,6 +35,7 @@ from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.net.transport.seam import Transport
 from swarmkit.server.engine.engine import Engine
 from swarmkit.server.quota import ClientQuota
+from swarmkit.server.sessions.handover import HandoverService
 from swarmkit.server.sessions.links import Links
 from swarmkit.server.sessions.service import BlockService
 from swarmkit.settings import ServerSettings
@@ -95,14 +97,18 @@ class TinyServer:
         self.engine = engine or Engine("test")
         self.settings = settings = settings or small_settings()
         self.quota = ClientQuota(self.engine.clock.now, settings.limits.client_tokens_per_minute)
+        links = Links(lambda: self.transport, self._find, 0.5, 1.0) if hands_on else None
         self.service = BlockService(
             world.stage,
             world.checkpoint.fingerprint,
             world.kv_bytes,
             self.engine,
             settings,
-            Links(lambda: self.transport, self._find, 0.5, 1.0) if hands_on else None,
+            links,
             quota=self.quota,
+        )
+        self.handover = HandoverService(
+            world.stage, self.service, world.kv_bytes, self.engine, settings, links
         )
         self.network = network or MemoryNetwork()
         self.transports: list[Transport] = []
@@ -112,6 +118,7 @@ class TinyServer:
         self.transport = transport or await self.join()
         await listen(self.transport, SESSION, self.service.serve)
         await listen(self.transport, PUSH, self.service.serve_pushes)
+        await listen(self.transport, HANDOVER, self.handover.serve)
         return self
 
     async def _find(self, link: Link, block: int) -> Sequence[str]:

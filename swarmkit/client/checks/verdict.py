@@ -17,16 +17,21 @@ class Standing:
     Attributes:
         own_from: the position from which on they are this server's, and not those of one before it.
         pushed_by: the peer that pushes it its inputs, or was asked to; empty where the client sends them.
+        keys_from: the server, by service id, that brought it keys and values; empty where it computed all of
+            them itself.
         is_doubted: whether it computed something else than another server, perhaps from other inputs.
     """
 
     own_from: int = 0
     pushed_by: str = ""
+    keys_from: str = ""
     is_doubted: bool = False
 
     def crop(self, tokens: int) -> None:
         """The outputs from position `tokens` on will be new ones."""
         self.own_from = min(self.own_from, tokens)
+        if not tokens:
+            self.keys_from = ""
 
 
 def witnesses(

@@ -7,7 +7,8 @@ decides, and the one that is alone is left aside.
 
 A stage that was pushed its inputs by the server before it may have got others than that server showed to the
 client. So such a stage is not blamed: it gets its inputs from the client from then on, which makes the next
-check decide.
+check decide. The same holds for a stage whose keys and values another server has brought: they are computed
+anew.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class _Sample:
     stage: StageReplica
     before: Hop | None
     """The server that pushed the stage its inputs, if one did."""
+    may_be_misled: bool
+    """Whether another server may be the cause of what the stage computed."""
     inputs: _Kept
     outputs: _Kept
     codec: CodecName
@@ -104,6 +107,7 @@ def offer_check(
     sample = _Sample(
         stage,
         pushed_by,
+        pushed_by is not None or bool(stage.standing.keys_from),
         _Kept(stage.history, 0, step.end),
         _Kept(behind, low - offset, step.end - offset),
         behind.codec,
@@ -136,11 +140,11 @@ async def _check(swarm: SwarmClient, sample: _Sample) -> None:
         firsts = await _apart(sample, first, third, given, judge, inputs)
         seconds = await _apart(sample, second, third, output, judge, inputs)
         wrong = {"first": first, "second": second, None: None}[loser(firsts, seconds)]
-    if wrong is first and sample.before is not None:
+    if sample.may_be_misled and wrong in (None, first):
+        # Perhaps it was pushed other inputs than the client was shown, or was brought other keys and values.
         wrong = None
-    if wrong is None and sample.before is not None:
-        # Perhaps it was pushed other inputs than the client was shown.
-        swarm.cannot_link(sample.before.server, first.server)
+        if sample.before is not None:
+            swarm.cannot_link(sample.before.server, first.server)
         sample.stage.standing.is_doubted = True
     found = Comparison(first, second, (given, output), inputs)
     if wrong is not None:

@@ -15,6 +15,7 @@ from swarmkit.client.adapters.model_adapters import ClientAdapter, ServerAdapter
 from swarmkit.client.routing.route import Hop
 from swarmkit.client.routing.step_failures import StepFailures
 from swarmkit.client.session.familiar_route import familiar_route
+from swarmkit.client.session.handover import handed_over
 from swarmkit.client.session.history import NoHistory
 from swarmkit.client.session.replica import Predecessor, StageReplica
 from swarmkit.client.swarm.client import SwarmClient
@@ -42,6 +43,8 @@ class _Loss:
     hop: Hop
     at: float
     busy: bool = False
+    handed_over: bool = False
+    """Whether what it held was brought to the server that took its place."""
 
 
 @dataclass
@@ -151,15 +154,20 @@ class SessionRoute:
             self._swarm.events.emit(
                 RoutePlanned(tuple(map(str, hops)), time=self._swarm.clock.time(), owner=self._owner)
             )
+        if self._swarm.bans.convicted:
+            for stage in self.stages:
+                stage.standing.is_doubted |= self._swarm.bans.is_convicted(stage.standing.keys_from)
         for stage in [stage for stage in self.stages if stage.leaving or stage.standing.is_doubted]:
             if stage.leaving:
-                self._move_away(stage, changes)
+                await self._leave(stage, changes)
             else:
                 self._splice(self.stages.index(stage), [stage.hop])
                 stage.drop()
         if self._swarm.bans.convicted:
             for stage in [stage for stage in self.stages if self._is_convicted(stage)]:
-                self._move_away(stage, changes, "its outputs are wrong")
+                if hops := self._others(stage, changes):
+                    self._lose(stage, changes, "its outputs are wrong")
+                    self._splice(self.stages.index(stage), hops)
         if self._swarm.settings.transfer.push and len(self.stages) > 1 and not self._is_linked():
             await self._link(changes)
 
@@ -207,20 +215,50 @@ class SessionRoute:
     def _is_convicted(self, stage: StageReplica) -> bool:
         return self._swarm.bans.is_convicted(stage.hop.server.service_id)
 
-    def _move_away(self, stage: StageReplica, changes: RouteChanges, why: str = "is leaving") -> None:
-        """Route a server's blocks anew if others hold them; else stay, and look around meanwhile."""
+    def _others(self, stage: StageReplica, changes: RouteChanges) -> list[Hop]:
+        """Servers that can take a server's place at once; none if it must stay, while this looks around."""
         hop, swarm = stage.hop, self._swarm
         leaving = frozenset(other.hop.server.service_id for other in self.stages if other.leaving)
         try:
             hops = swarm.plan(hop.start, hop.stop, leaving, changes.size, changes.hosted_adapter)
         except NoRouteError:
+            hops = []
+        if not hops or not all(map(swarm.may_use, hops)):
             swarm.look_soon()
+            return []
+        return hops
+
+    async def _leave(self, stage: StageReplica, changes: RouteChanges) -> None:
+        """Move away from a server that leaves, if others hold its blocks; what it holds goes along, or is
+        replayed.
+        """
+        hops = self._others(stage, changes)
+        if not hops:
             return
-        if not all(map(swarm.may_use, hops)):
-            swarm.look_soon()
-            return
-        self._lose(stage, changes, why)
-        self._splice(self.stages.index(stage), hops)
+        swarm, since = self._swarm, self._swarm.clock.now()
+        new: StageReplica | None = None
+        failure: PeerError | None = None
+        if len(hops) == 1:
+            held = changes.hidden.shape[0], changes.position, self.max_length
+            try:
+                new = await handed_over(swarm, stage, hops[0], self.adapter, *held, self._owner)
+            except PeerError as error:
+                failure = error
+            if self.is_closed and new is not None:
+                new.drop()
+            self.check_open()
+        if new is None and changes.position and not swarm.settings.sessions.recovery:
+            return  # it can only go on where it is
+        self._lose(stage, changes, "is leaving")
+        changes.losses[-1].at = since
+        index = self.stages.index(stage)
+        if new is None:
+            self._splice(index, hops)
+            if failure is not None:
+                await self.replace(index, failure, changes, swarm.clock.now() - since)
+        else:
+            changes.losses[-1].handed_over = changes.mixed = True
+            self.stages[index] = new
 
     # ------------------------------------------------------------------ in the course of a step
 
@@ -315,7 +353,7 @@ class SessionRoute:
                     lost.server.label,
                     tuple(hop.server.peer_id for hop in covering),
                     tuple(str(hop) for hop in covering),
-                    changes.position,
+                    0 if loss.handed_over else changes.position,
                     (now - loss.at) * 1e3,
                     time=self._swarm.clock.time(),
                     owner=self._owner,

@@ -27,7 +27,7 @@ from transformers.cache_utils import (
 from swarmkit.errors import UsageError
 from swarmkit.models.adapters.adapter import Adapter
 from swarmkit.models.kv.contiguous import ContiguousRows, empty_layers
-from swarmkit.models.kv.layout import KVLayout
+from swarmkit.models.kv.layout import KeysAndValues, KVLayout
 from swarmkit.models.kv.page_table import PAGE_TOKENS as PAGE_TOKENS
 from swarmkit.models.kv.page_table import pages_for
 from swarmkit.models.kv.paged_rows import PagedRows
@@ -174,6 +174,26 @@ class StageCache(DynamicCache):
         for layer, (keys, values) in zip(self.blocks, states, strict=True):
             layer.update(keys, values)
         self._hold(1, self.tokens + states[0][0].shape[-2])
+
+    # Keys and values that another server has computed for the same session.
+
+    @torch.inference_mode()
+    def states(self, block: int, low: int, high: int) -> KeysAndValues:
+        """Keys and values [rows, heads, high - low, dim] of tokens [low, high) in a block, where they lie.
+
+        Args: block: counted from `start`. Only while `has_pages`.
+        """
+        layer = self.blocks[block]
+        return layer.keys[..., low:high, :], layer.values[..., low:high, :]
+
+    def hold_rooms(self, rooms: Sequence[KeysAndValues], rows: int, tokens: int) -> None:
+        """Forget everything, and hold the first `tokens` tokens of these rooms.
+
+        Args: rooms: of each block, [rows, heads, tokens of whole pages, dim].
+        """
+        self.clear()
+        self._use(ContiguousRows.of(rooms, rows, tokens))
+        self._hold(rows, tokens)
 
     def acquire_slot(self, slots: StaticSlots) -> StaticSlot | None:
         """Move to a static slot, if this session can and one is free. Nothing else changes.

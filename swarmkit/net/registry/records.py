@@ -18,6 +18,7 @@ from swarmkit.net.protocol.messages import (
     Addresses,
     Age,
     BlockIndex,
+    Count,
     Fingerprint,
     Millis,
     Seconds,
@@ -78,6 +79,8 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True):
         dtype: what it computes in.
         adapters: those that it hosts.
         head_ms: how long it takes to compute the output layer of one token for a client; 0 = it does not.
+        kv_bytes: of keys and values of one token in one block, which it takes from a server that leaves, and
+            hands over when it leaves itself; 0 = it does not.
         sequence: grows with every announcement of a service; the greatest one counts.
         protocols: the oldest and the newest protocol version that it speaks.
         expires_at: Unix time, seconds.
@@ -106,6 +109,7 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True):
     expected_wait_s: Seconds = 0.0
     links: Annotated[tuple[MeasuredLink, ...], msgspec.Meta(max_length=MAX_LINKS)] = ()
     head_ms: Millis = 0.0
+    kv_bytes: Count = 0
     sequence: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     expires_at: float
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import NoReturn
 
 import anyio
+import msgspec
 
 from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.errors import PeerError, SwarmkitError
 from swarmkit.net.protocol.messages import PUSH, Attach, Attached, Link
+from swarmkit.net.protocol.protocol import Protocol
 from swarmkit.net.registry.records import Announcement
 from swarmkit.net.registry.registry import Registry
 from swarmkit.net.rpc.client_stream import ClientStream
@@ -121,11 +123,34 @@ class Links:
             NotLinkedError: the next server cannot be reached, for whatever reason; raised when the time for
                 it is over.
         """
+        stream = await self.reach(link, (block,), client, PUSH, Attach(link.inlet), Attached)
+        return Downstream(stream, self._message_timeout)
+
+    async def reach(
+        self,
+        link: Link,
+        blocks: Iterable[int],
+        client: str,
+        protocol: Protocol,
+        greeting: msgspec.Struct,
+        welcome: type[msgspec.Struct],
+    ) -> ClientStream:
+        """Open a stream to a server that a client names, and say something on it.
+
+        Args:
+            blocks: which it must have announced.
+            client: the peer that asks for it.
+            welcome: the kind of answer to the greeting.
+
+        Raises:
+            NotLinkedError: as `make` does.
+        """
         began = self._now()
         with suppress(SwarmkitError, TimeoutError), anyio.fail_after(self._link_timeout):
-            if addresses := await self._find(link, block):
+            found = [await self._find(link, block) for block in blocks]
+            if all(found):
                 async with self._turn(client), self._dials:
-                    return await self._attach(link, addresses)
+                    return await self._greet(link, found[0], protocol, greeting, welcome)
         await self._fail(began)
 
     @asynccontextmanager
@@ -140,20 +165,27 @@ class Links:
             if unused and self._of_clients.get(client) is turn:
                 del self._of_clients[client]
 
-    async def _attach(self, link: Link, addresses: Sequence[str]) -> Downstream:
-        name = endpoint_of(PUSH.endpoint, link.service)
+    async def _greet(
+        self,
+        link: Link,
+        addresses: Sequence[str],
+        protocol: Protocol,
+        greeting: msgspec.Struct,
+        welcome: type[msgspec.Struct],
+    ) -> ClientStream:
+        name = endpoint_of(protocol.endpoint, link.service)
         transport = self._transport()
         stream = ClientStream(
-            await transport.open(link.peer_id, name, addresses, self._link_timeout), PUSH, clock=self._now
+            await transport.open(link.peer_id, name, addresses, self._link_timeout), protocol, clock=self._now
         )
         try:
             asked_at = self._now()
-            await stream.ask(Attach(link.inlet), Attached)
+            await stream.ask(greeting, welcome)
             self._times.note(service_id(link.peer_id, link.service), self._now() - asked_at)
         except BaseException:
             stream.close()
             raise
-        return Downstream(stream, self._message_timeout)
+        return stream
 
     async def _fail(self, began: float) -> NoReturn:
         await anyio.sleep(max(0.0, began + self._link_timeout - self._now()))
