@@ -9,10 +9,12 @@ BROWSER := $(VENV)/.ready-browser
 # Three workers keep two cores busy while tests wait for processes and sockets. One thread each: tiny models gain
 # nothing from more. A worker takes file after file; `tests/conftest.py` says which files come first.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Those that every change is tested with; `make test-all` has agents, evaluations and coding programs, too.
+CLIENTS := npm or litellm or langchain or llm or version_before
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all browser desktop front-ends notebooks check settings pictures bench wheel installers clean
+.PHONY: help demo test test-all clients browser desktop front-ends notebooks check settings pictures bench wheel installers clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +44,10 @@ test: $(DEV) ## the tests; under 10 minutes on 2 cores
 
 test-all: $(LIBRARIES) ## the slow tests and the notebooks too
 	@$(PYTEST)
+
+clients: $(DEV) ## the HTTP API under client libraries from PyPI and npm; about 2 minutes
+	@$(PIP) -q -e '.[dev,client-libraries]'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/api/test_npm_clients.py tests/api/test_clients.py -k "$(CLIENTS)"
 
 $(BROWSER): $(DEV)
 	@echo "Installing what the tests in a browser need …"

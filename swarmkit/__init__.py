@@ -5,9 +5,11 @@ The public names load on first use, so that `import swarmkit` is quick.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from swarmkit._version import __version__
+from swarmkit.client import viewing
 from swarmkit.lazy import lazy_names
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ __all__ = [
     "get_peft_model",
     "load_adapter",
 ]
+
+viewing.offer(lambda: import_module("swarmkit.notebook.answer").generate_shown)
 
 __getattr__ = lazy_names(__name__, _HOMES)
 

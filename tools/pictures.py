@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,15 @@ from swarmkit.drawing.pipeline import pipeline_svg
 from swarmkit.drawing.pipeline_log import PipelineLog
 from swarmkit.drawing.svg import on_card
 from swarmkit.drawing.timeline import timeline_svg
+from swarmkit.drawing.training import training_svg
+from swarmkit.drawing.values import TrainingPicture
+from swarmkit.events import MicroBatchFinished
 from swarmkit.net.emulation.link_schedule import EmulatedLink
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 
 _QUESTION = "Tell me a story about a fox."
+_TRAINING_STEPS = 40
 _FRAMES = 45
 _FRAME_MS = 150
 _WIDTH, _HEIGHT = 1200, 800
@@ -31,6 +36,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with LocalSwarm("tiny-chat", num_stages=2, replicas=2) as swarm:
         draw(swarm)
+    with LocalSwarm("tiny-chat", num_stages=2, replicas=2) as swarm:
+        train(swarm)
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
         print("no Chromium here: the playground's pictures stay as they are")
@@ -63,6 +70,36 @@ def draw(swarm: LocalSwarm) -> None:
     (IMAGES / "pipeline.svg").write_text(on_card(pipeline_svg(shown)) + "\n")
     (IMAGES / "timeline.svg").write_text(on_card(timeline_svg(log.steps()[-16:])) + "\n")
     print("wrote pipeline.svg and timeline.svg")
+
+
+def train(swarm: LocalSwarm) -> None:
+    """Draw a training: eight vectors before a question learn to be answered with one word."""
+    model, tokenizer = swarm.model(), swarm.tokenizer()
+    words = model.get_input_embeddings()
+    question = tokenizer("What colour has the sky?", return_tensors="pt")["input_ids"]
+    answer = tokenizer(" blue", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    prompt = torch.nn.Parameter(torch.randn(1, 8, model.config.hidden_size) * 0.02)
+    optimizer = torch.optim.Adam([prompt], lr=0.05)
+    ids = torch.cat([question, answer], dim=1).expand(4, -1)
+    labels = torch.full((4, 8 + ids.shape[1]), -100)
+    labels[:, -answer.shape[1] :] = answer
+    losses, shares, lost = [], Counter[str](), 0
+    with model.subscribe(4096, MicroBatchFinished) as events:
+        for step in range(_TRAINING_STEPS):
+            if step == _TRAINING_STEPS // 2:
+                next(server for server in swarm.servers if server.alive).kill()
+            embeddings = torch.cat([prompt.expand(4, -1, -1), words(ids).detach()], dim=1)
+            loss = model(inputs_embeds=embeddings, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+            done = [event for event in events.pending() if isinstance(event, MicroBatchFinished)]
+            shares.update(label for event in done for label in event.route)
+            lost += sum(event.lost for event in done)
+    shown = TrainingPicture(losses, shares=dict(shares), lost=lost)
+    (IMAGES / "training.svg").write_text(on_card(training_svg(shown)) + "\n")
+    print("wrote training.svg")
 
 
 def photograph(swarm: LocalSwarm, chromium: str) -> None:

@@ -17,12 +17,13 @@ import torch
 from transformers import LogitsProcessor
 from transformers.generation import BaseStreamer
 
-from swarmkit.api.chances import ChanceRecorder, prompt_records
+from swarmkit.api.chances import prompt_records
 from swarmkit.api.refusals import ApiError
-from swarmkit.api.rows import AnswerEnd, AnswerPiece, AnswerRow, TokenRecord
+from swarmkit.api.rows import AnswerEnd, AnswerPiece, AnswerRow
 from swarmkit.api.sampling import Sampling, config_for, processors_for
 from swarmkit.client.answer_thread import AnswerThread, StopSignal
 from swarmkit.client.speculation.assistants import Speculation
+from swarmkit.client.token_chances import ChanceRecorder, TokenRecord
 from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.events import Owner
 

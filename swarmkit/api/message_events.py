@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from swarmkit.api.rows import AnswerEnd, AnswerPiece, TokenRecord
+from swarmkit.api.rows import AnswerEnd, AnswerPiece
 from swarmkit.api.tool_format import AnswerFormat
+from swarmkit.client.token_chances import TokenRecord
 
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 

@@ -7,31 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from swarmkit.api.row_text import GrowingText, StopStrings
+from swarmkit.api.row_text import StopStrings
+from swarmkit.client.growing_text import GrowingText
+from swarmkit.client.token_chances import TokenRecord
 
 EndReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class TokenChance:
-    """A token, and the logarithm of its probability (before temperature, bias and the like)."""
-
-    token: int
-    text: str
-    logprob: float
-
-
-@dataclass(frozen=True)
-class TokenRecord:
-    """A token of the answer with the likeliest ones in its place, likeliest first.
-
-    Attributes:
-        offset: where its text begins, in characters of the answer.
-    """
-
-    chosen: TokenChance
-    likeliest: tuple[TokenChance, ...]
-    offset: int = 0
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from swarmkit.client import viewing
 from swarmkit.client.adapters.mixin import AdapterMixin
 from swarmkit.client.adapters.model_adapters import ModelAdapters
 from swarmkit.client.adapters.peft_config import refuse_prefixes
@@ -275,6 +276,7 @@ class SwarmModelForCausalLM(SwarmModel):
         inputs: torch.Tensor | None = None,
         *args: Any,
         speculation: Speculation | None = None,
+        view: Any = False,
         **kwargs: Any,
     ) -> Any:
         """`transformers`' own `generate()`, over a session.
@@ -288,6 +290,9 @@ class SwarmModelForCausalLM(SwarmModel):
                 where tokens are sampled. `"off"`: never, and `assistant_model=` or
                 `prompt_lookup_num_tokens=` do what they do in transformers; otherwise these say where draft
                 tokens come from, and how many there are at most. As in `ClientSettings` if not given.
+            view: in a notebook, show the way through the swarm and the text while it comes: True, or the
+                `PipelineView` that is to show it. An interrupt then ends the answer, and what came until
+                then is returned.
 
         Where the answer would become longer than the session can hold, it ends there, with a warning.
 
@@ -300,6 +305,9 @@ class SwarmModelForCausalLM(SwarmModel):
         if session is not None and not session.is_whole:
             raise UsageError("a session over some blocks has step() only; generate() needs model.session()")
         kwargs = named_arguments(args, kwargs)
+        if view:
+            own = {"inputs": inputs, "speculation": speculation, "session": session}
+            return viewing.show(self, kwargs | own, view)
         name = self._name_cache(kwargs)
         tokens = inputs if inputs is not None else kwargs.get("input_ids")
         if session is not None and tokens is None and kwargs.get("inputs_embeds") is None:

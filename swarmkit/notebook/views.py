@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from swarmkit.client.pictures import server_pictures
+from swarmkit.client.token_chances import ChanceRecorder
 from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.drawing.loss_curve import LossCurve
 from swarmkit.drawing.pipeline import pipeline_rows, pipeline_svg, pipeline_text
 from swarmkit.drawing.pipeline_log import PipelineLog
 from swarmkit.drawing.swarm import least_covered, swarm_rows, swarm_svg, swarm_text
 from swarmkit.drawing.timeline import timeline_rows, timeline_svg, timeline_text
+from swarmkit.drawing.tokens import tokens_html
 from swarmkit.drawing.training import training_rows, training_svg, training_text
 from swarmkit.drawing.values import ServerPicture, TrainingPicture
-from swarmkit.errors import UsageError
+from swarmkit.errors import ModelError, UsageError
 from swarmkit.events import (
     Event,
     EventStream,
@@ -33,6 +35,7 @@ from swarmkit.events import (
 )
 from swarmkit.local.swarm import LocalSwarm
 from swarmkit.notebook.feed import Feed
+from swarmkit.notebook.token_tail import TokenTail
 from swarmkit.notebook.widget import Button, LiveDrawing
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from swarmkit.client.session.session import Session
 
 _CAPACITY = 4096
+_LIKELIEST = 5
 _TOKEN_LAP_S = 1.2
 """How long the moving token takes from the client to the last server, while steps run."""
 
@@ -121,10 +125,15 @@ class PipelineView(_View):
         view = PipelineView(model, swarm=swarm)     # with buttons that kill, stop and add servers
         view
 
+    The text of an answer that the view is told of, as by `model.generate(…, view=view)`, stands below the
+    drawing. Each of the last 200 tokens tells its time at every server; slow ones stand on amber or red.
+
     Args:
         model: whose events are followed.
         swarm: the local swarm of its servers, if it is one: the view then has buttons for them.
         session: follow this session only; the one whose step came last if not given.
+        chances: tell the probability of each token, too, with the five likeliest in its place, and colour by
+            it. All logits of each token are computed then, and no tokens are drafted ahead.
     """
 
     def __init__(
@@ -133,8 +142,14 @@ class PipelineView(_View):
         swarm: LocalSwarm | None = None,
         session: Session | None = None,
         clock: Clock = SYSTEM_CLOCK,
+        *,
+        chances: bool = False,
     ) -> None:
         self._log = PipelineLog()
+        self._tail: TokenTail | None = None
+        self._chances = chances
+        self._model = weakref.ref(model)
+        self._tokenizer: Any = None
         self._session = session
         self._swarm = swarm
         self._buttons = _ServerButtons(swarm) if swarm is not None else None
@@ -142,6 +157,33 @@ class PipelineView(_View):
         super().__init__(model, model.subscribe(_CAPACITY), clock)
         if self._buttons is not None:
             self._buttons.attach(self)
+
+    def follow_tokens(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options of a call of `generate()` with which the view shows the text of its answer.
+
+        Where there are several answers at a time, only their way through the swarm is shown.
+        """
+        model = self._model()
+        if model is None or not _is_one_answer(model, options):
+            return options
+        if self._tokenizer is None:
+            try:
+                self._tokenizer = model.tokenizer()
+            except ModelError:  # the checkpoint has none
+                return options
+        tokenizer = self._tokenizer
+
+        def decode(tokens: Sequence[int]) -> str:
+            return str(tokenizer.decode(tokens))
+
+        added: dict[str, Any] = {}
+        drafts = any(options.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens"))
+        recorder = ChanceRecorder(_LIKELIEST, decode) if self._chances and not drafts else None
+        if recorder is not None:  # it follows the tokens one by one
+            added["logits_processor"] = [recorder, *(options.get("logits_processor") or ())]
+            added["speculation"] = "off"
+        self._tail = TokenTail(decode, options.get("streamer"), recorder)
+        return options | added | {"streamer": self._tail}
 
     def _add(self, event: Event) -> None:
         if self._session is None or event.owner == self._session.chain.owner:
@@ -157,9 +199,21 @@ class PipelineView(_View):
         picture = self._log.picture(reference.name, reference.num_blocks, servers, now, self._is_last)
         moving = self._log.is_active(now) and not self._is_last
         phase = (now % _TOKEN_LAP_S) / _TOKEN_LAP_S if moving else None
-        self._show(pipeline_text(picture), pipeline_svg(picture, phase), lambda: pipeline_rows(picture))
+        with self.hold_sync():
+            self._show(pipeline_text(picture), pipeline_svg(picture, phase), lambda: pipeline_rows(picture))
+            if self._tail is not None:
+                self.tokens = tokens_html("", self._tail.pictures(self._log.steps()))
         if self._buttons is not None:
             self._buttons.refresh(self)
+
+
+def _is_one_answer(model: SwarmModel, options: dict[str, Any]) -> bool:
+    """Whether a call of `generate()` makes one answer, token by token."""
+    prompts = [options[name] for name in ("inputs", "input_ids") if options.get(name) is not None]
+    config = options.get("generation_config") or getattr(model, "generation_config", None)
+    names = ("num_beams", "num_return_sequences")
+    counts = (options.get(name) or getattr(config, name, None) for name in names)
+    return all(each.shape[0] == 1 for each in prompts) and all((count or 1) == 1 for count in counts)
 
 
 class SwarmView(_View):

@@ -25,7 +25,7 @@ Button = dict[str, str]
 
 
 class LiveDrawing(anywidget.AnyWidget):
-    """An SVG drawing that Python replaces, and buttons that Python reacts to.
+    """An SVG drawing that Python replaces, a text below it, and buttons that Python reacts to.
 
     What a notebook keeps of it is readable without Python: the front end is asked to save the widget's
     state with the notebook, and pages without widgets show the drawing as HTML.
@@ -38,6 +38,7 @@ class LiveDrawing(anywidget.AnyWidget):
 
     svg = traitlets.Unicode("").tag(sync=True)
     summary = traitlets.Unicode("").tag(sync=True)
+    tokens = traitlets.Unicode("").tag(sync=True)
     buttons = traitlets.List(traitlets.Dict()).tag(sync=True)
     notice = traitlets.Unicode("").tag(sync=True)
     ended = traitlets.Bool(False).tag(sync=True)
@@ -57,7 +58,11 @@ class LiveDrawing(anywidget.AnyWidget):
 
     def static_bundle(self) -> dict[str, str]:
         """The forms that need no widgets, by MIME type."""
-        return bundle.bundle(self.summary, self.svg, self.rows_now())
+        forms = bundle.bundle(self.summary, self.svg, self.rows_now())
+        if self.tokens:
+            text = f'<div style="white-space:pre-wrap;max-width:780px">{self.tokens}</div>'
+            forms["text/html"] += text
+        return forms
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         live = super()._repr_mimebundle_(**kwargs)

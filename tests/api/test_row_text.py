@@ -1,12 +1,13 @@
-"""Text out of tokens: whole characters, and stop strings across the borders of tokens."""
+"""Stop strings across the borders of tokens, and the answers that they end."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmkit.api.row_text import GrowingText, StopStrings
-from swarmkit.api.rows import AnswerEnd, AnswerPiece, AnswerRow, TokenChance, TokenRecord
+from swarmkit.api.row_text import StopStrings
+from swarmkit.api.rows import AnswerEnd, AnswerPiece, AnswerRow
+from swarmkit.client.token_chances import TokenChance, TokenRecord
 
 PIECES = st.lists(st.text("abc", min_size=1, max_size=3), max_size=12)
 
@@ -46,22 +47,6 @@ def test_nothing_is_told_that_might_belong_to_a_stop_string(pieces: list[str]) -
 
 def test_the_earliest_of_several_stop_strings_counts() -> None:
     assert through(["end", "the"], ["say the", " end"]) == ("say ", "the")
-
-
-@given(st.text(max_size=20))
-def test_characters_are_told_when_their_last_byte_is_there(text: str) -> None:
-    growing = GrowingText(of_bytes)
-    told = [growing.add(byte) for byte in text.encode()]
-    assert "".join(told) + growing.flush() == text
-    assert (
-        all("\N{REPLACEMENT CHARACTER}" not in piece for piece in told) or "\N{REPLACEMENT CHARACTER}" in text
-    )
-
-
-def test_a_character_that_stays_unfinished_is_told_at_the_end() -> None:
-    growing = GrowingText(of_bytes)
-    assert growing.add("ö".encode()[0]) == ""
-    assert growing.flush() == "\N{REPLACEMENT CHARACTER}"
 
 
 def row_of(text: str, stops: list[str], end: bytes = b"") -> list[AnswerPiece | AnswerEnd]:

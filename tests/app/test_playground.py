@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import urllib.request
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from swarmkit.drawing.values import HopPicture
 from swarmkit.errors import UsageError
 
 from ..clocks import SetClock
-from ..waiting import eventually
+from ..waiting import eventually, wait_until
 
 pytest.importorskip("gradio")
 
@@ -33,6 +35,7 @@ from swarmkit_app.playground import Playground
 from swarmkit_app.playground.answering import Answering
 from swarmkit_app.playground.answers import AnswerProgress, AnswerRun
 from swarmkit_app.playground.api_tab import as_curl, as_python
+from swarmkit_app.playground.compare_tab import side_by_side
 from swarmkit_app.playground.conversation import (
     ChatOptions,
     chat_request,
@@ -172,33 +175,115 @@ async def test_a_stop_string_ends_an_answer(engine: AnswerEngine) -> None:
     assert last.text.endswith(" is ")
 
 
-async def test_a_visitors_new_answer_ends_the_old_one_in_the_same_part(engine: AnswerEngine) -> None:
-    visitors = Visitors()
-    old, new = answer_to(engine, LONG), answer_to(engine, ASKED)
-    visitors.begin("visitor", "chat", old)
-    visitors.begin("visitor", "chat", new)
-    assert "stopped" in (await all_of(old))[-1].summary
-    visitors.end("visitor", "chat", old)
-    assert visitors.running == {("visitor", "chat"): new}
+async def test_a_visitors_new_answer_takes_the_place_of_the_old_one(engine: AnswerEngine) -> None:
+    answering = Answering({"tiny-chat": engine}, WaitingLine(4, 4))
+    old = ask(answering, "visitor", LONG, turn=1)
+    await anext(old)
+    new = asyncio.create_task(all_told(ask(answering, "visitor", ASKED, turn=2)))
+    assert not [each async for each in old][-1].is_wanted
+    assert "12" in (await new)[-1].text
+
+
+async def test_an_answer_that_was_asked_for_earlier_takes_no_later_ones_place(engine: AnswerEngine) -> None:
+    answering = Answering({"tiny-chat": engine}, WaitingLine(4, 4))
+    later = ask(answering, "visitor", ASKED, turn=2)
+    await anext(later)
+    assert [each.is_wanted for each in await all_told(ask(answering, "visitor", LONG, turn=1))] == [False]
+    assert "12" in [each async for each in later][-1].text
+
+
+async def test_a_stop_that_arrives_before_its_answer_begins_ends_it(engine: AnswerEngine) -> None:
+    answering = Answering({"tiny-chat": engine}, WaitingLine(4, 4))
+    answering.visitors.stop("visitor", "chat", turn=1)
+    assert [each.summary for each in await all_told(ask(answering, "visitor", LONG, turn=1))] == [
+        "The answer was stopped."
+    ]
+    assert "12" in (await all_told(ask(answering, "visitor", ASKED, turn=2)))[-1].text
+
+
+async def test_a_stop_that_arrives_late_touches_no_later_answer(engine: AnswerEngine) -> None:
+    answering = Answering({"tiny-chat": engine}, WaitingLine(4, 4))
+    later = ask(answering, "visitor", ASKED, turn=2)
+    await anext(later)
+    answering.visitors.stop("visitor", "chat", turn=1)
+    assert "12" in [each async for each in later][-1].text
+
+
+async def test_nothing_is_shown_of_an_answer_whose_place_was_cleared(engine: AnswerEngine) -> None:
+    answering = Answering({"tiny-chat": engine}, WaitingLine(4, 4))
+    told = ask(answering, "visitor", LONG, turn=1)
+    await anext(told)
+    cleared = asyncio.create_task(answering.visitors.clear("visitor", "chat", turn=1))
+    assert not [each async for each in told][-1].is_wanted
+    await cleared
+    assert answering.line.running == 0
+
+
+async def test_nothing_is_shown_of_an_answer_that_begins_after_its_place_was_cleared(
+    engine: AnswerEngine,
+) -> None:
+    answering = Answering({"tiny-chat": engine}, WaitingLine(4, 4))
+    await answering.visitors.clear("visitor", "chat", turn=1)
+    assert [each.is_wanted for each in await all_told(ask(answering, "visitor", LONG, turn=1))] == [False]
 
 
 async def test_answers_in_two_parts_of_a_page_run_beside_each_other(engine: AnswerEngine) -> None:
     visitors = Visitors()
     left, right = answer_to(engine, LONG), answer_to(engine, ASKED)
-    visitors.begin("visitor", "left", left)
-    visitors.begin("visitor", "right", right)
-    assert not left.stopped.is_set()
-    visitors.stop("visitor")
+    await visitors.begin("visitor", "left", left, 1)
+    await visitors.begin("visitor", "right", right, 1)
+    visitors.stop("visitor", "left", 1)
+    assert left.stopped.is_set()
+    assert not right.stopped.is_set()
+
+
+async def test_a_page_that_is_closed_ends_all_its_answers(engine: AnswerEngine) -> None:
+    visitors = Visitors()
+    left, right = answer_to(engine, LONG), answer_to(engine, ASKED)
+    await visitors.begin("visitor", "left", left, 1)
+    await visitors.begin("visitor", "right", right, 1)
+    visitors.gone("visitor")
     assert left.stopped.is_set()
     assert right.stopped.is_set()
 
 
 async def test_a_visitors_stop_touches_no_other(engine: AnswerEngine) -> None:
     visitors = Visitors()
-    visitors.begin("one", "chat", answer_to(engine, LONG))
-    visitors.begin("other", "chat", other := answer_to(engine, ASKED))
-    visitors.stop("one")
+    await visitors.begin("one", "chat", answer_to(engine, LONG), 1)
+    await visitors.begin("other", "chat", other := answer_to(engine, ASKED), 1)
+    visitors.stop("one", "chat", 1)
     assert "12" in (await all_of(other))[-1].text
+
+
+async def test_two_answers_are_told_side_by_side() -> None:
+    turns = [asyncio.Event(), asyncio.Event()]
+
+    async def told(own: int) -> AsyncGenerator[str, None]:
+        for number in range(2):
+            await turns[own].wait()  # each waits for the other: one after the other would never end
+            turns[own].clear()
+            turns[1 - own].set()
+            yield f"{own}{number}"
+
+    turns[0].set()
+    both = [each async for each in side_by_side([told(0), told(1)])]
+    assert both == [["00", None], [None, "10"], ["01", None], [None, "11"]]
+
+
+async def test_answers_side_by_side_end_with_their_reader() -> None:
+    ended = []
+
+    async def told(own: int) -> AsyncGenerator[int, None]:
+        try:
+            yield own
+            await asyncio.Event().wait()
+        finally:
+            ended.append(own)
+
+    async with aclosing(side_by_side([told(0), told(1)])) as both:
+        await anext(both)
+        await anext(both)
+    assert sorted(ended) == [0, 1]
 
 
 # the line and its limits
@@ -294,9 +379,15 @@ def test_on_this_machine_each_page_is_a_visitor() -> None:
     assert counted_as("session-1", "127.0.0.1", None) != counted_as("session-2", "127.0.0.1", None)
 
 
-def ask(answering: Answering, visitor: str) -> AsyncGenerator[AnswerProgress, None]:
-    make = partial(chat_request, history=[ASKED], options=ChatOptions())
-    return answering.answer(visitor, visitor, "chat", "tiny-chat", make)
+def ask(
+    answering: Answering, visitor: str, question: Any = ASKED, turn: int | None = None
+) -> AsyncGenerator[AnswerProgress, None]:
+    make = partial(chat_request, history=[question], options=ChatOptions())
+    return answering.answer(visitor, visitor, "chat", "tiny-chat", make, turn)
+
+
+async def all_told(told: AsyncGenerator[AnswerProgress, None]) -> list[AnswerProgress]:
+    return [progress async for progress in told]
 
 
 # what is shown
@@ -359,3 +450,28 @@ def test_the_command_serves_the_page_until_ctrl_c() -> None:
         assert urllib.request.urlopen(url, timeout=30).status == 200
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_on_a_terminal_with_a_display_the_demo_opens_the_page(tmp_path: Path) -> None:
+    browser, opened = tmp_path / "browser", tmp_path / "opened"
+    browser.write_text(f'#!/bin/sh\nprintf %s "$1" > {opened}.part && mv {opened}.part {opened}\n')
+    browser.chmod(0o755)
+    user, terminal = os.openpty()
+    try:
+        with subprocess.Popen(
+            [sys.executable, "-m", "swarmkit.cli", "demo"],
+            stdin=terminal,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "DISPLAY": ":0", "BROWSER": str(browser)},
+            start_new_session=True,
+        ) as process:
+            wait_until(opened.exists, "the page is opened", within=120)
+            assert urllib.request.urlopen(opened.read_text(), timeout=30).status == 200
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+    finally:
+        os.close(user)
+        os.close(terminal)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from swarmkit import LocalSwarm
+from swarmkit.tinychat import CHECKPOINT
 
 from ..waiting import wait_until
 
@@ -71,6 +74,12 @@ def wait_for_end(page: Any) -> None:
         return before == seen
 
     wait_until(still, "the answer has ended", within=60)
+
+
+def wait_for_answer(page: Any, text: str) -> None:
+    page.wait_for_function(
+        f"() => [...document.querySelectorAll('[data-testid=bot]')].at(-1)?.textContent.includes('{text}')"
+    )
 
 
 def test_a_visitor_asks_and_sees_answer_route_and_speed(
@@ -153,6 +162,143 @@ def test_escape_stops_an_answer(visit: Callable[..., Any]) -> None:
     page.wait_for_function("() => /was stopped/.test(document.querySelector('.sk-summary').textContent)")
 
 
+class HeldBack:
+    """Keeps back a page's first request for an answer to a question, as a slow network would."""
+
+    def __init__(self, page: Any, question: str) -> None:
+        self._page, self._question = page, question
+        self._route: Any = None
+        page.route("**/queue/join*", self._take)
+
+    def _take(self, route: Any) -> None:
+        if self._route is None and self._question in (route.request.post_data or ""):
+            self._route = route
+        else:
+            route.continue_()
+
+    def wait(self) -> None:
+        def is_held() -> bool:
+            self._page.wait_for_timeout(20)
+            return self._route is not None
+
+        wait_until(is_held, "the request is on its way")
+
+    def let_go(self) -> None:
+        self._route.continue_()
+
+
+def test_a_stop_that_overtakes_its_answer_ends_it(visit: Callable[..., Any]) -> None:
+    page = visit()
+    held = HeldBack(page, LONG)
+    ask(page, LONG)
+    held.wait()
+    with page.expect_response(lambda response: "/run/" in response.url):
+        stop(page)
+    held.let_go()
+    page.wait_for_function("() => /was stopped/.test(document.querySelector('.sk-summary').textContent)")
+    ask(page, "What is 7 + 5?")
+    wait_for_answer(page, "12")
+
+
+def test_a_new_chat_that_overtakes_an_answer_stays_empty(
+    visit: Callable[..., Any], playground: Playground
+) -> None:
+    page = visit()
+    held = HeldBack(page, LONG)
+    ask(page, LONG)
+    held.wait()
+    over = playground._answering.visitors._over
+    others = set(over)
+    page.get_by_role("button", name="New chat").click()
+
+    def is_cleared() -> bool:
+        page.wait_for_timeout(20)
+        return any(marks.left for key, marks in over.items() if key not in others)
+
+    wait_until(is_cleared, "the place of the answer is cleared")
+    held.let_go()
+    ask(page, "What is 7 + 5?")
+    wait_for_answer(page, "12")
+    assert page.locator("[data-testid=user]").count() == 1
+
+
+def test_a_question_during_an_answer_is_answered(visit: Callable[..., Any]) -> None:
+    page = visit()
+    ask(page, LONG)
+    last_answer(page).wait_for()
+    ask(page, "What is 7 + 5?")
+    wait_for_answer(page, "12")
+    assert page.locator("[data-testid=user]").count() == 2
+
+
+def choose_conversation(page: Any, name: str) -> None:
+    page.get_by_role("combobox", name="Conversations in this browser").click()
+    page.get_by_role("option", name=name).click()
+
+
+def conversations(page: Any) -> list[str]:
+    page.get_by_role("combobox", name="Conversations in this browser").click()
+    names: list[str] = page.get_by_role("option").all_inner_texts()
+    page.keyboard.press("Escape")
+    return names
+
+
+def test_an_edit_keeps_the_version_before(visit: Callable[..., Any], screenshot: Callable[..., None]) -> None:
+    page = visit()
+    ask(page, "What is 7 + 5?")
+    wait_for_end(page)
+    page.locator("[data-testid=user]").first.hover()
+    page.get_by_label("Edit").first.click()
+    page.locator("textarea:visible").first.fill("What is 2 + 3?")
+    page.get_by_label("Submit").first.click()
+    wait_for_answer(page, "5.")
+    page.get_by_role("combobox", name="Conversations in this browser").click()
+    screenshot(page)
+    page.get_by_role("option", name="What is 7 + 5? · version 1").click()
+    wait_for_answer(page, "12")
+    choose_conversation(page, "What is 2 + 3? · version 2")
+    wait_for_answer(page, "5.")
+
+
+def test_a_conversation_is_there_after_a_reload_and_goes_on(visit: Callable[..., Any]) -> None:
+    page = visit()
+    ask(page, "What is 7 + 5?")
+    wait_for_end(page)
+    page.reload()
+    wait_for_answer(page, "12")
+    page.get_by_role("button", name="New chat").click()
+    page.wait_for_function("() => !document.querySelector('[data-testid=user]')")
+    ask(page, LONG)
+    wait_for_end(page)
+    choose_conversation(page, "What is 7 + 5?")
+    wait_for_answer(page, "12")
+    ask(page, "What is 2 + 3?")
+    wait_for_answer(page, "5.")
+    assert page.locator("[data-testid=user]").count() == 2
+
+
+def test_a_conversation_that_is_not_to_be_kept_is_gone_with_the_page(visit: Callable[..., Any]) -> None:
+    page = visit()
+    page.get_by_label("Keep them").uncheck()
+    ask(page, "What is 7 + 5?")
+    wait_for_end(page)
+    assert "7 + 5" not in page.evaluate("JSON.stringify([localStorage, sessionStorage])")
+    page.reload()
+    page.get_by_role("textbox", name="Message").wait_for()
+    assert not page.get_by_label("Keep them").is_checked()
+    assert conversations(page) == []
+
+
+def test_all_conversations_are_forgotten_at_a_click(visit: Callable[..., Any]) -> None:
+    page = visit()
+    ask(page, "What is 7 + 5?")
+    wait_for_end(page)
+    assert "7 + 5" in page.evaluate("JSON.stringify(localStorage)")
+    page.get_by_role("button", name="Forget all").click()
+    page.wait_for_function("() => !document.querySelector('[data-testid=user]')")
+    assert "7 + 5" not in page.evaluate("JSON.stringify([localStorage, sessionStorage])")
+
+
 @pytest.mark.timeout(400)
 def test_fifty_rounds_of_send_and_stop_leave_nothing(visit: Callable[..., Any], swarm: LocalSwarm) -> None:
     page = visit()
@@ -193,6 +339,27 @@ def test_visitors_see_their_place_in_the_line(
         for page in pages:
             wait_for_end(page)
             assert "The end." in last_answer(page).inner_text()
+
+
+def test_a_model_that_cannot_answer_says_why_when_it_is_chosen(
+    new_page: Callable[..., Any], swarm: LocalSwarm, screenshot: Callable[..., None], tmp_path: Path
+) -> None:
+    shutil.copytree(CHECKPOINT, tmp_path / "other-chat")
+    with LocalSwarm(str(tmp_path / "other-chat"), num_stages=2, transport="memory") as other:
+        model = other.model()
+        with Playground([swarm.model(), model]) as playground:
+            page = new_page()
+            page.goto(playground.url)
+            page.get_by_text("Settings").click()
+            page.get_by_text("Every block of this model has").wait_for()
+            other.servers[1].stop()
+            wait_until(
+                lambda: model.connection.client.unserved(0, 8), "the client knows that blocks are missing"
+            )
+            page.get_by_role("combobox", name="Model", exact=True).click()
+            page.get_by_role("option", name="other-chat").click()
+            page.get_by_text("No server has the blocks 4:8").wait_for()
+            screenshot(page)
 
 
 def test_a_text_is_gone_on_with_in_colours(

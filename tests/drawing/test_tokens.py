@@ -8,6 +8,7 @@ import pytest
 
 from swarmkit.drawing import svg
 from swarmkit.drawing.tokens import TokenPicture, tokens_html
+from swarmkit.drawing.values import HopPicture, StepPicture
 
 LIKELY = TokenPicture(" fox", log(0.9), [(" fox", log(0.9)), (" cat", log(0.05))])
 
@@ -35,3 +36,24 @@ def test_text_of_a_model_is_never_markup() -> None:
 
 def test_a_text_without_a_token_has_no_list() -> None:
     assert tokens_html("A text", []) == "<span>A text</span>"
+
+
+def stepped(text: str, ms: float, tokens: int = 1, recovered: bool = False) -> TokenPicture:
+    hop = HopPicture("a", "cedar", 0, 4, compute_ms=ms)
+    return TokenPicture(text, step=StepPicture(1, 7, tokens, ms, (hop,), recovered))
+
+
+@pytest.mark.parametrize(
+    ("ms", "colour"), [(15.0, None), (30.0, svg.FILLS[svg.AMBER]), (90.0, svg.FILLS[svg.RED])]
+)
+def test_without_probabilities_the_slower_a_token_the_stronger_its_colour(
+    ms: float, colour: str | None
+) -> None:
+    shown = tokens_html("", [*(stepped("a", 10.0) for _ in range(5)), stepped("fox", ms)])
+    assert [fill for fill in svg.FILLS.values() if fill in shown] == ([colour] if colour else [])
+    assert "<details>" not in shown
+
+
+def test_a_token_tells_its_way_through_the_swarm() -> None:
+    shown = tokens_html("", [stepped("fox", 12.0, tokens=3, recovered=True)])
+    assert 'title="12.0 ms for 3 tokens: cedar 12.0 ms; a server was replaced on the way"' in shown

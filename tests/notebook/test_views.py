@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -301,3 +302,20 @@ def test_an_answer_in_the_background_raises_what_generate_raises(model: SwarmMod
     answer = generate_in_background(model, **prompt(), no_such_option=1)
     with pytest.raises(ValueError, match="no_such_option"):
         answer.result(timeout=60)
+
+
+async def test_an_answer_in_the_background_can_be_awaited(model: SwarmModelForCausalLM) -> None:
+    answer = generate_in_background(model, **prompt(), max_new_tokens=6, min_new_tokens=6)
+    assert (await answer).tolist() == generate(model).tolist()
+
+
+async def test_who_waits_no_longer_stops_the_answer(model: SwarmModelForCausalLM) -> None:
+    with model.subscribe() as events:
+        answer = generate_in_background(model, **prompt(), max_new_tokens=4000, min_new_tokens=4000)
+        assert events.get(timeout=60) is not None
+        waits = asyncio.ensure_future(answer)
+        await asyncio.sleep(0)
+        waits.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waits
+        assert answer.result(timeout=60).shape[1] < 4000

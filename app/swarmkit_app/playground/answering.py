@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 
 from swarmkit.api.engine import AnswerEngine, AnswerRequest
 from swarmkit.api.refusals import from_failure
@@ -15,6 +16,8 @@ from swarmkit_app.playground.visitors import Allowance, Visitors
 from swarmkit_app.playground.waiting_line import Ticket, WaitingLine
 
 logger = logging.getLogger(__name__)
+
+_LEFT = AnswerProgress("", None, "", is_wanted=False)
 
 
 class Answering:
@@ -47,13 +50,15 @@ class Answering:
         part: str,
         model: str,
         make_request: Callable[[AnswerEngine], AnswerRequest],
+        turn: int | None = None,
     ) -> AsyncGenerator[AnswerProgress, None]:
         """Tell an answer as it grows; what goes wrong is told as its summary, and never raised.
 
         Args:
             visitor: whose page it is; names one window.
             counted_as: whose allowance it counts for.
-            part: which part of the page shows it. An answer that is under way there is ended.
+            part: which part of the page shows it. An answer that is under way there is ended first.
+            turn: which click in the window asked for it, as in `Visitors.begin`.
         """
         seconds = self._allowance.wait_s(counted_as)
         if seconds > 0:
@@ -61,15 +66,20 @@ class Answering:
             yield AnswerProgress("", None, f"⚠ {message}; ask again in {seconds:.0f} s.")
             return
         run = AnswerRun(self.engines[model], make_request, self._clock)
-        self.visitors.begin(visitor, part, run)
         shown = AnswerProgress("", None, "")
         try:
+            await self.visitors.begin(visitor, part, run, turn)
             with self.line.join() as ticket:
                 while (place := ticket.look()) and not run.stopped.is_set():
                     yield AnswerProgress("", None, _waiting(place))
                     await _moved(ticket, run)
-                async for shown in run.progress():
-                    yield shown
+                async with aclosing(run.progress()) as told:
+                    async for shown in told:
+                        if run.is_left:
+                            break
+                        yield shown
+            if run.is_left:
+                yield _LEFT
         except SwarmkitError as error:
             yield AnswerProgress(shown.text, None, f"⚠ {error}", shown.tokens)
         except Exception as error:
@@ -77,6 +87,7 @@ class Answering:
             yield AnswerProgress(shown.text, None, f"⚠ {from_failure(error)}", shown.tokens)
         finally:
             self.visitors.end(visitor, part, run)
+            run.ended.set()
 
 
 def _waiting(place: int) -> str:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from swarmkit.api.engine import AnswerEngine, AnswerRequest, PromptComputed
-from swarmkit.api.rows import AnswerEnd, AnswerPiece, TokenRecord
+from swarmkit.api.rows import AnswerEnd, AnswerPiece
 from swarmkit.client.pictures import server_pictures
+from swarmkit.client.token_chances import TokenRecord
 from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.drawing.pipeline import pipeline_svg, slowest_part
 from swarmkit.drawing.pipeline_log import PipelineLog
@@ -28,16 +29,23 @@ class AnswerProgress:
         drawing: the route and the servers, as SVG; None = as before.
         summary: the speed, and where the time goes, in plain words.
         tokens: the tokens so far with their probabilities, where the request asks for them.
+        is_wanted: whether the page is to show this; the last progress of an answer that was left is not.
     """
 
     text: str
     drawing: str | None
     summary: str
     tokens: tuple[TokenRecord, ...] = ()
+    is_wanted: bool = True
 
 
 class AnswerRun:
-    """An answer that is under way, which `stop` ends."""
+    """An answer that is under way, which `stop` ends.
+
+    Attributes:
+        is_left: whether the page shows something else by now, so that nothing more of it is to be shown.
+        ended: set once all of it has been told.
+    """
 
     def __init__(
         self,
@@ -53,6 +61,8 @@ class AnswerRun:
         self._make_request = make_request
         self._clock = clock
         self.stopped = asyncio.Event()
+        self.is_left = False
+        self.ended = asyncio.Event()
         self._log = PipelineLog()
         self._early: list[Event] = []
         self._owner: Owner | None = None
@@ -66,6 +76,11 @@ class AnswerRun:
 
     def stop(self) -> None:
         """End the answer; what came until then stays. To be called on the event loop. May be called late."""
+        self.stopped.set()
+
+    def leave(self) -> None:
+        """End the answer, and show nothing more of it."""
+        self.is_left = True
         self.stopped.set()
 
     async def progress(self) -> AsyncGenerator[AnswerProgress, None]:

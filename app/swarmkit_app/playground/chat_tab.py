@@ -12,21 +12,24 @@ import gradio as gr
 from swarmkit.drawing.swarm import least_covered
 from swarmkit.local.swarm import LocalSwarm
 from swarmkit_app.playground.conversation import Message, chat_request, edited, plain, text_of, until_user
+from swarmkit_app.playground.kept_chats import add_kept_chats
 from swarmkit_app.playground.parts import (
     ANSWERING,
+    NEW_VERSION,
     QUICK,
     PageParts,
     add_stop,
+    clearing,
     counted,
     health,
     idle_picture,
     session_of,
-    stopper,
 )
 from swarmkit_app.playground.settings_panel import SettingsPanel, add_settings, options_of
 from swarmkit_app.playground.style import scrolling
 
 _PART = "chat"
+_NOTHING_NEW = (gr.skip(),) * 4
 
 
 @dataclass(frozen=True)
@@ -44,36 +47,52 @@ def add_chat_tab(page: gr.Blocks, parts: PageParts) -> ChatTab:
     first = parts.names[0]
 
     async def answer(
-        request: gr.Request, history: list[Message], name: str, system: str, *settings: Any
+        request: gr.Request, turn: float, history: list[Message], name: str, system: str, *settings: Any
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         history = plain(history)
         if not history or not text_of(history[-1]).strip():
-            yield history, gr.skip(), gr.skip()
+            yield _NOTHING_NEW
             return
         # A message of the model at the end is gone on with.
         begun = text_of(history[-1]) if history[-1]["role"] == "assistant" else ""
         before = history[:-1] if begun else history
         make = partial(chat_request, history=history, options=options_of(system, *settings))
-        told = parts.answering.answer(session_of(request), counted(request), _PART, name, make)
+        told = parts.answering.answer(session_of(request), counted(request), _PART, name, make, int(turn))
         async for progress in told:
+            if not progress.is_wanted:
+                yield _NOTHING_NEW
+                return
             text = begun + progress.text
             reply = [{"role": "assistant", "content": text}] if text else []
             drawing = gr.skip() if progress.drawing is None else scrolling(progress.drawing)
-            yield [*before, *reply], drawing, progress.summary
+            yield [*before, *reply], gr.skip(), drawing, progress.summary
 
-    def said(history: list[Message], text: str) -> tuple[list[Message], str]:
-        if not text.strip():
-            return plain(history), text
-        return [*plain(history), {"role": "user", "content": text}], ""
+    # One event for each click, with all that the page shows then: a Stop would come too early for a chain.
+    async def said(
+        request: gr.Request, turn: float, history: list[Message], text: str, name: str, *rest: Any
+    ) -> AsyncGenerator[tuple[Any, ...], None]:
+        yield gr.skip(), "" if text.strip() else text, gr.skip(), gr.skip()
+        asked = [*plain(history), {"role": "user", "content": text}]
+        async for shown in answer(request, turn, asked, name, *rest):
+            yield shown
 
-    def again(history: list[Message]) -> list[Message]:
-        return until_user(history, len(history))
+    async def again(
+        request: gr.Request, turn: float, history: list[Message], *rest: Any
+    ) -> AsyncGenerator[tuple[Any, ...], None]:
+        async for shown in answer(request, turn, until_user(history, len(history)), *rest):
+            yield shown
 
-    def retried(history: list[Message], data: gr.RetryData) -> list[Message]:
-        return until_user(history, _index(data))
+    async def retried(
+        request: gr.Request, data: gr.RetryData, turn: float, history: list[Message], *rest: Any
+    ) -> AsyncGenerator[tuple[Any, ...], None]:
+        async for shown in answer(request, turn, until_user(history, _index(data)), *rest):
+            yield shown
 
-    def changed(history: list[Message], data: gr.EditData) -> list[Message]:
-        return edited(history, _index(data), str(data.value))
+    async def changed(
+        request: gr.Request, data: gr.EditData, turn: float, history: list[Message], *rest: Any
+    ) -> AsyncGenerator[tuple[Any, ...], None]:
+        async for shown in answer(request, turn, edited(history, _index(data), str(data.value)), *rest):
+            yield shown
 
     def chosen(name: str) -> tuple[str, str]:
         return idle_picture(engines[name]), health(engines[name])
@@ -88,6 +107,7 @@ def add_chat_tab(page: gr.Blocks, parts: PageParts) -> ChatTab:
                 redo = gr.Button("Regenerate", size="md", min_width=90)
                 more = gr.Button("Continue", size="md", min_width=80)
                 new = gr.Button("New chat", size="md", min_width=80)
+            kept = add_kept_chats()
         with gr.Column(scale=4, min_width=320):
             picture = gr.HTML(idle_picture(engines[first]), elem_classes="sk-picture", label="Pipeline")
             summary = gr.Markdown("No answer yet.", elem_classes="sk-summary")
@@ -102,25 +122,19 @@ def add_chat_tab(page: gr.Blocks, parts: PageParts) -> ChatTab:
                 system = gr.Textbox("", label="System prompt", lines=2)
                 settings = add_settings(parts.most_tokens)
 
-    inputs = [chat, model, system, *settings.inputs]
-    outputs = [chat, picture, summary]
-    stop = stopper(parts, _PART)
-    answered = partial(_then_answer, answer, inputs, outputs)
-    answered(gr.on([box.submit, send.click], said, [chat, box], [chat, box], **QUICK))
-    answered(redo.click(stop, **QUICK).then(again, chat, chat, **QUICK))
-    answered(more.click(stop, **QUICK))
-    answered(chat.retry(retried, chat, chat, **QUICK))
-    answered(chat.edit(changed, chat, chat, **QUICK))
-    new.click(stop, **QUICK).then(list, None, chat, **QUICK)
+    rest = [model, system, *settings.inputs]
+    inputs, outputs = [parts.turn, chat, *rest], [chat, box, picture, summary]
+    gr.on([box.submit, send.click], said, [parts.turn, chat, box, *rest], outputs, **ANSWERING)
+    redo.click(again, inputs, outputs, **NEW_VERSION)
+    more.click(answer, inputs, outputs, **ANSWERING)
+    chat.retry(retried, inputs, outputs, **NEW_VERSION)
+    chat.edit(changed, inputs, outputs, **NEW_VERSION)
+    kept.follow(page, chat, summary, new, clearing(parts, _PART))
     model.change(chosen, model, [picture, able], **QUICK)
     page.load(chosen, model, [picture, able], **QUICK)
     if swarm is not None:
         _add_kills(page, swarm, victim, kill, add)
     return ChatTab(model, system, settings)
-
-
-def _then_answer(answer: Any, inputs: list[Any], outputs: list[Any], event: Any) -> None:
-    event.then(answer, inputs, outputs, **ANSWERING)
 
 
 def _add_kills(

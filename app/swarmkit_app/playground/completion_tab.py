@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from swarmkit.api.engine import AnswerEngine
-from swarmkit.api.rows import TokenRecord
+from swarmkit.client.token_chances import TokenRecord
 from swarmkit.drawing.tokens import TokenPicture, tokens_html
 from swarmkit_app.playground.conversation import completion_request
 from swarmkit_app.playground.parts import ANSWERING, PageParts, add_stop, counted, session_of
@@ -26,14 +26,17 @@ def add_completion_tab(parts: PageParts) -> None:
     """Lay the tab out where the page is being built."""
 
     async def answer(
-        request: gr.Request, text: str, name: str, *settings: Any
+        request: gr.Request, turn: float, text: str, name: str, *settings: Any
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         if not text:
             yield gr.skip(), "Write a text first."
             return
         make = partial(completion_request, text=text, options=options_of("", *settings))
-        told = parts.answering.answer(session_of(request), counted(request), _PART, name, make)
+        told = parts.answering.answer(session_of(request), counted(request), _PART, name, make, int(turn))
         async for progress in told:
+            if not progress.is_wanted:
+                yield gr.skip(), gr.skip()
+                return
             yield _framed(tokens_html(text, [_picture(each) for each in progress.tokens])), progress.summary
 
     gr.Markdown(_EXPLAINED)
@@ -49,7 +52,7 @@ def add_completion_tab(parts: PageParts) -> None:
         with gr.Column(scale=4, min_width=320):
             shown = gr.HTML(_framed(""), label="Text with its continuation")
             summary = gr.Markdown("No text yet.", elem_classes="sk-summary")
-    gr.on([go.click], answer, [text, model, *settings.inputs], [shown, summary], **ANSWERING)
+    gr.on([go.click], answer, [parts.turn, text, model, *settings.inputs], [shown, summary], **ANSWERING)
 
 
 def beginning(engine: AnswerEngine) -> str:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 # Before gradio is imported, which reads them: no statistics are sent, and no model hub is asked.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+# Gradio would keep every question and answer in the browser, also of visitors who wish to keep none.
+os.environ["GRADIO_RUN_HISTORY"] = "False"
 
 from swarmkit.api.engine import AnswerEngine
 from swarmkit.errors import TransportError, UsageError

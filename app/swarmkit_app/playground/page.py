@@ -10,7 +10,7 @@ from swarmkit_app.playground.api_tab import add_api_tab
 from swarmkit_app.playground.chat_tab import add_chat_tab
 from swarmkit_app.playground.compare_tab import add_compare_tab
 from swarmkit_app.playground.completion_tab import add_completion_tab
-from swarmkit_app.playground.parts import PageParts, stopper
+from swarmkit_app.playground.parts import PageParts, session_of
 from swarmkit_app.playground.swarm_tab import add_swarm_tab
 
 MOST_TOKENS = 2048
@@ -26,9 +26,14 @@ def build_page(
         swarm: the local swarm that serves the model, whose servers visitors may then kill.
         most_tokens: of an answer.
     """
-    parts = PageParts(dict(answering.engines), answering, swarm, most_tokens)
-    first = parts.names[0]
+    first = next(iter(answering.engines))
+
+    async def gone(request: gr.Request) -> None:
+        answering.visitors.gone(session_of(request))
+
     with gr.Blocks(title="swarmkit playground", analytics_enabled=False, fill_width=True) as page:
+        turn = gr.Number(0, precision=0, visible=False)
+        parts = PageParts(dict(answering.engines), answering, swarm, most_tokens, turn)
         gr.Markdown(f"# swarmkit playground\n{_introduction(first, swarm)}")
         with gr.Tab("Chat"):
             chat = add_chat_tab(page, parts)
@@ -40,7 +45,7 @@ def build_page(
             add_swarm_tab(page, parts, chat.model)
         with gr.Tab("API") as api:
             add_api_tab(api, chat, first)
-        page.unload(stopper(parts))
+        page.unload(gone)
     return page
 
 
@@ -50,4 +55,4 @@ def _introduction(name: str, swarm: LocalSwarm | None) -> str:
         if swarm is not None
         else f"`{name}` runs on the servers of a swarm, which see the hidden states of what you write."
     )
-    return f"{where} Nothing of a conversation is stored; it is gone when you close the page."
+    return f"{where} Conversations are kept in this browser, and nowhere else."

@@ -20,8 +20,22 @@ from swarmkit_app.playground.visitors import counted_as
 QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
 """Options of events that need no turn."""
 
-ANSWERING: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
-"""Options of events that answer: the page's own line bounds how many run, and tells each its place."""
+ANSWERING: dict[str, Any] = {
+    "show_progress": "hidden",
+    "concurrency_limit": None,
+    "trigger_mode": "multiple",
+    "js": "(...args) => swarmkit.ask(args, false)",
+}
+"""Options of events that answer, whose first input is the turn.
+
+The page's own line bounds how many run, and tells each its place. By default, gradio drops a click without a
+word while the event that it caused before is still under way in the browser; here the new one takes over.
+"""
+
+NEW_VERSION = {**ANSWERING, "js": "(...args) => swarmkit.ask(args, true)"}
+"""The same where the conversation goes on differently than it did."""
+
+_NOW = "() => [swarmkit.now()]"
 
 
 @dataclass(frozen=True)
@@ -31,12 +45,14 @@ class PageParts:
     Attributes:
         swarm: the local swarm that serves the model, whose servers visitors may then kill.
         most_tokens: of an answer.
+        turn: which click of the window asks for an answer; the page fills it in as it sends the event.
     """
 
     engines: dict[str, AnswerEngine]
     answering: Answering
     swarm: LocalSwarm | None
     most_tokens: int
+    turn: gr.Number
 
     @property
     def names(self) -> list[str]:
@@ -55,21 +71,28 @@ def counted(request: gr.Request) -> str:
     return counted_as(session_of(request), None if client is None else client.host, request.username)
 
 
-def add_stop(parts: PageParts, part: str | None = None) -> gr.Button:
-    """A button that ends the visitor's own answers in a part of the page; the Escape key presses it, too."""
+def add_stop(parts: PageParts, *shown: str) -> gr.Button:
+    """A button that ends the visitor's own answers in parts of the page; the Escape key presses it, too."""
+
+    async def stop(request: gr.Request, turn: float) -> None:
+        for each in shown:
+            parts.answering.visitors.stop(session_of(request), each, int(turn))
+
     halt = gr.Button("Stop", variant="stop", size="md", min_width=80, elem_classes="sk-stop")
-    halt.click(stopper(parts, part), **QUICK)
+    halt.click(stop, parts.turn, None, js=_NOW, trigger_mode="multiple", **QUICK)
     return halt
 
 
-def stopper(parts: PageParts, part: str | None = None) -> Any:
-    """The function behind such a button; it runs on the page's event loop, as answers do."""
+def clearing(parts: PageParts, part: str) -> dict[str, Any]:
+    """An event that ends the answer in a part of the page, of which nothing more is shown afterwards.
 
-    async def stop(request: gr.Request) -> None:
-        for each in (part,) if part is None else part.split():
-            parts.answering.visitors.stop(session_of(request), each)
+    It goes through gradio's queue, as answers do: what has been told of the answer comes before its end.
+    """
 
-    return stop
+    async def clear(request: gr.Request, turn: float) -> None:
+        await parts.answering.visitors.clear(session_of(request), part, int(turn))
+
+    return {"fn": clear, "inputs": parts.turn, "outputs": None, **ANSWERING, "js": "() => swarmkit.leave()"}
 
 
 def idle_picture(engine: AnswerEngine) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gradio as gr
 
 _FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
@@ -35,16 +37,8 @@ footer { display: none !important; }
 @media (prefers-reduced-motion: reduce) { .sk-picture circle { display: none; } }
 """
 
-HEAD = """
-<script>
-document.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape") return;
-  const stops = [...document.querySelectorAll("button.sk-stop")];
-  stops.find((button) => button.offsetParent !== null)?.click();
-});
-</script>
-"""
-"""Escape presses the Stop button of the tab that is shown."""
+HEAD = f"<script>\n{(Path(__file__).parent / 'static' / 'page.js').read_text(encoding='utf-8')}</script>"
+"""What the page does by itself: it counts clicks, keeps conversations, and lets Escape press Stop."""
 
 
 def theme() -> gr.Theme:

@@ -19,8 +19,9 @@ from swarmkit.api.dialects.openai_parts import (
 )
 from swarmkit.api.engine import AnswerEngine, AnswerRequest, PromptComputed, answer_room
 from swarmkit.api.refusals import invalid
-from swarmkit.api.rows import AnswerEnd, AnswerPiece, TokenRecord
+from swarmkit.api.rows import AnswerEnd, AnswerPiece
 from swarmkit.api.sampling import sampling_of
+from swarmkit.client.token_chances import TokenRecord
 
 _USUAL_TOKENS = 16
 _MOST_ANSWERS = 128

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from swarmkit.api.conversation import arguments_of
 from swarmkit.api.engine import new_seed
 from swarmkit.api.refusals import ApiError, invalid, text_only
-from swarmkit.api.rows import TokenChance
+from swarmkit.client.token_chances import TokenChance
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]

@@ -35,18 +35,22 @@ function render({ model, el }) {
 
   let hidden = false;  // whether a drawing came while the page was hidden
   let at = -1;  // the part that the keyboard has reached; -1 = none
-  const parts = () => [...drawing.querySelectorAll("title")].map((title) => title.parentElement);
+  const told = (part) => part?.querySelector(":scope > title")?.textContent ?? part?.getAttribute("title");
+  const parts = () => [...drawing.querySelectorAll("title, span[title]")]
+    .map((found) => (found.localName === "title" ? found.parentElement : found));
   const mark = () => {
     const all = parts();
     at = Math.min(at, all.length - 1);
     if (at < 0) return null;
     all[at].classList.add("sk-at");
-    return all[at].querySelector(":scope > title").textContent;
+    return told(all[at]);
   };
   const draw = () => {
     if (document.hidden) { hidden = true; return; }
     hidden = false;
-    drawing.innerHTML = model.get("svg");  // made by our own Python, which escapes all text in it
+    const tokens = model.get("tokens");
+    // Both are made by our own Python, which escapes all text in them.
+    drawing.innerHTML = model.get("svg") + (tokens ? `<div class="sk-tokens">${tokens}</div>` : "");
     drawing.setAttribute("aria-label", `${model.get("summary")}. The arrow keys tell each part.`);
     mark();
     root.dataset.updates = String(Number(root.dataset.updates || 0) + 1);
@@ -96,13 +100,13 @@ function render({ model, el }) {
   drawing.addEventListener("keydown", walk);
   drawing.addEventListener("blur", left);
   drawing.addEventListener("pointermove", (event) => {
-    tell(event.target.closest?.("g, rect")?.querySelector(":scope > title")?.textContent
-      ?? event.target.closest?.("g")?.querySelector(":scope > title")?.textContent);
+    tell(told(event.target.closest?.("g, rect, span[title]")) ?? told(event.target.closest?.("g")));
   });
   drawing.addEventListener("pointerleave", plainTell);
   document.addEventListener("visibilitychange", shown);
 
   model.on("change:svg", draw);
+  model.on("change:tokens", draw);
   model.on("change:buttons", drawButtons);
   model.on("change:notice", plainTell);
   model.on("change:ended", plainTell);
@@ -112,6 +116,7 @@ function render({ model, el }) {
   return () => {
     document.removeEventListener("visibilitychange", shown);
     model.off("change:svg", draw);
+    model.off("change:tokens", draw);
     model.off("change:buttons", drawButtons);
     model.off("change:notice", plainTell);
     model.off("change:ended", plainTell);
