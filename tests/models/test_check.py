@@ -144,6 +144,10 @@ def test_a_verdict_is_found_once_and_remembered(monkeypatch: pytest.MonkeyPatch)
 def test_a_verdict_on_the_same_config_is_remembered_for_other_processes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    kept: dict[str, Any] = {}
+    monkeypatch.setattr(check, "recall", kept.get)
+    monkeypatch.setattr(check, "remember", kept.__setitem__)
+    monkeypatch.setattr(check, "_check", lambda tiny: check.Verdict("llama", True, 1, 0.0, 0.0, 0.0, ""))
     first = ensure_servable(tiny_config("llama"))
 
     def not_again(*args: object) -> None:
