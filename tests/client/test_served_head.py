@@ -330,8 +330,9 @@ def test_a_malformed_answer_is_not_used(checkpoint: Checkpoint, local: Any, how:
 def test_wrong_logits_are_seen_at_once(checkpoint: Checkpoint, local: Any, how: dict[str, Any]) -> None:
     with a_head(checkpoint) as world:
         bend(world, lambda parts: [parts[name].add_(0.5) for name in ("values", "log_sum_exp")])
-        found = answer(world.model, *prompt(7), **how)
+        found, tops = served_since(world, lambda: answer(world.model, *prompt(7), **how))
         assert world.client.bans.convicted
+    assert len(tops) == 1  # it was not asked a second time
     assert_same(found, answer(local, *prompt(7), **how))
 
 

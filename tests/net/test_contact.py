@@ -172,6 +172,19 @@ async def test_a_client_is_in_contact_again_after_an_outage_that_emptied_its_rou
     assert await fetched(client, "k", 45) == {first.peer_id: b"v"}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(90)
+async def test_a_peer_that_lost_all_others_meets_one_that_dialled_it_since(world: HivemindWorld) -> None:
+    first: Any = await world.peer()
+    newcomer: Any = await world.peer()
+    await newcomer.store([("k", b"v")], time.time() + 80)
+    table = first._table._node.protocol.routing_table
+    table.__init__(table.node_id, table.bucket_size, table.depth_modulo)  # it knows nobody any more
+    with pytest.raises(NoContactError):
+        await first.fetch(["k"])
+    assert await fetched(first, "k", 30) == {newcomer.peer_id: b"v"}
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("silent", "given_up"), [(False, 0), (True, 1)], ids=["refuses", "is silent"])
 async def test_only_a_connection_to_a_peer_that_is_silent_is_given_up(

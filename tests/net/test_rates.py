@@ -10,7 +10,7 @@ import pytest
 
 from swarmkit.net.transport.memory import MemoryNetwork
 from swarmkit.net.transport.paced import PacedTransport
-from swarmkit.net.transport.rates import Rates
+from swarmkit.net.transport.rates import PeerRates, Rates
 from swarmkit.net.transport.seam import Stream
 
 FRAME = bytes(100_000)
@@ -120,3 +120,45 @@ async def test_streams_in_both_directions_of_dialling_share_the_rate(
     assert naps.now == pytest.approx((2 * len(FRAME) - 16 * 1024) / 50_000)
     await dialler.close()
     await served.close()
+
+
+# one rate for each of many peers
+
+
+def test_a_peer_that_takes_much_has_no_other_one_wait() -> None:
+    each = PeerRates(per_second=10, burst=5, clock=lambda: 0.0)
+    assert [each.take("stranger", 1) for _ in range(7)] == [0, 0, 0, 0, 0, 0.1, 0.2]
+    assert each.take("client", 1) == 0
+
+
+def test_a_peer_that_has_waited_may_go_on() -> None:
+    naps = Naps()
+    each = PeerRates(per_second=10, burst=5, clock=lambda: naps.now)
+    each.take("peer", 15)
+    naps.now += 1.1
+    assert each.take("peer", 1) == 0
+
+
+def test_nobody_waits_longer_than_the_longest_wait() -> None:
+    each = PeerRates(per_second=10, burst=5, clock=lambda: 0.0, longest_wait_s=3)
+    assert [each.take("peer", 1000) for _ in range(3)] == [3, 3, 3]
+
+
+def test_a_peer_that_comes_alone_has_no_limit() -> None:
+    naps = Naps()
+    each = PeerRates(per_second=10, burst=1, clock=lambda: naps.now, beside_s=30)
+    assert [each.take("peer", 1) for _ in range(3)] == [0, 0, 0]
+    each.take("other", 1)
+    assert [each.take("peer", 1) for _ in range(3)] == [0, 0.1, 0.2]
+    naps.now += 31
+    assert [each.take("peer", 1) for _ in range(3)] == [0, 0, 0]
+
+
+def test_of_many_peers_those_are_remembered_that_took_something_last() -> None:
+    each = PeerRates(per_second=10, burst=1, clock=lambda: 0.0)
+    each.take("first", 10)
+    for number in range(10_000):
+        each.take(str(number), 10)
+    assert len(each) <= 4096
+    assert each.take("9999", 0) > 0
+    assert each.take("first", 0) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from swarmkit.server.engine.scheduler import (
     ExpectedArrivals,
@@ -41,9 +42,12 @@ def prefill(
 
 
 def turn_of(
-    *steps: WaitingStep, jobs: tuple[WaitingJob, ...] = (), expected: ExpectedArrivals = NOBODY
+    *steps: WaitingStep,
+    jobs: tuple[WaitingJob, ...] = (),
+    expected: ExpectedArrivals = NOBODY,
+    **more: Any,
 ) -> Schedule | None:
-    return next_schedule(steps, jobs, expected, TIMES, LIMITS)
+    return next_schedule(steps, jobs, expected, TIMES, LIMITS, **more)
 
 
 def tokens_for(key: int, turn: Schedule | None) -> int:

@@ -15,6 +15,7 @@ from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.messages import SESSION, Fault, Linked, Opened, Step, StepDone
 from swarmkit.net.rpc.message_stream import CHUNK_BYTES, MessageStream
 from swarmkit.net.transport.shares import Holder
+from swarmkit.server.adapters import service as adapter_service
 from swarmkit.server.engine.admission_policy import Holding, beyond_share
 
 from ..takers import Taking, Target, a_gradient, a_push, an_adapter, take
@@ -219,6 +220,23 @@ async def test_a_client_keeps_its_adapter_beside_a_stranger_that_floods_the_serv
         await eventually(lambda: len(adapters.streams) >= ADAPTER_STREAMS - 1, "the stranger has all streams")
         owner = Owner(world, await server.join(), server)
         assert await asyncio.wait_for(owner.put(adapter), 60) == AdapterKept(adapter.digest)
+    await server.close()
+
+
+async def test_a_client_that_sends_one_adapter_after_the_other_waits_by_itself(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (an_adapter_of(world, seed=seed) for seed in range(2))
+    monkeypatch.setattr(adapter_service, "_BYTES_PER_S", 1e-3)
+    monkeypatch.setattr(adapter_service, "_BYTES_AT_ONCE", first.nbytes)
+    server = await TinyServer(world, small_settings()).start()
+    await serve_adapters(server)
+    many, one = [Owner(world, await server.join(), server) for _ in range(2)]
+    assert await many.put(first) == AdapterKept(first.digest)
+    again = asyncio.create_task(many.put(second))
+    assert await asyncio.wait_for(one.put(second), 60) == AdapterKept(second.digest)
+    assert not again.done()
+    again.cancel()
     await server.close()
 
 

@@ -28,6 +28,7 @@ from .scheduling import (
     decode,
     prefill,
     times_learnt,
+    tokens_for,
     turn_of,
 )
 
@@ -295,6 +296,21 @@ def test_who_has_decoded_lately_is_known_for_two_seconds() -> None:
         {"other": 1},
         {},
     ]
+
+
+def test_a_prompt_leaves_room_for_a_client_that_has_decoded_lately() -> None:
+    turn = turn_of(prefill(0, client="many"), recent={"one": 1})
+    assert READING_S + tokens_for(0, turn) * TOKEN_S <= 8 * (READING_S + TOKEN_S)
+
+
+def test_a_prompt_is_cut_so_that_it_takes_little_longer_in_all() -> None:
+    tokens = tokens_for(0, turn_of(prefill(0, client="many"), recent={"one": 1}))
+    assert 4096 / tokens * (READING_S + tokens * TOKEN_S) < 1.2 * 4096 / 512 * (READING_S + 512 * TOKEN_S)
+
+
+def test_a_prompt_of_the_only_client_that_has_decoded_lately_runs_in_whole_chunks() -> None:
+    turn = turn_of(prefill(0, client="one"), recent={"one": 1})
+    assert tokens_for(0, turn) == LIMITS.chunk_tokens
 
 
 def test_clients_with_as_many_sessions_each_all_decode_together() -> None:

@@ -10,6 +10,7 @@ import asyncio
 import importlib
 import logging
 import math
+import random
 import re
 import socket
 import weakref
@@ -65,7 +66,7 @@ from swarmkit.net.hivemind.table import (
 )
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.peer_lists import PeerLists, TableLists
-from swarmkit.net.transport.rates import TokenBucket
+from swarmkit.net.transport.rates import PeerRates, TokenBucket
 from swarmkit.net.transport.seam import Handler, RecordCheck, Stream, Transport
 from swarmkit.net.transport.shares import Holder
 from swarmkit.net.transport.swarm_key import SwarmKey, admit_opener, prove_to_server
@@ -86,6 +87,10 @@ MOST_UNDECIDED = 1024
 """Incoming streams that are not served yet, as their openers have not chosen how to go on."""
 _OPENED_PER_S, _OPENED_AT_ONCE = 50.0, 200.0
 """How fast incoming streams are let in: to begin one takes a millisecond or two of the event loop's time."""
+_EACH_OPENS_PER_S, _EACH_OPENS_AT_ONCE, _EACH_WAITS_S, _BESIDE_S = 10.0, 128.0, 5.0, 30.0
+"""How fast those of one peer are beside another one that came lately, and how long one of them waits for that
+at most: who opens one after the other that is refused takes the time of those who are served.
+"""
 _GREETING_TIMEOUT_S = 10.0
 _REQUEST_TIMEOUT_S = 10.0
 _WATCH_PERIOD_S = 1.0
@@ -94,6 +99,8 @@ _SILENT_S = 2.0
 """Who refuses sooner has a connection that is alive, such as a peer that is just starting: it stays, because
 that peer is joining over it.
 """
+_PEERS_MET_AT_ONCE = 8
+"""Of those that have a connection, besides those whose addresses are known."""
 _PEERS_ASKED_FOR_TIME = 4
 """Besides the initial peers."""
 
@@ -130,7 +137,10 @@ class HivemindTransport(Transport):
         self._direct: DirectListener | None = None
         self._direct_tries = DirectTries()
         self._undecided = Entrance(MOST_UNDECIDED)
-        self._gate = StreamGate(TokenBucket(_OPENED_PER_S, _OPENED_AT_ONCE, clock.now))
+        self._gate = StreamGate(
+            TokenBucket(_OPENED_PER_S, _OPENED_AT_ONCE, clock.now),
+            PeerRates(_EACH_OPENS_PER_S, _EACH_OPENS_AT_ONCE, clock.now, _EACH_WAITS_S, _BESIDE_S),
+        )
         self._handlers: dict[str, Handler] = {}
         self._streams: weakref.WeakSet[FrameStream] = weakref.WeakSet()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -309,12 +319,24 @@ class HivemindTransport(Transport):
 
         with owning(self._hivemind_tasks):
             async with anyio.create_task_group() as tasks:
-                for peer_id, addresses in self._contact.candidates().items():
+                for peer_id, addresses in (await self._connected() | self._contact.candidates()).items():
                     tasks.start_soon(meet, peer_id, addresses)
             if met:
                 await table.explore()
                 logger.info("joined the swarm again")
         return met
+
+    async def _connected(self) -> dict[str, tuple[str, ...]]:
+        """Some of the peers to which the daemon has a connection, such as one that has just dialled it."""
+        pb = _messages()
+        try:
+            with anyio.fail_after(_REQUEST_TIMEOUT_S):
+                response = await self._ask(pb.Request(type=pb.Request.LIST_PEERS))
+        except (TimeoutError, SwarmkitError, _DaemonRefusal) as error:
+            logger.debug("the p2p daemon does not tell its peers: %r", error)
+            return {}
+        found = [base58.b58encode(peer.id).decode() for peer in response.peers]
+        return {peer_id: () for peer_id in random.sample(found, min(len(found), _PEERS_MET_AT_ONCE))}
 
     async def _ask_for_time(self) -> None:
         """Ask peers for the date; what they say is noted where their answers arrive."""

@@ -27,6 +27,7 @@ from swarmkit.net.rpc.message_stream import IncomingMessage
 from swarmkit.net.rpc.receive_budget import ReceiveBudget, ReceiveReservation
 from swarmkit.net.rpc.server_stream import ServerStream
 from swarmkit.net.rpc.stream_shares import StreamShares
+from swarmkit.net.transport.rates import PeerRates
 from swarmkit.net.transport.seam import Stream
 from swarmkit.server.adapters.store import AdapterStore, Hold, NoRoomError
 from swarmkit.server.engine.engine import Engine
@@ -35,6 +36,8 @@ from swarmkit.settings import ServerSettings
 _MAX_STREAMS = 256
 _DECODED_AT_ONCE = 1
 """Adapters whose values are checked and hashed, lest they take all processors from the device's thread."""
+_BYTES_PER_S, _BYTES_AT_ONCE = 32 * 2**20, 64 * 2**20
+"""How fast one client's adapters are received: that, and to hash them, takes the time of those who decode."""
 
 
 def check_rows(hold: Hold | None, rows: int) -> None:
@@ -85,6 +88,7 @@ class AdapterService:
         self._store = store
         self.streams = StreamShares(_MAX_STREAMS)
         self._decoding = anyio.CapacityLimiter(_DECODED_AT_ONCE)
+        self._rates = PeerRates(_BYTES_PER_S, _BYTES_AT_ONCE, engine.clock.now)
 
     async def serve(self, stream: Stream) -> None:
         """Serve one stream until it ends. Never raises on account of the peer."""
@@ -103,6 +107,8 @@ class AdapterService:
     async def _answer(self, caller: ServerStream, incoming: IncomingMessage) -> None:
         message: PutAdapter = incoming.message
         self._check(message)
+        if (wait_s := self._rates.take(caller.peer_id, incoming.nbytes)) > 0:
+            await anyio.sleep(wait_s)
         room = ReceiveReservation(self._receive_budget, caller.holder, caller.dismiss)
         with room, _refusing_for_room():
             self._store.check_room(caller.holder, incoming.nbytes)

@@ -296,11 +296,11 @@ class Engine:
             expected = learned.arrivals.expected(now, here)
         else:
             expected = ExpectedArrivals()  # nothing is gained by a pause while another stage has work
+        recent = self._recent.at(now)
         if learned is None:
-            return next_schedule((), waiting_jobs, expected, PassTimes(), self.limits)
-        steps_of, recent = by_stage[learned], self._recent.at(now)
+            return next_schedule((), waiting_jobs, expected, PassTimes(), self.limits, recent=recent)
         return next_schedule(
-            steps_of, waiting_jobs, expected, learned.times, self.limits, learned.cost, recent
+            by_stage[learned], waiting_jobs, expected, learned.times, self.limits, learned.cost, recent
         )
 
     def _run_job(self, job: Job) -> None:

@@ -5,8 +5,8 @@ Decisions only, over plain data; the engine carries them out. In this order:
 1. every step of few tokens (a *decode* step, whose tokens a user watches appear), up to a cap;
 2. of longer steps (*prefill*), beside decode steps or before the next of them arrives, as many tokens as
    leave the decode steps within their time;
-3. a job, when there is no step, or when it has been passed over often enough. While sessions decode, bulk
-   jobs rest after each of them, so that they have no more than a share of the time.
+3. a job, when there is no step, or when it has been passed over often enough. While sessions decode, or did
+   lately, bulk jobs rest after each of them, so that they have no more than a share of the time.
 
 Among equals the step of the client that has been served least comes first, and a step that has been passed
 over too often comes before all others of its kind, so that none starves.
@@ -46,7 +46,7 @@ layers: cut smaller, it would be read so much more often."""
 
 _STARVING_TURNS = 16
 """A step or job that has been passed over in so many turns is next."""
-_BULK_SHARE = 0.4
+_BULK_SHARE = 0.3
 """Of the time, for bulk jobs while sessions decode: a token that waits for one of them waits for all of it.
 A client beside somebody who trains is to have at least half of its usual speed."""
 
@@ -56,6 +56,10 @@ _MESSAGES_S = 0.001
 _CROWD_SLOWDOWN_SHARE = 0.5
 """Of the slowdown that a decode step may have, for the many steps of another client: these also run, and
 their messages come and go, while it is away, so that it waits for some of them first."""
+
+_NEWCOMER_PASSES = 8
+"""While another client has decoded lately, a piece of a prompt takes no longer than so many passes over one
+token: that client's next answer may begin at any moment. The prompt takes an eighth longer for it at most."""
 
 _OTHER_STAGE_TURNS = 2
 """A stage that has been passed over in so many turns is next."""
@@ -97,7 +101,7 @@ class WaitingJob:
     passed_over: int
     """Turns that jobs of its kind have waited for since one of them was run."""
     rests: bool = False
-    """Whether jobs of its kind have had their share of the time, as long as sessions decode."""
+    """Whether jobs of its kind have had their share of the time, as long as clients decode."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,7 @@ def next_schedule(
         cost: of the stage's attention.
         recent: the clients that have decoded lately, see `RecentClients`.
     """
-    decodes = bool(expected.tokens) or any(step.decode for step in steps)
+    decodes = bool(expected.tokens or recent) or any(step.decode for step in steps)
     ready = [job for job in jobs if not (job.rests and decodes)]
     due = [job for job in ready if not steps or job.passed_over >= (_STARVING_TURNS if job.bulk else 1)]
     if due:
@@ -228,6 +232,9 @@ def next_schedule(
             if budget <= _ROWS and _others_come_first(prefills, budget, expected, times):
                 return Schedule()
         hurried = bool(scheduled or expected.tokens)
+        if not hurried and not recent.keys() <= {step.client for step in prefills}:
+            hurried = True
+            budget = _prefill_before_newcomers(times, limits)
         left: float = budget
         for step in prefills:
             piece = _piece(step, left, hurried, cost)
@@ -384,6 +391,12 @@ def _prefill_before(expected: ExpectedArrivals, starving: bool, times: PassTimes
     soonest_s = min(expected.soonest_s, alone_s) if is_late else expected.soonest_s
     fitting = times.tokens_within(max(soonest_s, 0.0) + (limits.decode_slowdown - 1) * alone_s)
     return _chunk(fitting, 0, starving, limits)
+
+
+def _prefill_before_newcomers(times: PassTimes, limits: PassLimits) -> int:
+    """Tokens of prefill when no session decodes, but another client's may begin to at any moment."""
+    fitting = times.tokens_within(_NEWCOMER_PASSES * times.of(1))
+    return _chunk(fitting, 0, True, limits) if fitting else limits.chunk_tokens
 
 
 def _chunk(fitting: int, others: int, starving: bool, limits: PassLimits) -> int:
