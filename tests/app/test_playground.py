@@ -415,6 +415,16 @@ def test_a_page_with_a_password_shows_nothing_without_it(swarm: LocalSwarm) -> N
         urllib.request.urlopen(f"{playground.url}config", timeout=20)
 
 
+def test_the_page_ends_where_gradio_stumbles_on_the_way(swarm: LocalSwarm) -> None:
+    def stumble() -> None:
+        raise RuntimeError("deque mutated during iteration")
+
+    with Playground([swarm.model()]) as playground:
+        playground._page.app.stop_event.set = stumble  # type: ignore[method-assign]
+    with pytest.raises(urllib.error.URLError, match="refused"):
+        urllib.request.urlopen(playground.url, timeout=20)
+
+
 def test_the_page_names_no_other_place() -> None:
     """No font comes from elsewhere; what a browser asks of whom is checked in tests/browser."""
     assert theme()._stylesheets == []

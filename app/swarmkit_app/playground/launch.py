@@ -102,7 +102,12 @@ class Playground:
 
     def close(self) -> None:
         """End all answers, and listen no longer. May be called twice."""
-        self._page.close(verbose=False)
+        try:
+            self._page.close(verbose=False)
+        except RuntimeError:
+            # Gradio wakes its event loop from this thread, which fails where the loop does that just then.
+            # By that time only the server is left to end.
+            self._page.server.close()
         self._close_engines()
 
     def __enter__(self) -> Playground:
