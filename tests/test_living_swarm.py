@@ -41,7 +41,7 @@ MACHINES = [
 CLIENTS = 8
 SETTLED_S = 240.0
 SERVER = ServerSettings().replace(
-    announce_period_s=2.0, record_lifetime_s=8.0, move_period_s=4.0, move_gain=0.02, drain_timeout_s=5.0
+    announce_period_s=2.0, record_lifetime_s=8.0, move_period_s=10.0, move_gain=0.02, drain_timeout_s=5.0
 )
 CLIENT = ClientSettings().replace(refresh_period_s=2.0, route_timeout_s=120.0, min_step_timeout_s=10.0)
 
