@@ -13,6 +13,7 @@ test run that was killed left behind is removed by the next one.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import queue
@@ -86,10 +87,11 @@ def _remove_leftovers() -> None:
             _remove(name)
 
 
+_numbers = itertools.count(1)
+
+
 class Lan:
     """A bridge, and machines that are connected by it."""
-
-    _number = 0
 
     def __init__(self, *, ipv6: bool = False, mtu: int = 1500, prefix: str = "10.90.0") -> None:
         """Args: prefix: of the IPv4 addresses; one of the Internet's for what peers do only there."""
@@ -97,8 +99,7 @@ class Lan:
         if reason:
             pytest.skip(reason)
         _remove_leftovers()
-        Lan._number += 1
-        self._name = f"{_PREFIX}{os.getpid()}-{Lan._number}"
+        self._name = f"{_PREFIX}{os.getpid()}-{next(_numbers)}"
         self._hub = f"{self._name}-hub"
         self.ipv6, self.mtu, self.prefix = ipv6, mtu, prefix
         self.machines: list[Machine] = []

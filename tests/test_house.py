@@ -261,6 +261,67 @@ def test_tests_wait_with_a_limit() -> None:
     assert [loop for source in sources for loop in loops_that_sleep(source)] == []
 
 
+FOREIGN_NAMES = {
+    "_exit": "of the standard library's `os`: ends a process without its exit handlers",
+    "_replace": "of the standard library's named tuples, and documented",
+    "_repr_mimebundle_": "IPython's protocol: what a notebook shows of a value",
+    "_handle_custom_msg": "ipywidgets' entry for what a browser sends, for which it has no other",
+    "_stylesheets": "Gradio's list of what a theme fetches from elsewhere, for which it has no other",
+    "_pslinux": "psutil's reading of Linux's folders, which a test has read from another place",
+    "_attn_implementation": "transformers' name for the attention that a config has chosen",
+    "_reorder_linear_weight": "torch's operation, which decides whether there are blocked weights here",
+}
+"""Private names of other people's classes and modules that tests may use, and why."""
+BY_NAME = {"getattr", "setattr", "delattr", "object", "patch"}
+"""The last words of calls that read or patch an attribute whose name they are given as text."""
+
+
+def is_private(name: str) -> bool:
+    is_special = name.startswith("__") and name.endswith("__")
+    return name.startswith("_") and not is_special and name not in FOREIGN_NAMES
+
+
+def private_names_of_others(source: Path) -> Iterator[str]:
+    """What a test reads, imports or patches that belongs to another object or module alone."""
+    for node in ast.walk(parsed(source)):
+        found = ""
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            is_own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            is_inherited = ast.unparse(node.value) == "super()"
+            found = "" if is_own or is_inherited else ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom):
+            found = " ".join(alias.name for alias in node.names if is_private(alias.name))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in BY_NAME:
+            texts = [arg.value for arg in node.args[:2] if isinstance(arg, ast.Constant)]
+            names = [word for text in texts if isinstance(text, str) for word in text.split(".")]
+            found = " ".join(name for name in names if is_private(name) and name.isidentifier())
+        if found:
+            yield f"{source.relative_to(ROOT)}:{node.lineno}: {found}"
+
+
+def test_tests_read_no_private_state_of_other_objects() -> None:
+    """A public property, or a value that is handed in, tells what a test needs."""
+    assert [place for source in TESTS for place in private_names_of_others(source)] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "server._ways.note(1)",
+        "setattr(server, '_ways', 1)",
+        "monkeypatch.setattr('swarmkit.net.lan._PATIENCE_S', 1)",
+        "from swarmkit.net.lan import _PATIENCE_S",
+    ],
+)
+def test_private_state_is_noticed_however_it_is_reached(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "test_this.py"
+    source.write_text(line)
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    assert list(private_names_of_others(source)) != []
+
+
 # the map beside the land
 
 DOCUMENTS = [

@@ -84,9 +84,9 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
 
     _swarm: Connection
     _checkpoint: Checkpoint
-    _speculator: Speculator
+    speculator: Speculator
     _remote: RemotePass
-    _served_head: ServedHead
+    served_head: ServedHead
     _head = HeadKind("causal")
 
     @classmethod
@@ -163,11 +163,11 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
         assert isinstance(head, cls)
         head._swarm = connection
         head._checkpoint = checkpoint
-        head._speculator = Speculator()
+        head.speculator = Speculator()
         head._remote_adapters = adapters
         head._remote = remote
         if kind.name == "causal":
-            head._served_head = ServedHead(head, connection)
+            head.served_head = ServedHead(head, connection)
         return head
 
     # ------------------------------------------------------------------ the swarm
@@ -211,7 +211,7 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
     @property
     def speculation(self) -> SpeculationCount:
         """How many tokens were drafted so far, and how many of them were accepted."""
-        return self._speculator.count
+        return self.speculator.count
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer."""
@@ -326,10 +326,10 @@ class SwarmModelForCausalLM(SwarmModel):
         kwargs = choose_way(
             speculation, usual, kwargs, lambda name: self._configured(kwargs, name), rows, self._is_stateful
         )
-        asks = "custom_generate" not in kwargs and self._served_head.is_offered(self)
+        asks = "custom_generate" not in kwargs and self.served_head.is_offered(self)
         token = _call.set(_GenerateCall(speculation or usual, asks_for_logits=asks))
         try:
-            with self._served_head.of_call(asks):
+            with self.served_head.of_call(asks):
                 output = self._generate(session, name, inputs, tokens, kwargs)
         finally:
             _call.reset(token)
@@ -413,11 +413,11 @@ class SwarmModelForCausalLM(SwarmModel):
         call.held = session.position if session else 0
         if call.speculation == "off":
             return inner
-        return self._speculator.adapt(inner, session, kwargs["generation_config"].max_length)
+        return self.speculator.adapt(inner, session, kwargs["generation_config"].max_length)
 
     def _get_logits_processor(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)  # type: ignore[misc]
-        return self._served_head.wrapped(processors, generation_config)
+        return self.served_head.wrapped(processors, generation_config)
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
@@ -425,7 +425,7 @@ class SwarmModelForCausalLM(SwarmModel):
         """What a step computes. An assisted call's first one would compute what its session holds again."""
         call, text = _call.get(), input_ids.shape[1]
         if call is not None and call.asks_for_logits:
-            self._served_head.prepared(input_ids)
+            self.served_head.prepared(input_ids)
         if call is not None and call.held:
             held, call.held = call.held, 0
             mask = kwargs.get("attention_mask")

@@ -210,7 +210,7 @@ class LocalSwarm:
         if not self._started:
             raise UsageError("start the swarm first, with start() or a `with` block")
         kwargs.setdefault("settings", self._client_settings)
-        kwargs.setdefault("transport", self._client_transport())
+        kwargs.setdefault("transport", self.client_transport())
         model = SwarmModelForCausalLM.from_pretrained(self.checkpoint, **kwargs)
         self._connections.add(model.connection)
         return model
@@ -264,7 +264,8 @@ class LocalSwarm:
         self._bootstrap = lease.call(over_hivemind(swarm_key=self._swarm_key), Identity(), acceptable_now)
         self._owned.callback(lease.call, self._bootstrap.close)
 
-    def _client_transport(self) -> TransportFactory:
+    def client_transport(self) -> TransportFactory:
+        """Makes the transport of a client of this swarm."""
         if self.network is None:
             return over_hivemind(self.initial_peers, client_mode=True, swarm_key=self._swarm_key)
         return over_memory(self.network, self._swarm_key)

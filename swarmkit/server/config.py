@@ -78,7 +78,7 @@ class ServerConfig:
         """
         memory = device_memory_bytes(self.device) if self.memory_bytes is None else self.memory_bytes
         memory -= self._head_bytes
-        plan = self._plan(memory)
+        plan = self.plan(memory)
         count = plan.blocks_that_fit
         if not count:
             needed = plan.workspace_bytes + plan.block_bytes + plan.kv_bytes_per_block
@@ -88,14 +88,14 @@ class ServerConfig:
                 "choose a lower precision or less cache",
                 needed - memory,
             )
-        of_graphs = plan.kv_bytes_per_block - self._plan(memory, graph_slots=0).kv_bytes_per_block
+        of_graphs = plan.kv_bytes_per_block - self.plan(memory, graph_slots=0).kv_bytes_per_block
         taken = plan.workspace_bytes + count * (plan.block_bytes + of_graphs)
         return FittingBlocks(count, memory - taken)
 
     def fits_beside(self, held: tuple[int, int], more: tuple[int, int]) -> bool:
         """Whether blocks `more` can be loaded while blocks `held` are served; the cache is shared."""
         free = device_memory_bytes(self.device)
-        plan = self._plan(free if self.memory_bytes is None else self.memory_bytes)
+        plan = self.plan(free if self.memory_bytes is None else self.memory_bytes)
         if self.memory_bytes is not None:
             of_held = (held[1] - held[0]) * (plan.block_bytes + plan.kv_bytes_per_block)
             free = min(free, self.memory_bytes - self._head_bytes - plan.workspace_bytes - of_held)
@@ -106,7 +106,8 @@ class ServerConfig:
         """What the output layer takes that the server computes for clients."""
         return output_layer_bytes(self.checkpoint) if self.settings.head.offer_head else 0
 
-    def _plan(self, memory_bytes: int, graph_slots: int | None = None) -> Plan:
+    def plan(self, memory_bytes: int, graph_slots: int | None = None) -> Plan:
+        """How this server would use so much memory; see `plan_checkpoint`."""
         settings = self.settings
         slots = settings.engine.cuda_graph_slots if graph_slots is None else graph_slots
         return plan_checkpoint(

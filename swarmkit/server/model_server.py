@@ -354,7 +354,8 @@ class ModelServer:
         cost = await anyio.to_thread.run_sync(cache_cost, config.checkpoint, precision.dtype)
         self._cache = KVBudget(self.limits.cache_bytes, cost.row_tokens)
         self._receive_budget = ReceiveBudget(config.settings.requests.receive_budget_bytes)
-        self._ways = LinkTimes(self._clock.now)
+        self.ways = LinkTimes(self._clock.now)
+        """Round trips to the servers that outputs are handed on to."""
         self.set_limits(self.limits)
         self._head = await self._load_head(engine)
 
@@ -456,7 +457,7 @@ class ModelServer:
                 run.serving,
                 self._fingerprint,
                 config.settings.node,
-                self._ways,
+                self.ways,
                 self._clock,
                 compute_share=lambda: self.limits.compute_share,
             )
@@ -479,7 +480,7 @@ class ModelServer:
             return None
         find = NextServers(self._registry, self._fingerprint, self._clock).find
         times = settings.sessions.link_timeout_s, settings.requests.message_timeout_s
-        return Links(lambda: self._transport, find, *times, self._clock.now, self._ways)
+        return Links(lambda: self._transport, find, *times, self._clock.now, self.ways)
 
     async def _get_ready(self, vitals: Vitals, announcer: Announcer) -> None:
         """Measure a run of blocks, and see that it answers, before clients are told of it.

@@ -31,7 +31,7 @@ TRAY_PID = "tray.pid"
 """A file in the runtime folder with the tray's process id."""
 QUIT = "quit"
 """What stands in the request when the tray is to end."""
-_POLITE_S = 45.0
+POLITE_S = 45.0
 """More than sessions usually have to move away."""
 _TERMINATE_S = 10.0
 _KILL_S = 5.0
@@ -105,7 +105,7 @@ def stop_all(places: WorkerPlaces | None = None) -> None:
         with contextlib.suppress(SwarmkitError):
             WorkerClient(worker).stop()
     asked = [process for process in processes if not _is_of_program(process)]
-    _wait(asked, _POLITE_S)
+    _wait(asked, POLITE_S)
     processes = _living(running_processes(places), processes)
     for end, within_s in ((psutil.Process.terminate, _TERMINATE_S), (psutil.Process.kill, _KILL_S)):
         for process in processes:

@@ -89,7 +89,7 @@ def swarm(tiny_llama: Checkpoint) -> Iterator[World]:
 @pytest.fixture
 def world(swarm: World) -> World:
     """A swarm whose client knows nothing of draft tokens yet."""
-    swarm.model._speculator = Speculator(Beat())
+    swarm.model.speculator = Speculator(Beat())
     return swarm
 
 
@@ -136,12 +136,12 @@ def test_a_draft_that_was_wrong_goes_on_from_the_true_text(
     """Steps without draft tokens come between: the draft must forget what it had drafted before them."""
     ids, _ = prompt(9)
     found: list[tuple[list[int], list[int]]] = []
-    adapt = world.model._speculator.adapt
+    adapt = world.model.speculator.adapt
 
     def adapted(*args: Any) -> Any:
         drafts: Any = adapt(*args)
         windows = iter([1, 4, 0, 0, 3, 0, 5, 0, 0, 0, 6] + [0] * NEW_TOKENS)
-        drafts._windows.choose = lambda kind, available: min(next(windows), available)
+        drafts.windows.choose = lambda kind, available: min(next(windows), available)
         get = drafts.get_candidates
 
         def noted(input_ids: Tensor) -> Any:
@@ -160,7 +160,7 @@ def test_a_draft_that_was_wrong_goes_on_from_the_true_text(
         drafts.get_candidates = noted
         return drafts
 
-    world.model._speculator.adapt = adapted  # type: ignore[method-assign]
+    world.model.speculator.adapt = adapted  # type: ignore[method-assign]
     assert_same(greedy(world.model, ids, assistant_model=draft), greedy(local, ids))
     assert len(found) == 5
     assert all(drafted == alone for drafted, alone in found)

@@ -16,7 +16,7 @@ from swarmkit.client.model import SwarmModelForCausalLM
 from swarmkit.errors import NoRouteError, UsageError
 from swarmkit.events import PeerLost
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
-from swarmkit.models.execution.full_sequences import FullSequencePass
+from swarmkit.models.execution.stage import Stage
 from swarmkit.models.head.head import load_local
 from swarmkit.node.server import Server
 from swarmkit.server.training.work import GradientWork
@@ -234,13 +234,13 @@ def test_what_cannot_be_run_is_refused_here(
 
 def test_a_step_runs_each_block_forward_once(tiny_llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     rows_and_blocks = [0]
-    run = FullSequencePass._forward
+    run = Stage.run_full_sequences
 
-    def counted(one: FullSequencePass, blocks: int) -> int:
-        rows_and_blocks[0] += blocks * one._inputs.hidden.shape[0]
-        return run(one, blocks)
+    def counted(stage: Stage, hidden: Tensor, start: int, stop: int, *rest: Any) -> Tensor:
+        rows_and_blocks[0] += (stop - start) * hidden.shape[0]
+        return run(stage, hidden, start, stop, *rest)
 
-    monkeypatch.setattr(FullSequencePass, "_forward", counted)
+    monkeypatch.setattr(Stage, "run_full_sequences", counted)
     with a_world(tiny_llama, replicas=1) as world:
         loss_and_gradient(world.model, *batch())
     assert rows_and_blocks[0] == ROWS * tiny_llama.num_blocks

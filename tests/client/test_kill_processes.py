@@ -48,10 +48,10 @@ class ProcessSwarm:
         self.model = swarm.model()
         self.client = self.model.connection.client
         self._starting: list[Future[Any]] = []
-        self._pool = ThreadPoolExecutor(2)
+        self.pool = ThreadPoolExecutor(2)
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self.pool.shutdown(cancel_futures=True)
 
     def alive(self, blocks: tuple[int, int]) -> list[ServerProcess]:
         """Servers of a stage that serve now."""
@@ -63,7 +63,7 @@ class ProcessSwarm:
         return servers  # type: ignore[return-value]
 
     def start_soon(self, blocks: tuple[int, int]) -> None:
-        self._starting.append(self._pool.submit(self.swarm.add_server, blocks))
+        self._starting.append(self.pool.submit(self.swarm.add_server, blocks))
 
     def all_started(self) -> None:
         """Wait for every server that is starting, too."""
@@ -282,7 +282,7 @@ def test_a_process_that_is_asked_to_leave_lets_its_session_move(
     def leave() -> None:
         server = world.in_use(1)
         left.append((server, psutil.Process(server.pid).children(recursive=True)))
-        world._pool.submit(server.stop, 600.0)  # SIGTERM
+        world.pool.submit(server.stop, 600.0)  # SIGTERM
 
     with world.model.session() as session:
         tokens = world.answer({3: leave})
@@ -304,7 +304,7 @@ def test_replacements_with_other_boundaries(
     world: ProcessSwarm, undisturbed: Callable[..., list[list[int]]]
 ) -> None:
     world.all_started()
-    others = [world._pool.submit(world.swarm.add_server, blocks) for blocks in [(0, 1), (1, 4), (3, 5)]]
+    others = [world.pool.submit(world.swarm.add_server, blocks) for blocks in [(0, 1), (1, 4), (3, 5)]]
     for other in others:
         other.result()
     new = {other.result().peer_id for other in others}

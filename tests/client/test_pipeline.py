@@ -95,7 +95,7 @@ def slowly(value: int) -> Any:
 def test_a_server_dies_in_the_midst_of_the_pieces(
     world: World, wanted: Tensor, monkeypatch: pytest.MonkeyPatch, stage: int, piece: int
 ) -> None:
-    start, run, seen = (0, 1, 3)[stage], BlockService._take_step, 0
+    start, run, seen = (0, 1, 3)[stage], BlockService.take_step, 0
 
     async def dying(
         service: BlockService, client: Any, session: Any, incoming: Any, *rest: Any, **more: Any
@@ -108,7 +108,7 @@ def test_a_server_dies_in_the_midst_of_the_pieces(
                 node.crash()
         await run(service, client, session, incoming, *rest, **more)
 
-    monkeypatch.setattr(BlockService, "_take_step", dying)
+    monkeypatch.setattr(BlockService, "take_step", dying)
     assert torch.equal(generated(world), wanted)
     assert len(world.lost()) == 1, [str(event) for event in world.model.events]
 
@@ -188,4 +188,5 @@ def test_a_server_that_keeps_what_it_says_it_pushed_is_not_relied_on_again(
         first, second = (world.server(hop.peer_id) for hop in world.model.trace[-1].hops)
         silent = next(s for s in world.swarm.servers if s.peer_id == world.lost()[0])
         assert silent.blocks == second.blocks
-        assert (first.peer_id, silent.peer_id) in world.client._unlinked
+        served = {server.peer_id: server for server in world.client.servers()}
+        assert not world.client.may_link(served[first.peer_id], served[silent.peer_id])

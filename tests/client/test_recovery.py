@@ -337,7 +337,7 @@ def test_a_replacement_that_hangs_while_it_is_opened_is_left_too(
     tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with a_world(tiny_llama, replicas=3, min_step_timeout_s=0.3) as world:
-        monkeypatch.setattr(world.client, "_net", world.client._net.replace(connect_timeout_s=0.3))
+        world.client.net_settings = world.client.net_settings.replace(connect_timeout_s=0.3)
 
         def break_two() -> None:
             world.in_use(1).kill()
@@ -424,7 +424,7 @@ def test_a_server_without_room_for_a_session_is_passed_by(
     with a_world(tiny_llama, server_settings=ServerSettings().replace(max_sessions=1)) as world:
         first = world.model.session()
         first.step(torch.zeros(1, 1, 32))
-        world.client._times.clear()  # so that the next session would choose the same servers
+        world.client.times.clear()  # so that the next session would choose the same servers
         assert_same(world.answer(), undisturbed())
         assert len(first.route) == 3
         assert world.lost() == []
@@ -464,9 +464,8 @@ def test_a_replacement_that_dies_during_the_replay(
         victims: list[str] = []
 
         def die_in_a_replay(server: Server) -> None:
-            service = server.serving.sessions
-            assert service is not None
-            compute, steps = service._step, itertools.count()
+            engine = server.serving.engine
+            compute, steps = engine.step, itertools.count()
 
             async def step(*args: Any) -> Any:
                 if not victims and next(steps) == 1:  # the replay takes several steps
@@ -474,7 +473,7 @@ def test_a_replacement_that_dies_during_the_replay(
                     server.node.crash()
                 return await compute(*args)
 
-            service._step = step  # type: ignore[method-assign]
+            engine.step = step  # type: ignore[method-assign]
 
         def kill() -> None:
             used = world.in_use(1)
@@ -543,11 +542,11 @@ def test_known_replicas_are_used_without_a_look_at_the_table(
 def test_sessions_that_search_at_the_same_time_share_one_look(shared: World) -> None:
     async def look_together() -> int:
         client = shared.client
-        looks = client._looks
+        looks = client.looks
         async with anyio.create_task_group() as tasks:
             for _ in range(10):
                 tasks.start_soon(client.refresh)
-        return client._looks - looks
+        return client.looks - looks
 
     # If the first look had begun before the others asked, one more is due, for all of them.
     assert shared.model.connection.call(look_together) <= 2

@@ -225,7 +225,7 @@ def test_by_default_a_server_is_asked_where_this_machine_was_measured_to_be_slow
     with a_head(checkpoint, head="auto") as world:
         client = world.client
         for _ in range(2):
-            world.model._served_head._times.note("local", 1, local_s, client.clock.now())
+            world.model.served_head.times.note("local", 1, local_s, client.clock.now())
         found, tops = served_since(world, lambda: answer(world.model, *prompt(7)))
     assert_same(found, answer(local, *prompt(7)))
     assert bool(tops) is is_asked
@@ -283,7 +283,7 @@ def head_of(world: World) -> HeadService:
 def bend(world: World, change: Callable[[dict[str, Tensor]], object]) -> None:
     """Have the server change the tensors of its answers before it sends them."""
     head = head_of(world)
-    honest = head._reply
+    honest = head.reply
 
     async def bent(request: Any) -> tuple[Logits, list[memoryview]]:
         reply, _ = await honest(request)
@@ -295,7 +295,7 @@ def bend(world: World, change: Callable[[dict[str, Tensor]], object]) -> None:
         specs = {name: spec for name, (spec, _) in coded.items()}
         return msgspec.structs.replace(reply, **specs), [data for _, data in coded.values()]
 
-    head._reply = bent  # type: ignore[method-assign]
+    head.reply = bent  # type: ignore[method-assign]
 
 
 def set_to(name: str, value: Any) -> Callable[[dict[str, Tensor]], object]:
@@ -339,7 +339,7 @@ def test_wrong_logits_are_seen_at_once(checkpoint: Checkpoint, local: Any, how: 
 def test_a_token_that_is_left_out_is_missed_by_a_check(checkpoint: Checkpoint, local: Any) -> None:
     with a_head(checkpoint, check_share=1.0) as world:
         head = head_of(world)
-        honest = head._layer
+        honest = head.layer
 
         class Hiding:
             """Computes the logits of all tokens but the likeliest, which it calls very unlikely."""
@@ -350,7 +350,7 @@ def test_a_token_that_is_left_out_is_missed_by_a_check(checkpoint: Checkpoint, l
                 logits = honest(hidden).clone()
                 return logits.scatter(1, logits.argmax(dim=1, keepdim=True), -50.0)
 
-        head._layer = Hiding()  # type: ignore[assignment]
+        head.layer = Hiding()  # type: ignore[assignment]
         found = answer(world.model, *prompt(7))
         assert world.client.bans.convicted
     assert_same(found, answer(local, *prompt(7)))

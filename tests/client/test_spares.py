@@ -73,7 +73,7 @@ def test_a_session_that_loses_its_server_takes_over_the_spare(swarm: LocalSwarm)
             return await open_stream(peer_id, *args)  # type: ignore[arg-type]
 
         client.transport.open = opening  # type: ignore[method-assign,assignment]
-        client.spares._period_s = 3600.0
+        client.spares.period_s = 3600.0
         lost = next(server for server in swarm.servers if server.peer_id == model.trace[-1].hops[0].peer_id)
         lost.kill()
         session.step(torch.zeros(1, 1, model.config.hidden_size))
@@ -99,5 +99,5 @@ def test_spares_can_be_turned_off(tiny_llama: Checkpoint) -> None:
         answer(model, prompt(5)[0], new_tokens=2)
         server = swarm.servers[0]
         assert isinstance(server, Server)
-        wait_until(lambda: model.connection.client._looks > 4, "several periods have passed")
+        wait_until(lambda: model.connection.client.looks > 4, "several periods have passed")
         assert kept(model) == frozenset()

@@ -35,7 +35,7 @@ def layer(bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
 def faster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Time runs so that blocked weights are always faster; what they yield is looked at all the same."""
     times = iter(range(99, 0, -1))
-    monkeypatch.setattr(blocked_linear, "_seconds", lambda *_: 2.0 ** (next(times) % 2))
+    monkeypatch.setattr(blocked_linear, "measured_seconds", lambda *_: 2.0 ** (next(times) % 2))
     blocked_linear.is_faster.cache_clear()
     yield
     blocked_linear.is_faster.cache_clear()
@@ -43,7 +43,7 @@ def faster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def slower(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(blocked_linear, "_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(blocked_linear, "measured_seconds", lambda *_: 1.0)
     blocked_linear.is_faster.cache_clear()
     yield
     blocked_linear.is_faster.cache_clear()
@@ -137,5 +137,5 @@ def test_layers_stay_where_torch_cannot(monkeypatch: pytest.MonkeyPatch, error: 
     def cannot(weight: torch.Tensor) -> torch.Tensor:
         raise error
 
-    monkeypatch.setattr(blocked_linear, "_blocked", cannot)
+    monkeypatch.setattr(blocked_linear, "in_blocks", cannot)
     assert use_blocked(nn.Sequential(layer())) == 0

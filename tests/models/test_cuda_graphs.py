@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
-from swarmkit.models.execution.cuda_graphs import CudaGraphs, _SlotBatch
+from swarmkit.models.execution.cuda_graphs import CudaGraphs, SlotBatch
 from swarmkit.models.execution.stage import Stage, StepPart
 from swarmkit.models.kv.static_slots import StaticSlots
 
@@ -70,7 +70,7 @@ def test_tokens_of_several_sessions(checkpoints: Path, device: str, name: str, r
         together(sessions, [1, 1, 1])
     together(sessions[1:2], [1])  # while the others have no token
     together(sessions, [1, 1, 1])
-    seen = stage._view(1, 4).needs_no_mask(torch.empty(1, 1, 32), 1)
+    seen = stage.view_of(1, 4).needs_no_mask(torch.empty(1, 1, 32), 1)
     possible = seen and model_type_of(name) not in ONE_BY_ONE
     if device == "cpu":  # else it is the accelerator's libraries that decide
         assert bool(recorded) == possible
@@ -199,10 +199,10 @@ def test_pages_are_copied_from_a_slot(llama: Stage) -> None:
 def test_blocks_that_cannot_be_recorded_run_without_graphs(
     llama: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(record: object) -> Tensor:
+    def fail(batch: SlotBatch) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr("swarmkit.models.execution.cuda_graphs._CudaGraph._pass", fail)
+    monkeypatch.setattr(SlotBatch, "make_mask", fail)
     session = Session(llama)
     together([session], [5])
     together([session], [1])
@@ -219,11 +219,11 @@ def test_slots_are_freed_when_nothing_can_be_recorded(llama: Stage, monkeypatch:
         pools.extend(weakref.ref(part) for part in slots.pool(0))
         return taken
 
-    def fail(record: object) -> Tensor:
+    def fail(batch: SlotBatch) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(StaticSlots, "take", watched)
-    monkeypatch.setattr("swarmkit.models.execution.cuda_graphs._CudaGraph._pass", fail)
+    monkeypatch.setattr(SlotBatch, "make_mask", fail)
     session = Session(llama)
     together([session], [5])
     together([session], [1])
@@ -249,13 +249,13 @@ def test_a_record_that_fails_leaves_the_accelerator_as_it_was(
     checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = stage_of(checkpoints, "llama", "cuda")
-    make_mask = _SlotBatch.make_mask
+    make_mask = SlotBatch.make_mask
 
-    def look(batch: _SlotBatch) -> None:
+    def look(batch: SlotBatch) -> None:
         make_mask(batch)
         batch.positions().sum().item()  # which waits, and so cannot be recorded
 
-    monkeypatch.setattr(_SlotBatch, "make_mask", look)
+    monkeypatch.setattr(SlotBatch, "make_mask", look)
     session = Session(stage)
     together([session], [5])
     together([session], [1])

@@ -23,7 +23,7 @@ Timed = Callable[[Callable[[], object]], float]
 
 
 def timed_as(monkeypatch: pytest.MonkeyPatch, seconds: Timed) -> Iterator[None]:
-    monkeypatch.setattr(cut_linear, "_seconds", seconds)
+    monkeypatch.setattr(cut_linear, "measured_seconds", seconds)
     cut_linear.fastest_cuts.cache_clear()
     yield
     cut_linear.fastest_cuts.cache_clear()
@@ -78,7 +78,7 @@ def test_layers_are_exchanged_where_a_cut_is_faster() -> None:
 def test_one_row_and_many_are_never_cut() -> None:
     model = nn.Sequential(layer())
     use_cuts(model)
-    cut_of = model[0]._cut_of
+    cut_of = model[0].cut_of
     assert (cut_of[0], cut_of[1], len(cut_of)) == (0, 0, 49)
     assert set(cut_of[2:]) == {CUTS[-1]}
 

@@ -149,7 +149,7 @@ def test_missing_packages_are_named_before_weights_are_read(
 ) -> None:
     folder = a_folder(tmp_path)
     quantise(folder)
-    monkeypatch.setattr(quantised, "_is_installed", lambda package: False)
+    monkeypatch.setattr(quantised, "is_installed", lambda package: False)
     opened = Checkpoint.open(folder)  # which a client may do: blocks are not its concern
     (folder / "model.safetensors").write_bytes(b"not to be read")
     with pytest.raises(ModelError, match=f"pip install {packages}\\. Or give a checkpoint"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from swarmkit.errors import ModelError, UsageError
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.full_sequences import FullSequencePass, FullSequences
 from swarmkit.models.execution.stage import Stage, StageCache
+from swarmkit.models.execution.view import View
 from swarmkit.models.plan import cache_cost
 
 from .tiny import make_checkpoint
@@ -309,14 +311,13 @@ class Steps:
         self.cache = stage.new_cache(1, 4)
         self.inputs = torch.zeros(1, 0, 32)
         self.ran: list[int] = []
-        view = stage._view(1, 4)
-        original = type(view).__call__
+        original = View.__call__
 
-        def count(view: object, given: torch.Tensor, *rest: object) -> torch.Tensor:
+        def count(view: View, given: torch.Tensor, *rest: Any) -> torch.Tensor:
             self.ran.append(given.shape[1])
-            return original(view, given, *rest)  # type: ignore[arg-type]
+            return original(view, given, *rest)
 
-        monkeypatch.setattr(type(view), "__call__", count)
+        monkeypatch.setattr(View, "__call__", count)
 
     def step(self, tokens: int) -> list[int]:
         """Run so many new tokens, and compare with a session that ran all at once."""
@@ -350,7 +351,7 @@ def test_speculative_steps_go_back_one_step_and_no_further(
 def test_without_a_state_before_the_cut_all_is_run_again(
     recurrent: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swarmkit.models.execution.stage._CATCH_UP_TOKENS", 4)
+    monkeypatch.setattr("swarmkit.models.execution.stage.CATCH_UP_TOKENS", 4)
     session = Steps(recurrent, monkeypatch)
     session.step(12)
     session.step(1)

@@ -54,7 +54,7 @@ async def serve(checkpoint: Checkpoint, config: ServerConfig) -> dict[str, float
         session.close()
         tasks.cancel_scope.cancel()
     assert config.memory_bytes is not None
-    plan = config._plan(config.memory_bytes)
+    plan = config.plan(config.memory_bytes)
     weights = (high - low) * plan.block_bytes
     return {
         "blocks": high - low,

@@ -36,9 +36,8 @@ def clock() -> Jumping:
 
 
 @pytest.fixture
-def worker(clock: Jumping, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadWorker]:
-    worker = ThreadWorker("share", clock)
-    monkeypatch.setattr(worker._stopping, "wait", clock.rest)
+def worker(clock: Jumping) -> Iterator[ThreadWorker]:
+    worker = ThreadWorker("share", clock, clock.rest)
     turns = iter([0.0] * 5 + [None] * 1000)
 
     def turn() -> float | None:

@@ -69,7 +69,7 @@ class TrainingServer(TinyServer):
         return self
 
     async def line(self, transport: Transport | None = None) -> Line:
-        transport = transport or await self._connect()
+        transport = transport or await self.connect()
         stream = await transport.open(self.transport.peer_id, GRADIENT.endpoint, self.transport.addresses)
         return Line(MessageStream(stream, GRADIENT, 2**24), self.world.checkpoint.fingerprint)
 

@@ -144,14 +144,14 @@ async def test_requests_that_wait_are_computed_in_one_pass(offering: HeadServer)
             passes.append(len(hidden))
             return honest(hidden)
 
-    offering.head._layer = Counting()  # type: ignore[assignment]
+    offering.head.layer = Counting()  # type: ignore[assignment]
     gate = asyncio.Event()
     loop = asyncio.get_running_loop()
     holding = asyncio.create_task(
         offering.engine.run(lambda: asyncio.run_coroutine_threadsafe(gate.wait(), loop).result(10))
     )
     asking = [asyncio.create_task(offering.ask(states(rows))) for rows in (1, 2, 1)]
-    await eventually(lambda: len(offering.head._waiting) == 3, "three requests wait")
+    await eventually(lambda: offering.head.waiting == 3, "three requests wait")
     gate.set()
     answers = await asyncio.gather(*asking)
     await holding

@@ -372,15 +372,15 @@ async def test_a_clock_that_is_set_back_does_not_hide_later_announcements(here: 
 async def test_a_server_that_crashes_says_nothing_more(here: Neighbourhood) -> None:
     node = await here.start(num_blocks=1)
     client = await here.session_with(node)
-    service = node.server.serving.sessions
-    compute = service._step
+    engine = node.server.serving.engine
+    compute = engine.step
 
     async def compute_and_crash(*args: Any) -> Any:
         answer = await compute(*args)
         node.crash()
         return answer
 
-    service._step = compute_and_crash  # type: ignore[method-assign]
+    engine.step = compute_and_crash  # type: ignore[method-assign]
     with pytest.raises(PeerUnreachableError):
         await client.step(hidden_states(1, 1))
     await here.everybody_left()

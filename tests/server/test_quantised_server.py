@@ -69,7 +69,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
 def test_what_a_machine_lacks_is_said_before_weights_are_fetched(
     hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantised, "_is_installed", lambda package: package == "optimum")
+    monkeypatch.setattr(quantised, "is_installed", lambda package: package == "optimum")
     server = Server("some/gptq", transport=Place())
     with pytest.raises(ModelError, match=r"some/gptq are stored quantised \(gptq\).*pip install gptqmodel"):
         server.start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import anyio
@@ -37,10 +37,19 @@ def serving_of(server: LoneServer) -> Serving:
     return serving
 
 
-def vitals_of(server: LoneServer, **settings: Any) -> Vitals:
+def vitals_of(
+    server: LoneServer, compute_share: Callable[[], float] = lambda: 1.0, **settings: Any
+) -> Vitals:
     serving = serving_of(server)
     node = NodeSettings(**{"throughput": None, **settings})
-    return Vitals(serving, server.server._fingerprint, node, LinkTimes(SYSTEM_CLOCK.now), SYSTEM_CLOCK)
+    return Vitals(
+        serving,
+        server.server.config.checkpoint.fingerprint,
+        node,
+        LinkTimes(SYSTEM_CLOCK.now),
+        SYSTEM_CLOCK,
+        compute_share=compute_share,
+    )
 
 
 class Broken:
@@ -85,7 +94,7 @@ async def test_a_server_without_room_works_all_the_same(here: Neighbourhood) -> 
     settings = ServerSettings().replace(max_sessions=1)
     server = await here.start(num_blocks=2, settings=settings)
     await here.session_with(server)
-    await probe(serving_of(server), server.server._fingerprint, SYSTEM_CLOCK)
+    await probe(serving_of(server), server.server.config.checkpoint.fingerprint, SYSTEM_CLOCK)
 
 
 async def test_a_server_that_answers_no_more_is_withdrawn_until_it_does(
@@ -135,11 +144,11 @@ async def test_a_speed_that_the_owner_sets_is_announced_as_it_is(here: Neighbour
 
 
 async def test_a_device_that_rests_half_of_the_time_announces_half_the_speed(here: Neighbourhood) -> None:
-    server = await here.start(num_blocks=2)
-    vitals = vitals_of(server)
+    share = 1.0
+    vitals = vitals_of(await here.start(num_blocks=2), lambda: share)
     await vitals.measure()
     whole = vitals.news()
-    vitals._compute_share = lambda: 0.5
+    share = 0.5
     half = vitals.news()
     assert [half[name] for name in ("throughput", "forward_rate")] == [
         pytest.approx(whole[name] / 2) for name in ("throughput", "forward_rate")
@@ -173,7 +182,7 @@ async def test_another_number_of_threads_is_measured_at_once(here: Neighbourhood
 
 async def test_the_links_that_were_used_are_announced(here: Neighbourhood) -> None:
     server = await here.start(num_blocks=2, settings=ServerSettings().replace(announce_period_s=0.01))
-    server.server._ways.note("next", 0.5)
+    server.server.ways.note("next", 0.5)
     await eventually(lambda: bool(here.announced[-1].links), "the link is announced")
     (link,) = here.announced[-1].links
     assert (link.service_id, link.round_trip_s) == (MeasuredLink("next", 0.5, 0.0).service_id, 0.5)

@@ -53,7 +53,7 @@ async def server() -> AsyncIterator[TrainingServer]:
 
 async def said_today(server: TrainingServer, endpoint: str, frames: list[Frame]) -> list[bytes]:
     """What the server answers to a client that says what it said then."""
-    stream = await (await server._connect()).open(server.transport.peer_id, endpoint)
+    stream = await (await server.connect()).open(server.transport.peer_id, endpoint)
     found = []
     for frame in frames:
         if frame.from_client:

@@ -402,7 +402,7 @@ async def test_a_broken_transfer_is_taken_up_with_another_holder(town: Town, fol
 async def test_a_holder_that_trickles_is_left(
     town: Town, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swarmkit.server.weights.transfer._SLOWEST_BYTES_PER_S", 1e9)
+    monkeypatch.setattr("swarmkit.server.weights.transfer.SLOWEST_BYTES_PER_S", 1e9)
 
     async def trickle(stream: MessageStream, truth: bytes) -> None:
         await stream.receive()

@@ -114,7 +114,7 @@ class TinyServer:
         self.transports: list[Transport] = []
 
     async def start(self, transport: Transport | None = None, connect: Connect | None = None) -> TinyServer:
-        self._connect = connect or self.join
+        self.connect = connect or self.join
         self.transport = transport or await self.join()
         await listen(self.transport, SESSION, self.service.serve)
         await listen(self.transport, PUSH, self.service.serve_pushes)
@@ -133,7 +133,7 @@ class TinyServer:
 
     async def client(self) -> TinyClient:
         """Somebody new, with a stream to the server."""
-        transport = await self._connect()
+        transport = await self.connect()
         stream = await transport.open(self.transport.peer_id, SESSION.endpoint, self.transport.addresses)
         return TinyClient(MessageStream(stream, SESSION, 2**24), self.world.checkpoint.fingerprint)
 

@@ -122,7 +122,7 @@ class SaidDesktop:
     """Services on a private bus, each of which is there from when it is first told something."""
 
     def __init__(self, address: str) -> None:
-        self._address = address
+        self.address = address
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
@@ -130,7 +130,7 @@ class SaidDesktop:
         self.services: dict[str, Any] = {}
 
     async def _connect(self) -> Any:
-        return await MessageBus(bus_address=self._address, negotiate_unix_fd=True).connect()
+        return await MessageBus(bus_address=self.address, negotiate_unix_fd=True).connect()
 
     def say(self, service: str, **said: Any) -> Any:
         """From now on the service answers so."""

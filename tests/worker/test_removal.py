@@ -229,7 +229,7 @@ def test_removal_ends_tray_and_worker_politely(home: Path, start: Start, state: 
 def test_a_worker_that_does_not_answer_is_ended_by_its_id(
     home: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(removal, "_POLITE_S", 1.0)
+    monkeypatch.setattr(removal, "POLITE_S", 1.0)
     before = files_of(home)
     worker = start("worker", "run")
     wait_until(lambda: runs("worker"), "the worker runs")

@@ -298,7 +298,7 @@ def test_a_bus_that_is_lost_is_found_again(desktop: SaidDesktop, monkeypatch: py
         with pytest.raises(UnknownError):
             linux.idle_of_mutter()
     monkeypatch.undo()
-    monkeypatch.setenv("DBUS_SESSION_BUS_ADDRESS", desktop._address)
+    monkeypatch.setenv("DBUS_SESSION_BUS_ADDRESS", desktop.address)
     desktop.say("mutter", idle_ms=1000)
 
     def answers() -> bool:

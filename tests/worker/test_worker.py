@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -129,12 +130,13 @@ def test_what_it_senses_leaves_out_itself_and_the_tray(worker: RunningWorker, ma
     assert machine.orders[-1].own[0] == os.getpid()
 
 
-def test_limits_reach_a_node_that_runs(worker: RunningWorker) -> None:
+def test_limits_reach_a_node_that_runs(worker: RunningWorker, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "swarmkit.worker.node_supervisor")
     worker.serve()
     worker.wait_for("working")
     node = node_of(worker)
     worker.client.change_settings({"limits": {"upload_bytes_per_s": {"away": 77_000.0}}})
-    wait_until(lambda: any("77000" in line for line in worker.worker._node._words), "it was told")
+    wait_until(lambda: any("77000" in line for line in caplog.messages), "it was told")
     assert node.is_running()
 
 

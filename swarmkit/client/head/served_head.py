@@ -74,7 +74,7 @@ class ServedHead:
         self._as_loaded = 0 if self._layer is None else self._layer.weight._version
         self._asker: LogitsAsker | None = None
         self._lock = threading.Lock()
-        self._times = HeadTimes()
+        self.times = HeadTimes()
         self._is_plain: bool | None = None
         """Whether the model returns the output layer's logits as they are; None = not seen yet."""
 
@@ -225,7 +225,7 @@ class ServedHead:
         if self._settings.head == "remote":
             return True
         with self._lock:
-            return self._times.is_quicker(way, len(flat), asker.expected_s(offers[0]), self._clock.now())
+            return self.times.is_quicker(way, len(flat), asker.expected_s(offers[0]), self._clock.now())
 
     def _ask(self, way: Way, flat: Tensor, top: int, temperature: float) -> Answer | None:
         """A server's answer; None if none came."""
@@ -238,7 +238,7 @@ class ServedHead:
             logger.info("no server computed the output layer, which is done here now: %s", error)
             with self._lock:
                 now = self._clock.now()
-                self._times.note_failure(way, len(flat), now - began_at, now)
+                self.times.note_failure(way, len(flat), now - began_at, now)
             return None
         self._note(way, flat, answer.seconds)
         return answer
@@ -251,7 +251,7 @@ class ServedHead:
 
     def _note(self, way: Way, flat: Tensor, seconds: float) -> None:
         with self._lock:
-            self._times.note(way, len(flat), seconds, self._clock.now())
+            self.times.note(way, len(flat), seconds, self._clock.now())
 
     def saw(self, raw: Tensor, scores: Tensor) -> None:
         """Note what the model made of complete logits of the output layer: only equal ones can be served."""

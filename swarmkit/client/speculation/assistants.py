@@ -235,7 +235,7 @@ class _Adaptive(CandidateGenerator, ABC):  # type: ignore[misc]
         clock: Callable[[], float],
     ) -> None:
         self._inner = inner
-        self._windows = windows
+        self.windows = windows
         self._session = session
         self._max_length = max_length
         self._on_drafted = on_drafted
@@ -306,21 +306,21 @@ class _Lookups(_Adaptive):
 
     def _find(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         self._found = ()
-        if self._is_prompt or self._room() < 1 or not self._windows.may_look():
+        if self._is_prompt or self._room() < 1 or not self.windows.may_look():
             return None
         # One is looked up in any case: whether it would have been right is seen for free.
-        self._inner.num_output_tokens = max(1, min(self._windows.affordable(), self._room()))
+        self._inner.num_output_tokens = max(1, min(self.windows.affordable(), self._room()))
         candidates, scores = self._inner.get_candidates(input_ids)
         self._found = tuple(candidates[0, self._length :].tolist())
         if not self._found:
             return input_ids, None
         self._kind = match_length(input_ids[0], self._found[0])
-        window = self._windows.choose(self._kind, len(self._found))
+        window = self.windows.choose(self._kind, len(self._found))
         return candidates[:, : self._length + window], scores
 
     def _learn(self, round_: Round, new: list[int]) -> None:
         outcomes = [drafted == token for drafted, token in zip(self._found, new, strict=False)]
-        self._windows.record(round_, self._kind, outcomes)
+        self.windows.record(round_, self._kind, outcomes)
 
 
 class _Drafts(_Adaptive):
@@ -330,7 +330,7 @@ class _Drafts(_Adaptive):
     """Whether the draft model's cache holds draft tokens."""
 
     def _find(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        window = self._windows.choose(DRAFTED, self._room())
+        window = self.windows.choose(DRAFTED, self._room())
         if self._is_prompt:
             window = min(max(window, 1), self._room())  # the draft model gets the prompt's inputs only now
         if window < 1:
@@ -349,7 +349,7 @@ class _Drafts(_Adaptive):
                 round_, drafting_s=0.0
             )  # it read the prompt once, which is the price of a draft model
         outcomes = [drafted == token for drafted, token in zip(self._draft_tokens, new, strict=False)]
-        self._windows.record(round_, DRAFTED, outcomes)
+        self.windows.record(round_, DRAFTED, outcomes)
 
 
 def match_length(text: torch.Tensor, token: int) -> int:

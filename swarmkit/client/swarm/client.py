@@ -120,10 +120,11 @@ class SwarmClient:
         """Between 0 and 1: a generator of this client's own, which peers cannot foresee."""
         self.adapters = AdapterSender(model.fingerprint, self.policy.first_s, self.connect)
         self.prefix_cache = ClientPrefixCache(self.settings.sessions.prefix_cache_bytes)
-        self._net = net_settings or NetSettings()
+        self.net_settings = net_settings or NetSettings()
         self.rates: dict[tuple[str, str], float] = {}
         """Bytes per second from one peer to another, as far as measured; "" is this client."""
-        self._times: dict[str, StepTimes] = {}
+        self.times: dict[str, StepTimes] = {}
+        """How long steps took at each server that was used, by service id."""
         self._unlinked: dict[tuple[str, str], float] = {}
         routing = self.settings.routing
         self._lists = PeerLists(routing.allowed_servers, routing.blocked_servers)
@@ -135,7 +136,8 @@ class SwarmClient:
         self._look_now = anyio.Event()
         self._find_better_now = anyio.Event()
         self._looking = anyio.Lock()
-        self._looks = 0
+        self.looks = 0
+        """How often it has looked who serves."""
         self._looked_at = clock.time()
         self._no_contact: NoContactError | None = None
         self._owners = 0
@@ -218,21 +220,21 @@ class SwarmClient:
     async def refresh(self) -> SwarmMap:
         """Look up the servers of the model."""
         assert self._registry is not None
-        looks = self._looks
+        looks = self.looks
         async with self._looking:
-            if self._looks == looks:  # else another call began to look meanwhile, and has the answer
-                self._looks += 1
+            if self.looks == looks:  # else another call began to look meanwhile, and has the answer
+                self.looks += 1
                 asked_at = self.clock.now()
                 try:
                     model = self.model
-                    found = await self._registry.look_up(model.fingerprint, model.num_blocks, self._times)
+                    found = await self._registry.look_up(model.fingerprint, model.num_blocks, self.times)
                 except NoContactError as error:
                     self._no_contact = error
                     raise
                 self._no_contact = None
                 self._looked_at = self.clock.time()
                 view = self.view.without_expired(self._looked_at).apply(*found.announcements.values())
-                self.view = within_bounds(view, self._times, self._random)
+                self.view = within_bounds(view, self.times, self._random)
                 self.bans.heard(self.view.announcements, asked_at)
         return self.view
 
@@ -302,7 +304,7 @@ class SwarmClient:
     @property
     def connect_timeout(self) -> float:
         """Seconds to reach a peer."""
-        return self._net.connect_timeout_s
+        return self.net_settings.connect_timeout_s
 
     def plan(
         self,
@@ -342,7 +344,7 @@ class SwarmClient:
         """Seconds that each token of a prompt takes over a route, as seen, or as its servers say."""
         seconds = 0.0
         for hop in hops:
-            times = self._times.get(hop.server.service_id)
+            times = self.times.get(hop.server.service_id)
             seen_s = times.usual_s(_PROMPT_TOKENS) if times else None
             claimed = hop.server.forward_rate or hop.server.throughput
             seconds += seen_s / _PROMPT_TOKENS if seen_s is not None else 1.0 / max(claimed, 1e-3)
@@ -369,11 +371,11 @@ class SwarmClient:
 
     def way_s(self, service_id: str) -> float:
         """Seconds to a server and back that computes nothing, measured or assumed."""
-        times = self._times.get(service_id)
+        times = self.times.get(service_id)
         return (times.way_s if times else 0.0) or _ASSUMED_ROUND_TRIP_S
 
     def _shown(self, service_id: str) -> Shown | None:
-        times = self._times.get(service_id)
+        times = self.times.get(service_id)
         return None if times is None else times.shown
 
     def may_use(self, hop: Hop) -> bool:
@@ -541,9 +543,9 @@ class SwarmClient:
 
     def times_of(self, server: Announcement) -> StepTimes:
         """How long this server's steps take, as seen by all sessions here."""
-        if server.service_id not in self._times:
-            self._times[server.service_id] = StepTimes(server.throughput)
-        return self._times[server.service_id]
+        if server.service_id not in self.times:
+            self.times[server.service_id] = StepTimes(server.throughput)
+        return self.times[server.service_id]
 
     def may_link(self, server: Announcement, following: Announcement) -> bool:
         """Whether one server may hand its outputs on to the other, as far as is known."""
@@ -569,7 +571,7 @@ class SwarmClient:
             protocol,
             server.peer_id,
             server.addresses,
-            self._net.connect_timeout_s,
+            self.net_settings.connect_timeout_s,
             service=server.service,
             versions=server.protocols,
             clock=self.clock.now,
@@ -579,7 +581,7 @@ class SwarmClient:
 
     def round_trip_s(self, peer_id: str) -> float:
         """Measured or assumed seconds to a peer and back."""
-        times = self._times.get(peer_id)
+        times = self.times.get(peer_id)
         return (times.round_trip_s if times else None) or _ASSUMED_ROUND_TRIP_S
 
 

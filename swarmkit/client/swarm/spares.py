@@ -50,7 +50,7 @@ class Spares:
         self._connect = connect
         self._wanted = wanted
         self._note = note
-        self._period_s = period_s
+        self.period_s = period_s
         self._clock = clock
         self._streams: dict[str, tuple[ClientStream, float]] = {}
         """Those that can be taken, and when the server answered."""
@@ -72,7 +72,7 @@ class Spares:
         """Keep spares until cancelled; then all streams that were not taken end."""
         try:
             while True:
-                await anyio.sleep(self._period_s)
+                await anyio.sleep(self.period_s)
                 await self.look()
         finally:
             self._close(self._streams)

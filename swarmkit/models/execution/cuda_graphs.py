@@ -35,7 +35,7 @@ _LEAST_TOKENS = 256
 """Tokens of the attention of the smallest graph; each larger size has twice as many."""
 
 
-class _SlotBatch(PackedBatch):
+class SlotBatch(PackedBatch):
     """The first rows of the static slots, each with one token."""
 
     side_by_side = True
@@ -97,7 +97,7 @@ class _CudaGraph:
 
     def __init__(self, view: PackedView, slots: StaticSlots, rows: int, tokens: int, like: Tensor) -> None:
         self.inputs = _Inputs(rows, like, slots.rows)
-        self._batch = _SlotBatch(slots, rows, tokens, self.inputs, view.attention)
+        self._batch = SlotBatch(slots, rows, tokens, self.inputs, view.attention)
         self._view = view
         self._launch = self._pass if like.device.type == "cpu" else self._record(like.device)
 

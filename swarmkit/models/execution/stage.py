@@ -36,7 +36,7 @@ __all__ = ["Stage", "StageCache", "StepPart"]
 
 DtypeLike: TypeAlias = torch.dtype | str | Literal["auto"]
 
-_CATCH_UP_TOKENS = 512
+CATCH_UP_TOKENS = 512
 
 
 class Stage:
@@ -147,7 +147,7 @@ class Stage:
             raise UsageError(
                 f"Blocks [{start}, {stop}) are not all in this stage, which has [{self.start}, {self.stop})."
             )
-        cache = StageCache(start, stop, offset=start - self.start, config=self._view(start, stop).config)
+        cache = StageCache(start, stop, offset=start - self.start, config=self.view_of(start, stop).config)
         cache.adapter = self._fitting(adapter, start, stop)
         return cache
 
@@ -234,7 +234,7 @@ class Stage:
         """Run one checked part by itself; if it raises, its cache is as it was."""
         cache, mask = part.cache, part.attention_mask
         past = cache.tokens
-        view = self._view(cache.start, cache.stop)
+        view = self.view_of(cache.start, cache.stop)
         hidden = part.hidden.to(self.device, self.dtype)
         try:
             self._catch_up(view, cache, mask)
@@ -260,7 +260,7 @@ class Stage:
     def _forward_graph(self, parts: Sequence[StepPart], graphs: StageGraphs) -> list[Tensor] | None:
         """Run checked parts over the same blocks as a CUDA graph; None if they cannot be."""
         blocks = parts[0].cache.start, parts[0].cache.stop
-        view = self._view(*blocks)
+        view = self.view_of(*blocks)
         if not self._can_pack or not all(is_next_token(part, view) for part in parts):
             return None
         outputs = graphs.run(
@@ -273,7 +273,7 @@ class Stage:
     def _packed(self, blocks: tuple[int, int]) -> PackedView:
         packed = self._packed_views.get(blocks)
         if packed is None:
-            model = self._view(*blocks).model
+            model = self.view_of(*blocks).model
             packed = self._packed_views[blocks] = PackedView(model, self._anatomy, self._adapters)
         return packed
 
@@ -282,7 +282,7 @@ class Stage:
         """Run checked parts over the same blocks at once; if it raises, all caches are as they were."""
         pasts = [part.cache.tokens for part in parts]
         blocks = parts[0].cache.start, parts[0].cache.stop
-        view = self._view(*blocks)
+        view = self.view_of(*blocks)
         packed = self._packed(blocks)
         parts = [part.to(self.device, self.dtype) for part in parts]
         try:
@@ -355,12 +355,12 @@ class Stage:
         """
         segment = Segment(adapter, hidden.shape[0], hidden.shape[1], 0)
         with self._adapters.applied(start, stop, [segment]):
-            return self._view(start, stop)(hidden, None, 0, attention_mask, position_ids)
+            return self.view_of(start, stop)(hidden, None, 0, attention_mask, position_ids)
 
     def _catch_up(self, view: View, cache: StageCache, attention_mask: Tensor | None) -> None:
         """Run the inputs again that recurrent blocks were cut back behind, in chunks."""
         while (missing := cache.missing()) is not None:
-            inputs, positions = (part[:, :_CATCH_UP_TOKENS] for part in missing)
+            inputs, positions = (part[:, :CATCH_UP_TOKENS] for part in missing)
             held = cache.get_seq_length()
             end = held + inputs.shape[1]
             mask = None if attention_mask is None else attention_mask[:, :end]
@@ -396,7 +396,7 @@ class Stage:
                 f"Position ids are [batch, tokens] = [{batch}, {tokens}], not {list(position_ids.shape)}."
             )
 
-    def _view(self, start: int, stop: int) -> View:
+    def view_of(self, start: int, stop: int) -> View:
         view = self._views.get((start, stop))
         if view is None:
             first, last = start - self.start, stop - self.start

@@ -44,7 +44,7 @@ class BlockedLinear(nn.Linear):
     def of(cls, layer: nn.Linear) -> BlockedLinear:
         """Make a layer with the values of another."""
         same = cls(layer.in_features, layer.out_features, bias=False, device="meta")
-        same.weight = nn.Parameter(_blocked(layer.weight.detach()), requires_grad=False)
+        same.weight = nn.Parameter(in_blocks(layer.weight.detach()), requires_grad=False)
         same.bias = layer.bias
         return same.train(layer.training)
 
@@ -108,7 +108,7 @@ def is_faster(rows: int, columns: int, dtype: torch.dtype, threads: int) -> bool
 def _is_measured_faster(rows: int, columns: int, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(rows, columns, generator=generator) / columns**0.5).to(dtype)
-    blocked = _blocked(weight)
+    blocked = in_blocks(weight)
     for count in _TRIED_ROWS:
         given = torch.randn(count, columns, generator=generator).to(dtype)
         expected, found = functional.linear(given, weight), multiply(given, blocked, None)
@@ -116,27 +116,29 @@ def _is_measured_faster(rows: int, columns: int, dtype: torch.dtype) -> bool:
             logger.warning("blocked weights of %d x %d give other products here", rows, columns)
             return False
     given = torch.randn(_ROWS, columns, generator=generator).to(dtype)
-    plain_s = _seconds(lambda: functional.linear(given, weight))
-    if plain_s <= _FASTER * _seconds(lambda: multiply(given, blocked, None)):
+    plain_s = measured_seconds(lambda: functional.linear(given, weight))
+    if plain_s <= _FASTER * measured_seconds(lambda: multiply(given, blocked, None)):
         return False
     # A lone client's token is one row, and finds no weight in the cache. On processors without AVX512, one
     # row by a blocked weight was seen to take twice as long as by a plain one.
     one = given[:1]
     copies = [weight.clone() for _ in range(max(1, _CACHE_BYTES // weight.nbytes))]
-    plain_s = _seconds(lambda: [functional.linear(one, each) for each in copies], _UNCACHED_TRIALS)
+    plain_s = measured_seconds(lambda: [functional.linear(one, each) for each in copies], _UNCACHED_TRIALS)
     for number in range(len(copies)):  # so that there is one copy too many at a time, not all of them
-        copies[number] = _blocked(weight)
-    blocked_s = _seconds(lambda: [multiply(one, each, None) for each in copies], _UNCACHED_TRIALS)
+        copies[number] = in_blocks(weight)
+    blocked_s = measured_seconds(lambda: [multiply(one, each, None) for each in copies], _UNCACHED_TRIALS)
     return blocked_s <= _AS_FAST * plain_s
 
 
-def _seconds(work: Callable[[], object], trials: int = _TRIALS) -> float:
+def measured_seconds(work: Callable[[], object], trials: int = _TRIALS) -> float:
+    """How long it takes, by trying."""
     return median_seconds(work, trials)
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _blocked(weight: Tensor) -> Tensor:
+def in_blocks(weight: Tensor) -> Tensor:
+    """A weight [out, in] in the blocked order."""
     blocked: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
     return blocked
 

@@ -35,7 +35,7 @@ _TRIED_VALUES = 2**22
 class CutLinear(nn.Linear):
     """A frozen linear layer that cuts its product, depending on the number of rows."""
 
-    _cut_of: Sequence[int]
+    cut_of: Sequence[int]
     """For each number of rows, outputs of one part; 0: the product is not cut."""
 
     @classmethod
@@ -43,12 +43,12 @@ class CutLinear(nn.Linear):
         """Make a layer that shares the weights of another."""
         same = cls(layer.in_features, layer.out_features, bias=False, device="meta")
         same.weight, same.bias = layer.weight, layer.bias
-        same._cut_of = cut_of
+        same.cut_of = cut_of
         return same.train(layer.training)
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.numel() // self.in_features
-        cut = self._cut_of[rows] if rows < len(self._cut_of) else 0
+        cut = self.cut_of[rows] if rows < len(self.cut_of) else 0
         if not cut or (torch.is_grad_enabled() and input.requires_grad):
             return functional.linear(input, self.weight, self.bias)
         product = cut_product(input.reshape(rows, self.in_features), self.weight, cut)
@@ -91,13 +91,14 @@ def fastest_cuts(outputs: int, inputs: int, threads: int) -> Sequence[int]:
     found = [0, 0]
     for up_to, rows in zip(_UP_TO_ROWS, _TRIED_ROWS, strict=True):
         given = torch.randn(rows, inputs, generator=generator)
-        best, least_s = 0, _seconds(lambda: functional.linear(given, weight)) / _FASTER  # noqa: B023
+        best, least_s = 0, measured_seconds(lambda: functional.linear(given, weight)) / _FASTER  # noqa: B023
         for cut in possible:
-            if (taken_s := _seconds(lambda: cut_product(given, weight, cut))) < least_s:  # noqa: B023
+            if (taken_s := measured_seconds(lambda: cut_product(given, weight, cut))) < least_s:  # noqa: B023
                 best, least_s = cut, taken_s
         found += [best] * (up_to + 1 - len(found))
     return tuple(found)
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def measured_seconds(work: Callable[[], object]) -> float:
+    """How long it takes, by trying."""
     return median_seconds(work, _TRIALS)

@@ -84,7 +84,7 @@ class StoredQuantisation:
         Raises:
             ModelError: it lacks packages or a device; the message says what to do.
         """
-        missing = [package for package in _PACKAGES.get(self.method, ()) if not _is_installed(package)]
+        missing = [package for package in _PACKAGES.get(self.method, ()) if not is_installed(package)]
         if missing:
             raise ModelError(
                 f"The weights of {name} are stored quantised ({self.method}), which takes packages that are "
@@ -145,7 +145,8 @@ class StoredQuantisation:
         return ready
 
 
-def _is_installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported, by its name on PyPI."""
     return importlib.util.find_spec(package.replace("-", "_")) is not None
 
 

@@ -143,8 +143,8 @@ class AdapterStore:
                 self._kept.move_to_end(name)
             return
         self.check_room(owner, adapter.nbytes)
-        self._shrink(owner.peer, self.client_bytes - adapter.nbytes)
-        self._shrink(None, self.capacity_bytes - adapter.nbytes)
+        self.shrink(owner.peer, self.client_bytes - adapter.nbytes)
+        self.shrink(None, self.capacity_bytes - adapter.nbytes)
         self._kept[name] = _StoredAdapter(adapter, owner)
 
     def audit(self) -> None:
@@ -156,7 +156,7 @@ class AdapterStore:
     def _of(self, peer: str | None) -> int:
         return _nbytes(kept for kept in self._kept.values() if peer in (None, kept.owner.peer))
 
-    def _shrink(self, peer: str | None, nbytes: int) -> None:
+    def shrink(self, peer: str | None, nbytes: int) -> None:
         """Let go of a client's adapters; with None of any client's, of those that have most at first."""
         while self._of(peer) > nbytes:
             unused = {

@@ -221,7 +221,7 @@ def next_schedule(
         is_cut = len(scheduled) < len(decode_steps)
         if is_cut and _others_come_first(decode_steps, tokens, expected, times):
             return Schedule()
-        if _worth_waiting(tokens, waited_s, expected, times):
+        if worth_waiting(tokens, waited_s, expected, times):
             return Schedule()
     if prefills:
         passed_over = max(step.passed_over for step in prefills)
@@ -340,7 +340,7 @@ def _others_come_first(
     return any(-alone_s / 2 < in_s < alone_s for client, _, in_s in expected.clients if client not in here)
 
 
-def _worth_waiting(tokens: int, waited_s: float, expected: ExpectedArrivals, times: PassTimes) -> bool:
+def worth_waiting(tokens: int, waited_s: float, expected: ExpectedArrivals, times: PassTimes) -> bool:
     """Whether decode steps had better wait a little for others, and run together with them.
 
     The outputs of a pass leave one after the other, and arrive at the next server so. If the first step began

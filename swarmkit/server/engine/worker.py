@@ -67,12 +67,14 @@ class Worker(Protocol):
 class ThreadWorker:
     """A thread, for devices that are there."""
 
-    def __init__(self, name: str, clock: Clock) -> None:
+    def __init__(self, name: str, clock: Clock, rest: Callable[[float], object] | None = None) -> None:
+        """Args: rest: lets so many seconds pass, or ends with `stop`; if not given, the thread waits."""
         self.now = clock.now
         self._name = name
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # a ring per piece of work, and a last one
         self._stopped = False
         self._stopping = threading.Event()
+        self._rest = rest or self._stopping.wait
         self.compute_share = 1.0
         self._rested_at = 0.0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -119,7 +121,7 @@ class ThreadWorker:
     def _turn_and_rest(self) -> float | None:
         owed_s = self._rested_at - self.now()
         if owed_s > 0:
-            self._stopping.wait(owed_s)
+            self._rest(owed_s)
             if self._stopped:
                 return None
         began = self.now()

@@ -59,7 +59,8 @@ class HeadService:
         receive_budget: memory for large messages; large answers count until they are sent.
         leaving: whether the server is about to stop, so that clients shall use another one.
         """
-        self._layer = layer
+        self.layer = layer
+        """What computes the logits."""
         self._fingerprint = fingerprint
         self._engine = engine
         self._settings = settings
@@ -80,10 +81,10 @@ class HeadService:
 
     async def measure(self) -> None:
         """Measure how long one row takes."""
-        hidden = torch.zeros(1, self._layer.hidden_size)
+        hidden = torch.zeros(1, self.layer.hidden_size)
 
         def one_row() -> None:
-            top_logits(self._layer(hidden), 1, 1.0).values.cpu()
+            top_logits(self.layer(hidden), 1, 1.0).values.cpu()
 
         passes = [(await self._engine.run(one_row)).compute_s for _ in range(_MEASURED_PASSES)]
         self._seconds = Ewma(min(passes), 0.0, _GAIN)  # the first one has read the weights from disk
@@ -94,7 +95,7 @@ class HeadService:
         caller = ServerStream(
             stream,
             LOGITS,
-            max_payload_bytes=MAX_LOGITS_ROWS * self._layer.hidden_size * torch.float32.itemsize,
+            max_payload_bytes=MAX_LOGITS_ROWS * self.layer.hidden_size * torch.float32.itemsize,
             message_timeout=requests.message_timeout_s,
             clock=self._engine.clock.now,
         )
@@ -118,17 +119,23 @@ class HeadService:
             hidden = incoming.tensor(message.hidden)
             if not codec.is_finite(hidden):
                 raise Refusal("not_finite", "the hidden states contain NaN or infinity")
-            reply, payload = await self._reply(_Rows(hidden, message.top, message.temperature))
+            reply, payload = await self.reply(_Rows(hidden, message.top, message.temperature))
             self.requests += 1
             await caller.send(reply, payload)
 
     def _nbytes(self, message: GetLogits) -> int:
         """The bytes of a request and of its answer."""
         top, item = message.top, torch.float32.itemsize
-        answer = top * (item + torch.int64.itemsize) if top else self._layer.vocabulary * item
+        answer = top * (item + torch.int64.itemsize) if top else self.layer.vocabulary * item
         return message.hidden.nbytes + message.hidden.shape[0] * (answer + item)
 
-    async def _reply(self, request: _Rows) -> tuple[Logits, list[memoryview]]:
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for the output layer."""
+        return len(self._waiting)
+
+    async def reply(self, request: _Rows) -> tuple[Logits, list[memoryview]]:
+        """Have a request computed; returns the answer, and what follows it."""
         with self._lock:
             self._waiting.append(request)
         try:
@@ -153,7 +160,7 @@ class HeadService:
             )
         if self._leaving():
             raise Refusal("leaving", "this server is about to stop; use another one")
-        spec, width = message.hidden, self._layer.hidden_size
+        spec, width = message.hidden, self.layer.hidden_size
         if len(spec.shape) != 2 or spec.shape[1] != width or not 1 <= spec.shape[0] <= MAX_LOGITS_ROWS:
             raise Refusal(
                 "bad_shape",
@@ -171,7 +178,7 @@ class HeadService:
             if not batch:
                 return  # it was withdrawn
             began_at = self._engine.clock.now()
-            logits = self._layer(torch.cat([one.hidden for one in batch]))
+            logits = self.layer(torch.cat([one.hidden for one in batch]))
             for one, rows in zip(batch, logits.split([len(one.hidden) for one in batch]), strict=True):
                 found = top_logits(rows, one.top, one.temperature)
                 tokens = None if found.tokens is None else found.tokens.cpu()

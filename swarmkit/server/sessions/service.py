@@ -210,7 +210,7 @@ class BlockService:
             case Step():
                 assert client.session is not None  # the protocol lets no step through without one
                 client.number = message.number
-                await self._take_step(client, client.session, incoming)
+                await self.take_step(client, client.session, incoming)
             case Open():
                 client.session = session = self._open(client, message)
                 self._clients[session.inlet] = client
@@ -385,7 +385,7 @@ class BlockService:
                 incoming = await source.next()
                 number = incoming.message.number
                 if number > session.number:  # else the session has gone on without this step
-                    await self._take_step(client, session, incoming, source)
+                    await self.take_step(client, session, incoming, source)
                     # While steps come this way, the client has nothing to say, and yet is there.
                     client.keep_alive()
                 continue
@@ -402,7 +402,7 @@ class BlockService:
 
     # ------------------------------------------------------------------ steps
 
-    async def _take_step(
+    async def take_step(
         self,
         client: _Client,
         session: ServedSession,

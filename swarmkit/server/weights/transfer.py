@@ -26,7 +26,7 @@ from swarmkit.net.transport.seam import Transport
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
-_SLOWEST_BYTES_PER_S = 100_000
+SLOWEST_BYTES_PER_S = 100_000
 """A holder that sends less, on the whole, is left for another: a byte now and then shall not hold up a start.
 """
 
@@ -84,7 +84,7 @@ async def receive_file(
             found = await stream.ask(GetFile(offer.content, offset), FileFound)
         if found.size != offer.size:
             raise WrongBytesError(f"it offered {offer.size} bytes and has {found.size}")
-        deadline = SYSTEM_CLOCK.now() + idle_timeout + offer.size / _SLOWEST_BYTES_PER_S
+        deadline = SYSTEM_CLOCK.now() + idle_timeout + offer.size / SLOWEST_BYTES_PER_S
         with store.writing("a file from a peer"), partial.open("r+b") as file:
             file.seek(offset)
             while offset < offer.size:

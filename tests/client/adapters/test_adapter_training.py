@@ -220,7 +220,7 @@ def test_a_classifier_and_its_adapter_are_trained_saved_and_loaded(
 
     def classifier() -> Any:
         return swarmkit.SwarmModelForSequenceClassification.from_pretrained(
-            checkpoint, transport=swarm._client_transport(), num_labels=2
+            checkpoint, transport=swarm.client_transport(), num_labels=2
         )
 
     # LoRA in the blocks and on the embeddings, and the head as a whole.

@@ -44,7 +44,7 @@ def stores(swarm: LocalSwarm) -> list[Any]:
 
 def let_go(store: Any) -> bool:
     """Whether the store is empty after it was told to make room."""
-    store._shrink(None, 0)
+    store.shrink(None, 0)
     return len(store) == 0
 
 
