@@ -268,6 +268,7 @@ FOREIGN_NAMES = {
     "_handle_custom_msg": "ipywidgets' entry for what a browser sends, for which it has no other",
     "_stylesheets": "Gradio's list of what a theme fetches from elsewhere, for which it has no other",
     "_pslinux": "psutil's reading of Linux's folders, which a test has read from another place",
+    "_name_or_path": "transformers' note in a config of where it came from",
     "_attn_implementation": "transformers' name for the attention that a config has chosen",
     "_reorder_linear_weight": "torch's operation, which decides whether there are blocked weights here",
 }

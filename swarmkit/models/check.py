@@ -126,7 +126,7 @@ def ensure_servable(config: PreTrainedConfig) -> Verdict:
             tiny, key = _shrunk_once(config)
             verdict = _recalled(key)
             if verdict is None:
-                verdict = _check(tiny)
+                verdict = compare_cuts(tiny)
                 remember(key, asdict(verdict))
             remember(own, asdict(verdict))
     if not verdict.agrees:
@@ -147,13 +147,13 @@ def _recalled(key: str) -> Verdict | None:
 def _shrunk_once(config: PreTrainedConfig) -> tuple[PreTrainedConfig, str]:
     """Return `shrink(config)` and the name under which its verdict is remembered."""
     asked = f"{type(config)} {family_of(config.model_type)!r} {json.dumps(config.to_dict(), default=str)}"
-    if asked not in _SHRUNK:
+    if asked not in SHRUNK:
         tiny = shrink(config)
-        _SHRUNK[asked] = tiny, f"check:{_identity(tiny)}"
-    return _SHRUNK[asked]
+        SHRUNK[asked] = tiny, f"check:{_identity(tiny)}"
+    return SHRUNK[asked]
 
 
-_SHRUNK: dict[str, tuple[PreTrainedConfig, str]] = {}
+SHRUNK: dict[str, tuple[PreTrainedConfig, str]] = {}
 """What `shrink` made of each config in this process, as it makes a model to see that its config works."""
 
 _CHECKING = threading.Lock()
@@ -170,7 +170,7 @@ def check_architecture(config: PreTrainedConfig) -> Verdict:
         tiny = shrink(config)
     except ModelError as error:
         return _disagrees(config.model_type, str(error))
-    return _check(tiny)
+    return compare_cuts(tiny)
 
 
 def _disagrees(model_type: str, reason: str) -> Verdict:
@@ -444,7 +444,7 @@ class _Chain(nn.Module):
         return grad
 
 
-def _check(tiny: PreTrainedConfig) -> Verdict:
+def compare_cuts(tiny: PreTrainedConfig) -> Verdict:
     """Compare every cut of a tiny model with the uncut one."""
     started = time.monotonic()
     cuts = 0

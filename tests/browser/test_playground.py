@@ -207,7 +207,7 @@ def test_a_new_chat_that_overtakes_an_answer_stays_empty(
     held = HeldBack(page, LONG)
     ask(page, LONG)
     held.wait()
-    over = playground._answering.visitors._over
+    over = playground.answering.visitors.over
     others = set(over)
     page.get_by_role("button", name="New chat").click()
 

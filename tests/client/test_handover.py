@@ -47,7 +47,7 @@ def undisturbed(tiny_llama: Checkpoint) -> Callable[..., Tensor]:
 @pytest.fixture(autouse=True)
 def patient_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that stands still for a while has no handover given up."""
-    monkeypatch.setattr(handover_choice, "_LEAST_PATIENCE_S", 100.0)
+    monkeypatch.setattr(handover_choice, "LEAST_PATIENCE_S", 100.0)
 
 
 def moving_world(checkpoint: Checkpoint, replicas: int = 2, stages: int = 3, **options: Any) -> Any:
@@ -147,7 +147,7 @@ def test_whatever_goes_wrong_the_session_is_replayed(
 
     for server in world.swarm.servers:
         assert isinstance(server, Server)
-        monkeypatch.setattr(handover_of(server), "_take", fails)
+        monkeypatch.setattr(handover_of(server), "take", fails)
     assert_same(world.answer(actions={2: leave(world, 1)}), undisturbed())
     assert world.events(KeysHandedOver) == []
     assert len(world.events(PeerReplaced)) == 1
@@ -164,7 +164,7 @@ def test_a_server_that_only_says_that_it_took_everything_is_left_aside(
     with moving_world(tiny_llama, replicas=3) as world:
         for server in world.swarm.servers:
             assert isinstance(server, Server)
-            monkeypatch.setattr(handover_of(server), "_take", lies)
+            monkeypatch.setattr(handover_of(server), "take", lies)
         assert_same(world.answer(actions={2: leave(world, 1)}), undisturbed())
         (event,) = world.events(KeysHandedOver)
         assert event.to_peer_id in world.lost()
@@ -177,7 +177,7 @@ def test_who_goes_on_with_false_keys_of_another_is_not_blamed_for_them(
     local, long = load_local(tiny_llama), prompt(40)[0]
     with moving_world(tiny_llama, 4, 2, check_share=1.0) as world, world.model.session():
         said = answer(world.model, long, new_tokens=2)
-        monkeypatch.setattr(handover, "_encoded", half_of_it)
+        monkeypatch.setattr(handover, "encoded_piece", half_of_it)
         leave(world, 0)()
 
         def is_told() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,13 +148,15 @@ def test_a_verdict_on_the_same_config_is_remembered_for_other_processes(
     kept: dict[str, Any] = {}
     monkeypatch.setattr(check, "recall", kept.get)
     monkeypatch.setattr(check, "remember", kept.__setitem__)
-    monkeypatch.setattr(check, "_check", lambda tiny: check.Verdict("llama", True, 1, 0.0, 0.0, 0.0, ""))
+    monkeypatch.setattr(
+        check, "compare_cuts", lambda tiny: check.Verdict("llama", True, 1, 0.0, 0.0, 0.0, "")
+    )
     first = ensure_servable(tiny_config("llama"))
 
     def not_again(*args: object) -> None:
         raise AssertionError("made small again")
 
-    monkeypatch.setattr(check, "_SHRUNK", {})  # as in another process
+    monkeypatch.setattr(check, "SHRUNK", {})  # as in another process
     monkeypatch.setattr(check, "shrink", not_again)
     moved = tiny_config("llama")
     moved._name_or_path = "elsewhere"

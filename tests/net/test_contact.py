@@ -178,7 +178,7 @@ async def test_a_peer_that_lost_all_others_meets_one_that_dialled_it_since(world
     first: Any = await world.peer()
     newcomer: Any = await world.peer()
     await newcomer.store([("k", b"v")], time.time() + 80)
-    table = first._table._node.protocol.routing_table
+    table = first.table.node.protocol.routing_table
     table.__init__(table.node_id, table.bucket_size, table.depth_modulo)  # it knows nobody any more
     with pytest.raises(NoContactError):
         await first.fetch(["k"])

@@ -227,8 +227,8 @@ async def test_a_client_that_sends_one_adapter_after_the_other_waits_by_itself(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = (an_adapter_of(world, seed=seed) for seed in range(2))
-    monkeypatch.setattr(adapter_service, "_BYTES_PER_S", 1e-3)
-    monkeypatch.setattr(adapter_service, "_BYTES_AT_ONCE", first.nbytes)
+    monkeypatch.setattr(adapter_service, "BYTES_PER_S", 1e-3)
+    monkeypatch.setattr(adapter_service, "BYTES_AT_ONCE", first.nbytes)
     server = await TinyServer(world, small_settings()).start()
     await serve_adapters(server)
     many, one = [Owner(world, await server.join(), server) for _ in range(2)]

@@ -216,9 +216,9 @@ async def test_a_server_that_did_not_announce_the_blocks_is_not_dialled(
     async def none(link: object, block: int) -> tuple[str, ...]:
         return () if block == STOP - 1 else ("/memory/elsewhere",)
 
-    links = move.old.handover._links
+    links = move.old.handover.links
     assert links is not None
-    monkeypatch.setattr(links, "_find", none)
+    monkeypatch.setattr(links, "find", none)
     dialled: list[object] = []
     monkeypatch.setattr(move.old.transport, "open", lambda *args: dialled.append(args))
     reply = await move.hand_over()
@@ -352,7 +352,7 @@ async def test_a_new_server_that_took_less_is_not_believed(
     async def nothing(caller: object, awaited: Any) -> None:
         awaited.taken = TOKENS - 1
 
-    monkeypatch.setattr(move.new.handover, "_take", nothing)
+    monkeypatch.setattr(move.new.handover, "take", nothing)
     reply = await move.hand_over()
     assert isinstance(reply, Fault)
     assert reply.code == "not_linked"

@@ -68,8 +68,8 @@ class Playground:
             )
         self._engines = {model.connection.client.model.name: AnswerEngine(model) for model in models}
         line = WaitingLine(max_running, max_waiting)
-        self._answering = Answering(self._engines, line, Allowance(answers_per_minute))
-        self._page = build_page(self._answering, swarm, max_tokens)
+        self.answering = Answering(self._engines, line, Allowance(answers_per_minute))
+        self._page = build_page(self.answering, swarm, max_tokens)
         # Gradio's own queue lets everything through, also what is to be refused: the line above decides.
         most = 2 * (max_running + max_waiting)
         self._page.queue(max_size=most, api_open=False, default_concurrency_limit=None)

@@ -35,7 +35,8 @@ class Visitors:
 
     running: dict[tuple[str, str], AnswerRun] = field(default_factory=dict)
     _turns: dict[AnswerRun, int | None] = field(default_factory=dict)
-    _over: OrderedDict[tuple[str, str], _Over] = field(default_factory=OrderedDict)
+    over: OrderedDict[tuple[str, str], _Over] = field(default_factory=OrderedDict)
+    """Which answers are over, by visitor and part of the page."""
 
     async def begin(self, visitor: str, part: str, run: AnswerRun, turn: int | None = None) -> None:
         """Note an answer, and wait until nothing more is shown of the one before it in this part of the page.
@@ -83,8 +84,8 @@ class Visitors:
         """End whatever the visitor has under way; the page is closed."""
         for key in [key for key in self.running if key[0] == visitor]:
             self.running[key].leave()
-        for key in [key for key in self._over if key[0] == visitor]:
-            del self._over[key]
+        for key in [key for key in self.over if key[0] == visitor]:
+            del self.over[key]
 
     def end(self, visitor: str, part: str, run: AnswerRun) -> None:
         """Forget an answer that has ended, unless another has taken its place."""
@@ -99,10 +100,10 @@ class Visitors:
         return None if turn is not None and own is not None and turn < own else run
 
     def _marks(self, visitor: str, part: str) -> _Over:
-        found = self._over.setdefault((visitor, part), _Over())
-        self._over.move_to_end((visitor, part))
-        while len(self._over) > _MOST_VISITORS:
-            self._over.popitem(last=False)
+        found = self.over.setdefault((visitor, part), _Over())
+        self.over.move_to_end((visitor, part))
+        while len(self.over) > _MOST_VISITORS:
+            self.over.popitem(last=False)
         return found
 
 

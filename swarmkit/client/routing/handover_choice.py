@@ -9,7 +9,7 @@ ASSUMED_BYTES_PER_S = 12.5e6
 _ROUND_TRIPS = 4
 """Of a handover, with each of the two servers: streams are opened, both are asked, and both confirm."""
 _PATIENCE = 4.0
-_LEAST_PATIENCE_S = 10.0
+LEAST_PATIENCE_S = 10.0
 _MOST_PATIENCE_S = 120.0
 
 
@@ -65,4 +65,4 @@ def is_handover_quicker(facts: HandoverFacts) -> bool:
 
 def patience_s(facts: HandoverFacts) -> float:
     """Seconds after which a handover that was begun is given up, and the session is replayed."""
-    return min(max(_PATIENCE * handover_s(facts), _LEAST_PATIENCE_S), _MOST_PATIENCE_S)
+    return min(max(_PATIENCE * handover_s(facts), LEAST_PATIENCE_S), _MOST_PATIENCE_S)

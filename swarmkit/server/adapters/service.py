@@ -36,7 +36,7 @@ from swarmkit.settings import ServerSettings
 _MAX_STREAMS = 256
 _DECODED_AT_ONCE = 1
 """Adapters whose values are checked and hashed, lest they take all processors from the device's thread."""
-_BYTES_PER_S, _BYTES_AT_ONCE = 32 * 2**20, 64 * 2**20
+BYTES_PER_S, BYTES_AT_ONCE = 32 * 2**20, 64 * 2**20
 """How fast one client's adapters are received: that, and to hash them, takes the time of those who decode."""
 
 
@@ -88,7 +88,7 @@ class AdapterService:
         self._store = store
         self.streams = StreamShares(_MAX_STREAMS)
         self._decoding = anyio.CapacityLimiter(_DECODED_AT_ONCE)
-        self._rates = PeerRates(_BYTES_PER_S, _BYTES_AT_ONCE, engine.clock.now)
+        self._rates = PeerRates(BYTES_PER_S, BYTES_AT_ONCE, engine.clock.now)
 
     async def serve(self, stream: Stream) -> None:
         """Serve one stream until it ends. Never raises on account of the peer."""

@@ -142,7 +142,7 @@ class HandoverService:
         self._sessions = sessions
         self._engine = engine
         self._settings = settings
-        self._links = links
+        self.links = links
         self._receive_budget: ReceiveBudget = sessions.receive_budget
         self._streams = StreamShares(_MAX_STREAMS)
         self._sending = anyio.Semaphore(_AT_A_TIME)
@@ -201,7 +201,7 @@ class HandoverService:
     async def _hand_over(self, caller: ServerStream, message: HandOver) -> int:
         """Bring a session's keys and values to another server; returns how many bytes they were."""
         session = self._session(message.session, caller)
-        if self._links is None or not self._sessions.leaving:
+        if self.links is None or not self._sessions.leaving:
             raise Refusal("not_held", "this server hands sessions over only when it leaves")
         link = Link(message.peer_id, (), "", message.service)
         blocks = session.start, session.stop - 1
@@ -211,7 +211,7 @@ class HandoverService:
                 greeting = BringKeys(message.ticket)
                 try:
                     async with self._sending:
-                        stream = await self._links.reach(
+                        stream = await self.links.reach(
                             link, blocks, caller.peer_id, HANDOVER, greeting, KeysWelcome
                         )
                         try:
@@ -243,7 +243,9 @@ class HandoverService:
         shapes = [_BlockShape.of(*cache.states(block, 0, 1)) for block in range(session.stop - session.start)]
         timeout_s = self._settings.requests.message_timeout_s
         for piece in key_pieces([message.rows * shape.nbytes for shape in shapes], message.tokens):
-            (keys, key_data), (values, value_data) = (await self._engine.run(_encoded(session, piece))).value
+            (keys, key_data), (values, value_data) = (
+                await self._engine.run(encoded_piece(session, piece))
+            ).value
             total += keys.nbytes + values.nbytes
             with stream.within(timeout_s):
                 await stream.send(
@@ -281,12 +283,13 @@ class HandoverService:
         await caller.send(KeysWelcome())
         with awaited.scope, _ending_with(session):
             async with session.taking_turn():
-                await self._take(caller, awaited)
+                await self.take(caller, awaited)
         if not awaited.taken:
             raise Refusal("illegal_message", "the session's client awaits the keys and values no more")
         await caller.send(KeysTaken(awaited.taken))
 
-    async def _take(self, caller: ServerStream, awaited: _Awaited) -> None:
+    async def take(self, caller: ServerStream, awaited: _Awaited) -> None:
+        """Put the keys and values that a server sends into the session that awaits them."""
         session, rows, tokens = awaited.session, awaited.rows, awaited.tokens
         if session.ended or session.cache.tokens or session.steps != awaited.steps:
             raise Refusal("out_of_order", "the session has begun without them")
@@ -365,7 +368,9 @@ def _ending_with(session: ServedSession) -> Iterator[anyio.CancelScope]:
 Encoded = tuple[TensorSpec, memoryview]
 
 
-def _encoded(session: ServedSession, piece: KeysPiece) -> Callable[[], tuple[Encoded, Encoded]]:
+def encoded_piece(session: ServedSession, piece: KeysPiece) -> Callable[[], tuple[Encoded, Encoded]]:
+    """Encodes the keys and the values of a piece, when it is called on the engine's thread."""
+
     def encode() -> tuple[Encoded, Encoded]:
         keys, values = session.cache.states(piece.block, piece.low, piece.high)
         return codec.encode(keys), codec.encode(values)

@@ -105,7 +105,7 @@ class Links:
         """
         self._times = times or LinkTimes(now)
         self._transport = transport
-        self._find = find
+        self.find = find
         self._link_timeout = link_timeout
         self._message_timeout = message_timeout
         self._now = now
@@ -147,7 +147,7 @@ class Links:
         """
         began = self._now()
         with suppress(SwarmkitError, TimeoutError), anyio.fail_after(self._link_timeout):
-            found = [await self._find(link, block) for block in blocks]
+            found = [await self.find(link, block) for block in blocks]
             if all(found):
                 async with self._turn(client), self._dials:
                     return await self._greet(link, found[0], protocol, greeting, welcome)
