@@ -420,7 +420,7 @@ def test_the_page_ends_where_gradio_stumbles_on_the_way(swarm: LocalSwarm) -> No
         raise RuntimeError("deque mutated during iteration")
 
     with Playground([swarm.model()]) as playground:
-        playground._page.app.stop_event.set = stumble  # type: ignore[method-assign]
+        playground.page.app.stop_event.set = stumble  # type: ignore[method-assign]
     with pytest.raises(urllib.error.URLError, match="refused"):
         urllib.request.urlopen(playground.url, timeout=20)
 

@@ -69,12 +69,12 @@ class Playground:
         self._engines = {model.connection.client.model.name: AnswerEngine(model) for model in models}
         line = WaitingLine(max_running, max_waiting)
         self.answering = Answering(self._engines, line, Allowance(answers_per_minute))
-        self._page = build_page(self.answering, swarm, max_tokens)
+        self.page = build_page(self.answering, swarm, max_tokens)
         # Gradio's own queue lets everything through, also what is to be refused: the line above decides.
         most = 2 * (max_running + max_waiting)
-        self._page.queue(max_size=most, api_open=False, default_concurrency_limit=None)
+        self.page.queue(max_size=most, api_open=False, default_concurrency_limit=None)
         try:
-            _, self.url, _ = self._page.launch(
+            _, self.url, _ = self.page.launch(
                 server_name=host,
                 server_port=port or _free_port(host),
                 auth=None if password is None else lambda name, given: given == password,
@@ -98,16 +98,16 @@ class Playground:
 
     def wait(self) -> None:
         """Serve until the program is interrupted."""
-        self._page.block_thread()
+        self.page.block_thread()
 
     def close(self) -> None:
         """End all answers, and listen no longer. May be called twice."""
         try:
-            self._page.close(verbose=False)
+            self.page.close(verbose=False)
         except RuntimeError:
             # Gradio wakes its event loop from this thread, which fails where the loop does that just then.
             # By that time only the server is left to end.
-            self._page.server.close()
+            self.page.server.close()
         self._close_engines()
 
     def __enter__(self) -> Playground:
