@@ -279,7 +279,9 @@ class Attacker:
 
     async def _with_own_ticket(self, transport: Any, conversation: Conversation) -> list[bytes]:
         """The same, where keys and values are brought into a session of the attacker's own."""
-        server = next(s for s in self._target.servers if s.peer_id == conversation.peer_id)
+        server = next((s for s in self._target.servers if s.peer_id == conversation.peer_id), None)
+        if server is None:  # it goes to the client
+            return conversation.frames
         session = await connect(transport, SESSION, server.peer_id, max_payload_bytes=2**24)
         opened = await session.ask(Open(self._target.checkpoint.fingerprint, *server.blocks, 128), Opened)
         ticket = ""

@@ -289,13 +289,20 @@ def test_what_a_crowd_takes_does_not_grow_with_the_time_that_passes_beside_it_to
 
 def test_who_has_decoded_lately_is_known_for_two_seconds() -> None:
     clients = RecentClients()
-    clients.decoded("one", 3, now=10.0)
-    clients.decoded("other", 1, now=11.5)
+    for at in (9.9, 10.0):
+        clients.decoded("one", 3, now=at)
+        clients.decoded("other", 1, now=at + 1.5)
     assert [dict(clients.at(now)) for now in (11.9, 12.1, 14.0)] == [
         {"one": 3, "other": 1},
         {"other": 1},
         {},
     ]
+
+
+def test_a_single_step_that_tries_a_server_is_no_answer() -> None:
+    clients = RecentClients()
+    clients.decoded("probe", 1, now=10.0)
+    assert not clients.at(10.1)
 
 
 def test_a_prompt_leaves_room_for_a_client_that_has_decoded_lately() -> None:

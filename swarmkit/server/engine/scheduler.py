@@ -482,24 +482,25 @@ class RecentClients:
     """The clients that have decoded in the last seconds, whether or not they have a session now.
 
     Between two answers a client has none; and one that a crowd has made late would be taken to have left.
-    Either way its next step may come at any moment, and then waits for all of what runs just then.
+    Either way its next step may come at any moment, and then waits for all of what runs just then. A single
+    step is no answer: that is how servers and clients try whether a server works.
     """
 
     _FOR_S = 2.0
 
     def __init__(self) -> None:
-        self._latest: dict[str, tuple[float, int]] = {}  # the client that decoded last is the last one
+        self._latest: dict[str, tuple[float, int, int]] = {}  # the client that decoded last is the last one
 
     def decoded(self, client: str, tokens: int, now: float) -> None:
         """A decode step of a client was done."""
-        self._latest.pop(client, None)
-        self._latest[client] = now, tokens
+        _, _, before = self._latest.pop(client, (0.0, 0, 0))
+        self._latest[client] = now, tokens, before + 1
 
     def at(self, now: float) -> Mapping[str, int]:
         """The tokens of the latest step of each of them."""
         while self._latest and (first := next(iter(self._latest.items())))[1][0] < now - self._FOR_S:
             del self._latest[first[0]]
-        return {client: tokens for client, (_, tokens) in self._latest.items()}
+        return {client: tokens for client, (_, tokens, steps) in self._latest.items() if steps > 1}
 
 
 @dataclass(frozen=True)
