@@ -10,7 +10,7 @@ import pytest
 from swarmkit.errors import ProtocolError
 from swarmkit.net.hivemind.entrance import Entrance, StreamGate
 from swarmkit.net.hivemind.framing import FrameStream
-from swarmkit.net.transport.rates import PeerRates, TokenBucket
+from swarmkit.net.transport.rates import TokenBucket
 from swarmkit.net.transport.shares import Holder
 
 CAPACITY = 4
@@ -97,17 +97,6 @@ async def test_many_peers_of_a_host_have_no_more_turns_than_one_of_another() -> 
     crowd = [Holder("a", str(number)) for number in range(20)]
     order = await let_through(*crowd, CLIENT, CLIENT)
     assert max(index for index, one in enumerate(order) if one == CLIENT) <= 4
-
-
-@pytest.mark.asyncio
-async def test_who_comes_again_and_again_waits_by_itself() -> None:
-    each = PeerRates(per_second=1e-3, burst=1)
-    gate = StreamGate(TokenBucket(per_second=500, burst=100), each)
-    first, again = [asyncio.create_task(gate.turn(FrameStream(), Holder("a", "1"))) for _ in range(2)]
-    client = asyncio.create_task(gate.turn(FrameStream(), Holder("a", "2")))
-    await asyncio.wait_for(asyncio.gather(first, client), 5)
-    assert not again.done()
-    again.cancel()
 
 
 @pytest.mark.asyncio

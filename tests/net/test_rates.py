@@ -139,21 +139,6 @@ def test_a_peer_that_has_waited_may_go_on() -> None:
     assert each.take("peer", 1) == 0
 
 
-def test_nobody_waits_longer_than_the_longest_wait() -> None:
-    each = PeerRates(per_second=10, burst=5, clock=lambda: 0.0, longest_wait_s=3)
-    assert [each.take("peer", 1000) for _ in range(3)] == [3, 3, 3]
-
-
-def test_a_peer_that_comes_alone_has_no_limit() -> None:
-    naps = Naps()
-    each = PeerRates(per_second=10, burst=1, clock=lambda: naps.now, beside_s=30)
-    assert [each.take("peer", 1) for _ in range(3)] == [0, 0, 0]
-    each.take("other", 1)
-    assert [each.take("peer", 1) for _ in range(3)] == [0, 0.1, 0.2]
-    naps.now += 31
-    assert [each.take("peer", 1) for _ in range(3)] == [0, 0, 0]
-
-
 def test_of_many_peers_those_are_remembered_that_took_something_last() -> None:
     each = PeerRates(per_second=10, burst=1, clock=lambda: 0.0)
     each.take("first", 10)

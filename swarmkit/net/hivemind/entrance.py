@@ -10,7 +10,7 @@ import anyio
 
 from swarmkit.errors import ProtocolError, SwarmkitError
 from swarmkit.net.hivemind.framing import FrameStream
-from swarmkit.net.transport.rates import PeerRates, TokenBucket
+from swarmkit.net.transport.rates import TokenBucket
 from swarmkit.net.transport.shares import Holder, gives_way
 
 _REMEMBERED = 4096
@@ -70,10 +70,8 @@ class StreamGate:
     comes with one connection has not to wait for all those of somebody who comes with thousands.
     """
 
-    def __init__(self, rate: TokenBucket, each: PeerRates | None = None) -> None:
-        """Args: each: of one peer's connections, which wait for it by themselves; no limit if not given."""
+    def __init__(self, rate: TokenBucket) -> None:
         self._rate = rate
-        self._each = each
         self._is_taken = False
         self._queue: dict[Holder, dict[FrameStream, asyncio.Future[None]]] = {}
         self._turns = 0
@@ -86,8 +84,6 @@ class StreamGate:
         Raises:
             SwarmkitError: it has ended meanwhile.
         """
-        if self._each is not None and (wait_s := self._each.take(holder.peer, 1)) > 0:
-            await anyio.sleep(wait_s)
         if stream.has_ended:
             raise _ended(stream)
         if self._is_taken:

@@ -66,7 +66,7 @@ from swarmkit.net.hivemind.table import (
 )
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.peer_lists import PeerLists, TableLists
-from swarmkit.net.transport.rates import PeerRates, TokenBucket
+from swarmkit.net.transport.rates import TokenBucket
 from swarmkit.net.transport.seam import Handler, RecordCheck, Stream, Transport
 from swarmkit.net.transport.shares import Holder
 from swarmkit.net.transport.swarm_key import SwarmKey, admit_opener, prove_to_server
@@ -87,10 +87,6 @@ MOST_UNDECIDED = 1024
 """Incoming streams that are not served yet, as their openers have not chosen how to go on."""
 _OPENED_PER_S, _OPENED_AT_ONCE = 50.0, 200.0
 """How fast incoming streams are let in: to begin one takes a millisecond or two of the event loop's time."""
-_EACH_OPENS_PER_S, _EACH_OPENS_AT_ONCE, _EACH_WAITS_S, _BESIDE_S = 10.0, 128.0, 5.0, 30.0
-"""How fast those of one peer are beside another one that came lately, and how long one of them waits for that
-at most: who opens one after the other that is refused takes the time of those who are served.
-"""
 _GREETING_TIMEOUT_S = 10.0
 _REQUEST_TIMEOUT_S = 10.0
 _WATCH_PERIOD_S = 1.0
@@ -137,10 +133,7 @@ class HivemindTransport(Transport):
         self._direct: DirectListener | None = None
         self._direct_tries = DirectTries()
         self._undecided = Entrance(MOST_UNDECIDED)
-        self._gate = StreamGate(
-            TokenBucket(_OPENED_PER_S, _OPENED_AT_ONCE, clock.now),
-            PeerRates(_EACH_OPENS_PER_S, _EACH_OPENS_AT_ONCE, clock.now, _EACH_WAITS_S, _BESIDE_S),
-        )
+        self._gate = StreamGate(TokenBucket(_OPENED_PER_S, _OPENED_AT_ONCE, clock.now))
         self._handlers: dict[str, Handler] = {}
         self._streams: weakref.WeakSet[FrameStream] = weakref.WeakSet()
         self._tasks: set[asyncio.Task[Any]] = set()

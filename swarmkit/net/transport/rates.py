@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -22,16 +21,10 @@ class TokenBucket:
     """
 
     def __init__(
-        self,
-        per_second: float,
-        burst: float,
-        clock: Callable[[], float] = SYSTEM_CLOCK.now,
-        longest_wait_s: float = math.inf,
+        self, per_second: float, burst: float, clock: Callable[[], float] = SYSTEM_CLOCK.now
     ) -> None:
-        """Args: longest_wait_s: what is taken while nothing is there for so long makes no more debt."""
         self._rate = per_second
         self._burst = burst
-        self._least = -longest_wait_s * per_second
         self._clock = clock
         self._level = burst
         self._at = clock()
@@ -41,7 +34,7 @@ class TokenBucket:
         now = self._clock()
         self._level = min(self._burst, self._level + (now - self._at) * self._rate)
         self._at = now
-        self._level = max(self._level - amount, self._least)
+        self._level -= amount
         return max(0.0, -self._level / self._rate)
 
 
@@ -55,26 +48,10 @@ class PeerRates:
     _MOST = 4096
 
     def __init__(
-        self,
-        per_second: float,
-        burst: float,
-        clock: Callable[[], float] = SYSTEM_CLOCK.now,
-        longest_wait_s: float = math.inf,
-        beside_s: float = math.inf,
+        self, per_second: float, burst: float, clock: Callable[[], float] = SYSTEM_CLOCK.now
     ) -> None:
-        """Make the rates.
-
-        Args:
-            per_second, burst, longest_wait_s: see `TokenBucket`.
-            beside_s: a peer has no limit unless another one has taken something in the last so many seconds;
-                infinity: it always has.
-        """
-        self._make = lambda: TokenBucket(per_second, burst, clock, longest_wait_s)
-        self._clock = clock
-        self._beside_s = beside_s
+        self._make = lambda: TokenBucket(per_second, burst, clock)
         self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
-        self._last, self._before = ("", -math.inf), ("", -math.inf)
-        """The peer that took something last, and the last other one; and when."""
 
     def __len__(self) -> int:
         """How many peers are remembered."""
@@ -82,11 +59,6 @@ class PeerRates:
 
     def take(self, peer_id: str, amount: float) -> float:
         """Take `amount` of a peer's rate, and return the seconds to wait before using it."""
-        if peer_id != self._last[0]:
-            self._before = self._last
-        self._last = peer_id, self._clock()
-        if self._last[1] - self._before[1] > self._beside_s:
-            return 0.0
         bucket = self._buckets.pop(peer_id, None) or self._make()
         self._buckets[peer_id] = bucket
         if len(self._buckets) > self._MOST:
