@@ -204,6 +204,13 @@ class MovingSettings(SettingsGroup):
         description="The mean time between two looks at whether another place is better. The server looks "
         "four times as often while some block has no server.",
     )
+    move_notice_s: float = Field(
+        default=2.0,
+        ge=0,
+        description="For how long a server tells the others that it means to move before it looks again "
+        "whether it may. An announcement has to be known to all within this time: then servers that move at "
+        "the same moment leave no block without a server.",
+    )
     move_gain: float = Field(
         default=0.2,
         ge=0,

@@ -45,6 +45,7 @@ from swarmkit.net.transport.paced import PacedTransport
 from swarmkit.net.transport.peer_lists import PeerLists
 from swarmkit.net.transport.rates import Rates, StreamTraffic
 from swarmkit.net.transport.seam import Transport
+from swarmkit.placement.intentions import TURNS, Span, may_leave
 from swarmkit.server.adapters.service import load_hosted
 from swarmkit.server.announcer import Announcer
 from swarmkit.server.cache.kv_budget import KVBudget
@@ -54,7 +55,7 @@ from swarmkit.server.engine.trim_malloc import trim_malloc
 from swarmkit.server.engine.work import BULK, EngineClosedError
 from swarmkit.server.head.service import HeadService
 from swarmkit.server.quota import ClientQuota
-from swarmkit.server.relocation import Relocation, first_place, needed_for, staying
+from swarmkit.server.relocation import Relocation, announced_runs, as_expected, first_place, in_reach
 from swarmkit.server.serving import Serving
 from swarmkit.server.sessions.link_times import LinkTimes
 from swarmkit.server.sessions.links import Links, NextServers
@@ -78,8 +79,11 @@ class _Run:
     it.
     """
 
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, serving: Serving, announcer: Announcer) -> None:
         self.serving = serving
+        self.announcer = announcer
+        self.moving_to: Span | None = None
+        """Where the server means to go, as others were told."""
         self.told_to_leave = anyio.Event()
         self.ended = anyio.Event()
         """Set when `run` ends, however it does."""
@@ -215,7 +219,8 @@ class ModelServer:
 
         Args:
             why: for people.
-            if_not_needed: stay if nobody else would have some of the old blocks.
+            if_not_needed: stay if nobody else would have some of the old blocks when all that mean to move
+                have done so (`swarmkit/placement/intentions.py`).
 
         Raises:
             UsageError: the blocks are outside the model, the server does not serve, or it is needed here.
@@ -229,24 +234,82 @@ class ModelServer:
             held = old.serving.blocks
             if blocks == held:
                 return
-            self._emit(MoveStarted, *held, *blocks, why)
+            beside = await anyio.to_thread.run_sync(self.config.fits_beside, held, blocks)
             try:
-                if await anyio.to_thread.run_sync(self.config.fits_beside, held, blocks):
-                    new = await self._begin(blocks)
-                    try:
-                        await self._check_not_needed(held, blocks, if_not_needed)
-                    except UsageError:
-                        new.leave(0.0, is_patient=True)
-                        raise
-                    self._current = new
-                    old.leave(self.config.settings.node.drain_timeout_s, is_patient=True)
-                else:
-                    await self._check_not_needed(held, (0, 0), if_not_needed)
-                    del old  # so that its stage can go
-                    await self._replace(blocks)
-            except Exception as error:
-                self._emit(MoveFailed, *held, *blocks, str(error))
+                await self._agree(old, blocks, beside, if_not_needed)
+                self._emit(MoveStarted, *held, *blocks, why)
+                try:
+                    if beside:
+                        self._current = await self._begin_beside(old, blocks, if_not_needed)
+                    else:
+                        del old  # so that its stage can go
+                        await self._replace(blocks)
+                except Exception as error:
+                    self._emit(MoveFailed, *held, *blocks, str(error))
+                    raise
+            finally:
+                await self.intend(None)
+
+    async def intend(self, blocks: Span | None) -> None:
+        """Tell the swarm where this server means to go, or that it means to stay.
+
+        Raises:
+            TransportError: nobody could be told of the intention.
+        """
+        run = self._current
+        if run is None or run.told_to_leave.is_set() or run.moving_to == blocks:
+            return
+        run.moving_to = blocks
+        try:
+            if not await run.announcer.announce(moving_to=blocks) and blocks is not None:
+                raise TransportError("no peer took the announcement of a move")
+        except TransportError as error:
+            if blocks is not None:
                 raise
+            logger.warning("could not announce that this server stays, its next words will tell: %s", error)
+
+    async def _agree(self, run: _Run, blocks: Span, beside: bool, if_not_needed: bool) -> None:
+        """Tell that this server leaves its blocks, and see whether it may.
+
+        Raises:
+            UsageError: it is needed where it is.
+        """
+        is_known = run.moving_to == blocks
+        await self.intend(blocks)
+        if if_not_needed:
+            if not is_known:
+                await anyio.sleep(self.config.settings.moving.move_notice_s)
+            await self._await_turn(run.serving.blocks, blocks if beside else None)
+
+    async def _await_turn(self, held: Span, kept: Span | None) -> None:
+        """Return when this server may leave its blocks.
+
+        Args: kept: blocks that it serves all the while.
+
+        Raises:
+            UsageError: it is needed where it is, or others who mean to leave go first.
+        """
+        for _ in range(TURNS):
+            runs = announced_runs(await self._elsewhere())
+            verdict = may_leave(self._registry.peer_id, held, kept, runs)
+            if verdict == "go":
+                return
+            if verdict == "stay":
+                break
+            await anyio.sleep(self.config.settings.moving.move_notice_s)
+        raise UsageError("nobody else is sure to keep some of these blocks, so that it stays")
+
+    async def _begin_beside(self, old: _Run, blocks: Span, if_not_needed: bool) -> _Run:
+        """Serve blocks beside others, and then have these drain."""
+        new = await self._begin(blocks)
+        if if_not_needed:
+            try:
+                await self._await_turn(old.serving.blocks, blocks)
+            except UsageError:
+                new.leave(0.0, is_patient=True)
+                raise
+        old.leave(self.config.settings.node.drain_timeout_s, is_patient=True)
+        return new
 
     async def _replace(self, blocks: tuple[int, int]) -> None:
         """Move where there is no room for both the old and the new blocks."""
@@ -391,7 +454,8 @@ class ModelServer:
             self.set_limits(self.limits)
         else:
             count = config.num_blocks or total
-        return first_place(total, count, self.rate, staying(others))
+        expected = as_expected(registry.peer_id, others)
+        return first_place(total, count, self.rate, expected)
 
     async def _others(self, registry: Registry) -> list[Announcement]:
         """The servers of the model that are here, or are about to be.
@@ -409,7 +473,7 @@ class ModelServer:
                     raise
                 logger.warning("%s", error)  # the transport joins the swarm again by itself
                 await anyio.sleep(_CONTACT_PAUSE_S)
-        others = view.servers(self._clock.time(), ("joining", "online"))
+        others = in_reach(view, self._clock.time())
         usual = statistics.median([o.throughput for o in others]) if others else 1.0
         self.rate = self.config.settings.node.throughput or usual
         return others
@@ -447,7 +511,8 @@ class ModelServer:
                     links=self._links(),
                     settings=config.settings,
                     head=self._head,
-                )
+                ),
+                announcer,
             )
             del stage
             self._runs.append(run)
@@ -547,26 +612,20 @@ class ModelServer:
     async def _has_nobody_else(self, blocks: tuple[int, int]) -> bool:
         """Whether no other peer offers some of these blocks, as far as can be seen."""
         try:
-            return bool(uncovered(*blocks, [(one.start, one.stop) for one in await self._online_elsewhere()]))
+            others = [one for one in await self._elsewhere() if one.state == "online"]
         except TransportError:
             return True
+        return bool(uncovered(*blocks, [(one.start, one.stop) for one in others]))
 
-    async def _check_not_needed(self, held: tuple[int, int], new: tuple[int, int], wanted: bool) -> None:
-        """Raise UsageError if some of the blocks held would have no server without this one."""
-        if wanted:
-            parts = needed_for(held, await self._online_elsewhere())
-            if [part for low, high in parts for part in uncovered(low, high, [new])]:
-                raise UsageError("nobody else has some of these blocks any more, so that it stays")
-
-    async def _online_elsewhere(self) -> list[Announcement]:
-        """The servers of other peers.
+    async def _elsewhere(self) -> list[Announcement]:
+        """The servers of other peers that are here, or are about to be.
 
         Raises:
             TransportError: the shared table cannot be read.
         """
         view = await self._registry.look_up(self._fingerprint, self.config.checkpoint.num_blocks)
         here = self._registry.peer_id
-        return [one for one in view.servers(self._clock.time()) if one.peer_id != here]
+        return [one for one in in_reach(view, self._clock.time()) if one.peer_id != here]
 
     async def _load(self, blocks: tuple[int, int]) -> Stage:
         """Have the blocks' weights here, from peers or the Hub, and then in the device's memory."""

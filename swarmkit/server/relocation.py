@@ -2,8 +2,8 @@
 
 Whether to move is decided by a pure rule over what servers announce (`swarmkit/placement/together.py`). What
 is done here is to look, at times that differ from server to server, and to look twice: several servers that
-see the same need at the same moment would all meet it. The first that moves announces its new blocks as it
-begins to load them, so that the others see at their second look that it is met.
+see the same need at the same moment would all meet it. So a server announces where it means to go, and looks
+again when all others can know of it (`swarmkit/placement/intentions.py`).
 
 A server that crashed stays in the table until its announcement ends. Some servers are asked for a sign of
 life at each look, so that its place is taken before that.
@@ -14,21 +14,22 @@ from __future__ import annotations
 import logging
 import random
 import secrets
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Protocol
 
 import anyio
 import anyio.to_thread
+import msgspec
 
 from swarmkit.clock import Clock
 from swarmkit.errors import SwarmkitError, UsageError
 from swarmkit.net.registry.records import Announcement
 from swarmkit.net.registry.registry import Registry
-from swarmkit.net.registry.swarm_map import uncovered
+from swarmkit.net.registry.swarm_map import SwarmMap, uncovered
 from swarmkit.placement.choice import PlacementMove, PlacementPolicy, choose
 from swarmkit.placement.description import Machine, ModelSize, Served
+from swarmkit.placement.intentions import TURNS, AnnouncedRun, Overdue, Span, expected
 from swarmkit.placement.signs_of_life import gone, to_ask
 from swarmkit.placement.together import PlacementMover
 from swarmkit.settings import MovingSettings
@@ -38,8 +39,6 @@ logger = logging.getLogger(__name__)
 _HURRY = 4
 """While blocks are missing, servers look so many times as often."""
 _LEAST_RATE = 1e-6
-_SECOND_LOOK = 0.5
-"""After up to this share of the usual pause comes the second look."""
 
 
 class Movable(Protocol):
@@ -54,7 +53,9 @@ class Movable(Protocol):
     @property
     def load_s(self) -> float: ...
 
-    async def move(self, blocks: tuple[int, int], why: str, *, if_not_needed: bool) -> None: ...
+    async def intend(self, blocks: Span | None) -> None: ...
+
+    async def move(self, blocks: Span, why: str, *, if_not_needed: bool) -> None: ...
 
 
 class Relocation:
@@ -85,6 +86,7 @@ class Relocation:
         self._is_there = is_there
         self._chance = random.Random(secrets.token_hex(8))
         self._mover = PlacementMover()
+        self._overdue = Overdue()
         self._is_hurried = False
 
     async def run(self) -> None:
@@ -93,26 +95,43 @@ class Relocation:
             pause_s = self._settings.move_period_s / (_HURRY if self._is_hurried else 1)
             await anyio.sleep(self._chance.uniform(0.5, 1.5) * pause_s)
             try:
-                await self._look_twice(pause_s)
+                await self._look()
             except UsageError as error:
                 logger.info("did not move: %s", error)
             except (SwarmkitError, MemoryError, OSError, RuntimeError) as error:
                 logger.warning("could not move to other blocks, will look again: %s", error)
 
-    async def _look_twice(self, pause_s: float) -> None:
-        if await self._better_place() is None:
-            return
-        await anyio.sleep(self._chance.uniform(0, _SECOND_LOOK) * pause_s)
-        found = await self._better_place()
-        if found is not None:
-            await self._server.move((found.start, found.stop), found.reason, if_not_needed=True)
+    async def _look(self) -> None:
+        """Move if another place is better, and still is when the others know where this server goes."""
+        found, before = await self._better_place()
+        turns = 0
+        try:
+            while found is not None and turns < TURNS:
+                wanted = found.start, found.stop
+                await self._server.intend(wanted)
+                await anyio.sleep(self._settings.move_notice_s)
+                found, _ = await self._better_place(before)
+                if found is not None and (found.start, found.stop) == wanted:
+                    await self._server.move(wanted, found.reason, if_not_needed=True)
+                    return
+                turns += 1
+        finally:
+            await self._server.intend(None)
 
-    async def _better_place(self) -> PlacementMove | None:
-        """Where the server is needed more, as things stand; None if it had better stay."""
+    async def _better_place(
+        self, before: Collection[str] | None = None
+    ) -> tuple[PlacementMove | None, Collection[str]]:
+        """Where the server is needed more, as things stand, or None if it had better stay; and who means to
+        move.
+
+        Args: before: peers that meant to move before this one did; None = this one does not mean to.
+        """
+        own_id = self._registry.peer_id
         view = await self._registry.look_up(self._fingerprint, self._num_blocks)
-        present = view.servers(self._clock.time(), ("joining", "online"))
-        others = staying(one for one in present if one.peer_id != self._registry.peer_id)
-        others = await self._not_gone(others)
+        present = [one for one in in_reach(view, self._clock.time()) if one.peer_id != own_id]
+        movers = {one.peer_id for one in present if one.moving_to}
+        overdue = self._overdue.at(self._clock.now(), announced_runs(present))
+        others = await self._not_gone(as_expected(own_id, present, before, overdue))
         (low, high), rate = self._server.blocks, max(self._server.rate, _LEAST_RATE)
         ranges = [(low, high), *((one.start, one.stop) for one in others)]
         self._is_hurried = bool(uncovered(0, self._num_blocks, ranges))
@@ -126,7 +145,7 @@ class Relocation:
             move_s=self._server.load_s,
             count=high - low,
         )
-        return await anyio.to_thread.run_sync(decide)
+        return await anyio.to_thread.run_sync(decide), movers
 
     async def _not_gone(self, servers: list[Announcement]) -> list[Announcement]:
         """Those that give a sign of life, or are not asked for one."""
@@ -169,18 +188,25 @@ def _served(servers: Iterable[Announcement]) -> list[Served]:
     return [Served(one.start, one.stop, max(one.throughput, _LEAST_RATE), one.service_id) for one in servers]
 
 
-def staying(servers: Iterable[Announcement]) -> list[Announcement]:
-    """The servers that are here to stay: a peer that loads blocks is about to leave those that it has."""
-    listed = list(servers)
-    moving = {one.peer_id for one in listed if one.state == "joining"}
-    return [one for one in listed if one.state == "joining" or one.peer_id not in moving]
+def in_reach(view: SwarmMap, now: float) -> list[Announcement]:
+    """The servers that are here, or are about to be."""
+    return view.servers(now, ("joining", "online"))
 
 
-def needed_for(blocks: tuple[int, int], servers: Iterable[Announcement]) -> list[tuple[int, int]]:
-    """The parts of `blocks` that none of some servers holds for certain.
+def as_expected(
+    own_id: str,
+    servers: Sequence[Announcement],
+    before: Collection[str] | None = None,
+    overdue: Collection[str] = (),
+) -> list[Announcement]:
+    """Servers with the blocks that they are about to serve; see `expected`."""
+    places = expected(own_id, announced_runs(servers), before, overdue)
+    return [msgspec.structs.replace(servers[number], start=low, stop=high) for number, (low, high) in places]
 
-    A peer that serves two ranges may be in the middle of a move as well, and does not count.
-    """
-    listed = list(servers)
-    number = Counter(one.peer_id for one in listed)
-    return uncovered(*blocks, [(one.start, one.stop) for one in listed if number[one.peer_id] == 1])
+
+def announced_runs(servers: Iterable[Announcement]) -> list[AnnouncedRun]:
+    """What servers say about their blocks."""
+    return [
+        AnnouncedRun(one.peer_id, one.start, one.stop, one.state == "online", one.moving_to)
+        for one in servers
+    ]

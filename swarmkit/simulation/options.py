@@ -22,6 +22,8 @@ class SwarmAssumptions:
         cache_tokens: that a server's caches hold at most in each block; inf = what its memory allows.
         reserved_tokens: that a session takes then; 0 = as many as its prompt and answer have.
         announce_period_s, record_lifetime_s: of announcements.
+        spread_s: within which an announcement is known to everybody.
+        move_notice_s: for which a server tells the others that it means to move before it goes.
         look_period_s: mean time between two looks of a server at its placement; it looks at random times.
         silence_s: after which a server that does not answer counts as gone.
         load_bytes_per_s: of blocks that are fetched and loaded.
@@ -39,6 +41,8 @@ class SwarmAssumptions:
     reserved_tokens: float = 0.0
     announce_period_s: float = 10.0
     record_lifetime_s: float = 30.0
+    spread_s: float = 1.0
+    move_notice_s: float = 2.0
     look_period_s: float = 60.0
     silence_s: float = 2.0
     load_bytes_per_s: float = 250e6

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,8 +15,10 @@ from swarmkit.net.registry.records import Announcement, ServerState
 from swarmkit.net.rpc.faults import Refusal
 from swarmkit.net.rpc.receive_budget import ReceiveBudget
 from swarmkit.placement.description import Machine, Served, served_by
+from swarmkit.placement.intentions import TURNS, Span, expected, may_leave
 from swarmkit.placement.signs_of_life import gone, to_ask
 from swarmkit.server.cache.kv_budget import CacheFullError, CacheLease, KVBudget
+from swarmkit.server.relocation import announced_runs
 from swarmkit.server.sessions.admission import AdmissionControl
 from swarmkit.settings import ServerSettings
 from swarmkit.simulation.hardware import SimulatedModel
@@ -26,6 +29,9 @@ from swarmkit.simulation.virtual_time import VirtualClock
 CHUNK_TOKENS = 512
 """A prompt runs in pieces of so many tokens where steps run together."""
 FINGERPRINT = "0" * 64
+
+Announced = tuple[Announcement, Served]
+"""A server's record, and what it says about its speed and its caches."""
 
 
 class SimulatedPlace:
@@ -50,7 +56,7 @@ class SimulatedServer:
         assumptions: SwarmAssumptions,
         clock: VirtualClock,
         chance: random.Random,
-        others: Callable[[], list[Served]],
+        others: Callable[[], list[Announced]],
         tell: Callable[[SimulatedServer, ServerState], None],
         lives: Callable[[str], bool],
         *,
@@ -67,6 +73,8 @@ class SimulatedServer:
         self.span = (0, 0)
         self.state: ServerState | None = None
         """None before it has chosen blocks, and when it is gone."""
+        self.moving_to: Span | None = None
+        """Where it means to go, and says so."""
         self.moves = 0
         self.sequence = 0
         self.places: set[SimulatedPlace] = set()
@@ -74,6 +82,7 @@ class SimulatedServer:
         self._clock, self._chance = clock, chance
         self._others, self._tell, self._lives = others, tell, lives
         self._pass_s = pass_s or _pass_s
+        self._leaves = False
         self._gone = asyncio.Event()
         self._budget = KVBudget(0)
         engine = cast(Any, SimpleNamespace(clock=clock))
@@ -106,6 +115,7 @@ class SimulatedServer:
             dtype="float16",
             addresses=(),
             public_name=self.machine.name,
+            moving_to=self.moving_to,
             sequence=self.sequence,
             expires_at=self._clock.time() + self._assumptions.record_lifetime_s,
         )
@@ -126,25 +136,62 @@ class SimulatedServer:
         self._end_sessions()
 
     async def _serve(self) -> None:
-        await self._take(self._rule.choose(self.machine, self._others()))
+        await self._take(self._rule.choose(self.machine, self._expected(self._others(), None)))
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._announce_forever)
             if self._assumptions.batching:
                 tasks.start_soon(self._compute_forever)
             while True:
                 await anyio.sleep(self._chance.uniform(0.5, 1.5) * self._assumptions.look_period_s)
-                if await self._better_place() is None:
-                    continue
-                await anyio.sleep(self._chance.uniform(0, 0.5) * self._assumptions.look_period_s)
-                found = await self._better_place()
-                if found is not None:
-                    await self.move(found)
+                await self._look()
 
-    async def _better_place(self) -> tuple[int, int] | None:
-        """Where it is needed more, among the others that are not known to be gone."""
+    async def _look(self) -> None:
+        """Move as `swarmkit.server.relocation` does."""
+        found, before = await self._better_place()
+        for _ in range(TURNS):
+            if found is None:
+                break
+            wanted = found
+            self._intend(wanted)
+            await anyio.sleep(self._assumptions.move_notice_s)
+            found, _ = await self._better_place(before)
+            if found == wanted:
+                if await self._may_go():
+                    await self.move(wanted)
+                break
+        self._intend(None)
+
+    def _intend(self, blocks: Span | None) -> None:
+        if self.moving_to != blocks:
+            self.moving_to = blocks
+            if self.state is not None:
+                self._tell(self, self.state)
+
+    async def _may_go(self) -> bool:
+        """Whether it may leave its blocks, of which it serves none while it loads others."""
+        for _ in range(TURNS):
+            runs = announced_runs([record for record, _ in self._others()])
+            verdict = may_leave(self.machine.name, self.span, None, runs)
+            if verdict != "wait":
+                return verdict == "go" and self.state == "online"
+            await anyio.sleep(self._assumptions.move_notice_s)
+        return False
+
+    def _expected(self, others: Sequence[Announced], before: Collection[str] | None) -> list[Served]:
+        """The others with the blocks that they are about to serve."""
+        runs = announced_runs([record for record, _ in others])
+        places = expected(self.machine.name, runs, before)
+        return [replace(others[number][1], start=low, stop=high) for number, (low, high) in places]
+
+    async def _better_place(
+        self, before: Collection[str] | None = None
+    ) -> tuple[Span | None, Collection[str]]:
+        """Where it is needed more, among the others that are not known to be gone; and who means to move."""
         if self.state != "online":
-            return None
-        others = self._others()
+            return None, ()
+        announced = self._others()
+        movers = {record.peer_id for record, _ in announced if record.moving_to}
+        others = self._expected(announced, before)
         asked: set[int] = set()
         silent: set[int] = set()
         while turn := to_ask(self._model.size.num_blocks, others, asked, silent, self._chance.random):
@@ -156,11 +203,12 @@ class SimulatedServer:
         away = gone(asked, silent)
         staying = [one for number, one in enumerate(others) if number not in away]
         found = self._rule.better(self.machine, self.served, staying, self._load_s(self.span))
-        return None if found == self.span or self.state != "online" else found
+        return None if found == self.span or self.state != "online" else found, movers
 
-    async def move(self, blocks: tuple[int, int]) -> None:
+    async def move(self, blocks: Span) -> None:
         """Serve other blocks: sessions are told to leave, and then the blocks are loaded."""
         self.moves += 1
+        self.moving_to = None
         self._set("leaving")
         self._end_sessions()
         await self._take(blocks)
@@ -169,6 +217,8 @@ class SimulatedServer:
         self.span = blocks
         self._set("joining")
         await anyio.sleep(self._load_s(blocks))
+        if self._leaves:
+            return
         weights = (blocks[1] - blocks[0]) * self._model.size.block_bytes
         left = self.machine.memory_bytes - weights
         most = self._assumptions.cache_tokens * (blocks[1] - blocks[0]) * self._model.size.token_bytes
@@ -190,6 +240,7 @@ class SimulatedServer:
 
     def leave_soon(self) -> None:
         """Tell that it goes: no new sessions, and the old ones look for others."""
+        self._leaves = True
         if self.state is not None:
             self._set("leaving")
             self._end_sessions()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +10,9 @@ from dataclasses import dataclass, field
 import anyio
 from anyio.abc import TaskGroup
 
-from swarmkit.net.registry.records import Announcement, ServerState
+from swarmkit.net.registry.records import ServerState
 from swarmkit.net.registry.swarm_map import SwarmMap, uncovered
-from swarmkit.placement.description import Machine, Served, blocks_that_fit
+from swarmkit.placement.description import Machine, blocks_that_fit
 from swarmkit.placement.supply import greatest_rate, greatest_rate_of_any
 from swarmkit.settings import ClientSettings
 from swarmkit.simulation.client import Router, SimulatedAnswer, SimulatedClient, SwarmRouter
@@ -20,7 +21,7 @@ from swarmkit.simulation.distances import Distances
 from swarmkit.simulation.hardware import SimulatedModel
 from swarmkit.simulation.options import SwarmAssumptions
 from swarmkit.simulation.rules import PlacementRule
-from swarmkit.simulation.server import SimulatedServer
+from swarmkit.simulation.server import Announced, SimulatedServer
 from swarmkit.simulation.virtual_time import VirtualClock
 
 
@@ -75,7 +76,9 @@ class SimulatedSwarm:
         """Those that exist, by name."""
         self._tasks = tasks
         self._seed, self._pass_s = seed, pass_s
-        self._table: dict[str, tuple[Announcement, Served]] = {}
+        self._chance = random.Random(f"{seed} spread")
+        self._table: dict[str, Announced] = {}
+        self._serving: dict[str, tuple[ServerState, tuple[int, int]]] = {}
         self._was_covered = False
         self._uncovered_since: float | None = None
         self._clients = 0
@@ -112,7 +115,6 @@ class SimulatedSwarm:
         self.servers[name].leave_soon()
         await anyio.sleep(self.assumptions.notice_s or 0.0)
         self._remove(name)
-        self._table.pop(name, None)
 
     def _remove(self, name: str) -> None:
         server = self.servers.pop(name, None)
@@ -122,18 +124,27 @@ class SimulatedSwarm:
             self._note_cover()
 
     def _announce(self, server: SimulatedServer, state: ServerState) -> None:
-        if self.servers.get(server.machine.name) is not server:
+        name = server.machine.name
+        if self.servers.get(name) is not server:
             return
-        before = self._table.get(server.machine.name)
-        self._table[server.machine.name] = server.announcement(state), server.served
-        if before is None or (before[0].state, before[1]) != (state, server.served):
+        announced = server.announcement(state), server.served
+        delay_s = self._chance.uniform(0, self.assumptions.spread_s)
+        asyncio.get_running_loop().call_later(delay_s, self._store, announced)
+        if self._serving.get(name) != (state, server.span):
+            self._serving[name] = state, server.span
             self._note_cover()
 
-    def announced(self, but: str = "") -> list[Served]:
+    def _store(self, announced: Announced) -> None:
+        record, _ = announced
+        before = self._table.get(record.peer_id)
+        if before is None or before[0].sequence < record.sequence:
+            self._table[record.peer_id] = announced
+
+    def announced(self, but: str = "") -> list[Announced]:
         """What the table says about those that serve or are about to."""
         now = self.clock.time()
         return [
-            served
+            (record, served)
             for name, (record, served) in self._table.items()
             if name != but and record.expires_at > now and record.state in ("joining", "online")
         ]

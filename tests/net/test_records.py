@@ -160,6 +160,11 @@ def test_a_time_that_is_none_is_not_believed(expires_at: float) -> None:
         {"addresses": ("x",) * 17},
         {"addresses": ("x" * 257,)},
         {"dtype": 32},
+        {"moving_to": (3, 3)},
+        {"moving_to": (4, 3)},
+        {"moving_to": (-1, 3)},
+        {"moving_to": (3, 7)},
+        {"moving_to": (1, 2, 3)},
     ],
     ids=str,
 )

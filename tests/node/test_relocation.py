@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,19 @@ from anyio.abc import TaskGroup
 
 from swarmkit.client.session.chain import ChainSession
 from swarmkit.client.swarm.client import ModelRef, SwarmClient
+from swarmkit.errors import TransportError
 from swarmkit.events import DrainStarted, MoveStarted
 from swarmkit.local.swarm import over_memory
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.stage import Stage
+from swarmkit.net.registry.records import Announcement
+from swarmkit.net.registry.registry import Registry
+from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.memory import MemoryNetwork
+from swarmkit.net.transport.part import PartTransport
+from swarmkit.net.transport.seam import RecordCheck, Transport
 from swarmkit.node.node import Node
+from swarmkit.placement.intentions import OVERDUE_S
 from swarmkit.server.config import ServerConfig
 from swarmkit.server.model_server import ModelServer
 from swarmkit.settings import ClientSettings, ServerSettings
@@ -41,6 +49,24 @@ def pass_s(tokens: int) -> float:
     return 0.01
 
 
+class LateTransport(PartTransport):
+    """What its peer announces is known to others some time later."""
+
+    def __init__(self, transport: Transport, tasks: TaskGroup, delay_s: Callable[[], float]) -> None:
+        super().__init__(transport)
+        self._tasks, self._delay_s = tasks, delay_s
+
+    async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float, service: int = 0) -> int:
+        listed = list(records)
+        self._tasks.start_soon(self._store, listed, expires_at, service)
+        return len(listed)
+
+    async def _store(self, records: list[tuple[str, bytes]], expires_at: float, service: int) -> None:
+        await anyio.sleep(self._delay_s())
+        with suppress(TransportError):
+            await super().store(records, expires_at, service)
+
+
 @dataclass
 class Peer:
     """A machine with one server."""
@@ -59,19 +85,28 @@ class Colony:
     peers: list[Peer] = field(default_factory=list)
     wrong: int = 0
     steps: int = 0
+    spread_s: float = 0.0
+    """Within which an announcement is known to all."""
 
     def __post_init__(self) -> None:
+        self.chance = random.Random(len(self.peers))
         self.network = MemoryNetwork(clock=self.clock.time)
         self.whole = Stage.load(self.checkpoint, 0, BLOCKS)
 
     async def add(self, count: int, **settings: Any) -> Peer:
         """One more server of `count` blocks, where it is needed most."""
-        node = Node(over_memory(self.network), clock=self.clock)
+        node = Node(self._transport, clock=self.clock)
         config = ServerConfig(self.checkpoint, num_blocks=count, settings=SERVER.replace(**settings))
         peer = Peer(node, node.add(config))
         await self.tasks.start(node.run)
         self.peers.append(peer)
         return peer
+
+    async def _transport(self, identity: Identity, check: RecordCheck) -> Transport:
+        transport = await over_memory(self.network)(identity, check)
+        if not self.spread_s:
+            return transport
+        return LateTransport(transport, self.tasks, lambda: self.chance.uniform(0, self.spread_s))
 
     async def client(self) -> SwarmClient:
         model = ModelRef("tiny", self.checkpoint.fingerprint, BLOCKS, self.checkpoint.hidden_size)
@@ -123,12 +158,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]
     return Checkpoint.open(make_checkpoint(folder, "llama", num_blocks=BLOCKS))
 
 
-def live(checkpoint: Checkpoint, story: Callable[[Colony], Awaitable[None]], seed: int = 0) -> Colony:
+def live(
+    checkpoint: Checkpoint,
+    story: Callable[[Colony], Awaitable[None]],
+    seed: int = 0,
+    *,
+    spread_s: float = 0.0,
+) -> Colony:
     """Let a story happen to an empty colony; returns what it has become."""
 
     async def main(clock: virtual_time.VirtualClock) -> Colony:
         async with anyio.create_task_group() as tasks:
-            colony = Colony(clock, checkpoint, tasks)
+            colony = Colony(clock, checkpoint, tasks, spread_s=spread_s)
             await story(colony)
             tasks.cancel_scope.cancel()
         return colony
@@ -259,3 +300,77 @@ def test_the_only_server_of_its_blocks_stays_though_others_lack_one(checkpoint: 
         await anyio.sleep(10 * PERIOD_S)
 
     assert live(checkpoint, story).events(MoveStarted) == []
+
+
+# at the same moment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_servers_that_move_at_the_same_moment_leave_no_block_without_a_server(
+    checkpoint: Checkpoint, seed: int
+) -> None:
+    """All that are left hold the first half; each looks every few seconds at where it is needed more."""
+    hurry = {"move_period_s": 12.0, "move_notice_s": 2.0}
+
+    async def story(colony: Colony) -> None:
+        for _ in range(8):
+            await colony.add(3, **hurry)
+            await anyio.sleep(colony.spread_s)
+        await colony.lose(*(peer for peer in list(colony.peers) if peer.server.blocks == (3, 6)))
+        for _ in range(4 * 60):
+            await anyio.sleep(0.25)
+            fewest.append(min(colony.holders[:3]))
+
+    fewest: list[int] = []
+    colony = live(checkpoint, story, seed, spread_s=2.0)
+    assert min(fewest) >= 1
+    assert min(colony.holders) >= 1
+
+
+async def announce_mover(colony: Colony, blocks: tuple[int, int], to: tuple[int, int]) -> None:
+    """A stranger that says for ever that it is about to move, and does nothing."""
+    transport = colony.network.transport()
+    said = Announcement(
+        peer_id=transport.peer_id,
+        fingerprint=colony.checkpoint.fingerprint,
+        model="tiny",
+        num_blocks=BLOCKS,
+        start=blocks[0],
+        stop=blocks[1],
+        state="online",
+        throughput=10.0,
+        free_cache_tokens=1,
+        dtype="float32",
+        addresses=(),
+        moving_to=to,
+        sequence=1,
+        expires_at=colony.clock.time() + 3000.0,
+    )
+    await Registry(transport, colony.clock.time).announce(said)
+
+
+def test_nobody_relies_on_a_stranger_that_means_to_leave(checkpoint: Checkpoint) -> None:
+    async def story(colony: Colony) -> None:
+        await colony.add(3)
+        await announce_mover(colony, (0, 3), (0, 2))
+        await anyio.sleep(4 * PERIOD_S)
+
+    colony = live(checkpoint, story)
+    assert colony.holders[:3] == [1, 1, 1]
+    assert colony.events(MoveStarted) == []
+
+
+@pytest.mark.slow
+def test_a_stranger_that_always_means_to_come_keeps_others_away_for_a_while_only(
+    checkpoint: Checkpoint,
+) -> None:
+    async def story(colony: Colony) -> None:
+        await colony.add(3)
+        await announce_mover(colony, (0, 3), (3, 6))
+        await colony.add(3)
+        assert colony.holders == [2, 2, 2, 0, 0, 0]
+        await anyio.sleep(OVERDUE_S + 2 * PERIOD_S)
+
+    colony = live(checkpoint, story)
+    assert min(colony.holders) == 1

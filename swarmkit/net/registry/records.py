@@ -81,6 +81,7 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True):
         head_ms: how long it takes to compute the output layer of one token for a client; 0 = it does not.
         kv_bytes: of keys and values of one token in one block, which it takes from a server that leaves, and
             hands over when it leaves itself; 0 = it does not.
+        moving_to: blocks [start, stop) that it means to serve instead of these.
         sequence: grows with every announcement of a service; the greatest one counts.
         protocols: the oldest and the newest protocol version that it speaks.
         expires_at: Unix time, seconds.
@@ -110,6 +111,7 @@ class Announcement(msgspec.Struct, frozen=True, kw_only=True):
     links: Annotated[tuple[MeasuredLink, ...], msgspec.Meta(max_length=MAX_LINKS)] = ()
     head_ms: Millis = 0.0
     kv_bytes: Count = 0
+    moving_to: tuple[BlockIndex, BlockIndex] | None = None
     sequence: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     expires_at: float
 
@@ -177,6 +179,9 @@ def _verified(value: bytes, subkey: str) -> Announcement:
     announcement = _envelope.read(value, subkey)
     if not announcement.start < announcement.stop <= announcement.num_blocks:
         raise ProtocolError("the record's block range is not inside its model", announcement.peer_id)
+    low, high = announcement.moving_to or (0, 1)
+    if not low < high <= announcement.num_blocks:
+        raise ProtocolError("the record's next blocks are not inside its model", announcement.peer_id)
     numbers = announcement.throughput, announcement.forward_rate, announcement.expires_at
     if not all(map(math.isfinite, numbers)):
         raise ProtocolError("the record's numbers are not finite", announcement.peer_id)

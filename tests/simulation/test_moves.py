@@ -1,0 +1,86 @@
+"""Dozens of virtual servers that move at the same moment, while announcements take their time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import anyio
+import pytest
+
+from swarmkit.placement.description import Machine, ModelSize, Served
+from swarmkit.simulation.distances import clusters
+from swarmkit.simulation.hardware import SimulatedModel
+from swarmkit.simulation.options import SwarmAssumptions
+from swarmkit.simulation.swarm import SimulatedSwarm, SwarmHistory
+from swarmkit.simulation.virtual_time import VirtualClock, run_virtually
+
+BLOCKS, HELD = 12, 4
+MODEL = SimulatedModel(
+    name="small",
+    size=ModelSize(num_blocks=BLOCKS, block_bytes=1000, token_bytes=1.0),
+    block_gflop=1.0,
+    hidden_bytes=0,
+)
+SPREAD_S = 2.0
+
+
+class RestlessRule:
+    """Every server means to go on to the next blocks whenever it looks, wherever the others are."""
+
+    def choose(self, machine: Machine, others: Sequence[Served]) -> tuple[int, int]:
+        start = HELD * (int(machine.name) % (BLOCKS // HELD))
+        return start, start + HELD
+
+    def better(
+        self, machine: Machine, own: Served, others: Sequence[Served], move_s: float
+    ) -> tuple[int, int] | None:
+        start = (own.start + HELD) % BLOCKS
+        return start, start + HELD
+
+
+def restless(seed: int, *, notice_s: float, servers: int = 9) -> SwarmHistory:
+    """Three minutes of servers that look every few seconds, and load blocks in two."""
+    assumptions = SwarmAssumptions(
+        spread_s=SPREAD_S, move_notice_s=notice_s, look_period_s=4.0, load_bytes_per_s=HELD * 1000 / 2.0
+    )
+
+    async def main(clock: VirtualClock) -> SwarmHistory:
+        async with anyio.create_task_group() as tasks:
+            distances = clusters([servers], inside_rtt_s=0.02)
+            swarm = SimulatedSwarm(MODEL, distances, RestlessRule(), assumptions, clock, tasks, seed=seed)
+            for number in range(servers):
+                name = f"{number:02}"
+                swarm.join(Machine(name=name, memory_bytes=5000, decode_s=0.1, token_s=0.01), number)
+            await anyio.sleep(180.0)
+            history = swarm.finish()
+            tasks.cancel_scope.cancel()
+        return history
+
+    return run_virtually(main)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 20))])
+def test_servers_that_move_at_the_same_moment_leave_no_block_without_a_server(seed: int) -> None:
+    history = restless(seed, notice_s=SPREAD_S)
+    assert history.gaps == []
+    assert history.moves > 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_dozens_of_servers_leave_no_block_without_a_server(seed: int) -> None:
+    history = restless(seed, notice_s=SPREAD_S, servers=40)
+    assert history.gaps == []
+    assert history.moves > 40
+
+
+def test_servers_that_go_before_others_can_know_leave_blocks_without_a_server() -> None:
+    assert restless(0, notice_s=0.0).gaps != []
+
+
+@pytest.mark.slow
+def test_of_two_servers_for_each_block_one_always_stays() -> None:
+    for seed in range(20):
+        history = restless(seed, notice_s=SPREAD_S, servers=6)
+        assert history.gaps == []
+        assert history.moves > 3
