@@ -25,6 +25,7 @@ from swarmkit.worker.sensing.sleep import LogindSleepWatch
 from tests.waiting import wait_until
 from tests.worker.desktops import SaidDesktop, message_bus, missing, x_server
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a Linux desktop is asked")
 needs_bus = pytest.mark.skipif(bool(missing("dbus-daemon")), reason=missing("dbus-daemon"))
 needs_x = pytest.mark.skipif(bool(missing("Xvfb", "xdotool")), reason=missing("Xvfb", "xdotool"))
@@ -173,6 +174,22 @@ def test_a_computer_without_a_battery_is_not_on_battery(
     assert on_battery() is False
 
 
+@pytest.mark.slow
+def test_a_computer_whose_cable_was_pulled_is_offline() -> None:
+    """In a network namespace of its own, in which there is no cable until one is put in."""
+    code = "from swarmkit.worker.sensing.machine import online; print(online())"
+    cable = "ip link add cable type dummy && ip link set cable up && ip addr add 192.0.2.1/24 dev cable"
+    said = []
+    for first in ("true", cable):
+        command = ["unshare", "--net", "sh", "-c", f'{first} && exec "$0" -c "$1"', sys.executable, code]
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"there can be no network of its own here: {error}")
+        said.append(done.stdout.strip())
+    assert said == ["False", "True"]
+
+
 def test_a_gpu_without_a_driver_is_not_known() -> None:
     signals = OwnMachine().sense(SensingOrder((), (), "cuda:99", Path("/")))
     assert signals.gpu is None
@@ -316,6 +333,15 @@ def test_a_bus_that_is_lost_is_found_again(desktop: SaidDesktop, monkeypatch: py
         ({"DISPLAY": ":0"}, Desktop("x11", ":0")),
         ({"DISPLAY": ":0", "WAYLAND_DISPLAY": "wayland-0"}, Desktop("wayland")),
         ({"DISPLAY": ":0", "XDG_SESSION_TYPE": "wayland"}, Desktop("wayland")),
+        (
+            {"XDG_SESSION_TYPE": "wayland", "XDG_RUNTIME_DIR": "/run/user/7"},
+            Desktop("wayland", "/run/user/7/wayland-0"),
+        ),
+        (
+            {"WAYLAND_DISPLAY": "wayland-1", "XDG_RUNTIME_DIR": "/run/user/7"},
+            Desktop("wayland", "/run/user/7/wayland-1"),
+        ),
+        ({"WAYLAND_DISPLAY": "/run/seat", "XDG_RUNTIME_DIR": "/run/user/7"}, Desktop("wayland", "/run/seat")),
         ({"XDG_SESSION_TYPE": "tty"}, Desktop("none")),
     ],
 )

@@ -1,4 +1,4 @@
-"""A Linux desktop: X11 is asked directly, Wayland's desktops and logind over D-Bus.
+"""A Linux desktop: X11 and Wayland's compositors are asked directly, GNOME and logind over D-Bus.
 
 Under Wayland X11 is never asked: the X server that runs there for older programs sees only their input, and
 one that has been left behind does not answer at all.
@@ -38,7 +38,10 @@ def idle_provider(desktop: Desktop) -> Callable[[], float]:
 
         return X11(desktop.display).idle_s
     if desktop.kind == "wayland":
-        return lambda: _first(idle_of_mutter, idle_of_screen_saver, idle_of_logind)
+        from swarmkit.worker.sensing.wayland import WaylandIdle
+
+        of_compositor = (WaylandIdle(desktop.display).idle_s,) if desktop.display else ()
+        return lambda: _first(idle_of_mutter, *of_compositor, idle_of_screen_saver, idle_of_logind)
     return lambda: _first(idle_of_logind)
 
 
