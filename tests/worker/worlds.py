@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from anyio.from_thread import start_blocking_portal
 from swarmkit.worker.control.client import WorkerClient
 from swarmkit.worker.control.values import Status
 from swarmkit.worker.places import WorkerPlaces
-from swarmkit.worker.sensing.machine import SensingOrder
+from swarmkit.worker.sensing.machine import MachineSensing, SensingOrder
 from swarmkit.worker.signals import MachineSignals, SessionSignals
 from swarmkit.worker.worker import BackgroundWorker
 from tests.waiting import wait_until
@@ -50,7 +53,7 @@ class SaidMachine:
 class RunningWorker:
     """A worker on an event loop of its own, and a client of it."""
 
-    def __init__(self, places: WorkerPlaces, machine: SaidMachine, **options: Any) -> None:
+    def __init__(self, places: WorkerPlaces, machine: MachineSensing, **options: Any) -> None:
         options.setdefault("node_command", PRETEND_NODE)
         self.places = places
         self.client = WorkerClient(places)
@@ -91,3 +94,15 @@ class RunningWorker:
             self._running.result(30)
         finally:
             self._owned.close()
+
+
+@contextmanager
+def not_ours(*command: str | Path) -> Iterator[int]:
+    """Run a program that counts as somebody else's, for its parent has ended; its process id."""
+    shell = ["sh", "-c", '"$@" >/dev/null 2>&1 & echo $!', "sh", *command]
+    pid = int(subprocess.run(shell, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    try:
+        yield pid
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
