@@ -8,29 +8,23 @@ from collections.abc import Callable, Iterator
 import msgspec
 import psutil
 import pytest
-import torch
-from torch import Tensor
 
-from swarmkit import Server, Session, SwarmModelForCausalLM
-from swarmkit.models.checkpoint.checkpoint import Checkpoint
-from swarmkit.models.head.head import load_local
-from swarmkit.settings import ClientSettings, ServerSettings
+from swarmkit import Server, SwarmModelForCausalLM
 from swarmkit.worker.node_supervisor import NODE_COMMAND
 from swarmkit.worker.process_tree import used_by
+from swarmkit.worker.signals import GpuSignals
 from tests.waiting import wait_until
+from tests.worker.elsewhere import AFTER, BEFORE, PROMPT, client_of, expected, more, slow_server
 from tests.worker.worlds import AWAY, RunningWorker, SaidMachine
 
 pytestmark = pytest.mark.slow
 
-PROMPT = torch.arange(5, 25)[None]
-BEFORE, AFTER = 8, 24
 ONE_CORE = {"cpu_cores": {"in_use": 1, "away": 1}}
 
 
 @pytest.fixture(scope="module")
 def other() -> Iterator[Server]:
-    """A server elsewhere in the swarm, which claims to be so slow that sessions begin at the worker's."""
-    with Server("tiny-chat", settings=ServerSettings().replace(throughput=0.1)) as server:
+    with slow_server() as server:
         yield server
 
 
@@ -44,25 +38,8 @@ def serving(start: Callable[..., RunningWorker], other: Server) -> RunningWorker
 
 @pytest.fixture
 def model(serving: RunningWorker, other: Server) -> Iterator[SwarmModelForCausalLM]:
-    settings = ClientSettings().replace(speculation="off")  # so that each position is computed once
-    with SwarmModelForCausalLM.from_pretrained(
-        "tiny-chat", initial_peers=other.addresses, settings=settings
-    ) as model:
+    with client_of(other) as model:
         yield model
-
-
-def more(model: SwarmModelForCausalLM, session: Session, tokens: Tensor, count: int) -> Tensor:
-    result = model.generate(
-        tokens, session=session, max_new_tokens=count, min_new_tokens=count, do_sample=False
-    )
-    assert isinstance(result, Tensor)
-    return result
-
-
-def expected(count: int) -> list[int]:
-    local = load_local(Checkpoint.open("tiny-chat"))
-    tokens = local.generate(PROMPT, max_new_tokens=count, min_new_tokens=count, do_sample=False)
-    return tokens[0].tolist()
 
 
 Way = Callable[[RunningWorker, SaidMachine], object]
@@ -98,6 +75,9 @@ WAYS: dict[str, Way] = {
     "a metered line": sensed(metered=True),
     "a game": sensed(program="doom"),
     "load of other programs": sensed(other_cpu=0.9),
+    "another program on the GPU": sensed(gpu=GpuSignals(other_programs=("blender",))),
+    "heat": sensed(temperature_c=95.0),
+    "a full disk": sensed(disk_free_bytes=0),
     "no network": sensed(online=False),
     "the person comes back": told(idle_s=0.0),
     "a film": told(film="VLC media player"),
