@@ -10,6 +10,7 @@ import typer
 from swarmkit.cli import console
 from swarmkit.cli.app import Json, app
 from swarmkit.errors import UsageError
+from swarmkit.sizes import format_data
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 @app.command()
 def uninstall(
     what: Annotated[
-        bool, typer.Option("--what", help="Only show what there is, with gigabytes; nothing is changed.")
+        bool,
+        typer.Option("--what", help="Only show what there is and what room it takes; nothing is changed."),
     ] = False,
     keep: Annotated[
         list[str] | None,
@@ -70,7 +72,7 @@ def uninstall(
     if json:
         console.emit_json(removed=[part.path for part in gone], freed_bytes=freed, left=left)
     else:
-        console.out.print(f"Taken away; {_gigabytes(freed)} are free again. {advice}".strip())
+        console.out.print(f"Taken away; {format_data(freed)} are free again. {advice}".strip())
     if left:
         raise RemovalError("not all could be taken away: " + "; ".join(left))
 
@@ -89,12 +91,8 @@ def _show(going: Sequence[Belonging], processes: Sequence[RunningProcess], json:
     for process in processes:
         console.out.print(f"   process  {process.pid}: {process.what}")
     for part in going:
-        console.out.print(f"{_gigabytes(part.size_bytes)}  {part.what}: {part.path}", soft_wrap=True)
-    console.out.print(f"{_gigabytes(total)}  in all", soft_wrap=True)
-
-
-def _gigabytes(bytes_: int) -> str:
-    return f"{bytes_ / 1e9:7.3f} GB"
+        console.out.print(f"{format_data(part.size_bytes):>10}  {part.what}: {part.path}", soft_wrap=True)
+    console.out.print(f"{format_data(total):>10}  in all", soft_wrap=True)
 
 
 def _advice() -> str:

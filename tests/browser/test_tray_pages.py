@@ -13,7 +13,7 @@ pytest.importorskip("PIL")
 from swarmkit_app.tray.pages import TrayPages
 
 from swarmkit.worker.places import WorkerPlaces
-from tests.worker.worlds import RunningWorker, SaidMachine
+from tests.worker.worlds import RunningWorker, SaidMachine, not_ours
 
 from .conftest import FOCUS_SEEN, barriers, tab_to
 
@@ -88,6 +88,21 @@ def test_a_setting_is_kept(new_page: Callable[..., Any], pages: TrayPages, worke
     settings = worker.client.settings()
     assert settings.limits.upload_bytes_per_s.away == 1_000_000
     assert settings.rules.schedule["sunday"] == "###.####################"
+
+
+def test_a_program_that_runs_is_chosen_from_a_list(
+    new_page: Callable[..., Any], pages: TrayPages, worker: RunningWorker
+) -> None:
+    with not_ours("sleep", "600"):
+        page = new_page()
+        page.goto(pages.link("settings"))
+        page.get_by_label("Add a program that runs now").locator("option", has_text="sleep").wait_for(
+            state="attached"
+        )
+        page.get_by_label("Add a program that runs now").select_option("sleep")
+    page.get_by_role("button", name="Save").click()
+    page.get_by_text("Saved.").wait_for()
+    assert worker.client.settings().rules.programs == ("sleep",)
 
 
 def test_a_value_that_is_not_allowed_is_told(

@@ -88,10 +88,10 @@ def lived_in(home: Path) -> Path:
     return home
 
 
-def test_what_there_is_is_shown_with_gigabytes_and_stays(lived_in: Path) -> None:
+def test_what_there_is_is_shown_with_its_size_and_stays(lived_in: Path) -> None:
     before = files_of(lived_in)
     shown = run("--what")
-    assert "0.005 GB  weights of models" in shown
+    assert "5.0 MB  weights of models" in shown
     assert f"{autostart.entry_path()}" in shown
     assert files_of(lived_in) == before
 

@@ -12,6 +12,7 @@ import psutil
 
 from swarmkit.errors import SwarmkitError
 from swarmkit.sizes import GIB
+from swarmkit.worker.process_tree import used_by
 from swarmkit.worker.sensing.nvidia import Gpu, gpus
 from swarmkit.worker.sensing.probes import UnknownError
 
@@ -30,6 +31,18 @@ class Computer:
 
 class DeviceTestError(SwarmkitError):
     """The device could not be tested; the message says why."""
+
+
+def programs_that_run() -> list[str]:
+    """Names of this person's programs that run now, from which those at which to pause can be chosen."""
+    own = psutil.Process()
+    person, ours = own.username(), used_by(own.pid).pids
+    names = {
+        process.info["name"]
+        for process in psutil.process_iter(["name", "username"])
+        if process.info["username"] == person and process.pid not in ours and process.info["name"]
+    }
+    return sorted(names, key=str.casefold)
 
 
 def this_computer(folder: str) -> Computer:

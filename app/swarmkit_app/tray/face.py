@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from swarmkit.sizes import format_data
+from swarmkit.sizes import format_bytes, format_data
 from swarmkit.worker.control.values import NodeStatus, Status, Totals
+from swarmkit.worker.policy import Presence
 
 Shape = Literal["serving", "working", "paused", "trouble"]
 """The icon. Each has a shape of its own, so that it is told apart without its colour."""
@@ -75,7 +76,7 @@ def face_of(status: Status | None) -> TrayFace:
         lines.append(MenuItem("Choose what to lend …", "wizard"))
     elif served := _served(status.model, status.node):
         lines.append(MenuItem(served))
-    lines.append(MenuItem(f"Today {_tokens(status.today)}, in all {_tokens(status.all)}"))
+    lines.append(MenuItem(f"Today {_given(status.today)}; in all {_given(status.all)}"))
     lines.append(MenuItem(_data(status)))
     lines.append(SEPARATOR)
     if status.pause is not None:
@@ -83,6 +84,7 @@ def face_of(status: Status | None) -> TrayFace:
     elif status.reason != "not_agreed":
         lines.append(MenuItem("Pause", items=PAUSES))
     lines += [
+        MenuItem("Limits that hold now", items=_limits(status)),
         MenuItem("Dashboard", "dashboard"),
         MenuItem("Settings", "settings"),
         MenuItem("Show the log", "log"),
@@ -120,8 +122,35 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _tokens(totals: Totals) -> str:
-    return f"{count(totals.tokens)} tokens"
+def _given(totals: Totals) -> str:
+    sessions = "1 session" if totals.sessions == 1 else f"{count(totals.sessions)} sessions"
+    return f"{count(totals.tokens)} tokens for {sessions}"
+
+
+_PRESENCE: dict[Presence, str] = {
+    "in use": "While you use the computer:",
+    "away": "While you are away:",
+    "unknown": "While it is not known whether you are there:",
+}
+
+
+def _limits(status: Status) -> tuple[MenuItem, ...]:
+    """What may be used now, one line for each limit that is set."""
+    allowed = status.allowance
+    rates = (("Upload", allowed.upload_bytes_per_s), ("Download", allowed.download_bytes_per_s))
+    words = [
+        _PRESENCE[status.presence],
+        f"Processor cores: {allowed.cpu_cores or 'all'}",
+        f"Time to compute: {allowed.compute_share:.0%}",
+        f"Memory: {format_bytes(allowed.ram_bytes)}",
+        f"Memory of the GPU: {allowed.gpu_memory_share:.0%}",
+        f"Power of the GPU: {allowed.gpu_watts:.0f} W" if allowed.gpu_watts is not None else "",
+        f"Temperature: {allowed.temperature_c:.0f} °C",
+        f"Disk for weights: {format_bytes(allowed.disk_bytes)}",
+        *(f"{name}: {format_data(rate)}/s" for name, rate in rates if rate is not None),
+    ]
+    lines = tuple(MenuItem(text) for text in words if text)
+    return (*lines, SEPARATOR, MenuItem("Change …", "settings"))
 
 
 def _data(status: Status) -> str:

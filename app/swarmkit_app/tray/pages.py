@@ -208,6 +208,7 @@ class _PageRequests:
             Route("/start", _answer(self._start), methods=["POST"]),
             Route("/autostart", _answer(lambda _: {"on": autostart.is_on()})),
             Route("/autostart", _answer(self._switch), methods=["POST"]),
+            Route("/programs", _answer(lambda _: computer.programs_that_run())),
             Route("/computer", _answer(lambda _: self._computer())),
             Route("/test", _answer(self._test), methods=["POST"]),
         ]

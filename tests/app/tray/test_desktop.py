@@ -47,6 +47,7 @@ def test_each_state_has_its_icon_in_the_panel(
     worker: RunningWorker, desktop: SeenDesktop, tray: subprocess.Popen[str], model: str, shape: Shape
 ) -> None:
     desktop.wait_for_icon("paused")
+    desktop.keep("paused")
     worker.serve(model)
     desktop.wait_for_icon(shape)
     desktop.keep(shape)

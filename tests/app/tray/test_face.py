@@ -10,7 +10,7 @@ from swarmkit_app.tray.face import SEPARATOR, MenuItem, count, face_of, news, sh
 
 from swarmkit.worker.control.values import NodeStatus, Status, Totals
 from swarmkit.worker.pause import Pause
-from swarmkit.worker.policy import allowed
+from swarmkit.worker.policy import Presence, allowed
 from swarmkit.worker.settings import WorkerLimits
 
 SERVING = Status(
@@ -24,8 +24,8 @@ SERVING = Status(
     model="tiny-chat",
     node=NodeStatus(pid=7, blocks=(0, 8)),
     lease=None,
-    today=Totals(tokens=1234),
-    all=Totals(tokens=3_400_000),
+    today=Totals(tokens=1234, sessions=1),
+    all=Totals(tokens=3_400_000, sessions=120),
     month_bytes=1_500_000_000,
     disk_bytes=0,
     troubles=(),
@@ -77,9 +77,26 @@ def test_the_menu_tells_what_is_served_and_what_was_given() -> None:
     node = NodeStatus(pid=7, blocks=(0, 8), sessions=2, tokens_per_s=14.24)
     assert labels(status(state="working", node=node))[1:4] == [
         "tiny-chat, blocks 0:8, 2 sessions, 14.2 tokens/s",
-        "Today 1.2 thousand tokens, in all 3.4 million tokens",
+        "Today 1.2 thousand tokens for 1 session; in all 3.4 million tokens for 120 sessions",
         "1.5 GB of 50.0 GB used this month",
     ]
+
+
+@pytest.mark.parametrize(
+    ("presence", "heading", "cores"),
+    [("away", "While you are away:", "all"), ("in use", "While you use the computer:", "1")],
+)
+def test_the_menu_tells_the_limits_that_hold(presence: Presence, heading: str, cores: str) -> None:
+    shown = status(presence=presence, allowance=allowed(WorkerLimits(), presence))
+    (limits,) = (item for item in face_of(shown).menu if item.label == "Limits that hold now")
+    lines = [item.label for item in limits.items]
+    assert lines[:2] == [heading, f"Processor cores: {cores}"]
+    assert {"Upload: 625.0 kB/s", "Disk for weights: 20.0 GiB"} <= set(lines)
+
+
+def test_a_limit_that_is_not_set_has_no_line() -> None:
+    (limits,) = (item for item in face_of(SERVING).menu if item.label == "Limits that hold now")
+    assert not any(item.label.startswith(("Power", "Download")) for item in limits.items)
 
 
 def test_a_pause_can_be_ended_and_not_begun_again() -> None:
@@ -98,7 +115,7 @@ def test_a_worker_that_serves_can_be_paused_in_six_ways() -> None:
 
 def test_nothing_can_be_paused_before_the_person_has_chosen() -> None:
     found = actions(face_of(status(state="paused", reason="not_agreed", node=None)).menu)
-    assert found == ["wizard", "dashboard", "settings", "log", "quit"]
+    assert found == ["wizard", "dashboard", "settings", "log", "quit", "settings"]
 
 
 def test_a_worker_that_does_not_answer_can_be_started() -> None:

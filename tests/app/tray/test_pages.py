@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +13,8 @@ from swarmkit_app.tray.pages import TrayPages
 
 from swarmkit.worker import autostart
 from swarmkit.worker.places import WorkerPlaces
-from tests.worker.worlds import RunningWorker
+from tests.waiting import wait_until
+from tests.worker.worlds import RunningWorker, not_ours
 
 
 @pytest.fixture
@@ -114,6 +117,17 @@ def test_suggested_limits_leave_most_to_the_owner(browser: httpx.Client, worker:
     limits = found["suggested"]["limits"]
     assert limits["ram_bytes"]["in_use"] <= max(found["computer"]["memory"] / 8, 2**29)
     worker.client.change_settings(found["suggested"])
+
+
+def test_programs_that_run_are_named_but_for_our_own(browser: httpx.Client, tmp_path: Path) -> None:
+    theirs, ours = (tmp_path / f"{whose}-{os.getpid()}" for whose in ("theirs", "ours"))
+    for program in (theirs, ours):
+        program.symlink_to("/bin/sleep")
+    with not_ours(theirs, "600"), subprocess.Popen([ours, "600"]) as child:
+        wait_until(lambda: theirs.name in browser.get("/api/programs").json(), "it is seen", every=0.05)
+        found = browser.get("/api/programs").json()
+        child.kill()
+    assert ours.name not in found
 
 
 def test_nothing_is_asked_of_another_machine(browser: httpx.Client) -> None:

@@ -291,6 +291,7 @@ async function settings() {
 function fieldFor(id, name, described, value) {
   const help = plain(described.description);
   if (name === "schedule") return weekField(id, help, value);
+  if (name === "programs") return programsField(id, help, value);
   if (value !== null && typeof value === "object" && "in_use" in value) return twoFields(id, name, help, value);
   if (typeof value === "boolean") return checkbox(id, title(name), help, value);
   if (Array.isArray(value)) return lines(id, title(name), help, value);
@@ -316,6 +317,19 @@ function text(id, label, help, value) {
 function lines(id, label, help, value) {
   const input = el("textarea", { id, rows: 2, "aria-describedby": `${id}-help` }, value.join("\n"));
   return [labelled(id, label, `${help} One in each line.`, input), () => input.value.split("\n").map((line) => line.trim()).filter(Boolean)];
+}
+
+// A game is easier to choose while it runs than to name.
+function programsField(id, help, value) {
+  const [field, read] = lines(id, title("programs"), help, value);
+  const names = field.querySelector("textarea");
+  const running = el("select", { id: `${id}-running`, onchange: () => {
+    if (running.value && !read().includes(running.value)) names.value = [...read(), running.value].join("\n");
+    running.value = "";
+  } }, el("option", { value: "" }, "choose …"));
+  field.append(el("div", {}, el("label", { for: `${id}-running` }, "Add a program that runs now"), " ", running));
+  ask("programs").then((found) => running.append(...found.map((name) => el("option", { value: name }, name))), () => {});
+  return [field, read];
 }
 
 function choice(id, label, help, options, value) {
