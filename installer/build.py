@@ -9,10 +9,12 @@ The wheel is built from the working tree first, unless `--wheel` names one.
 from __future__ import annotations
 
 import argparse
+import getpass
 import gzip
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -50,11 +52,27 @@ def build_date() -> datetime:
     return datetime.fromtimestamp(int(given), timezone.utc)
 
 
+def maintainer() -> str:
+    """Who answers for a package: `DEBFULLNAME` and `DEBEMAIL`, as for Debian's tools, else git's settings.
+
+    Without either it is the person who builds it, on this computer.
+    """
+    name = os.environ.get("DEBFULLNAME") or _git("user.name") or getpass.getuser()
+    address = os.environ.get("DEBEMAIL") or _git("user.email") or f"{getpass.getuser()}@{socket.getfqdn()}"
+    return f"{name} <{address}>"
+
+
+def _git(setting: str) -> str:
+    asked = subprocess.run(["git", "config", setting], cwd=HERE, capture_output=True, text=True, check=False)
+    return asked.stdout.strip()
+
+
 def filled(name: str, **values: str) -> str:
     """Read a file of this folder, with `@NAME@` replaced by values."""
     date = build_date()
     values |= {
         "VERSION": __version__,
+        "MAINTAINER": maintainer(),
         "DATE": f"{date:%Y-%m-%d}",
         "RFC_DATE": f"{date:%a, %d %b %Y %H:%M:%S +0000}",
     }

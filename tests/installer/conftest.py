@@ -43,6 +43,8 @@ def installers(tmp_path_factory: pytest.TempPathFactory) -> Installers:
     second.write_bytes(first.read_bytes()[:-2] + b"\x01\x00+")
     debs, folders = [], []
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEBFULLNAME", "Ada Lovelace")
+        patch.setenv("DEBEMAIL", "ada@analytical.engineering")
         for wheel, version in ((first, "0.1.0"), (second, "0.1.1")):
             patch.setattr(build, "__version__", version)
             out = folder / version

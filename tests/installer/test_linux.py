@@ -47,6 +47,14 @@ def test_the_package_is_clean(installers: Installers) -> None:
 
 
 @pytest.mark.slow
+@needs("dpkg-deb")
+def test_whoever_builds_the_package_answers_for_it(installers: Installers) -> None:
+    asked = ["dpkg-deb", "--field", installers.debs[0], "Maintainer"]
+    told = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    assert told.strip() == "Ada Lovelace <ada@analytical.engineering>"
+
+
+@pytest.mark.slow
 @needs("dpkg-deb", "desktop-file-validate", "appstreamcli", "systemd-analyze", "man")
 def test_what_desktops_read_is_valid(installers: Installers, tmp_path: Path) -> None:
     subprocess.run(["dpkg-deb", "-x", installers.debs[0], tmp_path], check=True)
