@@ -14,14 +14,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from swarmkit import LocalSwarm
+from swarmkit import LocalSwarm, SwarmModelForCausalLM
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.stage import Stage, StepPart
 from swarmkit.models.execution.view import to_device
 from swarmkit.models.head.head import load_local
+from swarmkit.worker.node_supervisor import NODE_COMMAND
+from swarmkit.worker.places import WorkerPlaces
 
 from .client.answers import answer, at, prompt
 from .models.tiny import make_checkpoint
+from .waiting import wait_until
+from .worker.worlds import RunningWorker, SaidMachine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
 
@@ -166,3 +170,27 @@ def test_a_step_does_not_wait_for_the_device(
     steps()  # libraries start, records are made
     with nothing_waits():
         steps()
+
+
+@pytest.mark.slow
+def test_a_worker_keeps_to_its_share_of_the_gpus_memory_and_gives_it_back(tmp_path: Path) -> None:
+    """In the node's own process, which is the only one that the driver gives a share."""
+    share, index = 0.1, torch.cuda.current_device()
+    free, total = torch.cuda.mem_get_info(index)
+    machine = SaidMachine()
+    worker = RunningWorker(WorkerPlaces.inside(tmp_path), machine, node_command=NODE_COMMAND)
+    try:
+        limits = {"gpu_memory_share": {"in_use": share, "away": share}}
+        worker.serve({"model": "tiny-chat", "device": f"cuda:{index}"}, limits=limits)
+        node = worker.wait_for("serving").node
+        assert node is not None
+        with SwarmModelForCausalLM.from_pretrained("tiny-chat", initial_peers=node.addresses) as model:
+            model.generate(torch.arange(5, 25)[None], max_new_tokens=20)
+        used = worker.wait_until(lambda status: status.node and status.node.gpu_bytes, "it tells")
+        assert used.node is not None
+        assert used.node.gpu_bytes <= share * total
+        worker.client.pause()
+        worker.wait_for("paused")
+        wait_until(lambda: torch.cuda.mem_get_info(index)[0] >= free - 2**26, "all memory is back", within=3)
+    finally:
+        worker.close()

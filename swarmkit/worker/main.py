@@ -45,7 +45,7 @@ def run_worker(
     """
     places = places or WorkerPlaces.of_this_person()
     places.make()
-    handler = _log_to(places, verbose)
+    handler = log_to(places, verbose)
     try:
         with unwrapped():
             anyio.run(_run, places, loopback, node_command, sensing)
@@ -81,11 +81,14 @@ async def _run(
             signal.signal(number, old)
 
 
-def _log_to(places: WorkerPlaces, verbose: bool) -> logging.Handler:
-    """Write the worker's log, which is rotated; a full disk must not end the worker."""
+def log_to(places: WorkerPlaces, verbose: bool, most_bytes: int = _LOG_BYTES) -> logging.Handler:
+    """Write the worker's log from now on, which is rotated; a full disk must not end the worker.
+
+    Args: most_bytes: of each of its files.
+    """
     logging.raiseExceptions = False
     handler = logging.handlers.RotatingFileHandler(
-        places.log, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES, encoding="utf-8", delay=True
+        places.log, maxBytes=most_bytes, backupCount=_LOG_FILES, encoding="utf-8", delay=True
     )
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
     ours = logging.getLogger("swarmkit.worker")

@@ -17,10 +17,12 @@ from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import UsageError
 from swarmkit.worker.control.client import WorkerClient
 from swarmkit.worker.control.values import Status
+from swarmkit.worker.main import log_to
 from swarmkit.worker.places import WorkerPlaces
 from swarmkit.worker.restarts import pause_before_restart
 from swarmkit.worker.settings import WorkerSettings, changed, save_settings
 from swarmkit.worker.worker import LEASE_S, WorkerRunsError
+from tests.disks import small_disk
 from tests.waiting import wait_until
 from tests.worker.worlds import AWAY, HERE, RunningWorker, SaidMachine
 
@@ -275,6 +277,28 @@ def test_settings_that_cannot_be_written_do_not_hold(
     assert not worker.client.settings().agreed
 
 
+@pytest.mark.slow
+def test_on_a_disk_without_a_free_byte_the_person_is_obeyed_and_told(
+    tmp_path: Path, machine: SaidMachine
+) -> None:
+    """A real disk, which has room again later."""
+    with small_disk(tmp_path / "disk", 2**20) as disk:
+        worker = RunningWorker(WorkerPlaces.inside(disk.path / "home"), machine)
+        worker.serve()
+        worker.wait_for("working")
+        disk.fill()
+        worker.client.pause()
+        status = worker.wait_for("paused")
+        assert "No space left on device" in " ".join(status.troubles)
+        with pytest.raises(UsageError, match="No space left on device"):
+            worker.client.change_settings({"agreed": False})
+        assert worker.client.settings().agreed
+        disk.clear()
+        worker.client.pause("tomorrow")
+        assert worker.status().troubles == ()
+        worker.close()
+
+
 def test_nobody_can_be_away_from_where_nobody_sits(worker: RunningWorker) -> None:
     worker.serve()
     with pytest.raises(UsageError, match="another end"):
@@ -456,6 +480,20 @@ def test_the_worker_has_imported_no_heavy_library(
         pytest.skip("this system does not tell which libraries a process has loaded")
     libraries = maps.read_text()
     assert "torch" not in libraries
+
+
+def test_the_log_never_grows_beyond_its_files(places: WorkerPlaces) -> None:
+    places.make()
+    handler = log_to(places, verbose=False, most_bytes=1000)
+    logger = logging.getLogger("swarmkit.worker.any")
+    for number in range(200):
+        logger.warning("line %d of the log, which is to be kept", number)
+    logging.getLogger("swarmkit.worker").removeHandler(handler)
+    handler.close()
+    files = sorted(places.log.parent.glob("worker.log*"))
+    assert [file.name for file in files] == [f"worker.log{end}" for end in ("", ".1", ".2", ".3")]
+    assert all(file.stat().st_size <= 1000 for file in files)
+    assert "line 199" in places.log.read_text()
 
 
 def test_the_log_is_kept(program: subprocess.Popen[bytes], client: WorkerClient) -> None:
