@@ -3,7 +3,7 @@
     python benchmarks/worker_limits.py            prints the table
     python benchmarks/worker_limits.py --write    also writes the results and docs/limits.md
 
-It takes about ten minutes. A worker serves tiny-chat on this machine, a client keeps it as busy as it can,
+It takes about twelve minutes. A worker serves tiny-chat on this machine, a client keeps it as busy as it can,
 and one limit after the other is set. What is measured is the whole tree of the node's processes, from
 outside.
 
@@ -39,7 +39,7 @@ import torch
 
 from swarmkit import SwarmModelForCausalLM
 from swarmkit.bench.environment import environment
-from swarmkit.sizes import format_bytes
+from swarmkit.sizes import format_bytes, format_data
 from swarmkit.worker.control.client import WorkerClient
 from swarmkit.worker.control.handle import NoWorkerError
 from swarmkit.worker.control.values import Status
@@ -54,6 +54,8 @@ from swarmkit.worker.sensing.probes import UnknownError
 from swarmkit.worker.settings import DAYS, WorkerLimits
 from swarmkit.worker.signals import GpuSignals, MachineSignals, SessionSignals
 from swarmkit.worker.worker import LEASE_S
+from tests.models.hub import LocalHub, local_hub
+from tests.models.tiny import make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "worker-limits.json"
@@ -67,7 +69,10 @@ SENSED_WITHIN_S = 2.5
 """The worker looks at its machine every two seconds."""
 ROWS, TOKENS = 1, 512
 """Of a request of the load; its hidden states travel both ways."""
-MANY = 1e12
+AWAY = SessionSignals(idle_s=3600.0, locked=False, full_screen="", film="", remote_session=False)
+AWAY_AFTER_S = 10.0
+MODELS = ("random/one", "random/two")
+"""On a hub on this machine, for which the disk has a limit."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +121,11 @@ class Bench:
         self._told = home / "told.json"
         self._home = home
         self._stop = threading.Event()
-        self._environment = {**os.environ, "SWARMKIT_WORKER_HOME": str(home)}
+        self._environment = {**os.environ, "SWARMKIT_WORKER_HOME": str(home), "HF_HOME": str(home / "hf")}
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, hub: LocalHub) -> Iterator[None]:
+        self._environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
         command = [sys.executable, __file__, "--worker", str(self._told)]
         worker = subprocess.Popen(command, env=self._environment, cwd=ROOT, stderr=subprocess.DEVNULL)
         try:
@@ -147,8 +153,16 @@ class Bench:
 
     def renew(self, **changed: float | None) -> None:
         """Set limits with which another node process has to begin, and wait until that one serves."""
+        self.begin_anew(lambda: self.set(**changed))
+
+    def serve(self, model: str) -> None:
+        """Have another model served."""
+        self.begin_anew(lambda: self.client.change_settings({"serve": {"model": model}}))
+
+    def begin_anew(self, change: Callable[[], object]) -> None:
+        """Change something with which another node process has to begin, and wait until that one serves."""
         before = self.pid()
-        self.set(**changed)
+        change()
         wait_for(lambda: (n := self.client.status().node) and n.pid != before, "another node begins")
         self.wait("serving")
 
@@ -189,6 +203,16 @@ class Bench:
     @property
     def folder(self) -> Path:
         return self._home
+
+    @property
+    def weights(self) -> Path:
+        return WorkerPlaces.inside(self._home).weights
+
+    @functools.cached_property
+    def models(self) -> list[Path]:
+        """Random models of one size, one for each of `MODELS`."""
+        size = {"hidden_size": 512, "intermediate_size": 1024}
+        return [make_checkpoint(self._home, "llama", seed=seed, **size) for seed in range(len(MODELS))]
 
     def pid(self) -> int:
         node = self.client.status().node
@@ -314,6 +338,58 @@ def _most_memory(bench: Bench) -> int:
     return peak
 
 
+def disk(bench: Bench) -> Measured:
+    """Two models of one size, one after the other, with room for one and a half."""
+    size = _size(bench.models[0])
+    most = size * 3 // 2
+    bench.set()
+    peaks = {}
+    for limit in (most, None):
+        with _Watched(lambda: _size(bench.weights)) as watched:
+            bench.renew(disk_bytes=limit or 20 * most)
+            for model in MODELS:
+                bench.serve(model)
+        peaks[limit] = watched.most
+        bench.serve("tiny-chat")
+    return Measured(
+        "disk for weights",
+        f"{format_data(most)}, and two models of {format_data(size)}",
+        f"{format_data(peaks[most])} at most",
+        peaks[most] <= most,
+        format_data(peaks[None]),
+    )
+
+
+class _Watched:
+    """Looks at a number ten times a second, inside `with`, and keeps the largest."""
+
+    def __init__(self, look: Callable[[], int]) -> None:
+        self._look, self._ended = look, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self.most = 0
+
+    def __enter__(self) -> _Watched:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.1):
+            self.most = max(self.most, self._look())
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all weights in a folder."""
+    found = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # it goes while this looks
+            found += file.stat().st_size if file.suffix in (".safetensors", ".part") else 0
+    return found
+
+
 def pause(bench: Bench, haste: str) -> Measured:
     bench.set()
     bench.wait("serving", "working")
@@ -414,6 +490,16 @@ def rules(bench: Bench) -> Iterator[Measured]:
         bench.tell,
         **sensed,
     )
+    busy = {"other_load": 0.9}
+    yield rule(
+        bench, "others on the GPU for 90 % of the time (told)", "busy_gpu",
+        lambda: bench.tell(gpu=busy), bench.tell, **sensed,
+    )  # fmt: skip
+    yield rule(
+        bench, "a device of 120 °C (told; limit 110 °C)", "too_hot",
+        lambda: bench.tell(temperature_c=120.0), lambda: bench.tell(temperature_c=40.0), **sensed,
+    )  # fmt: skip
+    bench.tell()
     with _game(bench) as (start, stop):
         programs("swarmkit-game")
         yield rule(bench, "a listed program", "program", start, stop, **sensed)
@@ -439,8 +525,7 @@ def rules(bench: Bench) -> Iterator[Measured]:
 
 def rules_of_the_session(bench: Bench) -> Iterator[Measured]:
     """What a tray tells: this program holds its lease."""
-    away = SessionSignals(idle_s=3600.0, locked=False, full_screen="", film="", remote_session=False)
-    with _Lease(bench.client, away) as lease:
+    with _Lease(bench.client, AWAY) as lease:
         bench.client.change_settings({"rules": {"presence": "desktop"}})
         for name, reason, signals in (
             ("somebody comes back (told)", "in_use", {"idle_s": 0.0}),
@@ -448,10 +533,62 @@ def rules_of_the_session(bench: Bench) -> Iterator[Measured]:
             ("a film plays (told)", "film", {"film": "VLC media player"}),
             ("somebody logs in from afar (told)", "remote_session", {"remote_session": True}),
         ):
-            told = msgspec.structs.replace(away, **signals)
-            yield rule(bench, name, reason, functools.partial(lease.tell, told), lambda: lease.tell(away))
+            told = msgspec.structs.replace(AWAY, **signals)
+            yield rule(bench, name, reason, functools.partial(lease.tell, told), lambda: lease.tell(AWAY))
+        yield absence(bench, lease)
+        yield in_use_or_away(bench, lease)
         yield rule(bench, "the tray is killed", "no_tray", lease.lose, lease.find, sensed_s=LEASE_S)
         bench.client.change_settings({"rules": {"presence": "headless"}})
+
+
+def absence(bench: Bench, lease: _Lease) -> Measured:
+    """Somebody goes away; for how long nobody has touched anything when it begins to serve."""
+    bench.set()
+    bench.client.change_settings({"rules": {"away_after_s": AWAY_AFTER_S}})
+    idle_s = 0.0
+    lease.tell(msgspec.structs.replace(AWAY, idle_s=idle_s))
+    bench.wait("paused")
+    began = time.monotonic()
+
+    def begins() -> bool:
+        nonlocal idle_s
+        idle_s = time.monotonic() - began
+        lease.tell(msgspec.structs.replace(AWAY, idle_s=idle_s))
+        return bench.client.status().node is not None
+
+    wait_for(begins, "it begins to serve")
+    lease.tell(AWAY)
+    bench.wait("serving")
+    bench.client.change_settings({"rules": {"away_after_s": 300.0}})
+    return Measured(
+        "only after an absence (told)",
+        f"{AWAY_AFTER_S:g} s",
+        f"begins after {idle_s:.1f} s",
+        idle_s >= AWAY_AFTER_S,
+    )
+
+
+def in_use_or_away(bench: Bench, lease: _Lease) -> Measured:
+    """A limit has one value while somebody uses the computer, and another one while nobody does."""
+    bench.set()
+    cores = {"cpu_cores": {"in_use": 1, "away": None}}
+    change = bench.client.change_settings
+    # What the node plans its memory with changes as well, because it now goes on while somebody is here.
+    bench.begin_anew(lambda: change({"rules": {"only_when_away": False}, "limits": cores}))
+    with bench.load():
+        away = bench.cores_used()
+        lease.tell(msgspec.structs.replace(AWAY, idle_s=0.0))
+        time.sleep(2)
+        in_use = bench.cores_used()
+    lease.tell(AWAY)
+    bench.begin_anew(lambda: change({"rules": {"only_when_away": True}}))
+    return Measured(
+        "CPU cores while somebody is here (told), no limit else",
+        "1",
+        f"{in_use:.2f}",
+        in_use <= 1.05,
+        f"{away:.2f} while away",
+    )
 
 
 class _Lease:
@@ -564,7 +701,6 @@ def unmeasured() -> list[Unmeasured]:
         of_gpu = "this machine has no GPU"
     return [
         Unmeasured("a GPU's memory and watts", of_gpu),
-        Unmeasured("disk for weights", "tiny-chat comes with the package, and needs none"),
     ]
 
 
@@ -597,8 +733,9 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as home:
         bench = Bench(Path(home))
-        with bench.running():
-            for measure in (cores, compute_share, upload, download, memory, quota):
+        repos: dict[str, Path | None] = dict(zip(MODELS, bench.models, strict=True))
+        with local_hub(repos) as hub, bench.running(hub):
+            for measure in (cores, compute_share, upload, download, memory, disk, quota):
                 note(measure(bench))
             for haste in ("prompt", "now"):
                 note(pause(bench, haste))
