@@ -5,7 +5,7 @@ niri; GNOME has its own way. Six requests and five events are all that is spoken
 take no C library into the tray's process, where an error of it would be the tray's end.
 
 A message is a head (the object, 16 bits of opcode, 16 bits of size with the head) and arguments, all in
-words of four bytes in the machine's order. The numbers of objects are ours to choose, but one after the other.
+words of four bytes in the machine's order. The numbers of objects are ours to choose, one after the other.
 """
 
 from __future__ import annotations
