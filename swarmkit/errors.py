@@ -155,9 +155,18 @@ class PeerError(SwarmkitError):
         """Whether the peer deals with other peers and not with this one, whatever it asks."""
         return False
 
+    @property
+    def is_loss(self) -> bool:
+        """Whether the peer may be gone."""
+        return False
+
 
 class PeerUnreachableError(PeerError):
     """The peer cannot be dialled, or the connection to it ended."""
+
+    @property
+    def is_loss(self) -> bool:
+        return True
 
 
 class NotServedError(PeerUnreachableError):
@@ -172,6 +181,10 @@ class NotAdmittedError(PeerUnreachableError):
     @property
     def is_exclusion(self) -> bool:
         return True
+
+    @property
+    def is_loss(self) -> bool:
+        return False
 
 
 class PeerTimeoutError(PeerError):

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from swarmkit.client.routing.bans import PENALTY_S, Bans
+from swarmkit.errors import (
+    NotAdmittedError,
+    NotServedError,
+    PeerError,
+    PeerTimeoutError,
+    PeerUnreachableError,
+    ProtocolError,
+    RemoteError,
+)
 
 from ..clocks import SetTime
 from ..net.announcements import announcement
+
+REFUSAL = NotAdmittedError("it deals with others only")
 
 
 @pytest.fixture
@@ -110,19 +119,19 @@ def test_a_ban_lasts_several_times_what_the_failure_cost_up_to_the_limit(
 
 
 def test_a_peer_that_refuses_altogether_is_avoided_for_longer(clock: SetTime) -> None:
-    assert Bans(2.0, 60.0, clock).failed("peer", excludes=True) == 10.0
+    assert Bans(2.0, 60.0, clock).failed("peer", error=REFUSAL) == 10.0
 
 
 def test_a_refusal_counts_until_the_peer_is_asked_again(bans: Bans, clock: SetTime) -> None:
     bans.failed("peer")
-    bans.failed("peer", excludes=True)
+    bans.failed("peer", error=REFUSAL)
     assert bans.excludes("peer")
     clock.now += 10.0
     assert not bans.excludes("peer")
 
 
 def test_a_peer_that_works_excludes_nobody(bans: Bans) -> None:
-    bans.failed("peer", excludes=True)
+    bans.failed("peer", error=REFUSAL)
     bans.worked("peer")
     assert not bans.excludes("peer")
 
@@ -133,7 +142,7 @@ def test_a_peer_that_works_excludes_nobody(bans: Bans) -> None:
 @pytest.fixture
 def after_a_loss(bans: Bans, clock: SetTime) -> Bans:
     """A connection to a server was lost some time ago, at second 1000; its ban has ended."""
-    bans.failed(announcement().service_id, lost=True)
+    bans.failed(announcement().service_id, error=PeerUnreachableError("the connection was lost"))
     clock.now += 3.0
     return bans
 
@@ -185,9 +194,21 @@ def test_a_lost_server_that_nobody_announces_any_more_is_forgotten(after_a_loss:
     assert not is_last(after_a_loss)
 
 
-@pytest.mark.parametrize("how", [{}, {"cost_s": 1.0}, {"lost": True, "excludes": True}], ids=str)
-def test_a_server_that_answered_or_was_slow_may_not_be_gone(
-    bans: Bans, clock: SetTime, how: dict[str, Any]
+@pytest.mark.parametrize(
+    ("error", "may_be_gone"),
+    [
+        (None, False),
+        (PeerTimeoutError("slow"), False),
+        (ProtocolError("not finite"), False),
+        (RemoteError("no", code="not_admitted"), False),
+        (REFUSAL, False),
+        (NotServedError("not this"), True),
+        (PeerUnreachableError("nobody there"), True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_only_a_server_that_was_not_reached_or_serves_no_more_may_be_gone(
+    bans: Bans, clock: SetTime, error: PeerError | None, may_be_gone: bool
 ) -> None:
-    clock.now += bans.failed(announcement().service_id, **how)
-    assert not is_last(bans)
+    clock.now += bans.failed(announcement().service_id, error=error)
+    assert is_last(bans) is may_be_gone

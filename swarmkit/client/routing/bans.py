@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from swarmkit.errors import PeerError
 from swarmkit.net.registry.records import Announcement
 
 _COSTS = 4.0
@@ -61,18 +62,15 @@ class Bans:
         self._losses: dict[str, _LostConnection] = {}
         """Peers that have not announced themselves since a connection to them was lost."""
 
-    def failed(
-        self, peer_id: str, cost_s: float = 0.0, *, excludes: bool = False, lost: bool = False
-    ) -> float:
+    def failed(self, peer_id: str, cost_s: float = 0.0, error: PeerError | None = None) -> float:
         """Note a failure that took `cost_s` seconds to see; returns for how many seconds the peer is avoided.
 
         While it is avoided nothing is added: one crash is met by all sessions that used the peer.
 
-        Args:
-            excludes: the peer refuses this one altogether.
-            lost: it could not be reached, or the connection to it ended.
+        Args: error: how it failed; None = it answered, and was of no use.
         """
-        if lost and not excludes:
+        excludes = error is not None and error.is_exclusion
+        if error is not None and error.is_loss:
             self._losses[peer_id] = _LostConnection(self._clock())
         if self.is_banned(peer_id):
             entry = self.failures[peer_id]

@@ -44,7 +44,6 @@ from swarmkit.errors import (
     NoContactError,
     NoRouteError,
     PeerError,
-    PeerUnreachableError,
     RemoteError,
     SwarmkitError,
     TransportError,
@@ -295,7 +294,7 @@ class SwarmClient:
     def _note_spare(self, server: Announcement, outcome: float | PeerError) -> None:
         """A server that is kept as a spare answered after so many seconds, or did not."""
         if isinstance(outcome, PeerError):
-            self.bans.failed(server.service_id, lost=isinstance(outcome, PeerUnreachableError))
+            self.bans.failed(server.service_id, error=outcome)
         else:
             self.times_of(server).way_s = outcome
 
@@ -390,8 +389,7 @@ class SwarmClient:
             error: how it failed.
             cost_s: seconds that its failure took to see.
         """
-        lost = isinstance(error, PeerUnreachableError)
-        self.bans.failed(service_id, cost_s, excludes=error.is_exclusion, lost=lost)
+        self.bans.failed(service_id, cost_s, error)
         self.prefix_cache.drop(service_id)
 
     def convict(self, server: Announcement) -> None:
@@ -594,7 +592,7 @@ def _claimed_per_block_s(server: Announcement) -> float:
 
 
 def _reason(error: PeerError) -> str:
-    if isinstance(error, PeerUnreachableError):
+    if error.is_loss:
         return "connection lost"
     if isinstance(error, RemoteError):
         return f"{error.code}: {error}"

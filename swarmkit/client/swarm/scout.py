@@ -30,7 +30,6 @@ from swarmkit.clock import Clock
 from swarmkit.errors import (
     PeerError,
     PeerTimeoutError,
-    PeerUnreachableError,
     ProtocolError,
     RemoteError,
     SwarmkitError,
@@ -249,12 +248,7 @@ class Scout:
                 self._busy.note(server.service_id, error.retry_after_s)
                 return
             logger.info("%s failed when it was tried: %s", server.label, error)
-            self._bans.failed(
-                server.service_id,
-                self._clock.now() - began_at,
-                excludes=error.is_exclusion,
-                lost=isinstance(error, PeerUnreachableError),
-            )
+            self._bans.failed(server.service_id, self._clock.now() - began_at, error)
         except SwarmkitError as error:
             logger.debug("could not try %s: %s", server.label, error)
 
