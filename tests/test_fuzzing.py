@@ -244,9 +244,7 @@ class Attacker:
 
     async def _hold(self, transport: Any, conversation: Conversation) -> None:
         frames = conversation.frames
-        if (
-            "push" in conversation.name and conversation.peer_id != self._target.holder.peer_id
-        ):  # the real conversation's session has ended: into one's own
+        if "push" in conversation.name:  # the real conversation's session has ended: into one's own
             frames = await self._into_own_session(transport, conversation)
         if "handover" in conversation.name:
             frames = await self._with_own_ticket(transport, conversation)
@@ -266,10 +264,18 @@ class Attacker:
             tasks.cancel_scope.cancel()
         stream.close()
 
-    async def _into_own_session(self, transport: Any, conversation: Conversation) -> list[bytes]:
-        server = next(s for s in self._target.servers if s.peer_id == conversation.peer_id)
+    async def _own_session(self, transport: Any, conversation: Conversation) -> Opened | None:
+        """A session of the attacker's own where a conversation goes to; None if that is no server."""
+        server = next((s for s in self._target.servers if s.peer_id == conversation.peer_id), None)
+        if server is None:
+            return None
         session = await connect(transport, SESSION, server.peer_id, max_payload_bytes=2**24)
-        opened = await session.ask(Open(self._target.checkpoint.fingerprint, *server.blocks, 128), Opened)
+        return await session.ask(Open(self._target.checkpoint.fingerprint, *server.blocks, 128), Opened)
+
+    async def _into_own_session(self, transport: Any, conversation: Conversation) -> list[bytes]:
+        opened = await self._own_session(transport, conversation)
+        if opened is None:
+            return conversation.frames
         frames = []
         for frame in conversation.frames:
             header, payload = taken_apart(frame) or ({}, b"")
@@ -279,17 +285,15 @@ class Attacker:
 
     async def _with_own_ticket(self, transport: Any, conversation: Conversation) -> list[bytes]:
         """The same, where keys and values are brought into a session of the attacker's own."""
-        server = next((s for s in self._target.servers if s.peer_id == conversation.peer_id), None)
-        if server is None:  # it goes to the client
+        opened = await self._own_session(transport, conversation)
+        if opened is None:
             return conversation.frames
-        session = await connect(transport, SESSION, server.peer_id, max_payload_bytes=2**24)
-        opened = await session.ask(Open(self._target.checkpoint.fingerprint, *server.blocks, 128), Opened)
         ticket = ""
         frames = []
         for frame in conversation.frames:
             header, payload = taken_apart(frame) or ({}, b"")
             if header.get("type") == "BringKeys" and isinstance(header.get("ticket"), str) and not ticket:
-                awaiting = await connect(transport, HANDOVER, server.peer_id)
+                awaiting = await connect(transport, HANDOVER, conversation.peer_id)
                 ask = AwaitKeys(opened.inlet, 1, self._target.handed_tokens, transport.peer_id)
                 ticket = (await awaiting.ask(ask, KeysAwaited)).ticket
                 frame = put_together({**header, "ticket": ticket}, payload)

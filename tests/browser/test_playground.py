@@ -82,6 +82,16 @@ def wait_for_answer(page: Any, text: str) -> None:
     )
 
 
+def ask_and_edit(page: Any, text: str, edited: str) -> None:
+    """Ask a question, wait for the answer, and ask the question again in other words."""
+    ask(page, text)
+    wait_for_end(page)
+    page.locator("[data-testid=user]").first.hover()
+    page.get_by_label("Edit").first.click()
+    page.locator("textarea:visible").first.fill(edited)
+    page.get_by_label("Submit").first.click()
+
+
 def test_a_visitor_asks_and_sees_answer_route_and_speed(
     visit: Callable[..., Any], screenshot: Callable[..., None]
 ) -> None:
@@ -130,12 +140,7 @@ def test_a_server_is_killed_and_another_takes_over(
 
 def test_an_answer_to_an_edited_question_can_be_stopped(visit: Callable[..., Any]) -> None:
     page = visit()
-    ask(page, "What is 7 + 5?")
-    wait_for_end(page)
-    page.locator("[data-testid=user]").first.hover()
-    page.get_by_label("Edit").first.click()
-    page.locator("textarea:visible").first.fill("What is 2 + 3?")
-    page.get_by_label("Submit").first.click()
+    ask_and_edit(page, "What is 7 + 5?", "What is 2 + 3?")
     page.wait_for_function("document.querySelector('[data-testid=bot]')?.textContent.includes('5')")
     assert page.locator("[data-testid=user]").count() == 1
     stop(page)
@@ -249,12 +254,7 @@ def conversations(page: Any) -> list[str]:
 
 def test_an_edit_keeps_the_version_before(visit: Callable[..., Any], screenshot: Callable[..., None]) -> None:
     page = visit()
-    ask(page, "What is 7 + 5?")
-    wait_for_end(page)
-    page.locator("[data-testid=user]").first.hover()
-    page.get_by_label("Edit").first.click()
-    page.locator("textarea:visible").first.fill("What is 2 + 3?")
-    page.get_by_label("Submit").first.click()
+    ask_and_edit(page, "What is 7 + 5?", "What is 2 + 3?")
     wait_for_answer(page, "5.")
     page.get_by_role("combobox", name="Conversations in this browser").click()
     screenshot(page)
