@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import anyio
@@ -74,10 +75,7 @@ class ProcessSwarm:
     def two_of_each(self) -> None:
         """Wait until the client knows two living servers of each stage."""
         for blocks in STAGES:
-            while len(self.alive(blocks)) < 2:
-                if not self._starting:
-                    self.start_soon(blocks)
-                self._starting.pop(0).result()
+            wait_until(partial(self._has_two, blocks), f"two servers of blocks {blocks}", within=120)
 
         def known() -> bool:
             self.model.connection.call(self.client.refresh)
@@ -85,6 +83,14 @@ class ProcessSwarm:
             return all(server.peer_id in seen for blocks in STAGES for server in self.alive(blocks))
 
         wait_until(known, "the client knows the new servers")
+
+    def _has_two(self, blocks: tuple[int, int]) -> bool:
+        """Whether a stage has two living servers; else waits for one that is starting."""
+        if len(self.alive(blocks)) < 2:
+            if not self._starting:
+                self.start_soon(blocks)
+            self._starting.pop(0).result()
+        return len(self.alive(blocks)) >= 2
 
     def in_use(self, stage: int) -> ServerProcess:
         """The server of a stage in the latest step."""
@@ -287,8 +293,14 @@ def test_a_process_that_is_asked_to_leave_lets_its_session_move(
     with world.model.session() as session:
         tokens = world.answer({3: leave})
         server, children = left[0]
-        while server.peer_id not in world.lost():  # it may take a few more tokens until it says so
-            tokens = world.answer()
+
+        def is_leaving() -> bool:
+            nonlocal tokens
+            if server.peer_id not in world.lost():  # it may take a few more tokens until it says so
+                tokens = world.answer()
+            return server.peer_id in world.lost()
+
+        wait_until(is_leaving, "the server says that it is leaving")
         assert tokens.tolist() == undisturbed()
         assert server.peer_id not in [hop.server.peer_id for hop in session.chain.route]
         wait_until(lambda: server.exit_code is not None, "the server ends while the session is open")
