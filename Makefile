@@ -6,9 +6,13 @@ READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
 LIBRARIES := $(VENV)/.ready-libraries
 BROWSER := $(VENV)/.ready-browser
-# Three workers keep two cores busy while tests wait for processes and sockets. One thread each: tiny models gain
-# nothing from more. A worker takes file after file; `tests/conftest.py` says which files come first.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# One thread: tiny models gain nothing from more.
+ALONE  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Three workers keep two cores busy while tests wait for processes and sockets. A worker takes file after file;
+# `tests/conftest.py` says which files come first.
+PYTEST := $(ALONE) -n 3 --dist loadfile --no-loadscope-reorder
+IN_BROWSER := $(ALONE) tests/browser
+ON_DESKTOP := $(ALONE) -m desktop tests/app/tray
 # Those that every change is tested with; `make test-all` has agents, evaluations and coding programs, too.
 CLIENTS := npm or litellm or langchain or llm or version_before
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
@@ -42,12 +46,17 @@ demo: $(READY) ## four servers, a chat, and a server that dies in the middle of 
 test: $(DEV) ## the tests; under 10 minutes on 2 cores
 	@$(PYTEST) -m "not slow and not notebook and not browser and not desktop"
 
-test-all: $(LIBRARIES) ## the slow tests and the notebooks too
-	@$(PYTEST)
+# A browser's tests leave a running event loop in their process, where others start their own.
+test-all: $(LIBRARIES) $(BROWSER) ## all tests: with the slow ones, the notebooks, a browser and a desktop
+	@failed=0; \
+	$(PYTEST) -m "not browser and not desktop" || failed=1; \
+	$(IN_BROWSER) || failed=1; \
+	$(ON_DESKTOP) || failed=1; \
+	exit $$failed
 
 clients: $(DEV) ## the HTTP API under client libraries from PyPI and npm; about 2 minutes
 	@$(PIP) -q -e '.[dev,client-libraries]'
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/api/test_npm_clients.py tests/api/test_clients.py -k "$(CLIENTS)"
+	@$(ALONE) tests/api/test_npm_clients.py tests/api/test_clients.py -k "$(CLIENTS)"
 
 $(BROWSER): $(DEV)
 	@echo "Installing what the tests in a browser need …"
@@ -55,16 +64,16 @@ $(BROWSER): $(DEV)
 	@touch $@
 
 browser: $(BROWSER) ## the tests in a headless Chromium, which the distribution has; pictures go to build/screenshots
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+	@$(IN_BROWSER)
 
 desktop: $(DEV) ## the tray on a small desktop, which the distribution has; pictures go to build/screenshots
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m desktop tests/app/tray
+	@$(ON_DESKTOP)
 
 front-ends: $(BROWSER) ## the live views in Notebook 7, marimo and a kernel like Colab's, which this installs below build/
 	@$(PIP) -q --no-deps --upgrade --target build/notebook-7 'notebook>=7,<8'
 	@$(PIP) -q --upgrade --target build/marimo 'marimo>=0.14'
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade --target build/colab-like -r tests/browser/colab.txt
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser/test_front_ends.py
+	@$(ALONE) tests/browser/test_front_ends.py
 
 notebooks: $(DEV) ## run every notebook from a clean kernel; about 2 minutes on 2 cores
 	@$(BIN)/python -m pytest -m notebook tests/notebooks
