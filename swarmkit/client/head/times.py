@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from swarmkit.ewma import Ewma
+
 _GAIN = 0.2
 _RETRY_S = 30.0
 """The way that was slower is measured again after so long: machines become busy, and idle again."""
@@ -17,7 +19,7 @@ Way = Literal["local", "top", "complete"]
 
 @dataclass
 class _Measured:
-    seconds: float
+    seconds: Ewma
     at: float
     """When it was measured last, on the client's clock."""
     count: int = 1
@@ -34,18 +36,19 @@ class HeadTimes:
         key = way, rows > 1
         measured = self._known.get(key)
         if measured is None:
-            self._known[key] = _Measured(seconds, now)
+            self._known[key] = _Measured(_mean_from(seconds), now)
             return
-        # The first pass counts no longer once there is a second one.
-        gain = _GAIN if measured.count > 1 else 1.0
-        measured.seconds += gain * (seconds - measured.seconds)
+        if measured.count == 1:  # the first pass counts no longer once there is a second one
+            measured.seconds = _mean_from(seconds)
+        else:
+            measured.seconds.observe(seconds)
         measured.at = now
         measured.count += 1
 
     def note_failure(self, way: Way, rows: int, seconds: float, now: float) -> None:
         """A server did not answer, which took so long; it is left alone for a while."""
-        measured = self._known.setdefault((way, rows > 1), _Measured(seconds, now))
-        measured.seconds, measured.at = max(seconds, measured.seconds), now
+        measured = self._known.setdefault((way, rows > 1), _Measured(_mean_from(seconds), now))
+        measured.seconds, measured.at = _mean_from(max(seconds, measured.seconds.mean)), now
 
     def is_quicker(self, way: Way, rows: int, claimed_s: float, now: float) -> bool:
         """Whether to have a pass of so many rows done in this way, and not here.
@@ -57,10 +60,14 @@ class HeadTimes:
             return False
         served = self._known.get((way, rows > 1))
         if served is None:
-            return claimed_s < local.seconds
-        is_quicker = served.seconds < local.seconds
+            return claimed_s < local.seconds.mean
+        is_quicker = served.seconds.mean < local.seconds.mean
         stale = local if is_quicker else served
         if now - stale.at > _RETRY_S:
             stale.at = now  # so that one pass tells, and not all threads' at once
             return not is_quicker
         return is_quicker
+
+
+def _mean_from(seconds: float) -> Ewma:
+    return Ewma(seconds, 0.0, _GAIN)
