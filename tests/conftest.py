@@ -7,8 +7,10 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 
 import hypothesis
+import platformdirs
 import psutil
 import pytest
 
@@ -60,6 +62,27 @@ def kept_fork_server() -> Iterator[None]:
         commands.kept.clear()
     assert not any(process.is_running() for process in its)
     assert "swarmkit-fork-server" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Keep what the package remembers of files and architectures out of the user's cache folder.
+
+    The folder lies among pytest's own and stays, because a check of an architecture takes seconds. What other
+    libraries keep, such as fonts and downloads, is used where it is.
+    """
+    cache = getattr(pytestconfig, "cache", None)  # there is none with `-p no:cacheprovider`
+    own = tmp_path_factory.mktemp("cache") if cache is None else cache.mkdir("user-cache")
+    users = platformdirs.user_cache_path()
+    for other in users.iterdir() if users.is_dir() else ():
+        if other.name != "swarmkit" and not (own / other.name).exists():
+            with suppress(FileExistsError):  # another worker was quicker
+                (own / other.name).symlink_to(other)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(own))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

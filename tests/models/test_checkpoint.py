@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,20 @@ def test_where_the_cache_folder_is_a_file_nothing_is_remembered(
     monkeypatch.setattr(fingerprints.platformdirs, "user_cache_dir", lambda name: str(tmp_path / "a file"))
     fingerprints.remember("key", 1)
     assert fingerprints.recall("key") is None
+
+
+def test_what_is_remembered_at_the_same_time_stays() -> None:
+    keys = [f"key {number}" for number in range(12)]
+    with ThreadPoolExecutor(len(keys)) as pool:
+        list(pool.map(fingerprints.remember, keys, range(len(keys))))
+    assert [fingerprints.recall(key) for key in keys] == list(range(len(keys)))
+
+
+def test_what_was_remembered_longest_ago_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprints, "MOST_REMEMBERED", 2)
+    for key in ("a", "b", "a", "c"):
+        fingerprints.remember(key, key)
+    assert [fingerprints.recall(key) for key in "abc"] == ["a", None, "c"]
 
 
 def test_a_folder_without_all_shards_has_no_fingerprint(folder: Path) -> None:

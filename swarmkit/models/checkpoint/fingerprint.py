@@ -17,12 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
+from filelock import FileLock
 from tqdm import tqdm
 
 _PROGRESS_FROM_BYTES = 256 * 1024 * 1024
 _CHUNK_BYTES = 4 * 1024 * 1024
 _SETTLED_AFTER_S = 2.0
 """A file changed more recently is not remembered: a second change could leave the same time stamp."""
+
+_LOCKED_S = 5.0
+"""The longest wait for others who remember something; each takes milliseconds."""
+_LOCK_POLL_S = 0.01
+MOST_REMEMBERED = 4096
+"""Values that are kept; those that were remembered longest ago go first."""
 
 _VOLATILE = frozenset(
     {"_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "dtype"}
@@ -109,16 +116,22 @@ def recall(key: str) -> Any:
 
 
 def remember(key: str, value: Any) -> None:
-    """Remember `value` (made of JSON types) under `key`, if the cache folder can be written to."""
+    """Remember `value` (made of JSON types) under `key`, if the cache folder can be written to.
+
+    What others remember at the same time stays, and whoever reads meanwhile reads the file as it was before.
+    """
     path = _memory_path()
-    content = _memory()
-    content[key] = value
     scratch = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(content), encoding="utf-8")
-        scratch.replace(path)
-    except OSError:
+        with FileLock(path.with_name(f"{path.name}.lock"), timeout=_LOCKED_S, poll_interval=_LOCK_POLL_S):
+            content = _memory()
+            content.pop(key, None)
+            content[key] = value
+            newest = dict(list(content.items())[-MOST_REMEMBERED:])
+            scratch.write_text(json.dumps(newest), encoding="utf-8")
+            scratch.replace(path)
+    except (OSError, NotImplementedError):  # the lock takes too long, or the file system has none
         # Only speed is lost: the file is hashed again next time.
         with contextlib.suppress(OSError):  # the folder may be none
             scratch.unlink(missing_ok=True)
