@@ -56,9 +56,9 @@ async def route_times(reach: TransportFactory, model: ModelRef, honest: set[str]
         began = time.perf_counter()
         await tasks.start(partial(client.run, transport=transport, registry=registry))
         looked = time.perf_counter()
-        client.plan(0, model.num_blocks)
+        client.routes.plan(0, model.num_blocks)
         ended = time.perf_counter()
-        known = client.servers()
+        known = client.known.servers()
         client.request_stop()
     return {
         "route_s": ended - began,

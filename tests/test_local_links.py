@@ -72,7 +72,7 @@ def test_nobody_finds_a_way_around_the_links(far_swarm: LocalSwarm) -> None:
     """Whoever is connected to the port where a server really listens is the link, in this process."""
     model = far_swarm.model()
     answer(model, prompt(5)[0], new_tokens=NEW_TOKENS)
-    model.connection.call(model.connection.client.refresh)
+    model.connection.call(model.connection.client.known.refresh)
     hidden_ports = {far_swarm.link_of(server).target[1] for server in far_swarm.servers}
     family = [psutil.Process(), *psutil.Process().children(recursive=True)]
     found = {
@@ -87,10 +87,10 @@ def test_nobody_finds_a_way_around_the_links(far_swarm: LocalSwarm) -> None:
 
 def test_only_the_links_addresses_are_announced(far_swarm: LocalSwarm) -> None:
     connection = far_swarm.model().connection
-    connection.call(connection.client.refresh)
+    connection.call(connection.client.known.refresh)
     announced = {
         address.rpartition("/p2p/")[0]
-        for server in connection.client.view.announcements.values()
+        for server in connection.client.known.view.announcements.values()
         for address in server.addresses
     }
     assert announced == {far_swarm.link_of(server).address for server in far_swarm.servers}

@@ -189,7 +189,7 @@ class Sequence:
                 outcome.answers += 1
             except (SwarmkitError, TimeoutError) as error:  # noqa: PERF203
                 outcome.stuck.append(f"{self.seed}: {type(error).__name__}: {error}")
-        seen = {(one.peer_id, one.start, one.stop) for one in client.view.servers(self.clock.time())}
+        seen = {(one.peer_id, one.start, one.stop) for one in client.known.view.servers(self.clock.time())}
         there = {(machine.identity.peer_id, *machine.blocks) for machine in self.machines}
         if seen != there:
             outcome.stuck.append(

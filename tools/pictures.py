@@ -65,7 +65,7 @@ def draw(swarm: LocalSwarm) -> None:
         model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=20)
     for event in events.pending():
         log.add(event)
-    servers = server_pictures(model.connection.client.servers())
+    servers = server_pictures(model.connection.client.known.servers())
     shown = log.picture("tiny-chat", swarm.checkpoint.num_blocks, servers, time.time(), is_last=True)
     (IMAGES / "pipeline.svg").write_text(on_card(pipeline_svg(shown)) + "\n")
     (IMAGES / "timeline.svg").write_text(on_card(timeline_svg(log.steps()[-16:])) + "\n")

@@ -53,7 +53,7 @@ def add_monitor(app: FastAPI, service: ApiService) -> None:
     @app.get("/healthz")
     async def healthz() -> Response:
         """Whether every block of the model has a server: status 200, or else 503."""
-        missing = client.unserved(0, client.model.num_blocks)
+        missing = client.known.unserved(0, client.model.num_blocks)
         status = "unavailable" if missing else "ok"
         return JSONResponse({"status": status, "missing_blocks": missing}, 503 if missing else 200)
 

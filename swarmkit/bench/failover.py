@@ -99,7 +99,7 @@ def measure(options: Failover, subject: Subject, on_progress: Progress = quiet) 
                 dead = next(s for s in swarm.servers if isinstance(s, ServerProcess) and not s.alive)
                 swarm.servers.remove(dead)
                 swarm.add_server(dead.blocks)
-                remote.connection.call(remote.connection.client.refresh)
+                remote.connection.call(remote.connection.client.known.refresh)
     return {
         **options.values("trials"),
         "equal": equal,

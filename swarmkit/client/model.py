@@ -175,12 +175,12 @@ class SwarmModel(AdapterMixin, RefusalsMixin, _Base):  # type: ignore[misc]
     def extra_repr(self) -> str:
         """What `repr` says before the modules: which model this is, and which servers have its blocks."""
         reference = self._swarm.client.model
-        return describe(reference.name, reference.num_blocks, self._swarm.client.servers())
+        return describe(reference.name, reference.num_blocks, self._swarm.client.known.servers())
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         """What a notebook shows: which model this is, and a picture of the servers that have its blocks."""
         reference = self._swarm.client.model
-        servers = server_pictures(self._swarm.client.servers())
+        servers = server_pictures(self._swarm.client.known.servers())
         text = f"<{type(self).__name__} of {self.extra_repr()}>"
         return swarm_bundle(text, reference.name, reference.num_blocks, servers)
 

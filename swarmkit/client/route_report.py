@@ -122,12 +122,12 @@ async def report_route(
         local_s: of a token on this machine alone.
     """
     total, push = swarm.model.num_blocks, swarm.settings.transfer.push
-    await swarm.refresh()
-    route = swarm.plan(0, total)
+    await swarm.known.refresh()
+    route = swarm.routes.plan(0, total)
     facts = await _facts(swarm, route)
     links = _known_links(swarm, [hop.server for hop in route])
     found = forecast(facts, links, push=push, prompt_tokens=prompt_tokens, own_s=own_s)
-    servers = swarm.servers()
+    servers = swarm.known.servers()
     most = max((server.stop - server.start for server in servers), default=0)
     return RouteReport(
         model=swarm.model.name,
@@ -146,7 +146,7 @@ async def report_route(
 
 def _heads(swarm: SwarmClient, servers: Sequence[Announcement]) -> tuple[tuple[str, float], ...]:
     found = [
-        (server.label, server.head_ms / 1e3 + swarm.way_s(server.service_id))
+        (server.label, server.head_ms / 1e3 + swarm.routes.way_s(server.service_id))
         for server in servers
         if server.head_ms
     ]
@@ -170,7 +170,7 @@ async def _facts(swarm: SwarmClient, route: Sequence[Hop]) -> list[HopFacts]:
 
 
 def _claimed(swarm: SwarmClient, hop: Hop) -> HopFacts:
-    server, way_s = hop.server, swarm.way_s(hop.server.service_id)
+    server, way_s = hop.server, swarm.routes.way_s(hop.server.service_id)
     share = (hop.stop - hop.start) / (server.stop - server.start)
     compute_s = share / max(server.throughput, 1e-3)
     prompt_s = share / server.forward_rate if server.forward_rate else compute_s
@@ -192,12 +192,12 @@ def _known_links(swarm: SwarmClient, servers: Sequence[Announcement]) -> dict[tu
 
 def _reason(swarm: SwarmClient, hop: Hop, facts: HopFacts) -> HopReason:
     server = hop.server
-    same = [one for one in swarm.servers() if one.start <= hop.start and hop.stop <= one.stop]
+    same = [one for one in swarm.known.servers() if one.start <= hop.start and hop.stop <= one.stop]
     try:
-        others = swarm.plan(hop.start, hop.stop, frozenset([server.service_id]))
+        others = swarm.routes.plan(hop.start, hop.stop, frozenset([server.service_id]))
     except NoRouteError:
         others = []
-    costs_s = swarm.seconds(others) - swarm.seconds([hop]) if others else math.inf
+    costs_s = swarm.routes.seconds(others) - swarm.routes.seconds([hop]) if others else math.inf
     return HopReason(
         facts=facts,
         others=sum(one.service_id != server.service_id for one in same),

@@ -161,7 +161,7 @@ async def servers_of(swarm: SwarmClient, timeout_s: float = ANSWER_TIMEOUT_S) ->
     Raises:
         TransportError: the shared table cannot be read.
     """
-    servers = await swarm.look()
+    servers = await swarm.known.look()
     answering = [server for server in servers if server.state != "joining"]
     infos = await ask_all(swarm.transport, answering, timeout_s, swarm.clock)
     found = model_statuses(servers, infos, swarm.clock.time())

@@ -192,7 +192,7 @@ class PipelineView(_View):
     def _draw(self) -> None:
         now = self._clock.time()
         reference = self._client.model
-        servers = server_pictures(self._client.servers())
+        servers = server_pictures(self._client.known.servers())
         if self._swarm is not None:  # which knows before any client does that a server has ended
             ended = {each.peer_id for each in self._swarm.pictures() if each.state == "lost"}
             servers = [replace(each, state="lost") if each.peer_id in ended else each for each in servers]
@@ -243,7 +243,7 @@ class SwarmView(_View):
             servers = self._swarm.pictures()
         else:
             name, num_blocks = self._client.model.name, self._client.model.num_blocks
-            servers = server_pictures(self._client.servers())
+            servers = server_pictures(self._client.known.servers())
         drawn = swarm_svg(name, num_blocks, servers)
         self._show(swarm_text(name, num_blocks, servers), drawn, lambda: swarm_rows(servers))
         if self._buttons is not None:

@@ -90,7 +90,7 @@ class SwarmRouter:
     ) -> None:
         ref = ModelRef(model.name, FINGERPRINT, model.size.num_blocks, model.hidden_bytes // 2)
         self.client = SwarmClient(ref, settings, clock=clock)
-        self.client.salt = name  # else it is drawn anew for each run
+        self.client.routes.salt = name  # else it is drawn anew for each run
         self.client.chance = random.Random(name).random
         self._look_up = look_up
         self._owner = Owner("session", name)
@@ -134,7 +134,7 @@ class SwarmRouter:
         state[1].note(hop.server.service_id, refused=False)
 
     def worked(self, hop: Hop, tokens: int, seconds: float, state: tuple[RouteSearch, StepFailures]) -> None:
-        times = self.client.times_of(hop.server)
+        times = self.client.routes.times_of(hop.server)
         times.blocks = hop.stop - hop.start
         times.observe(tokens, seconds)
         self.client.bans.worked(hop.server.service_id)

@@ -358,7 +358,8 @@ def test_a_model_that_cannot_answer_says_why_when_it_is_chosen(
             page.get_by_text("Every block of this model has").wait_for()
             other.servers[1].stop()
             wait_until(
-                lambda: model.connection.client.unserved(0, 8), "the client knows that blocks are missing"
+                lambda: model.connection.client.known.unserved(0, 8),
+                "the client knows that blocks are missing",
             )
             page.get_by_role("combobox", name="Model", exact=True).click()
             page.get_by_role("option", name="other-chat").click()

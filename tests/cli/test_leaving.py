@@ -61,7 +61,7 @@ def peer_of(server: Running) -> str:
 def is_in_view(model: Any, server: Running) -> Callable[[], bool]:
     """Whether a client that looks at the swarm now would use a server."""
     connection = model.connection
-    return lambda: peer_of(server) in [one.peer_id for one in connection.call(connection.client.look)]
+    return lambda: peer_of(server) in [one.peer_id for one in connection.call(connection.client.known.look)]
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ class World:
         return servers  # type: ignore[return-value]
 
     def look(self) -> None:
-        self.model.connection.call(self.client.refresh)
+        self.model.connection.call(self.client.known.refresh)
 
     def on_loop(self, function: Callable[[], object]) -> None:
         async def call() -> None:

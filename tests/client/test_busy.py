@@ -156,7 +156,7 @@ def test_nobody_has_room_for_as_long_as_the_client_waits(tiny_llama: Checkpoint)
 def test_what_another_session_was_told_is_not_said_to_be_an_error_of_this_one(tiny_llama: Checkpoint) -> None:
     with a_world(tiny_llama, replicas=1, route_timeout_s=0.3) as world:
         world.answer(new_tokens=1)
-        world.client.busy.note(next(iter(world.client.servers())).service_id, 60.0)
+        world.client.busy.note(next(iter(world.client.known.servers())).service_id, 60.0)
         with pytest.raises(NoRouteError, match=r"had no room for 0 s; start another server"):
             world.answer()
 

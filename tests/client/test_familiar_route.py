@@ -42,7 +42,7 @@ def go_elsewhere(model: SwarmModelForCausalLM, peer_id: str, seed: int) -> str:
 
 def make_slower(model: SwarmModelForCausalLM, peer_id: str, seconds: float) -> None:
     """What the client has seen of a server is so much slower than of all others."""
-    for name, times in model.connection.client.times.items():
+    for name, times in model.connection.client.routes.times.items():
         for _ in range(64):
             times.observe(1, seconds if name == peer_id else 0.001)
 

@@ -78,8 +78,8 @@ class ProcessSwarm:
             wait_until(partial(self._has_two, blocks), f"two servers of blocks {blocks}", within=120)
 
         def known() -> bool:
-            self.model.connection.call(self.client.refresh)
-            seen = set(self.client.view.announcements)
+            self.model.connection.call(self.client.known.refresh)
+            seen = set(self.client.known.view.announcements)
             return all(server.peer_id in seen for blocks in STAGES for server in self.alive(blocks))
 
         wait_until(known, "the client knows the new servers")
@@ -325,7 +325,7 @@ def test_replacements_with_other_boundaries(
         for blocks in STAGES:
             for server in world.alive(blocks):
                 server.kill()
-        world.model.connection.call(world.client.refresh)
+        world.model.connection.call(world.client.known.refresh)
 
     assert world.answer({7: exchange}).tolist() == undisturbed()
     hops = world.client.trace[-1].hops

@@ -53,7 +53,7 @@ class World:
         self.network.cut(*self.link)
         self.clock.moment += seconds
         with pytest.raises(NoContactError):
-            await self.client.refresh()
+            await self.client.known.refresh()
 
 
 @asynccontextmanager
@@ -69,27 +69,27 @@ async def world() -> AsyncIterator[World]:
 async def test_servers_that_were_known_stay_known_while_there_is_no_contact() -> None:
     async with world() as swarm:
         await swarm.lose_contact_for(300)
-        assert [server.peer_id for server in swarm.client.servers()] == [swarm.server.peer_id]
+        assert [server.peer_id for server in swarm.client.known.servers()] == [swarm.server.peer_id]
 
 
 async def test_servers_whose_announcements_ended_meanwhile_go_once_there_is_contact() -> None:
     async with world() as swarm:
         await swarm.lose_contact_for(300)
         swarm.network.heal(*swarm.link)
-        await swarm.client.refresh()
-        assert swarm.client.servers() == []
+        await swarm.client.known.refresh()
+        assert swarm.client.known.servers() == []
 
 
 async def test_the_error_says_that_the_client_has_no_contact() -> None:
     async with world() as swarm:
         await swarm.lose_contact_for(1)
-        assert "this client has no contact with the swarm" in str(swarm.client.no_route(0, 2))
+        assert "this client has no contact with the swarm" in str(swarm.client.known.no_route(0, 2))
 
 
 async def test_with_contact_the_error_names_the_blocks_that_no_server_has() -> None:
     async with world() as swarm:
         await swarm.lose_contact_for(1)
         swarm.network.heal(*swarm.link)
-        await swarm.client.refresh()
-        assert "0:2" in str(swarm.client.no_route(0, 4))
-        assert "contact" not in str(swarm.client.no_route(0, 4))
+        await swarm.client.known.refresh()
+        assert "0:2" in str(swarm.client.known.no_route(0, 4))
+        assert "contact" not in str(swarm.client.known.no_route(0, 4))

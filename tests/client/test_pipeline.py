@@ -188,5 +188,5 @@ def test_a_server_that_keeps_what_it_says_it_pushed_is_not_relied_on_again(
         first, second = (world.server(hop.peer_id) for hop in world.model.trace[-1].hops)
         silent = next(s for s in world.swarm.servers if s.peer_id == world.lost()[0])
         assert silent.blocks == second.blocks
-        served = {server.peer_id: server for server in world.client.servers()}
-        assert not world.client.may_link(served[first.peer_id], served[silent.peer_id])
+        served = {server.peer_id: server for server in world.client.known.servers()}
+        assert not world.client.routes.may_link(served[first.peer_id], served[silent.peer_id])

@@ -341,7 +341,7 @@ def test_a_replacement_that_hangs_while_it_is_opened_is_left_too(
 
         def break_two() -> None:
             world.in_use(1).kill()
-            best = world.client.plan(1, 3, without=frozenset({world.in_use(1).peer_id}))
+            best = world.client.routes.plan(1, 3, without=frozenset({world.in_use(1).peer_id}))
             world.hang(world.server(best[0].server.peer_id))
 
         assert_same(world.answer(actions={2: break_two}), undisturbed())
@@ -407,7 +407,9 @@ def test_a_newcomer_is_found_while_a_server_leaves(
             new.append(world.swarm.add_server((1, 3)).peer_id)
 
         def found() -> None:
-            wait_until(lambda: new[0] in world.client.view.announcements, "the client looks around by itself")
+            wait_until(
+                lambda: new[0] in world.client.known.view.announcements, "the client looks around by itself"
+            )
 
         actions = {1: leave, 3: newcomer, 4: found}
         assert_same(world.answer(actions=actions, new_tokens=8), undisturbed(new_tokens=8))
@@ -424,7 +426,7 @@ def test_a_server_without_room_for_a_session_is_passed_by(
     with a_world(tiny_llama, server_settings=ServerSettings().replace(max_sessions=1)) as world:
         first = world.model.session()
         first.step(torch.zeros(1, 1, 32))
-        world.client.times.clear()  # so that the next session would choose the same servers
+        world.client.routes.times.clear()  # so that the next session would choose the same servers
         assert_same(world.answer(), undisturbed())
         assert len(first.route) == 3
         assert world.lost() == []
@@ -502,7 +504,7 @@ def a_world_with_a_slow_server(checkpoint: Checkpoint) -> Iterator[World]:
 
 
 def would_use(world: World) -> str:
-    (hop,) = world.client.plan(0, 5)
+    (hop,) = world.client.routes.plan(0, 5)
     return hop.server.peer_id
 
 
@@ -534,7 +536,7 @@ def test_known_replicas_are_used_without_a_look_at_the_table(
     async def never() -> None:
         await anyio.sleep_forever()
 
-    monkeypatch.setattr(shared.client, "refresh", never)
+    monkeypatch.setattr(shared.client.known, "refresh", never)
     actions = {tokens: lambda stage=tokens: shared.in_use(stage).kill() for tokens in range(3)}
     assert_same(shared.answer(actions=actions), undisturbed())
 
@@ -542,11 +544,11 @@ def test_known_replicas_are_used_without_a_look_at_the_table(
 def test_sessions_that_search_at_the_same_time_share_one_look(shared: World) -> None:
     async def look_together() -> int:
         client = shared.client
-        looks = client.looks
+        looks = client.known.looks
         async with anyio.create_task_group() as tasks:
             for _ in range(10):
-                tasks.start_soon(client.refresh)
-        return client.looks - looks
+                tasks.start_soon(client.known.refresh)
+        return client.known.looks - looks
 
     # If the first look had begun before the others asked, one more is due, for all of them.
     assert shared.model.connection.call(look_together) <= 2

@@ -55,7 +55,7 @@ def test_how_far_a_spare_is_becomes_known(swarm: LocalSwarm) -> None:
     _, others = servers_of(swarm, model)
     wait_until(lambda: kept(model) == others, "both other servers are spares")
     client = model.connection.client
-    assert all(0 < client.way_s(name) != client.way_s("unknown") for name in others)
+    assert all(0 < client.routes.way_s(name) != client.routes.way_s("unknown") for name in others)
 
 
 def test_a_session_that_loses_its_server_takes_over_the_spare(swarm: LocalSwarm) -> None:
@@ -99,5 +99,5 @@ def test_spares_can_be_turned_off(tiny_llama: Checkpoint) -> None:
         answer(model, prompt(5)[0], new_tokens=2)
         server = swarm.servers[0]
         assert isinstance(server, Server)
-        wait_until(lambda: model.connection.client.looks > 4, "several periods have passed")
+        wait_until(lambda: model.connection.client.known.looks > 4, "several periods have passed")
         assert kept(model) == frozenset()

@@ -63,7 +63,7 @@ def blocks_seen(swarm: LocalSwarm, server: Server) -> list[tuple[int, int]]:
     connection = swarm.model().connection
     return [
         (one.start, one.stop)
-        for one in connection.call(connection.client.look)
+        for one in connection.call(connection.client.known.look)
         if one.peer_id == server.peer_id
     ]
 

@@ -234,7 +234,7 @@ def test_the_last_of_ten_thousand_updates_take_no_more_work_than_the_first(
 
     view = Idle(model)
     view.stop()
-    peers = [server.peer_id for server in model.connection.client.servers()[:2]]
+    peers = [server.peer_id for server in model.connection.client.known.servers()[:2]]
 
     def update(number: int) -> None:
         if kind is TrainingView:

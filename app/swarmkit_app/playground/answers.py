@@ -142,7 +142,7 @@ class AnswerRun:
             self._early.clear()
         client = self._engine.model.connection.client
         now = self._clock.time()
-        servers = server_pictures(client.servers())
+        servers = server_pictures(client.known.servers())
         picture = self._log.picture(client.model.name, client.model.num_blocks, servers, now, is_last)
         phase = (now % 1.2) / 1.2 if self._log.is_active(now) and not is_last else None
         drawing = pipeline_svg(picture, phase)

@@ -98,7 +98,7 @@ def clearing(parts: PageParts, part: str) -> dict[str, Any]:
 def idle_picture(engine: AnswerEngine) -> str:
     """The servers of a model before there is an answer."""
     client = engine.model.connection.client
-    servers = server_pictures(client.servers())
+    servers = server_pictures(client.known.servers())
     picture = PipelinePicture(client.model.name, client.model.num_blocks, servers=servers)
     return scrolling(pipeline_svg(picture))
 
@@ -106,10 +106,10 @@ def idle_picture(engine: AnswerEngine) -> str:
 def health(engine: AnswerEngine) -> str:
     """Whether a model can answer now, in one sentence."""
     client = engine.model.connection.client
-    missing = client.unserved(0, client.model.num_blocks)
+    missing = client.known.unserved(0, client.model.num_blocks)
     if missing:
         named = ", ".join(f"{low}:{high}" for low, high in missing)
         return f"⚠ No server has the blocks {named}: this model cannot answer until one joins."
-    least = min(coverage(client.model.num_blocks, server_pictures(client.servers())), default=0)
+    least = min(coverage(client.model.num_blocks, server_pictures(client.known.servers())), default=0)
     enough = "one server at least" if least == 1 else f"{least} servers at least"
     return f"Every block of this model has {enough}."

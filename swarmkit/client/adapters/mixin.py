@@ -115,7 +115,7 @@ class AdapterMixin:
         Those are listed that are hosted for every block.
         """
         client = self._swarm.client
-        servers = self._swarm.call(client.look)
+        servers = self._swarm.call(client.known.look)
         return hosted_everywhere(servers, client.model.num_blocks)
 
     @contextmanager
@@ -131,7 +131,7 @@ class AdapterMixin:
         if self._remote_adapters.hosted is not None:
             raise UsageError(f"the hosted adapter {self._remote_adapters.hosted.label} is in use already")
         client = self._swarm.client
-        servers = self._swarm.call(client.look)
+        servers = self._swarm.call(client.known.look)
         digest, label = one_of(servers, client.model.num_blocks, name)
         self._remote_adapters.use_hosted(ServerAdapter(label, digest))
         try:

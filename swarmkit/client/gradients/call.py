@@ -170,7 +170,7 @@ class Call:
                 self._stuck[flow.index] = _Stuck(self._swarm.clock.now() + timeout)
                 self._swarm.events.emit(
                     WaitStarted(
-                        self._swarm.unserved(start, stop),
+                        self._swarm.known.unserved(start, stop),
                         timeout,
                         time=self._swarm.clock.time(),
                         owner=self._owner,
@@ -190,7 +190,7 @@ class Call:
     def _plan(self, flow: Flow, start: int, stop: int) -> Hop:
         """The first hop of the way on which the micro-batch is done earliest, as things stand."""
         swarm, failures = self._swarm, self._failures[flow.index]
-        servers = swarm.servers(self._hosted_adapter)
+        servers = swarm.known.servers(self._hosted_adapter)
         claims = {server.service_id: claimed_pace(server) for server in servers}
         paces = {kind: paces.of(claims) for kind, paces in self._training.paces.items()}
 
@@ -202,9 +202,9 @@ class Call:
             tokens=flow.tokens,
             pace_s=paces[flow.direction].__getitem__,
             backlog_s=backlog_s,
-            round_trip_s=swarm.round_trip_s,
+            round_trip_s=swarm.routes.round_trip_s,
             penalty_s=lambda service_id: swarm.bans.penalty_s(service_id) + failures.penalty_s(service_id),
-            salt=swarm.salt,
+            salt=swarm.routes.salt,
             kept_by=flow.kept_by,
         )
         hop = find_route(start, stop, servers, cost)[0]
@@ -315,7 +315,7 @@ class Call:
             swarm.note_loss(hop, error, self._owner)
         swarm.ban(service_id, error, cost_s)
         try:
-            swarm.check_admission(hop.start, hop.stop, error, self._hosted_adapter)
+            swarm.known.check_admission(hop.start, hop.stop, error, swarm.peer_id, self._hosted_adapter)
         except NoRouteError as shut_out:
             self._error = shut_out
         for line in self._places[service_id].idle:
@@ -324,7 +324,7 @@ class Call:
 
     def _is_to_blame(self, hop: Hop, failures: StepFailures) -> bool:
         """Whether a micro-batch is believed to be malformed, which servers have refused as such."""
-        servers = self._swarm.servers(self._hosted_adapter)
+        servers = self._swarm.known.servers(self._hosted_adapter)
         return failures.is_step_to_blame(hop.start, hop.stop, servers, self._worked)
 
     def _note(self, flow: Flow, hop: Hop) -> None:
@@ -354,7 +354,7 @@ class Call:
         with anyio.move_on_after(until - self._swarm.clock.now()):
             await self._changed.wait()
             return
-        await self._swarm.look_for_other_models()
+        await self._swarm.known.look_for_other_models()
         self._error = self._gave_up()
 
     async def _look(self) -> None:
@@ -363,7 +363,7 @@ class Call:
         try:
             await anyio.sleep(min(stuck.pause_s for stuck in self._stuck.values()))
             with anyio.move_on_after(swarm.settings.routing.route_timeout_s):
-                await swarm.refresh()
+                await swarm.known.refresh()
         except SwarmkitError as error:
             logger.warning("could not look up the swarm, will try again: %s", error)
         for stuck in self._stuck.values():
@@ -377,7 +377,7 @@ class Call:
         seconds = swarm.settings.routing.route_timeout_s
         wanted = [flow.wanted for flow in self._flows if flow.index in self._stuck and flow.wanted]
         start, stop = min(wanted)
-        error = swarm.no_route(start, stop)
+        error = swarm.known.no_route(start, stop)
         if not isinstance(error, NoRouteError) or error.missing or self._last_loss is None:
             return error
         hop, cause = self._last_loss

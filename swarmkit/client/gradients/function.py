@@ -165,7 +165,7 @@ class RemotePass:
 
     def _servers(self, whole: FullPass) -> int:
         """How many servers hold some of the blocks, as far as is known."""
-        servers = self.connection.client.servers()
+        servers = self.connection.client.known.servers()
         return sum(server.start < whole.stop and whole.start < server.stop for server in servers)
 
 

@@ -54,7 +54,7 @@ class LogitsAsker:
         """The servers that compute the output layer, the quickest first, as they say or as was seen."""
         found = [
             server
-            for server in self._swarm.servers()
+            for server in self._swarm.known.servers()
             if server.head_ms
             and not self.bans.is_banned(server.service_id)
             and not self._swarm.bans.is_banned(server.service_id)
@@ -63,7 +63,7 @@ class LogitsAsker:
 
     def expected_s(self, server: Announcement) -> float:
         """Seconds that a server will take for the largest logits of a token."""
-        claimed_s = server.head_ms / 1e3 + self._swarm.way_s(server.service_id)
+        claimed_s = server.head_ms / 1e3 + self._swarm.routes.way_s(server.service_id)
         seen = self._seconds.get(server.service_id)
         return claimed_s if seen is None else seen.mean
 

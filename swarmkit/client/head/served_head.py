@@ -98,7 +98,7 @@ class ServedHead:
         layer = self._layer
         if self._settings.head == "local" or layer is None:
             return False
-        if not any(server.head_ms for server in self._connection.client.servers()):
+        if not any(server.head_ms for server in self._connection.client.known.servers()):
             return False
         weight = layer.weight
         if model.get_output_embeddings() is not layer or weight.requires_grad:

@@ -57,7 +57,8 @@ def _of_boundary(
     hidden: torch.Tensor,
 ) -> CodecName:
     rows, tokens, width = hidden.shape
-    usual_s = [swarm.times_of(stage.hop.server).usual_s(rows * tokens) for stage in (after, before) if stage]
+    times_of = swarm.routes.times_of
+    usual_s = [times_of(stage.hop.server).usual_s(rows * tokens) for stage in (after, before) if stage]
 
     def transfer(bytes_per_s: float | None) -> Transfer:
         as_it_is_s = hidden.numel() * 4 / bytes_per_s if bytes_per_s else 0.0

@@ -28,7 +28,7 @@ async def familiar_route(
     chains = swarm.prefix_cache.chains(hops[0].start, hops[-1].stop, _MOST_CHAINS)
     if not set(chains) - {planned}:
         return hops
-    prompt_token_s, planned_s = swarm.prompt_token_s(hops), swarm.seconds(hops)
+    prompt_token_s, planned_s = swarm.routes.prompt_token_s(hops), swarm.routes.seconds(hops)
     best, most_s = hops, 0.0
     for chain in chains:
         earlier = hops if chain == planned else _usable(swarm, chain, hosted_adapter)
@@ -36,7 +36,7 @@ async def familiar_route(
             continue
         found = await anyio.to_thread.run_sync(swarm.prefix_cache.find, chain, hidden[:-1])
         shared = 0 if found is None else found[1]
-        extra_s = swarm.seconds(earlier) - planned_s
+        extra_s = swarm.routes.seconds(earlier) - planned_s
         saved_s = time_saved_s(shared, prompt_token_s, extra_s)
         if saved_s > most_s:
             best, most_s = earlier, saved_s
@@ -49,9 +49,10 @@ def _chain_of(hops: Sequence[Hop]) -> Chain:
 
 def _usable(swarm: SwarmClient, chain: Chain, hosted_adapter: str) -> list[Hop]:
     """The chain as a route; empty if not all of its servers can be used now."""
-    servers = {server.service_id: server for server in swarm.servers(hosted_adapter)}
+    servers = {server.service_id: server for server in swarm.known.servers(hosted_adapter)}
     hops = [Hop(servers[name], low, high) for name, low, high in chain if name in servers]
     is_whole = len(hops) == len(chain) and all(
-        hop.server.start <= hop.start and hop.stop <= hop.server.stop and swarm.may_use(hop) for hop in hops
+        hop.server.start <= hop.start and hop.stop <= hop.server.stop and swarm.routes.may_use(hop)
+        for hop in hops
     )
     return hops if is_whole else []

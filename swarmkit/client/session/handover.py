@@ -65,7 +65,7 @@ async def handed_over(
     except PeerError as error:
         new.drop()
         if isinstance(error, RemoteError) and error.code == "not_linked":
-            swarm.cannot_link(stage.hop.server, hop.server)
+            swarm.routes.cannot_link(stage.hop.server, hop.server)
         logger.info("%s did not hand over to %s, which is sent all inputs: %s", stage.hop, hop, error)
         return None
     except BaseException:
@@ -101,16 +101,16 @@ def _facts(swarm: SwarmClient, stage: StageReplica, hop: Hop, rows: int, tokens:
         return None
     if stage.standing.is_doubted or stage.predecessor is not None:
         return None  # what it holds is to be computed by another server, and compared
-    if old.peer_id == new.peer_id or not swarm.may_link(old, new):
+    if old.peer_id == new.peer_id or not swarm.routes.may_link(old, new):
         return None
     rates = swarm.rates
     facts = HandoverFacts(
         size=rows * tokens,
         kv_bytes=max(old.kv_bytes, new.kv_bytes) * (hop.stop - hop.start),
         hidden_bytes=swarm.model.hidden_size * _FLOAT32_BYTES,
-        prompt_token_s=swarm.prompt_token_s([hop]),
-        old_way_s=swarm.way_s(old.service_id),
-        new_way_s=swarm.way_s(new.service_id),
+        prompt_token_s=swarm.routes.prompt_token_s([hop]),
+        old_way_s=swarm.routes.way_s(old.service_id),
+        new_way_s=swarm.routes.way_s(new.service_id),
         to_new=rates.get(("", new.peer_id)),
         from_new=rates.get((new.peer_id, "")),
         from_old=rates.get((old.peer_id, "")),

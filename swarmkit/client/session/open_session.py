@@ -56,7 +56,7 @@ async def _opened(
         reply = await connection.ask(message, swarm.connect_timeout)
     if not isinstance(reply, Opened) or reply.max_step_tokens < 1:
         raise ProtocolError("the session was not opened as asked", hop.server.peer_id)
-    times = swarm.times_of(hop.server)
+    times = swarm.routes.times_of(hop.server)
     times.blocks, times.way_s = hop.stop - hop.start, swarm.clock.now() - asked_at
     return reply
 

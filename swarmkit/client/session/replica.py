@@ -130,7 +130,7 @@ class StageReplica:
     ) -> None:
         self._swarm = swarm
         self._adapter = adapter
-        self._times = swarm.times_of(hop.server)
+        self._times = swarm.routes.times_of(hop.server)
         self._label = hop.server.label
         self.hop = hop
         self.history = history or (History() if swarm.settings.sessions.recovery else NoHistory())

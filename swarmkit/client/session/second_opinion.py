@@ -144,7 +144,7 @@ async def _check(swarm: SwarmClient, sample: _Sample) -> None:
         # Perhaps it was pushed other inputs than the client was shown, or was brought other keys and values.
         wrong = None
         if sample.before is not None:
-            swarm.cannot_link(sample.before.server, first.server)
+            swarm.routes.cannot_link(sample.before.server, first.server)
         sample.stage.standing.is_doubted = True
     found = Comparison(first, second, (given, output), inputs)
     if wrong is not None:
@@ -172,9 +172,9 @@ async def _another(
     hosted = "" if sample.adapter is None else sample.adapter.hosted_name
     found = witnesses(
         sample.stage.hop,
-        swarm.servers(hosted),
+        swarm.known.servers(hosted),
         without,
-        lambda server: swarm.may_use(Hop(server, server.start, server.stop)),
+        lambda server: swarm.routes.may_use(Hop(server, server.start, server.stop)),
     )
     while found:
         hop = found.pop(secrets.randbelow(len(found)))

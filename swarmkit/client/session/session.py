@@ -282,7 +282,7 @@ class Session:
             client.model.name,
             client.model.num_blocks,
             with_times(route, steps[-1] if steps else None),
-            server_pictures(client.servers()),
+            server_pictures(client.known.servers()),
             self.position,
         )
 

@@ -178,7 +178,7 @@ class SessionRoute:
         """Whether every server is linked to the next one, or cannot be."""
         return all(
             before.is_linked_to(following)
-            or not self._swarm.may_link(before.hop.server, following.hop.server)
+            or not self._swarm.routes.may_link(before.hop.server, following.hop.server)
             for before, following in pairwise(self.stages)
         )
 
@@ -208,8 +208,8 @@ class SessionRoute:
 
     async def _try_link(self, before: StageReplica, following: StageReplica) -> None:
         one, other = before.hop.server, following.hop.server
-        if self._swarm.may_link(one, other) and not await before.link(following):
-            self._swarm.cannot_link(one, other)
+        if self._swarm.routes.may_link(one, other) and not await before.link(following):
+            self._swarm.routes.cannot_link(one, other)
             logger.info("%s cannot reach %s: this client sends its outputs on", one.label, other.label)
 
     def _is_convicted(self, stage: StageReplica) -> bool:
@@ -220,11 +220,11 @@ class SessionRoute:
         hop, swarm = stage.hop, self._swarm
         leaving = frozenset(other.hop.server.service_id for other in self.stages if other.leaving)
         try:
-            hops = swarm.plan(hop.start, hop.stop, leaving, changes.size, changes.hosted_adapter)
+            hops = swarm.routes.plan(hop.start, hop.stop, leaving, changes.size, changes.hosted_adapter)
         except NoRouteError:
             hops = []
-        if not hops or not all(map(swarm.may_use, hops)):
-            swarm.look_soon()
+        if not hops or not all(map(swarm.routes.may_use, hops)):
+            swarm.known.look_soon()
             return []
         return hops
 
@@ -265,7 +265,7 @@ class SessionRoute:
     def stop_pushing_to(self, index: int) -> None:
         """Have nothing more pushed to a stage, which found what was pushed to it wrong."""
         before, stage = self.stages[index - 1], self.stages[index]
-        self._swarm.cannot_link(before.hop.server, stage.hop.server)
+        self._swarm.routes.cannot_link(before.hop.server, stage.hop.server)
         before.unlink()
 
     async def replace(self, index: int, error: PeerError, changes: RouteChanges, cost_s: float) -> None:
@@ -290,13 +290,13 @@ class SessionRoute:
             raise error
         if isinstance(error, PeerTimeoutError) and index:
             # Perhaps the previous server never pushed what it said it pushed: it is not asked to again.
-            self._swarm.cannot_link(self.stages[index - 1].hop.server, stage.hop.server)
+            self._swarm.routes.cannot_link(self.stages[index - 1].hop.server, stage.hop.server)
         self._swarm.ban(stage.hop.server.service_id, error, cost_s)
         self._lose(stage, changes, error)
         blocks = stage.hop.start, stage.hop.stop
         if changes.failures.count > 1:  # before the session is sent to one after the other
             await self._swarm.scout.find(*blocks, changes.hosted_adapter)
-        self._swarm.check_admission(*blocks, error, changes.hosted_adapter)
+        self._swarm.known.check_admission(*blocks, error, self._swarm.peer_id, changes.hosted_adapter)
         hops = await changes.find(*blocks, error)
         self._splice(index, hops)
 
@@ -306,7 +306,7 @@ class SessionRoute:
         if is_known and not codec.is_finite(history.read(position, history.tokens)):
             return True
         worked = self._worked.union(each.hop.server.service_id for each in self.stages if each.has_worked)
-        servers = self._swarm.servers(changes.hosted_adapter)
+        servers = self._swarm.known.servers(changes.hosted_adapter)
         return changes.failures.is_step_to_blame(stage.hop.start, stage.hop.stop, servers, worked)
 
     async def _avoid_busy(self, index: int, error: RemoteError, changes: RouteChanges) -> None:

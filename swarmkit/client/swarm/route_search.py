@@ -67,10 +67,12 @@ class RouteSearch:
                 return route
             left_s = self._left_s()
             if left_s <= 0:
-                await swarm.look_for_other_models()
+                await swarm.known.look_for_other_models()
                 raise self._gave_up(start, stop, route, error, busy=not banned) from error
             only_busy = bool(route) and not banned
-            self._tell(((start, stop),) if only_busy else swarm.unserved(start, stop), left_s, only_busy)
+            self._tell(
+                ((start, stop),) if only_busy else swarm.known.unserved(start, stop), left_s, only_busy
+            )
             if only_busy:
                 await anyio.sleep(min(busy_s, _LONGEST_PAUSE_S, left_s))
                 continue
@@ -89,7 +91,7 @@ class RouteSearch:
     def _tell(self, missing: tuple[tuple[int, int], ...], left_s: float, busy: bool) -> None:
         if not self._told_waiting:
             self._told_waiting = True
-            self._swarm.look_soon()  # another server may have joined
+            self._swarm.known.look_soon()  # another server may have joined
             self._swarm.events.emit(
                 WaitStarted(missing, left_s, busy, time=self._swarm.clock.time(), owner=self._owner)
             )
@@ -98,14 +100,14 @@ class RouteSearch:
         """Look up the servers anew, if there is time for it."""
         try:
             with anyio.move_on_after(give_up_at - self._swarm.clock.now()):
-                await self._swarm.refresh()
+                await self._swarm.known.refresh()
         except SwarmkitError as error:
             logger.warning("could not look up the swarm, will try again: %s", error)
 
     def _plan(self, start: int, stop: int, tokens: int) -> list[Hop]:
         """The best route as things stand; empty if there is none."""
         try:
-            return self._swarm.plan(
+            return self._swarm.routes.plan(
                 start, stop, tokens=tokens, hosted_adapter=self._hosted_adapter, failures=self._failures
             )
         except NoRouteError:
@@ -118,8 +120,8 @@ class RouteSearch:
         self, start: int, stop: int, route: list[Hop], error: PeerError | None, *, busy: bool
     ) -> Exception:
         seconds = self._swarm.settings.routing.route_timeout_s
-        if not route or not self._swarm.has_contact:
-            return self._swarm.no_route(start, stop)
+        if not route or not self._swarm.known.has_contact:
+            return self._swarm.known.no_route(start, stop)
         what = "had no room" if busy else "kept failing"
         # What another session was told keeps this one waiting as well, which then has no error of its own.
         cause = f" ({error})" if error is not None else ""
