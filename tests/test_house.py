@@ -33,7 +33,10 @@ FLOORS = [
 
 HIVEMIND_FILES = {
     PACKAGE / "net" / "hivemind" / name
-    for name in ("transport.py", "table.py", "daemon.py", "protocol.py", "storage.py", "addresses.py")
+    for name in (
+        *("transport.py", "control.py", "daemon.py", "addresses.py"),
+        *("table.py", "protocol.py", "storage.py"),
+    )
 }
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

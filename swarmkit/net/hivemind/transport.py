@@ -1,7 +1,8 @@
 """The transport for the world: libp2p through hivemind's daemon, and hivemind's distributed hash table.
 
-Frames go over libp2p streams, which the daemon hands to us as local sockets (`framing`). The table is
-`hivemind_table`. The daemon is our child process (`p2p_daemon`).
+Frames go over libp2p streams, which the daemon hands to us as local sockets (`framing`), or directly to the
+other peer where that is possible (`way`, `direct`). The daemon is our child process (`daemon`), which is
+asked over a socket (`control`). What other peers open is served in `incoming`. The table is in `table`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
-import math
 import random
 import re
 import socket
@@ -34,27 +34,13 @@ from swarmkit.errors import (
     TransportError,
     UsageError,
 )
-from swarmkit.net.hivemind.addresses import (
-    dialable,
-    host_in,
-    ip_of,
-    is_local,
-    multiaddr,
-    multiaddr_type,
-    tcp_port_of,
-)
+from swarmkit.net.hivemind.addresses import ip_of, is_local, multiaddr, tcp_port_of
 from swarmkit.net.hivemind.contact import Contact
+from swarmkit.net.hivemind.control import DaemonControl, DaemonRefusal
 from swarmkit.net.hivemind.daemon import DaemonOptions, P2PDaemon, Reachability
-from swarmkit.net.hivemind.direct import (
-    SILENCE_S,
-    DirectListener,
-    Offer,
-    SealedStream,
-    connect_directly,
-)
-from swarmkit.net.hivemind.direct_tries import DirectTries
-from swarmkit.net.hivemind.entrance import Entrance, StreamGate
+from swarmkit.net.hivemind.direct import SILENCE_S, DirectListener, SealedStream
 from swarmkit.net.hivemind.framing import FrameStream
+from swarmkit.net.hivemind.incoming import IncomingStreams
 from swarmkit.net.hivemind.swarm_time import SwarmTime
 from swarmkit.net.hivemind.table import (
     HivemindTable,
@@ -64,30 +50,16 @@ from swarmkit.net.hivemind.table import (
     owning,
     wake_sleepers,
 )
+from swarmkit.net.hivemind.way import WayChooser, accepted, stay
 from swarmkit.net.transport.identity import Identity
 from swarmkit.net.transport.peer_lists import PeerLists, TableLists
-from swarmkit.net.transport.rates import TokenBucket
 from swarmkit.net.transport.seam import Handler, RecordCheck, Stream, Transport
-from swarmkit.net.transport.shares import Holder
-from swarmkit.net.transport.swarm_key import SwarmKey, admit_opener, prove_to_server
+from swarmkit.net.transport.swarm_key import SwarmKey
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-_ACCEPTED = b""
-"""The first frame of every stream, sent by the peer that serves it. A daemon may open a stream towards a
-peer that has just died or that is no longer able to answer; only this frame tells that the peer is there.
-With an offer (`direct`) in its place, the opener's first frame is one of the next two.
-"""
-_STAY = b"stay"
-_DIRECT = b"direct"
-_LONGEST_DIRECT_S = 1.0
-MOST_UNDECIDED = 1024
-"""Incoming streams that are not served yet, as their openers have not chosen how to go on."""
-_OPENED_PER_S, _OPENED_AT_ONCE = 50.0, 200.0
-"""How fast incoming streams are let in: to begin one takes a millisecond or two of the event loop's time."""
-_GREETING_TIMEOUT_S = 10.0
 _REQUEST_TIMEOUT_S = 10.0
 _WATCH_PERIOD_S = 1.0
 _DAEMON_POLL_S = 0.05
@@ -130,15 +102,13 @@ class HivemindTransport(Transport):
         self._table: HivemindTable | None = None
         self._p2p: Any = None
         self._server: asyncio.AbstractServer | None = None
-        self._direct: DirectListener | None = None
-        self._direct_tries = DirectTries()
-        self._undecided = Entrance(MOST_UNDECIDED)
-        self._gate = StreamGate(TokenBucket(_OPENED_PER_S, _OPENED_AT_ONCE, clock.now))
-        self._handlers: dict[str, Handler] = {}
         self._streams: weakref.WeakSet[FrameStream] = weakref.WeakSet()
+        self._incoming = IncomingStreams(identity.peer_id, swarm_key, clock)
+        self._ways = WayChooser(self._streams.add, timeouts.keep_alive_s, clock)
+        self._control = DaemonControl(
+            lambda: self._daemon.control_socket, self._check_running, lambda: self._contact.heard_at
+        )
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._serving: dict[str, set[asyncio.Task[Any]]] = {}
-        """The tasks of incoming streams, by the streams' name."""
         self._hivemind_tasks: set[asyncio.Task[Any]] = set()
         self._holds_back = False
         """Whether the daemon does not dial now because it failed to before: it pauses for up to five minutes,
@@ -227,7 +197,7 @@ class HivemindTransport(Transport):
             with anyio.fail_after(startup_timeout):
                 if direct and not client_mode and not announce_maddrs:
                     hosts = [ip for address in host_maddrs if (ip := ip_of(address))]
-                    self._direct = await DirectListener.open(
+                    self._incoming.direct = await DirectListener.open(
                         hosts, self._streams.add, self._spawn, keep_alive_s
                     )
                 await self._attach(initial_peers)
@@ -300,13 +270,13 @@ class HivemindTransport(Transport):
             nonlocal met
             with anyio.move_on_after(_REQUEST_TIMEOUT_S):
                 try:
-                    await self._connect(peer_id, addresses, _REQUEST_TIMEOUT_S)
+                    await self._control.connect(peer_id, addresses, _REQUEST_TIMEOUT_S)
                     asked_at = self._clock.now()
                     if await table.meet(peer_id):
                         met = True
                     elif self._clock.now() - asked_at > _SILENT_S:
                         await self.disconnect(peer_id)
-                except (SwarmkitError, _DaemonRefusal, ValueError) as error:
+                except (SwarmkitError, ValueError) as error:
                     self._holds_back |= "dial backoff" in str(error)
                     logger.debug("peer %s does not answer: %s", peer_id, error)
 
@@ -321,14 +291,7 @@ class HivemindTransport(Transport):
 
     async def _connected(self) -> dict[str, tuple[str, ...]]:
         """Some of the peers to which the daemon has a connection, such as one that has just dialled it."""
-        pb = _messages()
-        try:
-            with anyio.fail_after(_REQUEST_TIMEOUT_S):
-                response = await self._ask(pb.Request(type=pb.Request.LIST_PEERS))
-        except (TimeoutError, SwarmkitError, _DaemonRefusal) as error:
-            logger.debug("the p2p daemon does not tell its peers: %r", error)
-            return {}
-        found = [base58.b58encode(peer.id).decode() for peer in response.peers]
+        found = await self._control.peers()
         return {peer_id: () for peer_id in random.sample(found, min(len(found), _PEERS_MET_AT_ONCE))}
 
     async def _ask_for_time(self) -> None:
@@ -354,8 +317,8 @@ class HivemindTransport(Transport):
         finally:
             self._is_replacing = False
         await self._attach(())
-        for name in self._handlers:
-            await self._accept_streams(name)
+        for name in self._incoming.handlers:
+            await self._control.accept_streams(name, self._stream_socket)
         await self.rejoin()
 
     async def _detach(self) -> None:
@@ -399,43 +362,22 @@ class HivemindTransport(Transport):
     async def listen(self, name: str, handler: Handler) -> None:
         """See `Transport.listen`. A second handler of the same name replaces the first."""
         self._check_running()
-        is_new = name not in self._handlers
-        self._handlers[name] = handler
+        handlers = self._incoming.handlers
+        is_new = name not in handlers
+        handlers[name] = handler
         if is_new:
             try:
-                await self._accept_streams(name)
+                await self._control.accept_streams(name, self._stream_socket)
             except TransportError:
-                del self._handlers[name]
+                del handlers[name]
                 raise
-
-    async def _accept_streams(self, name: str) -> None:
-        """Have the daemon hand over the streams of this name."""
-        pb = _messages()
-        address = multiaddr(f"/unix{self._stream_socket}").to_bytes()
-        request = pb.StreamHandlerRequest(addr=address, proto=[name], balanced=False)
-        try:
-            with anyio.fail_after(_REQUEST_TIMEOUT_S):
-                await self._ask(pb.Request(type=pb.Request.STREAM_HANDLER, streamHandler=request))
-        except (TimeoutError, _DaemonRefusal) as error:
-            raise TransportError(
-                f"the p2p daemon does not accept streams called {name!r}: {error}"
-            ) from error
 
     async def unlisten(self, name: str) -> None:
         """See `Transport.unlisten`."""
-        if self._handlers.pop(name, None) is None:
+        if self._incoming.handlers.pop(name, None) is None:
             return
-        pb = _messages()
-        address = multiaddr(f"/unix{self._stream_socket}").to_bytes()
-        request = pb.RemoveStreamHandlerRequest(addr=address, proto=[name])
-        try:
-            with anyio.fail_after(_REQUEST_TIMEOUT_S):
-                await self._ask(
-                    pb.Request(type=pb.Request.REMOVE_STREAM_HANDLER, removeStreamHandler=request)
-                )
-        except (TimeoutError, TransportError, _DaemonRefusal) as error:
-            logger.debug("the p2p daemon goes on accepting streams called %r: %r", name, error)
-        await end_tasks(self._serving.pop(name, set()))
+        await self._control.refuse_streams(name, self._stream_socket)
+        await self._incoming.end(name)
 
     async def open(
         self, peer_id: str, name: str, addresses: Sequence[str] = (), timeout: float = 5.0
@@ -457,7 +399,7 @@ class HivemindTransport(Transport):
             raise PeerTimeoutError(f"peer {peer_id} did not answer within {timeout:g} s", peer_id) from None
         except ProtocolError as error:
             raise PeerUnreachableError(str(error), peer_id) from None
-        except _DaemonRefusal as refusal:
+        except DaemonRefusal as refusal:
             found = _unreachable(peer_id, name, str(refusal))
             if isinstance(found, PeerTimeoutError):
                 self._spawn(self.disconnect(peer_id))
@@ -468,20 +410,43 @@ class HivemindTransport(Transport):
         if peer_id == self.peer_id:
             return await self._open_to_self(name)
         try:
-            raw_id = base58.b58decode(peer_id)
+            base58.b58decode(peer_id)
         except ValueError:
             raise PeerUnreachableError(f"{peer_id!r} is not a peer id", peer_id) from None
-        pb = _messages()
         began = self._clock.now()
-        await self._connect(peer_id, addresses, timeout)
-        request = pb.StreamOpenRequest(peer=raw_id, proto=[name], timeout=_whole_seconds(timeout))
-        stream, offer = await self._ask_for_stream(
-            pb.Request(type=pb.Request.STREAM_OPEN, streamOpen=request), peer_id, name
-        )
+        await self._control.connect(peer_id, addresses, timeout)
+        stream = await self._control.open_stream(peer_id, name, timeout)
+        self._streams.add(stream)
+        offer = await accepted(stream, self._key, name, self.peer_id)
         self._contact.note_reached(peer_id, addresses)
         if offer is None:
             return stream
-        return await self._choose_way(stream, offer, addresses, self._clock.now() - began)
+        return await self._ways.choose(stream, offer, addresses, self._clock.now() - began)
+
+    async def _open_to_self(self, name: str) -> FrameStream:
+        """A peer may be its own server; libp2p would refuse to dial it."""
+        if name not in self._incoming.handlers:
+            raise _unreachable(self.peer_id, name, "protocols not supported")
+        loop = asyncio.get_running_loop()
+        here, there = FrameStream(), FrameStream()
+        for stream, end in zip((here, there), socket.socketpair(), strict=True):
+            end.setblocking(False)
+            stream.peer_id = self.peer_id
+            await loop.create_unix_connection(lambda stream=stream: stream, sock=end)  # type: ignore[misc]
+            self._streams.add(stream)
+        self._spawn(self._incoming.serve(there, name))
+        if await accepted(here, self._key, name, self.peer_id) is not None:
+            await stay(here)
+        return here
+
+    async def disconnect(self, peer_id: str) -> None:
+        """Have the daemon give up its connection to a peer that does not answer, so that it dials anew.
+
+        A connection whose peer has another address now, or which has lost packets for long, looks alive to
+        the daemon for about a minute. It stays while streams pass through it.
+        """
+        if not any(_passes_daemon(stream) for stream in self._streams if stream.peer_id == peer_id):
+            await self._control.disconnect(peer_id)
 
     async def store(self, records: Iterable[tuple[str, bytes]], expires_at: float, service: int = 0) -> int:
         """See `Transport.store`."""
@@ -535,8 +500,8 @@ class HivemindTransport(Transport):
             self._end = why
         if self._server is not None:
             self._server.close()
-        if self._direct is not None:
-            self._direct.close()
+        if self._incoming.direct is not None:
+            self._incoming.direct.close()
         for stream in list(self._streams):
             stream.abort(why)
         for task in self._tasks:
@@ -572,14 +537,12 @@ class HivemindTransport(Transport):
                 self._contact.heard_at,
             )
 
-    # incoming streams
-
     def _accept(self, stream: FrameStream) -> None:
         if self._end is not None:
             stream.abort(self._end)
             return
         self._streams.add(stream)
-        self._spawn(self._serve(stream))
+        self._spawn(self._incoming.serve(stream))
 
     def _spawn(self, coroutine: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         task = asyncio.create_task(coroutine)
@@ -587,184 +550,8 @@ class HivemindTransport(Transport):
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _serve(self, stream: FrameStream, name: str | None = None) -> None:
-        try:
-            if name is None:
-                with anyio.fail_after(_GREETING_TIMEOUT_S):
-                    info = _messages().StreamInfo.FromString(await stream.greeting())
-                stream.peer_id = base58.b58encode(info.peer).decode()
-                stream.host = host_in(info.addr)
-                name = info.proto
-            handler = self._handlers[name]
-            task = asyncio.current_task()
-            assert task is not None
-            of_name = self._serving.setdefault(name, set())
-            of_name.add(task)
-            task.add_done_callback(of_name.discard)
-            holder = Holder(stream.host, stream.peer_id)
-            with self._undecided.holds(stream, holder):
-                await self._gate.turn(stream, holder)
-                if self._key is not None:
-                    with anyio.fail_after(_GREETING_TIMEOUT_S):
-                        await admit_opener(self._key, stream, name, self.peer_id)
-                stream = await self._agree_on_way(stream)
-            await handler(stream)
-        except Exception:
-            logger.debug("a stream called %r from peer %s ended", name, stream.peer_id, exc_info=True)
-        finally:
-            stream.close()
-
-    async def _agree_on_way(self, stream: FrameStream) -> FrameStream:
-        """Accept a stream, and offer the direct connection if there is one. Returns the stream to go on
-        with.
-        """
-        if self._direct is None:
-            await stream.send(_ACCEPTED)
-            return stream
-        with self._direct.offer(stream.peer_id) as expected:
-            await stream.send(expected.offer.to_bytes())
-            with anyio.fail_after(_GREETING_TIMEOUT_S):
-                if await stream.receive() != _DIRECT:
-                    return stream
-            direct = expected.take()
-        stream.close()
-        direct.host = stream.host
-        return direct
-
-    # outgoing requests
-
-    async def _connect(self, peer_id: str, addresses: Sequence[str], timeout: float) -> None:
-        """Have the daemon connect to a peer, if it can be dialled at any of these addresses."""
-        if known := dialable(peer_id, addresses):
-            pb = _messages()
-            connect = pb.ConnectRequest(
-                peer=base58.b58decode(peer_id), addrs=known, timeout=_whole_seconds(timeout)
-            )
-            await self._ask(pb.Request(type=pb.Request.CONNECT, connect=connect))
-
-    async def disconnect(self, peer_id: str) -> None:
-        """Have the daemon give up its connection to a peer that does not answer, so that it dials anew.
-
-        A connection whose peer has another address now, or which has lost packets for long, looks alive to
-        the daemon for about a minute. It stays while streams pass through it.
-        """
-        streams = [stream for stream in self._streams if stream.peer_id == peer_id]
-        if any(map(_passes_daemon, streams)):
-            return
-        pb = _messages()
-        request = pb.DisconnectRequest(peer=base58.b58decode(peer_id))
-        with anyio.move_on_after(_REQUEST_TIMEOUT_S):
-            try:
-                await self._ask(pb.Request(type=pb.Request.DISCONNECT, disconnect=request))
-            except (SwarmkitError, _DaemonRefusal) as error:
-                logger.debug("the p2p daemon does not give up peer %s: %r", peer_id, error)
-
-    async def _ask(self, request: Any) -> Any:
-        """Have the daemon do one thing; its answer."""
-        connection, response = await self._exchange(request)
-        connection.close()
-        return response
-
-    async def _ask_for_stream(
-        self, request: Any, peer_id: str, name: str
-    ) -> tuple[FrameStream, Offer | None]:
-        stream, _ = await self._exchange(request)
-        stream.peer_id = peer_id
-        self._streams.add(stream)
-        return stream, await self._accepted(stream, name)
-
-    async def _accepted(self, stream: FrameStream, name: str) -> Offer | None:
-        """Wait until the peer accepts the stream. Returns the direct connection that it offers."""
-        try:
-            answer = await stream.receive()
-            if await prove_to_server(self._key, answer, stream, name, self.peer_id):
-                answer = await stream.receive()
-            if answer == _ACCEPTED:
-                return None
-            if (offer := Offer.from_bytes(answer)) is None:
-                raise PeerUnreachableError(f"peer {stream.peer_id} speaks another protocol", stream.peer_id)
-            return offer
-        except BaseException:
-            stream.close()
-            raise
-
-    async def _choose_way(
-        self, stream: FrameStream, offer: Offer, addresses: Sequence[str], open_s: float
-    ) -> FrameStream:
-        """The direct stream if it comes about, else the one that is there.
-
-        Args: open_s: what it took to open that one, which is longer than a connection takes.
-        """
-        peer_id, now = stream.peer_id, self._clock.now()
-        direct: SealedStream | None = None
-        hosts = list(dict.fromkeys(ip for address in addresses if (ip := ip_of(address))))
-        try:
-            if hosts and self._direct_tries.may_try(peer_id, now):
-                patience_s = min(max(open_s, 0.1), _LONGEST_DIRECT_S)
-                direct, outcome = await connect_directly(
-                    peer_id, offer, hosts, self._streams.add, patience_s, self._timeouts.keep_alive_s
-                )
-                self._direct_tries.note(peer_id, outcome, now)
-            await stream.send(_STAY if direct is None else _DIRECT)
-        except BaseException:
-            stream.close()
-            if direct is not None:
-                direct.close()
-            raise
-        return stream if direct is None else direct
-
-    async def _exchange(self, request: Any) -> tuple[FrameStream, Any]:
-        connection = FrameStream(greeting=True)
-        try:
-            await asyncio.get_running_loop().create_unix_connection(
-                lambda: connection, path=str(self._daemon.control_socket)
-            )
-            connection.write_greeting(request.SerializeToString())
-            response = _messages().Response.FromString(await connection.greeting())
-            if response.type == _messages().Response.ERROR:
-                raise _DaemonRefusal(response.error.msg)
-            self._check_running()
-        except BaseException as error:
-            connection.abort(PeerUnreachableError("the request was given up"))
-            if isinstance(error, OSError | PeerUnreachableError | ProtocolError) and not isinstance(
-                error, TimeoutError
-            ):
-                self._check_running()
-                raise NoContactError(  # it may have ended just now
-                    f"the p2p daemon does not answer: {error}; restart this peer if that lasts",
-                    self._contact.heard_at,
-                ) from error
-            raise
-        return connection, response
-
-    async def _open_to_self(self, name: str) -> FrameStream:
-        """A peer may be its own server; libp2p would refuse to dial it."""
-        if name not in self._handlers:
-            raise _unreachable(self.peer_id, name, "protocols not supported")
-        loop = asyncio.get_running_loop()
-        here, there = FrameStream(), FrameStream()
-        for stream, end in zip((here, there), socket.socketpair(), strict=True):
-            end.setblocking(False)
-            stream.peer_id = self.peer_id
-            await loop.create_unix_connection(lambda stream=stream: stream, sock=end)  # type: ignore[misc]
-            self._streams.add(stream)
-        self._spawn(self._serve(there, name))
-        if await self._accepted(here, name) is not None:
-            await here.send(_STAY)
-        return here
-
     async def _refresh_addresses(self) -> None:
-        pb = _messages()
-        try:
-            with anyio.fail_after(_REQUEST_TIMEOUT_S):
-                response = await self._ask(pb.Request(type=pb.Request.IDENTIFY))
-        except (TimeoutError, _DaemonRefusal) as error:
-            raise NoContactError(
-                f"the p2p daemon does not answer ({str(error) or 'in time'}); this machine may be very busy",
-                self._contact.heard_at,
-            ) from error
-        parse = multiaddr_type()
-        found = [str(parse(raw)) for raw in response.identify.addrs]
+        found = await self._control.own_addresses()
         self._addresses = tuple(f"{address}/p2p/{self.peer_id}" for address in found)
 
 
@@ -779,15 +566,6 @@ def _passes_daemon(stream: FrameStream) -> bool:
     return not stream.has_ended and not isinstance(stream, SealedStream)
 
 
-def _whole_seconds(timeout: float) -> int:
-    """A timeout as the daemon takes it."""
-    return max(1, math.ceil(timeout))
-
-
-class _DaemonRefusal(Exception):
-    """The daemon says that what it was asked for cannot be done."""
-
-
 def _unreachable(peer_id: str, name: str, why: str) -> PeerUnreachableError | PeerTimeoutError:
     why = " ".join(why.split())[:300]
     if "protocols not supported" in why or "protocol not supported" in why:
@@ -795,10 +573,6 @@ def _unreachable(peer_id: str, name: str, why: str) -> PeerUnreachableError | Pe
     if "deadline exceeded" in why:
         return PeerTimeoutError(f"peer {peer_id} did not answer in time: {why}", peer_id)
     return PeerUnreachableError(f"peer {peer_id} cannot be reached: {why}", peer_id)
-
-
-def _messages() -> Any:
-    return importlib.import_module("hivemind.proto.p2pd_pb2")
 
 
 def _p2p_type(folder: Path) -> Any:
