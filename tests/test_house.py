@@ -20,7 +20,18 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "swarmkit"
 
 FLOORS = [
-    {"errors", "settings", "ewma", "clock", "events", "http_server", "lazy", "_version", "tinychat"},
+    {
+        "errors",
+        "settings",
+        "ewma",
+        "clock",
+        "events",
+        "http_server",
+        "lazy",
+        "huge_pages",
+        "_version",
+        "tinychat",
+    },
     {"drawing", "placement", "sizes"},
     {"net", "models"},
     {"client", "server"},

@@ -20,15 +20,18 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from swarmkit.huge_pages import ask_for_huge_pages
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
 def setup(verbose: bool, threads: int | None = None) -> None:
-    """Prepare logging, and torch's threads if given. Call before anything heavy is imported."""
+    """Prepare logging, torch's memory, and its threads if given. Call before anything heavy is imported."""
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    ask_for_huge_pages()
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
         format="%(message)s",

@@ -40,6 +40,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from swarmkit.huge_pages import ask_for_huge_pages
+
 _PROGRAM = "swarmkit.cli"
 _PRELOADED = (
     "swarmkit.cli.serve",
@@ -232,6 +234,7 @@ def _received(connection: socket.socket) -> bytes:
 
 
 def _main(connection: socket.socket, program: str) -> None:
+    ask_for_huge_pages()
     for name in _PRELOADED:
         importlib.import_module(name)
     gc.collect()

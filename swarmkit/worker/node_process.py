@@ -18,6 +18,7 @@ import msgspec
 import psutil
 
 from swarmkit.errors import MemoryLimitError, SwarmkitError
+from swarmkit.huge_pages import ask_for_huge_pages
 from swarmkit.sizes import format_bytes
 from swarmkit.worker.node_messages import (
     FromNode,
@@ -76,6 +77,7 @@ def be_a_guest() -> None:
 def main() -> None:
     """Read an order from standard input and carry it out until told to leave."""
     be_a_guest()
+    ask_for_huge_pages()
     talk = _Talk()
     order = msgspec.json.decode(sys.stdin.buffer.readline(), type=NodeOrder)
     leaving = _Leaving()
