@@ -119,8 +119,11 @@ class NodeSupervisor:
             if self._wanted is not None or _HASTES.index(haste) > _HASTES.index(self._haste):
                 self._haste = haste
             self.retry_at, self.failures = None, 0
-        elif not self._renewed:
-            self._haste = "polite"
+        else:
+            if self._wanted is not None and wanted.order != self._wanted.order:
+                self.retry_at, self.failures = None, 0  # what has failed is not what is wanted now
+            if not self._renewed:
+                self._haste = "polite"
         self._wanted, self._drain_s = wanted, drain_s
         self._ring()
 

@@ -208,6 +208,14 @@ def test_what_a_person_can_mend_is_the_reason_also_while_it_is_tried_again(worke
     assert (words in told, "Traceback" in told) == (True, False)
 
 
+def test_another_choice_does_not_wait_for_what_has_failed(worker: RunningWorker) -> None:
+    worker.serve("failing")
+    worker.wait_for("trouble")
+    worker.client.change_settings({"serve": {"model": "quick"}})
+    status = worker.wait_for("working")
+    assert (status.restarts, status.troubles) == (0, ())
+
+
 def test_a_node_that_is_killed_is_started_again(worker: RunningWorker) -> None:
     worker.serve()
     worker.wait_for("working")
