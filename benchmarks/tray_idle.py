@@ -1,7 +1,7 @@
 """What does the tray cost while nothing happens?
 
-    python benchmarks/tray_idle.py            prints it; takes eleven minutes, in which the machine idles
-    python benchmarks/tray_idle.py --write    also writes benchmarks/results/tray-idle.json and docs/limits.md
+    python -m benchmarks.tray_idle            prints it; takes eleven minutes, in which the machine idles
+    python -m benchmarks.tray_idle --write    also writes benchmarks/results/tray-idle.json and docs/limits.md
 
 A real tray shows its icon in the panel of a small desktop (X server, session bus, window manager, panel) and
 senses it, and a real worker answers it. The person has agreed, and then leaves: after five minutes the worker
@@ -32,7 +32,7 @@ from tests.waiting import wait_until
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "tray-idle.json"
 PAGE = ROOT / "docs" / "limits.md"
-LINE = "<!-- the line below is written by `python benchmarks/tray_idle.py --write` -->\n"
+LINE = "<!-- the line below is written by `python -m benchmarks.tray_idle --write` -->\n"
 MOST_CPU_SHARE, MOST_BYTES = 0.001, 80 * 2**20
 SETTLE_S = 20.0
 LOOK_S = 10.0
@@ -106,7 +106,7 @@ def main() -> int:
     if missing := why_not():
         raise SystemExit(f"a desktop cannot be had here: {missing}")
     result = measured(options.seconds)
-    command = "python benchmarks/tray_idle.py --write"
+    command = "python -m benchmarks.tray_idle --write"
     written = {**environment(), "command": command, "limits": [MOST_CPU_SHARE, MOST_BYTES], **result}
     print(json.dumps(result, indent=1))
     if options.write:
