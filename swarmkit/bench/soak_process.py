@@ -11,6 +11,7 @@ import random
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -148,6 +149,8 @@ class _SoakClients:
 
 
 def _main(options: dict[str, Any]) -> None:
+    # The clients of this process are threads that share a model, and none means another's session.
+    warnings.filterwarnings("ignore", message=".*open in another thread")
     torch.set_num_threads(1)
     with SwarmModelForCausalLM.from_pretrained(
         options["name"], initial_peers=options["peers"], settings=_PATIENT
