@@ -16,10 +16,10 @@ from swarmkit.net.connect import identity_for, over_hivemind
 from swarmkit.net.registry.acceptance import acceptable_now
 from swarmkit.net.registry.records import Announcement, ServerState
 from swarmkit.net.registry.registry import Registry
-from swarmkit.net.registry.swarm_map import uncovered
 from swarmkit.net.rpc.server_info import InfoAnswer, ask_all
 from swarmkit.net.transport.seam import Transport
 from swarmkit.net.transport.swarm_key import SwarmKey
+from swarmkit.placement.ranges import uncovered
 
 ANSWER_TIMEOUT_S = 3.0
 """How long a server may take to say what it is doing."""

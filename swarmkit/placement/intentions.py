@@ -22,6 +22,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from swarmkit.placement.ranges import uncovered
+
 TURNS = 3
 """A server whose turn it is looks so many times, a notice apart, whether the others have withdrawn."""
 
@@ -107,18 +109,19 @@ def may_leave(own_id: str, held: Span, kept: Span | None, runs: Sequence[Announc
     number = Counter(one.peer_id for one in runs)
     # A peer with several runs may be in the middle of a move, whatever it says.
     online = [one for one in runs if one.is_online and number[one.peer_id] == 1]
-    lacking = set(range(*held)) - set(range(*kept or (0, 0)))
-    _strike(lacking, (one for one in online if one.moving_to is None))
+    staying = [*_spans(one for one in online if one.moving_to is None), *([kept] if kept else [])]
+    lacking = uncovered(*held, staying)
     if not lacking:
         return "go"
-    others = [one for one in online if one.moving_to and not lacking.isdisjoint(range(one.start, one.stop))]
-    _strike(lacking, others)
-    if lacking or own_id > min(one.peer_id for one in others):
+    others = [one for one in online if one.moving_to and _holds_some(one, lacking)]
+    if uncovered(*held, [*staying, *_spans(others)]) or own_id > min(one.peer_id for one in others):
         return "stay"
     return "wait"
 
 
-def _strike(blocks: set[int], runs: Iterable[AnnouncedRun]) -> None:
-    """Remove the blocks that some runs hold."""
-    for one in runs:
-        blocks.difference_update(range(one.start, one.stop))
+def _spans(runs: Iterable[AnnouncedRun]) -> list[Span]:
+    return [(one.start, one.stop) for one in runs]
+
+
+def _holds_some(run: AnnouncedRun, blocks: Iterable[Span]) -> bool:
+    return any(run.start < stop and start < run.stop for start, stop in blocks)

@@ -1,6 +1,8 @@
-"""Ranges of blocks as people write them."""
+"""Ranges of blocks: as people write them, and what they leave uncovered."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from swarmkit.errors import UsageError
 
@@ -22,3 +24,18 @@ def parse_blocks(text: str, num_blocks: int) -> tuple[int, int]:
     if not 0 <= start < stop <= num_blocks:
         raise UsageError(f"blocks {text} are not inside this model's 0:{num_blocks}")
     return start, stop
+
+
+def uncovered(start: int, stop: int, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The parts of [start, stop) outside every range, as ranges."""
+    gaps: list[tuple[int, int]] = []
+    position = start
+    for low, high in sorted(ranges):
+        if low > position:
+            gaps.append((position, min(low, stop)))
+        position = max(position, high)
+        if position >= stop:
+            break
+    if position < stop:
+        gaps.append((position, stop))
+    return [(low, high) for low, high in gaps if low < high]

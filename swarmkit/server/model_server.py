@@ -22,8 +22,6 @@ from swarmkit.events import (
     Event,
     EventStream,
     LoadProgressed,
-    MoveFailed,
-    MoveStarted,
     Owner,
     ServerJoined,
     ServerLeft,
@@ -37,7 +35,6 @@ from swarmkit.models.head.output_layer import OutputLayer
 from swarmkit.models.plan import cache_cost
 from swarmkit.net.registry.records import Announcement
 from swarmkit.net.registry.registry import Registry
-from swarmkit.net.registry.swarm_map import uncovered
 from swarmkit.net.rpc.listed_transport import ListedTransport
 from swarmkit.net.rpc.receive_budget import ReceiveBudget
 from swarmkit.net.rpc.server_info import is_there
@@ -45,17 +42,19 @@ from swarmkit.net.transport.paced import PacedTransport
 from swarmkit.net.transport.peer_lists import PeerLists
 from swarmkit.net.transport.rates import Rates, StreamTraffic
 from swarmkit.net.transport.seam import Transport
-from swarmkit.placement.intentions import TURNS, Span, may_leave
+from swarmkit.placement.intentions import Span
 from swarmkit.server.adapters.service import load_hosted
 from swarmkit.server.announcer import Announcer
+from swarmkit.server.block_run import BlockRun
 from swarmkit.server.cache.kv_budget import KVBudget
 from swarmkit.server.config import ServerConfig
 from swarmkit.server.engine.engine import Engine
 from swarmkit.server.engine.trim_malloc import trim_malloc
 from swarmkit.server.engine.work import BULK, EngineClosedError
 from swarmkit.server.head.service import HeadService
+from swarmkit.server.moving import BlockMoves
 from swarmkit.server.quota import ClientQuota
-from swarmkit.server.relocation import Relocation, announced_runs, as_expected, first_place, in_reach
+from swarmkit.server.relocation import Relocation, as_expected, first_place, in_reach
 from swarmkit.server.serving import Serving
 from swarmkit.server.sessions.link_times import LinkTimes
 from swarmkit.server.sessions.links import Links, NextServers
@@ -72,44 +71,6 @@ _TAKE_BACK_S = 2.0
 _SIGN_OF_LIFE_S = 5.0
 _LEAST_PATIENCE_S = 1.0
 """Between two looks at whether others have the blocks that sessions still use."""
-
-
-class _Run:
-    """One run of blocks, from loading to the end of its last session, and what other peers are told about
-    it.
-    """
-
-    def __init__(self, serving: Serving, announcer: Announcer) -> None:
-        self.serving = serving
-        self.announcer = announcer
-        self.moving_to: Span | None = None
-        """Where the server means to go, as others were told."""
-        self.told_to_leave = anyio.Event()
-        self.ended = anyio.Event()
-        """Set when `run` ends, however it does."""
-        self.drain_timeout = 0.0
-        self.is_patient = False
-        self.pace_changed: Callable[[], None] = lambda: None
-
-    def leave(self, drain_timeout: float, is_patient: bool = False) -> None:
-        """End once all sessions have moved away, at the latest after `drain_timeout` seconds.
-
-        Args: is_patient: while sessions are left and nobody else has these blocks, go on serving them.
-        """
-        self.drain_timeout = drain_timeout
-        self.is_patient = is_patient
-        self.told_to_leave.set()
-
-    async def end_within(self, drain_timeout: float) -> None:
-        """Wait for the end of a run that drains already, but for `drain_timeout` seconds at most."""
-        with anyio.move_on_after(drain_timeout):
-            await self.ended.wait()
-        self.skip_drain()
-
-    def skip_drain(self) -> None:
-        """Wait for sessions no longer."""
-        self.is_patient = False
-        self.serving.skip_drain()
 
 
 class ModelServer:
@@ -142,10 +103,16 @@ class ModelServer:
         self._drain_timeout = config.settings.node.drain_timeout_s
         self._life: anyio.CancelScope | None = None
         self._loading: anyio.CancelScope | None = None
-        self._moving = anyio.Lock()
         self._tasks: TaskGroup | None = None
-        self._current: _Run | None = None
-        self._runs: list[_Run] = []
+        self._moves = BlockMoves(
+            config,
+            peer_id,
+            begin=self._begin,
+            elsewhere=self._elsewhere,
+            is_stopping=self._stop.is_set,
+            emit=self._emit,
+        )
+        self._runs: list[BlockRun] = []
         """All that serve: the current one, and those that drain."""
 
     # ------------------------------------------------------------------ what others see and ask for
@@ -153,12 +120,12 @@ class ModelServer:
     @property
     def blocks(self) -> tuple[int, int]:
         """The blocks [a, b) that new sessions find here; (0, 0) before they are chosen."""
-        return self._current.serving.blocks if self._current else self.config.blocks or (0, 0)
+        return self._moves.current.serving.blocks if self._moves.current else self.config.blocks or (0, 0)
 
     @property
     def serving(self) -> Serving | None:
         """The run of blocks that new sessions find here; None before the first one serves."""
-        return self._current.serving if self._current else None
+        return self._moves.current.serving if self._moves.current else None
 
     @property
     def servings(self) -> list[Serving]:
@@ -226,29 +193,7 @@ class ModelServer:
             UsageError: the blocks are outside the model, the server does not serve, or it is needed here.
             ModelError: the new blocks cannot be had.
         """
-        self.config.check_blocks(blocks)
-        async with self._moving:
-            old = self._current
-            if old is None or self._stop.is_set():
-                raise UsageError("this server does not serve (any more), so that it cannot move")
-            held = old.serving.blocks
-            if blocks == held:
-                return
-            beside = await anyio.to_thread.run_sync(self.config.fits_beside, held, blocks)
-            try:
-                await self._agree(old, blocks, beside, if_not_needed)
-                self._emit(MoveStarted, *held, *blocks, why)
-                try:
-                    if beside:
-                        self._current = await self._begin_beside(old, blocks, if_not_needed)
-                    else:
-                        del old  # so that its stage can go
-                        await self._replace(blocks)
-                except Exception as error:
-                    self._emit(MoveFailed, *held, *blocks, str(error))
-                    raise
-            finally:
-                await self.intend(None)
+        await self._moves.move(blocks, why, if_not_needed=if_not_needed)
 
     async def intend(self, blocks: Span | None) -> None:
         """Tell the swarm where this server means to go, or that it means to stay.
@@ -256,83 +201,16 @@ class ModelServer:
         Raises:
             TransportError: nobody could be told of the intention.
         """
-        run = self._current
-        if run is None or run.told_to_leave.is_set() or run.moving_to == blocks:
-            return
-        run.moving_to = blocks
-        try:
-            if not await run.announcer.announce(moving_to=blocks) and blocks is not None:
-                raise TransportError("no peer took the announcement of a move")
-        except TransportError as error:
-            if blocks is not None:
-                raise
-            logger.warning("could not announce that this server stays, its next words will tell: %s", error)
+        await self._moves.intend(blocks)
 
-    async def _agree(self, run: _Run, blocks: Span, beside: bool, if_not_needed: bool) -> None:
-        """Tell that this server leaves its blocks, and see whether it may.
-
-        Raises:
-            UsageError: it is needed where it is.
-        """
-        is_known = run.moving_to == blocks
-        await self.intend(blocks)
-        if if_not_needed:
-            if not is_known:
-                await anyio.sleep(self.config.settings.moving.move_notice_s)
-            await self._await_turn(run.serving.blocks, blocks if beside else None)
-
-    async def _await_turn(self, held: Span, kept: Span | None) -> None:
-        """Return when this server may leave its blocks.
-
-        Args: kept: blocks that it serves all the while.
-
-        Raises:
-            UsageError: it is needed where it is, or others who mean to leave go first.
-        """
-        for _ in range(TURNS):
-            runs = announced_runs(await self._elsewhere())
-            verdict = may_leave(self._registry.peer_id, held, kept, runs)
-            if verdict == "go":
-                return
-            if verdict == "stay":
-                break
-            await anyio.sleep(self.config.settings.moving.move_notice_s)
-        raise UsageError("nobody else is sure to keep some of these blocks, so that it stays")
-
-    async def _begin_beside(self, old: _Run, blocks: Span, if_not_needed: bool) -> _Run:
-        """Serve blocks beside others, and then have these drain."""
-        new = await self._begin(blocks)
-        if if_not_needed:
-            try:
-                await self._await_turn(old.serving.blocks, blocks)
-            except UsageError:
-                new.leave(0.0, is_patient=True)
-                raise
-        old.leave(self.config.settings.node.drain_timeout_s, is_patient=True)
-        return new
-
-    async def _replace(self, blocks: tuple[int, int]) -> None:
-        """Move where there is no room for both the old and the new blocks."""
-        assert self._current is not None
-        held, ended = self._current.serving.blocks, self._current.ended
-        self._current.leave(self.config.settings.node.drain_timeout_s)
-        await ended.wait()
-        self._current = None
-        try:
-            self._current = await self._begin(blocks)
-        except Exception:
-            if not self._stop.is_set():
-                self._current = await self._begin(held)
-            raise
-
-    async def _begin(self, blocks: tuple[int, int]) -> _Run:
+    async def _begin(self, blocks: tuple[int, int]) -> BlockRun:
         """Start to serve blocks in a task of their own; returns when clients can use them.
 
         Raises:
             UsageError: the server was told to stop meanwhile.
         """
         assert self._tasks is not None
-        run: _Run | None = None
+        run: BlockRun | None = None
         with anyio.CancelScope() as self._loading:
             run = await self._tasks.start(self._serve, blocks)
         self._loading = None
@@ -365,7 +243,7 @@ class ModelServer:
                 blocks = await self._choose(registry)
                 async with anyio.create_task_group() as self._tasks:
                     with anyio.CancelScope() as self._loading:
-                        self._current = await self._tasks.start(self._serve, blocks)
+                        self._moves.current = await self._tasks.start(self._serve, blocks)
                     self._loading = None
                     task_status.started()
                     await self._until_stopped(registry)
@@ -481,7 +359,7 @@ class ModelServer:
     # ------------------------------------------------------------------ one run of blocks
 
     async def _serve(
-        self, blocks: tuple[int, int], *, task_status: TaskStatus[_Run] = anyio.TASK_STATUS_IGNORED
+        self, blocks: tuple[int, int], *, task_status: TaskStatus[BlockRun] = anyio.TASK_STATUS_IGNORED
     ) -> None:
         """Load blocks and serve them until told to leave, and until all sessions have left."""
         config, engine = self.config, self._engine
@@ -495,7 +373,7 @@ class ModelServer:
                 await self._take_back(announcer)
                 raise
             assert self._cache is not None
-            run = _Run(
+            run = BlockRun(
                 Serving(
                     stage,
                     service=number,
@@ -570,7 +448,7 @@ class ModelServer:
             await announcer.announce(state="leaving")
 
     async def _announce(
-        self, run: _Run, announcer: Announcer, vitals: Vitals, task_status: TaskStatus[_Run]
+        self, run: BlockRun, announcer: Announcer, vitals: Vitals, task_status: TaskStatus[BlockRun]
     ) -> None:
         """Tell the swarm of a run of blocks while it is served, and when it ends."""
         serving, (low, high) = run.serving, run.serving.blocks
@@ -601,21 +479,13 @@ class ModelServer:
             left = serving.sessions.num_sessions
             logger.warning("%d sessions of blocks %d:%d had not moved away in time", left, low, high)
 
-    async def _drain(self, run: _Run) -> bool:
+    async def _drain(self, run: BlockRun) -> bool:
         """Let sessions move away; returns whether all have."""
         while not await run.serving.drain(run.drain_timeout):
-            if not (run.is_patient and await self._has_nobody_else(run.serving.blocks)):
+            if not (run.is_patient and await self._moves.is_needed(run.serving.blocks)):
                 return False
             run.drain_timeout = max(run.drain_timeout, _LEAST_PATIENCE_S)
         return True
-
-    async def _has_nobody_else(self, blocks: tuple[int, int]) -> bool:
-        """Whether no other peer offers some of these blocks, as far as can be seen."""
-        try:
-            others = [one for one in await self._elsewhere() if one.state == "online"]
-        except TransportError:
-            return True
-        return bool(uncovered(*blocks, [(one.start, one.stop) for one in others]))
 
     async def _elsewhere(self) -> list[Announcement]:
         """The servers of other peers that are here, or are about to be.

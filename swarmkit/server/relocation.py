@@ -3,7 +3,7 @@
 Whether to move is decided by a pure rule over what servers announce (`swarmkit/placement/together.py`). What
 is done here is to look, at times that differ from server to server, and to look twice: several servers that
 see the same need at the same moment would all meet it. So a server announces where it means to go, and looks
-again when all others can know of it (`swarmkit/placement/intentions.py`).
+again when all others can know of it (`swarmkit/placement/move_protocol.py`).
 
 A server that crashed stays in the table until its announcement ends. Some servers are asked for a sign of
 life at each look, so that its place is taken before that.
@@ -26,10 +26,12 @@ from swarmkit.clock import Clock
 from swarmkit.errors import SwarmkitError, UsageError
 from swarmkit.net.registry.records import Announcement
 from swarmkit.net.registry.registry import Registry
-from swarmkit.net.registry.swarm_map import SwarmMap, uncovered
-from swarmkit.placement.choice import PlacementMove, PlacementPolicy, choose
+from swarmkit.net.registry.swarm_map import SwarmMap
+from swarmkit.placement.choice import PlacementPolicy, choose
 from swarmkit.placement.description import Machine, ModelSize, Served
-from swarmkit.placement.intentions import TURNS, AnnouncedRun, Overdue, Span, expected
+from swarmkit.placement.intentions import AnnouncedRun, Overdue, Span, expected
+from swarmkit.placement.move_protocol import move_if_needed
+from swarmkit.placement.ranges import uncovered
 from swarmkit.placement.signs_of_life import gone, to_ask
 from swarmkit.placement.together import PlacementMover
 from swarmkit.settings import MovingSettings
@@ -88,6 +90,8 @@ class Relocation:
         self._mover = PlacementMover()
         self._overdue = Overdue()
         self._is_hurried = False
+        self._reason = ""
+        """Why the place that it found is better."""
 
     async def run(self) -> None:
         """Look and move, until cancelled."""
@@ -95,37 +99,25 @@ class Relocation:
             pause_s = self._settings.move_period_s / (_HURRY if self._is_hurried else 1)
             await anyio.sleep(self._chance.uniform(0.5, 1.5) * pause_s)
             try:
-                await self._look()
+                await move_if_needed(self, self._notice)
             except UsageError as error:
                 logger.info("did not move: %s", error)
             except (SwarmkitError, MemoryError, OSError, RuntimeError) as error:
                 logger.warning("could not move to other blocks, will look again: %s", error)
 
-    async def _look(self) -> None:
-        """Move if another place is better, and still is when the others know where this server goes."""
-        found, before = await self._better_place()
-        turns = 0
-        try:
-            while found is not None and turns < TURNS:
-                wanted = found.start, found.stop
-                await self._server.intend(wanted)
-                await anyio.sleep(self._settings.move_notice_s)
-                found, _ = await self._better_place(before)
-                if found is not None and (found.start, found.stop) == wanted:
-                    await self._server.move(wanted, found.reason, if_not_needed=True)
-                    return
-                turns += 1
-        finally:
-            await self._server.intend(None)
+    async def _notice(self) -> None:
+        await anyio.sleep(self._settings.move_notice_s)
 
-    async def _better_place(
-        self, before: Collection[str] | None = None
-    ) -> tuple[PlacementMove | None, Collection[str]]:
-        """Where the server is needed more, as things stand, or None if it had better stay; and who means to
-        move.
+    async def tell(self, blocks: Span | None) -> None:
+        """See `MovingServer`."""
+        await self._server.intend(blocks)
 
-        Args: before: peers that meant to move before this one did; None = this one does not mean to.
-        """
+    async def go(self, blocks: Span) -> None:
+        """See `MovingServer`."""
+        await self._server.move(blocks, self._reason, if_not_needed=True)
+
+    async def look(self, before: Collection[str] | None) -> tuple[Span | None, Collection[str]]:
+        """See `MovingServer`."""
         own_id = self._registry.peer_id
         view = await self._registry.look_up(self._fingerprint, self._num_blocks)
         present = [one for one in in_reach(view, self._clock.time()) if one.peer_id != own_id]
@@ -145,7 +137,11 @@ class Relocation:
             move_s=self._server.load_s,
             count=high - low,
         )
-        return await anyio.to_thread.run_sync(decide), movers
+        found = await anyio.to_thread.run_sync(decide)
+        if found is None:
+            return None, movers
+        self._reason = found.reason
+        return (found.start, found.stop), movers
 
     async def _not_gone(self, servers: list[Announcement]) -> list[Announcement]:
         """Those that give a sign of life, or are not asked for one."""

@@ -15,7 +15,8 @@ from swarmkit.net.registry.records import Announcement, ServerState
 from swarmkit.net.rpc.faults import Refusal
 from swarmkit.net.rpc.receive_budget import ReceiveBudget
 from swarmkit.placement.description import Machine, Served, served_by
-from swarmkit.placement.intentions import TURNS, Span, expected, may_leave
+from swarmkit.placement.intentions import AnnouncedRun, Span, expected
+from swarmkit.placement.move_protocol import is_turn, move_if_needed
 from swarmkit.placement.signs_of_life import gone, to_ask
 from swarmkit.server.cache.kv_budget import CacheFullError, CacheLease, KVBudget
 from swarmkit.server.relocation import announced_runs
@@ -129,7 +130,7 @@ class SimulatedServer:
             await self._gone.wait()
             tasks.cancel_scope.cancel()
 
-    def go(self) -> None:
+    def end(self) -> None:
         """End at once."""
         self._gone.set()
         self.state = None
@@ -143,39 +144,26 @@ class SimulatedServer:
                 tasks.start_soon(self._compute_forever)
             while True:
                 await anyio.sleep(self._chance.uniform(0.5, 1.5) * self._assumptions.look_period_s)
-                await self._look()
+                await move_if_needed(self, self._notice)
 
-    async def _look(self) -> None:
-        """Move as `swarmkit.server.relocation` does."""
-        found, before = await self._better_place()
-        for _ in range(TURNS):
-            if found is None:
-                break
-            wanted = found
-            self._intend(wanted)
-            await anyio.sleep(self._assumptions.move_notice_s)
-            found, _ = await self._better_place(before)
-            if found == wanted:
-                if await self._may_go():
-                    await self.move(wanted)
-                break
-        self._intend(None)
+    async def _notice(self) -> None:
+        await anyio.sleep(self._assumptions.move_notice_s)
 
-    def _intend(self, blocks: Span | None) -> None:
+    async def tell(self, blocks: Span | None) -> None:
+        """Say where it means to go."""
         if self.moving_to != blocks:
             self.moving_to = blocks
             if self.state is not None:
                 self._tell(self, self.state)
 
-    async def _may_go(self) -> bool:
-        """Whether it may leave its blocks, of which it serves none while it loads others."""
-        for _ in range(TURNS):
-            runs = announced_runs([record for record, _ in self._others()])
-            verdict = may_leave(self.machine.name, self.span, None, runs)
-            if verdict != "wait":
-                return verdict == "go" and self.state == "online"
-            await anyio.sleep(self._assumptions.move_notice_s)
-        return False
+    async def go(self, blocks: Span) -> None:
+        """Move as soon as it may leave its blocks, of which it serves none while it loads others."""
+
+        async def runs() -> list[AnnouncedRun]:
+            return announced_runs([record for record, _ in self._others()])
+
+        if await is_turn(self.machine.name, self.span, None, runs, self._notice) and self.state == "online":
+            await self.move(blocks)
 
     def _expected(self, others: Sequence[Announced], before: Collection[str] | None) -> list[Served]:
         """The others with the blocks that they are about to serve."""
@@ -183,9 +171,7 @@ class SimulatedServer:
         places = expected(self.machine.name, runs, before)
         return [replace(others[number][1], start=low, stop=high) for number, (low, high) in places]
 
-    async def _better_place(
-        self, before: Collection[str] | None = None
-    ) -> tuple[Span | None, Collection[str]]:
+    async def look(self, before: Collection[str] | None) -> tuple[Span | None, Collection[str]]:
         """Where it is needed more, among the others that are not known to be gone; and who means to move."""
         if self.state != "online":
             return None, ()

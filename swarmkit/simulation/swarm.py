@@ -11,8 +11,9 @@ import anyio
 from anyio.abc import TaskGroup
 
 from swarmkit.net.registry.records import ServerState
-from swarmkit.net.registry.swarm_map import SwarmMap, uncovered
+from swarmkit.net.registry.swarm_map import SwarmMap
 from swarmkit.placement.description import Machine, blocks_that_fit
+from swarmkit.placement.ranges import uncovered
 from swarmkit.placement.supply import greatest_rate, greatest_rate_of_any
 from swarmkit.settings import ClientSettings
 from swarmkit.simulation.client import Router, SimulatedAnswer, SimulatedClient, SwarmRouter
@@ -120,7 +121,7 @@ class SimulatedSwarm:
         server = self.servers.pop(name, None)
         if server is not None:
             self.history.moves += server.moves
-            server.go()
+            server.end()
             self._note_cover()
 
     def _announce(self, server: SimulatedServer, state: ServerState) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmkit.net.registry.records import Announcement
-from swarmkit.net.registry.swarm_map import SwarmMap, uncovered
+from swarmkit.net.registry.swarm_map import SwarmMap
 
 from .announcements import NOW, announcement
 
@@ -156,17 +156,3 @@ def test_blocks_that_nobody_serves_are_named(
 
 def test_blocks_of_servers_that_leave_are_missing() -> None:
     assert SwarmMap().apply(announcement(start=0, stop=6, state="leaving")).missing_blocks(6, NOW) == [(0, 6)]
-
-
-@given(
-    st.lists(st.tuples(st.integers(-2, 12), st.integers(-2, 12))),
-    st.integers(0, 8),
-    st.integers(0, 8),
-)
-def test_uncovered_is_what_counting_block_by_block_finds(
-    ranges: list[tuple[int, int]], start: int, stop: int
-) -> None:
-    ranges = [(low, high) for low, high in ranges if low < high]
-    found = [block for low, high in uncovered(start, stop, ranges) for block in range(low, high)]
-    wanted = [b for b in range(start, stop) if not any(low <= b < high for low, high in ranges)]
-    assert found == wanted

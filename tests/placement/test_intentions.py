@@ -96,7 +96,7 @@ def test_who_has_been_about_to_move_at_each_look_for_long_is_overdue() -> None:
 class Crowd:
     """Servers that all mean to leave within a moment, and see each other's announcements late.
 
-    What they decide is `may_leave`; when they look is as in `swarmkit/server/relocation.py`.
+    What they decide is `may_leave`; when they look is as in `swarmkit/placement/move_protocol.py`.
     """
 
     def __init__(self, seed: int, *, notice_s: float, spread_s: float) -> None:

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from swarmkit.errors import UsageError
 from swarmkit.placement.description import Served
 from swarmkit.placement.petals import choose_blocks, should_move
-from swarmkit.placement.ranges import parse_blocks
 from swarmkit.placement.supply import block_throughputs
 
 
@@ -72,17 +71,6 @@ def test_newcomers_leave_no_hole_as_soon_as_they_could_cover_everything(
     # A window overlaps another one while there is a hole only where no hole is wide enough for it.
     covered = sum(total > 0 for total in block_throughputs(num_blocks, served))
     assert covered >= min(num_blocks, max(min(count, num_blocks) for count in counts))
-
-
-@pytest.mark.parametrize(("text", "blocks"), [("4:8", (4, 8)), (":4", (0, 4)), ("4:", (4, 8)), (":", (0, 8))])
-def test_ranges_are_read_as_people_write_them(text: str, blocks: tuple[int, int]) -> None:
-    assert parse_blocks(text, 8) == blocks
-
-
-@pytest.mark.parametrize("text", ["", "4", "a:b", "4-8", "4:4", "5:4", "0:9", "-1:2"])
-def test_other_texts_are_mistakes(text: str) -> None:
-    with pytest.raises(UsageError):
-        parse_blocks(text, 8)
 
 
 # moving

@@ -315,7 +315,7 @@ class Call:
             swarm.note_loss(hop, error, self._owner)
         swarm.ban(service_id, error, cost_s)
         try:
-            swarm.known.check_admission(hop.start, hop.stop, error, swarm.peer_id, self._hosted_adapter)
+            swarm.known.check_admission(hop.start, hop.stop, error, self._hosted_adapter)
         except NoRouteError as shut_out:
             self._error = shut_out
         for line in self._places[service_id].idle:

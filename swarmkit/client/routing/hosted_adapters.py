@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from swarmkit.errors import UsageError
 from swarmkit.net.registry.records import Announcement
-from swarmkit.net.registry.swarm_map import uncovered
+from swarmkit.placement.ranges import uncovered
 
 
 def hosted_everywhere(servers: Sequence[Announcement], num_blocks: int) -> dict[str, str]:

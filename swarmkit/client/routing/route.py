@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from swarmkit.client.routing.claims import Shown, believed_s
 from swarmkit.errors import NoRouteError, NotAdmittedError, PeerError
 from swarmkit.net.registry.records import Announcement
-from swarmkit.net.registry.swarm_map import uncovered
+from swarmkit.placement.ranges import uncovered
 
 Cost = Callable[[Announcement, int, int], float]
 """`cost(server, start, stop)`: seconds that a token spends at a server for blocks [start, stop), and getting

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 
 from swarmkit.net.registry.records import Announcement
-from swarmkit.net.registry.swarm_map import uncovered
+from swarmkit.placement.ranges import uncovered
 
 _FAILED_PENALTY_S = 1e9
 _REFUSED_PENALTY_S = 1e11

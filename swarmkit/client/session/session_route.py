@@ -296,7 +296,7 @@ class SessionRoute:
         blocks = stage.hop.start, stage.hop.stop
         if changes.failures.count > 1:  # before the session is sent to one after the other
             await self._swarm.scout.find(*blocks, changes.hosted_adapter)
-        self._swarm.known.check_admission(*blocks, error, self._swarm.peer_id, changes.hosted_adapter)
+        self._swarm.known.check_admission(*blocks, error, changes.hosted_adapter)
         hops = await changes.find(*blocks, error)
         self._splice(index, hops)
 

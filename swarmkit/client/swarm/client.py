@@ -150,7 +150,7 @@ class SwarmClient:
         self._peer_id = transport.peer_id
         try:
             with transport.deal_with(self._lists):
-                await self.known.begin(registry)
+                await self.known.begin(registry, self._peer_id)
                 task_status.started()
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(self.known.run)

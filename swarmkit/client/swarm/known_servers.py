@@ -16,8 +16,9 @@ from swarmkit.clock import Clock
 from swarmkit.errors import NoContactError, PeerError, SwarmkitError
 from swarmkit.net.registry.records import Announcement
 from swarmkit.net.registry.registry import Registry
-from swarmkit.net.registry.swarm_map import SwarmMap, uncovered
+from swarmkit.net.registry.swarm_map import SwarmMap
 from swarmkit.net.transport.peer_lists import PeerLists
+from swarmkit.placement.ranges import uncovered
 from swarmkit.settings import RoutingSettings
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class KnownServers:
         self._clock = clock
         self._chance = chance
         self._registry: Registry | None = None
+        self._own_id = ""
         self.view = SwarmMap()
         self.looks = 0
         """How often it has looked who serves."""
@@ -76,9 +78,12 @@ class KnownServers:
 
     # ------------------------------------------------------------------ looking
 
-    async def begin(self, registry: Registry) -> None:
-        """Look up the servers for the first time, and from now on in this registry."""
-        self._registry = registry
+    async def begin(self, registry: Registry, own_id: str) -> None:
+        """Look up the servers for the first time, and from now on in this registry.
+
+        Args: own_id: of the client's own peer, by which servers admit it.
+        """
+        self._registry, self._own_id = registry, own_id
         await self.refresh()
 
     async def run(self) -> None:
@@ -177,14 +182,11 @@ class KnownServers:
             return left_out(missing)
         return no_route(start, stop, self.allowed(), self._model.name, self._other_models)
 
-    def check_admission(
-        self, start: int, stop: int, error: PeerError, own_id: str, hosted_adapter: str = ""
-    ) -> None:
+    def check_admission(self, start: int, stop: int, error: PeerError, hosted_adapter: str = "") -> None:
         """Give up where waiting is of no use: every server of some block has refused this client altogether.
 
         Args:
             error: of the server that failed last.
-            own_id: of this client's peer, for the error.
             hosted_adapter: use only servers that host the adapter of this hash.
 
         Raises:
@@ -194,7 +196,7 @@ class KnownServers:
             return
         others = [one for one in self.servers(hosted_adapter) if not self._bans.excludes(one.service_id)]
         if missing := _uncovered(start, stop, others):
-            raise shut_out(missing, own_id, error) from error
+            raise shut_out(missing, self._own_id, error) from error
 
 
 def _uncovered(start: int, stop: int, servers: Iterable[Announcement]) -> list[tuple[int, int]]:

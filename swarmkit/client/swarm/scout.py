@@ -39,8 +39,8 @@ from swarmkit.net.protocol import codec
 from swarmkit.net.protocol.messages import HIDDEN_DTYPES, SESSION, Open, Opened, Step, StepDone
 from swarmkit.net.protocol.protocol import Protocol as MessageProtocol
 from swarmkit.net.registry.records import Announcement
-from swarmkit.net.registry.swarm_map import uncovered
 from swarmkit.net.rpc.client_stream import ClientStream
+from swarmkit.placement.ranges import uncovered
 
 T = TypeVar("T")
 

@@ -14,6 +14,7 @@ from types import MappingProxyType
 import msgspec
 
 from swarmkit.net.registry.records import Announcement, ServerState
+from swarmkit.placement.ranges import uncovered
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,6 @@ class SwarmMap:
     def missing_blocks(self, num_blocks: int, now: float) -> list[tuple[int, int]]:
         """The ranges [start, stop) of a model of `num_blocks` that no online server holds."""
         return uncovered(0, num_blocks, ((r.start, r.stop) for r in self.servers(now)))
-
-
-def uncovered(start: int, stop: int, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The parts of [start, stop) outside every range, as ranges."""
-    gaps: list[tuple[int, int]] = []
-    position = start
-    for low, high in sorted(ranges):
-        if low > position:
-            gaps.append((position, min(low, stop)))
-        position = max(position, high)
-        if position >= stop:
-            break
-    if position < stop:
-        gaps.append((position, stop))
-    return [(low, high) for low, high in gaps if low < high]
 
 
 def _rank(announcement: Announcement) -> tuple[int, bytes]:
