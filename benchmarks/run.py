@@ -27,12 +27,16 @@ SCRIPTS = {
     "machine": "machine.py",  # not a benchmark of ours, but what the others are to be read beside
     "views": "views.py --json",
     "beside-llama-cpp": "beside_llama_cpp.py --json",
+    "compiled-step-s": "compiled_step.py --model S --json",
+    "compiled-step-m": "compiled_step.py --model M --json",
 }
 """Files beside this one; they print their result as one JSON value."""
 COMMANDS = {
     "machine": "",
     "views": "",
     "beside-llama-cpp": "",
+    "compiled-step-s": "",
+    "compiled-step-m": "",
     "decode-tiny-chat": "decode --stages 1,2,4 --rounds 9",
     "decode-s": "decode --model S --stages 1,2,4 --rounds 9",
     "decode-m": "decode --model M --stages 1,2,4 --tokens 32",

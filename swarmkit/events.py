@@ -322,6 +322,35 @@ class BlocksLoaded(Event, frozen=True):
         return f"loaded blocks {self.start}:{self.stop}"
 
 
+class StepCompiled(Event, frozen=True):
+    """From now on, single tokens of `rows` sessions at once run through blocks [start, stop) as compiled
+    steps.
+    """
+
+    start: int
+    stop: int
+    rows: int
+    speedup: float
+    """Seconds that such a step took without, in parts of what it takes now."""
+
+    def __str__(self) -> str:
+        sessions = f"{self.rows} session{'s' * (self.rows > 1)}"
+        return f"tokens of {sessions} run through compiled steps, {self.speedup:.2f} times as fast"
+
+
+class StepNotCompiled(Event, frozen=True):
+    """Single tokens (of `rows` sessions at once, if a number is named) run without compiled steps."""
+
+    start: int
+    stop: int
+    reason: str
+    rows: int = 0
+
+    def __str__(self) -> str:
+        which = f"tokens of {self.rows} sessions run" if self.rows > 1 else "tokens run"
+        return f"{which} without compiled steps: {self.reason}"
+
+
 class AdapterHosted(Event, frozen=True):
     """A server offers an adapter to every client."""
 

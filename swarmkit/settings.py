@@ -248,6 +248,25 @@ class EngineSettings(SettingsGroup):
         description="The longest session that decodes through CUDA graphs. The server holds memory for "
         "this many tokens of keys and values for each slot, and for one slot more.",
     )
+    compile: Literal["off", "auto", "on"] = Field(
+        default="off",
+        description="Whether a server on a CPU has the decode step of its blocks compiled, in the "
+        "background. It needs a C++ compiler. With `auto` it uses what was compiled where that is measured "
+        "to be faster, and with `on` wherever that computes the same.",
+    )
+    compile_slots: int = Field(
+        default=4,
+        ge=1,
+        le=64,
+        description="How many sessions may decode through compiled steps at a time. When more sessions "
+        "decode at once, all of them decode without.",
+    )
+    compile_tokens: int = Field(
+        default=2048,
+        ge=512,
+        description="The longest session that decodes through compiled steps. The server holds memory for "
+        "this many tokens of keys and values for each slot, and for one slot more.",
+    )
 
 
 class RequestSettings(SettingsGroup):

@@ -128,6 +128,8 @@ def plan(
     max_step_tokens: int = 4096,
     cuda_graph_slots: int = 4,
     cuda_graph_tokens: int = 2048,
+    compiled_slots: int = 0,
+    compiled_tokens: int = 0,
     training_bytes: int = 512 * 2**20,
     device: str = "cpu",
     row_tokens: int = 0,
@@ -143,6 +145,8 @@ def plan(
         cuda_graph_slots: sessions whose single tokens run as CUDA graphs; 0 for none. Counted only where the
             device and the precision can do that.
         cuda_graph_tokens: length of each of their static KV slots.
+        compiled_slots, compiled_tokens: the same of sessions whose single tokens run as compiled steps, which
+            are counted on CPUs.
         training_bytes: bytes of activations that training may keep for backward passes.
         row_tokens: what a session's row takes besides its tokens, in tokens; from `cache_cost`.
         block_bytes: of the largest block's weights, where they are stored quantised.
@@ -158,6 +162,8 @@ def plan(
     room_tokens = cache_tokens
     if with_graphs and cuda_graph_slots:
         room_tokens += (cuda_graph_slots + 1) * cuda_graph_tokens  # one slot is spare
+    if kind == "cpu" and compiled_slots:
+        room_tokens += (compiled_slots + 1) * compiled_tokens
     return Plan(
         memory_bytes=memory_bytes,
         precision=precision.name,
@@ -179,6 +185,8 @@ def plan_checkpoint(
     max_step_tokens: int = 4096,
     cuda_graph_slots: int = 4,
     cuda_graph_tokens: int = 2048,
+    compiled_slots: int = 0,
+    compiled_tokens: int = 0,
     training_bytes: int = 512 * 2**20,
     device: str = "cpu",
 ) -> Plan:
@@ -195,6 +203,8 @@ def plan_checkpoint(
         max_step_tokens=max_step_tokens,
         cuda_graph_slots=cuda_graph_slots,
         cuda_graph_tokens=cuda_graph_tokens,
+        compiled_slots=compiled_slots,
+        compiled_tokens=compiled_tokens,
         training_bytes=training_bytes,
         device=device,
         row_tokens=cost.row_tokens,

@@ -88,8 +88,8 @@ class ServerConfig:
                 "choose a lower precision or less cache",
                 needed - memory,
             )
-        of_graphs = plan.kv_bytes_per_block - self.plan(memory, graph_slots=0).kv_bytes_per_block
-        taken = plan.workspace_bytes + count * (plan.block_bytes + of_graphs)
+        of_slots = plan.kv_bytes_per_block - self.plan(memory, with_slots=False).kv_bytes_per_block
+        taken = plan.workspace_bytes + count * (plan.block_bytes + of_slots)
         return FittingBlocks(count, memory - taken)
 
     def fits_beside(self, held: tuple[int, int], more: tuple[int, int]) -> bool:
@@ -106,18 +106,19 @@ class ServerConfig:
         """What the output layer takes that the server computes for clients."""
         return output_layer_bytes(self.checkpoint) if self.settings.head.offer_head else 0
 
-    def plan(self, memory_bytes: int, graph_slots: int | None = None) -> Plan:
-        """How this server would use so much memory; see `plan_checkpoint`."""
-        settings = self.settings
-        slots = settings.engine.cuda_graph_slots if graph_slots is None else graph_slots
+    def plan(self, memory_bytes: int, with_slots: bool = True) -> Plan:
+        """How this server would use so much memory, with static KV slots or without."""
+        settings, engine = self.settings, self.settings.engine
         return plan_checkpoint(
             self.checkpoint,
             memory_bytes,
             self.precision,
             cache_tokens=settings.node.cache_tokens,
             max_step_tokens=settings.requests.max_step_tokens,
-            cuda_graph_slots=slots,
-            cuda_graph_tokens=settings.engine.cuda_graph_tokens,
+            cuda_graph_slots=engine.cuda_graph_slots if with_slots else 0,
+            cuda_graph_tokens=engine.cuda_graph_tokens,
+            compiled_slots=engine.compile_slots if with_slots and engine.compile != "off" else 0,
+            compiled_tokens=engine.compile_tokens,
             training_bytes=settings.limits.activation_cache_bytes,
             device=self.device,
         )

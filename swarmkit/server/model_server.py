@@ -48,6 +48,7 @@ from swarmkit.server.announcer import Announcer
 from swarmkit.server.block_run import BlockRun
 from swarmkit.server.cache.kv_budget import KVBudget
 from swarmkit.server.config import ServerConfig
+from swarmkit.server.engine.compiling import StepCompiler
 from swarmkit.server.engine.engine import Engine
 from swarmkit.server.engine.trim_malloc import trim_malloc
 from swarmkit.server.engine.work import BULK, EngineClosedError
@@ -467,6 +468,10 @@ class ModelServer:
         task_status.started(run)
         async with anyio.create_task_group() as beside:
             beside.start_soon(vitals.watch)
+            engine = self.config.settings.engine
+            if engine.compile != "off" and serving.stage.device.type == "cpu":
+                compiler = StepCompiler(serving.stage, serving.engine, engine, self._emit)
+                beside.start_soon(compiler.run)
             await announcer.announce_until(run.told_to_leave, news)
             beside.cancel_scope.cancel()
         serving.sessions.leaving = True

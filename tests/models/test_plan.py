@@ -111,6 +111,12 @@ def test_no_static_slots_are_planned_for_where_there_are_no_cuda_graphs(
     assert found.kv_bytes_per_block == 100 * 1000
 
 
+@pytest.mark.parametrize(("device", "tokens"), [("cpu", 50), ("cuda", 0)])
+def test_slots_of_compiled_steps_are_planned_for_on_a_cpu(device: str, tokens: int) -> None:
+    found = planned(device, cuda_graph_slots=0, compiled_slots=4, compiled_tokens=10)
+    assert found.kv_bytes_per_block == (100 + tokens) * 1000
+
+
 def test_an_unknown_precision_names_the_known_ones() -> None:
     config = Checkpoint.open("tiny-chat").config
 

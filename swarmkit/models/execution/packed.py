@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -69,13 +69,18 @@ def can_be_packed(config: PreTrainedConfig, anatomy: Anatomy) -> bool:
 
 
 class PackedView:
-    """Some blocks of a model, called with steps of several sessions at once."""
+    """Some blocks of a model, called with steps of several sessions at once.
+
+    Attributes:
+        model: the base model with these blocks alone, which attends as a packed batch does.
+        attention: name of the blocks' own attention implementation.
+    """
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy, adapters: AdapterHooks) -> None:
         self._forward = inspect.unwrap(type(model).forward)
         self._cache_argument = anatomy.cache_argument
         self._adapters = adapters
-        self._model = _with_attention(model, _PACKED, {})
+        self.model = _with_attention(model, _PACKED, {})
         self._masks = _MaskMaker(model, anatomy)
         self.attention: str = model.config._attn_implementation
 
@@ -105,13 +110,37 @@ class PackedView:
     def run(self, hidden: Tensor, positions: Tensor, batch: PackedBatch) -> Tensor:
         """Run the blocks over tokens `[total, hidden]` at positions `[total]`; returns `[total, hidden]`."""
         out: Tensor = self._forward(
-            self._model,
+            self.model,
             inputs_embeds=hidden[None],
             position_ids=positions[None],
             use_cache=True,
             **{self._cache_argument: batch},
         ).last_hidden_state
         return out[0]
+
+
+class DecodePath(Protocol):
+    """A quicker way for single tokens of sessions, where there is one: CUDA graphs, or compiled steps.
+
+    Attributes:
+        work: False once it cannot be used any more.
+    """
+
+    work: bool
+
+    def run(
+        self, blocks: tuple[int, int], view: PackedView, parts: Sequence[StepPart]
+    ) -> list[Tensor] | None:
+        """Run one token each of sessions of these blocks, whose caches hold it afterwards.
+
+        Args:
+            view: these blocks.
+            parts: checked, of the blocks' device and dtype, with hidden states `[1, 1, hidden]`, nothing
+                masked, counted positions, no adapter, and something in the cache.
+
+        Returns:
+            `[1, 1, hidden]` for each; None if that cannot be: then nothing has happened.
+        """
 
 
 def _positions(part: StepPart) -> Tensor:

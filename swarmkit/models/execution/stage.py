@@ -25,7 +25,7 @@ from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.attention_cost import AttentionCost
 from swarmkit.models.execution.block_loading import load_blocks
 from swarmkit.models.execution.cuda_graphs import StageGraphs, is_next_token
-from swarmkit.models.execution.packed import PackedView, StepPart, can_be_packed
+from swarmkit.models.execution.packed import DecodePath, PackedView, StepPart, can_be_packed
 from swarmkit.models.execution.view import View, with_blocks
 from swarmkit.models.kv.cache import StageCache
 from swarmkit.models.quantization.precision import Precision
@@ -54,6 +54,8 @@ class Stage:
         attention_cost: of one block.
         keys_are_final: whether a token's keys are the same however long its session becomes.
         fittings: what adapters may attach to.
+        runs_together: whether sessions run together, unless they have a recurrent state.
+        decode_path: how single tokens run where that can be; None: as other steps. May be replaced.
     """
 
     def __init__(
@@ -69,15 +71,15 @@ class Stage:
         self._base = base
         self._anatomy = anatomy
         self._views: dict[tuple[int, int], View] = {}
-        self._can_pack = can_be_packed(base.config, anatomy)
+        self.runs_together = can_be_packed(base.config, anatomy)
         keys = getattr(base.config, "num_key_value_heads", None)
         shares = keys is not None and keys != getattr(base.config, "num_attention_heads", None)
-        self._packs_lone_steps = shares and self._can_pack and self.device.type == "cpu"
+        self._packs_lone_steps = shares and self.runs_together and self.device.type == "cpu"
         self.keys_are_final = not {"dynamic", "longrope"} & rope_types(
             getattr(base.config, "rope_parameters", None)
         )
         self._packed_views: dict[tuple[int, int], PackedView] = {}
-        self._graphs: StageGraphs | None = None
+        self.decode_path: DecodePath | None = None
         layers: Any = base.get_submodule(anatomy.layers)
         self.attention_cost = AttentionCost.of(base.config, layers[0])
         blocks: dict[int, nn.Module] = dict(enumerate(layers, start))
@@ -131,7 +133,7 @@ class Stage:
             sessions: how many at once may run so; if more have a token at once, all run without.
             tokens: how long they may be; the keys and values of `sessions + 1` of that length are held.
         """
-        self._graphs = StageGraphs(sessions, tokens) if self.precision.allows_cuda_graphs else None
+        self.decode_path = StageGraphs(sessions, tokens) if self.precision.allows_cuda_graphs else None
 
     def new_cache(self, start: int, stop: int, adapter: Adapter | None = None) -> StageCache:
         """An empty cache for one session that uses blocks `[start, stop)` of this stage.
@@ -205,7 +207,7 @@ class Stage:
                 results[index] = error
                 continue
             seen.add(part.cache)
-            can = self._can_pack and not part.cache.recurrent
+            can = self.runs_together and not part.cache.recurrent
             blocks = (part.cache.start, part.cache.stop) if can else (-1, index)
             batches.setdefault(blocks, []).append(index)
         for indices in batches.values():
@@ -214,7 +216,8 @@ class Stage:
 
     def _forward_batch(self, parts: list[StepPart]) -> list[Tensor] | list[Tensor | Exception]:
         """Run checked parts over the same blocks, in the quickest way that there is for them."""
-        if self._graphs is not None and (outputs := self._forward_graph(parts, self._graphs)) is not None:
+        path = self.decode_path
+        if path is not None and (outputs := self._forward_quickly(parts, path)) is not None:
             return outputs
         if len(parts) > 1 or self._is_quicker_packed(parts[0]):
             try:
@@ -257,17 +260,15 @@ class Stage:
         return several and self._packs_lone_steps and not part.cache.recurrent
 
     @torch.inference_mode()
-    def _forward_graph(self, parts: Sequence[StepPart], graphs: StageGraphs) -> list[Tensor] | None:
-        """Run checked parts over the same blocks as a CUDA graph; None if they cannot be."""
+    def _forward_quickly(self, parts: Sequence[StepPart], path: DecodePath) -> list[Tensor] | None:
+        """Run checked parts over the same blocks by the quicker way; None if they cannot be."""
         blocks = parts[0].cache.start, parts[0].cache.stop
         view = self.view_of(*blocks)
-        if not self._can_pack or not all(is_next_token(part, view) for part in parts):
+        if not self.runs_together or not all(is_next_token(part, view) for part in parts):
             return None
-        outputs = graphs.run(
-            blocks, self._packed(blocks), [part.to(self.device, self.dtype) for part in parts]
-        )
-        if not graphs.work:
-            self._graphs = None
+        outputs = path.run(blocks, self._packed(blocks), [part.to(self.device, self.dtype) for part in parts])
+        if not path.work:
+            self.decode_path = None
         return outputs
 
     def _packed(self, blocks: tuple[int, int]) -> PackedView:

@@ -1,0 +1,1 @@
+"""Decode steps that were compiled for a CPU; see `steps`."""

@@ -1,0 +1,54 @@
+"""Compiles one decode step: `python -m swarmkit.models.compiled.build`, started by a server.
+
+A process of its own, because a compiler takes memory and processor time, and may fail in ways of its own. It
+has the lowest priority, reads what to do as one line of JSON, and ends when whoever started it does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TextIO
+
+from swarmkit.models.compiled.kinds import BlockKind
+from swarmkit.models.foreign_errors import reason_of
+
+ANSWER = "answer.json"
+"""Name of the file that says how it went, in the folder of the package."""
+_NICENESS = 19
+
+
+def main() -> None:
+    """Compile what the first line of standard input asks for."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.nice(_NICENESS)
+    order = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_owner, args=(sys.stdin,), daemon=True).start()
+    package = Path(order["package"])
+    logging.captureWarnings(True)
+    try:
+        from swarmkit.models.compiled.trace import compile_step
+
+        compile_step(BlockKind.parse(order["kind"]), order["rows"], order["length"], package)
+        reason = ""
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
+        reason = reason_of(error)
+    (package.parent / ANSWER).write_text(json.dumps({"reason": reason}))
+
+
+def _end_with_owner(owner: TextIO) -> None:
+    """When the owner's end of the pipe is closed, end, and with this the compiler that was started."""
+    owner.read()
+    if os.getpgid(0) == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""Has the decode step of a stage compiled while the server serves, and puts it in place.
+
+::
+
+    look at the blocks ── for 1, 2, 4 … rows: ── on the shelf? ── else compile, in a process of low priority
+    (engine)                                         │
+                             load ── compare each block ── measure ── put in place, and say so
+                                     (engine, block by block, between the steps of clients)
+
+Until then, and wherever something of it cannot be done, tokens run as they do without; the reason is told.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+import filelock
+import torch
+import transformers
+
+from swarmkit.events import Event, StepCompiled, StepNotCompiled
+from swarmkit.models.compiled import build
+from swarmkit.models.compiled.kinds import BlockKind, NotCompiledError, StageKinds, kinds_of
+from swarmkit.models.compiled.shelf import PackageShelf, default_folder
+from swarmkit.models.compiled.steps import CompiledSteps, Program, Race, StepComparison
+from swarmkit.models.execution import packed
+from swarmkit.models.execution.stage import Stage
+from swarmkit.server.engine.engine import Engine
+from swarmkit.server.engine.work import BULK, EngineClosedError
+from swarmkit.settings import EngineSettings
+
+logger = logging.getLogger(__name__)
+
+BOUND = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+"""Largest difference to the step that is replaced, in parts of the largest value; the order of additions and
+roundings within a block differs."""
+_ROUNDS = 7
+"""Steps of each kind that are timed."""
+_FASTER = 1.03
+_PATIENCE_S = 1800.0
+"""How long a compiler may take, on a machine that has other things to do."""
+_PAUSE_S = 0.5
+
+
+def sizes_up_to(slots: int) -> list[int]:
+    """The numbers of rows that programs are compiled for: powers of two, and the largest that may be."""
+    sizes = [1]
+    while sizes[-1] < slots:
+        sizes.append(min(2 * sizes[-1], slots))
+    return sizes
+
+
+class StepCompiler:
+    """Compiles the decode step of one stage; its `run` is a task that ends when all is done.
+
+    Attributes:
+        reason: why there are no (or no more) compiled steps; empty while nothing is in the way.
+        steps: what was put in place; None before.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        engine: Engine,
+        settings: EngineSettings,
+        emit: Callable[..., None],
+        folder: Path | None = None,
+    ) -> None:
+        """Args:
+        emit: is given a kind of event, and its values.
+        folder: for compiled programs; `default_folder` if not given.
+        """
+        self._stage = stage
+        self._engine = engine
+        self._settings = settings
+        self._emit = emit
+        self._folder = folder or default_folder()
+        self.reason = ""
+        self.steps: CompiledSteps | None = None
+
+    async def run(self) -> None:
+        """Compile for more and more rows, until all is done or something is in the way."""
+        size = 0
+        try:
+            with suppress(EngineClosedError):
+                ensure_compiler()
+                shelf = await anyio.to_thread.run_sync(PackageShelf, self._folder)
+                kinds = (await self._engine.run(lambda: kinds_of(self._stage), BULK)).value
+                for size in sizes_up_to(self._settings.compile_slots):
+                    await self._put_in_place(shelf, kinds, size)
+        except NotCompiledError as error:
+            self._tell(str(error), size)
+        except Exception as error:
+            logger.warning("compiling decode steps failed", exc_info=True)
+            self._tell(f"{type(error).__name__}: {error}", size)
+
+    def _tell(self, reason: str, size: int) -> None:
+        self.reason = reason
+        self._told(StepNotCompiled, reason, size)
+
+    def _told(self, kind: type[Event], *values: object) -> None:
+        self._emit(kind, self._stage.start, self._stage.stop, *values)
+
+    async def _put_in_place(self, shelf: PackageShelf, kinds: StageKinds, size: int) -> None:
+        """Have programs for so many rows, and use them if they compute the same.
+
+        Raises:
+            NotCompiledError: there are none, or they do not.
+        """
+        settings = self._settings
+        keys = {digest: program_key(digest, size, settings.compile_tokens) for digest in kinds.kinds}
+        programs = {
+            digest: await self._program(shelf, keys[digest], kind, size)
+            for digest, kind in kinds.kinds.items()
+        }
+        try:
+            await self._compare(kinds, programs, size)
+        except NotCompiledError:
+            for key in keys.values():
+                shelf.remove(key)
+            raise
+        speedup = await self._measure(kinds, programs, size)
+        if settings.compile == "auto" and speedup < _FASTER:
+            reason = f"compiled steps take {1 / speedup:.2f} times as long here as others"
+            self._told(StepNotCompiled, reason, size)
+            return
+        await self._engine.run(lambda: self._use(kinds, programs, size), BULK)
+        self._told(StepCompiled, size, speedup)
+
+    def _use(self, kinds: StageKinds, programs: Mapping[str, Program], size: int) -> None:
+        if self.steps is None:
+            settings = self._settings
+            self.steps = CompiledSteps(self._stage, kinds, settings.compile_slots, settings.compile_tokens)
+            self._stage.decode_path = self.steps
+        self.steps.put(size, programs)
+
+    async def _program(self, shelf: PackageShelf, key: str, kind: BlockKind, size: int) -> Program:
+        """Load a program from the shelf, compiled now if it is not there or cannot be loaded."""
+        found = await anyio.to_thread.run_sync(shelf.find, key)
+        if found is not None:
+            try:
+                return await anyio.to_thread.run_sync(Program, found)
+            except NotCompiledError as error:
+                logger.warning("%s; it is compiled anew", error)
+                shelf.remove(key)
+        async with _alone(shelf.folder):
+            found = await anyio.to_thread.run_sync(shelf.find, key)  # others may have been at it
+            if found is None:
+                found = await compile_apart(shelf, key, kind, size, self._settings.compile_tokens)
+        return await anyio.to_thread.run_sync(Program, found)
+
+    async def _compare(self, kinds: StageKinds, programs: Mapping[str, Program], size: int) -> None:
+        """Compare each block's step with the one that it is to replace.
+
+        Raises:
+            NotCompiledError: they differ by more than the order of additions can make.
+        """
+        stage, bound = self._stage, BOUND[self._stage.dtype]
+        comparison = StepComparison(stage, kinds, size, self._settings.compile_tokens)
+        for index, digest in enumerate(kinds.of_block):
+            compare = comparison.difference
+            found = (await self._engine.run(lambda: compare(index, programs[digest]), BULK)).value  # noqa: B023
+            if not found <= bound:
+                raise NotCompiledError(
+                    f"the compiled step of block {stage.start + index} differs from the other by "
+                    f"{found:.1e} of the largest value, and {bound:.0e} is the bound"
+                )
+
+    async def _measure(self, kinds: StageKinds, programs: Mapping[str, Program], size: int) -> float:
+        """How many times as fast compiled steps are, by steps of both kinds in turn."""
+        race = Race(self._stage, kinds, size, self._settings.compile_tokens)
+        await self._engine.run(lambda: race.put(programs), BULK)
+        ratios = []
+        for _ in range(_ROUNDS):
+            before = await self._engine.run(race.step_eagerly, BULK)
+            after = await self._engine.run(race.step_compiled, BULK)
+            ratios.append(before.compute_s / max(after.compute_s, 1e-9))
+        return statistics.median(ratios[1:])  # the first of each moves its sessions, and warms up
+
+
+def ensure_compiler() -> None:
+    """Check that there is a C++ compiler.
+
+    Raises:
+        NotCompiledError: there is none.
+    """
+    usual = "clang++" if sys.platform == "darwin" else "g++"
+    named = os.environ.get("CXX", usual)
+    if shutil.which(named) is None:
+        raise NotCompiledError(
+            f"there is no C++ compiler named {named} on this machine; install one, or name one in CXX"
+        )
+
+
+def program_key(digest: str, rows: int, tokens: int) -> str:
+    """The name of a program: what it was made for, of what, and by what.
+
+    Args: digest: of the kind of block.
+    """
+    return sha256("\n".join([digest, str(rows), str(tokens), *_made_by()]).encode()).hexdigest()
+
+
+@cache
+def _made_by() -> tuple[str, ...]:
+    own = [Path(build.__file__).with_name("trace.py"), Path(packed.__file__)]
+    sources = [sha256(path.read_bytes()).hexdigest() for path in own]
+    return torch.__version__, transformers.__version__, _processor(), *sources
+
+
+def _processor() -> str:
+    """The model of the processor, and what it can do: programs use all of that."""
+    text = f"{platform.system()} {platform.machine()} {platform.processor()}"
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        text += "".join(line for line in lines if line.startswith(("model name", "flags", "Features")))
+    return text
+
+
+@asynccontextmanager
+async def _alone(folder: Path) -> AsyncIterator[None]:
+    """Wait until no other server of this machine compiles; two would only slow each other down."""
+    lock = filelock.FileLock(folder / "compiling.lock", mode=0o600)
+    while True:
+        try:
+            lock.acquire(blocking=False)
+            break
+        except filelock.Timeout:
+            await anyio.sleep(_PAUSE_S)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+async def compile_apart(shelf: PackageShelf, key: str, kind: BlockKind, rows: int, tokens: int) -> Path:
+    """Compile a program in a process of its own, and put it on the shelf.
+
+    If this is cancelled, the process and its compiler are killed.
+
+    Raises:
+        NotCompiledError: it could not be compiled; the message says why.
+    """
+    with shelf.workplace() as place:
+        package = place / "made.pt2"
+        order = {"kind": kind.text, "rows": rows, "length": tokens, "package": str(package)}
+        with (place / "errors.txt").open("w+b") as errors:
+            with anyio.move_on_after(_PATIENCE_S) as patience:
+                code = await _run_to_the_end(json.dumps(order), errors.fileno(), place)
+            if patience.cancelled_caught:
+                raise NotCompiledError(f"it took longer than {_PATIENCE_S:.0f} s to compile")
+            errors.seek(0)
+            words = errors.read().decode(errors="replace").strip().splitlines()
+        try:
+            reason = json.loads((place / build.ANSWER).read_text())["reason"]
+        except OSError:
+            reason = f"its process ended with {code}{f': {words[-1]}' if words else ''}"
+        if reason:
+            raise NotCompiledError(reason)
+        return await anyio.to_thread.run_sync(shelf.put, key, package)
+
+
+async def _run_to_the_end(order: str, errors: int, place: Path) -> int:
+    """Run the process that compiles; returns its exit code. It ends with this call, whatever happens."""
+    own = {
+        "TORCHINDUCTOR_CACHE_DIR": str(place / "inductor"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "TMPDIR": str(place),
+        "OMP_NUM_THREADS": "1",
+    }
+    process = await anyio.open_process(
+        [sys.executable, "-m", build.__name__],
+        stdin=subprocess.PIPE,
+        stdout=errors,
+        stderr=errors,
+        env={**os.environ, **own},
+        start_new_session=True,
+    )
+    try:
+        assert process.stdin is not None
+        await process.stdin.send(f"{order}\n".encode())
+        return await process.wait()
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and with it the compiler that it may have started
+        with anyio.CancelScope(shield=True):
+            await process.aclose()

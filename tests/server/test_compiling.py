@@ -1,0 +1,165 @@
+"""A server has its decode step compiled beside its work, and goes on without where that cannot be."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import psutil
+import pytest
+
+from swarmkit import LocalSwarm
+from swarmkit.events import Event, Owner, StepCompiled, StepNotCompiled
+from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.execution.stage import Stage
+from swarmkit.models.head.head import load_local
+from swarmkit.server.engine.compiling import StepCompiler, program_key, sizes_up_to
+from swarmkit.server.engine.engine import Engine
+from swarmkit.settings import EngineSettings, ServerSettings
+
+from ..client.answers import answer, prompt
+from ..models.tiny import make_checkpoint
+from ..waiting import eventually, wait_until
+
+OWNER = Owner("server", "peer")
+COMPILED_WITHIN = 600.0
+"""Seconds in which a compiler that has the lowest priority is done, whatever else the machine does."""
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[Engine]:
+    engine = Engine("test")
+    yield engine
+    await asyncio.to_thread(engine.close)
+
+
+class Compiling:
+    """A compiler of steps, and what it has told."""
+
+    def __init__(self, stage: Stage, engine: Engine, folder: Path, **settings: Any) -> None:
+        self.told: list[Event] = []
+        chosen = EngineSettings().replace(compile="on", compile_slots=1, compile_tokens=512, **settings)
+        self.compiler = StepCompiler(stage, engine, chosen, self._tell, folder)
+
+    def _tell(self, kind: Any, *values: object) -> None:
+        self.told.append(kind(*values, time=0.0, owner=OWNER))
+
+
+def stage_of(folder: Path, name: str = "llama") -> Stage:
+    return Stage.load(Checkpoint.open(make_checkpoint(folder, name)), 1, 4, dtype="float32")
+
+
+def test_there_are_programs_for_powers_of_two_and_the_most_that_may_be() -> None:
+    assert sizes_up_to(1) == [1]
+    assert sizes_up_to(4) == [1, 2, 4]
+    assert sizes_up_to(6) == [1, 2, 4, 6]
+
+
+def test_what_a_program_was_made_for_is_in_its_name() -> None:
+    names = {program_key(*made) for made in [("a", 1, 512), ("b", 1, 512), ("a", 2, 512), ("a", 1, 1024)]}
+    assert len(names) == 4
+    assert all(name.isalnum() for name in names)
+    assert program_key("a", 1, 512) in names
+
+
+async def test_without_a_compiler_the_reason_is_told(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    here = Compiling(stage_of(tmp_path), engine, tmp_path / "compiled")
+    await here.compiler.run()
+    (told,) = here.told
+    assert isinstance(told, StepNotCompiled)
+    assert "no C++ compiler named no-such-compiler" in str(told)
+    assert here.compiler.steps is None
+    assert told.reason == here.compiler.reason
+
+
+async def test_blocks_that_cannot_be_compiled_are_a_reason(tmp_path: Path, engine: Engine) -> None:
+    here = Compiling(stage_of(tmp_path, "bloom"), engine, tmp_path / "compiled")
+    await here.compiler.run()
+    assert [type(event) for event in here.told] == [StepNotCompiled]
+    assert "cannot run together" in here.compiler.reason
+
+
+async def test_a_folder_that_others_can_open_is_a_reason(tmp_path: Path, engine: Engine) -> None:
+    (tmp_path / "compiled").mkdir(mode=0o755)
+    here = Compiling(stage_of(tmp_path), engine, tmp_path / "compiled")
+    await here.compiler.run()
+    assert "closed to all others" in here.compiler.reason
+
+
+async def test_a_closed_engine_ends_it_without_a_word(tmp_path: Path) -> None:
+    engine = Engine("test")
+    here = Compiling(stage_of(tmp_path), engine, tmp_path / "compiled")
+    await asyncio.to_thread(engine.close)
+    await here.compiler.run()
+    assert here.told == []
+
+
+def compilers() -> list[int]:
+    """Processes below this one that compile."""
+    children = psutil.Process().children(recursive=True)
+    return [child.pid for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+async def test_who_stops_ends_the_compiler(tmp_path: Path, engine: Engine) -> None:
+    before = set(compilers())
+    here = Compiling(stage_of(tmp_path), engine, tmp_path / "compiled")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(here.compiler.run)
+        await eventually(lambda: set(compilers()) - before, "a process that compiles")
+        tasks.cancel_scope.cancel()
+    await eventually(lambda: set(compilers()) <= before, "the end of that process")
+    assert [path.name for path in (tmp_path / "compiled").iterdir() if path.is_dir()] == []
+    assert here.told == []
+
+
+@pytest.mark.slow
+async def test_a_step_is_compiled_once_and_kept(tmp_path: Path, engine: Engine) -> None:
+    folder = tmp_path / "compiled"
+    first = Compiling(stage_of(tmp_path), engine, folder)
+    with anyio.fail_after(COMPILED_WITHIN):
+        await first.compiler.run()
+    assert [type(event) for event in first.told] == [StepCompiled], first.compiler.reason
+    assert first.compiler.steps is not None
+    assert first.compiler.steps.sizes == (1,)
+    (package,) = folder.glob("*.pt2")
+    made = package.stat().st_mtime_ns
+    second = Compiling(stage_of(tmp_path), engine, folder)
+    await second.compiler.run()
+    assert [type(event) for event in second.told] == [StepCompiled]
+    assert package.stat().st_mtime_ns == made
+    package.write_bytes(package.read_bytes()[:-100])  # a disk that was full
+    third = Compiling(stage_of(tmp_path), engine, folder)
+    with anyio.fail_after(COMPILED_WITHIN):
+        await third.compiler.run()
+    assert [type(event) for event in third.told] == [StepCompiled]
+    assert package.stat().st_mtime_ns != made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_swarm_with_compiled_steps_answers_as_the_local_model(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWARMKIT_STORE_DIR", str(tmp_path / "store"))
+    changes = {"sliding_window": 512} if name == "gemma2" else {}
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path, name, **changes))
+    settings = ServerSettings().replace(compile="on", compile_slots=1, compile_tokens=512)
+    wanted = answer(load_local(checkpoint), prompt(5)[0], new_tokens=24).tolist()
+    with LocalSwarm(checkpoint, 2, transport="memory", server_settings=settings) as swarm:
+        model = swarm.model()
+        assert answer(model, prompt(5)[0], new_tokens=24).tolist() == wanted
+        for told in [server.events.subscribe(8, StepCompiled, StepNotCompiled) for server in swarm.servers]:
+            found: list[Event] = []
+            wait_until(
+                lambda: found.extend(told.pending()) or found,  # type: ignore[func-returns-value]  # noqa: B023
+                "compiled steps",
+                within=COMPILED_WITHIN,
+            )
+            assert [type(event) for event in found] == [StepCompiled]
+        assert answer(model, prompt(5)[0], new_tokens=24).tolist() == wanted
