@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -320,6 +322,29 @@ def test_nothing_is_loaded_from_a_folder_of_somebody_else(
     monkeypatch.setattr(os, "getuid", lambda: shelf.folder.stat().st_uid + 1)
     with pytest.raises(NotCompiledError, match="closed to all others"):
         shelf.find("key")
+
+
+def test_a_program_that_its_user_died_of_is_not_tried_again(shelf: PackageShelf) -> None:
+    path = put(shelf)
+    die = (
+        "import os, sys; from swarmkit.models.compiled.shelf import PackageShelf; from pathlib import Path\n"
+    )
+    die += "with PackageShelf(Path(sys.argv[1])).trying(['key']): os._exit(3)"
+    assert (
+        subprocess.run([sys.executable, "-c", die, str(shelf.folder)], check=False, timeout=120).returncode
+        == 3
+    )
+    with pytest.raises(NotCompiledError, match="a server ended while it tried"):
+        shelf.find("key")
+    assert not path.exists()
+    assert shelf.find("key") is None  # so that it is compiled anew
+
+
+def test_a_program_that_is_being_tried_is_found(shelf: PackageShelf) -> None:
+    path = put(shelf)
+    with shelf.trying(["key"]):
+        assert shelf.find("key") == path
+    assert not list(shelf.folder.glob("*.trial"))
 
 
 def test_a_folder_that_cannot_be_made_is_a_reason(tmp_path: Path) -> None:

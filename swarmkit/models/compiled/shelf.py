@@ -14,18 +14,19 @@ import logging
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
 import platformdirs
+import psutil
 
 from swarmkit.models.compiled.kinds import NotCompiledError
 
 logger = logging.getLogger(__name__)
 
-_PACKAGE, _NOTE = ".pt2", ".json"
+_PACKAGE, _NOTE, _TRIAL = ".pt2", ".json", ".trial"
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -58,9 +59,18 @@ class PackageShelf:
         """A package that was put here under a key; one that was changed since is removed, and not returned.
 
         Raises:
-            NotCompiledError: others than this user have access to the folder.
+            NotCompiledError: others than this user have access to the folder, or a process ended while it
+                tried the package for the first time; then the package is removed.
         """
         self._check_folder()
+        for trial in self.folder.glob(f"{key}.*{_TRIAL}"):
+            if not psutil.pid_exists(int(trial.name.split(".")[1])):
+                trial.unlink(missing_ok=True)
+                self.remove(key)
+                raise NotCompiledError(
+                    "a server ended while it tried the compiled program, which is removed; the next start "
+                    "has it compiled anew"
+                )
         package, note = self._paths(key)
         try:
             expected = json.loads(self._read(note))["sha256"]
@@ -85,6 +95,18 @@ class PackageShelf:
             json.dump({"sha256": digest}, file)
         Path(file.name).replace(note)
         return package
+
+    @contextmanager
+    def trying(self, keys: Iterable[str]) -> Iterator[None]:
+        """While programs are loaded and tried: should this process die of one, the next does not load it."""
+        trials = [self.folder / f"{key}.{os.getpid()}{_TRIAL}" for key in keys]
+        for trial in trials:
+            trial.touch()
+        try:
+            yield
+        finally:
+            for trial in trials:
+                trial.unlink(missing_ok=True)
 
     def remove(self, key: str) -> None:
         """Keep a package no longer."""

@@ -124,17 +124,21 @@ class StepCompiler:
         """
         settings = self._settings
         keys = {digest: program_key(digest, size, settings.compile_tokens) for digest in kinds.kinds}
-        programs = {
-            digest: await self._program(shelf, keys[digest], kind, size)
-            for digest, kind in kinds.kinds.items()
+        packages = {
+            digest: await self._have(shelf, keys[digest], kind, size) for digest, kind in kinds.kinds.items()
         }
-        try:
-            await self._compare(kinds, programs, size)
-        except NotCompiledError:
-            for key in keys.values():
-                shelf.remove(key)
-            raise
-        speedup = await self._measure(kinds, programs, size)
+        with shelf.trying(keys.values()):
+            try:
+                programs = {
+                    digest: await anyio.to_thread.run_sync(Program, package)
+                    for digest, package in packages.items()
+                }
+                await self._compare(kinds, programs, size)
+            except NotCompiledError:
+                for key in keys.values():
+                    shelf.remove(key)
+                raise
+            speedup = await self._measure(kinds, programs, size)
         if settings.compile == "auto" and speedup < _FASTER:
             reason = f"compiled steps take {1 / speedup:.2f} times as long here as others"
             self._told(StepNotCompiled, reason, size)
@@ -149,20 +153,15 @@ class StepCompiler:
             self._stage.decode_path = self.steps
         self.steps.put(size, programs)
 
-    async def _program(self, shelf: PackageShelf, key: str, kind: BlockKind, size: int) -> Program:
-        """Load a program from the shelf, compiled now if it is not there or cannot be loaded."""
+    async def _have(self, shelf: PackageShelf, key: str, kind: BlockKind, size: int) -> Path:
+        """A program on the shelf, compiled now if it is not there."""
         found = await anyio.to_thread.run_sync(shelf.find, key)
-        if found is not None:
-            try:
-                return await anyio.to_thread.run_sync(Program, found)
-            except NotCompiledError as error:
-                logger.warning("%s; it is compiled anew", error)
-                shelf.remove(key)
-        async with _alone(shelf.folder):
-            found = await anyio.to_thread.run_sync(shelf.find, key)  # others may have been at it
-            if found is None:
-                found = await compile_apart(shelf, key, kind, size, self._settings.compile_tokens)
-        return await anyio.to_thread.run_sync(Program, found)
+        if found is None:
+            async with _alone(shelf.folder):
+                found = await anyio.to_thread.run_sync(shelf.find, key)  # others may have been at it
+                if found is None:
+                    found = await compile_apart(shelf, key, kind, size, self._settings.compile_tokens)
+        return found
 
     async def _compare(self, kinds: StageKinds, programs: Mapping[str, Program], size: int) -> None:
         """Compare each block's step with the one that it is to replace.
