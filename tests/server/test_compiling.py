@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from swarmkit import LocalSwarm
 from swarmkit.events import Event, Owner, StepCompiled, StepNotCompiled
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.compiled import build
 from swarmkit.models.execution.stage import Stage
 from swarmkit.models.head.head import load_local
 from swarmkit.server.engine.compiling import StepCompiler, program_key, sizes_up_to
@@ -139,6 +141,32 @@ async def test_a_step_is_compiled_once_and_kept(tmp_path: Path, engine: Engine) 
         await third.compiler.run()
     assert [type(event) for event in third.told] == [StepCompiled]
     assert package.stat().st_mtime_ns != made
+
+
+def building() -> list[psutil.Process]:
+    """Processes below this one that compile for some server."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if build.__name__ in child.cmdline():
+                found.append(child)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("kept_fork_server")
+def test_a_server_that_is_killed_leaves_no_compiler_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWARMKIT_STORE_DIR", str(tmp_path / "store"))
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path, "llama"))
+    settings = ServerSettings().replace(compile="on", compile_slots=1, compile_tokens=512)
+    with LocalSwarm(checkpoint, 1, processes=True, server_settings=settings) as swarm:
+        wait_until(building, "a process that compiles")
+        (compiler,) = building()
+        wait_until(lambda: compiler.nice() == 19, "its low priority")
+        swarm.servers[0].kill()
+        wait_until(lambda: not compiler.is_running() or not building(), "the end of that process")
 
 
 @pytest.mark.slow

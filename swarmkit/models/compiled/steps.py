@@ -114,7 +114,7 @@ class CompiledSteps:
         self.work = True
         self._start = stage.start
         self._weights = BlockWeights(stage, kinds)
-        self._slots = StaticSlots(sessions, tokens)
+        self._slots = StaticSlots(sessions, tokens, clears=False)
         self._slot_rows = SlotRows(self._slots)
         self._programs: dict[int, Mapping[str, Program]] = {}
         self._size_for: list[int] = []
@@ -213,7 +213,7 @@ class StepComparison:
         self._prompts = [
             stage.forward(prompt, cache) for prompt, cache in zip(self._prompts, caches, strict=True)
         ]
-        slots = StaticSlots(self._size, self._length)
+        slots = StaticSlots(self._size, self._length, clears=False)
         held = [slots.take(index, cache.blocks, cache.tokens) for cache in caches]  # which keeps them taken
         rows, tokens = list(range(self._size)), [cache.tokens for cache in caches]
         slot_rows = SlotRows(slots)

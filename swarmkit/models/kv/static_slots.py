@@ -37,10 +37,12 @@ class StaticSlot:
 class StaticSlotLayer(HeldLayer):
     """Keys and values of one block in a slot, `[1, heads, length, dim]`."""
 
-    def __init__(self, rooms: KeysAndValues, slot: StaticSlot) -> None:
+    def __init__(self, rooms: KeysAndValues, slot: StaticSlot, clears: bool) -> None:
+        """Args: clears: see `StaticSlots`."""
         super().__init__(rooms[0])
         self.rooms = rooms
         self._slot = slot
+        self._clears = clears
 
     @property
     def keys(self) -> Tensor:  # type: ignore[override]
@@ -67,11 +69,10 @@ class StaticSlotLayer(HeldLayer):
 
     @torch.inference_mode()
     def crop_to(self, tokens: int) -> None:
-        """Keep `tokens` tokens. The rest is set to 0: a graph multiplies it by 0, which infinity would
-        outlast.
-        """
-        for room in self.rooms:
-            room[..., tokens:, :] = 0
+        """Keep `tokens` tokens."""
+        if self._clears:
+            for room in self.rooms:
+                room[..., tokens:, :] = 0
 
     def get_seq_length(self) -> int:
         return self._slot.tokens
@@ -132,9 +133,14 @@ class StaticSlots:
         length: tokens that each slot has room for.
     """
 
-    def __init__(self, rows: int, length: int) -> None:
+    def __init__(self, rows: int, length: int, clears: bool = True) -> None:
+        """Args:
+        clears: set what is empty to 0: a graph multiplies it by 0, which infinity would outlast. Without,
+            memory that no token was written to is never touched, and a system gives none for it.
+        """
         self.rows = rows
         self.length = length
+        self._clears = clears
         self._pools: dict[int, KeysAndValues] = {}
         self._taken: list[weakref.ref[StaticSlot] | None] = [None] * rows
 
@@ -163,7 +169,7 @@ class StaticSlots:
             keys, values = (part[row : row + 1] for part in pool)
             for room, part in zip((keys, values), held, strict=True):
                 room[..., :tokens, :] = part
-            layers.append(StaticSlotLayer((keys, values), slot))
+            layers.append(StaticSlotLayer((keys, values), slot, self._clears))
             layers[-1].crop_to(tokens)  # what other sessions have left
         self._taken[row] = weakref.ref(slot)
         return SlotRow(layers, slot)
