@@ -8,9 +8,9 @@ step that it replaces. Then sessions that hold so many tokens decode one token e
 without (`eager`), by turns; the first turns do not count. Outputs are compared at every turn.
 
 Reported for each number of sessions and of tokens that they hold: milliseconds of a step of both kinds, and
-`ratio`, of eager to compiled, the median of the ratios within turns. `products_ms` is what the products of one
-row with all weights take, without anything between them: what a step of one session could take at best with
-these kernels. `compile_s` is what compiling took, at the lowest priority, and `load_s` loading it from the disk.
+`ratio`, of eager to compiled, the median of the ratios within turns. `products_ms` is what the products of
+one row with all weights take, without anything between them: what a step of one session could take at best
+with these kernels. `compile_s` is what compiling took, at the lowest priority, and `load_s` loading.
 """
 
 from __future__ import annotations
