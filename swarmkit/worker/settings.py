@@ -30,6 +30,8 @@ BytesPerSecond = Annotated[float, Meta(ge=1024, le=2**40)]
 Hours = Annotated[str, Meta(pattern="^[#.]{24}$")]
 """One character for each hour of a day, from midnight on: `#` = may serve, `.` = may not."""
 _ALL_DAY = "#" * 24
+_LONGEST_LINK = 16_400
+"""Letters of an invite link, which brings the key and the certificates of a private swarm."""
 Weekday = Literal["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
 DAYS: tuple[Weekday, ...] = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 
@@ -52,8 +54,11 @@ class Serve(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str, Meta(max_length=512, description="`tiny-chat`, a folder, or a repository of the Hub.")
     ] = ""
     join: Annotated[
-        tuple[Annotated[str, Meta(max_length=512)], ...],
-        Meta(max_length=64, description="Addresses of peers of the swarm. None: begin a new swarm."),
+        tuple[Annotated[str, Meta(max_length=_LONGEST_LINK)], ...],
+        Meta(
+            max_length=64,
+            description="Invite links, or addresses of peers of the swarm. None: begin a new swarm.",
+        ),
     ] = ()
     swarm_key: Annotated[
         str, Meta(max_length=4096, description="The file with the key of a private swarm.")

@@ -12,6 +12,7 @@ pytest.importorskip("PIL")
 
 from swarmkit_app.tray.pages import TrayPages
 
+from swarmkit.net.transport.invite import InviteLink, write_link
 from swarmkit.worker.places import WorkerPlaces
 from tests.worker.worlds import RunningWorker, SaidMachine, not_ours
 
@@ -56,6 +57,21 @@ def test_first_steps_end_with_a_worker_that_serves(
     worker.wait_for("working")
     page.locator("#words", has_text="Working for 1 session").wait_for()
     screenshot(page, "dashboard")
+
+
+def test_an_invite_link_names_its_swarm_and_its_model(
+    new_page: Callable[..., Any], pages: TrayPages, screenshot: Callable[..., None]
+) -> None:
+    link = write_link(InviteLink(("/ip4/192.0.2.7/tcp/31337/p2p/Q",), 4e9, model="some/model"))
+    page = new_page()
+    page.goto(pages.link("wizard"))
+    for _ in range(3):
+        page.get_by_role("button", name="Go on").click()
+    page.get_by_label("Invite link or addresses").fill(link)
+    page.get_by_label("Model").click()
+    page.get_by_text("The link leads to a public swarm of some/model").wait_for()
+    screenshot(page)
+    assert page.get_by_label("Model").input_value() == "some/model"
 
 
 def test_do_nothing_yet_lends_nothing(

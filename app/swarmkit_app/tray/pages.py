@@ -27,6 +27,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.errors import SwarmkitError, UsageError
 from swarmkit.http_server import QuietServer
 from swarmkit.worker import autostart
@@ -211,6 +212,7 @@ class _PageRequests:
             Route("/programs", _answer(lambda _: computer.programs_that_run())),
             Route("/computer", _answer(lambda _: self._computer())),
             Route("/test", _answer(self._test), methods=["POST"]),
+            Route("/invite", _answer(_about_invite), methods=["POST"]),
         ]
 
     def _pause(self, body: dict[str, Any]) -> Any:
@@ -239,6 +241,15 @@ class _PageRequests:
         if not isinstance(device, str) or len(device) > 32:
             raise UsageError("the device has to be named, such as cpu or cuda:0.")
         return computer.measured(device)
+
+
+def _about_invite(body: dict[str, Any]) -> Any:
+    """What an invite link says, for the person who has been given it."""
+    # It needs cryptography, which a tray need not keep in memory.
+    from swarmkit.net.transport.invite import read_link
+
+    link = read_link(str(body.get("link", "")), SYSTEM_CLOCK.time())
+    return {"model": link.model, "private": bool(link.key), "expires_at": link.expires_at}
 
 
 def _answer(work: Callable[[dict[str, Any]], Any]) -> Callable[[Request], Any]:

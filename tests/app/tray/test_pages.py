@@ -11,6 +11,8 @@ import httpx
 import pytest
 from swarmkit_app.tray.pages import TrayPages
 
+from swarmkit.net.transport.invite import InviteLink, write_link
+from swarmkit.net.transport.swarm_key import SwarmKey
 from swarmkit.worker import autostart
 from swarmkit.worker.places import WorkerPlaces
 from tests.waiting import wait_until
@@ -110,6 +112,23 @@ def test_the_start_at_log_in_is_off_until_chosen(
     assert '"-m" "swarmkit.cli" "tray"' in entry
     browser.post("/api/autostart", json={"on": False})
     assert list((tmp_path / "autostart").iterdir()) == []
+
+
+def test_an_invite_link_of_a_private_swarm_says_what_it_is_for_and_is_kept(
+    browser: httpx.Client, worker: RunningWorker
+) -> None:
+    addresses = tuple(f"/ip4/192.0.2.{number}/tcp/31337/p2p/{'Q' * 52}" for number in range(16))
+    link = write_link(InviteLink(addresses, 4e9, SwarmKey(bytes(32)).to_bytes(), "some/model"))
+    told = browser.post("/api/invite", json={"link": link}).json()
+    browser.patch("/api/settings", json={"serve": {"join": [link]}}).raise_for_status()
+    assert told == {"model": "some/model", "private": True, "expires_at": 4e9}
+    assert worker.client.settings().serve.join == (link,)
+
+
+def test_an_invite_link_that_was_cut_off_is_refused_in_words(browser: httpx.Client) -> None:
+    link = write_link(InviteLink(("/ip4/192.0.2.7/tcp/31337/p2p/Q",), 4e9))
+    answer = browser.post("/api/invite", json={"link": link[:-4]})
+    assert (answer.status_code, "is cut off" in answer.json()["error"]) == (400, True)
 
 
 def test_suggested_limits_leave_most_to_the_owner(browser: httpx.Client, worker: RunningWorker) -> None:

@@ -65,8 +65,12 @@ async function does(work, done = "") {
 }
 
 const count = (n) => n >= 1e6 ? `${(n / 1e6).toFixed(1)} million` : n >= 1e4 ? `${Math.round(n / 1e3)} thousand` : String(Math.round(n));
-const size = (n) => n >= GIGA ? `${(n / GIGA).toFixed(1)} GB` : n >= 1e6 ? `${(n / 1e6).toFixed(1)} MB` : `${(n / 1e3).toFixed(0)} kB`;
-const hours = (s) => `${(s / 3600).toFixed(1)} h`;
+const tokens = (n) => n === 1 ? "1 token" : `${count(n)} tokens`;
+const short = (n) => n.toFixed(1).replace(/\.0$/, "");
+const size = (n) => n >= GIGA ? `${short(n / GIGA)} GB` : n >= 1e6 ? `${short(n / 1e6)} MB` : `${(n / 1e3).toFixed(0)} kB`;
+// Memory is counted in powers of two, as the settings and the menu count it.
+const memory = (n) => n >= GIB ? `${short(n / GIB)} GiB` : `${(n / 2 ** 20).toFixed(0)} MiB`;
+const hours = (s) => s < 3600 ? `${Math.round(s / 60)} min` : `${(s / 3600).toFixed(1)} h`;
 const clock = (t) => new Date(t * 1000).toLocaleString([], { weekday: "short", hour: "2-digit", minute: "2-digit" });
 
 function stateIcon(state) {
@@ -134,7 +138,7 @@ function statePart(status, refresh) {
     parts.push(numbers([
       ["Model", status.model], ["Serves", blocks], ["Sessions", String(node.sessions)],
       ["Speed", `${node.tokens_per_s.toFixed(1)} tokens/s`], ["Processors", `${node.cpu_cores.toFixed(1)} cores`],
-      ["Memory", size(node.ram_bytes)],
+      ["Memory", memory(node.ram_bytes)],
     ]));
     if (node.peer_id) parts.push(el("p", { class: "soft" }, `Others see the identity ${node.peer_id} at ${node.addresses.join(", ") || "no address"}.`));
   }
@@ -163,7 +167,7 @@ function givenPart(stats, history) {
   return [
     el("h2", { id: "given" }, "What you have given"),
     numbers([
-      ["Today", `${count(stats.today.tokens)} tokens`], ["In all", `${count(stats.all.tokens)} tokens`],
+      ["Today", tokens(stats.today.tokens)], ["In all", tokens(stats.all.tokens)],
       ["Sessions helped", count(stats.all.sessions)], ["Served for", hours(stats.all.serving_s)],
       ["Data this month", most == null ? size(month) : `${size(month)} of ${size(most)}`],
     ]),
@@ -173,17 +177,17 @@ function givenPart(stats, history) {
 
 function plot(history) {
   const width = 720, height = 150, low = 120;
-  const most = Math.max(1, ...history.map((day) => day.totals.tokens));
+  const most = Math.max(0, ...history.map((day) => day.totals.tokens));
   const step = width / Math.max(1, history.length);
   const sum = history.reduce((all, day) => all + day.totals.tokens, 0);
-  const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, width: "100%", role: "img", "aria-label": `${count(sum)} tokens in ${history.length} days, at most ${count(most)} on one day` });
+  const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, width: "100%", role: "img", "aria-label": `${tokens(sum)} in ${history.length} days, at most ${count(most)} on one day` });
   history.forEach((day, number) => {
-    const tall = (low - 16) * day.totals.tokens / most;
+    const tall = (low - 16) * day.totals.tokens / Math.max(1, most);
     const bar = svg("rect", { x: number * step + 2, y: low - tall, width: step - 4, height: Math.max(tall, 1), class: "bar" });
-    bar.append(svg("title", {}, `${day.date}: ${count(day.totals.tokens)} tokens, ${day.totals.sessions} sessions`));
+    bar.append(svg("title", {}, `${day.date}: ${tokens(day.totals.tokens)}, sessions: ${day.totals.sessions}`));
     picture.append(bar);
   });
-  picture.append(svg("text", { x: 2, y: 11 }, `${count(most)} tokens`));
+  picture.append(svg("text", { x: 2, y: 11 }, tokens(most)));
   if (history.length) {
     picture.append(svg("text", { x: 2, y: height - 12 }, history[0].date), svg("text", { x: width - 2, y: height - 12, "text-anchor": "end" }, history.at(-1).date));
   }
@@ -194,12 +198,12 @@ function limitsPart(status) {
   const a = status.allowance;
   const rows = [
     ["Processor cores", a.cpu_cores ?? "no limit", status.node ? status.node.cpu_cores.toFixed(1) : "0"],
-    ["Memory", size(a.ram_bytes), size(status.node?.ram_bytes ?? 0)],
-    ["Disk for weights", size(a.disk_bytes), size(status.disk_bytes)],
+    ["Memory", memory(a.ram_bytes), memory(status.node?.ram_bytes ?? 0)],
+    ["Disk for weights", memory(a.disk_bytes), memory(status.disk_bytes)],
     ["Data in a month", a.month_bytes == null ? "no limit" : size(a.month_bytes), size(status.month_bytes)],
     ["Upload", a.upload_bytes_per_s == null ? "no limit" : `${size(a.upload_bytes_per_s)}/s`, ""],
     ["Download", a.download_bytes_per_s == null ? "no limit" : `${size(a.download_bytes_per_s)}/s`, ""],
-    ["Share of the GPU's memory", `${Math.round(a.gpu_memory_share * 100)} %`, status.node?.gpu_bytes ? size(status.node.gpu_bytes) : ""],
+    ["Share of the GPU's memory", `${Math.round(a.gpu_memory_share * 100)} %`, status.node?.gpu_bytes ? memory(status.node.gpu_bytes) : ""],
     ["Temperature", `${a.temperature_c} °C`, ""],
   ];
   const heading = { "in use": "while you use the computer", away: "while you are away", unknown: "while it is not known whether you are there" }[status.presence];
@@ -429,7 +433,7 @@ function whatItDoes(values, here, chosen, next) {
 
 function whatYouLend(values, here, chosen, next) {
   const { computer, suggested } = here;
-  const devices = [["cpu", `Processors: ${computer.cores} cores`], ...computer.gpus.map((gpu) => [gpu.device, `${gpu.name}, ${size(gpu.memory)}`])];
+  const devices = [["cpu", `Processors: ${computer.cores} cores`], ...computer.gpus.map((gpu) => [gpu.device, `${gpu.name}, ${memory(gpu.memory)}`])];
   const first = chosen.device || suggested.serve.device;
   const radios = devices.map(([device, name]) => el("div", { class: "field" },
     el("input", { type: "radio", name: "device", id: `device-${device}`, value: device, checked: device === first }), " ", el("label", { for: `device-${device}` }, name)));
@@ -468,12 +472,24 @@ function when(values, here, chosen, next) {
 }
 
 function begin(values, here, chosen, next) {
-  const [model, readModel] = text("b-model", "Model", "tiny-chat, a folder, or a repository of the Hub. Ask the people of your swarm which one they run.", values.serve.model);
   const [join, readJoin] = lines("b-join", "Invite link or addresses of the swarm", "Empty: begin a swarm of your own.", values.serve.join);
+  const [model, readModel] = text("b-model", "Model", "tiny-chat, a folder, or a repository of the Hub. Ask the people of your swarm which one they run.", values.serve.model);
+  const about = el("p", { class: "soft", role: "status" });
+  join.append(about);
+  join.querySelector("textarea").addEventListener("change", async () => {
+    about.textContent = "";
+    showError(null);
+    for (const link of readJoin().filter((line) => line.startsWith("swarmkit:"))) {
+      const found = await does(() => ask("invite", "POST", { link }));
+      if (!found) return;
+      about.textContent = `The link leads to a ${found.private ? "private" : "public"} swarm${found.model ? ` of ${found.model}` : ""}, and is good until ${new Date(found.expires_at * 1000).toLocaleDateString()}.`;
+      if (found.model && !readModel()) model.querySelector("input").value = found.model;
+    }
+  });
   const [name, readName] = text("b-name", "Public name", "How others see this computer; may stay empty.", values.serve.name);
   const [start, readStart] = checkbox("b-start", "Start when I log in", "", false);
   const nothing = el("button", { type: "button", onclick: () => { location.hash = "dashboard"; } }, "Do nothing yet");
-  return stepPart("Begin", [model, join, name, start], "Begin to lend", () => does(async () => {
+  return stepPart("Begin", [join, model, name, start], "Begin to lend", () => does(async () => {
     await ask("settings", "PATCH", {
       agreed: true, rules: chosen.rules, limits: chosen.limits,
       serve: { device: chosen.device, model: readModel(), join: readJoin(), name: readName() },
