@@ -220,21 +220,23 @@ def test_3_i_say_why(person: Person) -> None:
 
 def test_4_i_never_use_more_than_you_allow(person: Person) -> None:
     """Under load; `benchmarks/worker_limits.py` measures every limit."""
-    upload = 500_000.0
+    upload, late_s = 500_000.0, 3.0  # what was sent before may be reported so late
     person.is_seen(AWAY)
     status = person.serve(limits={**LIMITS, "upload_bytes_per_s": _both(upload)})
     pid = node_of(status).pid
     with load_on(status):
         time.sleep(2.0)
-        before, began = used_by(pid).cpu_s, time.monotonic()
-        sent, memory = person.client.status().all.sent_bytes, 0
+        began = time.monotonic()
+        before, sent_before = used_by(pid).cpu_s, person.client.status().all.sent_bytes
+        memory = 0
         for _ in range(50):
             memory = max(memory, used_by(pid).ram_bytes)
             time.sleep(0.1)
+        computed_s, sent = used_by(pid).cpu_s - before, person.client.status().all.sent_bytes - sent_before
         passed = time.monotonic() - began
-        cores = (used_by(pid).cpu_s - before) / passed
-        rate = (person.client.status().all.sent_bytes - sent) / passed
-    assert (cores <= 1.05, memory <= GIB, rate <= 1.2 * upload) == (True, True, True), (cores, memory, rate)
+    assert computed_s <= 1.05 * passed
+    assert memory <= GIB
+    assert sent <= upload * (passed + late_s)
 
 
 def test_5_what_runs_is_boxed_in(person: Person, tmp_path: Path) -> None:
