@@ -27,23 +27,23 @@ _TAKES_HOLD_S = 2.0
 
 def cores(bench: Bench) -> Measured:
     """How many processors the node keeps busy."""
-    with bench.load():
-        without = bench.cores_used()
-        bench.set(cpu_cores=1)
-        time.sleep(_TAKES_HOLD_S)
-        used = bench.cores_used()
+    without, used = _cores_used(bench, cpu_cores=1)
     return Measured("CPU cores", "1", f"{used:.2f}", used <= 1.05, f"{without:.2f}")
 
 
 def compute_share(bench: Bench) -> Measured:
     """For which part of the time it computes."""
-    with bench.load():
-        without = bench.cores_used()
-        bench.set(compute_share=0.25)
-        time.sleep(_TAKES_HOLD_S)
-        used = bench.cores_used()
+    without, used = _cores_used(bench, compute_share=0.25)
     part = used / without
     return Measured("share of computing time", "0.25", f"{part:.2f} of the processor time", part <= 0.3, "1")
+
+
+def _cores_used(bench: Bench, **limit: float) -> tuple[float, float]:
+    with bench.load():
+        without = bench.cores_used()
+        bench.set(**limit)
+        time.sleep(_TAKES_HOLD_S)
+        return without, bench.cores_used()
 
 
 def upload(bench: Bench) -> Measured:
