@@ -21,6 +21,7 @@ from swarmkit.drawing.training import training_svg
 from swarmkit.drawing.values import TrainingPicture
 from swarmkit.events import MicroBatchFinished
 from swarmkit.net.emulation.link_schedule import EmulatedLink
+from tools.tray_pictures import write_tray_pictures
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 
@@ -40,11 +41,12 @@ def main() -> None:
         train(swarm)
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
-        print("no Chromium here: the playground's pictures stay as they are")
+        print("no Chromium here: the pictures of playground and tray stay as they are")
         return
     far = EmulatedLink(delay_s=0.015)  # so that an answer takes some seconds, as over the Internet
     with LocalSwarm("tiny-chat", num_stages=2, replicas=2, link=far) as swarm:
         photograph(swarm, path)
+    write_tray_pictures(path)
 
 
 def draw(swarm: LocalSwarm) -> None:

@@ -94,6 +94,13 @@ class SeenDesktop:
     def close(self) -> None:
         self._display.close()
 
+    def paint(self, colour: int) -> None:
+        """Give the desktop behind all windows a colour."""
+        root = self._display.screen().root
+        root.change_attributes(background_pixel=colour)
+        root.clear_area()
+        self._display.sync()
+
     def picture(self) -> Image.Image:
         """What stands on the screen now."""
         from PIL import Image
