@@ -18,7 +18,7 @@ CLIENTS := npm or litellm or langchain or llm or version_before
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all clients browser desktop front-ends notebooks check settings pictures bench wheel installers clean
+.PHONY: help demo test test-all clients browser desktop installation front-ends notebooks check settings pictures bench wheel installers clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -68,6 +68,9 @@ browser: $(BROWSER) ## the tests in a headless Chromium, which the distribution 
 
 desktop: $(DEV) ## the tray on a small desktop, which the distribution has; pictures go to build/screenshots
 	@$(ON_DESKTOP)
+
+installation: $(DEV) ## build, install, upgrade and remove the installers, as far as this machine can
+	@$(ALONE) -m slow tests/installer
 
 front-ends: $(BROWSER) ## the live views in Notebook 7, marimo and a kernel like Colab's, which this installs below build/
 	@$(PIP) -q --no-deps --upgrade --target build/notebook-7 'notebook>=7,<8'
