@@ -33,7 +33,7 @@ from swarmkit.placement.choice import choose, should_move
 from swarmkit.placement.description import Demand, Machine, ModelSize, Served, blocks_that_fit, served_by
 from swarmkit.placement.together import SMALL_SWARM, PlacementMover
 from swarmkit.placement.whole import plan_placement
-from swarmkit.simulation.demand import poisson_requests
+from swarmkit.simulation.demand import mean_of, poisson_requests
 from swarmkit.simulation.distances import read_topology
 from swarmkit.simulation.hardware import HARDWARE, MODELS, machine_of
 from swarmkit.simulation.options import SwarmAssumptions
@@ -115,7 +115,8 @@ def t4(data: Path) -> Row:
 def waiting(data: Path) -> Row:
     """Waiting ÷ answer time where requests come at 0.7 of what the placement's caches carry."""
     rows = []
-    for name, rate in (("3 x 40 GB + 6 x 20 GB", 2.57), ("20 mixed servers", 0.2)):
+    mixed = "20 mixed servers"
+    for name, rate, clients in (("3 x 40 GB + 6 x 20 GB", 2.57, 1), (mixed, 0.2, 1), (mixed, 0.2, 8)):
         chance = random.Random(f"waiting {name}")
         if name.startswith("3"):
             model, machines = SMALL_LLAMA, slices()
@@ -125,10 +126,11 @@ def waiting(data: Path) -> Row:
             kinds = ["3g.40gb"] * 4 + ["2g.20gb"] * 16
             machines = [machine_of(HARDWARE[kind], model, f"{kind}-{n}") for n, kind in enumerate(kinds)]
             prompt, answer = 2000, 20
-        distances = read_topology(data / "topology" / "ripe-atlas-eu-rtt.csv", len(machines) + 1, chance)
-        machines = [
-            replace(one, way_s=2 * distances.seconds(0, n + 1) + 0.018) for n, one in enumerate(machines)
-        ]
+        places = len(machines) + clients
+        distances = read_topology(data / "topology" / "ripe-atlas-eu-rtt.csv", places, chance)
+        for n, one in enumerate(machines):
+            ways = [distances.seconds(client, clients + n) for client in range(clients)]
+            machines[n] = replace(one, way_s=2 * mean_of(ways) + 0.018)
         demand = Demand(
             arrivals_per_s=rate, prompt_tokens=prompt, answer_tokens=answer, most_tokens=prompt + answer
         )
@@ -153,8 +155,18 @@ def waiting(data: Path) -> Row:
                 look_period_s=1e9,
             ),
             requests,
+            clients=clients,
         )
-        rows.append({"swarm": name, "capacity_per_s": round(capacity, 3), "load": 0.7, **times(history)})
+        capacity_per_s = round(capacity, 3)
+        rows.append(
+            {
+                "swarm": name,
+                "clients": clients,
+                "capacity_per_s": capacity_per_s,
+                "load": 0.7,
+                **times(history),
+            }
+        )
     return {"requests": 3000, "results": rows}
 
 

@@ -85,7 +85,8 @@ def lines(found: Mapping[str, Row]) -> list[str]:
     if one := found.get("waiting"):
         for row in one["results"]:
             text = f"{row['waiting_to_answer']:.1%}" + (f", {row['lost']} lost" if row["lost"] else "")
-            rows.append((f"Waiting ÷ answer at 0.7 of capacity, {row['swarm']}", "≤ 15 %", text))
+            swarm = row["swarm"] + (f", {row['clients']} clients" if row.get("clients", 1) > 1 else "")
+            rows.append((f"Waiting ÷ answer at 0.7 of capacity, {swarm}", "≤ 15 %", text))
     if one := found.get("decisions"):
         for row, target in zip(one["results"], ("35 ms", "1 s", "near n log n"), strict=True):
             text = f"{row['choose_s'] * 1e3:.0f} ms; {row['should_move_s'] * 1e3:.0f} ms"

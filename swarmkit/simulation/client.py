@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -59,9 +60,10 @@ class Router(Protocol):
         """The state of one session's search."""
 
     async def find(
-        self, state: Any, start: int, stop: int, tokens: int, error: RemoteError | None
+        self, state: Any, start: int, stop: int, tokens: int, error: RemoteError | None, again_s: float
     ) -> list[Hop]:
-        """Servers for some blocks; waits where it must.
+        """Servers for some blocks; waits where it must. None if it had better begin anew, which takes
+        `again_s`.
 
         Raises:
             NoRouteError: none were found in time.
@@ -75,6 +77,9 @@ class Router(Protocol):
 
     def worked(self, hop: Hop, tokens: int, seconds: float, state: Any) -> None:
         """A step went through a server."""
+
+    def left(self, hop: Hop) -> None:
+        """A session gave its place at a server back."""
 
 
 class SwarmRouter:
@@ -120,8 +125,9 @@ class SwarmRouter:
         stop: int,
         tokens: int,
         error: RemoteError | None,
+        again_s: float,
     ) -> list[Hop]:
-        return await state[0].find(start, stop, tokens, error)
+        return await state[0].find(start, stop, tokens, error, again_s)
 
     def refused(self, hop: Hop, refusal: Refusal, state: Any) -> RemoteError:
         error = RemoteError(str(refusal), hop.server.peer_id, refusal.code, refusal.retry_after_s)
@@ -139,6 +145,9 @@ class SwarmRouter:
         times.observe(tokens, seconds)
         self.client.bans.worked(hop.server.service_id)
         state[0].progress()
+
+    def left(self, hop: Hop) -> None:
+        self.client.busy.has_room(hop.server.service_id)
 
 
 class SimulatedClient:
@@ -231,9 +240,7 @@ class _AnswerSession:
 
     def close(self) -> None:
         """Leave all servers."""
-        for _, server, place in self._hops:
-            server.close(place)
-        self._hops = []
+        self._give_back(self._hops)
 
     # ------------------------------------------------------------------ servers
 
@@ -242,42 +249,38 @@ class _AnswerSession:
     ) -> list[tuple[Hop, SimulatedServer, SimulatedPlace]]:
         """Be let in by servers of some blocks."""
         opened: list[tuple[Hop, SimulatedServer, SimulatedPlace]] = []
-        hops = await self._router.find(self._state, start, stop, tokens, error)
+        hops: list[Hop] = []
         try:
-            while hops:
+            while not opened or hops:
+                hops = hops or await self._router.find(self._state, start, stop, tokens, error, math.inf)
                 hop = hops[0]
                 server = self._client._server_of(hop.server.service_id)
-                if (
-                    server is None
-                    or server.state != "online"
-                    or server.span
-                    != (
-                        hop.server.start,
-                        hop.server.stop,
-                    )
-                ):
+                if server is None or server.state != "online" or server.span != _blocks_of(hop):
                     await anyio.sleep(CONNECT_S if server is None else 0.0)
                     self._router.failed(hop, self._state, CONNECT_S)
-                    hops = await self._replacing(hop, hops, tokens, error)
-                    continue
-                place = server.open(hop.stop - hop.start, self._needed(tokens), self._told.set)
-                if isinstance(place, SimulatedPlace):
-                    opened.append((hop, server, place))
-                    hops = hops[1:]
+                    again_s = math.inf
                 else:
+                    place = server.open(hop.stop - hop.start, self._needed(tokens), self._told.set)
+                    if isinstance(place, SimulatedPlace):
+                        opened.append((hop, server, place))
+                        hops = hops[1:]
+                        continue
                     error = self._router.refused(hop, place, self._state)
-                    hops = await self._replacing(hop, hops, tokens, error)
+                    again_s = 0.0 if opened else math.inf  # nothing was computed there yet
+                found = await self._router.find(self._state, hop.start, hop.stop, tokens, error, again_s)
+                if not found:
+                    self._give_back(opened)
+                hops = [*found, *hops[1:]] if found else []
         except BaseException:
-            for _, server, place in opened:
-                server.close(place)
+            self._give_back(opened)
             raise
         return opened
 
-    async def _replacing(
-        self, hop: Hop, hops: Sequence[Hop], tokens: int, error: RemoteError | None
-    ) -> list[Hop]:
-        found = await self._router.find(self._state, hop.start, hop.stop, tokens, error)
-        return [*found, *hops[1:]]
+    def _give_back(self, opened: list[tuple[Hop, SimulatedServer, SimulatedPlace]]) -> None:
+        for hop, server, place in opened:
+            server.close(place)
+            self._router.left(hop)
+        opened.clear()
 
     def _needed(self, tokens: int) -> float:
         if self._assumptions.paged:
@@ -368,6 +371,11 @@ class _AnswerSession:
         done = min(tokens, int((self._clock.now() - began) / max(each, 1e-9)))
         await self._recover(position + done)
         return done
+
+
+def _blocks_of(hop: Hop) -> tuple[int, int]:
+    """All that its server has."""
+    return hop.server.start, hop.server.stop
 
 
 class _LostError(Exception):

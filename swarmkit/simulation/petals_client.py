@@ -49,7 +49,13 @@ class PetalsRouter:
         return PetalsSearch()
 
     async def find(
-        self, state: PetalsSearch, start: int, stop: int, tokens: int, error: RemoteError | None
+        self,
+        state: PetalsSearch,
+        start: int,
+        stop: int,
+        tokens: int,
+        error: RemoteError | None,
+        again_s: float,
     ) -> list[Hop]:
         if error is not None:
             await asyncio.sleep(min(2.0 ** max(0, state.refusals - 1), _MOST_PAUSE_S))
@@ -69,6 +75,9 @@ class PetalsRouter:
         state.route = ()
 
     def worked(self, hop: Hop, tokens: int, seconds: float, state: PetalsSearch) -> None:
+        pass
+
+    def left(self, hop: Hop) -> None:
         pass
 
     def _shortest(self, start: int, stop: int, tokens: int) -> list[Hop]:

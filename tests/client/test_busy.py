@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import anyio
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from swarmkit.settings import ServerSettings
 
 from ..clocks import SetTime
 from ..net.announcements import announcement
+from ..waiting import wait_until
 from .answers import answer, prompt
 from .recovery import NEW_TOKENS, World, a_world, assert_same
 
@@ -62,6 +64,48 @@ def test_sessions_that_are_told_the_same_count_once(busy: BusyPeers) -> None:
 def test_a_peer_that_was_not_busy_for_long_begins_anew(busy: BusyPeers, clock: SetTime) -> None:
     clock.now += busy.note("peer", 0.0) + 60
     assert busy.note("peer", 0.0) == pytest.approx(0.1)
+
+
+def test_a_peer_that_a_session_has_left_has_room_whatever_it_said(busy: BusyPeers) -> None:
+    busy.note("peer", 30.0)
+    busy.has_room("peer")
+    assert busy.wait_s("peer") == 0
+    assert busy.note("peer", 0.0) == pytest.approx(0.1)  # and is not asked less often than before
+
+
+async def told(busy: BusyPeers, waiting: dict[str, tuple[set[str], float]], *rooms: str) -> list[str]:
+    """Which of some sessions, by name, go on before their time when these peers have room."""
+    went_on: list[str] = []
+
+    async def wait(name: str, peer_ids: set[str], since: float) -> None:
+        await busy.wait(peer_ids, since, 1000.0)
+        went_on.append(name)
+
+    async with anyio.create_task_group() as tasks:
+        for name, (peer_ids, since) in waiting.items():
+            tasks.start_soon(wait, name, peer_ids, since)
+        await anyio.wait_all_tasks_blocked()
+        for peer_id in rooms:
+            busy.has_room(peer_id)
+        await anyio.wait_all_tasks_blocked()
+        tasks.cancel_scope.cancel()
+    return went_on
+
+
+@pytest.mark.parametrize(
+    ("rooms", "sessions"),
+    [([], []), (["a"], ["first"]), (["a", "a"], ["first", "second"]), (["b"], ["other"]), (["c"], [])],
+)
+async def test_the_session_that_has_waited_for_longest_is_told_of_room(
+    busy: BusyPeers, rooms: list[str], sessions: list[str]
+) -> None:
+    waiting = {"second": ({"a"}, 2.0), "first": ({"a"}, 1.0), "other": ({"b"}, 3.0)}
+    assert sorted(await told(busy, waiting, *rooms)) == sorted(sessions)
+
+
+async def test_a_session_waits_no_longer_than_it_means_to(busy: BusyPeers) -> None:
+    with anyio.fail_after(60):
+        await busy.wait({"peer"}, 0.0, 0.01)
 
 
 def route_of(waits: dict[str, float], tokens: int = 0, **room: int) -> str:
@@ -156,6 +200,8 @@ def test_nobody_has_room_for_as_long_as_the_client_waits(tiny_llama: Checkpoint)
 def test_what_another_session_was_told_is_not_said_to_be_an_error_of_this_one(tiny_llama: Checkpoint) -> None:
     with a_world(tiny_llama, replicas=1, route_timeout_s=0.3) as world:
         world.answer(new_tokens=1)
+        sessions = [world.server(one.peer_id).serving.sessions for one in world.swarm.servers]  # type: ignore[union-attr, arg-type]
+        wait_until(lambda: not any(one.num_sessions for one in sessions), "the answer's session has ended")
         world.client.busy.note(next(iter(world.client.known.servers())).service_id, 60.0)
         with pytest.raises(NoRouteError, match=r"had no room for 0 s; start another server"):
             world.answer()

@@ -1,13 +1,17 @@
 """Peers that said they have no room are left alone for as long as they said. Takes a clock.
 
 To be busy is no failure, and no session is lost by it. A busy peer costs a route the time until it has
-room, so that another one is used if it is worth it, and else the one that is free first.
+room, so that another one is used if it is worth it, and else the one that is free first. Where a session of
+this client leaves a peer, that peer has room at once, whatever it said before: of the sessions that wait for
+it, the one that has waited for longest asks it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+
+import anyio
 
 _LEAST_S = 0.1
 _MOST_S = 60.0
@@ -22,12 +26,26 @@ class _Busy:
     until: float
 
 
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    """A session that waits for one of some peers to have room.
+
+    Attributes:
+        since: when it began to.
+    """
+
+    peer_ids: Collection[str]
+    since: float
+    told: anyio.Event
+
+
 class BusyPeers:
-    """Which peers are busy, and until when."""
+    """Which peers are busy, and until when; and which sessions wait for them."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._peers: dict[str, _Busy] = {}
+        self._waiting: list[_Waiting] = []
 
     def note(self, peer_id: str, retry_after_s: float) -> float:
         """A peer says that it has no room before so many seconds; returns for how long it is left alone.
@@ -51,3 +69,23 @@ class BusyPeers:
         """For `routing.route_cost`: how long it still has no room."""
         busy = self._peers.get(peer_id)
         return max(0.0, busy.until - self._clock()) if busy is not None else 0.0
+
+    def has_room(self, peer_id: str) -> None:
+        """A session of this client has left a peer: another one may take its place."""
+        self._peers.pop(peer_id, None)
+        waiting = [one for one in self._waiting if peer_id in one.peer_ids and not one.told.is_set()]
+        if waiting:
+            min(waiting, key=lambda one: one.since).told.set()
+
+    async def wait(self, peer_ids: Collection[str], since: float, seconds: float) -> None:
+        """Wait until a peer has room for this session, as far as can be known here, or for so many seconds.
+
+        Args: since: when the session began to wait, on the clock; whoever waits for longest comes first.
+        """
+        one = _Waiting(peer_ids, since, anyio.Event())
+        self._waiting.append(one)
+        try:
+            with anyio.move_on_after(seconds):
+                await one.told.wait()
+        finally:
+            self._waiting.remove(one)

@@ -240,6 +240,8 @@ class StageReplica:
         """End the stream; the server frees its cache, and holds nothing any more."""
         if self.connection is not None:
             self.connection.close()
+            if self.held:
+                self._swarm.busy.has_room(self.hop.server.service_id)
         self.connection = None
         self.held = 0
         self.order = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -67,22 +68,31 @@ class RouteChanges:
     mixed: bool = False
     """Whether what was computed before is not all by the present servers, nor like what they compute."""
     _search: RouteSearch | None = None
+    _done_to: int = 0
+    """The blocks before it have done their part."""
 
     @cached_property
     def failures(self) -> StepFailures:
         """The servers that failed in this step."""
         return StepFailures()
 
-    async def find(self, start: int, stop: int, error: PeerError | None) -> list[Hop]:
+    async def find(
+        self, start: int, stop: int, error: PeerError | None, again_s: float = math.inf
+    ) -> list[Hop]:
         """See `RouteSearch.find`; its timeout is the step's, however many servers are searched for."""
         if self._search is None:
             self._search = RouteSearch(self.swarm, self.owner, self.failures, self.hosted_adapter)
-        return await self._search.find(start, stop, self.size, error)
+        return await self._search.find(start, stop, self.size, error, again_s)
 
-    def progressed(self) -> None:
-        """A stage did its part: a search that begins after it has all the time again."""
-        if self._search is not None:
-            self._search.progress()
+    def progressed(self, stop: int) -> None:
+        """The stage that ends at a block did its part: a search that begins after it has all the time again.
+
+        What a session that begins anew has done once before is no progress.
+        """
+        if stop > self._done_to:
+            self._done_to = stop
+            if self._search is not None:
+                self._search.progress()
 
 
 class SessionRoute:
@@ -268,10 +278,12 @@ class SessionRoute:
         self._swarm.routes.cannot_link(before.hop.server, stage.hop.server)
         before.unlink()
 
-    async def replace(self, index: int, error: PeerError, changes: RouteChanges, cost_s: float) -> None:
+    async def replace(self, index: int, error: PeerError, changes: RouteChanges, cost_s: float) -> int:
         """Put other servers in the place of one that failed.
 
         Args: cost_s: seconds that it was waited for in vain.
+
+        Returns: the stage that goes on: the first of the new ones, or 0 if the whole session begins anew.
 
         Raises:
             PeerError: `error`, if the session keeps no history, or if the step itself is to blame.
@@ -299,6 +311,7 @@ class SessionRoute:
         self._swarm.known.check_admission(*blocks, error, changes.hosted_adapter)
         hops = await changes.find(*blocks, error)
         self._splice(index, hops)
+        return index
 
     def _is_step_to_blame(self, stage: StageReplica, changes: RouteChanges) -> bool:
         history, position = stage.history, changes.position
@@ -309,17 +322,49 @@ class SessionRoute:
         servers = self._swarm.known.servers(changes.hosted_adapter)
         return changes.failures.is_step_to_blame(stage.hop.start, stage.hop.stop, servers, worked)
 
-    async def _avoid_busy(self, index: int, error: RemoteError, changes: RouteChanges) -> None:
-        """Use others in the place of a busy server, or wait for it where it is the first to have room."""
+    async def _avoid_busy(self, index: int, error: RemoteError, changes: RouteChanges) -> int:
+        """Use others in the place of a busy server, or wait for it where it is the first to have room.
+
+        Returns: as `replace`.
+        """
         stage, hop, since = self.stages[index], self.stages[index].hop, self._swarm.clock.now()
         self._swarm.note_refusal(hop, error, self._owner)
-        hops = await changes.find(hop.start, hop.stop, error)
+        hops = await changes.find(hop.start, hop.stop, error, self._again_s(index, changes))
         self.check_open()
+        if not hops:
+            await self._begin_anew(hop, error, changes)
+            return 0
         if [(other.server.service_id, other.stop) for other in hops] == [(hop.server.service_id, hop.stop)]:
-            return  # it may have kept what it holds of the session
+            return index  # it may have kept what it holds of the session
         stage.drop()
         changes.losses.append(_Loss(hop, since, busy=True))
         self._splice(index, hops)
+        return index
+
+    def _again_s(self, index: int, changes: RouteChanges) -> float:
+        """Seconds to compute once more what the stages before one hold of a session's first step; inf if they
+        hold nothing, or what earlier steps brought.
+        """
+        holding = [stage for stage in self.stages[:index] if stage.held]
+        if changes.position or not holding:
+            return math.inf
+        times = [self._swarm.routes.times_of(stage.hop.server).usual_s(changes.size) for stage in holding]
+        return sum(math.inf if seconds is None else seconds for seconds in times)
+
+    async def _begin_anew(self, busy: Hop, error: RemoteError, changes: RouteChanges) -> None:
+        """Give back all that the session holds while it waits for room, and choose all servers once more.
+
+        Sessions that hold caches while they wait for others keep these from those that need nothing else.
+        """
+        since = self._swarm.clock.now()
+        self.drop()
+        hops = await changes.find(self.start, self.stop, error)
+        self.check_open()
+        if busy.server.service_id not in [hop.server.service_id for hop in hops]:
+            changes.losses.append(_Loss(Hop(busy.server, self.start, self.stop), since, busy=True))
+        self.stages[:] = [self._replica(hop) for hop in hops]
+        if self._swarm.settings.transfer.push and len(self.stages) > 1:
+            await self._link(changes)
 
     def _lose(self, stage: StageReplica, changes: RouteChanges, cause: PeerError | str) -> None:
         hop = stage.hop

@@ -103,10 +103,13 @@ class StepExecution:
                 if isinstance(error, NotPushedError):
                     route.stop_pushing_to(index)
                 else:
-                    await route.replace(index, error, self._changes, cost_s)
+                    index = await route.replace(index, error, self._changes, cost_s)
+                if not index:
+                    arrived, arrived_from = hidden, self._position
+                    self.hops.clear()
                 self._arrived_at = self._swarm.clock.now()
                 continue
-            self._changes.progressed()
+            self._changes.progressed(stage.hop.stop)
             if stage.predecessor is not None:
                 output, want = await succeed(
                     self._swarm, stages, index, output, self._outputs, self._inputs, self._changes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import anyio
 
@@ -45,7 +46,9 @@ class RouteSearch:
         self._give_up_at = None
         self._pause_s = _FIRST_PAUSE_S
 
-    async def find(self, start: int, stop: int, tokens: int, error: PeerError | None) -> list[Hop]:
+    async def find(
+        self, start: int, stop: int, tokens: int, error: PeerError | None, again_s: float = math.inf
+    ) -> list[Hop]:
         """A route for some blocks.
 
         Where no server has them, it waits for a new one. Servers that are avoided are used only if no other
@@ -54,6 +57,11 @@ class RouteSearch:
         Args:
             tokens: rows x tokens that the servers' caches will have to hold.
             error: why others are needed.
+            again_s: seconds that it takes to compute once more what the session holds at servers of other
+                blocks, if it can begin anew; inf = it cannot.
+
+        Returns: the servers in order; none if all that could be used are busy for longer than `again_s`. The
+            session then gives back what it holds, for others to use meanwhile, and searches for all blocks.
 
         Raises:
             NoRouteError: no server was found in time.
@@ -70,11 +78,15 @@ class RouteSearch:
                 await swarm.known.look_for_other_models()
                 raise self._gave_up(start, stop, route, error, busy=not banned) from error
             only_busy = bool(route) and not banned
+            if only_busy and busy_s > again_s:
+                return []
             self._tell(
                 ((start, stop),) if only_busy else swarm.known.unserved(start, stop), left_s, only_busy
             )
             if only_busy:
-                await anyio.sleep(min(busy_s, _LONGEST_PAUSE_S, left_s))
+                assert self._give_up_at is not None
+                names = {hop.server.service_id for hop in route}
+                await swarm.busy.wait(names, self._give_up_at, min(busy_s, _LONGEST_PAUSE_S, left_s))
                 continue
             await anyio.sleep(min(self._pause_s, left_s))
             self._pause_s = min(self._pause_s * 2, _LONGEST_PAUSE_S)
