@@ -24,7 +24,7 @@ from swarmkit.models.compiled.trace import compile_step, export_step, make_view
 from swarmkit.models.execution.stage import Stage
 
 from .tiny import ARCHITECTURES, make_checkpoint, model_type_of
-from .together import ONE_BY_ONE, Session, together
+from .together import ONE_BY_ONE, Session, decode_and_cut_back, decode_beside_a_prompt, together
 
 LENGTH = 48
 BOUND = 1e-5
@@ -148,11 +148,7 @@ def test_tokens_of_sessions_of_several_lengths(llama: Stage, compiled: list[int]
 
 
 def test_a_token_beside_a_prompt_runs_without(llama: Stage, compiled: list[int]) -> None:
-    sitting, coming = Session(llama, seed=1), Session(llama, seed=20)
-    together([sitting], [5])
-    together([sitting], [1])
-    together([sitting, coming], [1, 7])
-    together([sitting, coming], [1, 1])
+    decode_beside_a_prompt(llama)
     assert compiled == [1, 2]
 
 
@@ -176,13 +172,7 @@ def test_a_session_that_outgrows_its_slot_goes_on(llama: Stage, compiled: list[i
 
 
 def test_a_session_is_cut_back_in_its_slot(llama: Stage, compiled: list[int]) -> None:
-    session = Session(llama)
-    together([session], [9])
-    together([session], [1])
-    session.edit(6)
-    together([session], [1])
-    together([session], [4])
-    together([session], [1])
+    decode_and_cut_back(llama)
     assert compiled == [1, 1, 1]
 
 

@@ -21,7 +21,15 @@ from swarmkit.models.execution.stage import Stage, StepPart
 from swarmkit.models.kv.static_slots import StaticSlots
 
 from .tiny import ARCHITECTURES, make_checkpoint, model_type_of
-from .together import ONE_BY_ONE, Session, assert_equal, some_slowly, together
+from .together import (
+    ONE_BY_ONE,
+    Session,
+    assert_equal,
+    decode_and_cut_back,
+    decode_beside_a_prompt,
+    some_slowly,
+    together,
+)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SLOTS, LENGTH = 3, 48
@@ -79,11 +87,7 @@ def test_tokens_of_several_sessions(checkpoints: Path, device: str, name: str, r
 
 
 def test_a_token_beside_a_prompt_runs_without_graphs(llama: Stage, recorded: list[int]) -> None:
-    sitting, coming = Session(llama, seed=1), Session(llama, seed=20)
-    together([sitting], [5])
-    together([sitting], [1])
-    together([sitting, coming], [1, 7])
-    together([sitting, coming], [1, 1])
+    decode_beside_a_prompt(llama)
     assert recorded == [1, 2]
 
 
@@ -127,13 +131,7 @@ def test_a_session_that_outgrows_its_slot_goes_on(llama: Stage, recorded: list[i
 
 
 def test_a_session_is_cut_back_in_its_slot(llama: Stage, recorded: list[int]) -> None:
-    session = Session(llama)
-    together([session], [9])
-    together([session], [1])
-    session.edit(6)
-    together([session], [1])
-    together([session], [4])
-    together([session], [1])
+    decode_and_cut_back(llama)
     assert recorded == [1, 1, 1]
 
 

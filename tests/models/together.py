@@ -67,3 +67,23 @@ def together(sessions: list[Session], tokens: list[int]) -> None:
     steps = [session.step(count) for session, count in zip(sessions, tokens, strict=True)]
     parts = [part for part, _ in steps]
     assert_equal(sessions[0].stage.forward_many(parts), parts, [wanted for _, wanted in steps])
+
+
+def decode_beside_a_prompt(stage: Stage) -> None:
+    """One session decodes three tokens: alone, while another one's prompt runs, and beside its token."""
+    sitting, coming = Session(stage, seed=1), Session(stage, seed=20)
+    together([sitting], [5])
+    together([sitting], [1])
+    together([sitting, coming], [1, 7])
+    together([sitting, coming], [1, 1])
+
+
+def decode_and_cut_back(stage: Stage) -> None:
+    """A session decodes three tokens: before and after it is cut back, and after several tokens at once."""
+    session = Session(stage)
+    together([session], [9])
+    together([session], [1])
+    session.edit(6)
+    together([session], [1])
+    together([session], [4])
+    together([session], [1])
