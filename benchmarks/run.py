@@ -28,7 +28,7 @@ SCRIPTS = {
     "views": "views.py --json",
     "beside-llama-cpp": "beside_llama_cpp.py --json",
     "compiled-step-s": "compiled_step.py --model S --json",
-    "compiled-step-m": "compiled_step.py --model M --json",
+    "compiled-step-m": "compiled_step.py --model M --sessions 1 --json",
 }
 """Files beside this one; they print their result as one JSON value."""
 COMMANDS = {

@@ -13,10 +13,11 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import TextIO
 
-from swarmkit.models.compiled.kinds import BlockKind
+from swarmkit.models.compiled.kinds import BlockKind, NotCompiledError
 from swarmkit.models.foreign_errors import reason_of
 
 ANSWER = "answer.json"
@@ -37,8 +38,12 @@ def main() -> None:
 
         compile_step(BlockKind.parse(order["kind"]), order["rows"], order["length"], package)
         reason = ""
+    except NotCompiledError as error:
+        reason = str(error)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
-        reason = reason_of(error)
+        # Some errors of other libraries are assertions without a word.
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{reason_of(error)} (in {Path(frame.filename).name}, line {frame.lineno})"
     (package.parent / ANSWER).write_text(json.dumps({"reason": reason}))
 
 
