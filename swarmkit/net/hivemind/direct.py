@@ -121,9 +121,9 @@ class SealedStream(FrameStream):
         self._sent += 1
         return (self._sealing.encrypt(nonce, plain, None),)
 
-    def incoming(self, frame: bytes) -> bytes:
+    def incoming(self, frame: bytes | bytearray) -> bytes:
         if self._opening is None:
-            return frame
+            return bytes(frame)
         nonce = self._received.to_bytes(12, "big")
         self._received += 1
         try:

@@ -163,13 +163,13 @@ class FrameStream(asyncio.Protocol):
         """A frame as it goes over the socket."""
         return parts
 
-    def incoming(self, frame: bytes) -> bytes:
+    def incoming(self, frame: bytes | bytearray) -> bytes:
         """What `outgoing` was given at the other end.
 
         Raises:
             ProtocolError: it was given nothing such.
         """
-        return frame
+        return bytes(frame)
 
     @property
     def has_ended(self) -> bool:
@@ -203,11 +203,14 @@ class FrameStream(asyncio.Protocol):
             taken = min(wanted - len(self._partial), len(view) - position)
             piece = view[position : position + taken]
             position += taken
-            if len(self._partial) + taken < wanted:
+            whole: bytes | bytearray
+            if self._partial or taken < wanted:
                 self._partial += piece
-                return
-            whole = bytes(self._partial) + piece if self._partial else bytes(piece)
-            self._partial.clear()
+                if len(self._partial) < wanted:
+                    return
+                whole, self._partial = self._partial, bytearray()  # a large frame is not copied once more
+            else:
+                whole = bytes(piece)
             if self._needed is not None:
                 self._needed = None
                 try:
