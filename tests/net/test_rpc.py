@@ -31,7 +31,7 @@ from swarmkit.net.rpc.client_stream import ClientStream
 from swarmkit.net.rpc.endpoints import connect, listen
 from swarmkit.net.rpc.faults import Refusal
 from swarmkit.net.rpc.message_stream import CHUNK_BYTES, HEAD, IncomingMessage, MessageStream
-from swarmkit.net.rpc.server_stream import ServerStream
+from swarmkit.net.rpc.server_stream import LINGER_BYTES, ServerStream
 from swarmkit.net.transport.memory import MemoryNetwork, MemoryTransport
 from swarmkit.net.transport.seam import Stream
 
@@ -266,6 +266,24 @@ async def test_why_a_stream_ended_is_told_to_a_client_that_goes_on_sending(world
     await asyncio.wait_for(world.served.wait(), 5)
     world.streams[0].close()
     assert "too many streams" in str(await remote_error(stream.send(Greet())))
+
+
+async def test_a_refused_client_that_goes_on_sending_is_soon_read_from_no_more(
+    world: ServerAndClient,
+) -> None:
+    world.refusal = Refusal("busy", "too many streams")
+    stream = await world.stream()
+    sent = 0
+
+    async def go_on() -> None:
+        nonlocal sent
+        while True:
+            await stream.stream.send(bytes(MiB))
+            sent += MiB
+
+    with pytest.raises(PeerUnreachableError):
+        await asyncio.wait_for(go_on(), 60)
+    assert sent <= LINGER_BYTES + 4 * MiB  # some of it is under way
 
 
 # payloads

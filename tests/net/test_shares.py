@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from swarmkit.net.transport.shares import Holder, gives_way, host_of
+from swarmkit.net.transport.shares import HeldPlaces, Holder, gives_way, host_of
 
 A1, A2, A3 = (Holder("a", peer) for peer in "123")
 B1, C1 = Holder("b", "1"), Holder("c", "1")
@@ -74,3 +74,52 @@ def test_two_peers_that_ask_in_turn_do_not_take_from_each_other_for_ever() -> No
 )
 def test_a_machine_is_one_host_however_many_addresses_it_has(address: str, host: str) -> None:
     assert host_of(address) == host
+
+
+# places
+
+
+def test_places_know_what_came_first_and_last_of_each_peer() -> None:
+    places: HeldPlaces[int] = HeldPlaces()
+    for number, holder in enumerate([A1, B1, A1, A1, B1]):
+        places.add(number, holder)
+    places.remove(0)
+    places.remove(3)
+    assert [(places.first(one), places.last(one)) for one in (A1, B1, C1)] == [(2, 2), (1, 4), (None, None)]
+
+
+def test_a_place_may_be_given_back_twice() -> None:
+    places: HeldPlaces[int] = HeldPlaces()
+    places.add(1, A1)
+    for _ in range(2):
+        places.remove(1)
+    assert len(places) == 0
+
+
+def test_who_gives_way_follows_from_the_places_that_are_held() -> None:
+    places: HeldPlaces[int] = HeldPlaces()
+    for number in range(CAPACITY):
+        places.add(number, A1)
+    assert places.gives_way(B1, CAPACITY) == A1
+    for number in range(CAPACITY // 2):
+        places.remove(number)
+        places.add(CAPACITY + number, B1)
+    assert places.gives_way(B1, CAPACITY) is None
+
+
+def test_who_gives_way_is_found_as_soon_however_much_one_peer_holds() -> None:
+    looked_at = 0
+
+    class Thing:
+        def __hash__(self) -> int:
+            nonlocal looked_at
+            looked_at += 1
+            return id(self)
+
+    places: HeldPlaces[Thing] = HeldPlaces()
+    for _ in range(1000):
+        places.add(Thing(), A1)
+    looked_at = 0
+    assert places.gives_way(B1, 1000) == A1
+    assert places.last(A1) is not None
+    assert looked_at == 0

@@ -11,7 +11,7 @@ import anyio
 from swarmkit.errors import ProtocolError, SwarmkitError
 from swarmkit.net.hivemind.framing import FrameStream
 from swarmkit.net.transport.rates import TokenBucket
-from swarmkit.net.transport.shares import Holder, gives_way
+from swarmkit.net.transport.shares import HeldPlaces, Holder
 
 _REMEMBERED = 4096
 
@@ -25,7 +25,7 @@ class Entrance:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._waiting: dict[FrameStream, Holder] = {}
+        self._waiting: HeldPlaces[FrameStream] = HeldPlaces()
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -41,21 +41,17 @@ class Entrance:
         """
         if len(self._waiting) >= self.capacity and not self._make_room(holder):
             raise ProtocolError("too many connections wait to be served", stream.peer_id)
-        self._waiting[stream] = holder
+        self._waiting.add(stream, holder)
         try:
             yield
         finally:
-            self._waiting.pop(stream, None)
+            self._waiting.remove(stream)
 
     def _make_room(self, asking: Holder) -> bool:
-        held: dict[Holder, float] = {}
-        for holder in self._waiting.values():
-            held[holder] = held.get(holder, 0.0) + 1
-        victim = gives_way(held, asking, 1, self.capacity) or asking
-        oldest = next((stream for stream, holder in self._waiting.items() if holder == victim), None)
+        oldest = self._waiting.first(self._waiting.gives_way(asking, self.capacity) or asking)
         if oldest is None:
             return False
-        del self._waiting[oldest]
+        self._waiting.remove(oldest)
         oldest.abort(
             ProtocolError("it waited to be served for long, and others need its place", oldest.peer_id)
         )

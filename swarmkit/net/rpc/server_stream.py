@@ -22,6 +22,11 @@ logger = logging.getLogger(__name__)
 
 LINGER_S = 1.0
 """For so long a peer may read why its stream ends."""
+LINGER_BYTES = 4 * 1024 * 1024
+"""So much of what it has still sent meanwhile is read and dropped: about what may have been under way."""
+
+_FRAME_COST = 64
+"""What even an empty frame counts."""
 
 
 class ServerStream(MessageStream):
@@ -156,10 +161,14 @@ class ServerStream(MessageStream):
         self.life.cancel()
 
     async def linger(self) -> None:
-        """Let the peer read why the stream ends: closing it while the peer still sends could discard that."""
+        """Let the peer read why the stream ends: closing it while the peer still sends could discard that.
+
+        A peer that goes on sending all the same is not read from for long, lest it hold up others' messages.
+        """
+        dropped = 0
         with anyio.move_on_after(LINGER_S):
-            while True:
-                await self.stream.receive()
+            while dropped < LINGER_BYTES:
+                dropped += _FRAME_COST + len(await self.stream.receive())
 
     def close(self) -> None:
         """End the stream. May be called twice."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from swarmkit.net.rpc.faults import Refusal
 from swarmkit.net.rpc.server_stream import ServerStream
-from swarmkit.net.transport.shares import Holder, gives_way
+from swarmkit.net.transport.shares import HeldPlaces, Holder
 
 _RETRY_S = 1.0
 
@@ -17,7 +17,7 @@ class StreamShares:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._streams: dict[ServerStream, None] = {}
+        self._streams: HeldPlaces[ServerStream] = HeldPlaces()
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -33,22 +33,19 @@ class StreamShares:
         refusal = None
         if len(self._streams) >= self.capacity and not self._make_room(stream.holder, retry_after_s):
             refusal = Refusal("busy", "too many streams are open; try another server", retry_after_s)
-        self._streams[stream] = None
+        self._streams.add(stream, stream.holder)
         try:
             yield refusal
         finally:
-            self._streams.pop(stream, None)
+            self._streams.remove(stream)
 
     def _make_room(self, asking: Holder, retry_after_s: float) -> bool:
-        held: dict[Holder, float] = {}
-        for stream in self._streams:
-            held[stream.holder] = held.get(stream.holder, 0.0) + 1
-        victim = gives_way(held, asking, 1, self.capacity)
-        if victim is None:
-            return False
+        victim = self._streams.gives_way(asking, self.capacity)
         # The stream that came last: those before it are likelier to be of use.
-        last = next(stream for stream in reversed(self._streams) if stream.holder == victim)
-        del self._streams[last]
+        last = None if victim is None else self._streams.last(victim)
+        if last is None:
+            return False
+        self._streams.remove(last)
         last.dismiss(
             Refusal("busy", "this peer has more streams than its share, which others need", retry_after_s)
         )

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 _HOST_BITS_V6 = 64
 
@@ -74,3 +76,43 @@ def _beyond(held: Mapping[str, float], asking: str, needed: float, capacity: flo
         return None
     most = max(held, key=lambda one: (held[one], one))
     return most if most != asking and held[most] > share else None
+
+
+class HeldPlaces(Generic[T]):
+    """What is in the places of a service, by the peers that hold it, in order of arrival.
+
+    Who gives way is found as soon however much one peer holds: else somebody who has all places and asks for
+    more, again and again, would have all of it counted each time.
+    """
+
+    def __init__(self) -> None:
+        self._holders: dict[T, Holder] = {}
+        self._of: dict[Holder, dict[T, None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._holders)
+
+    def add(self, thing: T, holder: Holder) -> None:
+        """Let a peer hold one more place."""
+        self._holders[thing] = holder
+        self._of.setdefault(holder, {})[thing] = None
+
+    def remove(self, thing: T) -> None:
+        """Give a place back. May be called twice."""
+        if (holder := self._holders.pop(thing, None)) is not None:
+            of_holder = self._of[holder]
+            del of_holder[thing]
+            if not of_holder:
+                del self._of[holder]
+
+    def gives_way(self, asking: Holder, capacity: int) -> Holder | None:
+        """Whose holding is to shrink so that another peer can have one place; see `gives_way`."""
+        return gives_way({holder: float(len(of)) for holder, of in self._of.items()}, asking, 1, capacity)
+
+    def first(self, holder: Holder) -> T | None:
+        """What came first of all that a peer holds."""
+        return next(iter(self._of.get(holder, ())), None)
+
+    def last(self, holder: Holder) -> T | None:
+        """What came last of it."""
+        return next(reversed(self._of.get(holder, {})), None)

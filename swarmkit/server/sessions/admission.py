@@ -11,7 +11,7 @@ from swarmkit.net.rpc.faults import Refusal
 from swarmkit.net.rpc.message_stream import IncomingMessage
 from swarmkit.net.rpc.receive_budget import ReceiveBudget, ReceiveReservation
 from swarmkit.net.rpc.server_stream import ServerStream
-from swarmkit.net.transport.shares import Holder
+from swarmkit.net.transport.shares import HeldPlaces, Holder
 from swarmkit.server.cache.kv_budget import CacheFullError
 from swarmkit.server.engine.admission_policy import (
     Holding,
@@ -35,9 +35,15 @@ class AdmissionControl:
         self._engine = engine
         self._receive_budget = receive_budget
         self._tenures = Tenures()
+        self._places: HeldPlaces[ServedSession] = HeldPlaces()
+
+    def entered(self, session: ServedSession) -> None:
+        """A session was opened."""
+        self._places.add(session, session.holder)
 
     def left(self, session: ServedSession) -> None:
         """A session ends."""
+        self._places.remove(session)
         if session.lease.nbytes:
             self._tenures.ended(self._engine.clock.now() - session.opened_at)
 
@@ -102,7 +108,9 @@ class AdmissionControl:
         A session that runs a step stays. One that was idle only for a short time goes if `at_once` is set.
         """
         least_idle_s = 0.0 if at_once else self._settings.sessions.evict_after_s
-        holdings = {one.key: one for one in self._holdings(sessions, of_bytes) if not one.busy}
+        latest = self._engine.clock.now() - least_idle_s
+        idle = (one for one in sessions if one.used_at <= latest and not one.turn.locked())
+        holdings = {one.key: one for one in self._holdings(idle, of_bytes)}
         chosen = to_evict(list(holdings.values()), needed, least_idle_s, partly=at_once)
         return {key: _evicted(holdings[key].idle_s) for key in chosen}
 
@@ -112,6 +120,8 @@ class AdmissionControl:
         """Return the sessions, by inlet, of peers beyond their share that end, so that another peer has its
         own, and what their clients are told.
         """
+        if not of_bytes and self._places.gives_way(asking, capacity) is None:
+            return {}
         chosen = beyond_share(self._holdings(sessions, of_bytes), asking, needed, capacity)
         text = "this peer has more sessions, or more memory for them, than its share, which others need"
         return dict.fromkeys(chosen, Refusal("busy", text, _SHARE_RETRY_S))

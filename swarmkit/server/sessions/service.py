@@ -214,6 +214,7 @@ class BlockService:
             case Open():
                 client.session = session = self._open(client, message)
                 self._clients[session.inlet] = client
+                self._admission.entered(session)
                 self._idle.clear()
                 requests, codecs = self._settings.requests, self._settings.sessions.codecs
                 client.idle_s = requests.idle_timeout_s
