@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from swarmkit.server.engine.scheduler import PassLimits
 from swarmkit.server.engine.work import LearnedTimes, QueuedStep, WorkAhead, in_turn
 
 pytestmark = pytest.mark.asyncio
+
+LIMITS = PassLimits(chunk_tokens=512, decode_slowdown=1.6)
 
 
 @dataclass
@@ -36,14 +39,36 @@ def steps_of(learned: LearnedTimes, client: str, number: int, **more: Any) -> li
     return [QueuedStep(Task(client, **more), 0.0, learned, 0.0) for _ in range(number)]  # type: ignore[arg-type]
 
 
-def looked_at(steps: Sequence[QueuedStep]) -> list[int]:
-    return [key for key, _ in in_turn(steps)]
+def looked_at(steps: Sequence[QueuedStep], **recent: int) -> list[int]:
+    """Args: recent: the tokens of the latest step of clients that have decoded lately."""
+    return [key for key, _ in in_turn(steps, LIMITS, recent)]
 
 
-async def test_of_a_crowd_beside_another_client_those_that_came_first_are_looked_at(
+async def test_of_a_crowd_beside_another_client_those_are_looked_at_that_a_pass_can_have(
     learned: LearnedTimes,
 ) -> None:
-    steps = [*steps_of(learned, "many", 1000), *steps_of(learned, "one", 1)]
+    crowd, one = steps_of(learned, "many", 1000), steps_of(learned, "one", 1)
+    # A pass over two tokens takes 2 ms, their messages as long; 30 % more for others, and a millisecond each.
+    assert looked_at([*crowd, *one]) == [*range(7), 1000]
+    assert looked_at(crowd, one=1, many=1) == [*range(7)]
+
+
+async def test_two_clients_with_many_sessions_each_have_as_many_looked_at(learned: LearnedTimes) -> None:
+    steps = [*steps_of(learned, "many", 50), *steps_of(learned, "more", 100)]
+    assert len(looked_at(steps)) == 50 + 64
+
+
+async def test_a_client_whose_sessions_are_away_has_as_many_of_a_crowd_looked_at(
+    learned: LearnedTimes,
+) -> None:
+    for session in range(30):
+        learned.arrivals.decoded(session, 1, 0.0, 0.0, "other")
+    assert len(looked_at(steps_of(learned, "many", 1000), other=1)) >= 30
+
+
+async def test_before_anything_was_measured_many_of_a_crowd_are_looked_at() -> None:
+    unknown = LearnedTimes(torch.device("cpu"), lambda: 0.0)
+    steps = [*steps_of(unknown, "many", 1000), *steps_of(unknown, "one", 1)]
     assert looked_at(steps) == [*range(64), 1000]
 
 
@@ -51,9 +76,16 @@ async def test_a_client_alone_has_all_steps_looked_at_that_fit_into_a_pass(learn
     assert looked_at(steps_of(learned, "many", 1000)) == [*range(256)]
 
 
-async def test_prompts_are_all_looked_at(learned: LearnedTimes) -> None:
-    prompts = steps_of(learned, "many", 100, shape=(1, 100))
-    assert len(looked_at([*prompts, *steps_of(learned, "one", 1)])) == 101
+async def test_of_a_clients_prompts_those_are_looked_at_that_may_fit_into_a_chunk(
+    learned: LearnedTimes,
+) -> None:
+    prompts = steps_of(learned, "many", 100, shape=(1, 17))
+    assert len(looked_at([*prompts, *steps_of(learned, "one", 1, shape=(1, 100))])) == 33 + 1
+
+
+async def test_a_prompt_is_looked_at_however_small_a_chunk_is(learned: LearnedTimes) -> None:
+    (prompt,) = steps_of(learned, "one", 1, shape=(1, 100))
+    assert len(list(in_turn([prompt], PassLimits(chunk_tokens=1, decode_slowdown=1.6)))) == 1
 
 
 def crowd(learned: LearnedTimes, clients: int) -> list[QueuedStep]:
@@ -80,7 +112,16 @@ async def test_a_token_waits_for_all_sessions_of_its_own_client(learned: Learned
     assert ahead.wait_s == pytest.approx(0.5)
 
 
-async def test_a_prompt_is_always_told_what_it_would_wait_for(learned: LearnedTimes) -> None:
+async def test_a_very_large_crowd_is_counted_less_often(learned: LearnedTimes) -> None:
+    ahead, many = WorkAhead(), steps_of(learned, "many", 1000)
+    at_first = ahead.of(many, 1, 1, "many", 512, now=0.0)
+    for step in many:
+        step.tokens_done = 1
+    assert ahead.of(many, 1, 1, "many", 512, now=0.09) == at_first
+    assert ahead.of(many, 1, 1, "many", 512, now=0.11).wait_s == 0.0
+
+
+async def test_a_prompt_is_told_what_it_would_wait_for_when_many_have_come(learned: LearnedTimes) -> None:
     ahead, few, many = WorkAhead(), steps_of(learned, "many", 40), steps_of(learned, "many", 80)
     ahead.of(few, 1, 1, "one", 512, now=0.0)
     assert ahead.of(many, 1, 100, "one", 512, now=0.001).wait_s == pytest.approx(0.08)

@@ -264,15 +264,16 @@ class Engine:
 
     def _schedule(self, steps: list[QueuedStep], jobs: list[Job]) -> Schedule | None:
         now = self.now()
-        served = self._fair.of_present(step.task.client for step in steps)
+        served = self._fair.of_present([step.client for step in steps])
         for step in steps:
             if not step.decode:
                 step.learned.arrivals.leave(step.task.session)
         by_stage: dict[LearnedTimes, list[WaitingStep]] = {}
-        for key, step in in_turn(steps):
+        recent = self._recent.at(now)
+        for key, step in in_turn(steps, self.limits, recent):
             waiting = WaitingStep(
                 key,
-                served[step.task.client],
+                served[step.client],
                 step.rows_left,
                 step.piece_tokens or step.tokens_left,
                 step.decode,
@@ -281,7 +282,7 @@ class Engine:
                 step.past + step.tokens_done,
                 step.cuts_rows,
                 bool(step.piece_tokens),
-                step.task.client,
+                step.client,
             )
             by_stage.setdefault(step.learned, []).append(waiting)
         waiting_jobs = self._job_turns.waiting((job.bulk for job in jobs), now)
@@ -296,7 +297,6 @@ class Engine:
             expected = learned.arrivals.expected(now, here)
         else:
             expected = ExpectedArrivals()  # nothing is gained by a pause while another stage has work
-        recent = self._recent.at(now)
         if learned is None:
             return next_schedule((), waiting_jobs, expected, PassTimes(), self.limits, recent=recent)
         return next_schedule(
@@ -349,7 +349,7 @@ class Engine:
         # What follows is noted when the results are on their way.
         learned.learn()
         for (step, _, _), work in zip(group, works, strict=True):
-            self._fair.serve(step.task.client, work)
+            self._fair.serve(step.client, work)
 
     def _prepare(self, step: QueuedStep) -> bool:
         """Whether the step may run: it was not withdrawn, and nothing is wrong with it."""
@@ -373,7 +373,7 @@ class Engine:
         now = self.now()
         self._resolve(step, Timed(value, step.started_at - step.queued_at, now - step.started_at), None)
         if step.decode:
-            size, client = step.rows * step.tokens, step.task.client
+            size, client = step.rows * step.tokens, step.client
             step.learned.arrivals.decoded(step.task.session, size, step.queued_at, now, client)
             self._recent.decoded(client, size, now)
         step.task.after_result(output)

@@ -276,11 +276,8 @@ def _decode_steps(
     if len(clients) + len(away) < 2:
         return sorted(steps, key=_order)
     fewest = min(*wanted.values(), *away.values())
-    # Passes beside a crowd take longer than those tokens by themselves, and would allow for more of it.
     least = sum(min(tokens, fewest) for tokens in wanted.values())
-    least_s = min(times.of(least), least * times.of(1))
-    slowdown = 1 + _CROWD_SLOWDOWN_SHARE * (limits.decode_slowdown - 1)
-    allowed_s = slowdown * (least_s + _MESSAGES_S * len(wanted)) if least_s else 0.0
+    allowed_s = _allowed_beside_s(least, len(wanted), times, limits)
     for of in clients.values():
         of.sort(key=lambda step: step.passed_over)  # the last one is next
     # The client that has least in this pass is next, and of those the one that has been served least.
@@ -304,6 +301,28 @@ def _decode_steps(
         else:
             heapq.heappop(turns)
     return chosen
+
+
+def _allowed_beside_s(least: int, clients: int, times: PassTimes, limits: PassLimits) -> float:
+    """Seconds for a pass of decode steps of several clients, and for their messages; 0: nothing is known.
+
+    Args: least: tokens that it has in any case.
+    """
+    # Passes beside a crowd take longer than those tokens by themselves, and would allow for more of it.
+    least_s = min(times.of(least), least * times.of(1))
+    slowdown = 1 + _CROWD_SLOWDOWN_SHARE * (limits.decode_slowdown - 1)
+    return slowdown * (least_s + _MESSAGES_S * clients) if least_s else 0.0
+
+
+def most_beside(fewest: int, clients: int, times: PassTimes, limits: PassLimits) -> float:
+    """Return how many decode steps a pass can have of one of several clients; infinity: nothing is known.
+
+    More of a crowd need not be looked at to find those that run next.
+
+    Args: fewest: the tokens of the client that has fewest.
+    """
+    allowed_s = _allowed_beside_s(fewest * clients, clients, times, limits)
+    return fewest + allowed_s / _MESSAGES_S if allowed_s else math.inf
 
 
 def _piece(step: WaitingStep, budget: float, hurried: bool, cost: AttentionCost) -> ScheduledTokens:
@@ -570,6 +589,10 @@ class ArrivalPredictor:
     def end(self, session: Hashable) -> None:
         """A session has ended. May be called in any thread; it counts from the next look on."""
         self._ended.append(session)
+
+    def sessions_of(self, client: str) -> int:
+        """How many sessions of a client decode, as far as is known without looking at the time."""
+        return len(self._by_client.get(client, ()))
 
     @property
     def num_ended(self) -> int:

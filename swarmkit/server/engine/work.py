@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import anyio
@@ -23,19 +24,25 @@ from swarmkit.server.engine.scheduler import (
     DECODE_TOKENS,
     MOST_DECODE_TOKENS,
     NO_ATTENTION,
+    NO_CLIENTS,
     ArrivalPredictor,
+    PassLimits,
     PassTimes,
     is_decode,
+    most_beside,
 )
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 _CROWD = 32
-"""So many steps and jobs are counted anew no more often than each `_COUNTED_FOR_S` seconds."""
-_COUNTED_FOR_S = 0.02
+"""So many steps and jobs are not counted anew for each that comes."""
+_COUNTED_FOR_S, _COUNTED_FOR_S_EACH = 0.02, 0.0001
+"""Seconds for which they are not; and for each of very many of them, lest most time be spent on that."""
+_CHANGED_BY = 1 / 8
+"""For a prompt they are, if so much of their number has come or gone."""
 _MOST_CONSIDERED = 64
-"""Decode steps of one client beside others."""
+"""Decode steps of one client beside others; fewer where a pass cannot have so many."""
 
 _MOST_MET = 16
 """Tokens of another client's decode steps that a decode step is taken to wait for."""
@@ -203,6 +210,7 @@ class QueuedStep(Work):
     def __init__(self, task: StepTask[Any], patience_s: float, learned: LearnedTimes, now: float) -> None:
         super().__init__(now)
         self.task = task
+        self.client = task.client
         self.learned = learned
         self.expires_at = now + patience_s if patience_s else math.inf
         self.rows, self.tokens = task.shape
@@ -290,12 +298,24 @@ class QueuedStep(Work):
             self.part.cache.rewind(self.past)
 
 
+@dataclass
+class _ClientsWork:
+    """What one client has waiting for a stage."""
+
+    of_decode: int = 0
+    of_others: int = 0
+    each: list[int] = field(default_factory=list)
+    """Of its steps, one by one."""
+
+
 class WorkAhead:
     """What a step finds waiting when it arrives, without counting it anew for each step of a crowd."""
 
     def __init__(self) -> None:
         self._counted_at = -math.inf
-        self._counted: dict[LearnedTimes, dict[str, list[int]]] = {}
+        self._counted: dict[LearnedTimes, dict[str, _ClientsWork]] = {}
+        self._number = 0
+        """Of the steps and jobs that were counted."""
 
     def of(
         self, works: Collection[Work], rows: int, tokens: int, client: str, chunk_tokens: int, now: float
@@ -304,61 +324,85 @@ class WorkAhead:
 
         A step of few tokens waits for the sum of what is here; where many wait, that changes little from one
         arrival to the next. Of another client's crowd of decode steps only few run before it, or beside it.
+        A longer step waits for as much of each step of its own client, and of all of each other client's:
+        however many steps another one has here, it is served as much as this one, and no more.
         """
-        decode = tokens <= DECODE_TOKENS
-        if not decode:
-            left = work_ahead(list(works), client)
-        else:
-            if len(works) < _CROWD or now - self._counted_at > _COUNTED_FOR_S:
-                self._counted, self._counted_at = _work_of_clients(list(works)), now
-            left = {learned: _as_met_by(client, of) for learned, of in self._counted.items()}
-        times = left.items()
-        wait_s = sum(expected_wait_s(rows * tokens, decode, of, one.times, chunk_tokens) for one, of in times)
-        return Ahead(len(works), wait_s)
+        decode, number = tokens <= DECODE_TOKENS, len(works)
+        is_old = now - self._counted_at > max(_COUNTED_FOR_S, number * _COUNTED_FOR_S_EACH)
+        has_changed = not decode and abs(number - self._number) > _CHANGED_BY * self._number
+        if number < _CROWD or is_old or has_changed:
+            self._counted, self._counted_at, self._number = _work_of_clients(list(works)), now, number
+        met_by = _as_met_by if decode else _as_met_by_prompt_of
+        wait_s = sum(
+            expected_wait_s(rows * tokens, decode, met_by(client, of), one.times, chunk_tokens)
+            for one, of in self._counted.items()
+        )
+        return Ahead(number, wait_s)
 
 
-def _work_of_clients(works: Iterable[Work]) -> dict[LearnedTimes, dict[str, list[int]]]:
-    """The work of each client's decode steps, and of its other steps, on each stage."""
-    left: dict[LearnedTimes, dict[str, list[int]]] = {}
+def _work_of_clients(works: Iterable[Work]) -> dict[LearnedTimes, dict[str, _ClientsWork]]:
+    """The work that each client has left on each stage."""
+    left: dict[LearnedTimes, dict[str, _ClientsWork]] = {}
     for work in works:
         if isinstance(work, QueuedStep):
-            of_client = left.setdefault(work.learned, {}).setdefault(work.task.client, [0, 0])
-            of_client[not work.decode] += int(work.work(work.tokens_left, work.rows_left))
+            of_client = left.setdefault(work.learned, {}).setdefault(work.client, _ClientsWork())
+            amount = int(work.work(work.tokens_left, work.rows_left))
+            of_client.each.append(amount)
+            if work.decode:
+                of_client.of_decode += amount
+            else:
+                of_client.of_others += amount
     return left
 
 
-def _as_met_by(client: str, of_stage: Mapping[str, Sequence[int]]) -> list[int]:
+def _as_met_by(client: str, of_stage: Mapping[str, _ClientsWork]) -> list[int]:
     """The work of each client that a decode step of one of them has to wait for."""
-    met = of_stage.items()
-    return [(few if one == client else min(few, _MOST_MET)) + others for one, (few, others) in met]
+    return [
+        (one.of_decode if other == client else min(one.of_decode, _MOST_MET)) + one.of_others
+        for other, one in of_stage.items()
+    ]
 
 
-def in_turn(steps: Sequence[QueuedStep]) -> Iterator[tuple[int, QueuedStep]]:
-    """The steps that may run next, with their places: of each client's decode steps those that came first.
+def _as_met_by_prompt_of(client: str, of_stage: Mapping[str, _ClientsWork]) -> list[int]:
+    """The same for a longer step: one by one of the client's own, in sum of each other one's."""
+    met = [one.of_decode + one.of_others for other, one in of_stage.items() if other != client]
+    return met + (of_stage[client].each if client in of_stage else [])
 
-    Beside others a client with a crowd of sessions runs few of them at a time. To look at all of them each
-    time would take longer than to run them.
+
+def in_turn(
+    steps: Sequence[QueuedStep], limits: PassLimits, recent: Mapping[str, int] = NO_CLIENTS
+) -> Iterator[tuple[int, QueuedStep]]:
+    """The steps that may run next, with their places: of each client's those that came first.
+
+    Beside others a client with a crowd of sessions runs few of them at a time, and of prompts no pass has
+    more than fit into a chunk. To look at all of them each time would take longer than to run them.
+
+    Args: recent: the clients that have decoded lately, see `RecentClients`.
     """
-    most = _MOST_CONSIDERED if len({step.task.client for step in steps}) > 1 else MOST_DECODE_TOKENS
-    considered: dict[str, int] = {}
+    here = Counter([step.client for step in steps])
+    decodes: dict[LearnedTimes, dict[str, float]] = {}
+    prompts: dict[LearnedTimes, dict[str, float]] = {}
     for key, step in enumerate(steps):
-        if step.decode:
-            client = step.task.client
-            if (number := considered.get(client, 0)) >= most:
-                continue
-            considered[client] = number + 1
-        yield key, step
+        left = decodes if step.decode else prompts
+        if (of_stage := left.get(step.learned)) is None:
+            most: float = 1 + limits.chunk_tokens // DECODE_TOKENS
+            if step.decode:
+                most = _most_considered(here, step.learned, limits, recent)
+            of_stage = left[step.learned] = dict.fromkeys(here, most)
+        if (of_client := of_stage[step.client]) > 0:
+            of_stage[step.client] = of_client - 1
+            yield key, step
 
 
-def work_ahead(works: Iterable[Work], client: str) -> dict[LearnedTimes, list[int]]:
-    """The work that is left of steps on each stage: one by one of a client's own, in sum of each other one's.
-
-    However many steps another client has here, it is served as much as this one, and no more.
-    """
-    left: dict[LearnedTimes, dict[Hashable, int]] = {}
-    for work in works:
-        if isinstance(work, QueuedStep):
-            of_stage, other = left.setdefault(work.learned, {}), work.task.client
-            key: Hashable = work if other == client else other
-            of_stage[key] = of_stage.get(key, 0) + int(work.work(work.tokens_left, work.rows_left))
-    return {learned: list(of_stage.values()) for learned, of_stage in left.items()}
+def _most_considered(
+    here: Mapping[str, int], learned: LearnedTimes, limits: PassLimits, recent: Mapping[str, int]
+) -> float:
+    """How many decode steps of each client are looked at, of those that wait for one stage."""
+    clients = here.keys() | recent.keys()
+    if len(clients) < 2:
+        return MOST_DECODE_TOKENS
+    of_each = (
+        max(here.get(client, 1), learned.arrivals.sessions_of(client)) * recent.get(client, 1)
+        for client in clients
+    )
+    return min(_MOST_CONSIDERED, most_beside(min(of_each), len(clients), learned.times, limits))
