@@ -134,10 +134,10 @@ def test_too_little_memory_is_said_with_the_least_that_would_do(
     start: Callable[..., RunningWorker],
 ) -> None:
     worker = start(node_command=NODE_COMMAND)
-    little = 608 * 2**20
+    little = 512 * 2**20  # more than a node has when it begins to plan, and too little for one block
     worker.serve("tiny-chat", limits={**ONE_CORE, "ram_bytes": {"in_use": little, "away": little}})
     words = worker.wait_for("trouble").words
-    found = re.search(r"608.0 MiB is too little memory to serve .*; allow at least ([\d.]+) MiB", words)
+    found = re.search(r"512.0 MiB is too little memory to serve .*; allow at least ([\d.]+) MiB", words)
     assert found, words
     enough = int(float(found[1]) * 2**20)
     worker.client.change_settings({"limits": {"ram_bytes": {"in_use": enough, "away": enough}}})
