@@ -57,6 +57,7 @@ COMMANDS = {
     "footprint-m": "footprint --model M --blocks 8",
     "train-m": "train --model M --batch 8 --tokens 128 --replicas 1,2,4 --rounds 3",
     "failover-tiny-chat": "failover --trials 10",
+    "handover-m": "handover --model M --history 256,1024,2048",
     "weights-random-llama": "weights",
     "soak-tiny-chat": "soak --minutes 15 --clients 16",
 }

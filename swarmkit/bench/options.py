@@ -370,6 +370,28 @@ class Train(Benchmark):
 
 
 @dataclass(frozen=True)
+class HandoverBenchmark(Benchmark):
+    """A session's stall when its server leaves: keys and values handed over, against a replay.
+
+    Examples:
+
+        swarmkit bench handover --model M --history 256,1024,2048 --json
+
+        swarmkit bench handover --model M --megabits 20
+    """
+
+    name = "handover"
+
+    history: tuple[int, ...] = option((256, 1024, 2048), "Tokens that the session holds, as in 256,1024.")
+    model: str = _model()
+    round_trip_ms: float = _round_trip(20.0)
+    megabits: float = _megabits(100.0)
+    rounds: int = _rounds()
+    threads: int = _threads()
+    dtype: str = _dtype()
+
+
+@dataclass(frozen=True)
 class Recovery(Benchmark):
     """Generate with all that recovery needs kept ready, and the ratio to nothing kept.
 
@@ -396,6 +418,7 @@ BENCHMARKS: tuple[type[Benchmark], ...] = (
     Distance,
     FaultsBenchmark,
     Failover,
+    HandoverBenchmark,
     SecondTurn,
     Codecs,
     FootprintBenchmark,

@@ -134,6 +134,18 @@ def test_recovery_is_compared_with_keeping_nothing() -> None:
 
 
 @pytest.mark.slow
+def test_a_move_is_measured_with_a_handover_and_with_a_replay() -> None:
+    found = measured("handover", "--history", "32,64", "--megabits", "1000", "--round-trip-ms", "1")
+
+    short, long = found["results"]
+    assert (short["history_tokens"], long["history_tokens"]) == (32, 64)
+    assert long["handover_bytes"] > short["handover_bytes"] > 0
+    assert all(row["handover_s"] > 0 and row["replay_s"] > 0 for row in found["results"])
+    assert short["replay_to_handover"] == pytest.approx(short["replay_s"] / short["handover_s"], rel=0.02)
+    assert short["moves_by_choice"] == 1
+
+
+@pytest.mark.slow
 def test_faults_strike_and_the_tokens_are_the_same() -> None:
     found = measured("faults", "--probability", "0.1", "--stages", "1", "--tokens", "24")
 

@@ -302,6 +302,34 @@ def _recovery(result: dict[str, Any]) -> Table:
     )
 
 
+def _handover(result: dict[str, Any]) -> Table:
+    return make_table(
+        f"a server that leaves, {result['round_trip_ms']:g} ms, {result['bandwidth'] / 1e6:g} Mbit/s, "
+        f"{conditions(result)}",
+        (
+            "tokens held",
+            "seconds handed over",
+            "replayed",
+            "ratio",
+            "as chosen",
+            "handed over by choice",
+            "MB",
+        ),
+        [
+            (
+                row["history_tokens"],
+                f"{row['handover_s']:.3f}",
+                f"{row['replay_s']:.3f}",
+                f"{row['replay_to_handover']:.2f}",
+                f"{row['chosen_s']:.3f}",
+                f"{row['handed_over_by_choice']} of {row['moves_by_choice']}",
+                f"{row['handover_bytes'] / 1e6:.1f}",
+            )
+            for row in result["results"]
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], RenderableType]] = {
     "decode": _decode,
     "clients": _clients,
@@ -310,6 +338,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], RenderableType]] = {
     "distance": _distance,
     "faults": _faults,
     "failover": _failover,
+    "handover": _handover,
     "second-turn": _second_turn,
     "codecs": _codecs,
     "footprint": _footprint,
