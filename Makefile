@@ -44,7 +44,7 @@ demo: $(READY) ## four servers, a chat, and a server that dies in the middle of 
 	@$(BIN)/swarmkit demo
 
 test: $(DEV) ## the tests; under 10 minutes on 2 cores
-	@$(PYTEST) -m "not slow and not notebook and not browser and not desktop"
+	@$(PYTEST) --ignore tests/browser --ignore tests/libraries -m "not slow and not notebook and not browser and not desktop"
 
 # A browser's tests leave a running event loop in their process, where others start their own.
 test-all: $(LIBRARIES) $(BROWSER) ## all tests: with the slow ones, the notebooks, a browser and a desktop

@@ -32,7 +32,9 @@ from ..strangers import LYING, STRANGE, Manner, Stranger, Talk, slow
 BLOCKS = 4
 HONEST = 2
 STRANGERS = 50
-CLIENTS = 20
+FEW = 5
+CLIENTS = [FEW, pytest.param(20, marks=pytest.mark.slow)]
+"""So many fresh clients tell the median; the more come one after the other, the more of it is work."""
 PROMPT, TOKENS = 8, 4
 DELAY_S = 0.02
 """One way, between a client and any server."""
@@ -165,17 +167,23 @@ MANNERS = {name: manner for name, manner in STRANGE.items() if name not in ("lyi
 """Wrong numbers of the right form are no failure that a first token shows."""
 
 
+@pytest.fixture(scope="module", params=CLIENTS)
+def clients(request: pytest.FixtureRequest) -> int:
+    return request.param  # type: ignore[no-any-return]
+
+
 @pytest.fixture(scope="module", params=MANNERS)
-def times(measure: Measure, request: pytest.FixtureRequest) -> Times:
-    clients = 3 if request.param == "flooding" else CLIENTS  # floods are real work, whatever the clock says
+def times(measure: Measure, clients: int, request: pytest.FixtureRequest) -> Times:
+    if request.param == "flooding":
+        clients = 3 if clients > FEW else 1  # floods are real work, whatever the clock says
     return measure([MANNERS[request.param]] * STRANGERS, clients)
 
 
 @pytest.fixture(scope="module")
-def mixed(measure: Measure) -> Times:
+def mixed(measure: Measure, clients: int) -> Times:
     """Strangers of all manners at once."""
     manners = [manner for name, manner in MANNERS.items() if name != "flooding"]
-    return measure(list(islice(cycle(manners), STRANGERS)), CLIENTS)
+    return measure(list(islice(cycle(manners), STRANGERS)), clients)
 
 
 def assert_soon(times: Times, usual: Times) -> None:
@@ -213,9 +221,9 @@ def test_honest_servers_that_need_long_for_a_token_are_found_soon_too(
 
 
 def test_servers_that_are_slow_but_not_too_slow_are_left_after_some_sessions(
-    measure: Measure, usual: Times
+    measure: Measure, clients: int, usual: Times
 ) -> None:
-    times = measure([slow(0.7)] * STRANGERS, CLIENTS, sessions=8)
+    times = measure([slow(0.7)] * STRANGERS, clients, sessions=8)
     assert median(times.first) > 1.0  # nothing better was known yet
     assert median(times.later[-1]) <= 1.2 * median(usual.later[0])
 

@@ -188,7 +188,7 @@ def kill_at_answer(
 
 
 @pytest.mark.parametrize(
-    "seed", [pytest.param(seed, marks=() if seed < 6 else pytest.mark.slow) for seed in range(20)]
+    "seed", [pytest.param(seed, marks=() if seed < 4 else pytest.mark.slow) for seed in range(20)]
 )
 def test_sigkill_at_a_random_moment(
     world: ProcessSwarm,
@@ -221,7 +221,7 @@ def test_sigkill_at_a_random_moment(
     assert replaced.replayed_tokens in ((0, PROMPT_TOKENS) if in_prefill else range(PROMPT_TOKENS, 1000))
 
 
-@pytest.mark.parametrize("tokens", [0, 9])
+@pytest.mark.parametrize("tokens", [pytest.param(0, marks=pytest.mark.slow), 9])
 def test_two_stages_are_killed_at_once(
     world: ProcessSwarm, undisturbed: Callable[..., list[list[int]]], tokens: int
 ) -> None:
@@ -236,7 +236,7 @@ def test_two_stages_are_killed_at_once(
     assert len(world.lost()) >= before + 2
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_stopped_process_is_left_after_the_deadline(
     world: ProcessSwarm, undisturbed: Callable[..., list[list[int]]], stage: int
 ) -> None:

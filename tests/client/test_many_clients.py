@@ -27,7 +27,7 @@ ARCHITECTURES = [
     "llama",
     pytest.param("mistral", marks=pytest.mark.slow),
     pytest.param("gemma2", marks=pytest.mark.slow),
-    "gpt_oss",
+    pytest.param("gpt_oss", marks=pytest.mark.slow),
     pytest.param("deepseek_v3", marks=pytest.mark.slow),
     "falcon",
 ]

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import tomllib
 
-nbformat = pytest.importorskip("nbformat")
-
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -22,6 +20,7 @@ _PLACES = re.compile(r"(?<![\w.])/(home|root|tmp|work|mnt|var|opt|usr|Users|cont
 
 
 def read(path: Path) -> Any:
+    nbformat = pytest.importorskip("nbformat")  # here, for its import takes seconds of every worker's time
     return nbformat.read(path, as_version=nbformat.NO_CONVERT)
 
 
@@ -42,7 +41,7 @@ def test_the_notebooks_are_there() -> None:
 @each_notebook
 def test_it_is_valid_and_begins_with_a_title(path: Path) -> None:
     notebook = read(path)
-    nbformat.validate(notebook)
+    pytest.importorskip("nbformat").validate(notebook)
     assert notebook.nbformat == 4
     assert notebook.cells[0].cell_type == "markdown"
     assert notebook.cells[0].source.startswith("# ")

@@ -28,15 +28,6 @@ SERVER = ServerSettings().replace(announce_period_s=3000, record_lifetime_s=3600
 CLIENT = ClientSettings().replace(refresh_period_s=3000)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collection() -> Iterator[None]:
-    """What is there before is not looked through each time when garbage is collected."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @dataclass(frozen=True)
 class Resources:
     """What could leak, in one process."""
