@@ -174,8 +174,8 @@ def message_bus() -> Iterator[str]:
         stderr=subprocess.DEVNULL,
         text=True,
     )
+    assert daemon.stdout is not None
     try:
-        assert daemon.stdout is not None
         yield daemon.stdout.readline().strip()
     finally:
         daemon.kill()
