@@ -56,7 +56,9 @@ from swarmkit.worker.worker_events import WorkerSettingsChanged, WorkerStateChan
 logger = logging.getLogger(__name__)
 
 LEASE_S = 5.0
-"""How long a tray's lease holds. It is to be renewed every two seconds or so."""
+"""How long a tray's lease holds while there is a node process, or there is to be one."""
+IDLE_LEASE_S = 15.0
+"""How long it holds otherwise: nothing runs then that could disturb anybody."""
 _TICK_S = 1.0
 _SENSE_PERIOD_S = 2.0
 _REST_PERIOD_S = 15.0
@@ -77,8 +79,9 @@ class WorkerRunsError(UsageError):
 
 class _Lease(msgspec.Struct, frozen=True):
     request: LeaseRequest
+    told_at: float
+    """By the clock's `now`, as is `until`."""
     until: float
-    """By the clock's `now`."""
 
 
 class BackgroundWorker:
@@ -312,9 +315,13 @@ class BackgroundWorker:
         held = self._valid_lease()
         if held is not None and held.request.holder != request.holder:
             raise ConflictError("another tray of yours runs already")
-        self._lease = _Lease(request, self._clock.now() + LEASE_S)
+        now = self._clock.now()
+        self._lease = lease = _Lease(request, now, now + LEASE_S)
         self._look()
-        return LeaseGranted(seconds=LEASE_S)
+        if self._is_lent or self._lease is not lease:
+            return LeaseGranted(seconds=LEASE_S)
+        self._lease = _Lease(request, now, now + IDLE_LEASE_S)
+        return LeaseGranted(seconds=IDLE_LEASE_S)
 
     def release_lease(self, holder: str) -> None:
         """See `Controls.release_lease`."""
@@ -352,7 +359,9 @@ class BackgroundWorker:
         self._measure(decision)
         if self._stop.is_set():
             return
-        if decision.serves and self._sensed:
+        if decision.serves:
+            self._shorten_lease()
+        if decision.serves and self._sensed and (self._node.pid or not self._session_may_be_old()):
             self._node.want(self._wanted(decision))
         else:
             self._node.want(None, decision.haste, self.settings.drain_s)
@@ -420,6 +429,25 @@ class BackgroundWorker:
 
     def _valid_lease(self) -> _Lease | None:
         return self._lease if self._lease and self._clock.now() < self._lease.until else None
+
+    @property
+    def _is_lent(self) -> bool:
+        """Whether there is a node process, or is to be one."""
+        return self._current().serves or self._node.state != "absent"
+
+    def _shorten_lease(self) -> None:
+        """From when this computer is lent, it is known within `LEASE_S` that the tray has gone."""
+        lease, latest = self._lease, self._clock.now() + LEASE_S
+        if lease is not None and lease.until > latest:
+            self._lease = msgspec.structs.replace(lease, until=latest)
+
+    def _session_may_be_old(self) -> bool:
+        """Whether a tray told so long ago what it senses that nothing begins before it has told it anew.
+
+        It does so at once when it hears that the node is to start.
+        """
+        lease = self._valid_lease()
+        return lease is not None and self._clock.now() - lease.told_at > LEASE_S
 
     def _away_s(self) -> float | None:
         return seconds_away(self._session, self.settings)

@@ -133,11 +133,17 @@ class SaidDesktop:
         return await MessageBus(bus_address=self.address, negotiate_unix_fd=True).connect()
 
     def say(self, service: str, **said: Any) -> Any:
-        """From now on the service answers so."""
+        """From now on the service answers so, and tells of it where that is a property."""
         if service not in self.services:
             self._do(self._offer(service))
         self.services[service].said.update(said)
+        self._do(self._tell(service, [name for name in said if name[0].isupper()]))
         return self.services[service]
+
+    async def _tell(self, service: str, properties: list[str]) -> None:
+        if properties:
+            of = self.services[service]
+            of.emit_properties_changed({name: of.said[name] for name in properties})
 
     def signal_sleep(self, going: bool) -> None:
         """As logind announces a sleep, and its end."""

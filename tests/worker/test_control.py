@@ -8,8 +8,10 @@ import socket
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from swarmkit.errors import UsageError
@@ -19,6 +21,7 @@ from swarmkit.worker.places import WorkerPlaces
 from swarmkit.worker.settings import WorkerSettings
 from tests.worker.worlds import AWAY, RunningWorker
 
+Start = Callable[..., RunningWorker]
 ROOT = Path(__file__).parents[2]
 
 
@@ -222,6 +225,44 @@ def test_a_tray_that_ends_makes_room_for_another(worker: RunningWorker) -> None:
     worker.client.renew_lease("one", AWAY)
     worker.client.release_lease("one")
     assert worker.client.renew_lease("two", AWAY).seconds > 0
+
+
+def connections_to(handle: Handle) -> set[int]:
+    """The ports of those who are connected."""
+    seen = psutil.Process().net_connections("tcp")
+    return {one.laddr.port for one in seen if one.raddr and one.raddr.port == handle.port}
+
+
+def test_a_tray_renews_its_lease_over_one_connection(over_loopback: RunningWorker, handle: Handle) -> None:
+    with over_loopback.client.keep_lease("tray") as lease:
+        lease.renew(AWAY)
+        first = connections_to(handle)
+        lease.renew(AWAY)
+        assert (len(first), connections_to(handle)) == (1, first)
+
+
+def test_a_tray_that_outlives_the_worker_finds_the_next_one(start: Start) -> None:
+    first = start()
+    with first.client.keep_lease("tray") as lease:
+        lease.renew(AWAY)
+        first.close()
+        with pytest.raises(NoWorkerError):
+            lease.renew(AWAY)
+        second = start()
+        lease.renew(AWAY)
+    assert second.status().lease is not None
+
+
+def test_a_connection_that_is_kept_needs_the_token_for_each_request(handle: Handle) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", handle.port, timeout=10)
+    statuses = []
+    for token in (handle.token, "guess", handle.token):
+        connection.request("GET", "/v1/status", headers={"Authorization": f"Bearer {token}"})
+        answer = connection.getresponse()
+        answer.read()
+        statuses.append(answer.status)
+    connection.close()
+    assert statuses == [200, 401, 200]
 
 
 def test_what_happens_can_be_followed(worker: RunningWorker) -> None:

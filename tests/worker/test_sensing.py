@@ -7,21 +7,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from swarmkit.worker.sensing import linux
-from swarmkit.worker.sensing.dbus import close_desktop_bus
+from swarmkit.worker.sensing.dbus import SYSTEM, DesktopBus, close_desktop_bus
 from swarmkit.worker.sensing.machine import OtherCpu, OwnMachine, SensingOrder, first_running, on_battery
 from swarmkit.worker.sensing.metered import metered
-from swarmkit.worker.sensing.probes import Probe, UnknownError
+from swarmkit.worker.sensing.probes import TRUSTED_S, Probe, UnknownError
 from swarmkit.worker.sensing.session import OwnSession
 from swarmkit.worker.sensing.session_kind import Desktop, desktop_of
 from swarmkit.worker.sensing.session_providers import SessionProviders
 from swarmkit.worker.sensing.sleep import LogindSleepWatch
+from swarmkit.worker.sensing.x11 import X11
 from tests.waiting import wait_until
 from tests.worker.desktops import SaidDesktop, message_bus, missing, x_server
 
@@ -273,10 +274,59 @@ def test_a_locked_screen_is_seen_by_either_way(desktop: SaidDesktop) -> None:
     desktop.say("login", LockedHint=True)
     by_logind = linux.locked()
     desktop.say("login", LockedHint=False)
+    wait_until(lambda: linux.locked() is False, "logind told that it is open", every=0.02)
     desktop.say("saver", active=True)
-    assert (by_logind, linux.locked()) == (True, True)
+    wait_until(lambda: linux.locked() is True, "the screen saver is seen", every=0.02)
     desktop.say("saver", active=False)
-    assert linux.locked() is False
+    assert (by_logind, linux.locked()) == (True, False)
+
+
+class PassedClock:
+    """A clock that the test lets pass."""
+
+    passed_s = 0.0
+
+    def now(self) -> float:
+        return self.passed_s
+
+    def time(self) -> float:
+        return self.passed_s
+
+
+LOCKED = SYSTEM, "org.freedesktop.login1", "/org/freedesktop/login1/session/auto"
+
+
+@pytest.fixture
+def followed(desktop: SaidDesktop) -> Iterator[tuple[PassedClock, Callable[[], bool]]]:
+    """A clock, and what logind is known to have said of the lock by that clock; it is not locked."""
+    desktop.say("login", LockedHint=False)
+    clock = PassedClock()
+    bus = DesktopBus(clock)
+    yield clock, lambda: bus.followed_property(*LOCKED, "org.freedesktop.login1.Session", "LockedHint")
+    bus.close()
+
+
+@needs_bus
+def test_what_is_told_when_it_changes_is_asked_then(
+    desktop: SaidDesktop, followed: tuple[PassedClock, Callable[[], bool]]
+) -> None:
+    _, locked = followed
+    before = locked()
+    desktop.say("login", LockedHint=True)
+    wait_until(locked, "it is known to be locked", every=0.02)
+    assert before is False
+
+
+@needs_bus
+def test_what_is_told_when_it_changes_is_asked_again_after_a_time_all_the_same(
+    desktop: SaidDesktop, followed: tuple[PassedClock, Callable[[], bool]]
+) -> None:
+    clock, locked = followed
+    known = [locked()]
+    desktop.services["login"].said["LockedHint"] = True  # and nobody is told
+    known.append(locked())
+    clock.passed_s += TRUSTED_S
+    assert [*known, locked()] == [False, False, True]
 
 
 @needs_bus
@@ -397,6 +447,27 @@ def test_a_program_that_fills_the_screen_is_seen(display: str) -> None:
         during = full_screen()
         game.communicate("")
     assert (before, during, full_screen()) == ("", "a program", "")
+
+
+@needs_x
+def test_a_window_that_begins_to_fill_the_screen_is_seen(display: str) -> None:
+    """The active window stays the same."""
+    from Xlib import Xatom
+    from Xlib.display import Display
+
+    screen = Display(display)
+    root = screen.screen().root
+    window = root.create_window(0, 0, 320, 200, 0, screen.screen().root_depth)
+    root.change_property(screen.get_atom("_NET_ACTIVE_WINDOW"), Xatom.WINDOW, 32, [window.id])
+    screen.sync()
+    full_screen = X11(display, PassedClock()).full_screen
+    seen = [full_screen()]
+    for states in ([screen.get_atom("_NET_WM_STATE_FULLSCREEN")], []):
+        window.change_property(screen.get_atom("_NET_WM_STATE"), Xatom.ATOM, 32, states)
+        screen.sync()
+        seen.append(full_screen())
+    screen.close()
+    assert seen == ["", "a program", ""]
 
 
 @needs_x

@@ -21,7 +21,7 @@ from swarmkit.worker.main import log_to
 from swarmkit.worker.places import WorkerPlaces
 from swarmkit.worker.restarts import pause_before_restart
 from swarmkit.worker.settings import WorkerSettings, changed, save_settings
-from swarmkit.worker.worker import LEASE_S, WorkerRunsError
+from swarmkit.worker.worker import IDLE_LEASE_S, LEASE_S, WorkerRunsError
 from tests.disks import small_disk
 from tests.waiting import wait_until
 from tests.worker.worlds import AWAY, HERE, RunningWorker, SaidMachine
@@ -403,6 +403,68 @@ def test_without_a_network_it_waits_for_one(worker: RunningWorker, machine: Said
     assert worker.wait_for("paused").reason == "offline"
     machine.say(online=True)
     worker.wait_for("working")
+
+
+# leases
+
+
+def seconds_left(worker: RunningWorker) -> float:
+    lease = worker.status().lease
+    assert lease is not None
+    return lease.seconds
+
+
+def test_a_tray_renews_seldom_while_nothing_is_lent(worker: RunningWorker) -> None:
+    assert worker.client.renew_lease("tray", AWAY).seconds == IDLE_LEASE_S
+    assert seconds_left(worker) > LEASE_S
+
+
+def test_a_tray_renews_often_while_a_node_runs(worker: RunningWorker) -> None:
+    worker.client.change_settings({"agreed": True, "serve": {"model": "quick"}})
+    worker.client.renew_lease("tray", AWAY)
+    worker.wait_for("working")
+    assert worker.client.renew_lease("tray", AWAY).seconds == LEASE_S
+    assert seconds_left(worker) <= LEASE_S
+
+
+def test_a_long_lease_is_shortened_when_a_node_starts(worker: RunningWorker) -> None:
+    worker.client.renew_lease("tray", AWAY)
+    worker.client.change_settings({"agreed": True, "serve": {"model": "quick"}})
+    worker.wait_for("starting", "working")
+    assert seconds_left(worker) <= LEASE_S
+
+
+def test_no_node_starts_by_what_a_tray_told_long_ago(start: Start) -> None:
+    clock = SetClock()
+    worker = start(clock=clock)
+    worker.client.renew_lease("tray", AWAY)
+    clock.passed_s += LEASE_S + 1.0
+    worker.client.change_settings({"agreed": True, "serve": {"model": "quick"}})
+    assert (worker.wait_for("starting").node, worker.status().node) == (None, None)
+    worker.client.renew_lease("tray", HERE)
+    assert (worker.status().reason, worker.status().node) == ("in_use", None)
+
+
+def test_a_node_starts_when_the_tray_has_told_anew(start: Start) -> None:
+    clock = SetClock()
+    worker = start(clock=clock)
+    worker.client.renew_lease("tray", AWAY)
+    clock.passed_s += LEASE_S + 1.0
+    worker.client.change_settings({"agreed": True, "serve": {"model": "quick"}})
+    worker.wait_for("starting")
+    worker.client.renew_lease("tray", AWAY)
+    worker.wait_for("working")
+
+
+def test_a_tray_that_ended_while_nothing_was_lent_is_missed_soon_after(start: Start) -> None:
+    clock = SetClock()
+    worker = start(clock=clock)
+    worker.client.renew_lease("tray", AWAY)
+    clock.passed_s += LEASE_S + 1.0
+    worker.client.change_settings({"agreed": True, "serve": {"model": "quick"}})
+    worker.wait_for("starting")
+    clock.passed_s += LEASE_S
+    assert worker.wait_for("paused").reason == "no_tray"
 
 
 # contributions

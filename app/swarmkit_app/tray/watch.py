@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from swarmkit.errors import SwarmkitError
 from swarmkit.worker.control.client import WorkerClient
@@ -35,6 +36,7 @@ class WorkerWatch:
         self._holder = f"tray-{secrets.token_hex(8)}"
         self._ended = threading.Event()
         self._look = threading.Event()
+        self._tell_now = threading.Event()
         self._threads = [
             threading.Thread(target=self._tell, name="swarmkit-lease", daemon=True),
             threading.Thread(target=self._follow_events, name="swarmkit-worker-events", daemon=True),
@@ -54,6 +56,7 @@ class WorkerWatch:
         """End, and give the lease back."""
         self._ended.set()
         self._look.set()
+        self._tell_now.set()
         self._threads[0].join(5.0)
         self._threads[2].join(5.0)
         # The thread that reads events ends with the next empty line, or with the process.
@@ -79,8 +82,12 @@ class WorkerWatch:
         while not self._ended.is_set():
             try:
                 with self._client.events() as events:
-                    for _ in events:
+                    before: Mapping[str, Any] = {}
+                    for event in events:
                         self._look.set()
+                        if wants_signals(event, before):
+                            self._tell_now.set()
+                        before = event
                         if self._ended.is_set():
                             return
             except SwarmkitError as error:
@@ -89,11 +96,28 @@ class WorkerWatch:
             self._ended.wait(_AGAIN_S)
 
     def _tell(self) -> None:
-        while not self._ended.is_set():
-            wait_s = _AGAIN_S
-            signals = self._sensing.sense()
-            try:
-                wait_s = self._client.renew_lease(self._holder, signals).seconds * _RENEW_PART
-            except SwarmkitError as error:
-                logger.debug("the lease was not renewed: %s", error)
-            self._ended.wait(wait_s)
+        with self._client.keep_lease(self._holder) as lease:
+            while True:
+                self._tell_now.clear()
+                if self._ended.is_set():
+                    return
+                wait_s = _AGAIN_S
+                signals = self._sensing.sense()
+                try:
+                    wait_s = lease.renew(signals).seconds * _RENEW_PART
+                except SwarmkitError as error:
+                    logger.debug("the lease was not renewed: %s", error)
+                self._tell_now.wait(wait_s)
+
+
+def wants_signals(event: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether the worker begins to wait for what is sensed here: to start a node, or as it knows nothing.
+
+    While it lends nothing its leases are long, so that it may know only what was so some seconds ago.
+
+    Args: before: the event before this one; empty: there was none.
+    """
+    if "status" in event:  # the first one, perhaps of a worker that has just started and knows of no tray
+        return True
+    waits = event.get("state") == "starting" or event.get("reason") == "no_tray"
+    return waits and (event.get("state"), event.get("reason")) != (before.get("state"), before.get("reason"))

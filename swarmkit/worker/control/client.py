@@ -35,7 +35,8 @@ _DISK_IS_FULL = 507
 
 
 class WorkerClient:
-    """The worker of this person on this computer. Each call is one request on a connection of its own.
+    """The worker of this person on this computer. Each call is one request on a connection of its own, but
+    for those of `keep_lease`.
 
     All methods raise `NoWorkerError` where no worker answers, and `UsageError` with the worker's own words
     where it refuses what was asked.
@@ -107,8 +108,12 @@ class WorkerClient:
         Raises:
             UsageError: another tray holds the lease.
         """
-        request = LeaseRequest(holder=holder, signals=signals, pid=os.getpid())
-        return self._send("POST", "/v1/lease", msgspec.to_builtins(request), LeaseGranted)
+        with self.keep_lease(holder) as lease:
+            return lease.renew(signals)
+
+    def keep_lease(self, holder: str) -> KeptLease:
+        """Return what renews a lease again and again over one connection, for one thread at a time."""
+        return KeptLease(self._places, holder, self._timeout_s)
 
     def release_lease(self, holder: str) -> None:
         """Say that the tray ends."""
@@ -142,24 +147,61 @@ class WorkerClient:
     def _send(self, method: str, path: str, body: Any, kind: type[T], timeout_s: float | None = None) -> T:
         handle = self._handle()
         connection = _connection(handle, timeout_s or self._timeout_s)
-        headers = _headers(handle)
-        data = None
-        if body is not None:
-            data = json.dumps(body).encode()
-            headers["Content-Type"] = "application/json"
+        data = None if body is None else msgspec.json.encode(body)
         try:
             with _asking(handle):
-                connection.request(method, path, body=data, headers=headers)
-                answer = connection.getresponse()
-                text = answer.read()
+                status, text = _exchange(connection, handle, method, path, data)
         finally:
             connection.close()
-        if answer.status != 200:
-            raise _error(answer.status, text)
-        return msgspec.json.decode(text, type=kind)
+        return _value(status, text, kind)
 
     def _handle(self) -> Handle:
         return Handle.read(self._places.handle)
+
+
+class KeptLease:
+    """A tray's lease, renewed over one connection that is kept: opening one is most of what a request costs.
+
+    A connection that has ended, as it does with the worker, is opened again once for each renewal.
+    """
+
+    def __init__(self, places: WorkerPlaces, holder: str, timeout_s: float) -> None:
+        self._places, self._holder, self._timeout_s = places, holder, timeout_s
+        self._kept: tuple[Handle, http.client.HTTPConnection] | None = None
+
+    def __enter__(self) -> KeptLease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def renew(self, signals: SessionSignals) -> LeaseGranted:
+        """See `WorkerClient.renew_lease`."""
+        data = msgspec.json.encode(LeaseRequest(holder=self._holder, signals=signals, pid=os.getpid()))
+        if self._kept is not None:
+            try:
+                return self._ask(*self._kept, data)
+            except NoWorkerError:
+                self.close()  # it may be another worker that answers now
+        handle = Handle.read(self._places.handle)
+        self._kept = handle, _connection(handle, self._timeout_s)
+        try:
+            return self._ask(*self._kept, data)
+        except NoWorkerError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the connection. The lease holds until it ends by itself; a later renewal connects again."""
+        if self._kept is not None:
+            self._kept[1].close()
+            self._kept = None
+
+    @staticmethod
+    def _ask(handle: Handle, connection: http.client.HTTPConnection, data: bytes) -> LeaseGranted:
+        with _asking(handle):
+            status, text = _exchange(connection, handle, "POST", "/v1/lease", data)
+        return _value(status, text, LeaseGranted)
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -184,6 +226,24 @@ def _connection(handle: Handle, timeout_s: float) -> http.client.HTTPConnection:
 def _headers(handle: Handle) -> dict[str, str]:
     host = UNIX_HOST if handle.socket else f"127.0.0.1:{handle.port}"
     return {"Host": host, "Authorization": f"Bearer {handle.token}"}
+
+
+def _exchange(
+    connection: http.client.HTTPConnection, handle: Handle, method: str, path: str, data: bytes | None
+) -> tuple[int, bytes]:
+    """Send a request, and return the status and the body of the answer."""
+    headers = _headers(handle)
+    if data is not None:
+        headers["Content-Type"] = "application/json"
+    connection.request(method, path, body=data, headers=headers)
+    answer = connection.getresponse()
+    return answer.status, answer.read()
+
+
+def _value(status: int, text: bytes, kind: type[T]) -> T:
+    if status != 200:
+        raise _error(status, text)
+    return msgspec.json.decode(text, type=kind)
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from swarmkit.worker.places import WorkerPlaces
 
 _STARTS_WITHIN_S = 10.0
 _MOST_CONNECTIONS = 64
+_KEEP_CONNECTION_S = 60
+"""How long a connection without requests is kept: longer than a tray waits before it renews its lease."""
 
 
 @asynccontextmanager
@@ -50,7 +52,7 @@ async def listening(
             server_header=False,
             date_header=False,
             limit_concurrency=_MOST_CONNECTIONS,
-            timeout_keep_alive=5,
+            timeout_keep_alive=_KEEP_CONNECTION_S,
             timeout_graceful_shutdown=1,
         )
         server = QuietServer(config)

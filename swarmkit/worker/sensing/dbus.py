@@ -10,7 +10,8 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Literal
 
-from swarmkit.worker.sensing.probes import LIMIT_S, UnknownError
+from swarmkit.clock import SYSTEM_CLOCK, Clock
+from swarmkit.worker.sensing.probes import LIMIT_S, TRUSTED_S, UnknownError
 
 Bus = Literal["session", "system"]
 SESSION: Bus = "session"
@@ -23,13 +24,15 @@ _BUS_PATH = "/org/freedesktop/DBus"
 class DesktopBus:
     """Both buses, on an event loop in a thread of its own, which begins with the first question."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._connections: dict[Bus, Any] = {}
         self._names: tuple[Any, set[str]] = None, set()
         """The connection to the session's bus, and the names that it has told of."""
+        self._followed: dict[tuple[Bus, str], _FollowedInterface] = {}
 
     def call(
         self, bus: Bus, name: str, path: str, interface: str, member: str, signature: str = "", *body: Any
@@ -57,6 +60,17 @@ class DesktopBus:
         """Return the value of a property. Raises: UnknownError."""
         return self.call(bus, name, path, _PROPERTIES, "Get", "ss", interface, member)[0].value
 
+    def followed_property(self, bus: Bus, name: str, path: str, interface: str, member: str) -> Any:
+        """Return the value of a property of which the service tells when it changes. It is asked again then,
+        and after `TRUSTED_S` in any case. Raises: UnknownError.
+        """
+        asked = name, path, member
+        followed = self._followed.get((bus, interface))
+        known = followed.values.get(asked) if followed is not None and followed.connection.connected else None
+        if known is not None and self._clock.now() - known[1] < TRUSTED_S:
+            return known[0]
+        return self._wait(bus, name, self._ask_followed(bus, interface, asked))
+
     def names(self) -> set[str]:
         """Return the well-known names on the session's bus: of programs that run, not of those that could be
         started. The bus tells of changes, so that only the first time asks it. Raises: UnknownError.
@@ -77,6 +91,7 @@ class DesktopBus:
         for connection in self._connections.values():
             connection.disconnect()
         self._connections.clear()
+        self._followed.clear()
         loop.close()
 
     def _wait(self, bus: Bus, name: str, question: Coroutine[Any, Any, Any]) -> Any:
@@ -116,17 +131,22 @@ class DesktopBus:
             raise UnknownError(f"{name} does not answer ({getattr(answer, 'error_name', 'nothing')})")
         raise UnknownError(f"the {bus} bus was lost")
 
-    async def _follow(self, bus: Bus, interface: str, member: str, act: Callable[[list[Any]], None]) -> None:
+    async def _follow(
+        self, bus: Bus, interface: str, member: str, act: Callable[[list[Any]], None], arg0: str = ""
+    ) -> None:
         connection = await self._connection(bus)
         from dbus_fast import MessageType
 
         def take(message: Any) -> None:
             is_signal = message.message_type == MessageType.SIGNAL
-            if is_signal and (message.interface, message.member) == (interface, member):
+            if not is_signal or (message.interface, message.member) != (interface, member):
+                return
+            if not arg0 or message.body[:1] == [arg0]:
                 act(message.body)
 
         connection.add_message_handler(take)
         rule = f"type='signal',interface='{interface}',member='{member}'"
+        rule += f",arg0='{arg0}'" if arg0 else ""
         await self._call(bus, _BUS, _BUS_PATH, _BUS, "AddMatch", "s", [rule])
 
     async def _follow_names(self) -> set[str]:
@@ -143,6 +163,21 @@ class DesktopBus:
         self._names = self._connections[SESSION], names
         return names
 
+    async def _ask_followed(self, bus: Bus, interface: str, asked: tuple[str, str, str]) -> Any:
+        connection = await self._connection(bus)
+        followed = self._followed.get((bus, interface))
+        if followed is None or followed.connection is not connection:
+            followed = _FollowedInterface(connection)
+            await self._follow(bus, _PROPERTIES, "PropertiesChanged", followed.forget, arg0=interface)
+            self._followed[bus, interface] = followed
+        name, path, member = asked
+        at, changes = self._clock.now(), followed.changes
+        answer = await self._call(bus, name, path, _PROPERTIES, "Get", "ss", [interface, member])
+        value = answer.body[0].value
+        if followed.changes == changes:  # else it may be what was so before
+            followed.values[asked] = value, at
+        return value
+
     async def _connection(self, bus: Bus) -> Any:
         try:
             from dbus_fast import BusType
@@ -158,6 +193,21 @@ class DesktopBus:
                 raise UnknownError(f"the {bus} bus cannot be reached: {error}") from error
             self._connections[bus] = connection
         return connection
+
+
+class _FollowedInterface:
+    """What the services on one connection have answered about an interface's properties."""
+
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+        self.values: dict[tuple[str, str, str], tuple[Any, float]] = {}
+        """By service, path and property: the value, and when it was asked for."""
+        self.changes = 0
+
+    def forget(self, _change: list[Any]) -> None:
+        """Something has changed. Whose it is need not be known: all is asked again."""
+        self.changes += 1
+        self.values.clear()
 
 
 _shared: list[DesktopBus] = []

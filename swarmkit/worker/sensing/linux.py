@@ -88,7 +88,7 @@ def locked() -> bool:
     known = False
     try:
         known = True
-        if desktop_bus().property(*asked, "LockedHint"):
+        if desktop_bus().followed_property(*asked, "LockedHint"):
             return True
     except UnknownError:
         known = False
@@ -115,7 +115,7 @@ def remote_session() -> bool:
     """Whether a session of this person, or the system's list of users, says that somebody is far away."""
     asked = SYSTEM, _LOGIND, _OWN_SESSION, f"{_LOGIND}.Session"
     try:
-        if desktop_bus().property(*asked, "Remote"):
+        if desktop_bus().followed_property(*asked, "Remote"):
             return True
     except UnknownError:
         pass  # without logind the list of users is all there is

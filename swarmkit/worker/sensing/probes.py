@@ -14,6 +14,8 @@ T = TypeVar("T")
 
 LIMIT_S = 2.0
 """How long a provider may take; after that its signal is not known."""
+TRUSTED_S = 10.0
+"""How long the absence of news is believed of what is asked again only when news has come."""
 _PATIENCE_S = 0.1
 """A provider that has not answered by then does not keep the others waiting."""
 
