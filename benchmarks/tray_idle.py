@@ -5,20 +5,21 @@
 
 Two real trays, each with an icon in the panel of a small desktop (X server, window manager, panel, session
 bus, and a system bus on which logind answers), sense their desktops, and a real worker answers each. The
-people have agreed, and have gone. The one worker waits for an absence of an hour, and is paused; the other one
-serves tiny-chat. The workers, which the trays have started, are not counted.
+people have agreed, and have gone. The one worker waits for an absence of an hour, and is paused; the other
+one serves tiny-chat. The workers, which the trays have started, are not counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -130,8 +131,8 @@ def main() -> int:
     options = parser.parse_args()
     if missing := why_not():
         raise SystemExit(f"a desktop cannot be had here: {missing}")
-    with ThreadPoolExecutor() as threads:
-        asked = {name: threads.submit(measured, name, options.seconds) for name in AWAY_AFTER_S}
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as processes:
+        asked = {name: processes.submit(measured, name, options.seconds) for name in AWAY_AFTER_S}
         results = {name: future.result() for name, future in asked.items()}
     print(json.dumps(results, indent=1))
     if options.write:
