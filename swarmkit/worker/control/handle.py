@@ -41,10 +41,14 @@ class Handle(msgspec.Struct, frozen=True, kw_only=True):
         """
         try:
             check_private(path)
-            return msgspec.json.decode(path.read_bytes(), type=cls)
+            return _DECODER.decode(path.read_bytes())
         except FileNotFoundError:
             raise NoWorkerError(
                 "no worker runs on this computer for you; start it with `swarmkit worker run`"
             ) from None
         except (OSError, msgspec.DecodeError) as error:
             raise NoWorkerError(f"{path} cannot be read ({error}); start the worker again") from error
+
+
+_DECODER = msgspec.json.Decoder(Handle)
+"""Made here, by one thread: two that were the first to decode a kind, at the same moment, crashed msgspec."""
