@@ -14,14 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from swarmkit.models.architecture.anatomy import replace
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.compiled.kinds import BlockKind, NotCompiledError, StageKinds, kinds_of
 from swarmkit.models.compiled.shelf import PackageShelf
 from swarmkit.models.compiled.steps import CompiledSteps, Program, Race, StepComparison
 from swarmkit.models.compiled.trace import compile_step, export_step, make_view
 from swarmkit.models.execution.stage import Stage
+from swarmkit.models.kernels.blocked_linear import BlockedLinear
 
 from .tiny import ARCHITECTURES, make_checkpoint, model_type_of
 from .together import ONE_BY_ONE, Session, decode_and_cut_back, decode_beside_a_prompt, together
@@ -375,3 +377,19 @@ def test_a_compiled_program_computes_the_same(
     assert compiled == [2, 2, 2, 1]
     for _ in range(6):  # until their windows are left behind, if there are some
         together(sessions, [1, 1])
+
+
+@pytest.mark.slow
+def test_products_with_blocked_weights_are_compiled_for_several_sessions(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    stage = stage_of(checkpoints, "llama")
+    for path, layer in list(stage.base.named_modules()):
+        if type(layer) is nn.Linear:
+            replace(stage.base, path, BlockedLinear.of(layer))
+    kinds = kinds_of(stage)
+    ((digest, kind),) = kinds.kinds.items()
+    assert {form for _, form, _ in kind.linear} == {"blocked"}
+    compile_step(kind, 2, LENGTH, tmp_path / "blocked.pt2")
+    comparison = StepComparison(stage, kinds, 2, LENGTH)
+    assert comparison.difference(0, Program(tmp_path / "blocked.pt2")) < BOUND

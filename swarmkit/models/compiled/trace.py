@@ -196,7 +196,7 @@ def _allow_blocked_arguments() -> None:
     """
     from torch._inductor.ir import TensorBox
     from torch._inductor.lowering import register_lowering
-    from torch._inductor.mkldnn_ir import LinearUnary
+    from torch._inductor.mkldnn_ir import LinearBinary, LinearUnary
 
     def linear(given: Any, weight: Any, bias: Any, attribute: str, scalars: Any, algorithm: str) -> TensorBox:
         made: TensorBox = TensorBox.create(
@@ -204,4 +204,9 @@ def _allow_blocked_arguments() -> None:
         )
         return made
 
+    def linear_and_sum(given: Any, other: Any, weight: Any, bias: Any, attribute: str) -> TensorBox:
+        made: TensorBox = TensorBox.create(LinearBinary.create(given, other, weight, bias, attribute))
+        return made
+
     register_lowering(torch.ops.mkldnn._linear_pointwise.default, type_promotion_kind=None)(linear)
+    register_lowering(torch.ops.mkldnn._linear_pointwise.binary, type_promotion_kind=None)(linear_and_sum)
