@@ -117,7 +117,10 @@ class AnswerEngine:
         events: asyncio.Queue[AnswerEvent | None] = asyncio.Queue()
 
         def tell(event: AnswerEvent | None) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
+            try:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+            except RuntimeError:  # the loop has ended, and with it whoever listened
+                job.cancel()
 
         job = _AnswerJob(self.model, self.tokenizer, self.ends, request, tell)
         thread = AnswerThread(job.run, on_end=lambda: tell(None))

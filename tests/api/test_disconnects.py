@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import socket
+import threading
 import time
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,6 +14,7 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
+from swarmkit.api.engine import AnswerRequest
 from tests.api.held import held_engine
 from tests.api.worlds import STORY, Api
 from tests.waiting import WITHIN, wait_until
@@ -145,3 +148,22 @@ def test_a_request_that_waits_for_its_turn_leaves_the_queue_with_its_connection(
     for connection in running:
         connection.close()
     wait_until(lambda: is_empty(api), "nothing is left")
+
+
+def test_an_answer_whose_event_loop_has_ended_ends_and_says_nothing(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raised: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    engine = api.service.engine
+    prompt = engine.tokenizer("Tell me a story")["input_ids"]
+    answer = engine.answer(AnswerRequest(prompt=prompt, max_tokens=1500))
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(anext(answer))
+    loop.close()
+    wait_until(
+        lambda: "swarmkit-answer" not in {thread.name for thread in threading.enumerate()},
+        "the answer's thread has ended",
+    )
+    wait_until(lambda: is_empty(api), "its pages are free")
+    assert not raised
