@@ -23,6 +23,8 @@ _RATE = 300_000.0
 _ABOVE_RATE = 1.1
 """The node reports what it has sent and received twice a second."""
 _TAKES_HOLD_S = 2.0
+_STOPS_S = 35.0
+"""Sessions have 30 s to move away, and the node some more to end; what they move counts until then."""
 
 
 def cores(bench: Bench) -> Measured:
@@ -153,7 +155,7 @@ def quota(bench: Bench) -> Measured:
     bench.wait("serving", "working")
     with bench.load():
         wait_for(lambda: bench.client.status().reason == "quota", "the quota is used up")
-        bench.wait("paused")
+        wait_for(lambda: bench.client.status().node is None, "the worker has stopped", _STOPS_S)
     moved = bench.client.status().month_bytes - used
     return Measured(
         "a month's data (the last 30 MB of it)", "30.0 MB", f"{moved / 1e6:.1f} MB", moved <= most - used
