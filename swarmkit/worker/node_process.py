@@ -31,6 +31,7 @@ from swarmkit.worker.node_messages import (
     Runtime,
     ToNode,
 )
+from swarmkit.worker.process_tree import set_session_nice
 
 if TYPE_CHECKING:
     from swarmkit.node.server import Server
@@ -68,6 +69,7 @@ def be_a_guest() -> None:
     with contextlib.suppress(psutil.Error, OSError):
         process.nice(psutil.BELOW_NORMAL_PRIORITY_CLASS if sys.platform == "win32" else _NICE)
     if sys.platform == "linux":
+        set_session_nice(_NICE)
         with contextlib.suppress(psutil.Error, OSError):
             process.ionice(psutil.IOPRIO_CLASS_IDLE)
         with contextlib.suppress(OSError):

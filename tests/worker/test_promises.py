@@ -182,6 +182,15 @@ def test_1_i_am_only_a_guest(person: Person) -> None:
     assert not any(process.is_running() for process in processes)
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self/autogroup").exists(), reason="this kernel does not group processes by sessions"
+)
+def test_1_a_session_of_my_own_gets_me_no_more_of_the_processors(person: Person) -> None:
+    person.is_seen(AWAY)
+    node = node_of(person.serve())
+    assert Path(f"/proc/{node.pid}/autogroup").read_text().split()[-2:] == ["nice", "15"]
+
+
 def test_2_one_click_stops_me_and_i_say_when_i_come_back(person: Person) -> None:
     person.is_seen(AWAY)
     pids = used_by(node_of(person.serve()).pid).pids
