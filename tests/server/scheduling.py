@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from swarmkit.net.transport.shares import Holder
 from swarmkit.server.engine.scheduler import (
     ExpectedArrivals,
     PassLimits,
     PassTimes,
     Schedule,
+    Served,
     WaitingJob,
     WaitingStep,
     next_schedule,
@@ -31,14 +33,19 @@ def times_learnt() -> PassTimes:
 TIMES = times_learnt()
 
 
+def named(client: str, host: str = "") -> Holder:
+    """A client, by its name."""
+    return Holder(host, client)
+
+
 def decode(key: int = 0, served: float = 0, rows: int = 1, tokens: int = 1, **more: object) -> WaitingStep:
-    return replace(WaitingStep(key, served, rows, tokens, True, 0.0, 0), **more)  # type: ignore[arg-type]
+    return replace(WaitingStep(key, Served(0.0, served), rows, tokens, True, 0.0, 0), **more)  # type: ignore[arg-type]
 
 
 def prefill(
     key: int = 0, tokens: int = 4096, served: float = 0, rows: int = 1, **more: object
 ) -> WaitingStep:
-    return replace(WaitingStep(key, served, rows, tokens, False, 0.0, 0), **more)  # type: ignore[arg-type]
+    return replace(WaitingStep(key, Served(0.0, served), rows, tokens, False, 0.0, 0), **more)  # type: ignore[arg-type]
 
 
 def turn_of(

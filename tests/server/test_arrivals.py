@@ -13,6 +13,7 @@ from swarmkit.server.engine.scheduler import (
 
 from .scheduling import (
     NOBODY,
+    named,
 )
 
 
@@ -74,8 +75,8 @@ class Counted:
 def test_of_a_crowd_of_sessions_few_are_looked_at() -> None:
     crowd, looked_at = ArrivalPredictor(), Counted()
     for number in range(1000):
-        crowd.decoded(number, 1, came=10.0, done=10.1, client="many")
-    crowd.decoded("session", 3, came=10.0, done=10.1, client="one")
+        crowd.decoded(number, 1, came=10.0, done=10.1, client=named("many"))
+    crowd.decoded("session", 3, came=10.0, done=10.1, client=named("one"))
     assert 3 in [tokens for _, tokens in crowd.expected(now=10.2, here=looked_at).arrivals]
     assert looked_at.looks == 64 + 1
 

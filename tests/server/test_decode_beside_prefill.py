@@ -17,6 +17,7 @@ from swarmkit.server.engine.scheduler import (
     PassLimits,
     PassTimes,
     Schedule,
+    Served,
     WaitingStep,
     next_schedule,
 )
@@ -61,9 +62,11 @@ class Device:
     passed_over: int = 0
 
     def next_schedule(self, now: float, prefill: bool) -> Schedule | None:
-        steps = [WaitingStep(who, 0.0, 1, 1, True, now - since, 0) for who, since in self.waiting.items()]
+        steps = [
+            WaitingStep(who, Served(), 1, 1, True, now - since, 0) for who, since in self.waiting.items()
+        ]
         if prefill:
-            steps.append(WaitingStep(PREFILL, 0.0, 1, 10_000, False, 0.0, self.passed_over))
+            steps.append(WaitingStep(PREFILL, Served(), 1, 10_000, False, 0.0, self.passed_over))
         return next_schedule(steps, [], self.decoders.expected(now, self.waiting), self.times, LIMITS)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from swarmkit.models.execution.attention_cost import AttentionCost
 from swarmkit.models.execution.stage import StepPart
+from swarmkit.net.transport.shares import NOBODY, Holder
 from swarmkit.server.engine.engine import Engine
 from swarmkit.server.engine.work import EngineClosedError, ExpiredError
 
@@ -90,7 +91,7 @@ class FakeStage:
 class FakeStep:
     """A step of one session."""
 
-    def __init__(self, stage: FakeStage, tokens: int = 1, *, rows: int = 1, client: str = "client") -> None:
+    def __init__(self, stage: FakeStage, tokens: int = 1, *, rows: int = 1, client: Holder = NOBODY) -> None:
         self.stage: Any = stage
         self.client = client
         self.session = object()

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
+from swarmkit.net.transport.shares import Holder
 from swarmkit.server.engine.scheduler import (
     ExpectedArrivals,
     FairShares,
+    HostShares,
     PassTimes,
     RecentClients,
     Schedule,
+    Served,
     WaitingJob,
     WaitingStep,
     next_schedule,
@@ -26,6 +30,7 @@ from .scheduling import (
     TIMES,
     TOKEN_S,
     decode,
+    named,
     prefill,
     times_learnt,
     tokens_for,
@@ -80,7 +85,7 @@ class Simulation:
             [
                 WaitingStep(
                     key,
-                    served[work.client],
+                    Served(0.0, served[work.client]),
                     work.rows,
                     work.left,
                     work.decode,
@@ -228,7 +233,7 @@ def test_clients_that_have_gone_are_forgotten() -> None:
 
 
 def of_client(client: str, *keys: int, **more: object) -> list[WaitingStep]:
-    return [decode(key, client=client, **more) for key in keys]
+    return [replace(decode(key, client=named(client)), **more) for key in keys]  # type: ignore[arg-type]
 
 
 def keys_of(*steps: WaitingStep, expected: ExpectedArrivals = NOBODY) -> set[int]:
@@ -250,13 +255,13 @@ def test_a_client_with_many_sessions_takes_no_more_beside_another_than_the_slowd
 
 
 def test_it_takes_no_more_while_the_other_ones_step_is_expected() -> None:
-    soon = ExpectedArrivals(((0.5, 1),), 0.5, (("one", 1, 0.5),))
+    soon = ExpectedArrivals(((0.5, 1),), 0.5, ((named("one"), 1, 0.5),))
     keys = keys_of(*of_client("many", *range(200)), expected=soon)
     assert READING_S + len(keys) * TOKEN_S <= LIMITS.decode_slowdown * (READING_S + TOKEN_S)
 
 
 def test_it_takes_no_more_beside_a_client_that_has_decoded_lately() -> None:
-    turn = next_schedule(of_client("many", *range(200)), (), NOBODY, TIMES, LIMITS, recent={"one": 1})
+    turn = next_schedule(of_client("many", *range(200)), (), NOBODY, TIMES, LIMITS, recent={named("one"): 1})
     assert turn is not None
     assert READING_S + len(turn.steps) * TOKEN_S <= LIMITS.decode_slowdown * (READING_S + TOKEN_S)
 
@@ -265,15 +270,15 @@ def test_it_takes_no_more_beside_a_client_that_has_decoded_lately() -> None:
 def test_a_crowd_waits_for_the_step_of_another_client_that_comes_before_it_would_be_done(
     in_s: float, waits: bool
 ) -> None:
-    soon = ExpectedArrivals(((in_s, 1),), in_s, (("one", 1, in_s),))
+    soon = ExpectedArrivals(((in_s, 1),), in_s, ((named("one"), 1, in_s),))
     crowd = of_client("many", *range(200), waited_s=9.0)
     assert (turn_of(*crowd, expected=soon) == Schedule()) is waits
 
 
 @pytest.mark.parametrize(("client", "waits"), [("other", True), ("one", False)])
 def test_a_prompt_of_which_nothing_fits_waits_for_another_clients_step(client: str, waits: bool) -> None:
-    soon = ExpectedArrivals(((0.001, 1),), -1.0, (("one", 1, 0.001),))
-    assert (turn_of(prefill(client=client, passed_over=1), expected=soon) == Schedule()) is waits
+    soon = ExpectedArrivals(((0.001, 1),), -1.0, ((named("one"), 1, 0.001),))
+    assert (turn_of(prefill(client=named(client), passed_over=1), expected=soon) == Schedule()) is waits
 
 
 def test_what_a_crowd_takes_does_not_grow_with_the_time_that_passes_beside_it_took() -> None:
@@ -290,9 +295,11 @@ def test_what_a_crowd_takes_does_not_grow_with_the_time_that_passes_beside_it_to
 def test_who_has_decoded_lately_is_known_for_two_seconds() -> None:
     clients = RecentClients()
     for at in (9.9, 10.0):
-        clients.decoded("one", 3, now=at)
-        clients.decoded("other", 1, now=at + 1.5)
-    assert [dict(clients.at(now)) for now in (11.9, 12.1, 14.0)] == [
+        clients.decoded(named("one"), 3, now=at)
+        clients.decoded(named("other"), 1, now=at + 1.5)
+    assert [
+        {client.peer: tokens for client, tokens in clients.at(now).items()} for now in (11.9, 12.1, 14.0)
+    ] == [
         {"one": 3, "other": 1},
         {"other": 1},
         {},
@@ -301,22 +308,22 @@ def test_who_has_decoded_lately_is_known_for_two_seconds() -> None:
 
 def test_a_single_step_that_tries_a_server_is_no_answer() -> None:
     clients = RecentClients()
-    clients.decoded("probe", 1, now=10.0)
+    clients.decoded(named("probe"), 1, now=10.0)
     assert not clients.at(10.1)
 
 
 def test_a_prompt_leaves_room_for_a_client_that_has_decoded_lately() -> None:
-    turn = turn_of(prefill(0, client="many"), recent={"one": 1})
+    turn = turn_of(prefill(0, client=named("many")), recent={named("one"): 1})
     assert READING_S + tokens_for(0, turn) * TOKEN_S <= 8 * (READING_S + TOKEN_S)
 
 
 def test_a_prompt_is_cut_so_that_it_takes_little_longer_in_all() -> None:
-    tokens = tokens_for(0, turn_of(prefill(0, client="many"), recent={"one": 1}))
+    tokens = tokens_for(0, turn_of(prefill(0, client=named("many")), recent={named("one"): 1}))
     assert 4096 / tokens * (READING_S + tokens * TOKEN_S) < 1.2 * 4096 / 512 * (READING_S + 512 * TOKEN_S)
 
 
 def test_a_prompt_of_the_only_client_that_has_decoded_lately_runs_in_whole_chunks() -> None:
-    turn = turn_of(prefill(0, client="one"), recent={"one": 1})
+    turn = turn_of(prefill(0, client=named("one")), recent={named("one"): 1})
     assert tokens_for(0, turn) == LIMITS.chunk_tokens
 
 
@@ -337,3 +344,145 @@ def test_where_passes_are_short_the_messages_of_many_sessions_count() -> None:
     turn = next_schedule(steps, (), NOBODY, times, LIMITS)
     assert turn is not None
     assert 2 < len(turn.steps) < 25
+
+
+# many names of one host
+
+
+def names(number: int, host: str = "stranger", first: int = 0) -> list[WaitingStep]:
+    """A decode step of each of several clients of a host."""
+    return [decode(key, client=named(f"name {key}", host)) for key in range(first, first + number)]
+
+
+HONEST = named("one", "honest")
+
+
+def chosen(*steps: WaitingStep, **more: Any) -> list[int]:
+    turn = turn_of(*steps, **more)
+    assert turn is not None
+    return [piece.key for piece in turn.steps]
+
+
+def test_a_hundred_names_of_a_host_take_no_more_beside_another_host_than_the_slowdown_allows() -> None:
+    keys = chosen(*names(100), decode(999, client=HONEST))
+    assert 999 in keys
+    alone_s, together_s = (READING_S + tokens * TOKEN_S for tokens in (1, len(keys)))
+    assert together_s <= LIMITS.decode_slowdown * alone_s
+
+
+def test_nor_beside_a_client_of_another_host_that_has_decoded_lately() -> None:
+    keys = chosen(*names(100), recent={HONEST: 1})
+    assert READING_S + len(keys) * TOKEN_S <= LIMITS.decode_slowdown * (READING_S + TOKEN_S)
+
+
+def test_where_passes_are_long_a_few_of_a_host_have_a_part_in_each() -> None:
+    times = PassTimes()
+    for tokens in (1, 2, 4, 8, 16):
+        times.learn(tokens, 0.1 * tokens)
+    turn = next_schedule([*names(100), decode(999, client=HONEST)], (), NOBODY, times, LIMITS)
+    assert turn is not None
+    assert 999 in (keys := [piece.key for piece in turn.steps])
+    assert len(keys) <= 2 * (4 + 1)
+
+
+def test_all_names_of_a_host_have_their_turn() -> None:
+    shares, left = HostShares(), {step.key: step for step in names(100)}
+    honest = decode(999, client=HONEST)
+    for _ in range(100):
+        served = shares.of_present([HONEST, *(step.client for step in left.values())])
+        waiting = [replace(step, served=served[step.client]) for step in (*left.values(), honest)]
+        for key in chosen(*waiting):
+            shares.serve(HONEST if key == 999 else left[key].client, 1)
+            left.pop(key, None)
+    assert not left
+
+
+def test_clients_of_one_host_decode_as_if_they_had_one_each() -> None:
+    """Where everybody comes from the same host, clients share as they do from hosts of their own."""
+    alike = [*of_client("many", *range(200)), *of_client("one", 999)]
+    one_host = [replace(step, client=step.client._replace(host="house")) for step in alike]
+    hosts = [replace(step, client=step.client._replace(host=step.client.peer)) for step in alike]
+    assert chosen(*alike) == chosen(*one_host) == chosen(*hosts)
+
+
+def test_a_client_with_many_sessions_takes_no_more_than_a_neighbour_beside_another_host() -> None:
+    house = [replace(step, client=named("many", "house")) for step in of_client("many", *range(200))]
+    neighbour, other = decode(998, client=named("neighbour", "house")), decode(999, client=HONEST)
+    keys = chosen(*house, neighbour, other)
+    assert {998, 999} <= set(keys)
+    assert READING_S + len(keys) * TOKEN_S <= LIMITS.decode_slowdown * (READING_S + 3 * TOKEN_S)
+
+
+def test_a_crowd_of_names_does_not_wait_for_more_of_them() -> None:
+    soon = ExpectedArrivals(((0.01, 1),), 0.01, ((named("more", "stranger"), 1, 0.01), (HONEST, 1, 9.0)))
+    crowd = [replace(step, waited_s=9.0) for step in names(200)]
+    assert chosen(*crowd, expected=soon)
+
+
+def test_a_crowd_of_names_waits_for_another_host() -> None:
+    soon = ExpectedArrivals(((0.01, 1),), 0.01, ((HONEST, 1, 0.01),))
+    crowd = [replace(step, waited_s=9.0) for step in names(200)]
+    assert turn_of(*crowd, expected=soon) == Schedule()
+
+
+def prompts_served(clients: Sequence[Holder], turns: int) -> dict[Holder, int]:
+    """How many pieces of prompts each client has had after so many turns, one prompt for each mention."""
+    shares, passed_over = HostShares(), [0] * len(clients)
+    pieces = dict.fromkeys(clients, 0)
+    for _ in range(turns):
+        served = shares.of_present(clients)
+        turn = turn_of(
+            *(
+                replace(
+                    prefill(key, 100_000, client=client, passed_over=passed_over[key]), served=served[client]
+                )
+                for key, client in enumerate(clients)
+            )
+        )
+        assert turn is not None
+        passed_over = [turns + 1 for turns in passed_over]
+        for piece in turn.steps:
+            pieces[clients[piece.key]] += 1
+            passed_over[piece.key] = 0
+            shares.serve(clients[piece.key], piece.tokens)
+    return pieces
+
+
+def test_the_prompts_of_a_hundred_names_get_as_much_as_one_of_another_host() -> None:
+    clients = [*(named(f"name {number}", "stranger") for number in range(100)), HONEST]
+    assert prompts_served(clients, 300)[HONEST] == 150
+
+
+def test_the_prompts_of_a_hundred_names_are_all_read() -> None:
+    clients = [*(named(f"name {number}", "stranger") for number in range(100)), HONEST]
+    assert min(prompts_served(clients, 300).values()) >= 1
+
+
+def test_forty_prompts_of_a_client_get_as_much_as_one_of_its_neighbour() -> None:
+    neighbour = named("neighbour", "house")
+    assert prompts_served([*[named("many", "house")] * 40, neighbour], 200)[neighbour] == 100
+
+
+def test_a_new_name_owes_what_its_host_has_had() -> None:
+    shares = HostShares()
+    shares.of_present([old := named("old", "stranger"), HONEST])
+    shares.serve(old, 1000)
+    served = shares.of_present([new := named("new", "stranger"), HONEST])
+    assert served[HONEST] < served[new]
+
+
+def test_clients_of_a_host_are_owed_nothing_by_their_neighbours() -> None:
+    shares = HostShares()
+    shares.of_present([old := named("old", "house"), HONEST])
+    shares.serve(old, 1000)
+    served = shares.of_present([old, new := named("new", "house"), HONEST])
+    assert served[new] == served[old]
+
+
+def test_hosts_that_have_gone_are_forgotten() -> None:
+    shares = HostShares()
+    for number in range(10_000):
+        shares.of_present([always := named("always", "house"), one := named("one", f"host {number}")])
+        shares.serve(always, 1)
+        shares.serve(one, 1)
+    assert len(shares) < 1000

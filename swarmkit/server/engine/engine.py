@@ -24,10 +24,11 @@ import torch
 
 from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.models.execution.stage import Stage
+from swarmkit.net.transport.shares import NOBODY, Holder
 from swarmkit.server.engine.admission_policy import NOTHING_AHEAD, Ahead
 from swarmkit.server.engine.scheduler import (
     ExpectedArrivals,
-    FairShares,
+    HostShares,
     JobTurns,
     PassLimits,
     PassTimes,
@@ -93,7 +94,7 @@ class Engine:
         self.now = self._worker.now
         """Seconds on the clock that goes on during a turn; in a simulation `clock` stands still then."""
         self._stages: WeakKeyDictionary[Stage, LearnedTimes] = WeakKeyDictionary()
-        self._fair = FairShares()
+        self._fair = HostShares()
         self._recent = RecentClients()
         self._job_turns = JobTurns()
         self._ahead = WorkAhead()
@@ -121,7 +122,7 @@ class Engine:
         """Whether the callers of all steps and jobs that have not ended have given them up."""
         return all(work.cancelled for work in list(self._works))
 
-    def ahead(self, rows: int, tokens: int, client: str = "") -> Ahead:
+    def ahead(self, rows: int, tokens: int, client: Holder = NOBODY) -> Ahead:
         """What a step of `rows` x `tokens` of a client would have to wait for if it came now."""
         if not self._works:
             return NOTHING_AHEAD
@@ -364,8 +365,7 @@ class Engine:
 
     def _finish(self, step: QueuedStep) -> None:
         try:
-            outputs = step.outputs
-            output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+            output = step.outputs[0] if len(step.outputs) == 1 else torch.cat(step.outputs, dim=1)
             value = step.task.result(output)
         except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
             self._fail(step, error)

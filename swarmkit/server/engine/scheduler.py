@@ -9,7 +9,8 @@ Decisions only, over plain data; the engine carries them out. In this order:
    lately, bulk jobs rest after each of them, so that they have no more than a share of the time.
 
 Among equals the step of the client that has been served least comes first, and a step that has been passed
-over too often comes before all others of its kind, so that none starves.
+over too often comes before all others of its kind, so that none starves. Hosts (the addresses that clients
+come from) are served alike, and so are the clients of one host: many names of a stranger are one host.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from collections import deque
 from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from swarmkit.ewma import Ewma
 from swarmkit.models.execution.attention_cost import AttentionCost
+from swarmkit.net.transport.shares import NOBODY, Holder
 
 S = TypeVar("S")
 
 NO_ATTENTION = AttentionCost()
 """Of blocks whose attention costs nothing."""
 
-NO_CLIENTS: Mapping[str, int] = {}
+NO_CLIENTS: Mapping[Holder, int] = {}
 
 DECODE_TOKENS = 16
 """A step of at most so many tokens per row is a decode step, also with draft tokens; it is never cut. Only a
@@ -57,6 +59,10 @@ _CROWD_SLOWDOWN_SHARE = 0.5
 """Of the slowdown that a decode step may have, for the many steps of another client: these also run, and
 their messages come and go, while it is away, so that it waits for some of them first."""
 
+_FEW_OF_A_HOST = 4
+"""Decode tokens that a host has in a pass beside another host's, if they are of so many clients: a household
+has one address. They cost hardly more than one does."""
+
 _NEWCOMER_PASSES = 8
 """While another client has decoded lately, a piece of a prompt takes no longer than so many passes over one
 token: that client's next answer may begin at any moment. The prompt takes an eighth longer for it at most."""
@@ -68,13 +74,19 @@ _ROWS = 4
 all from the fifth to the eighth, so prefill fills them up."""
 
 
+class Served(NamedTuple):
+    """Work that a client has been served so far, over all its sessions, after what its host has been."""
+
+    of_host: float = 0.0
+    of_client: float = 0.0
+
+
 @dataclass(frozen=True)
 class WaitingStep:
     """A step, or what is left of it."""
 
     key: int
-    client_served: float
-    """Work that its client has been served so far, over all its sessions."""
+    served: Served
     rows: int
     tokens: int
     """Per row, still to run."""
@@ -89,7 +101,7 @@ class WaitingStep:
     """Whether it may run over some of its rows at a time."""
     keeps_tokens: bool = False
     """Whether some rows have had these tokens already, so that the others get just as many."""
-    client: str = ""
+    client: Holder = NOBODY
 
 
 @dataclass(frozen=True)
@@ -135,7 +147,7 @@ class ExpectedArrivals:
     soonest_s: float = math.inf
     """Seconds until the first step may arrive, as far as arrivals vary; infinity: unknown."""
 
-    clients: tuple[tuple[str, int, float], ...] = ()
+    clients: tuple[tuple[Holder, int, float], ...] = ()
     """The client of each step that is not long overdue, the step's tokens, and seconds until it arrives."""
 
     @property
@@ -190,7 +202,7 @@ def next_schedule(
     times: PassTimes,
     limits: PassLimits,
     cost: AttentionCost = NO_ATTENTION,
-    recent: Mapping[str, int] = NO_CLIENTS,
+    recent: Mapping[Holder, int] = NO_CLIENTS,
 ) -> Schedule | None:
     """Decide what to do next; None: there is nothing to do.
 
@@ -216,7 +228,7 @@ def next_schedule(
         scheduled.append(ScheduledTokens(step.key, step.tokens, step.rows))
         tokens += step.rows * step.tokens
         waited_s = max(waited_s, step.waited_s)
-    prefills = sorted((step for step in steps if not step.decode), key=_order)
+    prefills = _prefills_in_order([step for step in steps if not step.decode])
     if scheduled and not prefills:
         is_cut = len(scheduled) < len(decode_steps)
         if is_cut and _others_come_first(decode_steps, tokens, expected, times):
@@ -255,7 +267,7 @@ def _decode_steps(
     expected: ExpectedArrivals,
     times: PassTimes,
     limits: PassLimits,
-    recent: Mapping[str, int],
+    recent: Mapping[Holder, int],
 ) -> Sequence[WaitingStep]:
     """The decode steps that run next, in the order in which they are taken.
 
@@ -264,43 +276,80 @@ def _decode_steps(
     and the others have as many more as delay it little, messages included: where passes are short, a hundred
     steps more take hardly longer together than two, and yet a hundred messages come and go for them.
     """
-    clients: dict[str, list[WaitingStep]] = {}
+    clients: dict[Holder, list[WaitingStep]] = {}
     for step in steps:
         clients.setdefault(step.client, []).append(step)
     wanted = {client: sum(step.rows * step.tokens for step in of) for client, of in clients.items()}
-    away: dict[str, int] = {}
+    away: dict[Holder, int] = {}
     for client, tokens, _ in expected.clients:
         if client not in clients:
             away[client] = away.get(client, 0) + tokens
     away = {client: tokens for client, tokens in recent.items() if client not in clients} | away
     if len(clients) + len(away) < 2:
         return sorted(steps, key=_order)
-    fewest = min(*wanted.values(), *away.values())
-    least = sum(min(tokens, fewest) for tokens in wanted.values())
-    allowed_s = _allowed_beside_s(least, len(wanted), times, limits)
+    served = {client: of[0].served for client, of in clients.items()}
+    due = _tokens_due(wanted, away, served)
+    least = sum(min(tokens, due[client]) for client, tokens in wanted.items())
+    allowed_s = _allowed_beside_s(least, sum(tokens > 0 for tokens in due.values()), times, limits)
     for of in clients.values():
         of.sort(key=lambda step: step.passed_over)  # the last one is next
-    # The client that has least in this pass is next, and of those the one that has been served least.
-    turns = [(0, of[0].client_served, client) for client, of in clients.items()]
-    heapq.heapify(turns)
+    # What is due comes first. The host that has least in this pass is next, of those the one that has been
+    # served least; and so with the clients of a host.
+    turns: dict[str, list[tuple[bool, int, float, Holder]]] = {}
+    for client in clients:
+        turn = not due[client], 0, served[client].of_client, client
+        turns.setdefault(client.host, []).append(turn)
+    hosts = []
+    for host, of_host in turns.items():
+        heapq.heapify(of_host)
+        hosts.append((of_host[0][0], 0, served[of_host[0][3]].of_host, host))
+    heapq.heapify(hosts)
     chosen: list[WaitingStep] = []
     total = 0
-    while turns:
-        taken, served, client = turns[0]
+    while hosts:
+        _, host_taken, host_served, host = hosts[0]
+        of_host = turns[host]
+        is_beyond, taken, client_served, client = of_host[0]
         step = clients[client][-1]
         size = step.rows * step.tokens
-        if taken >= fewest and allowed_s > 0:
-            together_s = times.of(total + size) + _MESSAGES_S * (len(chosen) + 1)
-            if together_s > allowed_s:
-                heapq.heappop(turns)
-                continue
-        chosen.append(clients[client].pop())
-        total += size
-        if clients[client]:
-            heapq.heapreplace(turns, (taken + size, served, client))
+        if is_beyond and 0 < allowed_s < times.of(total + size) + _MESSAGES_S * (len(chosen) + 1):
+            heapq.heappop(of_host)
         else:
-            heapq.heappop(turns)
+            chosen.append(clients[client].pop())
+            total += size
+            taken, host_taken = taken + size, host_taken + size
+            if clients[client]:
+                heapq.heapreplace(of_host, (taken >= due[client], taken, client_served, client))
+            else:
+                heapq.heappop(of_host)
+        if of_host:
+            heapq.heapreplace(hosts, (of_host[0][0], host_taken, host_served, host))
+        else:
+            heapq.heappop(hosts)
     return chosen
+
+
+def _tokens_due(
+    wanted: Mapping[Holder, int], away: Mapping[Holder, int], served: Mapping[Holder, Served]
+) -> dict[Holder, int]:
+    """The tokens that each client has in a pass whatever others want: as many as the one with fewest.
+
+    Where clients come from several hosts, no host has more than the one with fewest, but for a few tokens of
+    different clients: those that have been served least have a part in the pass, the others in a later one.
+    """
+    hosts: dict[str, list[int]] = {}
+    for client, tokens in (*wanted.items(), *away.items()):
+        hosts.setdefault(client.host, []).append(tokens)
+    fewest = {host: min(of_host) for host, of_host in hosts.items()}
+    if len(hosts) == 1:
+        return {client: fewest[client.host] for client in wanted}
+    of_each = min(fewest[host] * len(of_host) for host, of_host in hosts.items())
+    left = dict.fromkeys(hosts, max(of_each, _FEW_OF_A_HOST))
+    due = {}
+    for client in sorted(wanted, key=lambda one: (served[one], one)):
+        due[client] = min(fewest[client.host], of_each, left[client.host])
+        left[client.host] -= due[client]
+    return due
 
 
 def _allowed_beside_s(least: int, clients: int, times: PassTimes, limits: PassLimits) -> float:
@@ -350,13 +399,21 @@ def _others_come_first(
 ) -> bool:
     """Whether a pass over `tokens` tokens had better wait for a step of a client that has none here.
 
+    Where clients come from several hosts, for one of a host that has none.
+
     It is a pass of a crowd, of which a part waits in any case, or one over a very small piece of a prompt. If
     it began now it would not be done when that client's step arrives, and would have it wait: the client
     would be served half as often as it could be.
     """
     here = {step.client for step in steps}
+    hosts = {client.host for client in here}
+    several = len(hosts | {client.host for client, _, _ in expected.clients}) > 1
     alone_s = times.of(tokens)
-    return any(-alone_s / 2 < in_s < alone_s for client, _, in_s in expected.clients if client not in here)
+    return any(
+        -alone_s / 2 < in_s < alone_s
+        for client, _, in_s in expected.clients
+        if (client.host not in hosts if several else client not in here)
+    )
 
 
 def worth_waiting(tokens: int, waited_s: float, expected: ExpectedArrivals, times: PassTimes) -> bool:
@@ -429,8 +486,32 @@ def _chunk(fitting: int, others: int, starving: bool, limits: PassLimits) -> int
     return min(tokens, limits.chunk_tokens)
 
 
-def _order(step: WaitingStep) -> tuple[bool, float]:
-    return step.passed_over < _STARVING_TURNS, step.client_served
+def _order(step: WaitingStep) -> tuple[bool, Served]:
+    return step.passed_over < _STARVING_TURNS, step.served
+
+
+def _prefills_in_order(steps: Sequence[WaitingStep]) -> list[WaitingStep]:
+    """Prefill as it is taken: hosts in turn, the clients of each, and the steps of each.
+
+    A host or client starves if none of its steps has run for long. Of a crowd of prompts most are passed over
+    often, which makes none of them urgent beside another client's.
+    """
+    hosts: dict[str, int] = {}
+    clients: dict[Holder, int] = {}
+    for step in steps:
+        client = step.client
+        hosts[client.host] = min(step.passed_over, hosts.get(client.host, step.passed_over))
+        clients[client] = min(step.passed_over, clients.get(client, step.passed_over))
+    return sorted(
+        steps,
+        key=lambda step: (
+            hosts[step.client.host] < _STARVING_TURNS,
+            step.served.of_host,
+            clients[step.client] < _STARVING_TURNS,
+            step.served.of_client,
+            step.passed_over < _STARVING_TURNS,
+        ),
+    )
 
 
 class JobTurns:
@@ -461,7 +542,7 @@ class JobTurns:
 
 @dataclass
 class FairShares:
-    """Work that each client has been served, such that a client saves nothing up while it is away.
+    """Work that each client (or host) has been served, such that it saves nothing up while it is away.
 
     A client that arrives (or is back) starts from what the least served client present has had: else it would
     take everything until it had caught up with clients that have been here for hours. When no client has
@@ -474,6 +555,9 @@ class FairShares:
     def __len__(self) -> int:
         """How many clients are remembered."""
         return len(self._served)
+
+    def __contains__(self, client: str) -> bool:
+        return client in self._served
 
     def of_present(self, clients: Iterable[str]) -> dict[str, float]:
         """What each of these clients, which have work waiting, has been served."""
@@ -497,6 +581,37 @@ class FairShares:
         self._served[client] = self._served.get(client, 0.0) + work
 
 
+class HostShares:
+    """Work that each host has been served, and of that each of its clients."""
+
+    def __init__(self) -> None:
+        self._hosts = FairShares()
+        self._clients: dict[str, FairShares] = {}
+
+    def __len__(self) -> int:
+        """How many hosts are remembered."""
+        return len(self._clients)
+
+    def of_present(self, clients: Iterable[Holder]) -> dict[Holder, Served]:
+        """What each of these clients, which have work waiting, has been served."""
+        here: dict[str, set[str]] = {}
+        for client in clients:
+            here.setdefault(client.host, set()).add(client.peer)
+        of_hosts = self._hosts.of_present(here)
+        if len(self._clients) > len(self._hosts):
+            self._clients = {host: of for host, of in self._clients.items() if host in self._hosts}
+        return {
+            Holder(host, peer): Served(of_hosts[host], served)
+            for host, peers in here.items()
+            for peer, served in self._clients.setdefault(host, FairShares()).of_present(peers).items()
+        }
+
+    def serve(self, client: Holder, work: float) -> None:
+        """Count work that was done for a client."""
+        self._hosts.serve(client.host, work)
+        self._clients.setdefault(client.host, FairShares()).serve(client.peer, work)
+
+
 class RecentClients:
     """The clients that have decoded in the last seconds, whether or not they have a session now.
 
@@ -508,14 +623,15 @@ class RecentClients:
     _FOR_S = 2.0
 
     def __init__(self) -> None:
-        self._latest: dict[str, tuple[float, int, int]] = {}  # the client that decoded last is the last one
+        self._latest: dict[Holder, tuple[float, int, int]] = {}
+        """The client that decoded last is the last one."""
 
-    def decoded(self, client: str, tokens: int, now: float) -> None:
+    def decoded(self, client: Holder, tokens: int, now: float) -> None:
         """A decode step of a client was done."""
         _, _, before = self._latest.pop(client, (0.0, 0, 0))
         self._latest[client] = now, tokens, before + 1
 
-    def at(self, now: float) -> Mapping[str, int]:
+    def at(self, now: float) -> Mapping[Holder, int]:
         """The tokens of the latest step of each of them."""
         while self._latest and (first := next(iter(self._latest.items())))[1][0] < now - self._FOR_S:
             del self._latest[first[0]]
@@ -528,7 +644,7 @@ class _DecodingSession:
 
     done: float
     tokens: int
-    client: str
+    client: Holder
     away_s: Ewma | None
     """Seconds between two decode steps; None: unknown, as it was not away yet, or for too long."""
 
@@ -553,7 +669,7 @@ class ArrivalPredictor:
 
     def __init__(self) -> None:
         self._sessions: dict[Hashable, _DecodingSession] = {}
-        self._by_client: dict[str, dict[Hashable, None]] = {}
+        self._by_client: dict[Holder, dict[Hashable, None]] = {}
         """The same, the session that decoded last at the end."""
         self._left: dict[Hashable, _DecodingSession] = {}
         """Sessions that have left, until their time away tells nothing any more."""
@@ -562,7 +678,9 @@ class ArrivalPredictor:
         self._numbers = count()
         self._ended: deque[Hashable] = deque(maxlen=1024)  # more than can have decoded since the last look
 
-    def decoded(self, session: Hashable, tokens: int, came: float, done: float, client: str = "") -> None:
+    def decoded(
+        self, session: Hashable, tokens: int, came: float, done: float, client: Holder = NOBODY
+    ) -> None:
         """A session's decode step of `tokens` tokens arrived at `came` and was done at `done`."""
         last = self._left.get(session) or self._sessions.get(session)
         usual_s = None
@@ -590,7 +708,7 @@ class ArrivalPredictor:
         """A session has ended. May be called in any thread; it counts from the next look on."""
         self._ended.append(session)
 
-    def sessions_of(self, client: str) -> int:
+    def sessions_of(self, client: Holder) -> int:
         """How many sessions of a client decode, as far as is known without looking at the time."""
         return len(self._by_client.get(client, ()))
 

@@ -18,6 +18,7 @@ from swarmkit.errors import SwarmkitError
 from swarmkit.models.execution.attention_cost import AttentionCost
 from swarmkit.models.execution.stage import Stage, StepPart
 from swarmkit.net.rpc.faults import Refusal
+from swarmkit.net.transport.shares import NOBODY, Holder
 from swarmkit.server.engine.admission_policy import Ahead, expected_wait_s
 from swarmkit.server.engine.device_watch import DeviceWatch
 from swarmkit.server.engine.scheduler import (
@@ -81,8 +82,8 @@ class StepTask(Protocol[T_co]):
         """The stage that the step runs on."""
 
     @property
-    def client(self) -> str:
-        """The client's peer id; clients are served alike, however many sessions they have."""
+    def client(self) -> Holder:
+        """The client and its host; both are served alike, however many sessions or clients they have."""
 
     @property
     def session(self) -> Hashable:
@@ -313,12 +314,12 @@ class WorkAhead:
 
     def __init__(self) -> None:
         self._counted_at = -math.inf
-        self._counted: dict[LearnedTimes, dict[str, _ClientsWork]] = {}
+        self._counted: dict[LearnedTimes, dict[Holder, _ClientsWork]] = {}
         self._number = 0
         """Of the steps and jobs that were counted."""
 
     def of(
-        self, works: Collection[Work], rows: int, tokens: int, client: str, chunk_tokens: int, now: float
+        self, works: Collection[Work], rows: int, tokens: int, client: Holder, chunk_tokens: int, now: float
     ) -> Ahead:
         """What a step of `rows` x `tokens` of a client would have to wait for if it came now.
 
@@ -340,9 +341,9 @@ class WorkAhead:
         return Ahead(number, wait_s)
 
 
-def _work_of_clients(works: Iterable[Work]) -> dict[LearnedTimes, dict[str, _ClientsWork]]:
+def _work_of_clients(works: Iterable[Work]) -> dict[LearnedTimes, dict[Holder, _ClientsWork]]:
     """The work that each client has left on each stage."""
-    left: dict[LearnedTimes, dict[str, _ClientsWork]] = {}
+    left: dict[LearnedTimes, dict[Holder, _ClientsWork]] = {}
     for work in works:
         if isinstance(work, QueuedStep):
             of_client = left.setdefault(work.learned, {}).setdefault(work.client, _ClientsWork())
@@ -355,22 +356,36 @@ def _work_of_clients(works: Iterable[Work]) -> dict[LearnedTimes, dict[str, _Cli
     return left
 
 
-def _as_met_by(client: str, of_stage: Mapping[str, _ClientsWork]) -> list[int]:
-    """The work of each client that a decode step of one of them has to wait for."""
-    return [
-        (one.of_decode if other == client else min(one.of_decode, _MOST_MET)) + one.of_others
-        for other, one in of_stage.items()
-    ]
+def _as_met_by(client: Holder, of_stage: Mapping[Holder, _ClientsWork]) -> list[int]:
+    """The work that a decode step of a client has to wait for."""
+    own = of_stage.get(client, _ClientsWork())
+    others = _others(client, of_stage)
+    return [own.of_decode + own.of_others, *(min(decode, _MOST_MET) + rest for decode, rest in others)]
 
 
-def _as_met_by_prompt_of(client: str, of_stage: Mapping[str, _ClientsWork]) -> list[int]:
+def _as_met_by_prompt_of(client: Holder, of_stage: Mapping[Holder, _ClientsWork]) -> list[int]:
     """The same for a longer step: one by one of the client's own, in sum of each other one's."""
-    met = [one.of_decode + one.of_others for other, one in of_stage.items() if other != client]
-    return met + (of_stage[client].each if client in of_stage else [])
+    own = of_stage[client].each if client in of_stage else []
+    return [decode + rest for decode, rest in _others(client, of_stage)] + own
+
+
+def _others(client: Holder, of_stage: Mapping[Holder, _ClientsWork]) -> Iterable[tuple[int, int]]:
+    """The work of decode steps and of others that each other client has here, or each other host.
+
+    Beside a client's own, another host has one share, however many clients come from it.
+    """
+    each: dict[Holder, tuple[int, int]] = {}
+    for other, one in of_stage.items():
+        if other != client:
+            own_host = client == NOBODY or other.host == client.host
+            who = other if own_host else Holder(other.host, "")
+            decode, rest = each.get(who, (0, 0))
+            each[who] = decode + one.of_decode, rest + one.of_others
+    return each.values()
 
 
 def in_turn(
-    steps: Sequence[QueuedStep], limits: PassLimits, recent: Mapping[str, int] = NO_CLIENTS
+    steps: Sequence[QueuedStep], limits: PassLimits, recent: Mapping[Holder, int] = NO_CLIENTS
 ) -> Iterator[tuple[int, QueuedStep]]:
     """The steps that may run next, with their places: of each client's those that came first.
 
@@ -380,8 +395,8 @@ def in_turn(
     Args: recent: the clients that have decoded lately, see `RecentClients`.
     """
     here = Counter([step.client for step in steps])
-    decodes: dict[LearnedTimes, dict[str, float]] = {}
-    prompts: dict[LearnedTimes, dict[str, float]] = {}
+    decodes: dict[LearnedTimes, dict[Holder, float]] = {}
+    prompts: dict[LearnedTimes, dict[Holder, float]] = {}
     for key, step in enumerate(steps):
         left = decodes if step.decode else prompts
         if (of_stage := left.get(step.learned)) is None:
@@ -395,7 +410,7 @@ def in_turn(
 
 
 def _most_considered(
-    here: Mapping[str, int], learned: LearnedTimes, limits: PassLimits, recent: Mapping[str, int]
+    here: Mapping[Holder, int], learned: LearnedTimes, limits: PassLimits, recent: Mapping[Holder, int]
 ) -> float:
     """How many decode steps of each client are looked at, of those that wait for one stage."""
     clients = here.keys() | recent.keys()

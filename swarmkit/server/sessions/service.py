@@ -420,7 +420,7 @@ class BlockService:
         check_step(session, step, self._stage.hidden_size, most, codecs)
         checked = session.steps
         rows, tokens, _ = step.hidden.shape
-        if wait_s := self._engine.ahead(rows, tokens, client.peer_id).wait_s:
+        if wait_s := self._engine.ahead(rows, tokens, client.holder).wait_s:
             self._admission.check_queue(step, wait_s)
         if self._quota is not None and self._quota.per_minute is not None:
             self._quota.take(client.peer_id, rows * tokens)
@@ -454,8 +454,8 @@ class BlockService:
         rows, tokens, _ = step.hidden.shape
         self._grow(session, step)
         try:
-            ahead = self._engine.ahead(rows, tokens, client.peer_id)
-            work = SessionStep(self._stage, client.peer_id, session, step, incoming)
+            ahead = self._engine.ahead(rows, tokens, client.holder)
+            work = SessionStep(self._stage, client.holder, session, step, incoming)
             timed = await self._engine.step(work, step.patience_s)
         except ExpiredError as error:
             raise self._admission.expired(step, error) from None

@@ -14,6 +14,7 @@ from swarmkit.net.protocol.codec import TensorSpec
 from swarmkit.net.protocol.messages import Step
 from swarmkit.net.rpc.faults import Refusal
 from swarmkit.net.rpc.message_stream import IncomingMessage
+from swarmkit.net.transport.shares import Holder
 from swarmkit.server.cache.prefix_tracker import PrefixTracker
 from swarmkit.server.sessions.session import ServedSession
 
@@ -27,7 +28,7 @@ class SessionStep:
     """A step that was received, and the session that it is for; see `work.StepTask`."""
 
     stage: Stage
-    client: str
+    client: Holder
     of: ServedSession
     step: Step
     incoming: IncomingMessage
