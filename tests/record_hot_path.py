@@ -1,7 +1,4 @@
-"""Prints the files of the package that a decode token passes through, in the order of their first calls.
-
-A program of its own, since threads are only followed from their start. Its argument is a checkpoint.
-"""
+"""The files of the package that a decode token passes through, in the order of their first calls."""
 
 from __future__ import annotations
 
@@ -9,9 +6,14 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
+
+import torch
+from transformers import DynamicCache
 
 import swarmkit
+from swarmkit import LocalSwarm
+from swarmkit.settings import ClientSettings
 
 ROOT = Path(swarmkit.__file__).parents[1]
 STEPS = 4
@@ -24,8 +26,17 @@ class Recorder:
     def __init__(self) -> None:
         self.is_on = False
         self.files: dict[str, None] = {}
+
+    def __enter__(self) -> Self:
+        """Follow this thread, and all that start from now on: one that runs cannot be followed any more."""
+        self._before = sys.getprofile(), threading.getprofile()
         sys.setprofile(self._note)
         threading.setprofile(self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(self._before[0])
+        threading.setprofile(self._before[1])  # type: ignore[arg-type]
 
     def _note(self, frame: FrameType, event: str, argument: Any) -> None:
         if self.is_on and event == "call":
@@ -36,15 +47,9 @@ class Recorder:
         return [str(Path(file).relative_to(ROOT)) for file in self.files if file.startswith(package)]
 
 
-def main(checkpoint: str) -> None:
-    recorder = Recorder()
-
-    import torch
-    from transformers import DynamicCache
-
-    from swarmkit.settings import ClientSettings
-
-    with swarmkit.LocalSwarm(checkpoint, num_stages=2, transport="memory") as swarm:
+def files_of_a_token(checkpoint: Path) -> list[str]:
+    """Have a swarm of this process compute tokens; no thread of another one may run any more."""
+    with Recorder() as recorder, LocalSwarm(checkpoint, num_stages=2, transport="memory") as swarm:
         settings = ClientSettings().replace(check_share=0.0)  # a check is beside the path, at random steps
         model = swarm.model(settings=settings)
         cache, token = DynamicCache(), torch.ones(1, 1, dtype=torch.int64)
@@ -53,8 +58,4 @@ def main(checkpoint: str) -> None:
                 recorder.is_on = step >= 8
                 model(token, past_key_values=cache, use_cache=True)
         recorder.is_on = False
-    print(*recorder.of_package(), sep="\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return recorder.of_package()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from .models.tiny import make_checkpoint
+from .record_hot_path import files_of_a_token
 
 ROOT = Path(__file__).parents[1]
 SECTION = "## Files of a decode token"
@@ -33,10 +32,7 @@ def file_of(line: str) -> str:
 
 def test_a_decode_token_passes_through_the_files_that_are_listed(lines: list[str], tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, "llama", max_position_embeddings=64)
-    command = [sys.executable, "-m", "tests.record_hot_path", str(checkpoint)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-    assert run.returncode == 0, run.stderr
-    assert sorted(run.stdout.split()) == sorted(map(file_of, lines))
+    assert sorted(files_of_a_token(checkpoint)) == sorted(map(file_of, lines))
 
 
 def test_the_files_of_a_decode_token_become_no_more(lines: list[str]) -> None:

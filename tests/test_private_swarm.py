@@ -29,7 +29,7 @@ from swarmkit.net.transport.seam import Stream
 from swarmkit.net.transport.swarm_key import SwarmKey
 from swarmkit.settings import ClientSettings, ServerSettings
 
-from .cli.commands import run, run_here, start
+from .cli.commands import run_here, start
 from .models.tiny import make_checkpoint
 from .net.protocols import PROTOCOLS
 
@@ -256,7 +256,7 @@ def test_commands_take_lists_of_peers(tmp_path: Path, monkeypatch: pytest.Monkey
     try:
         ask = ("generate", "tiny-chat", "What is 2 + 3?", "--join", server.address, "--identity")
         assert "5" in run_here(*ask, friend, "--json").last_json()["answer"]
-        refused = run(*ask, stranger)
+        refused = run_here(*ask, stranger)
         blocked = run_here(*ask, friend, "--block", server.event["owner"]["peer_id"])
     finally:
         server.end_with(15)
