@@ -111,6 +111,11 @@ def test_what_libraries_read_when_they_are_imported_must_be_the_same(server: For
     assert not server.fits({**os.environ, "HF_ENDPOINT": "http://127.0.0.1:1"})
 
 
+def test_an_owner_that_has_asked_for_huge_pages_since_then_gets_copies_too(server: ForkServer) -> None:
+    assert server.fits({**os.environ, "THP_MEM_ALLOC_ENABLE": "1"})
+    assert not server.fits({**os.environ, "THP_MEM_ALLOC_ENABLE": "0"})
+
+
 def test_those_who_need_one_at_a_time_share_it(server: ForkServer) -> None:
     with fork_server.shared() as other:
         assert other is server

@@ -212,7 +212,9 @@ def shared() -> Iterator[ForkServer | None]:
 
 
 def _at_import(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if not name.startswith(_NOT_AT_IMPORT)}
+    read = {name: value for name, value in environment.items() if not name.startswith(_NOT_AT_IMPORT)}
+    ask_for_huge_pages(read)  # the fork server does, whether its owner has done so or not
+    return read
 
 
 def _exists(pid: int) -> bool:
