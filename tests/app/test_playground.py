@@ -26,6 +26,7 @@ from swarmkit.drawing.pipeline import slowest_part
 from swarmkit.drawing.values import HopPicture
 from swarmkit.errors import UsageError
 
+from ..cli.commands import start
 from ..clocks import SetClock
 from ..waiting import eventually, wait_until
 
@@ -129,10 +130,8 @@ async def test_an_answer_that_is_stopped_keeps_its_text(engine: AnswerEngine) ->
     assert "The answer was stopped." in seen[-1].summary
 
 
-async def test_fifty_answers_that_are_left_free_their_sessions(
-    engine: AnswerEngine, swarm: LocalSwarm
-) -> None:
-    for _ in range(50):
+async def test_answers_that_are_left_free_their_sessions(engine: AnswerEngine, swarm: LocalSwarm) -> None:
+    for _ in range(20):
         async with aclosing(answer_to(engine, LONG).progress()) as progress:
             async for shown in progress:
                 if shown.text:
@@ -452,14 +451,12 @@ def test_the_snippets_have_the_settings_of_the_page() -> None:
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.usefixtures("kept_fork_server")
 def test_the_command_serves_the_page_until_ctrl_c() -> None:
-    command = [sys.executable, "-m", "swarmkit.cli", "playground", "--json", "--no-browser"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-        assert process.stdout is not None
-        url = next(json.loads(line)["url"] for line in process.stdout if line.startswith("{"))
-        assert urllib.request.urlopen(url, timeout=30).status == 200
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+    with LocalSwarm("tiny-chat", num_stages=1) as swarm:
+        page = start("playground", "--no-browser", "--join", swarm.initial_peers[0], until="listening")
+        assert urllib.request.urlopen(page.event["url"], timeout=30).status == 200
+        assert page.end_with(signal.SIGINT).returncode == 0
 
 
 @pytest.mark.slow

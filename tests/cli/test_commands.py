@@ -168,10 +168,13 @@ def test_the_demo_kills_a_server_and_the_answer_is_the_same(monkeypatch: pytest.
     assert not [process for process in left if process.is_running() and process.status() != "zombie"]
 
 
+AT_ONCE = (("status",), "give --join ADDRESS")
+"""A mistake that is seen before anything is imported that takes seconds."""
 MISTAKES: list[Any] = [
+    (("generate", "no-such-model", "Hi"), "no-such-model"),
     (("serve", "tiny-chat", "--blocks", "7:12"), "not inside this model's 0:8"),
     (("serve", "tiny-chat", "--blocks", "many"), "blocks are written A:B"),
-    (("status",), "give --join ADDRESS"),
+    AT_ONCE,
     (("status", "--join", "/ip4/127.0.0.1/tcp/9/p2p/nobody"), "nobody"),
     (("bench", "decode", "--stages", "one"), "as in 1,2,4"),
 ]
@@ -187,10 +190,7 @@ def test_a_mistake_gets_one_clear_line_and_exit_code_1(arguments: tuple[str, ...
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [
-        (("generate", "no-such-model", "Hi"), "no-such-model"),
-        *(pytest.param(*mistake, marks=pytest.mark.slow) for mistake in MISTAKES),
-    ],
+    [pytest.param(*mistake, marks=() if mistake is AT_ONCE else pytest.mark.slow) for mistake in MISTAKES],
 )
 def test_a_process_ends_with_one_clear_line_and_exit_code_1(arguments: tuple[str, ...], said: str) -> None:
     result = run(*arguments)

@@ -105,8 +105,17 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@everywhere
-@pytest.mark.parametrize("way", WAYS)
+def everywhere_in(*ways: str, shortly: set[str]) -> pytest.MarkDecorator:
+    """Each way over real connections, and some of them everywhere each time; the slow tests do all."""
+    cases = [
+        pytest.param(world, way, marks=() if world == WORLDS[0] or way in shortly else pytest.mark.slow)
+        for world in WORLDS
+        for way in ways
+    ]
+    return pytest.mark.parametrize(("world", "way"), cases, indirect=["world"])
+
+
+@everywhere_in(*WAYS, shortly={"greedy", "beams", "prompt lookup"})
 def test_tokens_equal_the_local_models(world: World, way: str) -> None:
     ids, _ = prompt(9)
     assert_same(answer(world.model, ids, **WAYS[way]), answer(world.local, ids, **WAYS[way]))
@@ -119,8 +128,7 @@ def test_tokens_assisted_by_a_draft_model_equal_the_local_models(world: World) -
     assert_same(tokens, answer(world.local, ids, assistant_model=world.draft))
 
 
-@everywhere
-@pytest.mark.parametrize("way", ["greedy", "sampling", "beams"])
+@everywhere_in("greedy", "sampling", "beams", shortly={"greedy"})
 def test_a_left_padded_batch_equals_the_local_models(world: World, way: str) -> None:
     ids, mask = prompt(9, 4, 7)
     assert_same(answer(world.model, ids, mask, **WAYS[way]), answer(world.local, ids, mask, **WAYS[way]))

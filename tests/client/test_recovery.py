@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +46,12 @@ BOTH_WAYS = [
 ]
 
 
+def some_slowly(*names: str, fast: set[tuple[Any, ...]], of: Iterable[tuple[Any, ...]]) -> Any:
+    """Cases of which a few stand for all each time, and the others are left to the slow tests."""
+    cases = [pytest.param(*case, marks=() if case in fast else pytest.mark.slow) for case in of]
+    return pytest.mark.parametrize(names, cases)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tiny_llama: Checkpoint) -> Callable[..., Tensor]:
     """What the local model answers."""
@@ -65,8 +71,12 @@ def shared(tiny_llama: Checkpoint, request: pytest.FixtureRequest) -> Iterator[W
         yield world
 
 
-@pytest.mark.parametrize("stage", range(3))
-@pytest.mark.parametrize("tokens", range(NEW_TOKENS))
+@some_slowly(
+    "stage",
+    "tokens",
+    fast={(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (1, 3), (0, NEW_TOKENS - 1), (2, NEW_TOKENS - 1)},
+    of=itertools.product(range(3), range(NEW_TOKENS)),
+)
 def test_a_server_that_dies_at_any_step_is_replaced(
     shared: World, undisturbed: Callable[..., Tensor], stage: int, tokens: int
 ) -> None:
@@ -91,8 +101,12 @@ def test_a_server_that_dies_at_any_step_is_replaced(
         assert [step.recovered for step in shared.model.trace[-NEW_TOKENS + tokens :]].count(True) == 1
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("stage", range(3))
+@some_slowly(
+    "stage",
+    "way",
+    fast={(1, way) for way in WAYS} | {(0, "beams"), (2, "left-padded batch")},
+    of=itertools.product(range(3), WAYS),
+)
 def test_a_death_in_the_middle_of_every_way_to_generate(
     shared: World, undisturbed: Callable[..., Tensor], way: str, stage: int
 ) -> None:
@@ -105,8 +119,21 @@ def test_a_death_in_the_middle_of_every_way_to_generate(
     assert len(shared.events(PeerReplaced)) == before + 1
 
 
-@pytest.mark.parametrize("way", ["greedy", "beams", "left-padded batch"])
-@pytest.mark.parametrize("stages", [(0, 1), (1, 2), (0, 2), (0, 1, 2)])
+@some_slowly(
+    "stages",
+    "way",
+    fast={
+        ((0, 1), "greedy"),
+        ((1, 2), "left-padded batch"),
+        ((0, 2), "beams"),
+        ((0, 1, 2), "greedy"),
+        ((0, 1, 2), "beams"),
+    },
+    of=itertools.product(
+        [(0, 1), (1, 2), (0, 2), (0, 1, 2)],
+        ["greedy", "beams", "left-padded batch"],
+    ),
+)
 def test_several_stages_that_die_at_once(
     shared: World, undisturbed: Callable[..., Tensor], stages: tuple[int, ...], way: str
 ) -> None:
@@ -172,16 +199,17 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("others", OTHERS.values(), ids=OTHERS)
-@pytest.mark.parametrize(
+@some_slowly(
+    "others",
     "way",
-    ["greedy", *(pytest.param(way, marks=pytest.mark.slow) for way in ("beams", "left-padded batch"))],
+    "tokens",
+    fast={(name, "greedy", 3) for name in OTHERS} | {("split in two", "greedy", 0), ("wider", "greedy", 0)},
+    of=itertools.product(OTHERS, ["greedy", "beams", "left-padded batch"], [0, 3]),
 )
-@pytest.mark.parametrize("tokens", [0, 3])
 def test_a_replacement_may_have_other_boundaries(
     tiny_llama: Checkpoint,
     undisturbed: Callable[..., Tensor],
-    others: list[tuple[int, int]],
+    others: str,
     way: str,
     tokens: int,
 ) -> None:
@@ -193,7 +221,7 @@ def test_a_replacement_may_have_other_boundaries(
 
         def exchange() -> None:
             world.in_use(1).kill()
-            world.add(*others)
+            world.add(*OTHERS[others])
 
         assert_same(world.answer(way, {tokens: exchange}), undisturbed(way))
         replaced = world.events(PeerReplaced)[-1]
@@ -298,9 +326,11 @@ def lossy(tiny_llama: Checkpoint, request: pytest.FixtureRequest) -> Iterator[Wo
         yield world
 
 
-@pytest.mark.parametrize("fail_rate", [0.03, 0.2])
-@pytest.mark.parametrize(
-    "seed", [pytest.param(seed, marks=() if seed < len(WAYS) else pytest.mark.slow) for seed in range(15)]
+@some_slowly(
+    "seed",
+    "fail_rate",
+    fast={(0, 0.03), *((seed, 0.2) for seed in range(len(WAYS)))},
+    of=itertools.product(range(15), [0.03, 0.2]),
 )
 def test_every_send_may_fail(
     lossy: World, undisturbed: Callable[..., Tensor], seed: int, fail_rate: float
@@ -315,7 +345,7 @@ def test_every_send_may_fail(
 # silence
 
 
-@pytest.mark.parametrize("stage", range(3))
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_server_that_hangs_is_left_after_the_deadline(
     tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], stage: int
 ) -> None:
@@ -351,7 +381,7 @@ def test_a_replacement_that_hangs_while_it_is_opened_is_left_too(
 # leaving
 
 
-@pytest.mark.parametrize("stage", range(3))
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_session_moves_away_from_a_server_that_leaves(
     tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], stage: int
 ) -> None:
@@ -456,7 +486,9 @@ def test_a_session_that_outgrows_a_server_moves_on(
 # a replay that is disturbed itself
 
 
-@pytest.mark.parametrize("way", ["greedy", "beams", "left-padded batch"])
+@pytest.mark.parametrize(
+    "way", ["greedy", "beams", pytest.param("left-padded batch", marks=pytest.mark.slow)]
+)
 def test_a_replacement_that_dies_during_the_replay(
     tiny_llama: Checkpoint, undisturbed: Callable[..., Tensor], way: str
 ) -> None:

@@ -43,7 +43,7 @@ KINDS = frozenset(
 )
 """Between them they have every way to tell places, every kind of block and every number that is applied once.
 
-All that are promised are cut at every boundary in `test_equality`.
+All that are promised are compared with the uncut model in `test_equality`.
 """
 
 

@@ -388,7 +388,7 @@ def test_products_with_blocked_weights_are_compiled_for_several_sessions(
         if type(layer) is nn.Linear:
             replace(stage.base, path, BlockedLinear.of(layer))
     kinds = kinds_of(stage)
-    ((digest, kind),) = kinds.kinds.items()
+    ((_, kind),) = kinds.kinds.items()
     assert {form for _, form, _ in kind.linear} == {"blocked"}
     compile_step(kind, 2, LENGTH, tmp_path / "blocked.pt2")
     comparison = StepComparison(stage, kinds, 2, LENGTH)

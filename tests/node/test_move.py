@@ -26,7 +26,6 @@ from ..models.tiny import make_checkpoint
 from ..waiting import wait_until
 
 CLIENTS = 8
-ROUNDS = 10
 HERE, THERE = (0, 4), (4, 8)
 
 
@@ -160,9 +159,16 @@ def test_a_server_may_be_stopped_while_old_blocks_drain(swarm: LocalSwarm) -> No
     assert mover.serving is None or mover.serving.sessions.leaving
 
 
-@pytest.mark.parametrize("model", ["tiny", pytest.param("tiny-chat", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("model", "rounds"),
+    [
+        ("tiny", 2),
+        pytest.param("tiny", 10, marks=pytest.mark.slow),
+        pytest.param("tiny-chat", 10, marks=pytest.mark.slow),
+    ],
+)
 def test_clients_that_decode_meanwhile_get_the_tokens_that_they_get_alone(
-    checkpoint: Checkpoint, model: str
+    checkpoint: Checkpoint, model: str, rounds: int
 ) -> None:
     with swarm_of(checkpoint if model == "tiny" else model) as swarm:
         local = load_local(swarm.checkpoint)
@@ -183,7 +189,7 @@ def test_clients_that_decode_meanwhile_get_the_tokens_that_they_get_alone(
             talks = [pool.submit(talk, number) for number in range(CLIENTS)]
             all_run.wait()
             try:
-                for _ in range(ROUNDS):
+                for _ in range(rounds):
                     for blocks in (THERE, HERE):
                         assert mover.serving is not None
                         stages.append(weakref.ref(mover.serving.stage))
