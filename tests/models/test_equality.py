@@ -134,7 +134,7 @@ def test_sessions_may_use_some_blocks_of_a_stage(opened: Checkpoint, local: PreT
     assert_same(build_head(opened, StageChain([whole])), local, prompts(1)[0], None)
 
 
-@pytest.mark.parametrize("keep", [1, 7, 10, 12])
+@pytest.mark.parametrize("keep", [7, *(pytest.param(keep, marks=pytest.mark.slow) for keep in (1, 10, 12))])
 def test_a_cropped_and_reordered_cache_equals_a_fresh_one(
     opened: Checkpoint, stages: list[Stage], keep: int
 ) -> None:
