@@ -44,6 +44,11 @@ WORLDS = [
 over_hivemind = pytest.mark.parametrize("world", WORLDS[:1], indirect=True)
 over_memory = pytest.mark.parametrize("world", WORLDS[1:2], indirect=True)
 everywhere = pytest.mark.parametrize("world", WORLDS, indirect=True)
+everywhere_slowly = pytest.mark.parametrize(
+    "world",
+    [WORLDS[0], *(pytest.param(world, marks=pytest.mark.slow) for world in WORLDS[1:])],
+    indirect=True,
+)
 
 
 @dataclass
@@ -105,20 +110,21 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def everywhere_in(*ways: str, shortly: set[str]) -> pytest.MarkDecorator:
-    """Each way over real connections, and some of them everywhere each time; the slow tests do all."""
-    cases = [
-        pytest.param(world, way, marks=() if world == WORLDS[0] or way in shortly else pytest.mark.slow)
-        for world in WORLDS
-        for way in ways
-    ]
-    return pytest.mark.parametrize(("world", "way"), cases, indirect=["world"])
+def assert_same_in(world: World, way: str, *lengths: int) -> None:
+    ids, mask = prompt(*lengths)
+    assert_same(answer(world.model, ids, mask, **WAYS[way]), answer(world.local, ids, mask, **WAYS[way]))
 
 
-@everywhere_in(*WAYS, shortly={"greedy", "beams", "prompt lookup"})
+@everywhere
+@pytest.mark.parametrize("way", ["greedy", "beams", "prompt lookup"])
 def test_tokens_equal_the_local_models(world: World, way: str) -> None:
-    ids, _ = prompt(9)
-    assert_same(answer(world.model, ids, **WAYS[way]), answer(world.local, ids, **WAYS[way]))
+    assert_same_in(world, way, 9)
+
+
+@everywhere_slowly
+@pytest.mark.parametrize("way", ["sampling", "several answers", "without a cache"])
+def test_tokens_of_further_ways_equal_the_local_models(world: World, way: str) -> None:
+    assert_same_in(world, way, 9)
 
 
 @everywhere
@@ -128,10 +134,15 @@ def test_tokens_assisted_by_a_draft_model_equal_the_local_models(world: World) -
     assert_same(tokens, answer(world.local, ids, assistant_model=world.draft))
 
 
-@everywhere_in("greedy", "sampling", "beams", shortly={"greedy"})
-def test_a_left_padded_batch_equals_the_local_models(world: World, way: str) -> None:
-    ids, mask = prompt(9, 4, 7)
-    assert_same(answer(world.model, ids, mask, **WAYS[way]), answer(world.local, ids, mask, **WAYS[way]))
+@everywhere
+def test_a_left_padded_batch_equals_the_local_models(world: World) -> None:
+    assert_same_in(world, "greedy", 9, 4, 7)
+
+
+@everywhere_slowly
+@pytest.mark.parametrize("way", ["sampling", "beams"])
+def test_a_left_padded_batch_equals_the_local_models_in_further_ways(world: World, way: str) -> None:
+    assert_same_in(world, way, 9, 4, 7)
 
 
 @everywhere
