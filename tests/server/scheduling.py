@@ -11,7 +11,7 @@ from swarmkit.server.engine.scheduler import (
     PassLimits,
     PassTimes,
     Schedule,
-    Served,
+    ServedBefore,
     WaitingJob,
     WaitingStep,
     next_schedule,
@@ -39,13 +39,13 @@ def named(client: str, host: str = "") -> Holder:
 
 
 def decode(key: int = 0, served: float = 0, rows: int = 1, tokens: int = 1, **more: object) -> WaitingStep:
-    return replace(WaitingStep(key, Served(0.0, served), rows, tokens, True, 0.0, 0), **more)  # type: ignore[arg-type]
+    return replace(WaitingStep(key, ServedBefore(0.0, served), rows, tokens, True, 0.0, 0), **more)  # type: ignore[arg-type]
 
 
 def prefill(
     key: int = 0, tokens: int = 4096, served: float = 0, rows: int = 1, **more: object
 ) -> WaitingStep:
-    return replace(WaitingStep(key, Served(0.0, served), rows, tokens, False, 0.0, 0), **more)  # type: ignore[arg-type]
+    return replace(WaitingStep(key, ServedBefore(0.0, served), rows, tokens, False, 0.0, 0), **more)  # type: ignore[arg-type]
 
 
 def turn_of(

@@ -17,7 +17,7 @@ from swarmkit.server.engine.scheduler import (
     PassLimits,
     PassTimes,
     Schedule,
-    Served,
+    ServedBefore,
     WaitingStep,
     next_schedule,
 )
@@ -63,10 +63,11 @@ class Device:
 
     def next_schedule(self, now: float, prefill: bool) -> Schedule | None:
         steps = [
-            WaitingStep(who, Served(), 1, 1, True, now - since, 0) for who, since in self.waiting.items()
+            WaitingStep(who, ServedBefore(), 1, 1, True, now - since, 0)
+            for who, since in self.waiting.items()
         ]
         if prefill:
-            steps.append(WaitingStep(PREFILL, Served(), 1, 10_000, False, 0.0, self.passed_over))
+            steps.append(WaitingStep(PREFILL, ServedBefore(), 1, 10_000, False, 0.0, self.passed_over))
         return next_schedule(steps, [], self.decoders.expected(now, self.waiting), self.times, LIMITS)
 
 

@@ -32,7 +32,7 @@ from swarmkit.server.engine.scheduler import (
     ExpectedArrivals,
     PassLimits,
     PassTimes,
-    Served,
+    ServedBefore,
     WaitingJob,
     WaitingStep,
     next_schedule,
@@ -314,7 +314,7 @@ def test_a_slice_has_as_many_blocks_as_its_time_allows() -> None:
 
 
 def test_a_slice_waits_for_decode_steps_but_not_for_ever() -> None:
-    step = WaitingStep(0, Served(), 1, 1, True, 0.0, 0)
+    step = WaitingStep(0, ServedBefore(), 1, 1, True, 0.0, 0)
     limits, times = PassLimits(512, 1.9), PassTimes()
 
     def turn(passed_over: int, steps: list[WaitingStep]) -> Any:

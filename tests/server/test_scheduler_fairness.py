@@ -17,7 +17,7 @@ from swarmkit.server.engine.scheduler import (
     PassTimes,
     RecentClients,
     Schedule,
-    Served,
+    ServedBefore,
     WaitingJob,
     WaitingStep,
     next_schedule,
@@ -85,7 +85,7 @@ class Simulation:
             [
                 WaitingStep(
                     key,
-                    Served(0.0, served[work.client]),
+                    ServedBefore(0.0, served[work.client]),
                     work.rows,
                     work.left,
                     work.decode,

@@ -74,7 +74,7 @@ _ROWS = 4
 all from the fifth to the eighth, so prefill fills them up."""
 
 
-class Served(NamedTuple):
+class ServedBefore(NamedTuple):
     """Work that a client has been served so far, over all its sessions, after what its host has been."""
 
     of_host: float = 0.0
@@ -86,7 +86,7 @@ class WaitingStep:
     """A step, or what is left of it."""
 
     key: int
-    served: Served
+    served: ServedBefore
     rows: int
     tokens: int
     """Per row, still to run."""
@@ -330,7 +330,7 @@ def _decode_steps(
 
 
 def _tokens_due(
-    wanted: Mapping[Holder, int], away: Mapping[Holder, int], served: Mapping[Holder, Served]
+    wanted: Mapping[Holder, int], away: Mapping[Holder, int], served: Mapping[Holder, ServedBefore]
 ) -> dict[Holder, int]:
     """The tokens that each client has in a pass whatever others want: as many as the one with fewest.
 
@@ -486,7 +486,7 @@ def _chunk(fitting: int, others: int, starving: bool, limits: PassLimits) -> int
     return min(tokens, limits.chunk_tokens)
 
 
-def _order(step: WaitingStep) -> tuple[bool, Served]:
+def _order(step: WaitingStep) -> tuple[bool, ServedBefore]:
     return step.passed_over < _STARVING_TURNS, step.served
 
 
@@ -592,7 +592,7 @@ class HostShares:
         """How many hosts are remembered."""
         return len(self._clients)
 
-    def of_present(self, clients: Iterable[Holder]) -> dict[Holder, Served]:
+    def of_present(self, clients: Iterable[Holder]) -> dict[Holder, ServedBefore]:
         """What each of these clients, which have work waiting, has been served."""
         here: dict[str, set[str]] = {}
         for client in clients:
@@ -601,7 +601,7 @@ class HostShares:
         if len(self._clients) > len(self._hosts):
             self._clients = {host: of for host, of in self._clients.items() if host in self._hosts}
         return {
-            Holder(host, peer): Served(of_hosts[host], served)
+            Holder(host, peer): ServedBefore(of_hosts[host], served)
             for host, peers in here.items()
             for peer, served in self._clients.setdefault(host, FairShares()).of_present(peers).items()
         }
