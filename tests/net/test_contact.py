@@ -73,6 +73,12 @@ def test_the_initial_peers_are_tried_each_time(clock: StoppedClock) -> None:
     assert all("first" in contact.candidates() for _ in range(5))
 
 
+def test_an_initial_peer_is_tried_where_it_was_reached_last_too(clock: StoppedClock) -> None:
+    contact = Contact(clock, (ADDRESS,))
+    contact.note_reached("first", ("/ip4/192.0.2.1/tcp/2",))
+    assert contact.candidates() == {"first": ("/ip4/192.0.2.1/tcp/2", ADDRESS)}
+
+
 def test_other_peers_are_tried_in_turns(clock: StoppedClock) -> None:
     contact = Contact(clock, ())
     for number in range(20):
@@ -206,3 +212,23 @@ async def test_only_a_connection_to_a_peer_that_is_silent_is_given_up(
     monkeypatch.setattr(other, "disconnect", disconnect)
     assert not await other.rejoin()
     assert len(disconnected) == given_up
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+async def test_a_peer_that_lost_all_others_does_not_cut_off_one_that_joins_by_it(
+    world: HivemindWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pause_s = 8.0
+    first: Any = await world.peer()
+    left: Any = await world.peer()
+    monkeypatch.setattr(left._contact, "next_pause_s", lambda: pause_s if left._holds_back else 0.5)
+    world.kill(first)
+    table = left.table.node.protocol.routing_table
+    table.__init__(table.node_id, table.bucket_size, table.depth_modulo)  # it knows nobody any more
+    daemon = left.daemon_pid
+    await eventually(lambda: left._holds_back, "its daemon dials the one that has gone no more", within=60)
+    world.peers.reverse()  # the next one joins by the one that is left
+    await world.peer()
+    await asyncio.sleep(pause_s + 2)
+    assert left.daemon_pid == daemon

@@ -66,12 +66,13 @@ class Contact:
     def candidates(self) -> dict[str, tuple[str, ...]]:
         """Choose the peers to try next, with their addresses; another few of them in each turn.
 
-        The initial peers are always among them, since they are the ones that are meant to stay.
+        The initial peers are always among them, since they are the ones that are meant to stay. Each is tried
+        where it was reached last, too: one that was started again may listen at another port.
         """
         known: dict[str, tuple[str, ...]] = {}
         for address in self._initial:
             peer_id = address.rpartition("/p2p/")[2]
-            known[peer_id] = (*known.get(peer_id, ()), address)
+            known[peer_id] = (*known.get(peer_id, self._reached.get(peer_id, ())), address)
         others = [peer_id for peer_id in reversed(self._reached) if peer_id not in known]
         first = self._turn * _PEERS_AT_ONCE % max(len(others), 1)
         self._turn += 1

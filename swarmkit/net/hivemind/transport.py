@@ -114,6 +114,8 @@ class HivemindTransport(Transport):
         """Whether the daemon does not dial now because it failed to before: it pauses for up to five minutes,
         and another daemon dials at once.
         """
+        self._seen: set[str] = set()
+        """The peers to which it had a connection when this peer tried to join the swarm again."""
         self._is_replacing = False
         """Whether the daemon is being stopped, or another one being started in its place."""
         self._end: TransportError | None = None
@@ -248,7 +250,7 @@ class HivemindTransport(Transport):
                     await self.replace_daemon()
                 elif self._is_lost and not await self.rejoin():
                     await anyio.sleep(self._contact.next_pause_s())
-                    if self._holds_back and not any(map(_passes_daemon, list(self._streams))):
+                    if self._holds_back and await self._is_left_alone():
                         await self.replace_daemon()
                 elif self._swarm_time.should_ask():
                     await self._ask_for_time()
@@ -260,11 +262,17 @@ class HivemindTransport(Transport):
     def _is_lost(self) -> bool:
         return self._table is not None and self._table.is_alone and self._contact.is_expected
 
+    async def _is_left_alone(self) -> bool:
+        """Whether nobody is cut off if the daemon is started again, such as a peer that is joining by it."""
+        if not self._is_lost or any(map(_passes_daemon, list(self._streams))):
+            return False
+        return self._seen.issuperset(await self._control.peers())
+
     async def rejoin(self) -> bool:
         """Connect to some of the peers that are known. Returns whether one of them answered."""
         assert self._table is not None
         table, met = self._table, False
-        self._holds_back = False
+        self._holds_back, self._seen = False, set()
 
         async def meet(peer_id: str, addresses: Sequence[str]) -> None:
             nonlocal met
@@ -292,6 +300,7 @@ class HivemindTransport(Transport):
     async def _connected(self) -> dict[str, tuple[str, ...]]:
         """Some of the peers to which the daemon has a connection, such as one that has just dialled it."""
         found = await self._control.peers()
+        self._seen.update(found)
         return {peer_id: () for peer_id in random.sample(found, min(len(found), _PEERS_MET_AT_ONCE))}
 
     async def _ask_for_time(self) -> None:
