@@ -214,6 +214,14 @@ async def test_only_a_connection_to_a_peer_that_is_silent_is_given_up(
     assert len(disconnected) == given_up
 
 
+async def test_a_peer_joins_by_one_whose_daemon_is_just_starting_again(world: HivemindWorld) -> None:
+    first: Any = await world.peer()
+    await first.store([("k", b"v")], time.time() + 110)
+    os.kill(first.daemon_pid, signal.SIGKILL)
+    newcomer = await world.peer()
+    assert await fetched(newcomer, "k", 30) == {first.peer_id: b"v"}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 async def test_a_peer_that_lost_all_others_does_not_cut_off_one_that_joins_by_it(
