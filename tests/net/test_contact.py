@@ -230,12 +230,12 @@ async def test_a_peer_that_lost_all_others_does_not_cut_off_one_that_joins_by_it
     pause_s = 8.0
     first: Any = await world.peer()
     left: Any = await world.peer()
-    monkeypatch.setattr(left._contact, "next_pause_s", lambda: pause_s if left._holds_back else 0.5)
+    monkeypatch.setattr(Contact, "next_pause_s", lambda _: pause_s if left.holds_back else 0.5)
     world.kill(first)
     table = left.table.node.protocol.routing_table
     table.__init__(table.node_id, table.bucket_size, table.depth_modulo)  # it knows nobody any more
     daemon = left.daemon_pid
-    await eventually(lambda: left._holds_back, "its daemon dials the one that has gone no more", within=60)
+    await eventually(lambda: left.holds_back, "its daemon dials the one that has gone no more", within=60)
     world.peers.reverse()  # the next one joins by the one that is left
     await world.peer()
     await asyncio.sleep(pause_s + 2)

@@ -126,7 +126,7 @@ class HivemindTransport(Transport):
         )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._hivemind_tasks: set[asyncio.Task[Any]] = set()
-        self._holds_back = False
+        self.holds_back = False
         """Whether the daemon does not dial now because it failed to before: it pauses for up to five minutes,
         and another daemon dials at once.
         """
@@ -266,7 +266,7 @@ class HivemindTransport(Transport):
                     await self.replace_daemon()
                 elif self._is_lost and not await self.rejoin():
                     await anyio.sleep(self._contact.next_pause_s())
-                    if self._holds_back and await self._is_left_alone():
+                    if self.holds_back and await self._is_left_alone():
                         await self.replace_daemon()
                 elif self._swarm_time.should_ask():
                     await self._ask_for_time()
@@ -288,7 +288,7 @@ class HivemindTransport(Transport):
         """Connect to some of the peers that are known. Returns whether one of them answered."""
         assert self._table is not None
         table, met = self._table, False
-        self._holds_back, self._seen = False, set()
+        self.holds_back, self._seen = False, set()
 
         async def meet(peer_id: str, addresses: Sequence[str]) -> None:
             nonlocal met
@@ -301,7 +301,7 @@ class HivemindTransport(Transport):
                     elif self._clock.now() - asked_at > _SILENT_S:
                         await self.disconnect(peer_id)
                 except (SwarmkitError, ValueError) as error:
-                    self._holds_back |= "dial backoff" in str(error)
+                    self.holds_back |= "dial backoff" in str(error)
                     logger.debug("peer %s does not answer: %s", peer_id, error)
 
         with owning(self._hivemind_tasks):
