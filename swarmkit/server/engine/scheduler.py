@@ -595,7 +595,7 @@ class HostShares:
     def of_present(self, clients: Iterable[Holder]) -> dict[Holder, ServedBefore]:
         """What each of these clients, which have work waiting, has been served."""
         here: dict[str, set[str]] = {}
-        for client in clients:
+        for client in set(clients):  # a crowd's steps name it many times
             here.setdefault(client.host, set()).add(client.peer)
         of_hosts = self._hosts.of_present(here)
         if len(self._clients) > len(self._hosts):
