@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from swarmkit.models.kernels import blocked_linear
-from swarmkit.models.kernels.blocked_linear import BlockedLinear, compare_layouts, use_blocked
+from swarmkit.models.kernels.blocked_linear import (
+    BlockedLinear,
+    compare_layouts,
+    copy_for_a_while,
+    use_blocked,
+)
+from swarmkit.models.kernels.replace_linear import replace_linear
 
 IN, OUT = 512, 768
 
@@ -139,3 +148,39 @@ def test_layers_stay_where_torch_cannot(monkeypatch: pytest.MonkeyPatch, error: 
 
     monkeypatch.setattr(blocked_linear, "in_blocks", cannot)
     assert use_blocked(nn.Sequential(layer())) == 0
+
+
+def test_a_layer_is_let_go_before_the_next_one_is_replaced() -> None:
+    model = nn.Sequential(nn.Sequential(layer(), layer()), layer())
+    gone: list[bool] = []
+    replaced: list[weakref.ref[nn.Linear]] = []
+
+    def make(old: nn.Linear) -> nn.Linear:
+        gone.extend(one() is None for one in replaced)
+        replaced.append(weakref.ref(old))
+        return BlockedLinear.of(old)
+
+    assert replace_linear(model, make) == 3
+    assert gone == [True] * 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists a process's memory")
+def test_memory_of_a_copy_for_a_while_is_the_systems_again() -> None:
+    weight = torch.randn(1024, 1024)
+    before = mappings()
+    copy = copy_for_a_while(weight)
+    assert torch.equal(copy, weight)
+    address = copy.data_ptr()
+    assert any(start <= address < stop for start, stop in mappings() - before)
+    del copy
+    assert not any(start <= address < stop for start, stop in mappings() - before)
+
+
+def mappings() -> set[tuple[int, int]]:
+    """Where this process has memory."""
+    return {(one[0], one[1]) for one in map(_span, Path("/proc/self/maps").read_text().splitlines())}
+
+
+def _span(line: str) -> tuple[int, int]:
+    start, stop = line.split()[0].split("-")
+    return int(start, 16), int(stop, 16)

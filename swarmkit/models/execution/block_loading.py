@@ -8,7 +8,7 @@ transformers asks for it, so that neither a block's file nor its weights in anot
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from swarmkit.models.architecture.anatomy import anatomy_of, block_skeletons, skeleton_of, stage_config
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
-from swarmkit.models.kernels.blocked_linear import compare_layouts, use_blocked
+from swarmkit.models.kernels.blocked_linear import compare_layouts, copy_for_a_while, use_blocked
 from swarmkit.models.kernels.cut_linear import use_cuts
 from swarmkit.models.loading import load_model
 from swarmkit.models.quantization.precision import Precision
@@ -40,9 +40,10 @@ def load_blocks(
     """
     anatomy = anatomy_of(checkpoint.config)
     config = stage_config(checkpoint.config, start, stop)
+    soon_replaced: set[torch.Size] = set()
     if torch.device(device).type == "cpu" and precision.stored is None and not precision.quantized:
         for kind in block_skeletons(checkpoint.config):
-            compare_layouts(kind, precision.dtype)
+            soon_replaced |= compare_layouts(kind, precision.dtype)
     # What lies outside the blocks is never read: it is taken away below.
     tensors = {
         key: torch.zeros(value.shape)
@@ -57,7 +58,7 @@ def load_blocks(
         one, here = f"{anatomy.layers}.0.", f"{anatomy.layers}.{done}."
         found = checkpoint.read(names)
         if precision.stored is None:
-            found = _Block(checkpoint, found, precision, device).tensors
+            found = _Block(checkpoint, found, precision, device, soon_replaced).tensors
         for key, tensor in found.items():
             tensors[here + names[key].removeprefix(one)] = tensor
     if precision.stored is not None:
@@ -92,8 +93,11 @@ class _Block:
         found: Mapping[str, Tensor],
         precision: Precision,
         device: str | torch.device,
+        soon_replaced: Collection[torch.Size],
     ) -> None:
+        """Args: soon_replaced: shapes of weights of which others are made when all blocks are loaded."""
         self._checkpoint = checkpoint
+        self._soon_replaced = soon_replaced
         self._precision = precision
         self._on_cpu = torch.device(device).type == "cpu"
         self._left = set(found)
@@ -110,7 +114,9 @@ class _Block:
             self._left.discard(key)
         # Any other tensor transformers converts, moves or quantises, which is a copy as well.
         stays = self._on_cpu and tensor.dtype == self._precision.dtype
-        return tensor.clone() if stays and not (self._precision.quantized and tensor.ndim > 1) else tensor
+        if not stays or (self._precision.quantized and tensor.ndim > 1):
+            return tensor
+        return copy_for_a_while(tensor) if tensor.shape in self._soon_replaced else tensor.clone()
 
 
 class _Unread:

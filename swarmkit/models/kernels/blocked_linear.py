@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import mmap
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -73,8 +75,8 @@ def use_blocked(model: nn.Module) -> int:
     return replace_linear(model, lambda layer: BlockedLinear.of(layer) if _is_better(layer) else None)
 
 
-def compare_layouts(block: nn.Module, dtype: torch.dtype) -> None:
-    """Find out now which linear layers of a block `use_blocked` would replace.
+def compare_layouts(block: nn.Module, dtype: torch.dtype) -> set[torch.Size]:
+    """Find out now which linear layers of a block `use_blocked` would replace: the shapes of their weights.
 
     A comparison takes the memory of three weights, or of `_CACHE_BYTES` if that is more; this is the time to
     have it while the model's own weights do not have it yet.
@@ -83,9 +85,23 @@ def compare_layouts(block: nn.Module, dtype: torch.dtype) -> None:
         block: it may be on the meta device.
         dtype: of the weights that it will have.
     """
-    for layer in block.modules():
-        if type(layer) is nn.Linear and layer.weight.numel() >= SMALLEST and dtype in _BOUND:
-            is_faster(layer.out_features, layer.in_features, dtype, torch.get_num_threads())
+    large = [
+        layer.weight.shape
+        for layer in block.modules()
+        if type(layer) is nn.Linear and layer.weight.numel() >= SMALLEST and dtype in _BOUND
+    ]
+    return {shape for shape in large if is_faster(shape[0], shape[1], dtype, torch.get_num_threads())}
+
+
+def copy_for_a_while(weight: Tensor) -> Tensor:
+    """A copy in memory of its own, which the system has back at once when the copy is let go.
+
+    What an allocator was given back it keeps, for the same thread's next tensors; weights are read in other
+    threads than they are replaced in, and those that were replaced would be held twice.
+    """
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if sys.platform != "win32" else {}
+    memory = mmap.mmap(-1, weight.nbytes, **flags)
+    return torch.frombuffer(memory, dtype=weight.dtype).view(weight.shape).copy_(weight)
 
 
 def _is_better(layer: nn.Linear) -> bool:

@@ -13,10 +13,14 @@ SMALLEST = 2**18
 
 
 def replace_linear(model: nn.Module, make: Callable[[nn.Linear], nn.Linear | None]) -> int:
-    """Replace each plain linear layer by `make(layer)`, unless that is None; returns how many."""
+    """Replace each plain linear layer by `make(layer)`, unless that is None; returns how many.
+
+    A layer that was replaced is let go before the next one is made, so that there is memory for one copy.
+    """
     replaced = 0
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
+    for module in [module for module in model.modules() if type(module) is not nn.Linear]:
+        for name in [name for name, _ in module.named_children()]:
+            child = module.get_submodule(name)
             if type(child) is nn.Linear and (new := make(child)) is not None:
                 setattr(module, name, new)
                 replaced += 1
