@@ -218,12 +218,18 @@ class _Look:
             span = slice(max(0, one.start), max(0, min(one.stop, model.num_blocks)))
             self._held[span] = True
             self._totals[span] += min(one.throughput, self._cached_rate(one.cache_tokens))
+        self._least_rate = self._rate(max(1, blocks_that_fit(machine, model, demand.reserved_tokens)))
 
     def _cached_rate(self, tokens: float) -> float:
         demand = self._demand
         if not demand.arrivals_per_s:
             return math.inf  # how long sessions are is not known either
         return cached_rate(tokens, demand, demand.answer_tokens * self._token_s)
+
+    def _rate(self, count: int) -> float:
+        """Tokens per second that this server adds to so many blocks."""
+        caches = cache_tokens(self._machine, count, self._model)
+        return min(self._machine.rate(count), self._cached_rate(caches))
 
     def counts(self) -> list[int]:
         """Numbers of blocks worth looking at: the most at all, the most beside the caches reserved, and some
@@ -246,10 +252,13 @@ class _Look:
     def windows(self, count: int) -> _Windows:
         """What windows of `count` blocks are worth."""
         machine, demand, policy = self._machine, self._demand, self._policy
-        rate = min(machine.rate(count), self._cached_rate(cache_tokens(machine, count, self._model)))
+        rate = self._rate(count)
         needed = policy.headroom * demand.arrivals_per_s * demand.answer_tokens or math.inf
-        # A block without any has its own rule; here it counts as next to nothing.
         before = np.maximum(self._totals, 1e-9 * max(rate, 1e-9))
+        if demand.arrivals_per_s:
+            # Windows of several sizes are compared, and a block without a server counts for as much in each.
+            # Beside next to nothing, the slowest window would be worth the most.
+            before = np.where(self._held, before, max(self._least_rate, 1e-9))
         surplus = before**-_POWER - (before + rate) ** -_POWER
         lacking = np.where(before < needed, surplus, 0.0)
 

@@ -9,6 +9,10 @@ within the time that each of them waits. Of the servers of a block that leave, t
 It counted on another one, which had announced no intention by then that could be seen. If that one leaves,
 too, it announced its intention, waited, and looked after that: later than the one that looked last.
 
+Where some block has no server, there is no route that could be lost. A server then leaves even blocks that it
+alone has, if more blocks have a server when it has moved: otherwise servers that overlap a little, each the
+only one of some block, would hold each other fast for ever.
+
 Whose intention gives way decides only who goes first: the peer with the smaller id waits for the others to
 withdraw theirs, for some turns. Nobody gains by announcing intentions: a server that means to leave counts
 for as much as one that is not there, and one that means to come for as much as one that says it has come,
@@ -94,13 +98,23 @@ def expected(
     return found
 
 
-def may_leave(own_id: str, held: Span, kept: Span | None, runs: Sequence[AnnouncedRun]) -> Verdict:
+def may_leave(
+    own_id: str,
+    held: Span,
+    kept: Span | None,
+    runs: Sequence[AnnouncedRun],
+    *,
+    wanted: Span | None = None,
+    num_blocks: int = 0,
+) -> Verdict:
     """Whether a server may leave its blocks, once all others know that it means to.
 
     Args:
         held: the blocks that it serves.
         kept: blocks that it serves without a break when it goes; None = it serves none meanwhile.
         runs: of the other peers.
+        wanted: the blocks that it goes to; None = it goes away.
+        num_blocks: of the whole model.
 
     Returns:
         "wait" if it may when those have withdrawn that it goes before; "stay" if it is needed, or if another
@@ -111,12 +125,18 @@ def may_leave(own_id: str, held: Span, kept: Span | None, runs: Sequence[Announc
     online = [one for one in runs if one.is_online and number[one.peer_id] == 1]
     staying = [*_spans(one for one in online if one.moving_to is None), *([kept] if kept else [])]
     lacking = uncovered(*held, staying)
-    if not lacking:
+    if not lacking or (wanted and _fills_gap(held, wanted, runs, num_blocks)):
         return "go"
     others = [one for one in online if one.moving_to and _holds_some(one, lacking)]
     if uncovered(*held, [*staying, *_spans(others)]) or own_id > min(one.peer_id for one in others):
         return "stay"
     return "wait"
+
+
+def _fills_gap(held: Span, wanted: Span, runs: Sequence[AnnouncedRun], num_blocks: int) -> bool:
+    """Whether more blocks have a server, or are about to, when one has moved."""
+    before, after = (uncovered(0, num_blocks, [own, *_spans(runs)]) for own in (held, wanted))
+    return sum(stop - start for start, stop in after) < sum(stop - start for start, stop in before)
 
 
 def _spans(runs: Iterable[AnnouncedRun]) -> list[Span]:

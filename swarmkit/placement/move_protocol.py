@@ -57,15 +57,18 @@ async def is_turn(
     kept: Span | None,
     others: Callable[[], Awaitable[Sequence[AnnouncedRun]]],
     pause: Pause,
+    *,
+    wanted: Span | None = None,
+    num_blocks: int = 0,
 ) -> bool:
     """Whether a server may leave its blocks, after it has told so; waits some turns for others to withdraw.
 
     Args:
-        held, kept: see `may_leave`.
+        held, kept, wanted, num_blocks: see `may_leave`.
         others: looks at what the other peers announce.
     """
     for _ in range(TURNS):
-        verdict = may_leave(own_id, held, kept, await others())
+        verdict = may_leave(own_id, held, kept, await others(), wanted=wanted, num_blocks=num_blocks)
         if verdict != "wait":
             return verdict == "go"
         await pause()

@@ -7,7 +7,8 @@ other, each by its own rule. If the swarm ends better, it makes the first move.
 
 Nobody has to agree to anything. What the others would do follows from the announcements that all of them see:
 the one whose move helps most goes first, and the rest wait for it. So a server that made room does not take
-it back, unless nobody follows; then those that it waited for are expected to stay where they are.
+it back, unless nobody follows; then those that it waited for are expected to stay where they are. Each time
+that it made room in vain, the next time has to promise twice as much, so that it does not try for ever.
 
 How good a swarm is, is here what its weakest block carries, and among equals the potential of `choice.py`.
 Each series of moves ends with a weakest block that is stronger by a set share, so that moves end.
@@ -40,11 +41,12 @@ Place = tuple[str, int, int]
 
 
 class PlacementMover:
-    """Decides for one server, look after look, and remembers for whom it waited in vain."""
+    """Decides for one server, look after look, and remembers for whom it made room or waited in vain."""
 
     def __init__(self) -> None:
         self._patience = PATIENCE
         self._staying: set[Place] = set()
+        self._room = _MadeRoom()
 
     def better_place(
         self,
@@ -72,6 +74,7 @@ class PlacementMover:
         swarm = SmallSwarm(own, others, model.num_blocks, policy, move_s, may_move)
         if not swarm.weakest:
             return alone
+        self._room.look(own, others, swarm.weakest, least_gain(policy, move_s))
         earlier = swarm.before_own()
         if earlier:
             self._wait_for(others[number] for number in earlier)
@@ -80,7 +83,7 @@ class PlacementMover:
         single = swarm.own_move()
         if single is None and alone is not None and swarm.weakest_after(alone) >= swarm.weakest:
             return alone
-        return single or swarm.first_of_several()
+        return single or self._room.make(swarm, least_gain(policy, 2 * move_s))
 
     def _wait_for(self, others: Iterable[Served]) -> None:
         self._patience = max(0, self._patience - 1)
@@ -90,6 +93,38 @@ class PlacementMover:
 
 def _place(one: Served) -> Place:
     return one.name, one.start, one.stop
+
+
+class _MadeRoom:
+    """Remembers how often a server made room and nobody followed, among the same others."""
+
+    def __init__(self) -> None:
+        self._vain = 0
+        self._others: set[str] = set()
+        self._start: int | None = None
+        """Where it last meant to go to make room."""
+        self._has_gone = False
+        """Whether it went there."""
+        self._weakest = 0.0
+        """What the weakest block carried before that."""
+
+    def look(self, own: Served, others: Sequence[Served], weakest: float, least: float) -> None:
+        """Note what has become of the swarm; `least` is how many times as much counts as more."""
+        self._has_gone |= own.start == self._start
+        is_stronger = self._has_gone and weakest >= least * self._weakest
+        names = {one.name for one in others}
+        if is_stronger or names != self._others:
+            self._vain, self._start, self._has_gone = 0, None, False
+        self._others = names
+
+    def make(self, swarm: SmallSwarm, least: float) -> PlacementMove | None:
+        """The first of several moves, where none is awaited of others."""
+        if self._has_gone:
+            self._vain, self._start, self._has_gone = self._vain + 1, None, False
+        move = swarm.first_of_several(1 + (least - 1) * 2**self._vain)
+        if move is not None:
+            self._start, self._weakest = move.start, swarm.weakest
+        return move
 
 
 class SmallSwarm:
@@ -111,7 +146,7 @@ class SmallSwarm:
         """Args: may_move: which of the others move if that helps; the rest stays where it is."""
         self._own, self._servers, self._num_blocks = own, [*others, own], num_blocks
         self._may_move = np.array([*may_move, True])
-        self._least, self._least_of_several = least_gain(policy, move_s), least_gain(policy, 2 * move_s)
+        self._least = least_gain(policy, move_s)
         self._starts = np.array([one.start for one in self._servers])
         present = self._after_own(self._starts[-1:])
         self.weakest = float(present.weakest[0])
@@ -138,14 +173,16 @@ class SmallSwarm:
             return None
         return self._move_to(int(self._best[-1]), float(self._gains[-1]), "then")
 
-    def first_of_several(self) -> PlacementMove | None:
-        """This server's move after which others would move so that the swarm ends better."""
+    def first_of_several(self, least: float) -> PlacementMove | None:
+        """This server's move after which others would move so that the weakest block ends so many times as
+        strong.
+        """
         starts = np.arange(self._num_blocks - self._own.blocks + 1)
         futures = self._after_own(starts)
         futures.play(self._least)
         gains = futures.weakest / self.weakest  # at most 1 where it stays, since nobody's move helps now
         best = int(gains.argmax())
-        if gains[best] < self._least_of_several:
+        if gains[best] < least:
             return None
         return self._move_to(int(starts[best]), float(gains[best]), "when others have followed")
 

@@ -118,17 +118,23 @@ class BlockMoves:
         if if_not_needed:
             if not is_known:
                 await self._notice()
-            await self._await_turn(run.serving.blocks, blocks if beside else None)
+            await self._await_turn(run.serving.blocks, blocks, beside)
 
-    async def _await_turn(self, held: Span, kept: Span | None) -> None:
-        """Return when this server may leave its blocks.
-
-        Args: kept: blocks that it serves all the while.
+    async def _await_turn(self, held: Span, wanted: Span, beside: bool) -> None:
+        """Return when this server may leave its blocks for others, which it may serve beside them.
 
         Raises:
             UsageError: it is needed where it is, or others who mean to leave go first.
         """
-        if not await is_turn(self._peer_id, held, kept, self._others, self._notice):
+        if not await is_turn(
+            self._peer_id,
+            held,
+            wanted if beside else None,
+            self._others,
+            self._notice,
+            wanted=wanted,
+            num_blocks=self._config.checkpoint.num_blocks,
+        ):
             raise UsageError("nobody else is sure to keep some of these blocks, so that it stays")
 
     async def _begin_beside(self, old: BlockRun, blocks: Span, if_not_needed: bool) -> BlockRun:
@@ -136,7 +142,7 @@ class BlockMoves:
         new = await self._begin(blocks)
         if if_not_needed:
             try:
-                await self._await_turn(old.serving.blocks, blocks)
+                await self._await_turn(old.serving.blocks, blocks, beside=True)
             except UsageError:
                 new.leave(0.0, is_patient=True)
                 raise

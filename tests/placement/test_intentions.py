@@ -43,6 +43,21 @@ def test_a_server_leaves_only_what_others_are_sure_to_keep(others: list[Announce
     assert may_leave("b", HERE, None, others) == verdict
 
 
+@pytest.mark.parametrize(
+    ("wanted", "others", "verdict"),
+    [
+        ((6, 10), [run("c", (2, 6))], "go"),  # four blocks get a server, two lose theirs
+        ((6, 8), [run("c", (2, 6))], "stay"),  # as many get one as lose theirs
+        ((6, 10), [run("c", (2, 6)), run("d", (6, 10), is_online=False)], "stay"),  # somebody else comes
+        ((6, 10), [run("c", (2, 6)), run("d", (6, 10), to=HERE)], "stay"),  # every block has a server
+    ],
+)
+def test_while_blocks_have_no_server_one_leaves_its_own_if_more_have_a_server_then(
+    wanted: Span, others: list[AnnouncedRun], verdict: str
+) -> None:
+    assert may_leave("b", HERE, None, others, wanted=wanted, num_blocks=10) == verdict
+
+
 def test_blocks_that_it_serves_all_the_while_need_nobody_else() -> None:
     assert may_leave("b", (0, 4), (2, 6), [run("c", (0, 2))]) == "go"
 

@@ -202,12 +202,12 @@ def test_servers_that_all_began_at_the_same_blocks_find_a_good_placement() -> No
     assert min(uneven(seed, together=True).weakest for seed in range(20)) >= 0.8 * BEST_FOUND
 
 
-@pytest.mark.slow
-def test_servers_that_never_move_do_not_keep_the_others_moving() -> None:
-    """In two of twenty swarms a server goes on trying for long: until the 51st round, and until the 112th."""
-    for seed in range(20):
+@pytest.mark.parametrize("seeds", [(13,), pytest.param(range(40), marks=pytest.mark.slow)], ids=len)
+def test_servers_that_never_move_do_not_keep_the_others_moving(seeds: Sequence[int]) -> None:
+    """In the worst of forty swarms, one moves last in the 34th round; in the next worst, in the 16th."""
+    for seed in seeds:
         fixed = random.Random(seed).sample(range(len(UNEVEN)), 4)
-        play = uneven(seed, fixed=fixed, rounds=150)
+        play = uneven(seed, fixed=fixed, rounds=45)
         assert play.moves[-1] == 0
 
 
