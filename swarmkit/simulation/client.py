@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Container, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -32,6 +32,10 @@ from swarmkit.simulation.virtual_time import VirtualClock
 
 CONNECT_S = 1.0
 """A client waits so long for a server that does not exist any more."""
+_LOOK_AROUND_S = 1.0
+"""A session at a server that leaves looks for others so often, where many tokens are one step."""
+
+_Stage = tuple[Hop, SimulatedServer, SimulatedPlace]
 
 
 @dataclass
@@ -67,6 +71,12 @@ class Router(Protocol):
 
         Raises:
             NoRouteError: none were found in time.
+        """
+
+    def elsewhere(self, start: int, stop: int, tokens: int, leaving: Collection[str]) -> list[Hop]:
+        """Servers for some blocks that can be used at once, but for those that leave; none if there are none.
+
+        Args: leaving: the servers that leave, by service id.
         """
 
     def refused(self, hop: Hop, refusal: Refusal, state: Any) -> RemoteError:
@@ -128,6 +138,16 @@ class SwarmRouter:
         again_s: float,
     ) -> list[Hop]:
         return await state[0].find(start, stop, tokens, error, again_s)
+
+    def elsewhere(self, start: int, stop: int, tokens: int, leaving: Collection[str]) -> list[Hop]:
+        try:
+            hops = self.client.routes.plan(start, stop, frozenset(leaving), tokens)
+        except NoRouteError:
+            hops = []
+        if all(map(self.client.routes.may_use, hops)) and hops:
+            return hops
+        self.client.known.look_soon()
+        return []
 
     def refused(self, hop: Hop, refusal: Refusal, state: Any) -> RemoteError:
         error = RemoteError(str(refusal), hop.server.peer_id, refusal.code, refusal.retry_after_s)
@@ -213,7 +233,7 @@ class _AnswerSession:
         self._client, self._request, self._answer = client, request, answer
         self._router = client._router
         self._state = self._router.begin()
-        self._hops: list[tuple[Hop, SimulatedServer, SimulatedPlace]] = []
+        self._hops: list[_Stage] = []
         self._told = asyncio.Event()
         self._clock = client._clock
         self.began = self._clock.now()
@@ -236,6 +256,7 @@ class _AnswerSession:
                 await self._step(1, request.prompt_tokens + done)
                 done += 1
             else:
+                await self._step_aside(request.prompt_tokens + done)
                 done += await self._tokens_alone(request.answer_tokens - done, request.prompt_tokens + done)
 
     def close(self) -> None:
@@ -246,9 +267,9 @@ class _AnswerSession:
 
     async def _open(
         self, start: int, stop: int, tokens: int, error: RemoteError | None = None
-    ) -> list[tuple[Hop, SimulatedServer, SimulatedPlace]]:
+    ) -> list[_Stage]:
         """Be let in by servers of some blocks."""
-        opened: list[tuple[Hop, SimulatedServer, SimulatedPlace]] = []
+        opened: list[_Stage] = []
         hops: list[Hop] = []
         try:
             while not opened or hops:
@@ -276,7 +297,7 @@ class _AnswerSession:
             raise
         return opened
 
-    def _give_back(self, opened: list[tuple[Hop, SimulatedServer, SimulatedPlace]]) -> None:
+    def _give_back(self, opened: list[_Stage]) -> None:
         for hop, server, place in opened:
             server.close(place)
             self._router.left(hop)
@@ -291,10 +312,9 @@ class _AnswerSession:
         """Replace the servers that have gone, and have the new ones compute what they lack."""
         self._told = asyncio.Event()
         for hop, server, place in list(self._hops):
-            if server.state == "online" and place in server.places:
+            if not place.is_over:
                 place.told = self._told.set
                 continue
-            server.close(place)
             self._answer.replaced += 1
             at = self._hops.index((hop, server, place))
             del self._hops[at]
@@ -302,12 +322,49 @@ class _AnswerSession:
                 self._router.failed(hop, self._state, 0.0)
             new = await self._open(hop.start, hop.stop, max(position, 1))
             self._hops[at:at] = new
-            if position:
-                before = None
-                for _, fresh, _ in new:
-                    await anyio.sleep(self._client.way_s(before, fresh.place, position))
-                    await fresh.compute(hop.stop - hop.start, max(position, 2))
-                    before = fresh.place
+            await self._replay(new, position)
+
+    async def _replay(self, stages: Sequence[_Stage], position: int) -> None:
+        """Have servers compute what they lack."""
+        before = None
+        for hop, server, _ in stages if position else ():
+            await anyio.sleep(self._client.way_s(before, server.place, position))
+            await server.compute(hop.stop - hop.start, max(position, 2))
+            before = server.place
+
+    def _leaving(self) -> list[_Stage]:
+        return [one for one in self._hops if one[1].state == "leaving" and not one[2].is_over]
+
+    async def _step_aside(self, position: int) -> None:
+        """Leave servers that said they go, where others can take their place at once; stay where none can."""
+        for stage in self._leaving():
+            hop, server, place = stage
+            names = [one.server.service_id for one, *_ in self._leaving()]
+            hops = self._router.elsewhere(hop.start, hop.stop, position, names)
+            new = self._open_at_once(hops, max(position, 1))
+            if new:
+                self._answer.replaced += 1
+                server.close(place)
+                at = self._hops.index(stage)
+                self._hops[at : at + 1] = new
+                await self._replay(new, position)
+
+    def _open_at_once(self, hops: Sequence[Hop], tokens: int) -> list[_Stage]:
+        """Be let in by all of these servers now; none if one of them does not."""
+        opened: list[_Stage] = []
+        for hop in hops:
+            server = self._client._server_of(hop.server.service_id)
+            if server is None or server.state != "online" or server.span != _blocks_of(hop):
+                self._router.failed(hop, self._state, 0.0)
+            else:
+                place = server.open(hop.stop - hop.start, self._needed(tokens), self._told.set)
+                if isinstance(place, SimulatedPlace):
+                    opened.append((hop, server, place))
+                    continue
+                self._router.refused(hop, place, self._state)
+            self._give_back(opened)
+            return []
+        return opened
 
     # ------------------------------------------------------------------ steps
 
@@ -315,6 +372,7 @@ class _AnswerSession:
         """One step through all servers; again, where one is lost in it."""
         while True:
             try:
+                await self._step_aside(position)
                 await self._through(tokens, position)
                 return
             except _LostError:  # noqa: PERF203
@@ -337,7 +395,7 @@ class _AnswerSession:
         await asyncio.sleep(self._client.back_s(before, tokens))
 
     def _check(self) -> None:
-        if self._told.is_set():
+        if any(place.is_over for _, _, place in self._hops):
             raise _LostError
 
     async def _grow(self, index: int, tokens: int) -> None:
@@ -362,6 +420,8 @@ class _AnswerSession:
         assert before is not None
         each += self._client.back_s(before, 1)
         began = self._clock.now()
+        if self._leaving():
+            tokens = min(tokens, max(1, int(_LOOK_AROUND_S / each)))
         with anyio.move_on_after(tokens * each):
             await self._told.wait()
         for hop, seconds in parts:

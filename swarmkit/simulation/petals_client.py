@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from swarmkit.client.routing.route import Hop
@@ -66,6 +66,9 @@ class PetalsRouter:
         if not state.route:
             state.route = tuple(found)
         return found
+
+    def elsewhere(self, start: int, stop: int, tokens: int, leaving: Collection[str]) -> list[Hop]:
+        return []  # Petals' sessions stay with a server to its end
 
     def refused(self, hop: Hop, refusal: Refusal, state: PetalsSearch) -> RemoteError:
         state.refusals += 1

@@ -42,7 +42,9 @@ class SimulatedPlace:
         self.lease = lease
         self.opened_at = opened_at
         self.told = told
-        """Called when the server goes."""
+        """Called when the server says that it goes, and when it has gone."""
+        self.is_over = False
+        """Whether the server serves the session no longer."""
 
 
 class SimulatedServer:
@@ -162,7 +164,16 @@ class SimulatedServer:
         async def runs() -> list[AnnouncedRun]:
             return announced_runs([record for record, _ in self._others()])
 
-        if await is_turn(self.machine.name, self.span, None, runs, self._notice) and self.state == "online":
+        may_go = await is_turn(
+            self.machine.name,
+            self.span,
+            None,
+            runs,
+            self._notice,
+            wanted=blocks,
+            num_blocks=self._model.size.num_blocks,
+        )
+        if may_go and self.state == "online":
             await self.move(blocks)
 
     def _expected(self, others: Sequence[Announced], before: Collection[str] | None) -> list[Served]:
@@ -225,14 +236,17 @@ class SimulatedServer:
                 self._tell(self, self.state)
 
     def leave_soon(self) -> None:
-        """Tell that it goes: no new sessions, and the old ones look for others."""
+        """Tell that it goes: no new sessions; the old ones look for others, and stay until there are some."""
         self._leaves = True
         if self.state is not None:
             self._set("leaving")
-            self._end_sessions()
+            for place in list(self.places):
+                place.told()
 
     def _end_sessions(self) -> None:
         for place in list(self.places):
+            self.close(place)
+            place.is_over = True
             place.told()
         for work in self._waiting:
             work.done.set()

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import anyio
 import pytest
 
-from swarmkit.placement.description import Machine, ModelSize, Served
+from swarmkit.placement.description import Demand, Machine, ModelSize, Served
 from swarmkit.simulation.distances import clusters
 from swarmkit.simulation.hardware import SimulatedModel
 from swarmkit.simulation.options import SwarmAssumptions
+from swarmkit.simulation.rules import OurRule
 from swarmkit.simulation.swarm import SimulatedSwarm, SwarmHistory
 from swarmkit.simulation.virtual_time import VirtualClock, run_virtually
 
@@ -72,6 +73,35 @@ def test_dozens_of_servers_leave_no_block_without_a_server(seed: int) -> None:
     history = restless(seed, notice_s=SPREAD_S, servers=40)
     assert history.gaps == []
     assert history.moves > 40
+
+
+class ApartRule(OurRule):
+    """Our own rule, of two servers that begin with the blocks 0:4 and 5:9 of twelve, and could hold eight."""
+
+    def choose(self, machine: Machine, others: Sequence[Served]) -> tuple[int, int]:
+        start = 5 * int(machine.name)
+        return start, start + HELD
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_servers_of_which_each_is_the_only_one_of_some_block_fill_gaps(seed: int) -> None:
+    assumptions = SwarmAssumptions(look_period_s=4.0, load_bytes_per_s=HELD * 1000 / 2.0)
+    demand = Demand(arrivals_per_s=0.001, prompt_tokens=10, answer_tokens=10)
+
+    async def main(clock: VirtualClock) -> bool:
+        async with anyio.create_task_group() as tasks:
+            distances = clusters([2], inside_rtt_s=0.02)
+            rule = ApartRule(MODEL.size, demand)
+            swarm = SimulatedSwarm(MODEL, distances, rule, assumptions, clock, tasks, seed=seed)
+            for number in range(2):
+                machine = Machine(name=str(number), memory_bytes=8500, decode_s=0.1, token_s=0.01)
+                swarm.join(machine, number)
+            await anyio.sleep(60.0)
+            is_covered = swarm.is_covered()
+            tasks.cancel_scope.cancel()
+        return is_covered
+
+    assert run_virtually(main)
 
 
 def test_servers_that_go_before_others_can_know_leave_blocks_without_a_server() -> None:

@@ -96,6 +96,21 @@ def test_a_crash_loses_no_session_where_another_server_has_the_blocks() -> None:
     assert answer.total_s > 4.6  # the prompt and the tokens so far were computed again
 
 
+def test_a_session_stays_with_a_server_that_leaves_until_another_one_has_its_blocks() -> None:
+    async def leave(swarm: SimulatedSwarm) -> None:
+        await anyio.sleep(2.0)
+        swarm.leave("a")
+        await anyio.sleep(1.0)
+        swarm.join(machine("b"), 2)
+
+    spans = {"a": (0, 4), "b": (0, 4)}
+    times = {"notice_s": 30.0, "load_bytes_per_s": 4000.0}
+    (answer,) = lived(spans, [REQUEST], machine("a"), event=leave, **times).answers
+    assert (answer.lost, answer.replaced) == (False, 1)
+    # Nothing stood still, but for the prompt and the tokens so far, which were computed again.
+    assert answer.total_s < 4.62 + 4 * 21 * 0.01
+
+
 def test_a_session_whose_blocks_nobody_has_is_lost_in_the_end() -> None:
     async def crash(swarm: SimulatedSwarm) -> None:
         await anyio.sleep(2.0)
