@@ -46,6 +46,23 @@ def test_a_newcomer_leaves_room_for_the_sessions_that_are_expected() -> None:
     assert counts[0] > counts[-1]
 
 
+NARROW = replace(MACHINE, memory_bytes=860, token_s=1e-4)
+"""Holds seven blocks beside the cache of one session of 20 tokens, or fewer beside those of many."""
+OFTEN = Demand(arrivals_per_s=5.0, prompt_tokens=10, answer_tokens=10)
+WITHOUT_THE_LAST = Served(0, 7, 1000.0, decode_s=0.01, way_s=0.02)
+
+
+def test_a_newcomer_fills_a_hole_with_room_for_more_than_one_session() -> None:
+    start, stop = choose(NARROW, [WITHOUT_THE_LAST], MODEL, OFTEN)
+    assert stop == 8
+    assert stop - start < 7
+
+
+def test_the_only_server_of_a_block_gives_up_no_room_for_sessions() -> None:
+    own = served_by(NARROW, 6, 8, MODEL)
+    assert should_move(NARROW, own, [WITHOUT_THE_LAST], MODEL, OFTEN, move_s=1.0) is None
+
+
 def test_the_first_servers_cover_the_model_rather_than_reserve_cache() -> None:
     demand = Demand(arrivals_per_s=50.0, prompt_tokens=10, answer_tokens=10)
     first = choose(MACHINE, [], MODEL, demand)
