@@ -134,9 +134,15 @@ def may_leave(
 
 
 def _fills_gap(held: Span, wanted: Span, runs: Sequence[AnnouncedRun], num_blocks: int) -> bool:
-    """Whether more blocks have a server, or are about to, when one has moved."""
-    before, after = (uncovered(0, num_blocks, [own, *_spans(runs)]) for own in (held, wanted))
-    return sum(stop - start for start, stop in after) < sum(stop - start for start, stop in before)
+    """Whether more blocks have a server, or are about to, when one has moved: if those that mean to move are
+    still there, and if they are not.
+    """
+
+    def lacking(own: Span, others: Iterable[AnnouncedRun]) -> int:
+        return sum(stop - start for start, stop in uncovered(0, num_blocks, [own, *_spans(others)]))
+
+    staying = [one for one in runs if one.moving_to is None]
+    return all(lacking(wanted, others) < lacking(held, others) for others in (runs, staying))
 
 
 def _spans(runs: Iterable[AnnouncedRun]) -> list[Span]:

@@ -50,6 +50,7 @@ def test_a_server_leaves_only_what_others_are_sure_to_keep(others: list[Announce
         ((6, 8), [run("c", (2, 6))], "stay"),  # as many get one as lose theirs
         ((6, 10), [run("c", (2, 6)), run("d", (6, 10), is_online=False)], "stay"),  # somebody else comes
         ((6, 10), [run("c", (2, 6)), run("d", (6, 10), to=HERE)], "stay"),  # every block has a server
+        ((6, 8), [run("c", (2, 6)), run("d", (0, 2), to=THERE)], "wait"),  # if d goes, as many lose theirs
     ],
 )
 def test_while_blocks_have_no_server_one_leaves_its_own_if_more_have_a_server_then(

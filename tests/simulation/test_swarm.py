@@ -105,10 +105,11 @@ def test_a_session_stays_with_a_server_that_leaves_until_another_one_has_its_blo
 
     spans = {"a": (0, 4), "b": (0, 4)}
     times = {"notice_s": 30.0, "load_bytes_per_s": 4000.0}
-    (answer,) = lived(spans, [REQUEST], machine("a"), event=leave, **times).answers
+    request = SimulatedRequest(0.0, prompt_tokens=10, answer_tokens=101)
+    (answer,) = lived(spans, [request], machine("a"), event=leave, **times).answers
     assert (answer.lost, answer.replaced) == (False, 1)
-    # Nothing stood still, but for the prompt and the tokens so far, which were computed again.
-    assert answer.total_s < 4.62 + 4 * 21 * 0.01
+    # It goes on all the while, but for the prompt and the tokens so far, which are computed again.
+    assert answer.total_s < 0.4 + 100 * 0.4 + 101 * 0.02 + 4 * 111 * 0.01
 
 
 def test_a_session_whose_blocks_nobody_has_is_lost_in_the_end() -> None:
