@@ -34,6 +34,7 @@ from typing import IO, Literal
 
 import anyio
 
+from swarmkit.errors import DaemonStartError
 from swarmkit.net.hivemind.startup import (
     LOOK_AFTER_S,
     missing,
@@ -49,6 +50,8 @@ from swarmkit.net.transport.seam import MAX_FRAME_BYTES
 
 logger = logging.getLogger(__name__)
 
+_STARTS = 3
+_START_PAUSE_S = 1.5
 _FOLDER_PREFIX = "swarmkit-p2p-"
 _LOCK_NAME = "lock"
 _LONGEST_FOLDER = 80  # a Unix socket's path may have 104 bytes (macOS) and stands inside the folder
@@ -145,6 +148,21 @@ class P2PDaemon:
             await daemon.stop(grace=0.0)
             raise
         return daemon
+
+    @classmethod
+    async def start_to_join(
+        cls, identity: Identity, options: DaemonOptions, *, startup_timeout: float = 30.0
+    ) -> P2PDaemon:
+        """Do the same, up to `_STARTS` times while no initial peer is there: theirs may be starting again."""
+        for _ in range(_STARTS - 1):
+            try:
+                return await cls.start(identity, options, startup_timeout=startup_timeout)
+            except DaemonStartError as error:
+                if error.cause != "peers":
+                    raise
+                logger.debug("trying the initial peers again: %s", error)
+            await anyio.sleep(_START_PAUSE_S)
+        return await cls.start(identity, options, startup_timeout=startup_timeout)
 
     @property
     def pid(self) -> int:

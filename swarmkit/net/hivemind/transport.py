@@ -25,7 +25,6 @@ import base58
 
 from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.errors import (
-    DaemonStartError,
     NoContactError,
     NotServedError,
     PeerTimeoutError,
@@ -63,8 +62,6 @@ _T = TypeVar("_T")
 
 _REQUEST_TIMEOUT_S = 10.0
 _WATCH_PERIOD_S = 1.0
-_STARTS = 3
-_START_PAUSE_S = 1.5
 _DAEMON_POLL_S = 0.05
 _SILENT_S = 2.0
 """Who refuses sooner has a connection that is alive, such as a peer that is just starting: it stays, because
@@ -74,19 +71,6 @@ _PEERS_MET_AT_ONCE = 8
 """Of those that have a connection, besides those whose addresses are known."""
 _PEERS_ASKED_FOR_TIME = 4
 """Besides the initial peers."""
-
-
-async def _started(identity: Identity, options: DaemonOptions, timeout: float) -> P2PDaemon:
-    """Start a daemon; a few times if no initial peer is there: theirs may just be starting again."""
-    for left in reversed(range(_STARTS)):
-        try:
-            return await P2PDaemon.start(identity, options, startup_timeout=timeout)
-        except DaemonStartError as error:
-            if not left or error.cause != "peers":
-                raise
-            logger.debug("trying the initial peers again: %s", error)
-        await anyio.sleep(_START_PAUSE_S)
-    raise AssertionError
 
 
 class HivemindTransport(Transport):
@@ -208,7 +192,7 @@ class HivemindTransport(Transport):
         identity = identity or Identity()
         if swarm_key is not None:
             swarm_key.check_own(identity.peer_id)
-        daemon = await _started(identity, options, startup_timeout)
+        daemon = await P2PDaemon.start_to_join(identity, options, startup_timeout=startup_timeout)
         timeouts = _Timeouts(startup_timeout, table_timeout, keep_alive_s)
         self = cls(identity, daemon, options, record_check, timeouts, clock, swarm_key)
         try:
