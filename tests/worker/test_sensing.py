@@ -23,6 +23,7 @@ from swarmkit.worker.sensing.session_kind import Desktop, desktop_of
 from swarmkit.worker.sensing.session_providers import SessionProviders
 from swarmkit.worker.sensing.sleep import LogindSleepWatch
 from swarmkit.worker.sensing.x11 import X11
+from tests.clocks import SetClock
 from tests.waiting import wait_until
 from tests.worker.desktops import SaidDesktop, message_bus, missing, x_server
 
@@ -281,26 +282,14 @@ def test_a_locked_screen_is_seen_by_either_way(desktop: SaidDesktop) -> None:
     assert (by_logind, linux.locked()) == (True, False)
 
 
-class PassedClock:
-    """A clock that the test lets pass."""
-
-    passed_s = 0.0
-
-    def now(self) -> float:
-        return self.passed_s
-
-    def time(self) -> float:
-        return self.passed_s
-
-
 LOCKED = SYSTEM, "org.freedesktop.login1", "/org/freedesktop/login1/session/auto"
 
 
 @pytest.fixture
-def followed(desktop: SaidDesktop) -> Iterator[tuple[PassedClock, Callable[[], bool]]]:
+def followed(desktop: SaidDesktop) -> Iterator[tuple[SetClock, Callable[[], bool]]]:
     """A clock, and what logind is known to have said of the lock by that clock; it is not locked."""
     desktop.say("login", LockedHint=False)
-    clock = PassedClock()
+    clock = SetClock()
     bus = DesktopBus(clock)
     yield clock, lambda: bus.followed_property(*LOCKED, "org.freedesktop.login1.Session", "LockedHint")
     bus.close()
@@ -308,7 +297,7 @@ def followed(desktop: SaidDesktop) -> Iterator[tuple[PassedClock, Callable[[], b
 
 @needs_bus
 def test_what_is_told_when_it_changes_is_asked_then(
-    desktop: SaidDesktop, followed: tuple[PassedClock, Callable[[], bool]]
+    desktop: SaidDesktop, followed: tuple[SetClock, Callable[[], bool]]
 ) -> None:
     _, locked = followed
     before = locked()
@@ -319,13 +308,13 @@ def test_what_is_told_when_it_changes_is_asked_then(
 
 @needs_bus
 def test_what_is_told_when_it_changes_is_asked_again_after_a_time_all_the_same(
-    desktop: SaidDesktop, followed: tuple[PassedClock, Callable[[], bool]]
+    desktop: SaidDesktop, followed: tuple[SetClock, Callable[[], bool]]
 ) -> None:
     clock, locked = followed
     known = [locked()]
     desktop.services["login"].said["LockedHint"] = True  # and nobody is told
     known.append(locked())
-    clock.passed_s += TRUSTED_S
+    clock.seconds += TRUSTED_S
     assert [*known, locked()] == [False, False, True]
 
 
@@ -460,7 +449,7 @@ def test_a_window_that_begins_to_fill_the_screen_is_seen(display: str) -> None:
     window = root.create_window(0, 0, 320, 200, 0, screen.screen().root_depth)
     root.change_property(screen.get_atom("_NET_ACTIVE_WINDOW"), Xatom.WINDOW, 32, [window.id])
     screen.sync()
-    full_screen = X11(display, PassedClock()).full_screen
+    full_screen = X11(display, SetClock()).full_screen
     seen = [full_screen()]
     for states in ([screen.get_atom("_NET_WM_STATE_FULLSCREEN")], []):
         window.change_property(screen.get_atom("_NET_WM_STATE"), Xatom.ATOM, 32, states)

@@ -434,34 +434,35 @@ def test_a_long_lease_is_shortened_when_a_node_starts(worker: RunningWorker) -> 
     assert seconds_left(worker) <= LEASE_S
 
 
-def test_no_node_starts_by_what_a_tray_told_long_ago(start: Start) -> None:
+@pytest.fixture
+def told_long_ago(start: Start) -> tuple[RunningWorker, SetClock]:
+    """A worker that is to serve, and knows of this person only what a tray told some time ago; its clock."""
     clock = SetClock()
     worker = start(clock=clock)
     worker.client.renew_lease("tray", AWAY)
     clock.passed_s += LEASE_S + 1.0
     worker.client.change_settings({"agreed": True, "serve": {"model": "quick"}})
+    return worker, clock
+
+
+def test_no_node_starts_by_what_a_tray_told_long_ago(told_long_ago: tuple[RunningWorker, SetClock]) -> None:
+    worker, _ = told_long_ago
     assert (worker.wait_for("starting").node, worker.status().node) == (None, None)
     worker.client.renew_lease("tray", HERE)
     assert (worker.status().reason, worker.status().node) == ("in_use", None)
 
 
-def test_a_node_starts_when_the_tray_has_told_anew(start: Start) -> None:
-    clock = SetClock()
-    worker = start(clock=clock)
-    worker.client.renew_lease("tray", AWAY)
-    clock.passed_s += LEASE_S + 1.0
-    worker.client.change_settings({"agreed": True, "serve": {"model": "quick"}})
+def test_a_node_starts_when_the_tray_has_told_anew(told_long_ago: tuple[RunningWorker, SetClock]) -> None:
+    worker, _ = told_long_ago
     worker.wait_for("starting")
     worker.client.renew_lease("tray", AWAY)
     worker.wait_for("working")
 
 
-def test_a_tray_that_ended_while_nothing_was_lent_is_missed_soon_after(start: Start) -> None:
-    clock = SetClock()
-    worker = start(clock=clock)
-    worker.client.renew_lease("tray", AWAY)
-    clock.passed_s += LEASE_S + 1.0
-    worker.client.change_settings({"agreed": True, "serve": {"model": "quick"}})
+def test_a_tray_that_ended_while_nothing_was_lent_is_missed_soon_after(
+    told_long_ago: tuple[RunningWorker, SetClock],
+) -> None:
+    worker, clock = told_long_ago
     worker.wait_for("starting")
     clock.passed_s += LEASE_S
     assert worker.wait_for("paused").reason == "no_tray"
