@@ -45,7 +45,7 @@ def nice_program(*, leads: bool) -> Iterator[int]:
 
 
 def session_nice(process: int | str) -> str:
-    """What the kernel says of it: "nice 15" at the end, or nothing of a session that it puts into no group."""
+    """What the kernel says of it: "nice 15" at the end, or nothing of a session that is in no group."""
     return Path(f"/proc/{process}/autogroup").read_text().strip()
 
 
