@@ -44,7 +44,7 @@ _KIND_BY_NAME: tuple[tuple[str, BelongingKind], ...] = (
     (r"contributions\.sqlite.*", "history"),
     (r".*\.key(\.lock)?", "identity"),
     (r"worker\.log.*", "log"),
-    (r"\.?file-hashes\.json.*", "weights"),
+    (r"\.?(file-hashes|kernels)\.json.*", "weights"),
     (r"\.?(control\.(json|sock)|worker\.lock|tray\.(lock|open|pid)).*", "running"),
 )
 _STORE = ("about", "blobs", "index", "locks", "partial", "quarantine", "users")

@@ -8,11 +8,13 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import platformdirs
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from swarmkit.errors import ModelError, UsageError
+from swarmkit.models import remembered
 from swarmkit.models.checkpoint import fingerprint as fingerprints
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.plan import block_bytes, cache_cost
@@ -117,7 +119,7 @@ def test_where_the_cache_folder_is_a_file_nothing_is_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a file").write_text("")
-    monkeypatch.setattr(fingerprints.platformdirs, "user_cache_dir", lambda name: str(tmp_path / "a file"))
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "a file"))
     fingerprints.remember("key", 1)
     assert fingerprints.recall("key") is None
 
@@ -130,7 +132,7 @@ def test_what_is_remembered_at_the_same_time_stays() -> None:
 
 
 def test_what_was_remembered_longest_ago_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprints, "MOST_REMEMBERED", 2)
+    monkeypatch.setattr(remembered, "MOST_REMEMBERED", 2)
     for key in ("a", "b", "a", "c"):
         fingerprints.remember(key, key)
     assert [fingerprints.recall(key) for key in "abc"] == ["a", None, "c"]

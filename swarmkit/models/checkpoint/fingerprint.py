@@ -7,29 +7,21 @@ user's cache folder until the file changes.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-from filelock import FileLock
 from tqdm import tqdm
+
+from swarmkit.models.remembered import Remembered
 
 _PROGRESS_FROM_BYTES = 256 * 1024 * 1024
 _CHUNK_BYTES = 4 * 1024 * 1024
 _SETTLED_AFTER_S = 2.0
 """A file changed more recently is not remembered: a second change could leave the same time stamp."""
-
-_LOCKED_S = 5.0
-"""The longest wait for others who remember something; each takes milliseconds."""
-_LOCK_POLL_S = 0.01
-MOST_REMEMBERED = 4096
-"""Values that are kept; those that were remembered longest ago go first."""
 
 _VOLATILE = frozenset(
     {"_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "dtype"}
@@ -98,40 +90,14 @@ def file_sha256(path: Path, *, progress: bool = True) -> str:
     return sha256.hexdigest()
 
 
-def _memory_path() -> Path:
-    return Path(platformdirs.user_cache_dir("swarmkit")) / "file-hashes.json"
-
-
-def _memory() -> dict[str, Any]:
-    try:
-        content = json.loads(_memory_path().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+_HASHES = Remembered("file-hashes.json")
 
 
 def recall(key: str) -> Any:
     """Return the value that was remembered under `key`; None if there is none."""
-    return _memory().get(key)
+    return _HASHES.recall(key)
 
 
 def remember(key: str, value: Any) -> None:
-    """Remember `value` (made of JSON types) under `key`, if the cache folder can be written to.
-
-    What others remember at the same time stays, and whoever reads meanwhile reads the file as it was before.
-    """
-    path = _memory_path()
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f"{path.name}.lock"), timeout=_LOCKED_S, poll_interval=_LOCK_POLL_S):
-            content = _memory()
-            content.pop(key, None)
-            content[key] = value
-            newest = dict(list(content.items())[-MOST_REMEMBERED:])
-            scratch.write_text(json.dumps(newest), encoding="utf-8")
-            scratch.replace(path)
-    except (OSError, NotImplementedError):  # the lock takes too long, or the file system has none
-        # Only speed is lost: the file is hashed again next time.
-        with contextlib.suppress(OSError):  # the folder may be none
-            scratch.unlink(missing_ok=True)
+    """Remember `value` (made of JSON types) under `key`, if the cache folder can be written to."""
+    _HASHES.remember(key, value)

@@ -3,7 +3,7 @@
 torch multiplies float32 matrices on a CPU with a library that uses half of what some processors can do, and
 gives oneDNN its bfloat16 weights in an order that it must change at every call. torch can also keep the
 weights in oneDNN's own blocked order, as it does itself when it freezes a compiled model. Where that gives
-the same numbers faster, the layers of a stage are replaced; each shape is tried once.
+the same numbers faster, the layers of a stage are replaced; each shape is tried once on a machine.
 
 The two operations used are not part of torch's public interface; where they are missing, no layer is
 replaced.
@@ -15,13 +15,14 @@ import functools
 import logging
 import mmap
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from swarmkit.models.kernels.choices import recall_choice, remember_choice
 from swarmkit.models.kernels.replace_linear import SMALLEST, can_be_replaced, median_seconds, replace_linear
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ _CACHE_BYTES = 2**26
 _TRIALS = 9
 _UNCACHED_TRIALS = 5
 """Fewer of those that read more than the cache holds: each is long, and servers wait for them to start."""
+COMPARISON = 1
+"""To be raised with each change of what is compared, or how: what was remembered before counts no more."""
 _BOUND = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest difference that the order of additions may make, where values are about 1."""
 
@@ -78,7 +81,7 @@ def use_blocked(model: nn.Module) -> int:
 def compare_layouts(block: nn.Module, dtype: torch.dtype) -> set[torch.Size]:
     """Find out now which linear layers of a block `use_blocked` would replace: the shapes of their weights.
 
-    A comparison takes the memory of three weights, or of `_CACHE_BYTES` if that is more; this is the time to
+    A comparison takes the memory of two weights, or of `_CACHE_BYTES` if that is more; this is the time to
     have it while the model's own weights do not have it yet.
 
     Args:
@@ -113,42 +116,77 @@ def _is_better(layer: nn.Linear) -> bool:
 
 @functools.cache
 def is_faster(rows: int, columns: int, dtype: torch.dtype, threads: int) -> bool:
-    """Whether a blocked weight gives the same products, faster for several rows, and for one as fast."""
+    """Whether a blocked weight gives the same products, faster for several rows, and for one as fast.
+
+    Which is faster is measured once on a machine. That the products are the same is checked in each process
+    that is to use blocked weights.
+    """
+    question = f"blocked [{rows}, {columns}], {dtype}, {threads} threads, comparison {COMPARISON}"
+    known = recall_choice(question)
+    if known is False:
+        return False
     try:
-        return _is_measured_faster(rows, columns, dtype)
+        weight = _noise_weight(rows, columns, dtype)
+        blocked = in_blocks(weight)
+        if not _have_same_products(weight, blocked):
+            logger.warning("blocked weights of %d x %d give other products here", rows, columns)
+            return False
+        if known is True:
+            return True
+        known = _is_measured_faster(weight, blocked)
     except (AttributeError, RuntimeError, TypeError) as error:  # too little memory to compare is one of them
         logger.info("there are no blocked weights here: %s", error)
         return False
+    remember_choice(question, known)
+    return known
 
 
-def _is_measured_faster(rows: int, columns: int, dtype: torch.dtype) -> bool:
+def _noise_weight(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    weight = (torch.randn(rows, columns, generator=generator) / columns**0.5).to(dtype)
-    blocked = in_blocks(weight)
+    return (torch.randn(rows, columns, generator=generator) / columns**0.5).to(dtype)
+
+
+def _noise_rows(count: int, weight: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randn(count, weight.shape[1], generator=generator).to(weight.dtype)
+
+
+def _have_same_products(weight: Tensor, blocked: Tensor) -> bool:
+    """Whether products with both are equal but for the order of additions."""
     for count in _TRIED_ROWS:
-        given = torch.randn(count, columns, generator=generator).to(dtype)
+        given = _noise_rows(count, weight)
         expected, found = functional.linear(given, weight), multiply(given, blocked, None)
-        if not torch.allclose(expected, found, rtol=0, atol=_BOUND[dtype]):
-            logger.warning("blocked weights of %d x %d give other products here", rows, columns)
+        if not torch.allclose(expected, found, rtol=0, atol=_BOUND[weight.dtype]):
             return False
-    given = torch.randn(_ROWS, columns, generator=generator).to(dtype)
-    plain_s = measured_seconds(lambda: functional.linear(given, weight))
-    if plain_s <= _FASTER * measured_seconds(lambda: multiply(given, blocked, None)):
+    return True
+
+
+def _is_measured_faster(weight: Tensor, blocked: Tensor) -> bool:
+    given = _noise_rows(_ROWS, weight)
+    plain_s, blocked_s = measured_seconds(
+        [lambda: functional.linear(given, weight), lambda: multiply(given, blocked, None)]
+    )
+    if plain_s <= _FASTER * blocked_s:
         return False
     # A lone client's token is one row, and finds no weight in the cache. On processors without AVX512, one
     # row by a blocked weight was seen to take twice as long as by a plain one.
     one = given[:1]
-    copies = [weight.clone() for _ in range(max(1, _CACHE_BYTES // weight.nbytes))]
-    plain_s = measured_seconds(lambda: [functional.linear(one, each) for each in copies], _UNCACHED_TRIALS)
-    for number in range(len(copies)):  # so that there is one copy too many at a time, not all of them
-        copies[number] = in_blocks(weight)
-    blocked_s = measured_seconds(lambda: [multiply(one, each, None) for each in copies], _UNCACHED_TRIALS)
+    more = range(_CACHE_BYTES // weight.nbytes // 2 - 1)
+    plain = [weight, *(weight.clone() for _ in more)]
+    in_order = [blocked, *(in_blocks(weight) for _ in more)]
+    plain_s, blocked_s = measured_seconds(
+        [
+            lambda: [functional.linear(one, each) for each in plain],
+            lambda: [multiply(one, each, None) for each in in_order],
+        ],
+        _UNCACHED_TRIALS,
+    )
     return blocked_s <= _AS_FAST * plain_s
 
 
-def measured_seconds(work: Callable[[], object], trials: int = _TRIALS) -> float:
-    """How long it takes, by trying."""
-    return median_seconds(work, trials)
+def measured_seconds(works: Sequence[Callable[[], object]], trials: int = _TRIALS) -> list[float]:
+    """How long each takes, by trying."""
+    return median_seconds(works, trials)
 
 
 @torch.inference_mode(False)

@@ -6,19 +6,21 @@ AVX512, two rows took 2.2 times as long as one, eight 3.5 times. If a few of the
 the copy stays in the cache, and two and eight rows take 1.4 and 2.3 times as long. An engine has a few rows
 most of the time: tokens of some clients, some draft tokens, a chunk of a prompt beside them.
 
-The fastest cut, if any is worthwhile, is found once for each shape by trying. The weights stay as they are,
-and the products are the same but for rounding.
+The fastest cut, if any is worthwhile, is found once for each shape by trying, and remembered. The weights
+stay as they are, and the products are the same but for rounding.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from swarmkit.models.kernels.choices import recall_choice, remember_choice
 from swarmkit.models.kernels.replace_linear import can_be_replaced, median_seconds, replace_linear
 
 CUTS = (16, 128)
@@ -27,9 +29,11 @@ _UP_TO_ROWS = (4, 12, 24, 48)
 """The largest number of rows in each range that is cut alike; more rows are worth the copy."""
 _TRIED_ROWS = (2, 8, 16, 32)
 _FASTER = 1.15
-_TRIALS = 3
+_TRIALS = 5
 _TRIED_VALUES = 2**22
 """Of a larger weight only a part is tried, so that loading does not take longer."""
+COMPARISON = 1
+"""To be raised with each change of what is compared, or how: what was remembered before counts no more."""
 
 
 class CutLinear(nn.Linear):
@@ -80,10 +84,29 @@ def _cuts(layer: nn.Linear) -> Sequence[int]:
 
 
 @functools.cache
-@torch.inference_mode()
 def fastest_cuts(outputs: int, inputs: int, threads: int) -> Sequence[int]:
-    """For each number of rows from 0 on, the cut that takes the least time; 0: none is worthwhile."""
+    """For each number of rows from 0 on, the cut that takes the least time; 0: none is worthwhile.
+
+    It is measured once on a machine.
+    """
+    question = f"cuts of [{outputs}, {inputs}], float32, {threads} threads, comparison {COMPARISON}"
     possible = [cut for cut in CUTS if outputs % cut == 0]
+    known = recall_choice(question)
+    if not _are_cuts(known, possible):
+        known = _measured_cuts(outputs, inputs, possible)
+        remember_choice(question, known)
+    return tuple(known)
+
+
+def _are_cuts(known: Any, possible: Sequence[int]) -> bool:
+    """Whether a remembered value is a list of cuts that this layer can have."""
+    if not isinstance(known, list) or len(known) != _UP_TO_ROWS[-1] + 1 or known[:2] != [0, 0]:
+        return False
+    return all(type(cut) is int and (cut == 0 or cut in possible) for cut in known)
+
+
+@torch.inference_mode()
+def _measured_cuts(outputs: int, inputs: int, possible: Sequence[int]) -> list[int]:
     most = max(possible, default=1)
     tried = min(outputs, max(_TRIED_VALUES // inputs // most, 1) * most)
     generator = torch.Generator().manual_seed(0)
@@ -91,14 +114,18 @@ def fastest_cuts(outputs: int, inputs: int, threads: int) -> Sequence[int]:
     found = [0, 0]
     for up_to, rows in zip(_UP_TO_ROWS, _TRIED_ROWS, strict=True):
         given = torch.randn(rows, inputs, generator=generator)
-        best, least_s = 0, measured_seconds(lambda: functional.linear(given, weight)) / _FASTER  # noqa: B023
-        for cut in possible:
-            if (taken_s := measured_seconds(lambda: cut_product(given, weight, cut))) < least_s:  # noqa: B023
-                best, least_s = cut, taken_s
+        plain = functools.partial(functional.linear, given, weight)
+        plain_s, *taken_s = measured_seconds(
+            [plain, *(functools.partial(cut_product, given, weight, cut) for cut in possible)]
+        )
+        best, least_s = 0, plain_s / _FASTER
+        for cut, seconds in zip(possible, taken_s, strict=True):
+            if seconds < least_s:
+                best, least_s = cut, seconds
         found += [best] * (up_to + 1 - len(found))
-    return tuple(found)
+    return found
 
 
-def measured_seconds(work: Callable[[], object]) -> float:
-    """How long it takes, by trying."""
-    return median_seconds(work, _TRIALS)
+def measured_seconds(works: Sequence[Callable[[], object]]) -> list[float]:
+    """How long each takes, by trying."""
+    return median_seconds(works, _TRIALS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -33,11 +33,15 @@ def can_be_replaced(layer: nn.Linear) -> bool:
     return weight.device.type == "cpu" and not weight.requires_grad and weight.numel() >= SMALLEST
 
 
-def median_seconds(work: Callable[[], object], trials: int) -> float:
-    """Median of the seconds that `trials` calls of `work` take."""
-    times = []
+def median_seconds(works: Sequence[Callable[[], object]], trials: int) -> list[float]:
+    """Median of the seconds that `trials` calls of each work take.
+
+    They are called by turns, so that whatever else the machine does meanwhile disturbs all alike.
+    """
+    times: list[list[float]] = [[] for _ in works]
     for _ in range(trials):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+        for taken, work in zip(times, works, strict=True):
+            began = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - began)
+    return [statistics.median(taken) for taken in times]
