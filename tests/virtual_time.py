@@ -22,6 +22,7 @@ from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.stage import Stage
 from swarmkit.net.registry.envelope import Envelope
 from swarmkit.net.transport.identity import Identity
+from swarmkit.server import head_start as head_start_module
 from swarmkit.server import model_server as server_module
 from swarmkit.server import vitals as vitals_module
 from swarmkit.server.engine import engine as engine_module
@@ -115,7 +116,7 @@ class SharedStages:
         if checkpoint is not self._checkpoint:
             return self._load(checkpoint, start, stop, **options)
         if (start, stop) not in self._loaded:
-            options.pop("progress", None)
+            options = {key: value for key, value in options.items() if key not in ("progress", "on_tensor")}
             self._loaded[start, stop] = self._load(checkpoint, start, stop, **options)
         shared = self._loaded[start, stop]
         stage = object.__new__(Stage)
@@ -141,7 +142,8 @@ def run(main: Callable[[VirtualClock], Coroutine[Any, Any, T]], stages: SharedSt
         patch.setattr(Stage, "load", stages.load)
         # Pure functions of many peers, all of which read the same records of the same model.
         patch.setattr(Envelope, "read", cache(Envelope.read))
-        patch.setattr(server_module, "ensure_servable", lambda config: None)
+        for module in (server_module, head_start_module):
+            patch.setattr(module, "ensure_servable", lambda config: None)
         patch.setattr(vitals_module, "measure_decode_rate", stages.decode_rate)
         patch.setattr(vitals_module, "measure_forward_rate", stages.forward_rate)
         patch.setattr(secrets, "token_hex", lambda size=32: chance.randbytes(size).hex())

@@ -15,6 +15,7 @@ from swarmkit.net.rpc.dial_back import DialBackService
 from swarmkit.net.transport.identity import Identity
 from swarmkit.server.config import ServerConfig
 from swarmkit.server.engine.engines import Engines
+from swarmkit.server.head_start import running
 from swarmkit.server.model_server import ModelServer
 from swarmkit.server.weights.service import WeightsService, WeightsSettings
 
@@ -119,6 +120,7 @@ class Node:
 
     async def _run(self, task_status: TaskStatus[None]) -> None:
         async with (
+            running([server.head_start for server in self.servers]),
             joined(self._factory, self.identity, self._clock) as (self._transport, self._registry),
             Engines(self._clock) as self._engines,
             anyio.create_task_group() as self._parts,

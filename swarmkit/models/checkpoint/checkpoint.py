@@ -239,6 +239,14 @@ class Checkpoint:
             parts += self._parts_with(self.head_keys())
         self.files.fetch(parts, on_bytes)
 
+    def has_blocks(self, start: int, stop: int) -> bool:
+        """Whether reading blocks `[start, stop)` needs no network.
+
+        Raises:
+            UsageError, ModelError: as `block_keys`.
+        """
+        return all(self.files.has(part) for part in self.block_parts(start, stop))
+
     def block_parts(self, start: int, stop: int) -> list[Part]:
         """The parts in which the store keeps blocks `[start, stop)`, one for each.
 

@@ -55,6 +55,9 @@ class Files(Protocol):
         possible.
         """
 
+    def has(self, part: Part) -> bool:
+        """Return whether reading a part needs no network."""
+
     def content(self, part: Part) -> str | None:
         """Return the SHA-256 of a part's file in the store; None if it has none there."""
 
@@ -108,6 +111,9 @@ class LocalFiles:
     def nbytes(self, part: Part) -> int:
         shards = by_shard([part])
         return sum(bytes_in(self._path(shard), keys, str(self.folder)) for shard, keys in shards.items())
+
+    def has(self, part: Part) -> bool:
+        return True
 
     def content(self, part: Part) -> str | None:
         return None

@@ -30,10 +30,11 @@ def load_blocks(
     precision: Precision,
     device: str | torch.device,
     progress: Callable[[int, int], None] | None = None,
+    on_tensor: Callable[[], None] | None = None,
 ) -> PreTrainedModel:
     """Load a base model whose only layers are blocks [start, stop), and which has nothing beside them.
 
-    Args: progress: see `Stage.load`.
+    Args: progress, on_tensor: see `Stage.load`.
 
     Raises:
         ModelError: weights are missing, unknown or misshapen, or the architecture is not supported.
@@ -58,7 +59,7 @@ def load_blocks(
         one, here = f"{anatomy.layers}.0.", f"{anatomy.layers}.{done}."
         found = checkpoint.read(names)
         if precision.stored is None:
-            found = _Block(checkpoint, found, precision, device, soon_replaced).tensors
+            found = _Block(checkpoint, found, precision, device, soon_replaced, on_tensor).tensors
         for key, tensor in found.items():
             tensors[here + names[key].removeprefix(one)] = tensor
     if precision.stored is not None:
@@ -94,8 +95,10 @@ class _Block:
         precision: Precision,
         device: str | torch.device,
         soon_replaced: Collection[torch.Size],
+        on_tensor: Callable[[], None] | None,
     ) -> None:
         """Args: soon_replaced: shapes of weights of which others are made when all blocks are loaded."""
+        self._on_tensor = on_tensor
         self._checkpoint = checkpoint
         self._soon_replaced = soon_replaced
         self._precision = precision
@@ -107,6 +110,8 @@ class _Block:
 
     def take(self, key: str) -> Tensor:
         """Read a tensor."""
+        if self._on_tensor is not None:
+            self._on_tensor()
         with self._lock:
             if key not in self._mapped:
                 self._mapped = self._checkpoint.read({*self._left, key})

@@ -101,6 +101,7 @@ class Stage:
         dtype: DtypeLike = "auto",
         device: str | torch.device = "cpu",
         progress: Callable[[int, int], None] | None = None,
+        on_tensor: Callable[[], None] | None = None,
     ) -> Stage:
         """Load blocks `[start, stop)`, reading only their tensors (and fetching only the files they lie in).
 
@@ -108,6 +109,8 @@ class Stage:
             dtype: a precision: float32, bfloat16, float16, int8 or nf4; "auto" is float32 on a CPU and the
                 checkpoint's own dtype on an accelerator.
             progress: called with (blocks read so far, blocks in total), from this thread.
+            on_tensor: called before each tensor is read, from several threads; what it raises ends the
+                loading, with this error or another one.
 
         Raises:
             UsageError: the range is empty or outside the model.
@@ -120,7 +123,7 @@ class Stage:
             )
         precision = Precision.parse(dtype, checkpoint.config, device)
         precision.ensure_available(checkpoint.name, device)
-        base = load_blocks(checkpoint, start, stop, precision, device, progress)
+        base = load_blocks(checkpoint, start, stop, precision, device, progress, on_tensor)
         return cls(base, anatomy_of(checkpoint.config), start, stop, precision)
 
     def enable_cuda_graphs(self, sessions: int, tokens: int) -> None:
