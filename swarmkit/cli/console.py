@@ -6,6 +6,7 @@ output holds nothing but the result.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -39,6 +40,17 @@ def setup(verbose: bool, threads: int | None = None) -> None:
     )
     for noisy in ("hivemind", "httpx", "urllib3", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import much within the block: all of it stays, so that no garbage is looked for in it, now or later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def quiet_transformers() -> None:

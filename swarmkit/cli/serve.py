@@ -117,16 +117,18 @@ def serve(
         swarmkit serve Qwen/Qwen3-32B --join … --fingerprint 0a1b… --weights-from peers  # without the Hub
     """
     console.setup(verbose, threads)
-    console.quiet_transformers()
-    console.set_threads(threads)
+    with console.importing():
+        console.quiet_transformers()
+        console.set_threads(threads)
     with end_request(watch_stdin=until_stdin_closes) as end:
-        from swarmkit.models.checkpoint.checkpoint import Checkpoint
-        from swarmkit.net.connect import over_hivemind
-        from swarmkit.node.server import Server
-        from swarmkit.placement.ranges import parse_blocks
-        from swarmkit.server.weights.manifest import open_with_fingerprint
-        from swarmkit.server.weights.service import WeightsSettings
-        from swarmkit.sizes import parse_bytes
+        with console.importing():
+            from swarmkit.models.checkpoint.checkpoint import Checkpoint
+            from swarmkit.net.connect import over_hivemind
+            from swarmkit.node.server import Server
+            from swarmkit.placement.ranges import parse_blocks
+            from swarmkit.server.weights.manifest import open_with_fingerprint
+            from swarmkit.server.weights.service import WeightsSettings
+            from swarmkit.sizes import parse_bytes
 
         if weights_from not in ("any", "hub", "peers"):
             raise UsageError(f"--weights-from takes any, hub or peers; got {weights_from!r}")
