@@ -27,6 +27,10 @@ class Footprint:
     processes: int
     memory_bytes: int
     ready_s: float
+    joined_s: float
+    """From the start of the process until it had joined the swarm."""
+    loaded_s: float
+    """From the start of the process until its blocks were loaded."""
 
 
 def measure(options: FootprintBenchmark, subject: Subject, on_progress: Progress = quiet) -> dict[str, Any]:
@@ -54,6 +58,8 @@ def measure(options: FootprintBenchmark, subject: Subject, on_progress: Progress
         "weights_bytes": weights,
         "memory_beyond_weights_bytes": int(memory) - weights,
         "ratio_to_weights": round(memory / weights, 3),
+        "joined_s": round(statistics.median(each.joined_s for each in found), 3),
+        "loaded_s": round(statistics.median(each.loaded_s for each in found), 3),
         "ready_s": round(statistics.median(each.ready_s for each in found), 3),
         "imports_s": round(statistics.median(imports), 3),
         "ready_ratio_to_imports": round(
@@ -70,7 +76,7 @@ def _imports_s() -> float:
 
 
 def _start_once(subject: Subject, blocks: int, threads: int, dtype: str) -> Footprint:
-    began = time.perf_counter()
+    began, began_at = time.perf_counter(), time.time()
     server = ServerProcess(
         subject.checkpoint.name, [], (0, blocks), public_name="measured", threads=threads, dtype=dtype
     )
@@ -79,7 +85,13 @@ def _start_once(subject: Subject, blocks: int, threads: int, dtype: str) -> Foot
         ready_s = time.perf_counter() - began
         root = psutil.Process(server.pid)
         family = [root, *root.children(recursive=True)]
-        return Footprint(len(family), sum(_memory_bytes(process) for process in family), ready_s)
+        return Footprint(
+            len(family),
+            sum(_memory_bytes(process) for process in family),
+            ready_s,
+            joined_s=server.event_dates["server_joined"] - began_at,
+            loaded_s=server.event_dates["blocks_loaded"] - began_at,
+        )
     finally:
         server.stop(drain_timeout=0.0)
 

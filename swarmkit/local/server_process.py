@@ -95,6 +95,8 @@ class ServerProcess:
         self.public_name = public_name
         self.peer_id = ""
         self.addresses: list[str] = []
+        self.event_dates: dict[str, float] = {}
+        """When the first event of each kind was, in Unix time, up to that by which it serves."""
 
     @property
     def pid(self) -> int:
@@ -125,7 +127,8 @@ class ServerProcess:
             if event is None:
                 self.kill()
                 raise ServerStartError(f"{self.public_name} ended before it served:\n{self.last_words()}")
-            if event.get("event") == "serving_started":
+            self.event_dates.setdefault(event["event"], event["time"])
+            if event["event"] == "serving_started":
                 self.peer_id = event["owner"]["peer_id"]
                 self.addresses = event["addresses"]
                 return
@@ -186,7 +189,7 @@ class ServerProcess:
                 event = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(event, dict):
+            if isinstance(event, dict) and {"event", "time"} <= event.keys():
                 if event.get("event") == "serving_started":
                     self.blocks = event["start"], event["stop"]
                 self._events.put(event)
