@@ -74,7 +74,9 @@ class HeadStart:
             return
         self._begun = True
         try:
-            self._loaded = await anyio.to_thread.run_sync(self._load, self._blocks)
+            loaded = await anyio.to_thread.run_sync(self._load, self._blocks)
+            if not self._given_up.is_set():
+                self._loaded = loaded
         except Exception as error:  # noqa: BLE001 - the server meets it again, where it can be told
             logger.info("blocks were not loaded while the swarm was joined: %s", error)
         finally:

@@ -259,6 +259,7 @@ class ModelServer:
             self.events.emit(ServerLeft(**self._now()))
             self.events.close()
         finally:
+            self.head_start.give_up()
             self._head = None
             self.ended.set()
 

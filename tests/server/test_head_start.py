@@ -163,6 +163,13 @@ async def test_a_stage_is_handed_over_once(world: World) -> None:
     assert [await head_start.take((1, 3)) is None for _ in range(2)] == [False, True]
 
 
+async def test_blocks_that_were_given_up_are_not_loaded(world: World, loads: Loads) -> None:
+    head_start = HeadStart(ServerConfig(world.checkpoint, blocks=(1, 3)))
+    head_start.give_up()
+    await head_start.run()
+    assert loads.blocks == []
+
+
 async def test_what_is_given_up_is_let_go(world: World) -> None:
     head_start = HeadStart(ServerConfig(world.checkpoint, blocks=(1, 3)))
     await head_start.run()
