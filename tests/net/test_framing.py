@@ -122,6 +122,27 @@ async def test_reading_goes_on_once_frames_were_taken() -> None:
     assert not transport.paused
 
 
+async def test_of_a_frame_that_nobody_waits_for_only_a_part_is_read() -> None:
+    stream, transport = FrameStream(), FakeTransport()
+    stream.connection_made(transport)
+    stream.data_received((2**20).to_bytes(4, "big") + bytes(300 * 1024))
+    assert transport.paused
+
+
+async def test_the_rest_of_it_is_read_when_somebody_does() -> None:
+    stream, transport = FrameStream(), FakeTransport()
+    stream.connection_made(transport)
+    frame = bytes(range(256)) * 4096
+    data = len(frame).to_bytes(4, "big") + frame
+    stream.data_received(data[: 300 * 1024])
+    receiving = asyncio.create_task(stream.receive())
+    await asyncio.sleep(0)
+    assert not transport.paused
+    for start in range(300 * 1024, len(data), 10_001):
+        stream.data_received(data[start : start + 10_001])
+    assert await receiving == frame
+
+
 async def test_an_end_in_the_middle_of_a_frame_is_an_end(wire: tuple[FrameStream, socket.socket]) -> None:
     stream, there = wire
     there.send(b"\0\0\0\x09abc")

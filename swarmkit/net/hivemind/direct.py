@@ -121,9 +121,9 @@ class SealedStream(FrameStream):
         self._sent += 1
         return (self._sealing.encrypt(nonce, plain, None),)
 
-    def incoming(self, frame: bytes | bytearray) -> bytes:
+    def incoming(self, frame: bytes) -> bytes:
         if self._opening is None:
-            return bytes(frame)
+            return frame
         nonce = self._received.to_bytes(12, "big")
         self._received += 1
         try:

@@ -20,10 +20,36 @@ from swarmkit.net.transport.seam import MAX_FRAME_BYTES, Buffer
 
 _HEADER_BYTES = 4
 _JOIN_BELOW = 128 * 1024  # up to here one copy is cheaper than a second system call
-_PAUSE_ABOVE = 256 * 1024  # bytes of complete frames that wait for `receive` before reading is paused
+_PAUSE_ABOVE = 256 * 1024  # bytes that wait for `receive` before reading is paused
+_GATHER_BELOW = 16 * 1024  # smaller pieces of a frame are gathered, lest they take far more than their bytes
 _FRAME_COST = 64  # what even an empty frame counts, lest a flood of them take memory without end
 _MAX_GREETING_BYTES = 64 * 1024
 _MAX_GREETING_LENGTH_BYTES = 4
+
+
+class _Pieces:
+    """What has come of something, piece after piece. A large piece is copied once, when it is whole."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._pieces: list[memoryview | bytearray] = []
+
+    def add(self, piece: memoryview) -> None:
+        """Keep a piece, which must not change."""
+        self.nbytes += piece.nbytes
+        if piece.nbytes >= _GATHER_BELOW:
+            self._pieces.append(piece)
+        elif self._pieces and isinstance(last := self._pieces[-1], bytearray):
+            last += piece
+        else:
+            self._pieces.append(bytearray(piece))
+
+    def take(self) -> bytes:
+        """All of it; nothing is left."""
+        whole = b"".join(self._pieces)
+        self._pieces.clear()
+        self.nbytes = 0
+        return whole
 
 
 class FrameStream(asyncio.Protocol):
@@ -51,7 +77,8 @@ class FrameStream(asyncio.Protocol):
         self._on_connected = on_connected
         self._transport: asyncio.Transport | None = None
         self._in_greeting = greeting
-        self._partial = bytearray()
+        self._greeting = bytearray()
+        self._partial = _Pieces()
         self._needed: int | None = None  # bytes of the frame that is being received; None = in its header
         self._frames: deque[bytes] = deque()
         self._waiting_bytes = 0
@@ -99,13 +126,12 @@ class FrameStream(asyncio.Protocol):
         while not self._frames:
             if self._end is not None:
                 raise self._fresh_end()
+            self._resume_reading()
             await self._wait()
         frame = self._frames.popleft()
         self._waiting_bytes -= len(frame) + _FRAME_COST
-        if self._reading_paused and self._waiting_bytes <= _PAUSE_ABOVE // 2 and self._end is None:
-            self._reading_paused = False
-            assert self._transport is not None
-            self._transport.resume_reading()
+        if self._waiting_bytes <= _PAUSE_ABOVE // 2:
+            self._resume_reading()
         if (rates := self.rates) is not None:
             rates.traffic.received_bytes += len(frame)
             if (bucket := rates.download) is not None:
@@ -163,13 +189,13 @@ class FrameStream(asyncio.Protocol):
         """A frame as it goes over the socket."""
         return parts
 
-    def incoming(self, frame: bytes | bytearray) -> bytes:
+    def incoming(self, frame: bytes) -> bytes:
         """What `outgoing` was given at the other end.
 
         Raises:
             ProtocolError: it was given nothing such.
         """
-        return bytes(frame)
+        return frame
 
     @property
     def has_ended(self) -> bool:
@@ -179,7 +205,7 @@ class FrameStream(asyncio.Protocol):
     @property
     def nothing_waits(self) -> bool:
         """Whether all that came has been received."""
-        return not self._frames and not self._partial and self._needed is None
+        return not self._frames and not self._partial.nbytes and self._needed is None
 
     # what asyncio calls
 
@@ -195,20 +221,21 @@ class FrameStream(asyncio.Protocol):
             return
         view = memoryview(data)
         if self._in_greeting:
-            self._partial += view
+            self._greeting += view
             view = self._take_greeting()
         position = 0
         while not self._in_greeting:
             wanted = _HEADER_BYTES if self._needed is None else self._needed
-            taken = min(wanted - len(self._partial), len(view) - position)
+            taken = min(wanted - self._partial.nbytes, len(view) - position)
             piece = view[position : position + taken]
             position += taken
-            whole: bytes | bytearray
-            if self._partial or taken < wanted:
-                self._partial += piece
-                if len(self._partial) < wanted:
+            if self._partial.nbytes or taken < wanted:
+                self._partial.add(piece)
+                if self._partial.nbytes < wanted:
+                    if self._reader is None and self._partial.nbytes > _PAUSE_ABOVE:
+                        self._pause_reading()
                     return
-                whole, self._partial = self._partial, bytearray()  # a large frame is not copied once more
+                whole = self._partial.take()
             else:
                 whole = bytes(piece)
             if self._needed is not None:
@@ -274,23 +301,23 @@ class FrameStream(asyncio.Protocol):
     def _take_greeting(self) -> memoryview[Any]:
         """Cut the greeting from `_partial`; returns the bytes behind it."""
         length = 0
-        for index, byte in enumerate(self._partial[:_MAX_GREETING_LENGTH_BYTES]):
+        for index, byte in enumerate(self._greeting[:_MAX_GREETING_LENGTH_BYTES]):
             length |= (byte & 0x7F) << (7 * index)
             if byte & 0x80:
                 continue
             if length > _MAX_GREETING_BYTES:
                 break
             start, end = index + 1, index + 1 + length
-            if len(self._partial) < end:
+            if len(self._greeting) < end:
                 return memoryview(b"")
-            greeting, rest = bytes(self._partial[start:end]), bytes(self._partial[end:])
-            self._partial.clear()
+            greeting, rest = bytes(self._greeting[start:end]), bytes(self._greeting[end:])
+            self._greeting.clear()
             self._frames.append(greeting)
             self._in_greeting = False
             self._wake_reader()
             return memoryview(rest)
         else:
-            if len(self._partial) < _MAX_GREETING_LENGTH_BYTES:
+            if len(self._greeting) < _MAX_GREETING_LENGTH_BYTES:
                 return memoryview(b"")
         self.abort(ProtocolError("the p2p daemon's message makes no sense; restart this peer"))
         return memoryview(b"")
@@ -298,11 +325,21 @@ class FrameStream(asyncio.Protocol):
     def _push(self, frame: bytes) -> None:
         self._frames.append(frame)
         self._waiting_bytes += len(frame) + _FRAME_COST
-        if self._waiting_bytes > _PAUSE_ABOVE and not self._reading_paused:
+        if self._waiting_bytes > _PAUSE_ABOVE:
+            self._pause_reading()
+        self._wake_reader()
+
+    def _pause_reading(self) -> None:
+        if not self._reading_paused:
             self._reading_paused = True
             assert self._transport is not None
             self._transport.pause_reading()
-        self._wake_reader()
+
+    def _resume_reading(self) -> None:
+        if self._reading_paused and self._end is None:
+            self._reading_paused = False
+            assert self._transport is not None
+            self._transport.resume_reading()
 
     async def _wait(self) -> None:
         if self._reader is not None:

@@ -16,6 +16,7 @@ from swarmkit.net.protocol.protocol import Protocol
 from swarmkit.net.rpc.faults import Refusal, fault_of, refusal_of
 from swarmkit.net.rpc.idle_timer import IdleTimer
 from swarmkit.net.rpc.message_stream import IncomingMessage, MessageStream
+from swarmkit.net.transport.rates import PeerRates
 from swarmkit.net.transport.seam import Buffer, Stream
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ class ServerStream(MessageStream):
         self._sending = asyncio.Lock()
         self.life = anyio.CancelScope()
         """Around all that is done for the peer: cancelled when it is gone, whatever runs then."""
+        self.dropping: PeerRates | None = None
+        """How fast what it sends in vain is read, of all streams of its host together; None: at any rate."""
         self._dismissal: Refusal | None = None
 
     async def next(self) -> IncomingMessage:
@@ -163,12 +166,18 @@ class ServerStream(MessageStream):
     async def linger(self) -> None:
         """Let the peer read why the stream ends: closing it while the peer still sends could discard that.
 
-        A peer that goes on sending all the same is not read from for long, lest it hold up others' messages.
+        A peer that goes on sending all the same is not read from for long, and one whose streams are refused
+        again and again is hardly read from, lest it hold up others' messages.
         """
-        dropped = 0
+        host, dropped = self.holder.host or self.peer_id, 0
         with anyio.move_on_after(LINGER_S):
             while dropped < LINGER_BYTES:
-                dropped += _FRAME_COST + len(await self.stream.receive())
+                if self.dropping is not None:
+                    await anyio.sleep(self.dropping.take(host, 0))
+                size = _FRAME_COST + len(await self.stream.receive())
+                dropped += size
+                if self.dropping is not None:
+                    self.dropping.take(host, size)
 
     def close(self) -> None:
         """End the stream. May be called twice."""

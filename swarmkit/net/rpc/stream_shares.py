@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from swarmkit.clock import SYSTEM_CLOCK
 from swarmkit.net.rpc.faults import Refusal
-from swarmkit.net.rpc.server_stream import ServerStream
+from swarmkit.net.rpc.server_stream import LINGER_BYTES, ServerStream
+from swarmkit.net.transport.rates import PeerRates
 from swarmkit.net.transport.shares import HeldPlaces, Holder
 
 _RETRY_S = 1.0
+_DROPPED_PER_S = 2**20
+"""Bytes that are read of what a host sends on streams that are not served any more, beyond the first ones."""
 
 
 class StreamShares:
     """The open streams of a service, by the peers that opened them. Used by the event loop's thread only."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, clock: Callable[[], float] = SYSTEM_CLOCK.now) -> None:
         self.capacity = capacity
         self._streams: HeldPlaces[ServerStream] = HeldPlaces()
+        self._dropping = PeerRates(_DROPPED_PER_S, LINGER_BYTES, clock)
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -34,6 +39,7 @@ class StreamShares:
         if len(self._streams) >= self.capacity and not self._make_room(stream.holder, retry_after_s):
             refusal = Refusal("busy", "too many streams are open; try another server", retry_after_s)
         self._streams.add(stream, stream.holder)
+        stream.dropping = self._dropping
         try:
             yield refusal
         finally:
