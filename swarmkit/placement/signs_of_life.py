@@ -4,11 +4,15 @@ A server that crashed stays in the shared table until its announcement ends, whi
 periods, so that one lost message withdraws nothing. If it was the only one of some block, there is no route
 meanwhile. Those that could take its place therefore ask others whether they are there, instead of believing
 the table.
+
+Who was found gone is remembered until it announces itself anew. A server looks twice before it moves, and
+asks others each time: if it believed the table again of those that it does not ask the second time, both
+looks would show it different swarms, and it would go nowhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +21,11 @@ ASKERS = 8
 """About so many servers ask the same one at each turn, however large the swarm is."""
 
 _SEVERAL = 3
+_ALL_ABOVE = 0.5
+"""Who would ask a larger share of the others asks all of them, and knows after one turn."""
+
+Announced = tuple[str, int]
+"""The name of a server, and the number of its announcement."""
 
 
 class HeldBlocks(Protocol):
@@ -48,6 +57,8 @@ def to_ask(
     """
     if not asked:
         share = ASKERS / max(len(servers), 1)
+        if share > _ALL_ABOVE:
+            return list(range(len(servers)))
         return [number for number in range(len(servers)) if chance() < share]
     if not silent:
         return []
@@ -63,6 +74,22 @@ def gone(asked: Collection[int], silent: Collection[int]) -> Collection[int]:
     nothing is concluded.
     """
     return () if len(silent) == len(asked) >= _SEVERAL else silent
+
+
+class GoneServers:
+    """Remembers, look after look, which servers are gone: until they announce themselves anew."""
+
+    def __init__(self) -> None:
+        self._known: set[Announced] = set()
+
+    def among(self, servers: Sequence[Announced]) -> set[int]:
+        """Those that are known to be gone, by their place in the list of all."""
+        self._known.intersection_update(servers)
+        return {number for number, one in enumerate(servers) if one in self._known}
+
+    def note(self, servers: Iterable[Announced]) -> None:
+        """These were found gone."""
+        self._known.update(servers)
 
 
 def without_replica(num_blocks: int, servers: Sequence[HeldBlocks]) -> list[int]:

@@ -32,7 +32,7 @@ from swarmkit.placement.description import Machine, ModelSize, Served
 from swarmkit.placement.intentions import AnnouncedRun, Overdue, Span, expected
 from swarmkit.placement.move_protocol import move_if_needed
 from swarmkit.placement.ranges import uncovered
-from swarmkit.placement.signs_of_life import gone, to_ask
+from swarmkit.placement.signs_of_life import GoneServers, gone, to_ask
 from swarmkit.placement.together import PlacementMover
 from swarmkit.settings import MovingSettings
 
@@ -89,6 +89,7 @@ class Relocation:
         self._chance = random.Random(secrets.token_hex(8))
         self._mover = PlacementMover()
         self._overdue = Overdue()
+        self._gone = GoneServers()
         self._is_hurried = False
         self._reason = ""
         """Why the place that it found is better."""
@@ -145,8 +146,9 @@ class Relocation:
 
     async def _not_gone(self, servers: list[Announcement]) -> list[Announcement]:
         """Those that give a sign of life, or are not asked for one."""
-        asked: set[int] = set()
-        silent: set[int] = set()
+        announced = [(one.service_id, one.sequence) for one in servers]
+        known = self._gone.among(announced)
+        asked, silent = set(known), set(known)
 
         async def ask(number: int) -> None:
             if not await self._is_there(servers[number]):
@@ -157,8 +159,9 @@ class Relocation:
             async with anyio.create_task_group() as tasks:
                 for number in turn:
                     tasks.start_soon(ask, number)
-        away = gone(asked, silent)
-        return [one for number, one in enumerate(servers) if number not in away]
+        away = gone(asked - known, silent - known)
+        self._gone.note(announced[number] for number in away)
+        return [one for number, one in enumerate(servers) if number not in away and number not in known]
 
 
 def first_place(num_blocks: int, count: int, rate: float, others: Iterable[Announcement]) -> tuple[int, int]:

@@ -25,6 +25,9 @@ class PlacementRule(Protocol):
         """The blocks that a server moves to, if it does."""
 
 
+_Sight = tuple[Machine, Served, tuple[Served, ...], float]
+
+
 class OurRule:
     """`swarmkit.placement.choice`, and `swarmkit.placement.together` for moves."""
 
@@ -33,6 +36,8 @@ class OurRule:
     ) -> None:
         self._model, self._demand, self._policy = model, demand or Demand(), policy or PlacementPolicy()
         self._movers: defaultdict[str, PlacementMover] = defaultdict(PlacementMover)
+        self._latest: dict[str, tuple[_Sight, tuple[int, int] | None]] = {}
+        """What each server saw and decided at its latest look."""
 
     def choose(self, machine: Machine, others: Sequence[Served]) -> tuple[int, int]:
         return choose(machine, others, self._model, self._demand, self._policy)
@@ -40,11 +45,16 @@ class OurRule:
     def better(
         self, machine: Machine, own: Served, others: Sequence[Served], move_s: float
     ) -> tuple[int, int] | None:
-        mover = self._movers[machine.name]
-        move = mover.better_place(
+        sight = machine, own, tuple(others), move_s
+        # Where the demand is known, nothing is remembered, and who sees the same decides the same.
+        if self._demand.arrivals_per_s and self._latest.get(machine.name, (None,))[0] == sight:
+            return self._latest[machine.name][1]
+        move = self._movers[machine.name].better_place(
             machine, own, others, self._model, self._demand, self._policy, move_s=move_s
         )
-        return None if move is None else (move.start, move.stop)
+        found = None if move is None else (move.start, move.stop)
+        self._latest[machine.name] = sight, found
+        return found
 
 
 class PetalsRule:

@@ -17,7 +17,7 @@ from swarmkit.net.rpc.receive_budget import ReceiveBudget
 from swarmkit.placement.description import Machine, Served, served_by
 from swarmkit.placement.intentions import AnnouncedRun, Span, expected
 from swarmkit.placement.move_protocol import is_turn, move_if_needed
-from swarmkit.placement.signs_of_life import gone, to_ask
+from swarmkit.placement.signs_of_life import GoneServers, gone, to_ask
 from swarmkit.server.cache.kv_budget import CacheFullError, CacheLease, KVBudget
 from swarmkit.server.relocation import announced_runs
 from swarmkit.server.sessions.admission import AdmissionControl
@@ -85,6 +85,7 @@ class SimulatedServer:
         self._clock, self._chance = clock, chance
         self._others, self._tell, self._lives = others, tell, lives
         self._pass_s = pass_s or _pass_s
+        self._known_gone = GoneServers()
         self._leaves = False
         self._gone = asyncio.Event()
         self._budget = KVBudget(0)
@@ -180,7 +181,7 @@ class SimulatedServer:
         """The others with the blocks that they are about to serve."""
         runs = announced_runs([record for record, _ in others])
         places = expected(self.machine.name, runs, before)
-        return [replace(others[number][1], start=low, stop=high) for number, (low, high) in places]
+        return [_at(others[number][1], span) for number, span in places]
 
     async def look(self, before: Collection[str] | None) -> tuple[Span | None, Collection[str]]:
         """Where it is needed more, among the others that are not known to be gone; and who means to move."""
@@ -189,16 +190,19 @@ class SimulatedServer:
         announced = self._others()
         movers = {record.peer_id for record, _ in announced if record.moving_to}
         others = self._expected(announced, before)
-        asked: set[int] = set()
-        silent: set[int] = set()
+        sequences = {record.peer_id: record.sequence for record, _ in announced}
+        names = [(one.name, sequences[one.name]) for one in others]
+        known = self._known_gone.among(names)
+        asked, silent = set(known), set(known)
         while turn := to_ask(self._model.size.num_blocks, others, asked, silent, self._chance.random):
             unanswered = {number for number in turn if not self._lives(others[number].name)}
             asked.update(turn)
             silent |= unanswered
             if unanswered:
                 await anyio.sleep(self._assumptions.silence_s)
-        away = gone(asked, silent)
-        staying = [one for number, one in enumerate(others) if number not in away]
+        away = gone(asked - known, silent - known)
+        self._known_gone.note(names[number] for number in away)
+        staying = [one for number, one in enumerate(others) if number not in away and number not in known]
         found = self._rule.better(self.machine, self.served, staying, self._load_s(self.span))
         return None if found == self.span or self.state != "online" else found, movers
 
@@ -319,6 +323,11 @@ class SimulatedServer:
                 if not work.left and not work.done.is_set():
                     self._waiting.remove(work)
                     work.done.set()
+
+
+def _at(one: Served, span: Span) -> Served:
+    """A server, were it to serve these blocks."""
+    return one if span == (one.start, one.stop) else replace(one, start=span[0], stop=span[1])
 
 
 class _QueuedWork:

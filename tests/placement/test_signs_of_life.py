@@ -7,7 +7,7 @@ import random
 import pytest
 
 from swarmkit.placement.description import Served
-from swarmkit.placement.signs_of_life import ASKERS, gone, to_ask, without_replica
+from swarmkit.placement.signs_of_life import ASKERS, GoneServers, gone, to_ask, without_replica
 
 
 def spans(*ranges: tuple[int, int]) -> list[Served]:
@@ -30,8 +30,9 @@ def test_the_only_servers_of_some_block(servers: list[tuple[int, int]], alone: l
     assert without_replica(8, spans(*servers)) == alone
 
 
-def test_all_are_asked_in_a_small_swarm() -> None:
-    assert to_ask(8, spans(*[(0, 8)] * ASKERS), (), (), random.Random(0).random) == list(range(ASKERS))
+@pytest.mark.parametrize("servers", [ASKERS, 2 * ASKERS - 1])
+def test_all_are_asked_in_a_small_swarm(servers: int) -> None:
+    assert to_ask(8, spans(*[(0, 8)] * servers), (), (), random.Random(0).random) == list(range(servers))
 
 
 def test_in_a_large_swarm_each_is_asked_by_a_few() -> None:
@@ -62,3 +63,16 @@ def test_where_several_are_silent_and_none_answers_nothing_is_concluded(
     asked: set[int], silent: set[int], away: set[int]
 ) -> None:
     assert set(gone(asked, silent)) == away
+
+
+def test_who_was_found_gone_is_known_at_the_next_look() -> None:
+    known = GoneServers()
+    known.note([("b", 7)])
+    assert known.among([("a", 3), ("b", 7)]) == {1}
+
+
+def test_who_announces_itself_anew_is_there_again() -> None:
+    known = GoneServers()
+    known.note([("a", 7)])
+    assert known.among([("a", 8)]) == set()
+    assert known.among([("a", 7)]) == set()  # an old copy of the announcement came late

@@ -104,6 +104,40 @@ def test_servers_of_which_each_is_the_only_one_of_some_block_fill_gaps(seed: int
     assert run_virtually(main)
 
 
+class RememberedPlaces(OurRule):
+    """Our own rule, of eleven servers that begin where they were before most of them crashed."""
+
+    def choose(self, machine: Machine, others: Sequence[Served]) -> tuple[int, int]:
+        return {"00": (0, 3), "01": (5, 11), "02": (0, 6), "03": (1, 4)}.get(machine.name, (4, 12))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_two_servers_that_are_left_of_eleven_fill_the_gap_long_before_the_announcements_of_the_others_end(
+    seed: int,
+) -> None:
+    """They look every three seconds, learn in two who is gone, wait for two and load for another two."""
+    assumptions = SwarmAssumptions(look_period_s=3.0, record_lifetime_s=300.0, load_bytes_per_s=6000.0)
+    demand = Demand(arrivals_per_s=0.001, prompt_tokens=10, answer_tokens=10)
+
+    async def main(clock: VirtualClock) -> bool:
+        async with anyio.create_task_group() as tasks:
+            distances = clusters([11], inside_rtt_s=0.02)
+            rule = RememberedPlaces(MODEL.size, demand)
+            swarm = SimulatedSwarm(MODEL, distances, rule, assumptions, clock, tasks, seed=seed)
+            for number in range(11):
+                machine = Machine(name=f"{number:02}", memory_bytes=11_500, decode_s=0.1, token_s=0.01)
+                swarm.join(machine, number)
+            await anyio.sleep(4.0)
+            for number in range(2, 11):
+                swarm.leave(f"{number:02}")
+            await anyio.sleep(20.0)
+            is_covered = swarm.is_covered()
+            tasks.cancel_scope.cancel()
+        return is_covered
+
+    assert run_virtually(main)
+
+
 def test_servers_that_go_before_others_can_know_leave_blocks_without_a_server() -> None:
     assert restless(0, notice_s=0.0).gaps != []
 
