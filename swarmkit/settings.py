@@ -421,7 +421,14 @@ class RoutingSettings(SettingsGroup):
     route_timeout_s: float = Field(
         default=60.0,
         ge=0,
-        description="How long a client waits for a server with a block that no server has.",
+        description="How long a client waits for a server with a block that no server has, and a session "
+        "that has not begun for servers that have no room.",
+    )
+    room_timeout_s: float = Field(
+        default=600.0,
+        ge=0,
+        description="How long a session that has begun waits for servers that are there, but have no room "
+        "for it. It waits for `route_timeout_s` at least.",
     )
     refresh_period_s: float = Field(
         default=10.0, gt=0, description="Time between two reads of which servers have which blocks."

@@ -63,6 +63,9 @@ class Router(Protocol):
     def begin(self) -> Any:
         """The state of one session's search."""
 
+    def next_step(self, state: Any) -> Any:
+        """The state of the search of a step of a session that has begun, or has lost a server."""
+
     async def find(
         self, state: Any, start: int, stop: int, tokens: int, error: RemoteError | None, again_s: float
     ) -> list[Hop]:
@@ -127,6 +130,10 @@ class SwarmRouter:
     def begin(self) -> tuple[RouteSearch, StepFailures]:
         failures = StepFailures()
         return RouteSearch(self.client, self._owner, failures), failures
+
+    def next_step(self, state: tuple[RouteSearch, StepFailures]) -> tuple[RouteSearch, StepFailures]:
+        failures = StepFailures()
+        return RouteSearch(self.client, self._owner, failures, has_begun=True), failures
 
     async def find(
         self,
@@ -252,6 +259,7 @@ class _AnswerSession:
         self._answer.first_token_s = self._clock.now() - self.began
         done = 1
         while done < request.answer_tokens:
+            self._state = self._router.next_step(self._state)
             if self._assumptions.batching or self._assumptions.paged:
                 await self._step(1, request.prompt_tokens + done)
                 done += 1
@@ -265,12 +273,14 @@ class _AnswerSession:
 
     # ------------------------------------------------------------------ servers
 
-    async def _open(
-        self, start: int, stop: int, tokens: int, error: RemoteError | None = None
-    ) -> list[_Stage]:
-        """Be let in by servers of some blocks."""
+    async def _open(self, start: int, stop: int, tokens: int, first: Sequence[Hop] = ()) -> list[_Stage]:
+        """Be let in by servers of some blocks.
+
+        Args: first: the servers that are asked first; none = they are searched for.
+        """
         opened: list[_Stage] = []
-        hops: list[Hop] = []
+        hops = list(first)
+        error: RemoteError | None = None
         try:
             while not opened or hops:
                 hops = hops or await self._router.find(self._state, start, stop, tokens, error, math.inf)
@@ -311,6 +321,7 @@ class _AnswerSession:
     async def _recover(self, position: int) -> None:
         """Replace the servers that have gone, and have the new ones compute what they lack."""
         self._told = asyncio.Event()
+        self._state = self._router.next_step(self._state)
         for hop, server, place in list(self._hops):
             if not place.is_over:
                 place.told = self._told.set
@@ -380,17 +391,20 @@ class _AnswerSession:
 
     async def _through(self, tokens: int, position: int) -> None:
         before: int | None = None
-        for index, (hop, server, _) in enumerate(list(self._hops)):
+        index = 0
+        while index < len(self._hops):
             began = self._clock.now()
-            way_s = self._client.way_s(before, server.place, tokens)
+            way_s = self._client.way_s(before, self._hops[index][1].place, tokens)
             await asyncio.sleep(way_s)
             self._check()
             if self._assumptions.paged:
-                await self._grow(index, position + tokens)
+                await self._grow(index, tokens, position)
+            hop, server, _ = self._hops[index]
             await server.compute(hop.stop - hop.start, tokens)
             self._check()
             self._router.worked(hop, tokens, self._clock.now() - began, self._state)
             before = server.place
+            index += 1
         assert before is not None
         await asyncio.sleep(self._client.back_s(before, tokens))
 
@@ -398,14 +412,27 @@ class _AnswerSession:
         if any(place.is_over for _, _, place in self._hops):
             raise _LostError
 
-    async def _grow(self, index: int, tokens: int) -> None:
+    async def _grow(self, index: int, tokens: int, position: int) -> None:
+        """Have room for a step at a server; where it has none, wait for it or use others, as clients do."""
         hop, server, place = self._hops[index]
-        while (refusal := server.grow(place, tokens)) is not None:
-            self._router.refused(hop, refusal, self._state)
-            began = self._clock.now()
-            await asyncio.sleep(max(refusal.retry_after_s, 0.01))
+        began = self._clock.now()
+        while (refusal := server.grow(place, position + tokens)) is not None:
+            error = self._router.refused(hop, refusal, self._state)
+            found = await self._router.find(
+                self._state, hop.start, hop.stop, position + tokens, error, math.inf
+            )
             self._check()
-            self._answer.waited_s += self._clock.now() - began
+            if [(one.server.service_id, one.stop) for one in found] == [(hop.server.service_id, hop.stop)]:
+                continue
+            server.close(place)
+            self._router.left(hop)
+            del self._hops[index]
+            new = await self._open(hop.start, hop.stop, position + tokens, found)
+            self._hops[index:index] = new
+            await self._replay(new, position)
+            self._check()
+            break
+        self._answer.waited_s += self._clock.now() - began
 
     async def _tokens_alone(self, tokens: int, position: int) -> int:
         """Many single tokens, each of which takes as long as the others; returns how many were done."""

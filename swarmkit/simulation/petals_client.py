@@ -48,6 +48,9 @@ class PetalsRouter:
     def begin(self) -> PetalsSearch:
         return PetalsSearch()
 
+    def next_step(self, state: PetalsSearch) -> PetalsSearch:
+        return state
+
     async def find(
         self,
         state: PetalsSearch,

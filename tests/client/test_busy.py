@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import anyio
 import pytest
@@ -101,6 +102,42 @@ async def test_the_session_that_has_waited_for_longest_is_told_of_room(
 ) -> None:
     waiting = {"second": ({"a"}, 2.0), "first": ({"a"}, 1.0), "other": ({"b"}, 3.0)}
     assert sorted(await told(busy, waiting, *rooms)) == sorted(sessions)
+
+
+async def test_a_session_that_has_begun_is_told_of_room_before_those_that_have_not(busy: BusyPeers) -> None:
+    went_on: list[str] = []
+
+    async def wait(name: str, since: float, has_begun: bool) -> None:
+        await busy.wait({"peer"}, since, 1000.0, has_begun=has_begun)
+        went_on.append(name)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(wait, "new", 1.0, False)
+        tasks.start_soon(wait, "begun", 2.0, True)
+        await anyio.wait_all_tasks_blocked()
+        busy.has_room("peer")
+        await anyio.wait_all_tasks_blocked()
+        tasks.cancel_scope.cancel()
+    assert went_on == ["begun"]
+
+
+@pytest.mark.parametrize(
+    ("has_begun", "peer_ids", "is_awaited"),
+    [
+        (True, {"peer", "other"}, True),
+        (True, {"other"}, False),
+        (False, {"peer"}, False),
+    ],
+)
+async def test_a_peer_is_awaited_by_sessions_that_have_begun(
+    busy: BusyPeers, has_begun: bool, peer_ids: set[str], is_awaited: bool
+) -> None:
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(partial(busy.wait, {"peer"}, 0.0, 1000.0, has_begun=has_begun))
+        await anyio.wait_all_tasks_blocked()
+        assert busy.is_awaited(peer_ids) == is_awaited
+        tasks.cancel_scope.cancel()
+    assert not busy.is_awaited(peer_ids)
 
 
 async def test_a_session_waits_no_longer_than_it_means_to(busy: BusyPeers) -> None:

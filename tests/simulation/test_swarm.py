@@ -96,6 +96,35 @@ def test_a_crash_loses_no_session_where_another_server_has_the_blocks() -> None:
     assert answer.total_s > 4.6  # the prompt and the tokens so far were computed again
 
 
+async def crash_of_the_first_used(swarm: SimulatedSwarm) -> None:
+    """After two seconds, of two servers that are both full: the one whose session came first."""
+    await anyio.sleep(2.0)
+    places = {name: place for name, one in swarm.servers.items() for place in one.places}
+    swarm.leave(min(places, key=lambda name: places[name].opened_at))
+
+
+def full_servers(tokens: int) -> list[Machine]:
+    """Two, with room for one session of so many tokens each."""
+    return [machine(name, memory_bytes=4000 + 4 * tokens) for name in ("a", "b")]
+
+
+def test_a_session_that_lost_its_server_comes_before_those_that_have_waited_for_longer() -> None:
+    requests = [SimulatedRequest(0.1 * number, 10, 11) for number in range(4)]
+    spans = {"a": (0, 4), "b": (0, 4)}
+    history = lived(spans, requests, *full_servers(32), event=crash_of_the_first_used)
+    answered = [requests.index(one.request) for one in history.answers]
+    assert answered == [1, 0, 2, 3]
+
+
+def test_a_session_that_lost_its_server_waits_for_room_for_longer_than_a_new_one() -> None:
+    """Both first answers take some 76 s, and a new session waits for one minute."""
+    requests = [SimulatedRequest(0.1 * number, 10, 181) for number in range(3)]
+    spans = {"a": (0, 4), "b": (0, 4)}
+    history = lived(spans, requests, *full_servers(208), event=crash_of_the_first_used)
+    lost = {requests.index(one.request): one.lost for one in history.answers}
+    assert lost == {0: False, 1: False, 2: True}
+
+
 def test_a_session_stays_with_a_server_that_leaves_until_another_one_has_its_blocks() -> None:
     async def leave(swarm: SimulatedSwarm) -> None:
         await anyio.sleep(2.0)

@@ -3,7 +3,7 @@
 To be busy is no failure, and no session is lost by it. A busy peer costs a route the time until it has
 room, so that another one is used if it is worth it, and else the one that is free first. Where a session of
 this client leaves a peer, that peer has room at once, whatever it said before: of the sessions that wait for
-it, the one that has waited for longest asks it.
+it, one that has begun asks it before those that have not, and among equals the one that waits for longest.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ class _Waiting:
 
     Attributes:
         since: when it began to.
+        has_begun: whether servers have computed some of it, which would be lost with it.
     """
 
     peer_ids: Collection[str]
     since: float
+    has_begun: bool
     told: anyio.Event
 
 
@@ -75,14 +77,24 @@ class BusyPeers:
         self._peers.pop(peer_id, None)
         waiting = [one for one in self._waiting if peer_id in one.peer_ids and not one.told.is_set()]
         if waiting:
-            min(waiting, key=lambda one: one.since).told.set()
+            min(waiting, key=lambda one: (not one.has_begun, one.since)).told.set()
 
-    async def wait(self, peer_ids: Collection[str], since: float, seconds: float) -> None:
+    def is_awaited(self, peer_ids: Collection[str]) -> bool:
+        """Whether a session that has begun waits for one of these peers, before which no new one asks it."""
+        return any(
+            one.has_begun and any(peer_id in one.peer_ids for peer_id in peer_ids) for one in self._waiting
+        )
+
+    async def wait(
+        self, peer_ids: Collection[str], since: float, seconds: float, *, has_begun: bool = False
+    ) -> None:
         """Wait until a peer has room for this session, as far as can be known here, or for so many seconds.
 
-        Args: since: when the session began to wait, on the clock; whoever waits for longest comes first.
+        Args:
+            since: when the session began to wait, on the clock; whoever waits for longest comes first.
+            has_begun: whether servers have computed some of it; it comes before all that have not begun.
         """
-        one = _Waiting(peer_ids, since, anyio.Event())
+        one = _Waiting(peer_ids, since, has_begun, anyio.Event())
         self._waiting.append(one)
         try:
             with anyio.move_on_after(seconds):

@@ -67,9 +67,13 @@ class RouteChanges:
     losses: list[_Loss] = field(default_factory=list)
     mixed: bool = False
     """Whether what was computed before is not all by the present servers, nor like what they compute."""
-    _search: RouteSearch | None = None
     _done_to: int = 0
     """The blocks before it have done their part."""
+
+    @cached_property
+    def _search(self) -> RouteSearch:
+        has_begun = self.position > 0
+        return RouteSearch(self.swarm, self.owner, self.failures, self.hosted_adapter, has_begun=has_begun)
 
     @cached_property
     def failures(self) -> StepFailures:
@@ -80,9 +84,11 @@ class RouteChanges:
         self, start: int, stop: int, error: PeerError | None, again_s: float = math.inf
     ) -> list[Hop]:
         """See `RouteSearch.find`; its timeout is the step's, however many servers are searched for."""
-        if self._search is None:
-            self._search = RouteSearch(self.swarm, self.owner, self.failures, self.hosted_adapter)
         return await self._search.find(start, stop, self.size, error, again_s)
+
+    def lost_server(self) -> None:
+        """A server that had let the session in was lost."""
+        self._search.lost_server()
 
     def progressed(self, stop: int) -> None:
         """The stage that ends at a block did its part: a search that begins after it has all the time again.
@@ -91,8 +97,7 @@ class RouteChanges:
         """
         if stop > self._done_to:
             self._done_to = stop
-            if self._search is not None:
-                self._search.progress()
+            self._search.progress()
 
 
 class SessionRoute:
@@ -368,6 +373,8 @@ class SessionRoute:
 
     def _lose(self, stage: StageReplica, changes: RouteChanges, cause: PeerError | str) -> None:
         hop = stage.hop
+        if stage.connection is not None:
+            changes.lost_server()
         stage.drop()
         if stage.has_worked:
             self._worked.add(hop.server.service_id)
