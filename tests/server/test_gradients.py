@@ -51,8 +51,8 @@ from .worlds import HIDDEN, START, STOP, TinyServer, World, frame, hidden_states
 class TrainingServer(TinyServer):
     """A tiny server with both halves of the protocol."""
 
-    def __init__(self, world: World, **settings: Any) -> None:
-        super().__init__(world, small_settings(**settings), Engine("test"))
+    def __init__(self, world: World, engine: Engine | None = None, **settings: Any) -> None:
+        super().__init__(world, small_settings(**settings), engine)
         service = self.service
         self.gradients = GradientService(
             world.stage,

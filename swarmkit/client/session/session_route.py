@@ -67,13 +67,10 @@ class RouteChanges:
     losses: list[_Loss] = field(default_factory=list)
     mixed: bool = False
     """Whether what was computed before is not all by the present servers, nor like what they compute."""
+    _search: RouteSearch | None = None
+    """Most steps need none."""
     _done_to: int = 0
     """The blocks before it have done their part."""
-
-    @cached_property
-    def _search(self) -> RouteSearch:
-        has_begun = self.position > 0
-        return RouteSearch(self.swarm, self.owner, self.failures, self.hosted_adapter, has_begun=has_begun)
 
     @cached_property
     def failures(self) -> StepFailures:
@@ -84,11 +81,11 @@ class RouteChanges:
         self, start: int, stop: int, error: PeerError | None, again_s: float = math.inf
     ) -> list[Hop]:
         """See `RouteSearch.find`; its timeout is the step's, however many servers are searched for."""
-        return await self._search.find(start, stop, self.size, error, again_s)
+        return await self._needed_search().find(start, stop, self.size, error, again_s)
 
     def lost_server(self) -> None:
         """A server that had let the session in was lost."""
-        self._search.lost_server()
+        self._needed_search().lost_server()
 
     def progressed(self, stop: int) -> None:
         """The stage that ends at a block did its part: a search that begins after it has all the time again.
@@ -97,7 +94,16 @@ class RouteChanges:
         """
         if stop > self._done_to:
             self._done_to = stop
-            self._search.progress()
+            if self._search is not None:
+                self._search.progress()
+
+    def _needed_search(self) -> RouteSearch:
+        if self._search is None:
+            begun = self.position > 0
+            self._search = RouteSearch(
+                self.swarm, self.owner, self.failures, self.hosted_adapter, has_begun=begun
+            )
+        return self._search
 
 
 class SessionRoute:

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -26,13 +27,12 @@ from swarmkit.clock import SYSTEM_CLOCK, Clock
 from swarmkit.models.execution.stage import Stage
 from swarmkit.net.transport.shares import NOBODY, Holder
 from swarmkit.server.engine.admission_policy import NOTHING_AHEAD, Ahead
+from swarmkit.server.engine.delays import NO_STEPS, Pass
 from swarmkit.server.engine.scheduler import (
     ExpectedArrivals,
-    HostShares,
     JobTurns,
     PassLimits,
     PassTimes,
-    RecentClients,
     Schedule,
     WaitingStep,
     next_schedule,
@@ -40,7 +40,9 @@ from swarmkit.server.engine.scheduler import (
 )
 from swarmkit.server.engine.work import (
     INTERACTIVE,
+    ClientAccounts,
     EngineClosedError,
+    EnginePause,
     ExpiredError,
     Job,
     LearnedTimes,
@@ -54,9 +56,6 @@ from swarmkit.server.engine.work import (
 from swarmkit.server.engine.worker import ThreadWorker, Worker
 
 T = TypeVar("T")
-
-_PAUSE_S = 0.001
-"""Seconds until the scheduler is asked again, when it had nothing to run just then."""
 
 
 class Engine:
@@ -94,8 +93,8 @@ class Engine:
         self.now = self._worker.now
         """Seconds on the clock that goes on during a turn; in a simulation `clock` stands still then."""
         self._stages: WeakKeyDictionary[Stage, LearnedTimes] = WeakKeyDictionary()
-        self._fair = HostShares()
-        self._recent = RecentClients()
+        self._accounts = ClientAccounts()
+        self._pause = EnginePause()
         self._job_turns = JobTurns()
         self._ahead = WorkAhead()
         # In order of arrival. Both threads add and remove single entries, which a dict lets them.
@@ -170,6 +169,7 @@ class Engine:
             if self._closed:
                 raise EngineClosedError()
             self._works[work] = None
+            self._pause.came(work)
             self._worker.ring()
         try:
             return await work.done
@@ -211,19 +211,22 @@ class Engine:
         if (step := self._lone_decode_step()) is not None:
             self._run_pass([(step, step.tokens, step.rows)])
             return 0.0
-        steps, jobs = self._take_stock()
+        if (paused_s := self._pause.left_s(self.now())) > 0:
+            return paused_s
+        before, (steps, jobs) = self._pause.works, self._take_stock()
         schedule = self._schedule(steps, jobs)
         if schedule is None:
             return None
         if schedule == Schedule():
-            return _PAUSE_S
+            return self._pause.begin(steps, before, self.now())
         for step in steps:
             step.passed_over += 1
         self._job_turns.pass_over(job.bulk for job in jobs)
         if schedule.job is not None:
             self._run_job(jobs[schedule.job])
         else:
-            self._run_pass([(steps[piece.key], piece.tokens, piece.rows) for piece in schedule.steps])
+            pieces = [(steps[piece.key], piece.tokens, piece.rows) for piece in schedule.steps]
+            self._run_pass(pieces, Counter([step.client for step in steps]))
         return 0.0
 
     def _use_threads(self) -> None:
@@ -242,7 +245,7 @@ class Engine:
         work = works[0] if len(works) == 1 else None
         if not isinstance(work, QueuedStep) or not work.decode or work.cancelled:
             return None
-        return work if work.learned.arrivals.has_no_other(work.task.session) else None
+        return work if work.learned.arrivals.has_no_other(work.session) else None
 
     def _take_stock(self) -> tuple[list[QueuedStep], list[Job]]:
         steps, jobs = [], []
@@ -265,30 +268,19 @@ class Engine:
 
     def _schedule(self, steps: list[QueuedStep], jobs: list[Job]) -> Schedule | None:
         now = self.now()
-        served = self._fair.of_present([step.client for step in steps])
+        served = self._accounts.shares.of_present([step.client for step in steps])
         for step in steps:
             if not step.decode:
-                step.learned.arrivals.leave(step.task.session)
+                step.learned.arrivals.leave(step.session)
         by_stage: dict[LearnedTimes, list[WaitingStep]] = {}
-        recent = self._recent.at(now)
+        recent = self._accounts.recent.at(now)
         for key, step in in_turn(steps, self.limits, recent):
-            waiting = WaitingStep(
-                key,
-                served[step.client],
-                step.rows_left,
-                step.piece_tokens or step.tokens_left,
-                step.decode,
-                now - step.queued_at,
-                step.passed_over,
-                step.past + step.tokens_done,
-                step.cuts_rows,
-                bool(step.piece_tokens),
-                step.client,
-            )
+            waiting = step.as_waiting(key, served[step.client], now)
             by_stage.setdefault(step.learned, []).append(waiting)
-        waiting_jobs = self._job_turns.waiting((job.bulk for job in jobs), now)
+        owed = self._accounts.owed(now)
+        waiting_jobs = self._job_turns.waiting((job.bulk for job in jobs), now, owed)
         learned = next_stage(by_stage)
-        here = {step.task.session for step in steps}
+        here = {step.session for step in steps}
         if learned is None or not any(step.decode for step in by_stage[learned]):
             # Prefill and jobs delay the decode steps of all stages.
             with self._lock:
@@ -300,8 +292,10 @@ class Engine:
             expected = ExpectedArrivals()  # nothing is gained by a pause while another stage has work
         if learned is None:
             return next_schedule((), waiting_jobs, expected, PassTimes(), self.limits, recent=recent)
+        steps_of, times = by_stage[learned], learned.times
+        served_now = self._accounts.just_served(owed, times, now)
         return next_schedule(
-            by_stage[learned], waiting_jobs, expected, learned.times, self.limits, learned.cost, recent
+            steps_of, waiting_jobs, expected, times, self.limits, learned.cost, recent, owed, served_now
         )
 
     def _run_job(self, job: Job) -> None:
@@ -315,9 +309,13 @@ class Engine:
         else:
             self._resolve(job, Timed(value, started - job.queued_at, self.now() - started), None)
         self._job_turns.ran(job.bulk, started, self.now())
+        self._accounts.ran_job(job.bulk, self.now())
 
-    def _run_pass(self, scheduled: Sequence[tuple[QueuedStep, int, int]]) -> None:
-        """One forward pass over the next tokens of some rows of some steps of one stage."""
+    def _run_pass(
+        self, scheduled: Sequence[tuple[QueuedStep, int, int]], waiting: Mapping[Holder, int] = NO_STEPS
+    ) -> None:
+        """One forward pass over some steps of one stage. `waiting`: how many steps each client has here."""
+        began = self.now()
         group: list[tuple[QueuedStep, int, int]] = []
         for step, tokens, rows in scheduled:
             if step.part is None and not self._prepare(step):
@@ -349,8 +347,8 @@ class Engine:
                 self._finish(step)
         # What follows is noted when the results are on their way.
         learned.learn()
-        for (step, _, _), work in zip(group, works, strict=True):
-            self._fair.serve(step.client, work)
+        took = Pass(began, self.now(), learned.latest_s, len(group), learned.times)
+        self._accounts.ran([step for step, _, _ in group], works, took, waiting)
 
     def _prepare(self, step: QueuedStep) -> bool:
         """Whether the step may run: it was not withdrawn, and nothing is wrong with it."""
@@ -374,8 +372,8 @@ class Engine:
         self._resolve(step, Timed(value, step.started_at - step.queued_at, now - step.started_at), None)
         if step.decode:
             size, client = step.rows * step.tokens, step.client
-            step.learned.arrivals.decoded(step.task.session, size, step.queued_at, now, client)
-            self._recent.decoded(client, size, now)
+            step.learned.arrivals.decoded(step.session, size, step.queued_at, now, client)
+            self._accounts.recent.decoded(client, size, now)
         step.task.after_result(output)
 
     def _fail(self, step: QueuedStep, error: BaseException) -> None:

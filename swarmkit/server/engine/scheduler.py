@@ -18,7 +18,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import NamedTuple, TypeVar
@@ -26,6 +26,7 @@ from typing import NamedTuple, TypeVar
 from swarmkit.ewma import Ewma
 from swarmkit.models.execution.attention_cost import AttentionCost
 from swarmkit.net.transport.shares import NOBODY, Holder
+from swarmkit.server.engine.delays import NOTHING_OWED, Owed
 
 S = TypeVar("S")
 
@@ -52,12 +53,19 @@ _BULK_SHARE = 0.3
 """Of the time, for bulk jobs while sessions decode: a token that waits for one of them waits for all of it.
 A client beside somebody who trains is to have at least half of its usual speed."""
 
+_OWED_BULK_SHARE = 0.1
+"""The same, while somebody is owed something. Training goes on, however busy the device is."""
+
 _MESSAGES_S = 0.001
 """What a step costs beside the device, about: its message is received and checked, and its answer sent."""
 
 _CROWD_SLOWDOWN_SHARE = 0.5
 """Of the slowdown that a decode step may have, for the many steps of another client: these also run, and
 their messages come and go, while it is away, so that it waits for some of them first."""
+
+CROWD_WAITS_PASSES = 8
+"""So many passes over one token are run without a crowd, while another client is owed something. It may be a
+third one that has delayed that client."""
 
 _FEW_OF_A_HOST = 4
 """Decode tokens that a host has in a pass beside another host's, if they are of so many clients: a household
@@ -203,6 +211,8 @@ def next_schedule(
     limits: PassLimits,
     cost: AttentionCost = NO_ATTENTION,
     recent: Mapping[Holder, int] = NO_CLIENTS,
+    owed: Mapping[Holder, Owed] = NOTHING_OWED,
+    just_served: Set[Holder] = frozenset(),
 ) -> Schedule | None:
     """Decide what to do next; None: there is nothing to do.
 
@@ -213,6 +223,8 @@ def next_schedule(
         times: how long the stage's forward passes take, by their work.
         cost: of the stage's attention.
         recent: the clients that have decoded lately, see `RecentClients`.
+        owed: what others owe clients that they have delayed too much, see `Delays`.
+        just_served: the clients that have decoded so lately that they can wait, see `CROWD_WAITS_PASSES`.
     """
     decodes = bool(expected.tokens or recent) or any(step.decode for step in steps)
     ready = [job for job in jobs if not (job.rests and decodes)]
@@ -222,16 +234,19 @@ def next_schedule(
     scheduled: list[ScheduledTokens] = []
     tokens, waited_s = 0, 0.0
     decode_steps = [step for step in steps if step.decode]
-    for step in _decode_steps(decode_steps, expected, times, limits, recent):
+    for step in _decode_steps(decode_steps, expected, times, limits, recent, owed, just_served):
         if scheduled and tokens + step.rows * step.tokens > MOST_DECODE_TOKENS:
             continue
         scheduled.append(ScheduledTokens(step.key, step.tokens, step.rows))
         tokens += step.rows * step.tokens
         waited_s = max(waited_s, step.waited_s)
     prefills = _prefills_in_order([step for step in steps if not step.decode])
-    if scheduled and not prefills:
+    if scheduled and not prefills and owed.keys().isdisjoint(step.client for step in decode_steps):
         is_cut = len(scheduled) < len(decode_steps)
-        if is_cut and _others_come_first(decode_steps, tokens, expected, times):
+        if is_cut and (
+            _others_come_first(decode_steps, tokens, expected, times)
+            or _is_owed_to_others(decode_steps, scheduled, owed, times.of(tokens))
+        ):
             return Schedule()
         if worth_waiting(tokens, waited_s, expected, times):
             return Schedule()
@@ -268,13 +283,16 @@ def _decode_steps(
     times: PassTimes,
     limits: PassLimits,
     recent: Mapping[Holder, int],
+    owed: Mapping[Holder, Owed],
+    just_served: Set[Holder],
 ) -> Sequence[WaitingStep]:
     """The decode steps that run next, in the order in which they are taken.
 
     A client with many sessions runs them all where it is alone. Beside another one that decodes, which waits
     for a step, will before long or has had one lately, each has as many tokens as the one that has fewest,
     and the others have as many more as delay it little, messages included: where passes are short, a hundred
-    steps more take hardly longer together than two, and yet a hundred messages come and go for them.
+    steps more take hardly longer together than two, and yet a hundred messages come and go for them. Beside a
+    client that is owed something, nobody has more than is due, and a crowd that has just decoded nothing.
     """
     clients: dict[Holder, list[WaitingStep]] = {}
     for step in steps:
@@ -291,6 +309,9 @@ def _decode_steps(
     due = _tokens_due(wanted, away, served)
     least = sum(min(tokens, due[client]) for client, tokens in wanted.items())
     allowed_s = _allowed_beside_s(least, sum(tokens > 0 for tokens in due.values()), times, limits)
+    if not owed.keys().isdisjoint(clients):
+        allowed_s = math.ulp(0.0)
+        due |= dict.fromkeys(_crowds(wanted, due) & just_served - owed.keys(), 0)
     for of in clients.values():
         of.sort(key=lambda step: step.passed_over)  # the last one is next
     # What is due comes first. The host that has least in this pass is next, of those the one that has been
@@ -350,6 +371,13 @@ def _tokens_due(
         due[client] = min(fewest[client.host], of_each, left[client.host])
         left[client.host] -= due[client]
     return due
+
+
+def _crowds(wanted: Mapping[Holder, int], due: Mapping[Holder, int]) -> set[Holder]:
+    """The clients that have more here than is due; where there are several hosts, all of such a host."""
+    several = len({client.host for client in wanted}) > 1
+    crowds = {client.host if several else client for client, tokens in wanted.items() if tokens > due[client]}
+    return {client for client in wanted if (client.host if several else client) in crowds}
 
 
 def _allowed_beside_s(least: int, clients: int, times: PassTimes, limits: PassLimits) -> float:
@@ -413,6 +441,32 @@ def _others_come_first(
         -alone_s / 2 < in_s < alone_s
         for client, _, in_s in expected.clients
         if (client.host not in hosts if several else client not in here)
+    )
+
+
+def _is_owed_to_others(
+    steps: Sequence[WaitingStep],
+    scheduled: Sequence[ScheduledTokens],
+    owed: Mapping[Holder, Owed],
+    pass_s: float,
+) -> bool:
+    """Whether a pass over steps of crowds had better wait for a client that they owe something.
+
+    It is one that will be back before the pass is done, or is late, but not by more than it is owed. Where
+    clients come from several hosts, the clients of one host are a crowd too.
+    """
+    here = {step.client for step in steps}
+    several = len({client.host for client in (*here, *owed)}) > 1
+    run = {piece.key for piece in scheduled}
+    crowds = {step.client.host if several else step.client for step in steps if step.key not in run}
+
+    def is_of_crowd(client: Holder) -> bool:
+        return (client.host if several else client) in crowds
+
+    if not all(map(is_of_crowd, here)):
+        return False
+    return any(
+        not is_of_crowd(client) and one.in_s < pass_s and one.is_worth_waiting for client, one in owed.items()
     )
 
 
@@ -519,11 +573,20 @@ class JobTurns:
 
     def __init__(self) -> None:
         self._passed_over = {False: 0, True: 0}
-        self._rests_until = -math.inf
+        self._latest = -math.inf, 0.0
+        """When the latest bulk job ended, and the seconds that it took."""
 
-    def waiting(self, kinds: Iterable[bool], now: float) -> list[WaitingJob]:
-        """The jobs that wait, by whether each of them is a bulk job, in order of arrival."""
-        rests = now < self._rests_until
+    def waiting(
+        self, kinds: Iterable[bool], now: float, owed: Mapping[Holder, Owed] = NOTHING_OWED
+    ) -> list[WaitingJob]:
+        """The jobs that wait, by whether each of them is a bulk job, in order of arrival.
+
+        Args: owed: what others owe clients that they have delayed too much.
+        """
+        ended, took_s = self._latest
+        is_owed = any(one.is_worth_waiting for one in owed.values())
+        share = _OWED_BULK_SHARE if is_owed else _BULK_SHARE
+        rests = now < ended + took_s * (1 / share - 1)
         return [
             WaitingJob(key, bulk, self._passed_over[bulk], bulk and rests) for key, bulk in enumerate(kinds)
         ]
@@ -537,7 +600,7 @@ class JobTurns:
         """A job was run."""
         self._passed_over[bulk] = 0
         if bulk:
-            self._rests_until = ended + (ended - began) * (1 / _BULK_SHARE - 1)
+            self._latest = ended, ended - began
 
 
 @dataclass
@@ -630,6 +693,10 @@ class RecentClients:
         """A decode step of a client was done."""
         _, _, before = self._latest.pop(client, (0.0, 0, 0))
         self._latest[client] = now, tokens, before + 1
+
+    def within(self, seconds: float, now: float) -> Set[Holder]:
+        """Those that have decoded in the last `seconds`."""
+        return {client for client, (done, _, _) in self._latest.items() if done >= now - seconds}
 
     def at(self, now: float) -> Mapping[Holder, int]:
         """The tokens of the latest step of each of them."""
@@ -803,6 +870,11 @@ class PassTimes:
         if points and tokens > points[-1][0]:
             return points[-1][1] * tokens / points[-1][0]
         return _interpolated(points, tokens)
+
+    def shortest(self, tokens: int) -> float:
+        """As `of`, but for fewer tokens than were ever measured as for the fewest that were."""
+        points = self._points(0.0)
+        return self.of(max(tokens, points[0][0])) if points else 0.0
 
     def measured(self) -> tuple[float | None, float]:
         """Seconds of a pass over one token, if there was one, and tokens per second of the longest passes.

@@ -6,7 +6,7 @@ import asyncio
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -20,15 +20,21 @@ from swarmkit.models.execution.stage import Stage, StepPart
 from swarmkit.net.rpc.faults import Refusal
 from swarmkit.net.transport.shares import NOBODY, Holder
 from swarmkit.server.engine.admission_policy import Ahead, expected_wait_s
+from swarmkit.server.engine.delays import NOTHING_OWED, Delays, Owed, Pass
 from swarmkit.server.engine.device_watch import DeviceWatch
 from swarmkit.server.engine.scheduler import (
+    CROWD_WAITS_PASSES,
     DECODE_TOKENS,
     MOST_DECODE_TOKENS,
     NO_ATTENTION,
     NO_CLIENTS,
     ArrivalPredictor,
+    HostShares,
     PassLimits,
     PassTimes,
+    RecentClients,
+    ServedBefore,
+    WaitingStep,
     is_decode,
     most_beside,
 )
@@ -197,6 +203,11 @@ class LearnedTimes:
         if self._watch is not None:
             self._watch.end(self._mark, tokens)
 
+    @property
+    def latest_s(self) -> float:
+        """Seconds of the latest pass: until it was done, or on an accelerator under way."""
+        return self._latest[1]
+
     def learn(self) -> None:
         """Learn from the pass that has ended, or on an accelerator from those that are done by now."""
         if self._watch is None:
@@ -212,6 +223,7 @@ class QueuedStep(Work):
         super().__init__(now)
         self.task = task
         self.client = task.client
+        self.session = task.session
         self.learned = learned
         self.expires_at = now + patience_s if patience_s else math.inf
         self.rows, self.tokens = task.shape
@@ -227,6 +239,25 @@ class QueuedStep(Work):
         self.outputs: list[Tensor] = []
         self._row_outputs: list[Tensor] = []
         self.started_at = 0.0
+
+    def as_waiting(self, key: int, served: ServedBefore, now: float) -> WaitingStep:
+        """What the scheduler needs to know of it.
+
+        Args: served: what its client has had, see `HostShares`.
+        """
+        return WaitingStep(
+            key,
+            served,
+            self.rows_left,
+            self.piece_tokens or self.tokens_left,
+            self.decode,
+            now - self.queued_at,
+            self.passed_over,
+            self.past + self.tokens_done,
+            self.cuts_rows,
+            bool(self.piece_tokens),
+            self.client,
+        )
 
     @property
     def tokens_left(self) -> int:
@@ -421,3 +452,88 @@ def _most_considered(
         for client in clients
     )
     return min(_MOST_CONSIDERED, most_beside(min(of_each), len(clients), learned.times, limits))
+
+
+class EnginePause:
+    """A moment in which an engine runs nothing, though there are steps; more of the same clients end it not.
+
+    Attributes:
+        works: how many works have come.
+    """
+
+    _S, _S_EACH = 0.001, 0.00001
+    """Seconds until the scheduler is asked again, and for each step that it looked at in vain."""
+
+    def __init__(self) -> None:
+        self.works = 0
+        self._until, self._clients = -math.inf, frozenset[Holder]()
+
+    def begin(self, steps: Sequence[QueuedStep], works: int, now: float) -> float:
+        """Begin one, and return its seconds.
+
+        Args: works: how many had come before these steps were looked at. What has come since rings again.
+        """
+        seconds = self._S + len(steps) * self._S_EACH
+        self._until, self._clients = now + seconds, frozenset(step.client for step in steps)
+        if self.works != works:
+            self._end()
+        return seconds
+
+    def came(self, work: Work) -> None:
+        """A work has come."""
+        self.works += 1
+        if not isinstance(work, QueuedStep) or work.client not in self._clients:
+            self._end()
+
+    def left_s(self, now: float) -> float:
+        """Seconds that are left of it; at most 0: it is over."""
+        return self._until - now
+
+    def _end(self) -> None:
+        self._until, self._clients = -math.inf, frozenset()
+
+
+class ClientAccounts:
+    """What the clients of a device have had of it, and what others owe them.
+
+    Attributes:
+        shares: what each has been served.
+        recent: those that have decoded lately.
+    """
+
+    def __init__(self) -> None:
+        self.shares = HostShares()
+        self.recent = RecentClients()
+        self._delays: Delays | None = None
+        """From the first time on that clients share the device, with others or with training."""
+
+    def ran_job(self, bulk: bool, now: float) -> None:
+        """A job was run, which may be for training."""
+        if self._delays is None and bulk and self.recent.at(now):
+            self._delays = Delays()
+
+    def owed(self, now: float) -> Mapping[Holder, Owed]:
+        """What others owe clients that they have delayed too much."""
+        return NOTHING_OWED if self._delays is None else self._delays.owed(now)
+
+    def just_served(self, owed: Mapping[Holder, Owed], times: PassTimes, now: float) -> Set[Holder]:
+        """The clients that have decoded so lately that they can wait while another is owed something."""
+        return self.recent.within(CROWD_WAITS_PASSES * times.of(1), now) if owed else frozenset()
+
+    def ran(
+        self, steps: Sequence[QueuedStep], works: Sequence[float], took: Pass, waiting: Mapping[Holder, int]
+    ) -> None:
+        """A pass over these steps is over.
+
+        Args:
+            works: what was done for each of them.
+            waiting: how many steps each client had there when it began, those that ran included; of none if
+                nothing else was to be done.
+        """
+        for step, work in zip(steps, works, strict=True):
+            self.shares.serve(step.client, work)
+        if self._delays is None and len(waiting) > 1:
+            self._delays = Delays()
+        if self._delays is not None:
+            decodes = [step for step in steps if step.decode]
+            self._delays.ran(decodes, took, waiting, self.recent.at(took.done))
