@@ -29,6 +29,7 @@ FLOORS = [
         "http_server",
         "lazy",
         "huge_pages",
+        "session_nice",
         "_version",
         "tinychat",
     },

@@ -19,6 +19,7 @@ import psutil
 
 from swarmkit.errors import MemoryLimitError, SwarmkitError
 from swarmkit.huge_pages import ask_for_huge_pages
+from swarmkit.session_nice import set_session_nice
 from swarmkit.sizes import format_bytes
 from swarmkit.worker.node_messages import (
     FromNode,
@@ -31,7 +32,6 @@ from swarmkit.worker.node_messages import (
     Runtime,
     ToNode,
 )
-from swarmkit.worker.process_tree import set_session_nice
 
 if TYPE_CHECKING:
     from swarmkit.node.server import Server

@@ -6,15 +6,12 @@ import contextlib
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 
-_TRIES = 5
-_WISH_S = 0.1
+from swarmkit.session_nice import write_session_nice
 
 
 @dataclass(frozen=True)
@@ -63,23 +60,6 @@ def set_cores(root: int, cores: int | None) -> None:
                     os.sched_setaffinity(thread.id, chosen)
 
 
-def set_session_nice(nice: int) -> None:
-    """Let this process's session come after others by so much, if this process leads it.
-
-    Linux shares processors among sessions before it looks at the priorities of their processes, so that a
-    process in a session of its own takes as much as all of another session, however nice it is.
-    """
-    if sys.platform != "linux" or os.getsid(0) != os.getpid():
-        return
-    # The kernel takes one such wish in a tenth of a second, of all that have no special rights together.
-    for _ in range(_TRIES):
-        with contextlib.suppress(BlockingIOError):
-            with contextlib.suppress(FileNotFoundError, PermissionError):  # it shares in no such way
-                _write_session_nice("self", nice)
-            return
-        time.sleep(_WISH_S)
-
-
 def end_tree(root: int) -> None:
     """End a process, its group, and all that it has started, at once. It is waited for by its owner."""
     processes = list(_tree(root))
@@ -87,7 +67,7 @@ def end_tree(root: int) -> None:
         # One that gets no processor could not act on its signal. Rights, kernel or process may be missing.
         with contextlib.suppress(OSError):
             if os.getsid(root) == root:
-                _write_session_nice(str(root), 0)
+                write_session_nice(root, 0)
     if sys.platform != "win32":
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if os.getpgid(root) == root:  # never the group of somebody else
@@ -95,10 +75,6 @@ def end_tree(root: int) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()
-
-
-def _write_session_nice(process: str, nice: int) -> None:
-    Path(f"/proc/{process}/autogroup").write_text(str(nice))
 
 
 def _set_cores_of_processes(root: int, cores: int | None) -> None:

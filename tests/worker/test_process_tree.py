@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 NICE = 15
 PROGRAM = f"""
-from swarmkit.worker.process_tree import set_session_nice
+from swarmkit.session_nice import set_session_nice
 set_session_nice({NICE})
 print("ready", flush=True)
 input()

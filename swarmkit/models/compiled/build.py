@@ -1,7 +1,8 @@
 """Compiles one decode step: `python -m swarmkit.models.compiled.build`, started by a server.
 
 A process of its own, because a compiler takes memory and processor time, and may fail in ways of its own. It
-has the lowest priority, reads what to do as one line of JSON, and ends when whoever started it does.
+leads a session of its own, which has the lowest priority. It reads what to do as one line of JSON, and ends
+when whoever started it does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TextIO
 
 from swarmkit.models.compiled.kinds import BlockKind, NotCompiledError
 from swarmkit.models.foreign_errors import reason_of
+from swarmkit.session_nice import set_session_nice
 
 ANSWER = "answer.json"
 """Name of the file that says how it went, in the folder of the package."""
@@ -29,6 +31,7 @@ def main() -> None:
     """Compile what the first line of standard input asks for."""
     with contextlib.suppress(OSError, AttributeError):
         os.nice(_NICENESS)
+    set_session_nice(_NICENESS)
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_owner, args=(sys.stdin,), daemon=True).start()
     package = Path(order["package"])
