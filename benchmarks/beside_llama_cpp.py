@@ -17,6 +17,9 @@ not count. Every process computes with one thread.
     llama.cpp        in one process; several clients are sequences of one batch
     llama.cpp RPC    the same with its blocks on RPC servers, as many as the swarm has
 
+With `--compiled SESSIONS` the swarm's servers decode so many sessions at once through compiled steps
+(`SWARMKIT_SERVER_COMPILE`), and measuring starts when these are in place, which takes minutes the first time.
+
 All answers have to be equal, token for token: otherwise the benchmark fails. Reported, as medians over
 rounds: tokens per second after the first one (with several clients, of all together, with their prompts), or
 the seconds to the first token of a long prompt; and the ratios of swarmkit's speed to the others', medians of
@@ -48,14 +51,17 @@ from swarmkit.bench.environment import environment
 from swarmkit.bench.measure import PATIENT, timed_generate
 from swarmkit.bench.subject import Subject, open_subject
 from swarmkit.cli.console import quiet_transformers
+from swarmkit.local.server_process import ServerProcess
 from swarmkit.local.swarm import LocalSwarm
 from swarmkit.models.head.head import load_local
+from swarmkit.settings import EngineSettings, ServerSettings
 
 CHILD = Path(__file__).with_name("llama_cpp_process.py")
 OURS = "swarmkit"
 END_OF_TEXT = 2
 """No answer may end early."""
 _PATIENCE_S = 60.0
+_COMPILING_S = 900.0
 
 
 @dataclass(frozen=True)
@@ -260,8 +266,12 @@ def row(case: Case, speeds: dict[str, list[float]], first_s: dict[str, list[floa
     }
 
 
-def run(cases: Sequence[Case], python: str, rounds: int) -> list[dict[str, Any]]:
-    """The rows of all cases. Cases with the same model and number of servers share a swarm."""
+def run(cases: Sequence[Case], python: str, rounds: int, compiled: int) -> list[dict[str, Any]]:
+    """The rows of all cases. Cases with the same model and number of servers share a swarm.
+
+    Args:
+        compiled: how many sessions servers decode at once through compiled steps; 0 = none.
+    """
     rows = []
     for model in dict.fromkeys(case.model for case in cases):
         with open_subject(model) as subject, TemporaryDirectory() as folder:
@@ -270,22 +280,32 @@ def run(cases: Sequence[Case], python: str, rounds: int) -> list[dict[str, Any]]
             local = load_local(subject.checkpoint, dtype="float32")
             for servers in dict.fromkeys(case.servers for case in cases if case.model == model):
                 alike = [case for case in cases if (case.model, case.servers) == (model, servers)]
-                rows += _over(subject, local, file, alike, python, rounds)
+                rows += _over(subject, local, file, alike, python, rounds, compiled)
     return rows
 
 
 def _over(
-    subject: Subject, local: Any, file: Path, cases: Sequence[Case], python: str, rounds: int
+    subject: Subject,
+    local: Any,
+    file: Path,
+    cases: Sequence[Case],
+    python: str,
+    rounds: int,
+    compiled: int,
 ) -> list[dict[str, Any]]:
     """The rows of cases with the same model and number of servers."""
+    with_steps = EngineSettings(compile="on", compile_slots=compiled) if compiled else EngineSettings()
     with LocalSwarm(
         subject.checkpoint,
         num_stages=cases[0].servers,
         processes=True,
         threads=1,
         dtype="float32",
+        server_settings=ServerSettings(engine=with_steps),
         client_settings=PATIENT,
     ) as swarm:
+        if compiled:
+            _wait_for_compiled(swarm, compiled)
         model = swarm.model(dtype="float32")
         rows = []
         for case in cases:
@@ -303,17 +323,36 @@ def _over(
     return rows
 
 
+def _wait_for_compiled(swarm: LocalSwarm, sessions: int) -> None:
+    """Wait until every server decodes so many sessions at once through compiled steps.
+
+    Raises:
+        RuntimeError: one of them cannot.
+    """
+    for server in swarm.servers:
+        assert isinstance(server, ServerProcess)
+        while True:
+            told = server.wait_for("step_compiled", "step_not_compiled", timeout=_COMPILING_S)
+            if told["event"] == "step_not_compiled":
+                raise RuntimeError(f"{server.public_name}: {told['reason']}")
+            print(f"{server.public_name}: {told['rows']} rows, {told['speedup']:.2f}", file=sys.stderr)
+            if told["rows"] == sessions:
+                break
+
+
 def main() -> int:
     """Measure, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--python", default=sys.executable, help="interpreter that has llama-cpp-python")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--compiled", type=int, default=0, metavar="SESSIONS", help="0 = no compiled steps")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     quiet_transformers()
     torch.set_num_threads(1)
-    rows = run([case for case in CASES if options.only in case.name], options.python, options.rounds)
+    cases = [case for case in CASES if options.only in case.name]
+    rows = run(cases, options.python, options.rounds, options.compiled)
     version = "import llama_cpp; print(llama_cpp.__version__)"
     found = subprocess.run([options.python, "-c", version], capture_output=True, text=True, check=True)
     about = environment()
@@ -323,6 +362,7 @@ def main() -> int:
         "command": " ".join(["python benchmarks/beside_llama_cpp.py", *sys.argv[1:]]),
         "versions": {**about["versions"], "llama_cpp_python": found.stdout.strip()},
         "rounds": options.rounds,
+        "compiled_sessions": options.compiled,
         "threads": 1,
         "dtype": "float32",
         "rows": rows,

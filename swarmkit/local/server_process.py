@@ -118,6 +118,16 @@ class ServerProcess:
         Raises:
             ServerStartError: it ended or said nothing for `timeout` seconds; with its last words.
         """
+        started = self.wait_for("serving_started", timeout=timeout)
+        self.peer_id = started["owner"]["peer_id"]
+        self.addresses = started["addresses"]
+
+    def wait_for(self, *names: str, timeout: float) -> dict[str, Any]:
+        """Wait until it tells an event with one of these names; earlier ones are passed over for good.
+
+        Raises:
+            ServerStartError: it ended first, or said nothing for `timeout` seconds; with its last words.
+        """
         while True:
             try:
                 event = self._events.get(timeout=timeout)
@@ -126,12 +136,10 @@ class ServerProcess:
                 raise ServerStartError(f"{self.public_name} said nothing for {timeout:.0f} s") from None
             if event is None:
                 self.kill()
-                raise ServerStartError(f"{self.public_name} ended before it served:\n{self.last_words()}")
+                raise ServerStartError(f"{self.public_name} ended too early:\n{self.last_words()}")
             self.event_dates.setdefault(event["event"], event["time"])
-            if event["event"] == "serving_started":
-                self.peer_id = event["owner"]["peer_id"]
-                self.addresses = event["addresses"]
-                return
+            if event["event"] in names:
+                return event
 
     def last_words(self, size: int = 2000) -> str:
         """The end of what it wrote to standard error, at most `size` bytes."""
