@@ -249,10 +249,11 @@ class EngineSettings(SettingsGroup):
         "this many tokens of keys and values for each slot, and for one slot more.",
     )
     compile: Literal["off", "auto", "on"] = Field(
-        default="off",
+        default="auto",
         description="Whether a server on a CPU has the decode step of its blocks compiled, in the "
-        "background. It needs a C++ compiler. With `auto` it uses what was compiled where that is measured "
-        "to be faster, and with `on` wherever that computes the same.",
+        "background. It needs a C++ compiler. With `auto` it compiles when it has decoded for as long as "
+        "compiling takes, and uses what was compiled where that is measured to be faster. With `on` it "
+        "compiles at once, and uses that wherever it computes the same.",
     )
     compile_slots: int = Field(
         default=4,

@@ -101,6 +101,8 @@ def pytest_configure() -> None:
     os.environ.setdefault(THROUGHPUT, "100")
     # Second opinions come at random; tests that are about them set their share.
     os.environ.setdefault("SWARMKIT_CLIENT_CHECK_SHARE", "0")
+    # Compilers would run beside the tests, for servers that end before they are done.
+    os.environ.setdefault("SWARMKIT_SERVER_COMPILE", "off")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.compiled import build
 from swarmkit.models.execution.stage import Stage
 from swarmkit.models.head.head import load_local
-from swarmkit.server.engine.compiling import StepCompiler, program_key, sizes_up_to
+from swarmkit.server.engine.compiling import StepCompiler, program_key, sizes_up_to, worth_s
 from swarmkit.server.engine.engine import Engine
 from swarmkit.settings import EngineSettings, ServerSettings
 
-from ..client.answers import answer, prompt
+from ..client.answers import answer, at, prompt
 from ..models.tiny import make_checkpoint
 from ..waiting import eventually, wait_until
 
@@ -43,7 +44,8 @@ class Compiling:
 
     def __init__(self, stage: Stage, engine: Engine, folder: Path, **settings: Any) -> None:
         self.told: list[Event] = []
-        chosen = EngineSettings().replace(compile="on", compile_slots=1, compile_tokens=512, **settings)
+        usual = {"compile": "on", "compile_slots": 1, "compile_tokens": 512}
+        chosen = EngineSettings().replace(**usual | settings)
         self.compiler = StepCompiler(stage, engine, chosen, self._tell, folder)
 
     def _tell(self, kind: Any, *values: object) -> None:
@@ -65,6 +67,25 @@ def test_what_a_program_was_made_for_is_in_its_name() -> None:
     assert len(names) == 4
     assert all(name.isalnum() for name in names)
     assert program_key("a", 1, 512) in names
+
+
+def test_compiling_never_takes_longer_than_decoding_has_taken() -> None:
+    takes_s = worth_s(0)
+    assert [worth_s(compiled) for compiled in range(4)] == [takes_s * (compiled + 1) for compiled in range(4)]
+
+
+async def test_a_server_that_has_hardly_decoded_compiles_nothing_of_its_own_accord(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")  # the first thing that it would tell
+    stage = stage_of(tmp_path)
+    here = Compiling(stage, engine, tmp_path / "compiled", compile="auto")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(here.compiler.run)
+        await anyio.sleep(1.2)
+        assert here.told == []
+        engine.learned_of(stage).decode_s = 3.0
+        await eventually(lambda: here.told, "a server that is used and would compile")
 
 
 async def test_without_a_compiler_the_reason_is_told(
@@ -106,6 +127,25 @@ def compilers() -> list[int]:
     """Processes below this one that compile."""
     children = psutil.Process().children(recursive=True)
     return [child.pid for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processors are shared among sessions on Linux")
+async def test_other_sessions_come_before_that_of_a_compiler(tmp_path: Path, engine: Engine) -> None:
+    before = set(compilers())
+    here = Compiling(stage_of(tmp_path), engine, tmp_path / "compiled")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(here.compiler.run)
+        await eventually(lambda: set(compilers()) - before, "a process that compiles")
+        compiler = min(set(compilers()) - before)
+        await eventually(lambda: session_nice(compiler) in (" nice 19", ""), "its session's priority")
+        tasks.cancel_scope.cancel()
+
+
+def session_nice(pid: int) -> str:
+    """What Linux says of the session of a process; nothing where it does not share by sessions."""
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/autogroup").read_text().strip()[-len(" nice 19") :]
+    return ""
 
 
 async def test_who_stops_ends_the_compiler(tmp_path: Path, engine: Engine) -> None:
@@ -169,19 +209,18 @@ def test_a_server_that_is_killed_leaves_no_compiler_behind(
         wait_until(lambda: not compiler.is_running() or not building(), "the end of that process")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_a_swarm_with_compiled_steps_answers_as_the_local_model(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def compiled(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[LocalSwarm]:
+    """Two servers of all blocks of a tiny model, the architecture of which is the parameter; steps of both
+    are compiled.
+    """
     monkeypatch.setenv("SWARMKIT_STORE_DIR", str(tmp_path / "store"))
-    changes = {"sliding_window": 512} if name == "gemma2" else {}
-    checkpoint = Checkpoint.open(make_checkpoint(tmp_path, name, **changes))
+    changes = {"sliding_window": 512} if request.param == "gemma2" else {}
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path, request.param, **changes))
     settings = ServerSettings().replace(compile="on", compile_slots=1, compile_tokens=512)
-    wanted = answer(load_local(checkpoint), prompt(5)[0], new_tokens=24).tolist()
     with LocalSwarm(checkpoint, 2, transport="memory", server_settings=settings) as swarm:
-        model = swarm.model()
-        assert answer(model, prompt(5)[0], new_tokens=24).tolist() == wanted
         for told in [server.events.subscribe(8, StepCompiled, StepNotCompiled) for server in swarm.servers]:
             found: list[Event] = []
             wait_until(
@@ -190,4 +229,25 @@ def test_a_swarm_with_compiled_steps_answers_as_the_local_model(
                 within=COMPILED_WITHIN,
             )
             assert [type(event) for event in found] == [StepCompiled]
-        assert answer(model, prompt(5)[0], new_tokens=24).tolist() == wanted
+        yield swarm
+
+
+def local_answer(swarm: LocalSwarm) -> list[list[int]]:
+    return answer(load_local(swarm.checkpoint), prompt(5)[0], new_tokens=24).tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["llama", "gemma2"], indirect=True)
+def test_a_swarm_with_compiled_steps_answers_as_the_local_model(compiled: LocalSwarm) -> None:
+    assert answer(compiled.model(), prompt(5)[0], new_tokens=24).tolist() == local_answer(compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["llama"], indirect=True)
+def test_a_server_without_compiled_steps_goes_on_where_one_with_them_was_killed(compiled: LocalSwarm) -> None:
+    first, model = compiled.servers[0], compiled.model()
+    without = ServerSettings().replace(compile="off")
+    actions = {3: lambda: compiled.add_server(first.blocks, settings=without), 7: first.kill}
+    found = answer(model, prompt(5)[0], new_tokens=24, logits_processor=at(actions))
+    assert found.tolist() == local_answer(compiled)
+    assert not first.alive

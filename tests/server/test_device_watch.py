@@ -105,5 +105,5 @@ def test_on_a_cpu_all_is_known_at_once() -> None:
     learned = LearnedTimes(torch.device("cpu"), lambda: next(now))
     learned.begin_pass()
     learned.end_pass(8)
-    learned.learn()
+    learned.learn(decodes=True)
     assert learned.times.of(8) == 2.5

@@ -205,6 +205,15 @@ async def test_each_chunk_has_the_mask_and_positions_up_to_its_end(engine: Engin
     assert second.position_ids.tolist() == [list(range(CHUNK, 2 * CHUNK))]
 
 
+async def test_what_decoding_took_is_counted_and_prompts_are_not(engine: Engine, stage: FakeStage) -> None:
+    learned = engine.learned_of(stage)
+    await engine.step(FakeStep(stage, 64))
+    before = learned.decode_s
+    await engine.step(FakeStep(stage))
+    await eventually(lambda: learned.decode_s > 0, "the time of the step is counted")
+    assert before == 0.0
+
+
 async def test_a_decode_step_is_done_before_a_long_one_that_began_earlier(
     engine: Engine, stage: FakeStage
 ) -> None:

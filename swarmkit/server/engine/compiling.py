@@ -8,6 +8,10 @@
                                      (engine, block by block, between the steps of clients)
 
 Until then, and wherever something of it cannot be done, tokens run as they do without; the reason is told.
+
+Compiling takes half a minute of a processor for each number of rows. With `auto`, a server compiles only what
+it has by then decoded for as long: at worst compiling doubles its work, and one that is hardly used does
+nothing of all this.
 """
 
 from __future__ import annotations
@@ -55,6 +59,17 @@ _FASTER = 1.03
 _PATIENCE_S = 1800.0
 """How long a compiler may take, on a machine that has other things to do."""
 _PAUSE_S = 0.5
+_USED_S = 2.0
+"""Seconds of decoding after which a server is used enough to look for programs on the shelf."""
+_COMPILING_TAKES_S = 30.0
+
+
+def worth_s(compiled: int) -> float:
+    """Seconds of decoding from which on another program is worth compiling, after `compiled` others.
+
+    Whoever buys when the rent has reached the price never pays more than twice the least (ski rental).
+    """
+    return _COMPILING_TAKES_S * (compiled + 1)
 
 
 def sizes_up_to(slots: int) -> list[int]:
@@ -90,6 +105,7 @@ class StepCompiler:
         self._settings = settings
         self._emit = emit
         self._folder = folder or default_folder()
+        self._compiled = 0
         self.reason = ""
         self.steps: CompiledSteps | None = None
 
@@ -98,6 +114,7 @@ class StepCompiler:
         size = 0
         try:
             with suppress(EngineClosedError):
+                await self._until_decoded(_USED_S)
                 ensure_compiler()
                 shelf = await anyio.to_thread.run_sync(PackageShelf, self._folder)
                 kinds = (await self._engine.run(lambda: kinds_of(self._stage), BULK)).value
@@ -108,6 +125,14 @@ class StepCompiler:
         except Exception as error:
             logger.warning("compiling decode steps failed", exc_info=True)
             self._tell(f"{type(error).__name__}: {error}", size)
+
+    async def _until_decoded(self, seconds: float) -> None:
+        """With `auto`, wait until the stage has decoded for so long."""
+        learned = self._engine.learned_of(self._stage)
+        while True:
+            if self._settings.compile == "on" or learned.decode_s >= seconds or self._engine.closed:
+                break
+            await anyio.sleep(_PAUSE_S)
 
     def _tell(self, reason: str, size: int) -> None:
         self.reason = reason
@@ -157,6 +182,8 @@ class StepCompiler:
         """A program on the shelf, compiled now if it is not there."""
         found = await anyio.to_thread.run_sync(shelf.find, key)
         if found is None:
+            await self._until_decoded(worth_s(self._compiled))
+            self._compiled += 1
             async with _alone(shelf.folder):
                 found = await anyio.to_thread.run_sync(shelf.find, key)  # others may have been at it
                 if found is None:

@@ -346,7 +346,7 @@ class Engine:
             if not step.tokens_left:
                 self._finish(step)
         # What follows is noted when the results are on their way.
-        learned.learn()
+        learned.learn(decodes=all(step.decode for step, _, _ in group))
         took = Pass(began, self.now(), learned.latest_s, len(group), learned.times)
         self._accounts.ran([step for step, _, _ in group], works, took, waiting)
 

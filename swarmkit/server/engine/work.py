@@ -175,6 +175,9 @@ class LearnedTimes:
     """What the engine has learned of one stage: how long its passes take, and when its sessions are back.
 
     On a CPU a pass is done when its call returns. An accelerator is watched, and not waited for.
+
+    Attributes:
+        decode_s: seconds that passes over nothing but single tokens took; on an accelerator, to give it them.
     """
 
     def __init__(
@@ -183,6 +186,7 @@ class LearnedTimes:
         self.times = PassTimes()
         self.arrivals = ArrivalPredictor()
         self.cost = cost
+        self.decode_s = 0.0
         self._now = now
         self._begun_at = 0.0
         self._latest = 0, 0.0
@@ -208,8 +212,14 @@ class LearnedTimes:
         """Seconds of the latest pass: until it was done, or on an accelerator under way."""
         return self._latest[1]
 
-    def learn(self) -> None:
-        """Learn from the pass that has ended, or on an accelerator from those that are done by now."""
+    def learn(self, *, decodes: bool) -> None:
+        """Learn from the pass that has ended, or on an accelerator from those that are done by now.
+
+        Args:
+            decodes: whether the one that has ended was over nothing but single tokens.
+        """
+        if decodes:
+            self.decode_s += self._latest[1]
         if self._watch is None:
             self.times.learn(*self._latest)
         else:
