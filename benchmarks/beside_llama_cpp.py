@@ -359,7 +359,9 @@ def main() -> int:
     result = {
         "benchmark": "beside_llama_cpp",
         **about,
-        "command": " ".join(["python benchmarks/beside_llama_cpp.py", *sys.argv[1:]]),
+        "command": " ".join(["python benchmarks/beside_llama_cpp.py", *sys.argv[1:]]).replace(
+            options.python, "PYTHON"
+        ),
         "versions": {**about["versions"], "llama_cpp_python": found.stdout.strip()},
         "rounds": options.rounds,
         "compiled_sessions": options.compiled,
