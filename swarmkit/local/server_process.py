@@ -96,7 +96,7 @@ class ServerProcess:
         self.peer_id = ""
         self.addresses: list[str] = []
         self.event_dates: dict[str, float] = {}
-        """When the first event of each kind was, in Unix time, up to that by which it serves."""
+        """When the first event of each kind was, in Unix time, up to the last one that was waited for."""
 
     @property
     def pid(self) -> int:
@@ -198,7 +198,7 @@ class ServerProcess:
             except ValueError:
                 continue
             if isinstance(event, dict) and {"event", "time"} <= event.keys():
-                if event.get("event") == "serving_started":
+                if event["event"] == "serving_started":
                     self.blocks = event["start"], event["stop"]
                 self._events.put(event)
         self._events.put(None)

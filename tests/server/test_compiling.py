@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from swarmkit.settings import EngineSettings, ServerSettings
 
 from ..client.answers import answer, at, prompt
 from ..models.tiny import make_checkpoint
+from ..sessions import grouped_by_sessions, session_nice
 from ..waiting import eventually, wait_until
 
 OWNER = Owner("server", "peer")
@@ -129,32 +129,28 @@ def compilers() -> list[int]:
     return [child.pid for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="processors are shared among sessions on Linux")
-async def test_other_sessions_come_before_that_of_a_compiler(tmp_path: Path, engine: Engine) -> None:
+@contextlib.asynccontextmanager
+async def compiling_process(here: Compiling) -> AsyncIterator[int]:
+    """Have it compile until the end of the block; the process that does."""
     before = set(compilers())
-    here = Compiling(stage_of(tmp_path), engine, tmp_path / "compiled")
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(here.compiler.run)
         await eventually(lambda: set(compilers()) - before, "a process that compiles")
-        compiler = min(set(compilers()) - before)
-        await eventually(lambda: session_nice(compiler) in (" nice 19", ""), "its session's priority")
+        yield min(set(compilers()) - before)
         tasks.cancel_scope.cancel()
 
 
-def session_nice(pid: int) -> str:
-    """What Linux says of the session of a process; nothing where it does not share by sessions."""
-    with contextlib.suppress(FileNotFoundError):
-        return Path(f"/proc/{pid}/autogroup").read_text().strip()[-len(" nice 19") :]
-    return ""
+@grouped_by_sessions
+async def test_other_sessions_come_before_that_of_a_compiler(tmp_path: Path, engine: Engine) -> None:
+    async with compiling_process(Compiling(stage_of(tmp_path), engine, tmp_path / "compiled")) as compiler:
+        await eventually(lambda: session_nice(compiler).endswith(" nice 19"), "its session's priority")
 
 
 async def test_who_stops_ends_the_compiler(tmp_path: Path, engine: Engine) -> None:
     before = set(compilers())
     here = Compiling(stage_of(tmp_path), engine, tmp_path / "compiled")
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(here.compiler.run)
-        await eventually(lambda: set(compilers()) - before, "a process that compiles")
-        tasks.cancel_scope.cancel()
+    async with compiling_process(here):
+        pass
     await eventually(lambda: set(compilers()) <= before, "the end of that process")
     assert [path.name for path in (tmp_path / "compiled").iterdir() if path.is_dir()] == []
     assert here.told == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import anyio
 import pytest
@@ -75,6 +75,34 @@ def test_dozens_of_servers_leave_no_block_without_a_server(seed: int) -> None:
     assert history.moves > 40
 
 
+RARE = Demand(arrivals_per_s=0.001, prompt_tokens=10, answer_tokens=10)
+
+
+def is_covered_after(
+    rule: OurRule,
+    names: Sequence[str],
+    memory_bytes: int,
+    assumptions: SwarmAssumptions,
+    seed: int,
+    lives: Callable[[SimulatedSwarm], Awaitable[None]],
+) -> bool:
+    """Whether a swarm whose servers join at once has all blocks after what it lives through."""
+
+    async def main(clock: VirtualClock) -> bool:
+        async with anyio.create_task_group() as tasks:
+            distances = clusters([len(names)], inside_rtt_s=0.02)
+            swarm = SimulatedSwarm(MODEL, distances, rule, assumptions, clock, tasks, seed=seed)
+            for number, name in enumerate(names):
+                machine = Machine(name=name, memory_bytes=memory_bytes, decode_s=0.1, token_s=0.01)
+                swarm.join(machine, number)
+            await lives(swarm)
+            is_covered = swarm.is_covered()
+            tasks.cancel_scope.cancel()
+        return is_covered
+
+    return run_virtually(main)
+
+
 class ApartRule(OurRule):
     """Our own rule, of two servers that begin with the blocks 0:4 and 5:9 of twelve, and could hold eight."""
 
@@ -86,22 +114,11 @@ class ApartRule(OurRule):
 @pytest.mark.parametrize("seed", range(5))
 def test_servers_of_which_each_is_the_only_one_of_some_block_fill_gaps(seed: int) -> None:
     assumptions = SwarmAssumptions(look_period_s=4.0, load_bytes_per_s=HELD * 1000 / 2.0)
-    demand = Demand(arrivals_per_s=0.001, prompt_tokens=10, answer_tokens=10)
 
-    async def main(clock: VirtualClock) -> bool:
-        async with anyio.create_task_group() as tasks:
-            distances = clusters([2], inside_rtt_s=0.02)
-            rule = ApartRule(MODEL.size, demand)
-            swarm = SimulatedSwarm(MODEL, distances, rule, assumptions, clock, tasks, seed=seed)
-            for number in range(2):
-                machine = Machine(name=str(number), memory_bytes=8500, decode_s=0.1, token_s=0.01)
-                swarm.join(machine, number)
-            await anyio.sleep(60.0)
-            is_covered = swarm.is_covered()
-            tasks.cancel_scope.cancel()
-        return is_covered
+    async def a_minute(_: SimulatedSwarm) -> None:
+        await anyio.sleep(60.0)
 
-    assert run_virtually(main)
+    assert is_covered_after(ApartRule(MODEL.size, RARE), ["0", "1"], 8500, assumptions, seed, a_minute)
 
 
 class RememberedPlaces(OurRule):
@@ -117,25 +134,16 @@ def test_two_servers_that_are_left_of_eleven_fill_the_gap_long_before_the_announ
 ) -> None:
     """They look every three seconds, learn in two who is gone, wait for two and load for another two."""
     assumptions = SwarmAssumptions(look_period_s=3.0, record_lifetime_s=300.0, load_bytes_per_s=6000.0)
-    demand = Demand(arrivals_per_s=0.001, prompt_tokens=10, answer_tokens=10)
+    names = [f"{number:02}" for number in range(11)]
 
-    async def main(clock: VirtualClock) -> bool:
-        async with anyio.create_task_group() as tasks:
-            distances = clusters([11], inside_rtt_s=0.02)
-            rule = RememberedPlaces(MODEL.size, demand)
-            swarm = SimulatedSwarm(MODEL, distances, rule, assumptions, clock, tasks, seed=seed)
-            for number in range(11):
-                machine = Machine(name=f"{number:02}", memory_bytes=11_500, decode_s=0.1, token_s=0.01)
-                swarm.join(machine, number)
-            await anyio.sleep(4.0)
-            for number in range(2, 11):
-                swarm.leave(f"{number:02}")
-            await anyio.sleep(20.0)
-            is_covered = swarm.is_covered()
-            tasks.cancel_scope.cancel()
-        return is_covered
+    async def nine_crash(swarm: SimulatedSwarm) -> None:
+        await anyio.sleep(4.0)
+        for name in names[2:]:
+            swarm.leave(name)
+        await anyio.sleep(20.0)
 
-    assert run_virtually(main)
+    rule = RememberedPlaces(MODEL.size, RARE)
+    assert is_covered_after(rule, names, 11_500, assumptions, seed, nine_crash)
 
 
 def test_servers_that_go_before_others_can_know_leave_blocks_without_a_server() -> None:

@@ -6,16 +6,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-
-import pytest
 
 from swarmkit.worker.process_tree import end_tree
+from tests.sessions import grouped_by_sessions, session_nice
 from tests.waiting import WITHIN
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/autogroup").exists(), reason="this kernel does not group processes by sessions"
-)
+pytestmark = grouped_by_sessions
 
 NICE = 15
 PROGRAM = f"""
@@ -42,11 +38,6 @@ def nice_program(*, leads: bool) -> Iterator[int]:
         finally:
             program.kill()
             program.wait(WITHIN)
-
-
-def session_nice(process: int | str) -> str:
-    """What the kernel says of it: "nice 15" at the end, or nothing of a session that is in no group."""
-    return Path(f"/proc/{process}/autogroup").read_text().strip()
 
 
 def test_a_process_with_a_session_of_its_own_puts_it_after_others() -> None:

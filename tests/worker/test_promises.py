@@ -28,6 +28,7 @@ from swarmkit.worker.control.values import Status
 from swarmkit.worker.places import HOME_VARIABLE, WorkerPlaces
 from swarmkit.worker.process_tree import used_by
 from swarmkit.worker.signals import SessionSignals
+from tests.sessions import grouped_by_sessions, session_nice
 from tests.waiting import wait_until
 from tests.worker.worlds import AWAY, HERE
 
@@ -182,13 +183,11 @@ def test_1_i_am_only_a_guest(person: Person) -> None:
     assert not any(process.is_running() for process in processes)
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/autogroup").exists(), reason="this kernel does not group processes by sessions"
-)
+@grouped_by_sessions
 def test_1_a_session_of_my_own_gets_me_no_more_of_the_processors(person: Person) -> None:
     person.is_seen(AWAY)
     node = node_of(person.serve())
-    assert Path(f"/proc/{node.pid}/autogroup").read_text().split()[-2:] == ["nice", "15"]
+    assert session_nice(node.pid).split()[-2:] == ["nice", "15"]
 
 
 def test_2_one_click_stops_me_and_i_say_when_i_come_back(person: Person) -> None:

@@ -299,7 +299,7 @@ class FrameStream(asyncio.Protocol):
             self._transport.write(lead)
 
     def _take_greeting(self) -> memoryview[Any]:
-        """Cut the greeting from `_partial`; returns the bytes behind it."""
+        """Cut the greeting from what has come; returns the bytes behind it."""
         length = 0
         for index, byte in enumerate(self._greeting[:_MAX_GREETING_LENGTH_BYTES]):
             length |= (byte & 0x7F) << (7 * index)

@@ -44,6 +44,7 @@ from swarmkit.models.compiled.shelf import PackageShelf, default_folder
 from swarmkit.models.compiled.steps import CompiledSteps, Program, Race, StepComparison
 from swarmkit.models.execution import packed
 from swarmkit.models.execution.stage import Stage
+from swarmkit.models.kernels.choices import processor
 from swarmkit.server.engine.engine import Engine
 from swarmkit.server.engine.work import BULK, EngineClosedError
 from swarmkit.settings import EngineSettings
@@ -245,16 +246,8 @@ def program_key(digest: str, rows: int, tokens: int) -> str:
 def _made_by() -> tuple[str, ...]:
     own = [Path(build.__file__).with_name("trace.py"), Path(packed.__file__)]
     sources = [sha256(path.read_bytes()).hexdigest() for path in own]
-    return torch.__version__, transformers.__version__, _processor(), *sources
-
-
-def _processor() -> str:
-    """The model of the processor, and what it can do: programs use all of that."""
-    text = f"{platform.system()} {platform.machine()} {platform.processor()}"
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-        text += "".join(line for line in lines if line.startswith(("model name", "flags", "Features")))
-    return text
+    # Programs use all that the processor can do.
+    return torch.__version__, transformers.__version__, platform.system(), processor(), *sources
 
 
 @asynccontextmanager
