@@ -234,7 +234,8 @@ class EngineSettings(SettingsGroup):
         default=1.6,
         ge=1,
         description="How many times its usual time a decode step may take while prompts of other sessions "
-        "are computed in the same forward passes.",
+        "are computed in the same forward passes. Beside a prompt of another client it may take 20 ms longer "
+        "in any case, but not often.",
     )
     cuda_graph_slots: int = Field(
         default=4,

@@ -13,9 +13,9 @@ from swarmkit.server.engine.delays import (
     crowds_of,
     shares_of_others,
 )
-from swarmkit.server.engine.scheduler import JobTurns, Schedule
+from swarmkit.server.engine.scheduler import JobTurns, PassTimes, Schedule, next_schedule
 
-from .scheduling import READING_S, TOKEN_S, decode, named, turn_of
+from .scheduling import LIMITS, NOBODY, READING_S, TOKEN_S, decode, named, prefill, tokens_for, turn_of
 
 CLIENT, STRANGER = named("client"), named("stranger")
 QUIET = DecodeRound(away_s=0.01, waited_s=0.0, ran_s=0.02, alone_s=0.02)
@@ -202,6 +202,50 @@ def test_a_crowd_waits_for_a_client_that_it_owes_something_but_for_no_longer(owe
 def test_a_client_with_one_session_waits_for_nobody_else_that_is_owed_something() -> None:
     turn = turn_of(decode(0, client=STRANGER), recent=RECENT, owed={CLIENT: Owed(0.05, 0.001)})
     assert keys_of(turn) == {0}
+
+
+def test_a_client_that_is_owed_something_runs_without_the_prompts_of_others() -> None:
+    turn = turn_of(decode(0, client=CLIENT), prefill(1, client=STRANGER), owed=OWED)
+    assert keys_of(turn) == {0}
+
+
+def test_a_prompt_of_the_client_that_is_owed_something_waits_for_nobody() -> None:
+    turn = turn_of(decode(0, client=CLIENT), prefill(1, client=CLIENT), owed=OWED)
+    assert keys_of(turn) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("owed", "waits"),
+    [
+        (Owed(0.05, PASS_S / 2), True),
+        (Owed(0.05, -0.04), True),
+        (Owed(0.05, -0.06), False),
+        (Owed(0.05, 9.0), False),
+    ],
+)
+def test_a_prompt_waits_for_a_client_that_is_owed_something_but_for_no_longer(
+    owed: Owed, waits: bool
+) -> None:
+    assert (turn_of(prefill(client=STRANGER), owed={CLIENT: owed}) == Schedule()) is waits
+
+
+def test_a_prompt_that_has_waited_for_eight_passes_goes_on() -> None:
+    turn = turn_of(decode(0, client=CLIENT), prefill(1, client=STRANGER, passed_over=8), owed=OWED)
+    assert keys_of(turn) == {0, 1}
+
+
+def test_of_many_prompts_of_a_client_none_has_waited_if_one_has_just_run() -> None:
+    prompts = prefill(1, client=STRANGER, passed_over=8), prefill(2, client=STRANGER, passed_over=1)
+    assert keys_of(turn_of(decode(0, client=CLIENT), *prompts, owed=OWED)) == {0}
+
+
+def test_a_piece_of_a_prompt_may_delay_the_short_step_of_another_client_by_20_ms() -> None:
+    times = PassTimes()
+    for tokens, seconds in ((1, 0.001), (4, 0.005), (16, 0.006), (64, 0.01), (256, 0.03)):
+        times.learn(tokens, seconds)
+    steps = decode(0, client=CLIENT), prefill(1, client=STRANGER)
+    turn = next_schedule(steps, (), NOBODY, times, LIMITS)
+    assert 0.015 < times.of(1 + tokens_for(1, turn)) <= 0.021
 
 
 def test_bulk_jobs_have_a_tenth_of_the_time_while_somebody_is_owed_something() -> None:

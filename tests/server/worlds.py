@@ -131,15 +131,15 @@ class TinyServer:
         self.transports.append(transport)
         return transport
 
-    async def client(self) -> TinyClient:
-        """Somebody new, with a stream to the server."""
-        transport = await self.connect()
+    async def client(self, transport: Transport | None = None) -> TinyClient:
+        """A stream to the server, of somebody new if no `transport` is given."""
+        transport = transport or await self.connect()
         stream = await transport.open(self.transport.peer_id, SESSION.endpoint, self.transport.addresses)
         return TinyClient(MessageStream(stream, SESSION, 2**24), self.world.checkpoint.fingerprint)
 
-    async def session(self, **changes: Any) -> TinyClient:
-        """Somebody new, with an open session."""
-        client = await self.client()
+    async def session(self, transport: Transport | None = None, **changes: Any) -> TinyClient:
+        """An open session, of somebody new if no `transport` is given."""
+        client = await self.client(transport)
         reply = await client.open(**changes)
         assert isinstance(reply, Opened)
         client.inlet = reply.inlet

@@ -12,13 +12,13 @@ own tokens takes, others have *delayed* it by::
 Of n clients that share a device alike, each has its part if others make its rounds n times as long at most.
 So each round allows for a delay in proportion to what it takes without others. What they delay a client by
 beyond that they *owe* it: that is measured, not predicted, whatever has taken the time. While a client is
-owed something, training and the crowds of others wait (see `scheduler`), but for no longer than is owed, so
-that a client that stays away keeps nobody from the device.
+owed something, training, crowds and prompts of others wait (see `scheduler`), but for no longer than is owed,
+so that a client that stays away keeps nobody from the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -109,8 +109,28 @@ class Owed(NamedTuple):
         return self.in_s > -self.seconds
 
 
+OTHERS_WAIT_PASSES = 8
+"""So many passes over one token are run without a crowd, or a prompt, while another client is owed something.
+It may be a third one that has delayed that client."""
+
 NOTHING_OWED: Mapping[Holder, Owed] = {}
 NO_STEPS: Mapping[Holder, int] = {}
+
+
+def prompts_wait(
+    owed: Mapping[Holder, Owed], prompts: Mapping[Holder, int], decoding: Set[Holder], within_s: float
+) -> bool:
+    """Whether prompts wait for another client that is owed something, and decodes here or will be back soon.
+
+    Args:
+        prompts: the turns for which each client has had no part of a prompt run, of those that have some.
+        decoding: the clients with decode steps here.
+        within_s: seconds that are soon.
+    """
+    return max(prompts.values(), default=0) < OTHERS_WAIT_PASSES and any(
+        client not in prompts and (client in decoding or (one.in_s < within_s and one.is_worth_waiting))
+        for client, one in owed.items()
+    )
 
 
 @dataclass

@@ -26,7 +26,7 @@ from typing import NamedTuple, TypeVar
 from swarmkit.ewma import Ewma
 from swarmkit.models.execution.attention_cost import AttentionCost
 from swarmkit.net.transport.shares import NOBODY, Holder
-from swarmkit.server.engine.delays import NOTHING_OWED, Owed
+from swarmkit.server.engine.delays import NOTHING_OWED, Owed, prompts_wait
 
 S = TypeVar("S")
 
@@ -63,10 +63,6 @@ _CROWD_SLOWDOWN_SHARE = 0.5
 """Of the slowdown that a decode step may have, for the many steps of another client: these also run, and
 their messages come and go, while it is away, so that it waits for some of them first."""
 
-CROWD_WAITS_PASSES = 8
-"""So many passes over one token are run without a crowd, while another client is owed something. It may be a
-third one that has delayed that client."""
-
 _FEW_OF_A_HOST = 4
 """Decode tokens that a host has in a pass beside another host's, if they are of so many clients: a household
 has one address. They cost hardly more than one does."""
@@ -74,6 +70,10 @@ has one address. They cost hardly more than one does."""
 _NEWCOMER_PASSES = 8
 """While another client has decoded lately, a piece of a prompt takes no longer than so many passes over one
 token: that client's next answer may begin at any moment. The prompt takes an eighth longer for it at most."""
+
+_UNNOTICED_S = 0.02
+"""By so much may a piece of a prompt delay another client's token, even if that is many times as long as the
+token takes: a shorter piece would cost hardly less. The delay is owed, so that it comes seldom."""
 
 _OTHER_STAGE_TURNS = 2
 """A stage that has been passed over in so many turns is next."""
@@ -224,7 +224,7 @@ def next_schedule(
         cost: of the stage's attention.
         recent: the clients that have decoded lately, see `RecentClients`.
         owed: what others owe clients that they have delayed too much, see `Delays`.
-        just_served: the clients that have decoded so lately that they can wait, see `CROWD_WAITS_PASSES`.
+        just_served: the clients that have decoded so lately that they can wait, see `OTHERS_WAIT_PASSES`.
     """
     decodes = bool(expected.tokens or recent) or any(step.decode for step in steps)
     ready = [job for job in jobs if not (job.rests and decodes)]
@@ -241,7 +241,13 @@ def next_schedule(
         tokens += step.rows * step.tokens
         waited_s = max(waited_s, step.waited_s)
     prefills = _prefills_in_order([step for step in steps if not step.decode])
-    if scheduled and not prefills and owed.keys().isdisjoint(step.client for step in decode_steps):
+    decoding = {step.client for step in decode_steps}
+    prompting, soon_s = _passed_over_by_client(prefills), max(_UNNOTICED_S, times.of(_ROWS))
+    if prefills and owed and prompts_wait(owed, prompting, decoding, soon_s):
+        prefills = []
+        if not scheduled:
+            return Schedule()
+    if scheduled and not prefills and owed.keys().isdisjoint(decoding):
         is_cut = len(scheduled) < len(decode_steps)
         if is_cut and (
             _others_come_first(decode_steps, tokens, expected, times)
@@ -252,14 +258,16 @@ def next_schedule(
             return Schedule()
     if prefills:
         passed_over = max(step.passed_over for step in prefills)
+        decoding |= {client for client, _, _ in expected.clients}
+        more_s = _UNNOTICED_S if decoding.isdisjoint(prompting) else 0.0
         if scheduled:
-            budget = _prefill_beside(tokens, waited_s, passed_over > 1, times, limits)
+            budget = _prefill_beside(tokens, waited_s, passed_over > 1, times, limits, more_s)
         else:
-            budget = _prefill_before(expected, passed_over > 0, times, limits)
+            budget = _prefill_before(expected, passed_over > 0, times, limits, more_s)
             if budget <= _ROWS and _others_come_first(prefills, budget, expected, times):
                 return Schedule()
         hurried = bool(scheduled or expected.tokens)
-        if not hurried and not recent.keys() <= {step.client for step in prefills}:
+        if not hurried and not recent.keys() <= prompting.keys():
             hurried = True
             budget = _prefill_before_newcomers(times, limits)
         left: float = budget
@@ -495,31 +503,35 @@ def worth_waiting(tokens: int, waited_s: float, expected: ExpectedArrivals, time
 
 
 def _prefill_beside(
-    tokens: int, waited_s: float, starving: bool, times: PassTimes, limits: PassLimits
+    tokens: int, waited_s: float, starving: bool, times: PassTimes, limits: PassLimits, more_s: float
 ) -> int:
     """Tokens of prefill beside `tokens` of decode steps, which have waited for `waited_s`.
 
-    As many as leave the decode steps done within the slowdown's time, counted from their arrival. If they
-    have used that up by waiting, there are none, until prefill starves.
+    As many as leave the decode steps done within the slowdown's time, counted from their arrival, or `more_s`
+    later than without it. If they have used that up by waiting, there are none, until prefill starves.
     """
-    allowed_s = limits.decode_slowdown * times.of(tokens) - waited_s
+    alone_s = times.of(tokens)
+    allowed_s = max(limits.decode_slowdown * alone_s, alone_s + more_s) - waited_s
     return _chunk(times.tokens_within(allowed_s), tokens, starving, limits)
 
 
-def _prefill_before(expected: ExpectedArrivals, starving: bool, times: PassTimes, limits: PassLimits) -> int:
+def _prefill_before(
+    expected: ExpectedArrivals, starving: bool, times: PassTimes, limits: PassLimits, more_s: float
+) -> int:
     """Tokens of prefill when no decode step is waiting.
 
     A whole chunk when no session decodes. Else as many as leave the next decode step done within the
-    slowdown's time, even if it arrives as soon as it may: until then the device has nothing else to do, and
-    what is left of the chunk when the step arrives is less than a chunk beside it would add. If not even the
-    least chunk fits, there are none, until prefill starves.
+    slowdown's time, or `more_s` later, even if it arrives as soon as it may: until then the device has
+    nothing else to do, and what is left of the chunk when the step arrives is less than a chunk beside it
+    would add. If not even the least chunk fits, there are none, until prefill starves.
     """
     if not expected.tokens:
         return limits.chunk_tokens
     alone_s = times.of(expected.tokens)
     is_late = any(in_s == math.inf for in_s, _ in expected.arrivals)  # and may arrive at any moment
     soonest_s = min(expected.soonest_s, alone_s) if is_late else expected.soonest_s
-    fitting = times.tokens_within(max(soonest_s, 0.0) + (limits.decode_slowdown - 1) * alone_s)
+    later_s = max((limits.decode_slowdown - 1) * alone_s, more_s)
+    fitting = times.tokens_within(max(soonest_s, 0.0) + later_s)
     return _chunk(fitting, 0, starving, limits)
 
 
@@ -550,12 +562,10 @@ def _prefills_in_order(steps: Sequence[WaitingStep]) -> list[WaitingStep]:
     A host or client starves if none of its steps has run for long. Of a crowd of prompts most are passed over
     often, which makes none of them urgent beside another client's.
     """
+    clients = _passed_over_by_client(steps)
     hosts: dict[str, int] = {}
-    clients: dict[Holder, int] = {}
-    for step in steps:
-        client = step.client
-        hosts[client.host] = min(step.passed_over, hosts.get(client.host, step.passed_over))
-        clients[client] = min(step.passed_over, clients.get(client, step.passed_over))
+    for client, passed_over in clients.items():
+        hosts[client.host] = min(passed_over, hosts.get(client.host, passed_over))
     return sorted(
         steps,
         key=lambda step: (
@@ -566,6 +576,14 @@ def _prefills_in_order(steps: Sequence[WaitingStep]) -> list[WaitingStep]:
             step.passed_over < _STARVING_TURNS,
         ),
     )
+
+
+def _passed_over_by_client(steps: Iterable[WaitingStep]) -> dict[Holder, int]:
+    """The turns since one of each client's steps came, or had a part."""
+    clients: dict[Holder, int] = {}
+    for step in steps:
+        clients[step.client] = min(step.passed_over, clients.get(step.client, step.passed_over))
+    return clients
 
 
 class JobTurns:

@@ -20,10 +20,9 @@ from swarmkit.models.execution.stage import Stage, StepPart
 from swarmkit.net.rpc.faults import Refusal
 from swarmkit.net.transport.shares import NOBODY, Holder
 from swarmkit.server.engine.admission_policy import Ahead, expected_wait_s
-from swarmkit.server.engine.delays import NOTHING_OWED, Delays, Owed, Pass
+from swarmkit.server.engine.delays import NOTHING_OWED, OTHERS_WAIT_PASSES, Delays, Owed, Pass
 from swarmkit.server.engine.device_watch import DeviceWatch
 from swarmkit.server.engine.scheduler import (
-    CROWD_WAITS_PASSES,
     DECODE_TOKENS,
     MOST_DECODE_TOKENS,
     NO_ATTENTION,
@@ -528,7 +527,7 @@ class ClientAccounts:
 
     def just_served(self, owed: Mapping[Holder, Owed], times: PassTimes, now: float) -> Set[Holder]:
         """The clients that have decoded so lately that they can wait while another is owed something."""
-        return self.recent.within(CROWD_WAITS_PASSES * times.of(1), now) if owed else frozenset()
+        return self.recent.within(OTHERS_WAIT_PASSES * times.of(1), now) if owed else frozenset()
 
     def ran(
         self, steps: Sequence[QueuedStep], works: Sequence[float], took: Pass, waiting: Mapping[Holder, int]
