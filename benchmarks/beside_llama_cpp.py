@@ -29,6 +29,7 @@ the ratios within rounds. Above 1 swarmkit is faster.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import socket
 import statistics
@@ -132,8 +133,9 @@ class Swarm:
 
         def one(row: torch.Tensor) -> Any:
             torch.set_num_threads(1)
-            return timed_generate(self._model, row[None], tokens)
+            return timed_generate(self._model, row[None], tokens, collects=False)
 
+        gc.collect()
         with ThreadPoolExecutor(len(prompts)) as threads:
             began = time.perf_counter()
             got = list(threads.map(one, prompts))

@@ -68,10 +68,17 @@ class _Stamps:
         pass
 
 
-def timed_generate(model: Any, prompt: torch.Tensor, new_tokens: int, **options: Any) -> Generated:
-    """Greedy generation of exactly `new_tokens` after `prompt` [1, tokens]."""
+def timed_generate(
+    model: Any, prompt: torch.Tensor, new_tokens: int, *, collects: bool = True, **options: Any
+) -> Generated:
+    """Greedy generation of exactly `new_tokens` after `prompt` [1, tokens].
+
+    Args: collects: whether to look for garbage before. Where several threads are timed together, each would
+        wait for that of all others, within the others' time.
+    """
     stamps = _Stamps()
-    gc.collect()
+    if collects:
+        gc.collect()
     began = time.perf_counter()
     out = model.generate(
         prompt,

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from swarmkit import LocalSwarm
 from swarmkit.client.model import SwarmModelForCausalLM
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.head import head
 from swarmkit.models.head.head import load_local
 from swarmkit.node.server import Server
 from swarmkit.settings import ClientSettings, ServerSettings
@@ -78,6 +79,22 @@ def test_each_client_gets_the_tokens_that_it_gets_alone(world: SharedSwarm) -> N
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         found = list(pool.map(talk, world.models, prompts()))
+    wanted = [answer(world.local, ids, new_tokens=20) for ids in prompts()]
+    assert [tokens.tolist() for tokens in found] == [tokens.tolist() for tokens in wanted]
+
+
+def test_threads_of_one_model_get_the_tokens_that_they_get_alone(
+    world: SharedSwarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "cuts_together", lambda *shape: ())  # as if its output layer were a large one
+    all_run = threading.Barrier(CLIENTS, timeout=60)
+
+    def talk(ids: Tensor) -> Tensor:
+        all_run.wait()
+        return answer(world.models[0], ids, new_tokens=20)  # type: ignore[no-any-return]
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        found = list(pool.map(talk, prompts()))
     wanted = [answer(world.local, ids, new_tokens=20) for ids in prompts()]
     assert [tokens.tolist() for tokens in found] == [tokens.tolist() for tokens in wanted]
 

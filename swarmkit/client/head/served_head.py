@@ -26,6 +26,7 @@ from swarmkit.client.head.rows import PartialRows, partial_rows
 from swarmkit.client.head.times import HeadTimes, Way
 from swarmkit.client.swarm.connection import Connection
 from swarmkit.errors import PeerError, UsageError
+from swarmkit.models.head.head import JointLinear
 from swarmkit.net.protocol.logits_messages import MAX_LOGITS_ROWS, MAX_TOP
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class ServedHead:
         self._settings = connection.client.settings.head
         self._clock = connection.client.clock
         found: Any = model.get_output_embeddings()
-        self._layer: nn.Linear | None = found if type(found) is nn.Linear else None
+        self._layer: nn.Linear | None = found if type(found) in (nn.Linear, JointLinear) else None
         self._as_loaded = 0 if self._layer is None else self._layer.weight._version
         self._asker: LogitsAsker | None = None
         self._lock = threading.Lock()

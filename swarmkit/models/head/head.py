@@ -7,10 +7,14 @@ module that stands for all of them.
 from __future__ import annotations
 
 import copy
+import logging
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -31,9 +35,12 @@ from swarmkit.models.architecture.anatomy import (
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.foreign_errors import reason_of
 from swarmkit.models.head.head_kind import CAUSAL, HeadKind, base_path
+from swarmkit.models.kernels.rows_together import cuts_together, multiply_rows
 from swarmkit.models.loading import load_model, loader
 from swarmkit.models.quantization.precision import Precision
 from swarmkit.models.quantization.stored import StoredQuantisation
+
+logger = logging.getLogger(__name__)
 
 ATTENTION = "swarmkit"
 """Name of a head's attention implementation, which has no attention, and passes padding masks on unchanged.
@@ -134,6 +141,8 @@ def build_head(
     )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(kind.is_trainable(name))
+    if kind.name == "causal":
+        JointLinear.adopt(model.get_output_embeddings())
     _speak_for_blocks(blocks, anatomy)
     base: Any = model.get_submodule(base_path(model, anatomy))
     replace(base, anatomy.layers, nn.ModuleList([blocks]))
@@ -164,6 +173,177 @@ def build_head(
         namespace = {"__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
         model.__class__ = type(model_class.__name__, (mixin, model_class), namespace)
     return model
+
+
+MOST_JOINT_ROWS = 32
+"""Rows of one product for several threads; who has more computes them alone, and nobody waits for that."""
+LONGEST_WAIT_S = 10.0
+"""For a product that is under way. It takes a hundredth of that, unless its thread was interrupted."""
+
+
+class JointLinear(nn.Linear):
+    """A model's output layer, which computes the rows of several threads in one product.
+
+    Threads that generate at the same time would each read all of its weights for each of their tokens. Here
+    one that finds no product under way computes at once, exactly as `nn.Linear` does. Those that come
+    meanwhile wait until it is done, and then one of them computes the rows of all, if that is faster on this
+    machine; each gets what it would get alone but for the order of additions. Where gradients are wanted, and
+    elsewhere than on a CPU, each thread computes alone.
+    """
+
+    _turns: _Turns
+
+    @classmethod
+    def adopt(cls, layer: object) -> None:
+        """Make a plain linear layer one of these. It remains the same module, with the same parameters."""
+        if type(layer) is nn.Linear:
+            layer.__class__ = cls
+            layer._turns = _Turns()  # type: ignore[assignment]
+
+    @property
+    def num_waiting(self) -> int:
+        """How many threads wait for a product now."""
+        return self._turns.num_waiting
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute the logits `[..., out]` of hidden states `[..., in]`."""
+        if self._is_joint(input):
+            return self._turns.product(self, input)
+        return functional.linear(input, self.weight, self.bias)
+
+    def _is_joint(self, input: Tensor) -> bool:
+        """Whether these rows may be computed with those of other threads, by any of them."""
+        weight = self.weight
+        if torch.compiler.is_compiling() or type(input) is not Tensor or input.device.type != "cpu":
+            return False
+        if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+            return False
+        return (
+            weight.device.type == "cpu"
+            and input.dtype == weight.dtype
+            and input.shape[-1:] == weight.shape[1:]
+            and 0 < input.numel() <= MOST_JOINT_ROWS * weight.shape[1]
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+
+class _Rows:
+    """The rows `[rows, in]` of a thread that waits.
+
+    Attributes:
+        turn: set when it need not wait any longer. Then it has its logits, or is to compute those of a group,
+            or its own.
+        group: all whose rows it is to compute, itself first.
+        logits: `[rows, out]`.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self.turn = threading.Event()
+        self.group: list[_Rows] = []
+        self.logits: Tensor | None = None
+
+
+class _Turns:
+    """Who of several threads computes a layer's next product, and for whom."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._is_under_way = False
+        self._waiting: list[_Rows] = []
+
+    def __reduce__(self) -> tuple[type[_Turns], tuple[()]]:
+        """A copy of a layer has turns of its own."""
+        return _Turns, ()
+
+    @property
+    def num_waiting(self) -> int:
+        """How many threads wait for a product that has not begun."""
+        return len(self._waiting)
+
+    def product(self, layer: nn.Linear, input: Tensor) -> Tensor:
+        """The product of `input` `[..., in]` with a layer's weights, computed here or in another thread."""
+        is_first = False
+        try:  # from here on, since an interrupt may come at any point
+            with self._lock:
+                is_first = not self._is_under_way
+                self._is_under_way = True
+            if is_first:
+                return functional.linear(input, layer.weight, layer.bias)
+        finally:
+            if is_first:
+                self._pass_on()
+        weight = layer.weight
+        outputs, inputs = weight.shape
+        cut_of = cuts_together(outputs, inputs, weight.dtype, torch.get_num_threads())
+        if cut_of is None:
+            return functional.linear(input, weight, layer.bias)
+        waits = _Rows(input.reshape(-1, input.shape[-1]))
+        self._wait(waits)
+        if waits.group:
+            self._compute(layer, waits.group, cut_of)
+        if waits.logits is None:  # the product of all failed: whose fault it was is found out so
+            return functional.linear(input, layer.weight, layer.bias)
+        # A copy, so that nobody keeps the others' logits in memory, and of the kind of this thread's mode.
+        return waits.logits.clone().view(*input.shape[:-1], -1)
+
+    def _wait(self, waits: _Rows) -> None:
+        """Wait until the rows' turn has come, which is when the product that is under way has ended."""
+        try:
+            with self._lock:
+                if not self._is_under_way:
+                    waits.group = [waits]
+                    self._is_under_way = True
+                    return
+                self._waiting.append(waits)
+            if not waits.turn.wait(LONGEST_WAIT_S) and self._withdraw(waits):
+                self._is_under_way = False  # whoever was to end it was interrupted there, and never will
+        except BaseException:
+            self._withdraw(waits)
+            if waits.group:
+                self._end(waits.group)
+            raise
+
+    def _withdraw(self, waits: _Rows) -> bool:
+        """Wait no longer; whether it was still waiting for a product that had not begun."""
+        with self._lock:
+            is_waiting = waits in self._waiting
+            if is_waiting:
+                self._waiting.remove(waits)
+            return is_waiting
+
+    def _compute(self, layer: nn.Linear, group: Sequence[_Rows], cut_of: Sequence[int]) -> None:
+        """Compute the rows of a group; without success its threads have none, and compute their own."""
+        try:
+            rows = torch.cat([each.rows for each in group])
+            with torch.no_grad():
+                logits = multiply_rows(rows, layer.weight, layer.bias, cut_of)
+            for each, part in zip(group, logits.split([len(each.rows) for each in group]), strict=True):
+                each.logits = part
+        except Exception:
+            logger.warning("the rows of %d threads failed together", len(group), exc_info=True)
+        finally:
+            self._end(group)
+
+    def _end(self, group: Sequence[_Rows]) -> None:
+        """The product of a group has ended, or will not be."""
+        for each in group[1:]:
+            each.turn.set()
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """A product has ended: have the next one computed, if anybody waits for it."""
+        with self._lock:
+            group: list[_Rows] = []
+            total = 0
+            while self._waiting and total + len(self._waiting[0].rows) <= MOST_JOINT_ROWS:
+                total += len(self._waiting[0].rows)
+                group.append(self._waiting.pop(0))
+            if not group:
+                self._is_under_way = False
+                return
+            group[0].group = group
+        group[0].turn.set()
 
 
 def _speak_for_blocks(blocks: nn.Module, anatomy: Anatomy) -> None:
