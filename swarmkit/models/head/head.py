@@ -231,15 +231,16 @@ class _Rows:
     """The rows `[rows, in]` of a thread that waits.
 
     Attributes:
-        turn: set when it need not wait any longer. Then it has its logits, or is to compute those of a group,
-            or its own.
+        turn: released when it need not wait any longer. Then it has its logits, or is to compute those of a
+            group, or its own. A lock, since an interrupt may break the lock inside of an event.
         group: all whose rows it is to compute, itself first.
         logits: `[rows, out]`.
     """
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
-        self.turn = threading.Event()
+        self.turn = threading.Lock()
+        self.turn.acquire()
         self.group: list[_Rows] = []
         self.logits: Tensor | None = None
 
@@ -296,7 +297,7 @@ class _Turns:
                     self._is_under_way = True
                     return
                 self._waiting.append(waits)
-            if not waits.turn.wait(LONGEST_WAIT_S) and self._withdraw(waits):
+            if not waits.turn.acquire(timeout=LONGEST_WAIT_S) and self._withdraw(waits):
                 self._is_under_way = False  # whoever was to end it was interrupted there, and never will
         except BaseException:
             self._withdraw(waits)
@@ -328,7 +329,7 @@ class _Turns:
     def _end(self, group: Sequence[_Rows]) -> None:
         """The product of a group has ended, or will not be."""
         for each in group[1:]:
-            each.turn.set()
+            each.turn.release()
         self._pass_on()
 
     def _pass_on(self) -> None:
@@ -343,7 +344,7 @@ class _Turns:
                 self._is_under_way = False
                 return
             group[0].group = group
-        group[0].turn.set()
+        group[0].turn.release()
 
 
 def _speak_for_blocks(blocks: nn.Module, anatomy: Anatomy) -> None:
