@@ -227,7 +227,7 @@ class JointLinear(nn.Linear):
         )
 
 
-class _Rows:
+class _WaitingRows:
     """The rows `[rows, in]` of a thread that waits.
 
     Attributes:
@@ -241,7 +241,7 @@ class _Rows:
         self.rows = rows
         self.turn = threading.Lock()
         self.turn.acquire()
-        self.group: list[_Rows] = []
+        self.group: list[_WaitingRows] = []
         self.logits: Tensor | None = None
 
 
@@ -251,7 +251,7 @@ class _Turns:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._is_under_way = False
-        self._waiting: list[_Rows] = []
+        self._waiting: list[_WaitingRows] = []
 
     def __reduce__(self) -> tuple[type[_Turns], tuple[()]]:
         """A copy of a layer has turns of its own."""
@@ -279,7 +279,7 @@ class _Turns:
         cut_of = cuts_together(outputs, inputs, weight.dtype, torch.get_num_threads())
         if cut_of is None:
             return functional.linear(input, weight, layer.bias)
-        waits = _Rows(input.reshape(-1, input.shape[-1]))
+        waits = _WaitingRows(input.reshape(-1, input.shape[-1]))
         self._wait(waits)
         if waits.group:
             self._compute(layer, waits.group, cut_of)
@@ -288,7 +288,7 @@ class _Turns:
         # A copy, so that nobody keeps the others' logits in memory, and of the kind of this thread's mode.
         return waits.logits.clone().view(*input.shape[:-1], -1)
 
-    def _wait(self, waits: _Rows) -> None:
+    def _wait(self, waits: _WaitingRows) -> None:
         """Wait until the rows' turn has come, which is when the product that is under way has ended."""
         try:
             with self._lock:
@@ -305,7 +305,7 @@ class _Turns:
                 self._end(waits.group)
             raise
 
-    def _withdraw(self, waits: _Rows) -> bool:
+    def _withdraw(self, waits: _WaitingRows) -> bool:
         """Wait no longer; whether it was still waiting for a product that had not begun."""
         with self._lock:
             is_waiting = waits in self._waiting
@@ -313,7 +313,7 @@ class _Turns:
                 self._waiting.remove(waits)
             return is_waiting
 
-    def _compute(self, layer: nn.Linear, group: Sequence[_Rows], cut_of: Sequence[int]) -> None:
+    def _compute(self, layer: nn.Linear, group: Sequence[_WaitingRows], cut_of: Sequence[int]) -> None:
         """Compute the rows of a group; without success its threads have none, and compute their own."""
         try:
             rows = torch.cat([each.rows for each in group])
@@ -326,7 +326,7 @@ class _Turns:
         finally:
             self._end(group)
 
-    def _end(self, group: Sequence[_Rows]) -> None:
+    def _end(self, group: Sequence[_WaitingRows]) -> None:
         """The product of a group has ended, or will not be."""
         for each in group[1:]:
             each.turn.release()
@@ -335,7 +335,7 @@ class _Turns:
     def _pass_on(self) -> None:
         """A product has ended: have the next one computed, if anybody waits for it."""
         with self._lock:
-            group: list[_Rows] = []
+            group: list[_WaitingRows] = []
             total = 0
             while self._waiting and total + len(self._waiting[0].rows) <= MOST_JOINT_ROWS:
                 total += len(self._waiting[0].rows)
