@@ -186,7 +186,7 @@ def test_a_client_with_as_many_steps_runs_beside_it_all_the_same() -> None:
     assert keys_of(turn_of(*steps, recent=RECENT, just_served=BOTH, owed=OWED)) == {0, 999}
 
 
-@pytest.mark.parametrize(
+soon_or_late = pytest.mark.parametrize(
     ("owed", "waits"),
     [
         (Owed(0.05, PASS_S / 2), True),
@@ -195,6 +195,9 @@ def test_a_client_with_as_many_steps_runs_beside_it_all_the_same() -> None:
         (Owed(0.05, 9.0), False),
     ],
 )
+
+
+@soon_or_late
 def test_a_crowd_waits_for_a_client_that_it_owes_something_but_for_no_longer(owed: Owed, waits: bool) -> None:
     assert (turn_of(*CROWD, recent=RECENT, owed={CLIENT: owed}) == Schedule()) is waits
 
@@ -214,15 +217,7 @@ def test_a_prompt_of_the_client_that_is_owed_something_waits_for_nobody() -> Non
     assert keys_of(turn) == {0, 1}
 
 
-@pytest.mark.parametrize(
-    ("owed", "waits"),
-    [
-        (Owed(0.05, PASS_S / 2), True),
-        (Owed(0.05, -0.04), True),
-        (Owed(0.05, -0.06), False),
-        (Owed(0.05, 9.0), False),
-    ],
-)
+@soon_or_late
 def test_a_prompt_waits_for_a_client_that_is_owed_something_but_for_no_longer(
     owed: Owed, waits: bool
 ) -> None:

@@ -31,7 +31,7 @@ _TRIED_ROWS = (2, 8, 16, 32)
 _FASTER = 1.15
 _TRIALS = 5
 _TRIED_VALUES = 2**22
-"""Of a larger weight only a part is tried, so that loading does not take longer."""
+"""Of a larger weight only a part is tried, so that neither loading nor a token takes longer."""
 COMPARISON = 1
 """To be raised with each change of what is compared, or how: what was remembered before counts no more."""
 
@@ -55,18 +55,20 @@ class CutLinear(nn.Linear):
         cut = self.cut_of[rows] if rows < len(self.cut_of) else 0
         if not cut or (torch.is_grad_enabled() and input.requires_grad):
             return functional.linear(input, self.weight, self.bias)
-        product = cut_product(input.reshape(rows, self.in_features), self.weight, cut)
-        if self.bias is not None:
-            product = product + self.bias
+        product = cut_product(input.reshape(rows, self.in_features), self.weight, cut, self.bias)
         return product.view(*input.shape[:-1], self.out_features)
 
 
-def cut_product(given: Tensor, weight: Tensor, cut: int) -> Tensor:
-    """Multiply `[rows, in]` by `weight`, `[out, in]`, `cut` outputs at a time; `out` is a multiple of it."""
+def cut_product(given: Tensor, weight: Tensor, cut: int, bias: Tensor | None = None) -> Tensor:
+    """Multiply `[rows, in]` by `weight`, `[out, in]`, `cut` outputs at a time, and add the bias, `[out]`.
+
+    `out` is a multiple of `cut`.
+    """
     outputs, inputs = weight.shape
     parts = weight.view(outputs // cut, cut, inputs).transpose(1, 2)
     product = torch.bmm(given.expand(outputs // cut, *given.shape), parts)
-    return product.transpose(0, 1).reshape(given.shape[0], outputs)
+    product = product.transpose(0, 1).reshape(given.shape[0], outputs)
+    return product if bias is None else product + bias
 
 
 def use_cuts(model: nn.Module) -> int:
@@ -107,8 +109,7 @@ def _are_cuts(known: Any, possible: Sequence[int]) -> bool:
 
 @torch.inference_mode()
 def _measured_cuts(outputs: int, inputs: int, possible: Sequence[int]) -> list[int]:
-    most = max(possible, default=1)
-    tried = min(outputs, max(_TRIED_VALUES // inputs // most, 1) * most)
+    tried = tried_outputs(outputs, inputs, max(possible, default=1))
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(tried, inputs, generator=generator)
     found = [0, 0]
@@ -124,6 +125,11 @@ def _measured_cuts(outputs: int, inputs: int, possible: Sequence[int]) -> list[i
                 best, least_s = cut, seconds
         found += [best] * (up_to + 1 - len(found))
     return found
+
+
+def tried_outputs(outputs: int, inputs: int, cut: int) -> int:
+    """How many outputs of a weight are tried: all, or of a large one a multiple of `cut`."""
+    return min(outputs, max(_TRIED_VALUES // inputs // cut, 1) * cut)
 
 
 def measured_seconds(works: Sequence[Callable[[], object]]) -> list[float]:

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from swarmkit.models.kernels.choices import recall_choice, remember_choice
-from swarmkit.models.kernels.cut_linear import CUTS, cut_product, fastest_cuts
-from swarmkit.models.kernels.replace_linear import SMALLEST, median_seconds
+from swarmkit.models.kernels.cut_linear import (
+    CUTS,
+    cut_product,
+    fastest_cuts,
+    measured_seconds,
+    tried_outputs,
+)
+from swarmkit.models.kernels.replace_linear import SMALLEST
 
 _ROWS = 4
 _FASTER = 1.2
-_TRIALS = 5
-_TRIED_VALUES = 2**22
-"""Of a larger weight only a part is tried, so that no token waits for long."""
 COMPARISON = 1
 """To be raised with each change of what is compared, or how: what was remembered before counts no more."""
 
@@ -40,8 +43,7 @@ def multiply_rows(rows: Tensor, weight: Tensor, bias: Tensor | None, cut_of: Seq
     cut = cut_of[len(rows)] if len(rows) < len(cut_of) else 0
     if not cut or not weight.is_contiguous():
         return functional.linear(rows, weight, bias)
-    product = cut_product(rows, weight, cut)
-    return product if bias is None else product + bias
+    return cut_product(rows, weight, cut, bias)
 
 
 @functools.cache
@@ -66,9 +68,7 @@ def cuts_together(outputs: int, inputs: int, dtype: torch.dtype, threads: int) -
 @torch.inference_mode()
 def _is_measured_faster(outputs: int, inputs: int, dtype: torch.dtype, cut_of: Sequence[int]) -> bool:
     generator = torch.Generator().manual_seed(0)
-    most = max(CUTS)
-    tried = min(outputs, max(_TRIED_VALUES // inputs // most, 1) * most)
-    weight = torch.randn(tried, inputs, generator=generator).to(dtype)
+    weight = torch.randn(tried_outputs(outputs, inputs, max(CUTS)), inputs, generator=generator).to(dtype)
     rows = torch.randn(_ROWS, inputs, generator=generator).to(dtype)
     alone_s, together_s = measured_seconds(
         [
@@ -77,8 +77,3 @@ def _is_measured_faster(outputs: int, inputs: int, dtype: torch.dtype, cut_of: S
         ]
     )
     return alone_s > _FASTER * together_s
-
-
-def measured_seconds(works: Sequence[Callable[[], object]]) -> list[float]:
-    """How long each takes, by trying."""
-    return median_seconds(works, _TRIALS)

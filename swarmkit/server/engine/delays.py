@@ -123,11 +123,12 @@ def prompts_wait(
     """Whether prompts wait for another client that is owed something, and decodes here or will be back soon.
 
     Args:
-        prompts: the turns for which each client has had no part of a prompt run, of those that have some.
+        prompts: the turns for which each client has had no part of a prompt run, of those that have some. Not
+            empty.
         decoding: the clients with decode steps here.
         within_s: seconds that are soon.
     """
-    return max(prompts.values(), default=0) < OTHERS_WAIT_PASSES and any(
+    return max(prompts.values()) < OTHERS_WAIT_PASSES and any(
         client not in prompts and (client in decoding or (one.in_s < within_s and one.is_worth_waiting))
         for client, one in owed.items()
     )

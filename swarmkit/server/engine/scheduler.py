@@ -240,10 +240,9 @@ def next_schedule(
         scheduled.append(ScheduledTokens(step.key, step.tokens, step.rows))
         tokens += step.rows * step.tokens
         waited_s = max(waited_s, step.waited_s)
-    prefills = _prefills_in_order([step for step in steps if not step.decode])
-    decoding = {step.client for step in decode_steps}
-    prompting, soon_s = _passed_over_by_client(prefills), max(_UNNOTICED_S, times.of(_ROWS))
-    if prefills and owed and prompts_wait(owed, prompting, decoding, soon_s):
+    prefills = [step for step in steps if not step.decode]
+    prompting, decoding = _passed_over_by_client(prefills), {step.client for step in decode_steps}
+    if prefills and owed and prompts_wait(owed, prompting, decoding, max(_UNNOTICED_S, times.of(_ROWS))):
         prefills = []
         if not scheduled:
             return Schedule()
@@ -271,6 +270,7 @@ def next_schedule(
             hurried = True
             budget = _prefill_before_newcomers(times, limits)
         left: float = budget
+        prefills = _prefills_in_order(prefills, prompting)
         for step in prefills:
             piece = _piece(step, left, hurried, cost)
             if not piece.tokens and left > 0 and step is prefills[0]:  # it goes on, if only by a token
@@ -556,13 +556,14 @@ def _order(step: WaitingStep) -> tuple[bool, ServedBefore]:
     return step.passed_over < _STARVING_TURNS, step.served
 
 
-def _prefills_in_order(steps: Sequence[WaitingStep]) -> list[WaitingStep]:
+def _prefills_in_order(steps: Sequence[WaitingStep], clients: Mapping[Holder, int]) -> list[WaitingStep]:
     """Prefill as it is taken: hosts in turn, the clients of each, and the steps of each.
 
     A host or client starves if none of its steps has run for long. Of a crowd of prompts most are passed over
     often, which makes none of them urgent beside another client's.
+
+    Args: clients: see `_passed_over_by_client`.
     """
-    clients = _passed_over_by_client(steps)
     hosts: dict[str, int] = {}
     for client, passed_over in clients.items():
         hosts[client.host] = min(passed_over, hosts.get(client.host, passed_over))
