@@ -398,11 +398,14 @@ async function log() {
 
 const STEPS = ["What this does", "What you lend", "When", "Begin"];
 
-async function wizard(step = 0, chosen = {}) {
+async function wizard() {
   const found = await does(() => Promise.all([ask("settings"), ask("computer")]));
-  if (!found) return;
-  const [values, here] = found;
-  const next = (more) => { Object.assign(chosen, more); wizard(step + 1, chosen); };
+  if (found) showStep(0, ...found, {});
+}
+
+// Asks nothing: an answer on its way would let a second click open the same step again, over what was typed there.
+function showStep(step, values, here, chosen) {
+  const next = (more) => showStep(step + 1, values, here, { ...chosen, ...more });
   const part = [whatItDoes, whatYouLend, when, begin][step](values, here, chosen, next);
   page.replaceChildren(
     el("ol", { class: "steps", "aria-label": "Steps" }, ...STEPS.map((name, number) => el("li", { "aria-current": number === step ? "step" : null }, `${number + 1}. ${name}`))),
