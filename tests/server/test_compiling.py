@@ -30,6 +30,8 @@ from ..waiting import eventually, wait_until
 OWNER = Owner("server", "peer")
 COMPILED_WITHIN = 600.0
 """Seconds in which a compiler that has the lowest priority is done, whatever else the machine does."""
+COMPILES = pytest.mark.timeout(2 * COMPILED_WITHIN + 180)
+"""A test that compiles twice at most. It is the wait for the compiler that is to say what has not come."""
 
 
 @pytest.fixture
@@ -157,6 +159,7 @@ async def test_who_stops_ends_the_compiler(tmp_path: Path, engine: Engine) -> No
 
 
 @pytest.mark.slow
+@COMPILES
 async def test_a_step_is_compiled_once_and_kept(tmp_path: Path, engine: Engine) -> None:
     folder = tmp_path / "compiled"
     first = Compiling(stage_of(tmp_path), engine, folder)
@@ -233,12 +236,14 @@ def local_answer(swarm: LocalSwarm) -> list[list[int]]:
 
 
 @pytest.mark.slow
+@COMPILES
 @pytest.mark.parametrize("compiled", ["llama", "gemma2"], indirect=True)
 def test_a_swarm_with_compiled_steps_answers_as_the_local_model(compiled: LocalSwarm) -> None:
     assert answer(compiled.model(), prompt(5)[0], new_tokens=24).tolist() == local_answer(compiled)
 
 
 @pytest.mark.slow
+@COMPILES
 @pytest.mark.parametrize("compiled", ["llama"], indirect=True)
 def test_a_server_without_compiled_steps_goes_on_where_one_with_them_was_killed(compiled: LocalSwarm) -> None:
     first, model = compiled.servers[0], compiled.model()
