@@ -1,6 +1,6 @@
 """A server with no more memory than the kernel lets it have: it chooses blocks, and serves a first step.
 
-usage: python -m tests.server.memory_program CHECKPOINT MEMORY_BYTES DTYPE CACHE_TOKENS MAX_STEP_TOKENS
+usage: python -m tests.server.memory_program CHECKPOINT MEMORY_BYTES DTYPE CACHE_TOKENS STEP_TOKENS COMPILE
 
 The limit is on what the process has for itself, code and files apart. Prints one JSON object.
 """
@@ -55,16 +55,20 @@ async def serve(checkpoint: Checkpoint, config: ServerConfig) -> dict[str, float
         tasks.cancel_scope.cancel()
     assert config.memory_bytes is not None
     plan = config.plan(config.memory_bytes)
-    weights = (high - low) * plan.block_bytes
+    kv_bytes = config.plan(config.memory_bytes, with_slots=False).kv_bytes_per_block
+    # Room for the slots of compiled steps is kept free, until there are compiled steps.
+    of_blocks = (high - low) * (plan.block_bytes + plan.kv_bytes_per_block - kv_bytes)
     return {
         "blocks": high - low,
-        "used": (plan.workspace_bytes + weights + server.limits.cache_bytes) / config.memory_bytes,
-        "cache_share": server.limits.cache_bytes / ((high - low) * plan.kv_bytes_per_block),
+        "used": (plan.workspace_bytes + of_blocks + server.limits.cache_bytes) / config.memory_bytes,
+        "cache_share": server.limits.cache_bytes / ((high - low) * kv_bytes),
         "private_bytes": private_bytes(),
     }
 
 
-def main(path: str, memory_bytes: int, dtype: str, cache_tokens: int, max_step_tokens: int) -> None:
+def main(
+    path: str, memory_bytes: int, dtype: str, cache_tokens: int, max_step_tokens: int, compiles: str
+) -> None:
     """Limit the memory, and serve within it."""
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
@@ -73,6 +77,7 @@ def main(path: str, memory_bytes: int, dtype: str, cache_tokens: int, max_step_t
         max_step_tokens=max_step_tokens,
         activation_cache_bytes=_SMALL_BYTES,
         throughput=1.0,
+        compile=compiles,
     )
     checkpoint = Checkpoint.open(path)
     config = ServerConfig(
@@ -82,4 +87,4 @@ def main(path: str, memory_bytes: int, dtype: str, cache_tokens: int, max_step_t
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6])

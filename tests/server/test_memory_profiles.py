@@ -72,11 +72,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @cache
-def served(path: Path, memory_mib: int, dtype: str, tokens: int, step: int) -> dict[str, Any]:
+def served(path: Path, memory_mib: int, dtype: str, tokens: int, step: int, compiles: str) -> dict[str, Any]:
     """What the server within these limits says of itself at the end."""
     command = [sys.executable, "-m", "tests.server.memory_program", str(path), str(memory_mib * MIB)]
     run = subprocess.run(
-        [*command, dtype, str(tokens), str(step)],
+        [*command, dtype, str(tokens), str(step), compiles],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -89,12 +89,13 @@ def served(path: Path, memory_mib: int, dtype: str, tokens: int, step: int) -> d
     return found
 
 
+@pytest.mark.parametrize("compiles", ["auto", "off"])
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda one: "-".join(map(str, one)).replace(" ", "-"))
 def test_a_server_serves_its_first_tokens_within_its_memory(
-    checkpoints: dict[str, Path], profile: tuple[str, int, str, int, int]
+    checkpoints: dict[str, Path], profile: tuple[str, int, str, int, int], compiles: str
 ) -> None:
     width, *limits = profile
-    found = served(checkpoints[width], *limits)
+    found = served(checkpoints[width], *limits, compiles)
     assert found["private_bytes"] <= profile[1] * MIB
     assert 0.8 <= found["used"] <= 1.0
     assert found["cache_share"] >= 1.0
