@@ -1,6 +1,7 @@
 """How much faster is a decode step of a server that was compiled?
 
     python benchmarks/compiled_step.py --model M --json > benchmarks/results/compiled-step-m.json
+    python benchmarks/compiled_step.py --model M --sessions 1 --with-products
 
 One stage with all blocks of a model, in float32, in this process with one torch thread. Its decode step is
 compiled as a server does it (`swarmkit/server/engine/compiling.py`) and compared block by block with the
@@ -68,13 +69,16 @@ def timed_ms(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def programs_for(
-    stage: Stage, kinds: StageKinds, rows: int, shelf: PackageShelf
+    stage: Stage, kinds: StageKinds, rows: int, shelf: PackageShelf, with_products: bool
 ) -> tuple[dict[str, Program], float, float]:
-    """The programs, and the seconds that compiling and loading them took."""
+    """The programs, and the seconds that compiling and loading them took.
+
+    Args: with_products: whether products with weights are compiled, too; only for one row.
+    """
     began, paths = time.perf_counter(), {}
     for digest, kind in kinds.kinds.items():
-        key = program_key(digest, rows, LENGTH)
-        paths[digest] = anyio.run(compile_apart, shelf, key, kind, rows, LENGTH)
+        key = program_key(digest, rows, LENGTH, with_products)
+        paths[digest] = anyio.run(compile_apart, shelf, key, kind, rows, LENGTH, with_products)
     compiled = time.perf_counter()
     programs = {digest: Program(path) for digest, path in paths.items()}
     loaded = time.perf_counter()
@@ -133,6 +137,7 @@ def main() -> int:
     parser.add_argument("--sessions", default="1,2,4", help="numbers of sessions that decode at once")
     parser.add_argument("--held", default="32,1024", help="tokens that each holds")
     parser.add_argument("--turns", type=int, default=40)
+    parser.add_argument("--with-products", action="store_true", help="of one session, compile products, too")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     quiet_transformers()
@@ -145,7 +150,8 @@ def main() -> int:
         steps = CompiledSteps(stage, kinds, max(counts), LENGTH)
         compile_s, load_s = {}, {}
         for count in counts:
-            programs, compile_s[count], load_s[count] = programs_for(stage, kinds, count, shelf)
+            found = programs_for(stage, kinds, count, shelf, options.with_products and count == 1)
+            programs, compile_s[count], load_s[count] = found
             steps.put(count, programs)
         held = [int(tokens) for tokens in options.held.split(",")]
         rows = [measure(stage, steps, count, tokens, options.turns) for tokens in held for count in counts]

@@ -21,7 +21,7 @@ from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.compiled.kinds import BlockKind, NotCompiledError, StageKinds, kinds_of
 from swarmkit.models.compiled.shelf import PackageShelf
 from swarmkit.models.compiled.steps import CompiledSteps, Program, Race, StepComparison
-from swarmkit.models.compiled.trace import compile_step, export_step, make_view
+from swarmkit.models.compiled.trace import RowLinear, compile_step, export_step, make_view
 from swarmkit.models.execution.stage import Stage
 from swarmkit.models.kernels.blocked_linear import BlockedLinear
 
@@ -35,9 +35,9 @@ BOUND = 1e-5
 class Traced:
     """A traced program, run operation by operation."""
 
-    def __init__(self, kind: BlockKind, rows: int) -> None:
+    def __init__(self, kind: BlockKind, rows: int, with_products: bool = False) -> None:
         self._rows = rows
-        self._module = export_step(kind, rows, LENGTH).module()
+        self._module = export_step(kind, rows, LENGTH, with_products).module()
 
     def __call__(self, arguments: list[Tensor]) -> Tensor:
         hidden, positions, *rest = arguments
@@ -195,6 +195,25 @@ def test_a_program_that_fails_is_not_used_again(
     assert compiled == []
     assert session.cache.slot is None
     assert sum("a compiled step failed" in line for line in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_program_with_products_computes_the_same(checkpoints: Path, name: str) -> None:
+    stage = stage_of(checkpoints, name)
+    kinds = kinds_of(stage)
+    comparison = StepComparison(stage, kinds, 1, LENGTH)
+    program = Traced(kinds.kinds[kinds.of_block[0]], 1, with_products=True)
+    assert comparison.difference(0, program) < BOUND  # type: ignore[arg-type]
+
+
+def test_a_blocked_layer_stays_so_in_a_program_with_products(checkpoints: Path) -> None:
+    stage = stage_of(checkpoints, "llama")
+    path, layer = next(found for found in stage.base.named_modules() if type(found[1]) is nn.Linear)
+    replace(stage.base, path, BlockedLinear.of(layer))
+    kinds = kinds_of(stage)
+    view = make_view(kinds.kinds[kinds.of_block[0]], with_products=True)
+    forms = {type(one) for one in view.model.modules() if isinstance(one, nn.Linear)}
+    assert forms == {BlockedLinear, RowLinear}
 
 
 # comparing
@@ -377,6 +396,16 @@ def test_a_compiled_program_computes_the_same(
     assert compiled == [2, 2, 2, 1]
     for _ in range(6):  # until their windows are left behind, if there are some
         together(sessions, [1, 1])
+
+
+@pytest.mark.slow
+def test_products_with_one_row_are_compiled_to_the_same_numbers(checkpoints: Path, tmp_path: Path) -> None:
+    stage = stage_of(checkpoints, "llama")
+    kinds = kinds_of(stage)
+    ((_, kind),) = kinds.kinds.items()
+    compile_step(kind, 1, LENGTH, tmp_path / "made.pt2", with_products=True)
+    comparison = StepComparison(stage, kinds, 1, LENGTH)
+    assert comparison.difference(0, Program(tmp_path / "made.pt2")) < BOUND
 
 
 @pytest.mark.slow

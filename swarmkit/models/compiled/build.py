@@ -39,7 +39,8 @@ def main() -> None:
     try:
         from swarmkit.models.compiled.trace import compile_step
 
-        compile_step(BlockKind.parse(order["kind"]), order["rows"], order["length"], package)
+        kind, with_products = BlockKind.parse(order["kind"]), order["with_products"]
+        compile_step(kind, order["rows"], order["length"], package, with_products)
         reason = ""
     except NotCompiledError as error:
         reason = str(error)

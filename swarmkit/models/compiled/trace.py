@@ -101,8 +101,29 @@ class DecodeStep(nn.Module):
         return out
 
 
-def make_view(kind: BlockKind) -> PackedView:
-    """A block of a kind, without memory for its weights.
+class RowLinear(nn.Linear):
+    """A linear layer whose product with one row is compiled, too: a loop that reads each weight once.
+
+    Matrix libraries do not come near a memory's speed with one row on every processor, and not near a
+    cache's with a small matrix.
+    """
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> RowLinear:
+        """Make a layer that shares the weights of another."""
+        same = cls(layer.in_features, layer.out_features, bias=False, device="meta")
+        same.weight, same.bias = layer.weight, layer.bias
+        return same.train(layer.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        product = (self.weight * input.reshape(1, self.in_features)).sum(-1)
+        if self.bias is not None:
+            product = product + self.bias
+        return product.view(*input.shape[:-1], self.out_features)
+
+
+def make_view(kind: BlockKind, with_products: bool = False) -> PackedView:
+    """A block of a kind, without memory for its weights; `with_products`: see `RowLinear`.
 
     Raises:
         NotCompiledError: the config does not make such a block.
@@ -117,6 +138,10 @@ def make_view(kind: BlockKind) -> PackedView:
     made = describe(_as_kept(base, kind.torch_dtype), kind.make_config(), kind.torch_dtype, kind.rooms)
     if difference := kind.difference_from(made):
         raise NotCompiledError(f"its config makes another block than the one that is served: {difference}")
+    if with_products:
+        for path, layer in list(base.named_modules()):
+            if isinstance(layer, nn.Linear) and not isinstance(layer, BlockedLinear):
+                replace(base, path, RowLinear.of(layer))
     return PackedView(base, anatomy, _no_adapters(base, anatomy))
 
 
@@ -159,8 +184,10 @@ def arguments_for(kind: BlockKind, rows: int, length: int) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def export_step(kind: BlockKind, rows: int, length: int) -> ExportedProgram:
-    """Trace the decode step of a kind for so many rows, in slots of `length` tokens."""
+def export_step(kind: BlockKind, rows: int, length: int, with_products: bool = False) -> ExportedProgram:
+    """Trace the decode step of a kind for so many rows, in slots of `length` tokens; `with_products`: see
+    `RowLinear`.
+    """
     names = [name for name, _, _ in kind.weights]
     arguments = arguments_for(kind, rows, length)
     # With all of a slot, a slice would be no slice, and a program has to be the same for all lengths.
@@ -168,22 +195,22 @@ def export_step(kind: BlockKind, rows: int, length: int) -> ExportedProgram:
     seen = [{0: one} for one in lengths]
     fixed = [[None] * rows, [None] * rows, [None] * len(names)]
     return torch.export.export(
-        DecodeStep(make_view(kind), names),
+        DecodeStep(make_view(kind, with_products), names),
         arguments,
         dynamic_shapes=(None, None, seen, *fixed),
         strict=False,
     )
 
 
-def compile_step(kind: BlockKind, rows: int, length: int, package: Path) -> None:
-    """Trace, compile and write to `package`, whose name ends in .pt2."""
-    program = export_step(kind, rows, length)
+def compile_step(kind: BlockKind, rows: int, length: int, package: Path, with_products: bool = False) -> None:
+    """Trace, compile and write to `package`, whose name ends in .pt2; `with_products`: see `RowLinear`."""
+    program = export_step(kind, rows, length, with_products)
     if any(form == "blocked" for _, form, _ in kind.linear):
         _allow_blocked_arguments()
     torch._inductor.aoti_compile_and_package(
         program,
         package_path=str(package),
-        # What is computed between matrix products is too little for several threads. The products themselves
+        # What is computed between matrix products is too little for several threads. Most products
         # and the attention are torch's own, which use as many as the server is allowed.
         inductor_configs={"cpp.threads": 1},
     )

@@ -7,6 +7,9 @@
                              load ── compare each block ── measure ── put in place, and say so
                                      (engine, block by block, between the steps of clients)
 
+For one row there are two programs: in the second one the products with weights are compiled, too. It takes
+the place of the first one where it is faster, which depends on the processor and the shapes.
+
 Until then, and wherever something of it cannot be done, tokens run as they do without; the reason is told.
 
 Compiling takes half a minute of a processor for each number of rows. With `auto`, a server compiles only what
@@ -120,7 +123,9 @@ class StepCompiler:
                 shelf = await anyio.to_thread.run_sync(PackageShelf, self._folder)
                 kinds = (await self._engine.run(lambda: kinds_of(self._stage), BULK)).value
                 for size in sizes_up_to(self._settings.compile_slots):
-                    await self._put_in_place(shelf, kinds, size)
+                    speedup = await self._put_in_place(shelf, kinds, size)
+                    if size == 1:
+                        await self._try_with_products(shelf, kinds, speedup)
         except NotCompiledError as error:
             self._tell(str(error), size)
         except Exception as error:
@@ -142,16 +147,50 @@ class StepCompiler:
     def _told(self, kind: type[Event], *values: object) -> None:
         self._emit(kind, self._stage.start, self._stage.stop, *values)
 
-    async def _put_in_place(self, shelf: PackageShelf, kinds: StageKinds, size: int) -> None:
+    async def _put_in_place(self, shelf: PackageShelf, kinds: StageKinds, size: int) -> float:
         """Have programs for so many rows, and use them if they compute the same.
+
+        Returns: how many times as fast they are.
 
         Raises:
             NotCompiledError: there are none, or they do not.
         """
-        settings = self._settings
-        keys = {digest: program_key(digest, size, settings.compile_tokens) for digest in kinds.kinds}
+        programs, speedup = await self._checked(shelf, kinds, size)
+        if self._settings.compile == "auto" and speedup < _FASTER:
+            reason = f"compiled steps take {1 / speedup:.2f} times as long here as others"
+            self._told(StepNotCompiled, reason, size)
+        else:
+            await self._engine.run(lambda: self._use(kinds, programs, size), BULK)
+            self._told(StepCompiled, size, speedup)
+        return speedup
+
+    async def _try_with_products(self, shelf: PackageShelf, kinds: StageKinds, without: float) -> None:
+        """Have programs for one row with products, and use them where they are faster than any others.
+
+        Args: without: how many times as fast those without are.
+        """
+        try:
+            programs, speedup = await self._checked(shelf, kinds, 1, with_products=True)
+        except NotCompiledError as error:
+            logger.info("products with one row are not compiled: %s", error)
+            return
+        if speedup >= _FASTER * max(without, 1.0):
+            await self._engine.run(lambda: self._use(kinds, programs, 1), BULK)
+            self._told(StepCompiled, 1, speedup)
+
+    async def _checked(
+        self, shelf: PackageShelf, kinds: StageKinds, size: int, with_products: bool = False
+    ) -> tuple[Mapping[str, Program], float]:
+        """Programs for so many rows that compute the same, and how many times as fast they are.
+
+        Raises:
+            NotCompiledError: there are none, or they do not.
+        """
+        tokens = self._settings.compile_tokens
+        keys = {digest: program_key(digest, size, tokens, with_products) for digest in kinds.kinds}
         packages = {
-            digest: await self._have(shelf, keys[digest], kind, size) for digest, kind in kinds.kinds.items()
+            digest: await self._have(shelf, keys[digest], kind, size, with_products)
+            for digest, kind in kinds.kinds.items()
         }
         with shelf.trying(keys.values()):
             try:
@@ -164,13 +203,7 @@ class StepCompiler:
                 for key in keys.values():
                     shelf.remove(key)
                 raise
-            speedup = await self._measure(kinds, programs, size)
-        if settings.compile == "auto" and speedup < _FASTER:
-            reason = f"compiled steps take {1 / speedup:.2f} times as long here as others"
-            self._told(StepNotCompiled, reason, size)
-            return
-        await self._engine.run(lambda: self._use(kinds, programs, size), BULK)
-        self._told(StepCompiled, size, speedup)
+            return programs, await self._measure(kinds, programs, size)
 
     def _use(self, kinds: StageKinds, programs: Mapping[str, Program], size: int) -> None:
         if self.steps is None:
@@ -179,7 +212,9 @@ class StepCompiler:
             self._stage.decode_path = self.steps
         self.steps.put(size, programs)
 
-    async def _have(self, shelf: PackageShelf, key: str, kind: BlockKind, size: int) -> Path:
+    async def _have(
+        self, shelf: PackageShelf, key: str, kind: BlockKind, size: int, with_products: bool
+    ) -> Path:
         """A program on the shelf, compiled now if it is not there."""
         found = await anyio.to_thread.run_sync(shelf.find, key)
         if found is None:
@@ -188,7 +223,8 @@ class StepCompiler:
             async with _alone(shelf.folder):
                 found = await anyio.to_thread.run_sync(shelf.find, key)  # others may have been at it
                 if found is None:
-                    found = await compile_apart(shelf, key, kind, size, self._settings.compile_tokens)
+                    tokens = self._settings.compile_tokens
+                    found = await compile_apart(shelf, key, kind, size, tokens, with_products)
         return found
 
     async def _compare(self, kinds: StageKinds, programs: Mapping[str, Program], size: int) -> None:
@@ -234,12 +270,15 @@ def ensure_compiler() -> None:
         )
 
 
-def program_key(digest: str, rows: int, tokens: int) -> str:
+def program_key(digest: str, rows: int, tokens: int, with_products: bool = False) -> str:
     """The name of a program: what it was made for, of what, and by what.
 
-    Args: digest: of the kind of block.
+    Args:
+        digest: of the kind of block.
+        with_products: whether products with weights are compiled, too.
     """
-    return sha256("\n".join([digest, str(rows), str(tokens), *_made_by()]).encode()).hexdigest()
+    made_for = [digest, str(rows), str(tokens), *(["with products"] if with_products else [])]
+    return sha256("\n".join([*made_for, *_made_by()]).encode()).hexdigest()
 
 
 @cache
@@ -266,7 +305,9 @@ async def _alone(folder: Path) -> AsyncIterator[None]:
         lock.release()
 
 
-async def compile_apart(shelf: PackageShelf, key: str, kind: BlockKind, rows: int, tokens: int) -> Path:
+async def compile_apart(
+    shelf: PackageShelf, key: str, kind: BlockKind, rows: int, tokens: int, with_products: bool = False
+) -> Path:
     """Compile a program in a process of its own, and put it on the shelf.
 
     If this is cancelled, the process and its compiler are killed.
@@ -276,7 +317,13 @@ async def compile_apart(shelf: PackageShelf, key: str, kind: BlockKind, rows: in
     """
     with shelf.workplace() as place:
         package = place / "made.pt2"
-        order = {"kind": kind.text, "rows": rows, "length": tokens, "package": str(package)}
+        order = {
+            "kind": kind.text,
+            "rows": rows,
+            "length": tokens,
+            "package": str(package),
+            "with_products": with_products,
+        }
         with (place / "errors.txt").open("w+b") as errors:
             with anyio.move_on_after(_PATIENCE_S) as patience:
                 code = await _run_to_the_end(json.dumps(order), errors.fileno(), place)
