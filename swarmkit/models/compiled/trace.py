@@ -32,6 +32,7 @@ from swarmkit.models.compiled.kinds import LEAST_SEEN, BlockKind, NotCompiledErr
 from swarmkit.models.execution.packed import BatchedKeys, PackedBatch, PackedView
 from swarmkit.models.kernels.blocked_linear import BlockedLinear
 from swarmkit.models.kernels.cut_linear import CutLinear
+from swarmkit.models.kernels.replace_linear import with_weights_of
 
 
 class SlotArguments(PackedBatch):
@@ -108,13 +109,6 @@ class RowLinear(nn.Linear):
     cache's with a small matrix.
     """
 
-    @classmethod
-    def of(cls, layer: nn.Linear) -> RowLinear:
-        """Make a layer that shares the weights of another."""
-        same = cls(layer.in_features, layer.out_features, bias=False, device="meta")
-        same.weight, same.bias = layer.weight, layer.bias
-        return same.train(layer.training)
-
     def forward(self, input: Tensor) -> Tensor:
         product = (self.weight * input.reshape(1, self.in_features)).sum(-1)
         if self.bias is not None:
@@ -141,7 +135,7 @@ def make_view(kind: BlockKind, with_products: bool = False) -> PackedView:
     if with_products:
         for path, layer in list(base.named_modules()):
             if isinstance(layer, nn.Linear) and not isinstance(layer, BlockedLinear):
-                replace(base, path, RowLinear.of(layer))
+                replace(base, path, with_weights_of(layer, RowLinear))
     return PackedView(base, anatomy, _no_adapters(base, anatomy))
 
 
@@ -149,9 +143,7 @@ def _in_form(layer: Any, form: str, cuts: tuple[int, ...]) -> nn.Module:
     """Replace a linear layer as the stage has done."""
     if form == "cut":
         return CutLinear.of(layer, cuts)
-    same = BlockedLinear(layer.in_features, layer.out_features, bias=False, device="meta")
-    same.weight, same.bias = layer.weight, layer.bias
-    return same.train(layer.training)
+    return with_weights_of(layer, BlockedLinear)
 
 
 def _as_kept(base: Any, dtype: torch.dtype) -> Any:

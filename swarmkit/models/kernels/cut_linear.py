@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from swarmkit.models.kernels.choices import recall_choice, remember_choice
-from swarmkit.models.kernels.replace_linear import can_be_replaced, median_seconds, replace_linear
+from swarmkit.models.kernels.replace_linear import (
+    can_be_replaced,
+    median_seconds,
+    replace_linear,
+    with_weights_of,
+)
 
 CUTS = (16, 128)
 """Numbers of outputs of one part that are tried."""
@@ -45,10 +50,9 @@ class CutLinear(nn.Linear):
     @classmethod
     def of(cls, layer: nn.Linear, cut_of: Sequence[int]) -> CutLinear:
         """Make a layer that shares the weights of another."""
-        same = cls(layer.in_features, layer.out_features, bias=False, device="meta")
-        same.weight, same.bias = layer.weight, layer.bias
+        same = with_weights_of(layer, cls)
         same.cut_of = cut_of
-        return same.train(layer.training)
+        return same
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.numel() // self.in_features

@@ -5,8 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torch import nn
+
+L = TypeVar("L", bound=nn.Linear)
 
 SMALLEST = 2**18
 """Layers with fewer weights stay as they are: their products take next to no time."""
@@ -25,6 +28,13 @@ def replace_linear(model: nn.Module, make: Callable[[nn.Linear], nn.Linear | Non
                 setattr(module, name, new)
                 replaced += 1
     return replaced
+
+
+def with_weights_of(layer: nn.Linear, kind: type[L]) -> L:
+    """Make a linear layer of another class that shares the weights of `layer`."""
+    same = kind(layer.in_features, layer.out_features, bias=False, device="meta")
+    same.weight, same.bias = layer.weight, layer.bias
+    return same.train(layer.training)
 
 
 def can_be_replaced(layer: nn.Linear) -> bool:
