@@ -125,6 +125,7 @@ class AnswerEngine:
         job = _AnswerJob(self.model, self.tokenizer, self.ends, request, tell)
         thread = AnswerThread(job.run, on_end=lambda: tell(None))
         self._running = {other: its for other, its in self._running.items() if not its.done} | {job: thread}
+        thread.start()
         try:
             told = self._clock.now()
             while (event := await events.get()) is not None:

@@ -36,14 +36,14 @@ class StopSignal(StoppingCriteria):
 
 
 class AnswerThread(Generic[T]):
-    """Work that makes an answer, in a thread that begins at once and ends with the work.
+    """Work that makes an answer, in a thread that `start` begins and that ends with the work.
 
     Attributes:
         stop: what was handed to the work, which hands it on to `generate()`.
     """
 
     def __init__(self, work: Callable[[StopSignal], T], on_end: Callable[[], None] = lambda: None) -> None:
-        """Begin.
+        """Prepare the work. `start` begins it.
 
         Args: on_end: called in the thread when the result is there.
         """
@@ -51,6 +51,14 @@ class AnswerThread(Generic[T]):
         self._work = work
         self._on_end = on_end
         self._outcome: Future[T] = Future()
+        self._claim = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin the work, unless it has begun.
+
+        Whoever was interrupted in this call cannot know whether the thread runs, and calls it once more.
+        """
         self._thread = threading.Thread(target=self._run, name="swarmkit-answer", daemon=True)
         self._thread.start()
 
@@ -75,9 +83,12 @@ class AnswerThread(Generic[T]):
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for the end of the thread."""
-        self._thread.join(timeout)
+        if self._thread is not None:
+            self._thread.join(timeout)
 
     def _run(self) -> None:
+        if not self._claim.acquire(blocking=False):
+            return  # another start has begun the work
         # torch learns how many threads it may use in each thread at its first parallel loop; matrix products
         # before that would use another number, and differ in their last bits from all later ones.
         torch.get_num_threads()

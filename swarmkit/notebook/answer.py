@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class BackgroundAnswer:
-    """An answer that is under way; made by `generate_in_background`."""
+    """An answer that is under way, once it was started; made by `generate_in_background`."""
 
     def __init__(
         self, model: SwarmModelForCausalLM, inputs: dict[str, Any], view: PipelineView | None = None
@@ -31,6 +31,10 @@ class BackgroundAnswer:
             return model.generate(**inputs, stopping_criteria=[*criteria, stop])
 
         self._answer = AnswerThread(work)
+
+    def start(self) -> None:
+        """Begin the answer, unless it has begun; to be called again by whoever was interrupted in it."""
+        self._answer.start()
 
     @property
     def done(self) -> bool:
@@ -89,7 +93,9 @@ def generate_in_background(
 
     Args: view: shows the text, too, while it comes.
     """
-    return BackgroundAnswer(model, inputs, view)
+    answer = BackgroundAnswer(model, inputs, view)
+    answer.start()
+    return answer
 
 
 def generate_shown(model: SwarmModelForCausalLM, inputs: dict[str, Any], view: PipelineView | bool) -> Any:
@@ -109,9 +115,11 @@ def generate_shown(model: SwarmModelForCausalLM, inputs: dict[str, Any], view: P
     try:
         answer = BackgroundAnswer(model, inputs, shown)
         try:
+            answer.start()
             return answer.result()
         except KeyboardInterrupt:
             answer.stop()
+            answer.start()
             return answer.result()
     finally:
         if shown is not view:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from html import unescape
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 
 from swarmkit import LocalSwarm, SwarmModelForCausalLM
+from swarmkit.client.answer_thread import AnswerThread
 from swarmkit.errors import UsageError
+from swarmkit.events import StepFinished
 
 from ..waiting import wait_until
 
@@ -122,26 +127,52 @@ def test_an_answer_that_is_shown_goes_on_in_the_session_around_it(
         assert session.position == tokens.shape[1] - 1
 
 
+@contextmanager
+def raising_interrupts() -> Iterator[None]:
+    """In the block, Ctrl-C raises KeyboardInterrupt, as it does in a kernel."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def test_an_interrupt_ends_the_answer_and_returns_what_came(
     model: SwarmModelForCausalLM, inputs: dict[str, Any]
 ) -> None:
     main = threading.main_thread().ident
     assert main is not None
-    with model.subscribe() as events:
+    with model.subscribe(1024, StepFinished) as steps:
 
         def interrupt() -> None:
-            if events.get(timeout=60) is not None:
+            if steps.get(timeout=60) is not None:
                 signal.pthread_kill(main, signal.SIGINT)
 
         presses = threading.Thread(target=interrupt)
-        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
+        with raising_interrupts():
             presses.start()
             tokens = model.generate(**inputs, max_new_tokens=1500, min_new_tokens=1500, view=True)
-        finally:
-            presses.join(60)
-            signal.signal(signal.SIGINT, handler)
+        presses.join(60)
     assert inputs["input_ids"].shape[1] < tokens.shape[1] < 1500
+
+
+def test_an_interrupt_while_the_answer_begins_ends_it_too(
+    model: SwarmModelForCausalLM, inputs: dict[str, Any]
+) -> None:
+    presses = iter([signal.SIGINT])
+
+    def interrupt(frame: FrameType, event: str, arg: object) -> None:
+        if event == "call" and frame.f_code is AnswerThread.start.__code__:
+            for each in presses:
+                signal.raise_signal(each)
+
+    with raising_interrupts():
+        sys.setprofile(interrupt)
+        try:
+            tokens = model.generate(**inputs, max_new_tokens=1500, min_new_tokens=1500, view=True)
+        finally:
+            sys.setprofile(None)
+    assert tokens.shape[1] == inputs["input_ids"].shape[1] + 1
 
 
 def test_a_view_of_another_kind_is_refused(model: SwarmModelForCausalLM, inputs: dict[str, Any]) -> None:
