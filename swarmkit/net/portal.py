@@ -194,23 +194,19 @@ class _Call(Generic[_T]):
         self._loop = loop
         self._function = function
         self._on_end = on_end
-        self._task: asyncio.Task[_T] | None = None
         self.future: concurrent.futures.Future[_T] = concurrent.futures.Future()
         self.ended = threading.Event()
 
     def start(self) -> None:
         """Begin; to be called on the loop."""
-        self._task = self._loop.create_task(self._run())
-        self._task.add_done_callback(self._finish)
-        self.future.add_done_callback(self._pass_on_cancel)
+        task = self._loop.create_task(self._run())
+        task.add_done_callback(self._finish)
+        # A future keeps its callbacks. If they referred to this call, both would be garbage that Python finds
+        # only much later, and with them what the function refers to, such as a session.
+        self.future.add_done_callback(functools.partial(_pass_on_cancel, self._loop, task))
 
     async def _run(self) -> _T:
         return await self._function()
-
-    def _pass_on_cancel(self, future: concurrent.futures.Future[_T]) -> None:
-        if future.cancelled() and self._task is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is gone, and the task with it
-                self._loop.call_soon_threadsafe(self._task.cancel)
 
     def _finish(self, task: asyncio.Task[_T]) -> None:
         if task.cancelled():
@@ -223,6 +219,14 @@ class _Call(Generic[_T]):
                 self.future.set_exception(error)
             else:
                 self.future.set_result(task.result())
+
+
+def _pass_on_cancel(
+    loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any], future: concurrent.futures.Future[Any]
+) -> None:
+    if future.cancelled():
+        with contextlib.suppress(RuntimeError):  # the loop is gone, and the task with it
+            loop.call_soon_threadsafe(task.cancel)
 
 
 class _Started(TaskStatus[Any]):

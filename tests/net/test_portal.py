@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -265,6 +266,25 @@ def test_call_soon_may_be_used_by_a_finalizer_on_the_loop_itself(lease: portal.P
 
     lease.call(collect)
     assert done.wait(10)
+
+
+def test_what_was_called_is_let_go_when_it_has_answered(lease: portal.PortalLease) -> None:
+    class Called:
+        async def answer(self) -> int:
+            return 1
+
+    def call() -> weakref.ref[Called]:
+        called = Called()
+        lease.call(called.answer)
+        return weakref.ref(called)
+
+    gc.disable()  # which would find it sooner or later
+    try:
+        called = call()
+        lease.call(add, 1, 1)  # so that the loop has left the task before
+        assert called() is None
+    finally:
+        gc.enable()
 
 
 # forks

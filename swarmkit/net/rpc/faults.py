@@ -51,7 +51,12 @@ def refusal_of(error: Exception, too_large: FaultCode = "too_large") -> Refusal:
     if isinstance(error, ProtocolError):
         return Refusal("bad_message", str(error))
     if isinstance(error, PeerError | TimeoutError):
-        raise error
+        try:
+            raise error
+        finally:
+            # Its traceback has this frame now. If this frame had the error, too, neither would be let go, nor
+            # what the frames between hold, such as a session's cache, until Python looks for garbage.
+            del error
     logger.error("a request failed on this server", exc_info=error)
     return Refusal("internal", f"the request failed on the server: {type(error).__name__}: {error}")
 
