@@ -3,10 +3,11 @@
     python benchmarks/compiled_step.py --model M --json > benchmarks/results/compiled-step-m.json
     python benchmarks/compiled_step.py --model M --sessions 1 --with-products
 
-One stage with all blocks of a model, in float32, in this process with one torch thread. Its decode step is
-compiled as a server does it (`swarmkit/server/engine/compiling.py`) and compared block by block with the
-step that it replaces. Then sessions that hold so many tokens decode one token each, with compiled steps and
-without (`eager`), by turns; the first turns do not count. Outputs are compared at every turn.
+One stage with all blocks of a model, in float32, in this process with one torch thread, and in huge pages
+where Linux leaves that to programs, as a server has it. Its decode step is compiled as a server does it
+(`swarmkit/server/engine/compiling.py`) and compared block by block with the step that it replaces. Then
+sessions that hold so many tokens decode one token each, with compiled steps and without (`eager`), by turns;
+the first turns do not count. Outputs are compared at every turn.
 
 Reported for each number of sessions and of tokens that they hold: milliseconds of a step of both kinds, and
 `ratio`, of eager to compiled, the median of the ratios within turns. `products_ms` is what the products of
@@ -38,11 +39,12 @@ from torch import nn
 from swarmkit.bench.environment import environment
 from swarmkit.bench.subject import open_subject
 from swarmkit.cli.console import quiet_transformers
+from swarmkit.huge_pages import ask_for_huge_pages
 from swarmkit.models.compiled.kinds import StageKinds, kinds_of
 from swarmkit.models.compiled.shelf import PackageShelf
 from swarmkit.models.compiled.steps import CompiledSteps, Program, StepComparison
 from swarmkit.models.execution.stage import Stage, StepPart
-from swarmkit.server.engine.compiling import compile_apart, program_key
+from swarmkit.server.engine.compiling import MOST_ROWS_WITH_PRODUCTS, compile_apart, program_key
 
 LENGTH = 2048
 UNCOUNTED = 3
@@ -73,7 +75,7 @@ def programs_for(
 ) -> tuple[dict[str, Program], float, float]:
     """The programs, and the seconds that compiling and loading them took.
 
-    Args: with_products: whether products with weights are compiled, too; only for one row.
+    Args: with_products: whether products with weights are compiled, too; only for a row or two.
     """
     began, paths = time.perf_counter(), {}
     for digest, kind in kinds.kinds.items():
@@ -137,20 +139,25 @@ def main() -> int:
     parser.add_argument("--sessions", default="1,2,4", help="numbers of sessions that decode at once")
     parser.add_argument("--held", default="32,1024", help="tokens that each holds")
     parser.add_argument("--turns", type=int, default=40)
-    parser.add_argument("--with-products", action="store_true", help="of one session, compile products, too")
+    parser.add_argument(
+        "--with-products", action="store_true", help="of a session or two, compile products, too"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     quiet_transformers()
+    ask_for_huge_pages()  # torch has allocated no tensor so far
     torch.set_num_threads(1)
     counts = [int(count) for count in options.sessions.split(",")]
     with open_subject(options.model) as subject, tempfile.TemporaryDirectory() as folder:
         checkpoint = subject.checkpoint
-        stage = Stage.load(checkpoint, 0, checkpoint.num_blocks, dtype="float32")
+        stage = Stage.load(checkpoint, 0, checkpoint.num_blocks, dtype="float32", will_compile=True)
         kinds, shelf = kinds_of(stage), PackageShelf(Path(folder) / "compiled")
         steps = CompiledSteps(stage, kinds, max(counts), LENGTH)
         compile_s, load_s = {}, {}
         for count in counts:
-            found = programs_for(stage, kinds, count, shelf, options.with_products and count == 1)
+            found = programs_for(
+                stage, kinds, count, shelf, options.with_products and count <= MOST_ROWS_WITH_PRODUCTS
+            )
             programs, compile_s[count], load_s[count] = found
             steps.put(count, programs)
         held = [int(tokens) for tokens in options.held.split(",")]

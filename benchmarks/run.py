@@ -25,14 +25,16 @@ PLOT = RESULTS / "engine.svg"
 
 SCRIPTS = {
     "machine": "machine.py",  # not a benchmark of ours, but what the others are to be read beside
+    "few-rows": "few_rows.py --json",
     "views": "views.py --json",
     "beside-llama-cpp": "beside_llama_cpp.py --json",
     "compiled-step-s": "compiled_step.py --model S --json",
-    "compiled-step-m": "compiled_step.py --model M --sessions 1 --json",
+    "compiled-step-m": "compiled_step.py --model M --sessions 1,2 --json",
 }
 """Files beside this one; they print their result as one JSON value."""
 COMMANDS = {
     "machine": "",
+    "few-rows": "",
     "views": "",
     "beside-llama-cpp": "",
     "compiled-step-s": "",

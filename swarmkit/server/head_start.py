@@ -17,6 +17,7 @@ from swarmkit.models.check import ensure_servable
 from swarmkit.models.execution.stage import Stage
 from swarmkit.placement.intentions import Span
 from swarmkit.server.config import ServerConfig
+from swarmkit.server.engine.compiling import will_compile
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ def load_stage(
 ) -> Stage:
     """Load blocks as a server's settings want them; see `Stage.load`."""
     low, high = blocks
+    engine = config.settings.engine
     stage = Stage.load(
         config.checkpoint,
         low,
@@ -45,8 +47,8 @@ def load_stage(
         device=config.device,
         progress=progress,
         on_tensor=on_tensor,
+        will_compile=will_compile(engine),
     )
-    engine = config.settings.engine
     if engine.cuda_graph_slots and stage.device.type == "cuda":
         stage.enable_cuda_graphs(engine.cuda_graph_slots, engine.cuda_graph_tokens)
     return stage

@@ -86,7 +86,7 @@ def test_each_client_gets_the_tokens_that_it_gets_alone(world: SharedSwarm) -> N
 def test_threads_of_one_model_get_the_tokens_that_they_get_alone(
     world: SharedSwarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "cuts_together", lambda *shape: ())  # as if its output layer were a large one
+    monkeypatch.setattr(head, "ways_together", lambda *shape: ())  # as if its output layer were a large one
     all_run = threading.Barrier(CLIENTS, timeout=60)
 
     def talk(ids: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.head import head
 from swarmkit.models.head.head import MOST_JOINT_ROWS, JointLinear, build_head
 from swarmkit.models.head.head_kind import HeadKind
+from swarmkit.models.kernels.few_rows import PLAIN, cut_product
 
 from ..waiting import WITHIN, wait_until
 from .tiny import make_checkpoint
@@ -107,8 +108,9 @@ def quietly(layer: nn.Module, given: Tensor) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def cuts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Together is faster."""
-    monkeypatch.setattr(head, "cuts_together", lambda *shape: (0, 0, *[16] * MOST_JOINT_ROWS))
+    """Together is faster, in parts, and alone nothing is."""
+    monkeypatch.setattr(head, "ways_together", lambda *shape: (PLAIN, PLAIN, *["cut 16"] * MOST_JOINT_ROWS))
+    monkeypatch.setattr(head, "ways_alone", lambda *shape: ())
 
 
 @pytest.fixture
@@ -192,6 +194,17 @@ def test_alone_it_gives_exactly_what_the_plain_layer_gives(
     assert torch.equal(quietly(joint_layer(dtype=dtype), given), quietly(plain_layer(dtype=dtype), given))
 
 
+@pytest.mark.parametrize("shape", [(), (1, 1), (3, 7)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_alone_it_computes_in_the_fastest_way(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], bias: bool
+) -> None:
+    monkeypatch.setattr(head, "ways_alone", lambda *shape: (PLAIN, *["cut 16"] * 30))
+    layer, given = joint_layer(bias), rows(1, *shape)
+    expected = cut_product(given.reshape(-1, IN), layer.weight, layer.bias, 16).view(*given.shape[:-1], OUT)
+    assert torch.equal(quietly(layer, given), expected)
+
+
 def taking_gradients(layer: JointLinear) -> Tensor:
     logits: Tensor = layer(rows(1).requires_grad_())
     return logits
@@ -221,7 +234,7 @@ def test_what_cannot_be_shared_waits_for_nobody(crowd: Crowd, ask: Callable[[Joi
 
 
 def test_where_it_is_not_faster_nobody_waits(crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "cuts_together", lambda *shape: None)
+    monkeypatch.setattr(head, "ways_together", lambda *shape: None)
     layer = joint_layer()
     crowd.begin(layer)
     quietly(layer, rows(1))

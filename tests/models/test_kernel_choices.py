@@ -10,7 +10,7 @@ import platformdirs
 import pytest
 import torch
 
-from swarmkit.models.kernels import blocked_linear, choices, cut_linear
+from swarmkit.models.kernels import blocked_linear, choices, few_rows, rows_together
 
 IN, OUT = 512, 768
 
@@ -25,14 +25,14 @@ class Comparisons:
 
     def __init__(self) -> None:
         self.blocked = 0
-        self.cuts = 0
+        self.ways = 0
 
     def of_blocked(self, works: Sequence[Callable[[], object]], trials: int = 1) -> list[float]:
         self.blocked += 1
         return [2.0, 1.0]
 
-    def of_cuts(self, works: Sequence[Callable[[], object]]) -> list[float]:
-        self.cuts += 1
+    def of_ways(self, works: Sequence[Callable[[], object]]) -> list[float]:
+        self.ways += 1
         return [1.0 / number for number in range(1, len(works) + 1)]
 
 
@@ -40,7 +40,7 @@ class Comparisons:
 def comparisons(monkeypatch: pytest.MonkeyPatch) -> Iterator[Comparisons]:
     counted = Comparisons()
     monkeypatch.setattr(blocked_linear, "measured_seconds", counted.of_blocked)
-    monkeypatch.setattr(cut_linear, "measured_seconds", counted.of_cuts)
+    monkeypatch.setattr(few_rows, "measured_seconds", counted.of_ways)
     forget()
     yield counted
     forget()
@@ -49,7 +49,8 @@ def comparisons(monkeypatch: pytest.MonkeyPatch) -> Iterator[Comparisons]:
 def forget() -> None:
     """Forget what only this process remembers, as if it began."""
     blocked_linear.is_faster.cache_clear()
-    cut_linear.fastest_cuts.cache_clear()
+    few_rows.fastest_ways.cache_clear()
+    rows_together.ways_alone.cache_clear()
     choices.processor.cache_clear()
 
 
@@ -58,7 +59,7 @@ def start(threads: int = 1) -> tuple[bool, Sequence[int]]:
     forget()
     return (
         blocked_linear.is_faster(OUT, IN, torch.float32, threads),
-        cut_linear.fastest_cuts(OUT, IN, threads),
+        few_rows.fastest_ways(OUT, IN, threads),
     )
 
 
@@ -74,9 +75,9 @@ def replace_choices(with_value: object) -> None:
 
 def test_a_second_start_does_not_compare_again(comparisons: Comparisons) -> None:
     start()
-    compared = comparisons.blocked, comparisons.cuts
+    compared = comparisons.blocked, comparisons.ways
     start()
-    assert (comparisons.blocked, comparisons.cuts) == compared != (0, 0)
+    assert (comparisons.blocked, comparisons.ways) == compared != (0, 0)
 
 
 def test_a_second_start_chooses_as_the_first(comparisons: Comparisons) -> None:
@@ -106,23 +107,26 @@ def test_products_that_are_others_are_not_remembered(
 )
 def test_with_a_damaged_file_it_is_compared_again(comparisons: Comparisons, content: str) -> None:
     first = start()
-    compared = comparisons.cuts
+    compared = comparisons.ways
     choices_file().write_text(content)
     assert start() == first
-    assert comparisons.cuts == 2 * compared
+    assert comparisons.ways == 2 * compared
 
 
 @pytest.mark.parametrize(
     "foreign",
-    [None, 7, "yes", [], [0] * 48, [0, 0, 64] + [0] * 46, [0, 16] + [0] * 47, [0, 0] + [True] * 47, {"a": 1}],
+    [
+        *(None, 7, "yes", [], ["plain"] * 49, {"a": 1}),
+        *(["plain"] + [other] * 49 for other in ("another", "cut 64", 16, True, None, ["plain"])),
+    ],
     ids=str,
 )
 def test_what_is_no_choice_is_compared_again(comparisons: Comparisons, foreign: object) -> None:
     first = start()
-    compared = comparisons.blocked, comparisons.cuts
+    compared = comparisons.blocked, comparisons.ways
     replace_choices(foreign)
     assert start() == first
-    assert (comparisons.blocked, comparisons.cuts) == (2 * compared[0], 2 * compared[1])
+    assert (comparisons.blocked, comparisons.ways) == (2 * compared[0], 2 * compared[1])
 
 
 def another_processor(patch: pytest.MonkeyPatch) -> None:
@@ -143,7 +147,7 @@ def another_version_of_ours(patch: pytest.MonkeyPatch) -> None:
 
 
 def another_comparison(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(cut_linear, "COMPARISON", 99)
+    patch.setattr(few_rows, "COMPARISON", 99)
 
 
 @pytest.mark.parametrize(
@@ -160,12 +164,12 @@ def test_in_other_circumstances_it_is_compared_again(
     comparisons: Comparisons, monkeypatch: pytest.MonkeyPatch, change: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
     start()
-    compared = comparisons.cuts
+    compared = comparisons.ways
     with monkeypatch.context() as patch:
         change(patch)
-        cut_linear.fastest_cuts.cache_clear()
-        cut_linear.fastest_cuts(OUT, IN, 1)
-    assert comparisons.cuts == 2 * compared
+        few_rows.fastest_ways.cache_clear()
+        few_rows.fastest_ways(OUT, IN, 1)
+    assert comparisons.ways == 2 * compared
 
 
 def test_with_other_threads_it_is_compared_again(comparisons: Comparisons) -> None:
@@ -181,6 +185,6 @@ def test_where_nothing_can_be_remembered_it_is_compared_each_time(
     (tmp_path / "a file").write_text("")
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "a file"))
     first = start()
-    compared = comparisons.cuts
+    compared = comparisons.ways
     assert start() == first
-    assert comparisons.cuts == 2 * compared
+    assert comparisons.ways == 2 * compared

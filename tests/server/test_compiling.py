@@ -11,6 +11,8 @@ from typing import Any
 import anyio
 import psutil
 import pytest
+import torch
+from torch import nn
 
 from swarmkit import LocalSwarm
 from swarmkit.events import Event, Owner, StepCompiled, StepNotCompiled
@@ -18,7 +20,8 @@ from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.compiled import build
 from swarmkit.models.execution.stage import Stage
 from swarmkit.models.head.head import load_local
-from swarmkit.server.engine.compiling import StepCompiler, program_key, sizes_up_to, worth_s
+from swarmkit.models.kernels.compiled_products import may_be_faster
+from swarmkit.server.engine.compiling import StepCompiler, program_key, sizes_up_to, will_compile, worth_s
 from swarmkit.server.engine.engine import Engine
 from swarmkit.settings import EngineSettings, ServerSettings
 
@@ -104,6 +107,14 @@ async def test_without_a_compiler_the_reason_is_told(
     assert told.reason == here.compiler.reason
 
 
+def test_whether_a_server_will_compile_is_known_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = EngineSettings().replace(compile="on")
+    assert will_compile(settings)
+    assert not will_compile(settings.replace(compile="off"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not will_compile(settings)
+
+
 async def test_blocks_that_cannot_be_compiled_are_a_reason(tmp_path: Path, engine: Engine) -> None:
     here = Compiling(stage_of(tmp_path, "bloom"), engine, tmp_path / "compiled")
     await here.compiler.run()
@@ -163,7 +174,8 @@ async def test_who_stops_ends_the_compiler(tmp_path: Path, engine: Engine) -> No
 @COMPILES
 async def test_a_step_is_compiled_once_and_kept(tmp_path: Path, engine: Engine) -> None:
     folder = tmp_path / "compiled"
-    first = Compiling(stage_of(tmp_path), engine, folder)
+    stage = stage_of(tmp_path)
+    first = Compiling(stage, engine, folder)
     with anyio.fail_after(COMPILED_WITHIN):
         await first.compiler.run()
     assert {type(event) for event in first.told} == {StepCompiled}, first.compiler.reason
@@ -171,6 +183,10 @@ async def test_a_step_is_compiled_once_and_kept(tmp_path: Path, engine: Engine) 
     assert first.compiler.steps.sizes == (1,)
     made = {package: package.stat().st_mtime_ns for package in folder.glob("*.pt2")}
     assert len(made) == 2  # without products and with them
+    were_faster = len(first.told) == 2
+    shapes = {layer.weight.shape for layer in stage.base.modules() if isinstance(layer, nn.Linear)}
+    threads = torch.get_num_threads()
+    assert {may_be_faster(shape, torch.float32, threads) for shape in shapes} == {were_faster}
     second = Compiling(stage_of(tmp_path), engine, folder)
     await second.compiler.run()
     assert {type(event) for event in second.told} == {StepCompiled}

@@ -22,7 +22,7 @@ from swarmkit.errors import ModelError
 from swarmkit.models.architecture.anatomy import anatomy_of, skeleton_of, slice_config, stage_config
 from swarmkit.models.execution.stage import Stage
 from swarmkit.models.kernels.blocked_linear import BlockedLinear
-from swarmkit.models.kernels.cut_linear import CutLinear
+from swarmkit.models.kernels.few_rows import FewRowsLinear
 
 MOST_KINDS = 4
 """Of one stage. Each is compiled by itself, and models have one, or two that take turns."""
@@ -48,8 +48,9 @@ class BlockKind:
     hidden_size: int
     weights: tuple[tuple[str, tuple[int, ...], str], ...]
     """Name, shape and dtype of each parameter and buffer, in the order of the program's arguments."""
-    linear: tuple[tuple[str, str, tuple[int, ...]], ...]
-    """Path, form and cuts of each linear layer that is not transformers' own (see `kernels`)."""
+    linear: tuple[tuple[str, str, tuple[str, ...]], ...]
+    """Path and form of each linear layer that is not transformers' own (see `kernels`), and the way
+    of each number of rows."""
     traits: tuple[tuple[str, str], ...]
     """Class of each module, and all its attributes that are numbers or text."""
     rooms: tuple[tuple[int, int], ...]
@@ -125,7 +126,7 @@ def describe(
         f"{path}.{name}" for path, module in skeleton.named_modules() for name in vars(module)
     }
     weights, traits = [], []
-    linear: list[tuple[str, str, tuple[int, ...]]] = []
+    linear: list[tuple[str, str, tuple[str, ...]]] = []
     for name, weight in weights_of(model).items():
         if not name.startswith(layers) and name not in known:
             continue
@@ -133,8 +134,8 @@ def describe(
     for path, module in model.named_modules():
         if isinstance(module, BlockedLinear):
             linear.append((path, "blocked", ()))
-        elif isinstance(module, CutLinear):
-            linear.append((path, "cut", tuple(module.cut_of)))
+        elif isinstance(module, FewRowsLinear):
+            linear.append((path, "few rows", tuple(module.way_of)))
         if not isinstance(module, nn.ModuleList):  # which may be a list of a view's own
             traits.append((path, f"{type(module).__module__}.{type(module).__qualname__}"))
         for name, value in vars(module).items():

@@ -18,7 +18,7 @@ a kind. What is traced is transformers' own block with its own attention, called
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,17 @@ from swarmkit.models.architecture.anatomy import Anatomy, anatomy_of, replace
 from swarmkit.models.compiled.kinds import LEAST_SEEN, BlockKind, NotCompiledError, describe, make_skeleton
 from swarmkit.models.execution.packed import BatchedKeys, PackedBatch, PackedView
 from swarmkit.models.kernels.blocked_linear import BlockedLinear
-from swarmkit.models.kernels.cut_linear import CutLinear
+from swarmkit.models.kernels.few_rows import FewRowsLinear
 from swarmkit.models.kernels.replace_linear import with_weights_of
+
+INDUCTOR: Mapping[str, int | str] = {
+    # What is computed between matrix products is too little for several threads. Most products and the
+    # attention are torch's own, which use as many as the server is allowed.
+    "cpp.threads": 1,
+    # A product and a sum become one instruction where there is one.
+    "cpp.enable_floating_point_contract_flag": "fast",
+}
+"""Settings of the compiler."""
 
 
 class SlotArguments(PackedBatch):
@@ -103,14 +112,16 @@ class DecodeStep(nn.Module):
 
 
 class RowLinear(nn.Linear):
-    """A linear layer whose product with one row is compiled, too: a loop that reads each weight once.
+    """A linear layer whose product with a row or two is compiled, too: a loop that reads each weight once.
 
     Matrix libraries do not come near a memory's speed with one row on every processor, and not near a
     cache's with a small matrix.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        product = (self.weight * input.reshape(1, self.in_features)).sum(-1)
+        rows = input.reshape(-1, self.in_features)
+        # Sums over the same range become one loop.
+        product = torch.stack([(self.weight * row).sum(-1) for row in rows])
         if self.bias is not None:
             product = product + self.bias
         return product.view(*input.shape[:-1], self.out_features)
@@ -127,8 +138,8 @@ def make_view(kind: BlockKind, with_products: bool = False) -> PackedView:
     config._attn_implementation = kind.attention
     config.dtype = kind.torch_dtype
     base = make_skeleton(config)
-    for path, form, cuts in kind.linear:
-        replace(base, path, _in_form(base.get_submodule(path), form, cuts))
+    for path, form, way_of in kind.linear:
+        replace(base, path, _in_form(base.get_submodule(path), form, way_of))
     made = describe(_as_kept(base, kind.torch_dtype), kind.make_config(), kind.torch_dtype, kind.rooms)
     if difference := kind.difference_from(made):
         raise NotCompiledError(f"its config makes another block than the one that is served: {difference}")
@@ -139,10 +150,10 @@ def make_view(kind: BlockKind, with_products: bool = False) -> PackedView:
     return PackedView(base, anatomy, _no_adapters(base, anatomy))
 
 
-def _in_form(layer: Any, form: str, cuts: tuple[int, ...]) -> nn.Module:
+def _in_form(layer: Any, form: str, way_of: tuple[str, ...]) -> nn.Module:
     """Replace a linear layer as the stage has done."""
-    if form == "cut":
-        return CutLinear.of(layer, cuts)
+    if form == "few rows":
+        return FewRowsLinear.of(layer, way_of)
     return with_weights_of(layer, BlockedLinear)
 
 
@@ -197,21 +208,19 @@ def export_step(kind: BlockKind, rows: int, length: int, with_products: bool = F
 def compile_step(kind: BlockKind, rows: int, length: int, package: Path, with_products: bool = False) -> None:
     """Trace, compile and write to `package`, whose name ends in .pt2; `with_products`: see `RowLinear`."""
     program = export_step(kind, rows, length, with_products)
-    if any(form == "blocked" for _, form, _ in kind.linear):
-        _allow_blocked_arguments()
+    if kind.linear:
+        _allow_weight_arguments()
     torch._inductor.aoti_compile_and_package(
         program,
         package_path=str(package),
-        # What is computed between matrix products is too little for several threads. Most products
-        # and the attention are torch's own, which use as many as the server is allowed.
-        inductor_configs={"cpp.threads": 1},
+        inductor_configs=dict(INDUCTOR),
     )
 
 
-def _allow_blocked_arguments() -> None:
-    """Let products with blocked weights be compiled where the weights are arguments.
+def _allow_weight_arguments() -> None:
+    """Let oneDNN's products be compiled where the weights are arguments.
 
-    Inductor expects that they are constants, because it has put them into that order itself.
+    Inductor expects that they are constants, because it has put them into oneDNN's order itself.
     """
     from torch._inductor.ir import TensorBox
     from torch._inductor.lowering import register_lowering

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from swarmkit.models.architecture.anatomy import anatomy_of, block_skeletons, skeleton_of, stage_config
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.kernels.blocked_linear import compare_layouts, copy_for_a_while, use_blocked
-from swarmkit.models.kernels.cut_linear import use_cuts
+from swarmkit.models.kernels.few_rows import use_ways
 from swarmkit.models.loading import load_model
 from swarmkit.models.quantization.precision import Precision
 
@@ -31,10 +31,11 @@ def load_blocks(
     device: str | torch.device,
     progress: Callable[[int, int], None] | None = None,
     on_tensor: Callable[[], None] | None = None,
+    will_compile: bool = False,
 ) -> PreTrainedModel:
     """Load a base model whose only layers are blocks [start, stop), and which has nothing beside them.
 
-    Args: progress, on_tensor: see `Stage.load`.
+    Args: progress, on_tensor, will_compile: see `Stage.load`.
 
     Raises:
         ModelError: weights are missing, unknown or misshapen, or the architecture is not supported.
@@ -44,7 +45,7 @@ def load_blocks(
     soon_replaced: set[torch.Size] = set()
     if torch.device(device).type == "cpu" and precision.stored is None and not precision.quantized:
         for kind in block_skeletons(checkpoint.config):
-            soon_replaced |= compare_layouts(kind, precision.dtype)
+            soon_replaced |= compare_layouts(kind, precision.dtype, will_compile)
     # What lies outside the blocks is never read: it is taken away below.
     tensors = {
         key: torch.zeros(value.shape)
@@ -75,8 +76,8 @@ def load_blocks(
         name=f"{checkpoint.name}, blocks [{start}, {stop}),",
     )
     anatomy.neutralise(base)
-    use_blocked(base)
-    use_cuts(base)
+    use_blocked(base, will_compile)
+    use_ways(base)
     if progress is not None:
         progress(stop - start, stop - start)
     return base

@@ -102,6 +102,7 @@ class Stage:
         device: str | torch.device = "cpu",
         progress: Callable[[int, int], None] | None = None,
         on_tensor: Callable[[], None] | None = None,
+        will_compile: bool = False,
     ) -> Stage:
         """Load blocks `[start, stop)`, reading only their tensors (and fetching only the files they lie in).
 
@@ -111,6 +112,8 @@ class Stage:
             progress: called with (blocks read so far, blocks in total), from this thread.
             on_tensor: called before each tensor is read, from several threads; what it raises ends the
                 loading, with this error or another one.
+            will_compile: whether decode steps will be compiled. Then weights stay in an order that suits
+                them.
 
         Raises:
             UsageError: the range is empty or outside the model.
@@ -123,7 +126,7 @@ class Stage:
             )
         precision = Precision.parse(dtype, checkpoint.config, device)
         precision.ensure_available(checkpoint.name, device)
-        base = load_blocks(checkpoint, start, stop, precision, device, progress, on_tensor)
+        base = load_blocks(checkpoint, start, stop, precision, device, progress, on_tensor, will_compile)
         return cls(base, anatomy_of(checkpoint.config), start, stop, precision)
 
     def enable_cuda_graphs(self, sessions: int, tokens: int) -> None:

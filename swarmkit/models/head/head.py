@@ -35,7 +35,8 @@ from swarmkit.models.architecture.anatomy import (
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.foreign_errors import reason_of
 from swarmkit.models.head.head_kind import CAUSAL, HeadKind, base_path
-from swarmkit.models.kernels.rows_together import cuts_together, multiply_rows
+from swarmkit.models.kernels.few_rows import multiply_rows
+from swarmkit.models.kernels.rows_together import ways_alone, ways_together
 from swarmkit.models.loading import load_model, loader
 from swarmkit.models.quantization.precision import Precision
 from swarmkit.models.quantization.stored import StoredQuantisation
@@ -185,10 +186,11 @@ class JointLinear(nn.Linear):
     """A model's output layer, which computes the rows of several threads in one product.
 
     Threads that generate at the same time would each read all of its weights for each of their tokens. Here
-    one that finds no product under way computes at once, exactly as `nn.Linear` does. Those that come
-    meanwhile wait until it is done, and then one of them computes the rows of all, if that is faster on this
-    machine; each gets what it would get alone but for the order of additions. Where gradients are wanted, and
-    elsewhere than on a CPU, each thread computes alone.
+    one that finds no product under way computes at once. Those that come meanwhile wait until it is done, and
+    then one of them computes the rows of all, if that is faster on this machine. A product of a few rows is
+    computed in the way that is the fastest here (`few_rows`): each thread gets what it would get from
+    `nn.Linear` but for the order of additions. Where gradients are wanted, and elsewhere than on a CPU, each
+    thread computes alone, as `nn.Linear` does.
     """
 
     _turns: _Turns
@@ -199,6 +201,8 @@ class JointLinear(nn.Linear):
         if type(layer) is nn.Linear:
             layer.__class__ = cls
             layer._turns = _Turns()  # type: ignore[assignment]
+            if layer.weight.device.type == "cpu":  # what is measured once on a machine: now, not at a token
+                ways_alone(*layer.weight.shape, layer.weight.dtype, torch.get_num_threads())
 
     @property
     def num_waiting(self) -> int:
@@ -270,21 +274,21 @@ class _Turns:
                 is_first = not self._is_under_way
                 self._is_under_way = True
             if is_first:
-                return functional.linear(input, layer.weight, layer.bias)
+                return _product_alone(layer, input)
         finally:
             if is_first:
                 self._pass_on()
         weight = layer.weight
         outputs, inputs = weight.shape
-        cut_of = cuts_together(outputs, inputs, weight.dtype, torch.get_num_threads())
-        if cut_of is None:
-            return functional.linear(input, weight, layer.bias)
+        way_of = ways_together(outputs, inputs, weight.dtype, torch.get_num_threads())
+        if way_of is None:
+            return _product_alone(layer, input)
         waits = _WaitingRows(input.reshape(-1, input.shape[-1]))
         self._wait(waits)
         if waits.group:
-            self._compute(layer, waits.group, cut_of)
+            self._compute(layer, waits.group, way_of)
         if waits.logits is None:  # the product of all failed: whose fault it was is found out so
-            return functional.linear(input, layer.weight, layer.bias)
+            return _product_alone(layer, input)
         # A copy, so that nobody keeps the others' logits in memory, and of the kind of this thread's mode.
         return waits.logits.clone().view(*input.shape[:-1], -1)
 
@@ -313,12 +317,12 @@ class _Turns:
                 self._waiting.remove(waits)
             return is_waiting
 
-    def _compute(self, layer: nn.Linear, group: Sequence[_WaitingRows], cut_of: Sequence[int]) -> None:
+    def _compute(self, layer: nn.Linear, group: Sequence[_WaitingRows], way_of: Sequence[str]) -> None:
         """Compute the rows of a group; without success its threads have none, and compute their own."""
         try:
             rows = torch.cat([each.rows for each in group])
             with torch.no_grad():
-                logits = multiply_rows(rows, layer.weight, layer.bias, cut_of)
+                logits = multiply_rows(rows, layer.weight, layer.bias, way_of)
             for each, part in zip(group, logits.split([len(each.rows) for each in group]), strict=True):
                 each.logits = part
         except Exception:
@@ -345,6 +349,17 @@ class _Turns:
                 return
             group[0].group = group
         group[0].turn.release()
+
+
+def _product_alone(layer: nn.Linear, input: Tensor) -> Tensor:
+    """The product of a thread's own rows `[..., in]`."""
+    weight = layer.weight
+    way_of = ways_alone(*weight.shape, weight.dtype, torch.get_num_threads())
+    if not way_of:
+        return functional.linear(input, weight, layer.bias)
+    with torch.no_grad():
+        logits = multiply_rows(input.reshape(-1, input.shape[-1]), weight, layer.bias, way_of)
+    return logits.view(*input.shape[:-1], -1)
 
 
 def _speak_for_blocks(blocks: nn.Module, anatomy: Anatomy) -> None:

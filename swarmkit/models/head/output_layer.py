@@ -12,6 +12,8 @@ from torch.nn import functional
 from swarmkit.errors import ModelError
 from swarmkit.models.architecture.anatomy import anatomy_of, skeleton_of, slice_config
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
+from swarmkit.models.kernels.few_rows import multiply_rows
+from swarmkit.models.kernels.rows_together import ways_alone
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,12 @@ class OutputLayer:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Compute the logits `[rows, vocabulary]` of `hidden` `[rows, hidden]`."""
+        weight = self.weight
         with torch.inference_mode():
-            return functional.linear(hidden.to(self.weight.device), self.weight, self.bias)
+            if weight.device.type != "cpu":
+                return functional.linear(hidden.to(weight.device), weight, self.bias)
+            way_of = ways_alone(*weight.shape, weight.dtype, torch.get_num_threads())
+            return multiply_rows(hidden, weight, self.bias, way_of)
 
 
 def output_layer_bytes(checkpoint: Checkpoint) -> int:

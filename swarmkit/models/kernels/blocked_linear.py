@@ -23,7 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from swarmkit.models.kernels.choices import recall_choice, remember_choice
+from swarmkit.models.kernels.compiled_products import may_be_faster
+from swarmkit.models.kernels.few_rows import multiply_rows
 from swarmkit.models.kernels.replace_linear import SMALLEST, can_be_replaced, median_seconds, replace_linear
+from swarmkit.models.kernels.rows_together import ways_alone
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ _CACHE_BYTES = 2**26
 _TRIALS = 9
 _UNCACHED_TRIALS = 5
 """Fewer of those that read more than the cache holds: each is long, and servers wait for them to start."""
-COMPARISON = 1
+COMPARISON = 2
 """To be raised with each change of what is compared, or how: what was remembered before counts no more."""
 _BOUND = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Largest difference that the order of additions may make, where values are about 1."""
@@ -73,12 +76,23 @@ class _Multiply(torch.autograd.Function):
         return gradient @ ctx.weight.to_dense(), None, None
 
 
-def use_blocked(model: nn.Module) -> int:
-    """Replace large linear layers of a frozen model on a CPU where that is faster; returns how many."""
-    return replace_linear(model, lambda layer: BlockedLinear.of(layer) if _is_better(layer) else None)
+def use_blocked(model: nn.Module, will_compile: bool = False) -> int:
+    """Replace large linear layers of a frozen model on a CPU where that is faster; returns how many.
+
+    Args: will_compile: whether decode steps of the model will be compiled. Then weights stay plain for which
+        compiled products of one row may be faster.
+    """
+
+    def make(layer: nn.Linear) -> BlockedLinear | None:
+        stays = will_compile and may_be_faster(
+            layer.weight.shape, layer.weight.dtype, torch.get_num_threads()
+        )
+        return None if stays or not _is_better(layer) else BlockedLinear.of(layer)
+
+    return replace_linear(model, make)
 
 
-def compare_layouts(block: nn.Module, dtype: torch.dtype) -> set[torch.Size]:
+def compare_layouts(block: nn.Module, dtype: torch.dtype, will_compile: bool = False) -> set[torch.Size]:
     """Find out now which linear layers of a block `use_blocked` would replace: the shapes of their weights.
 
     A comparison takes the memory of two weights, or of `_CACHE_BYTES` if that is more; this is the time to
@@ -87,13 +101,16 @@ def compare_layouts(block: nn.Module, dtype: torch.dtype) -> set[torch.Size]:
     Args:
         block: it may be on the meta device.
         dtype: of the weights that it will have.
+        will_compile: see `use_blocked`.
     """
+    threads = torch.get_num_threads()
     large = [
         layer.weight.shape
         for layer in block.modules()
         if type(layer) is nn.Linear and layer.weight.numel() >= SMALLEST and dtype in _BOUND
     ]
-    return {shape for shape in large if is_faster(shape[0], shape[1], dtype, torch.get_num_threads())}
+    tried = [shape for shape in large if not (will_compile and may_be_faster(shape, dtype, threads))]
+    return {shape for shape in tried if is_faster(shape[0], shape[1], dtype, threads)}
 
 
 def copy_for_a_while(weight: Tensor) -> Tensor:
@@ -133,7 +150,7 @@ def is_faster(rows: int, columns: int, dtype: torch.dtype, threads: int) -> bool
             return False
         if known is True:
             return True
-        known = _is_measured_faster(weight, blocked)
+        known = _is_measured_faster(weight, blocked, ways_alone(rows, columns, dtype, threads))
     except (AttributeError, RuntimeError, TypeError) as error:  # too little memory to compare is one of them
         logger.info("there are no blocked weights here: %s", error)
         return False
@@ -161,10 +178,11 @@ def _have_same_products(weight: Tensor, blocked: Tensor) -> bool:
     return True
 
 
-def _is_measured_faster(weight: Tensor, blocked: Tensor) -> bool:
+def _is_measured_faster(weight: Tensor, blocked: Tensor, way_of: Sequence[str]) -> bool:
+    """Args: way_of: how plain weights are multiplied, see `few_rows`."""
     given = _noise_rows(_ROWS, weight)
     plain_s, blocked_s = measured_seconds(
-        [lambda: functional.linear(given, weight), lambda: multiply(given, blocked, None)]
+        [lambda: multiply_rows(given, weight, None, way_of), lambda: multiply(given, blocked, None)]
     )
     if plain_s <= _FASTER * blocked_s:
         return False
@@ -176,7 +194,7 @@ def _is_measured_faster(weight: Tensor, blocked: Tensor) -> bool:
     in_order = [blocked, *(in_blocks(weight) for _ in more)]
     plain_s, blocked_s = measured_seconds(
         [
-            lambda: [functional.linear(one, each) for each in plain],
+            lambda: [multiply_rows(one, each, None, way_of) for each in plain],
             lambda: [multiply(one, each, None) for each in in_order],
         ],
         _UNCACHED_TRIALS,

@@ -25,8 +25,8 @@ _NAMED = {
     *("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "CPU revision", "Features"),
 }
 """What tells processors apart in the words of Linux, on x86 and on ARM."""
-_STEERING = ("ATEN_", "DNNL_", "KMP_", "MKL_", "OMP_", "ONEDNN_")
-"""Beginnings of the names of variables by which libraries choose kernels or bind threads."""
+_STEERING = ("ATEN_", "DNNL_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "THP_")
+"""Beginnings of the names of variables by which libraries choose kernels or memory, or bind threads."""
 
 
 def recall_choice(question: str) -> Any:

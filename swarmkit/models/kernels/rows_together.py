@@ -11,69 +11,65 @@ import threading
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from swarmkit.models.kernels.choices import recall_choice, remember_choice
-from swarmkit.models.kernels.cut_linear import (
+from swarmkit.models.kernels.few_rows import (
     CUTS,
-    cut_product,
-    fastest_cuts,
+    fastest_ways,
     measured_seconds,
+    multiply_rows,
     tried_outputs,
 )
 from swarmkit.models.kernels.replace_linear import SMALLEST
 
 _ROWS = 4
 _FASTER = 1.2
-COMPARISON = 1
+COMPARISON = 2
 """To be raised with each change of what is compared, or how: what was remembered before counts no more."""
 
 _choosing = threading.Lock()
 
 
-def multiply_rows(rows: Tensor, weight: Tensor, bias: Tensor | None, cut_of: Sequence[int]) -> Tensor:
-    """The product of `rows` [rows, in] with a weight [out, in], and the bias [out], without gradients.
-
-    It is torch's own but for the order of additions.
-
-    Args: cut_of: for each number of rows, outputs of one part of the product (`CutLinear`); 0 or none: one
-        part.
-    """
-    cut = cut_of[len(rows)] if len(rows) < len(cut_of) else 0
-    if not cut or not weight.is_contiguous():
-        return functional.linear(rows, weight, bias)
-    return cut_product(rows, weight, cut, bias)
-
-
 @functools.cache
-def cuts_together(outputs: int, inputs: int, dtype: torch.dtype, threads: int) -> Sequence[int] | None:
-    """The `cut_of` with which a few rows by a weight [outputs, inputs] take less time together than one by
-    one; None: they do not.
+def ways_together(outputs: int, inputs: int, dtype: torch.dtype, threads: int) -> Sequence[str] | None:
+    """The ways in which a few rows by a weight [outputs, inputs] take less time together than one by one;
+    None: they do not.
 
     It is measured once on a machine, which takes some tenths of a second; other threads wait for that.
     """
     if outputs * inputs < SMALLEST:
         return None
     question = f"together [{outputs}, {inputs}], {dtype}, {threads} threads, comparison {COMPARISON}"
+    way_of = ways_alone(outputs, inputs, dtype, threads)
     with _choosing:
-        cut_of = fastest_cuts(outputs, inputs, threads) if dtype is torch.float32 else ()
         known = recall_choice(question)
         if not isinstance(known, bool):
-            known = _is_measured_faster(outputs, inputs, dtype, cut_of)
+            known = _is_measured_faster(outputs, inputs, dtype, way_of)
             remember_choice(question, known)
-    return cut_of if known else None
+    return way_of if known else None
+
+
+@functools.cache
+def ways_alone(outputs: int, inputs: int, dtype: torch.dtype, threads: int) -> Sequence[str]:
+    """The ways of a weight [outputs, inputs] (`fastest_ways`); empty for a small one, or another dtype.
+
+    It is measured once on a machine, which takes some tenths of a second; other threads wait for that.
+    """
+    if outputs * inputs < SMALLEST or dtype is not torch.float32:
+        return ()
+    with _choosing:
+        return fastest_ways(outputs, inputs, threads)
 
 
 @torch.inference_mode()
-def _is_measured_faster(outputs: int, inputs: int, dtype: torch.dtype, cut_of: Sequence[int]) -> bool:
+def _is_measured_faster(outputs: int, inputs: int, dtype: torch.dtype, way_of: Sequence[str]) -> bool:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(tried_outputs(outputs, inputs, max(CUTS)), inputs, generator=generator).to(dtype)
     rows = torch.randn(_ROWS, inputs, generator=generator).to(dtype)
     alone_s, together_s = measured_seconds(
         [
-            lambda: [functional.linear(row[None], weight) for row in rows],
-            lambda: multiply_rows(rows, weight, None, cut_of),
+            lambda: [multiply_rows(row[None], weight, None, way_of) for row in rows],
+            lambda: multiply_rows(rows, weight, None, way_of),
         ]
     )
     return alone_s > _FASTER * together_s

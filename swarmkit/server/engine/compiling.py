@@ -7,8 +7,9 @@
                              load ── compare each block ── measure ── put in place, and say so
                                      (engine, block by block, between the steps of clients)
 
-For one row there are two programs: in the second one the products with weights are compiled, too. It takes
-the place of the first one where it is faster, which depends on the processor and the shapes.
+For one row and for two there are two programs each: in the second one the products with weights are
+compiled, too. It takes the place of the first one where it is faster, which depends on the processor and the
+shapes.
 
 Until then, and wherever something of it cannot be done, tokens run as they do without; the reason is told.
 
@@ -39,6 +40,7 @@ import anyio.to_thread
 import filelock
 import torch
 import transformers
+from torch import nn
 
 from swarmkit.events import Event, StepCompiled, StepNotCompiled
 from swarmkit.models.compiled import build
@@ -47,7 +49,9 @@ from swarmkit.models.compiled.shelf import PackageShelf, default_folder
 from swarmkit.models.compiled.steps import CompiledSteps, Program, Race, StepComparison
 from swarmkit.models.execution import packed
 from swarmkit.models.execution.stage import Stage
+from swarmkit.models.kernels.blocked_linear import BlockedLinear
 from swarmkit.models.kernels.choices import processor
+from swarmkit.models.kernels.compiled_products import remember_faster
 from swarmkit.server.engine.engine import Engine
 from swarmkit.server.engine.work import BULK, EngineClosedError
 from swarmkit.settings import EngineSettings
@@ -60,6 +64,8 @@ roundings within a block differs."""
 _ROUNDS = 7
 """Steps of each kind that are timed."""
 _FASTER = 1.03
+MOST_ROWS_WITH_PRODUCTS = 2
+"""Of more rows no products are compiled: matrix libraries are as fast there, or faster."""
 _PATIENCE_S = 1800.0
 """How long a compiler may take, on a machine that has other things to do."""
 _PAUSE_S = 0.5
@@ -124,8 +130,8 @@ class StepCompiler:
                 kinds = (await self._engine.run(lambda: kinds_of(self._stage), BULK)).value
                 for size in sizes_up_to(self._settings.compile_slots):
                     speedup = await self._put_in_place(shelf, kinds, size)
-                    if size == 1:
-                        await self._try_with_products(shelf, kinds, speedup)
+                    if size <= MOST_ROWS_WITH_PRODUCTS:
+                        await self._try_with_products(shelf, kinds, size, speedup)
         except NotCompiledError as error:
             self._tell(str(error), size)
         except Exception as error:
@@ -164,19 +170,31 @@ class StepCompiler:
             self._told(StepCompiled, size, speedup)
         return speedup
 
-    async def _try_with_products(self, shelf: PackageShelf, kinds: StageKinds, without: float) -> None:
-        """Have programs for one row with products, and use them where they are faster than any others.
+    async def _try_with_products(
+        self, shelf: PackageShelf, kinds: StageKinds, size: int, without: float
+    ) -> None:
+        """Have programs with products for so many rows, and use them where they are faster than any others.
 
         Args: without: how many times as fast those without are.
         """
         try:
-            programs, speedup = await self._checked(shelf, kinds, 1, with_products=True)
+            programs, speedup = await self._checked(shelf, kinds, size, with_products=True)
         except NotCompiledError as error:
-            logger.info("products with one row are not compiled: %s", error)
+            logger.info("products with %d rows are not compiled: %s", size, error)
             return
-        if speedup >= _FASTER * max(without, 1.0):
-            await self._engine.run(lambda: self._use(kinds, programs, 1), BULK)
-            self._told(StepCompiled, 1, speedup)
+        faster = speedup >= _FASTER * max(without, 1.0)
+        if size == 1:
+            await anyio.to_thread.run_sync(self._remember_products, faster)
+        if faster:
+            await self._engine.run(lambda: self._use(kinds, programs, size), BULK)
+            self._told(StepCompiled, size, speedup)
+
+    def _remember_products(self, faster: bool) -> None:
+        """Remember what compiled products of one row bring, for those who choose the order of weights."""
+        layers = [one for one in self._stage.base.modules() if isinstance(one, nn.Linear)]
+        plain = {one.weight.shape for one in layers if not isinstance(one, BlockedLinear)}
+        for shape in plain:
+            remember_faster(shape, self._stage.dtype, torch.get_num_threads(), faster)
 
     async def _checked(
         self, shelf: PackageShelf, kinds: StageKinds, size: int, with_products: bool = False
@@ -254,6 +272,15 @@ class StepCompiler:
             after = await self._engine.run(race.step_compiled, BULK)
             ratios.append(before.compute_s / max(after.compute_s, 1e-9))
         return statistics.median(ratios[1:])  # the first of each moves its sessions, and warms up
+
+
+def will_compile(settings: EngineSettings) -> bool:
+    """Whether a server with these settings compiles the decode step of a stage on a CPU, once it is used."""
+    try:
+        ensure_compiler()
+    except NotCompiledError:
+        return False
+    return settings.compile != "off"
 
 
 def ensure_compiler() -> None:
