@@ -112,8 +112,7 @@ class Stage:
             progress: called with (blocks read so far, blocks in total), from this thread.
             on_tensor: called before each tensor is read, from several threads; what it raises ends the
                 loading, with this error or another one.
-            will_compile: whether decode steps will be compiled. Then weights stay in an order that suits
-                them.
+            will_compile: whether decode steps will be compiled, so that weights stay in the order for it.
 
         Raises:
             UsageError: the range is empty or outside the model.
@@ -132,8 +131,7 @@ class Stage:
     def enable_cuda_graphs(self, sessions: int, tokens: int) -> None:
         """From now on, run single tokens as CUDA graphs where that can be (see `cuda_graphs`).
 
-        On a CPU nothing is recorded, but otherwise it is the same. Where the precision does not allow it,
-        nothing changes.
+        On a CPU nothing is recorded. Nothing changes where the precision does not allow it.
 
         Args:
             sessions: how many at once may run so; if more have a token at once, all run without.
@@ -145,8 +143,7 @@ class Stage:
         """An empty cache for one session that uses blocks `[start, stop)` of this stage.
 
         Args:
-            adapter: the adapter of all steps of the session; its values are on this device
-                (`adapter.to(stage.device)`).
+            adapter: of all steps of the session, its values on this device (`adapter.to(stage.device)`).
 
         Raises:
             UsageError: the range is empty or not within this stage, or the adapter does not fit it.
