@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +29,9 @@ from torch import Tensor
 from swarmkit.bench.environment import environment
 from swarmkit.huge_pages import ask_for_huge_pages
 from swarmkit.models.compiled.trace import INDUCTOR, RowLinear
-from swarmkit.models.kernels.blocked_linear import in_blocks, multiply
-from swarmkit.models.kernels.few_rows import PLAIN, WAYS, Product
+from swarmkit.models.kernels.blocked_linear import in_blocks
+from swarmkit.models.kernels.few_rows import PLAIN, WAYS, Product, onednn_product
+from swarmkit.models.kernels.replace_linear import median_seconds
 from swarmkit.server.engine.compiling import MOST_ROWS_WITH_PRODUCTS
 
 SHAPES = ((1024, 1024), (2816, 1024), (1024, 2816), (32_000, 1024))
@@ -69,13 +68,15 @@ def measure(outputs: int, inputs: int) -> list[dict[str, Any]]:
         torch._dynamo.reset()
         given = torch.randn(rows, inputs)
         sweeps = {name: Sweep(way, given, plain) for name, way in WAYS.items()}
-        sweeps["blocked"] = Sweep(multiply, given, blocked)
+        sweeps["blocked"] = Sweep(onednn_product, given, blocked)
         if rows <= MOST_ROWS_WITH_PRODUCTS:
             sweeps["compiled"] = Sweep(compiled_loop(outputs, inputs), given, plain)
         expected = sweeps[PLAIN].run()
         for name, sweep in sweeps.items():
             assert torch.allclose(sweep.run(), expected, rtol=0, atol=1e-4), f"{name}: another product"
-        ms = median_ms({**sweeps, "read": Sweep(read, given, plain)})
+        sweeps["read"] = Sweep(read, given, plain)
+        taken_s = median_seconds([sweep.run for sweep in sweeps.values()], SWEEPS)
+        ms = {name: seconds / count * 1e3 for name, seconds in zip(sweeps, taken_s, strict=True)}
         read_ms = ms.pop("read")
         fastest = min(ms, key=ms.__getitem__)
         found.append(
@@ -104,17 +105,6 @@ class Sweep:
         for weight in self.weights:
             last = self.product(self.given, weight, None)
         return last
-
-
-def median_ms(sweeps: dict[str, Sweep]) -> dict[str, float]:
-    """Milliseconds of one product of each sweep; they take turns."""
-    times: dict[str, list[float]] = {name: [] for name in sweeps}
-    for _ in range(SWEEPS):
-        for name, sweep in sweeps.items():
-            began = time.perf_counter()
-            sweep.run()
-            times[name].append((time.perf_counter() - began) / len(sweep.weights) * 1e3)
-    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 def main() -> int:

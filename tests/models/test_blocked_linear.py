@@ -18,9 +18,12 @@ from swarmkit.models.kernels.blocked_linear import (
     copy_for_a_while,
     use_blocked,
 )
+from swarmkit.models.kernels.compiled_products import remember_faster
+from swarmkit.models.kernels.few_rows import onednn_product
 from swarmkit.models.kernels.replace_linear import replace_linear
 
 IN, OUT = 512, 768
+SHAPE = torch.Size([OUT, IN])
 
 try:
     torch.ops.mkldnn._reorder_linear_weight(torch.randn(8, 8), 1)
@@ -127,6 +130,25 @@ def test_layers_of_any_other_kind_stay_plain(kept: nn.Linear) -> None:
     assert model[0] is kept
 
 
+@pytest.mark.usefixtures("faster")
+@pytest.mark.parametrize("will_compile", [True, False])
+def test_weights_are_not_blocked_where_compiled_products_are_faster(will_compile: bool) -> None:
+    remember_faster(SHAPE, torch.float32, torch.get_num_threads(), True)
+    assert compare_layouts(nn.Sequential(nn.Linear(IN, OUT, device="meta")), torch.float32, will_compile) == (
+        set() if will_compile else {SHAPE}
+    )
+    assert use_blocked(nn.Sequential(layer()), will_compile) == (0 if will_compile else 1)
+
+
+@pytest.mark.usefixtures("faster")
+def test_weights_are_blocked_where_compiled_products_were_not_faster() -> None:
+    remember_faster(SHAPE, torch.float32, torch.get_num_threads(), False)
+    assert compare_layouts(
+        nn.Sequential(nn.Linear(IN, OUT, device="meta")), torch.float32, will_compile=True
+    ) == {SHAPE}
+    assert use_blocked(nn.Sequential(layer()), will_compile=True) == 1
+
+
 @pytest.mark.usefixtures("slower")
 def test_layers_stay_where_that_is_not_faster() -> None:
     assert use_blocked(nn.Sequential(layer())) == 0
@@ -134,8 +156,7 @@ def test_layers_stay_where_that_is_not_faster() -> None:
 
 @pytest.mark.usefixtures("faster")
 def test_layers_stay_where_products_would_be_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    multiply = blocked_linear.multiply
-    monkeypatch.setattr(blocked_linear, "multiply", lambda *given: multiply(*given) + 0.01)
+    monkeypatch.setattr(blocked_linear, "onednn_product", lambda *given: onednn_product(*given) + 0.01)
     assert use_blocked(nn.Sequential(layer())) == 0
 
 

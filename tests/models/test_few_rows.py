@@ -113,7 +113,7 @@ def test_a_way_that_gives_no_product_here_is_not_used(
         return given @ weight.T + 0.01
 
     monkeypatch.setattr(few_rows, "WAYS", {**WAYS, "turned": product})
-    assert set(few_rows.fastest_ways(OUT, IN, 1)[1:]) == {"oneDNN"}
+    assert set(few_rows.fastest_ways(OUT, IN, torch.float32, 1)[1:]) == {"oneDNN"}
 
 
 @pytest.mark.usefixtures("as_fast")
@@ -139,10 +139,10 @@ def test_others_stay_as_they_are(other: nn.Linear) -> None:
 @pytest.mark.usefixtures("faster")
 def test_parts_have_equal_numbers_of_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few_rows, "WAYS", {way: WAYS[way] for way in (PLAIN, "cut 16", "cut 128")})
-    assert few_rows.fastest_ways(1001, IN, 1) == ()
-    assert set(few_rows.fastest_ways(1008, IN, 1)[1:-1]) == {"cut 16"}
+    assert few_rows.fastest_ways(1001, IN, torch.float32, 1) == ()
+    assert set(few_rows.fastest_ways(1008, IN, torch.float32, 1)[1:-1]) == {"cut 16"}
 
 
 def test_what_is_measured_is_a_choice_among_the_ways() -> None:
     few_rows.fastest_ways.cache_clear()
-    assert set(few_rows.fastest_ways(OUT, IN, 1)) <= set(WAYS)
+    assert set(few_rows.fastest_ways(OUT, IN, torch.float32, 1)) <= set(WAYS)

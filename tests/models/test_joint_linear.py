@@ -110,7 +110,7 @@ def quietly(layer: nn.Module, given: Tensor) -> Tensor:
 def cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Together is faster, in parts, and alone nothing is."""
     monkeypatch.setattr(head, "ways_together", lambda *shape: (PLAIN, PLAIN, *["cut 16"] * MOST_JOINT_ROWS))
-    monkeypatch.setattr(head, "ways_alone", lambda *shape: ())
+    monkeypatch.setattr(head, "fastest_ways", lambda *shape: ())
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_alone_it_gives_exactly_what_the_plain_layer_gives(
 def test_alone_it_computes_in_the_fastest_way(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], bias: bool
 ) -> None:
-    monkeypatch.setattr(head, "ways_alone", lambda *shape: (PLAIN, *["cut 16"] * 30))
+    monkeypatch.setattr(head, "fastest_ways", lambda *shape: (PLAIN, *["cut 16"] * 30))
     layer, given = joint_layer(bias), rows(1, *shape)
     expected = cut_product(given.reshape(-1, IN), layer.weight, layer.bias, 16).view(*given.shape[:-1], OUT)
     assert torch.equal(quietly(layer, given), expected)

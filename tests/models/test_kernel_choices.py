@@ -10,7 +10,7 @@ import platformdirs
 import pytest
 import torch
 
-from swarmkit.models.kernels import blocked_linear, choices, few_rows, rows_together
+from swarmkit.models.kernels import blocked_linear, choices, few_rows
 
 IN, OUT = 512, 768
 
@@ -50,7 +50,6 @@ def forget() -> None:
     """Forget what only this process remembers, as if it began."""
     blocked_linear.is_faster.cache_clear()
     few_rows.fastest_ways.cache_clear()
-    rows_together.ways_alone.cache_clear()
     choices.processor.cache_clear()
 
 
@@ -59,7 +58,7 @@ def start(threads: int = 1) -> tuple[bool, Sequence[int]]:
     forget()
     return (
         blocked_linear.is_faster(OUT, IN, torch.float32, threads),
-        few_rows.fastest_ways(OUT, IN, threads),
+        few_rows.fastest_ways(OUT, IN, torch.float32, threads),
     )
 
 
@@ -88,8 +87,8 @@ def test_a_second_start_checks_products_of_what_it_is_to_use(
     comparisons: Comparisons, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert start()[0]
-    multiply = blocked_linear.multiply
-    monkeypatch.setattr(blocked_linear, "multiply", lambda *given: multiply(*given) + 0.01)
+    product = few_rows.onednn_product
+    monkeypatch.setattr(blocked_linear, "onednn_product", lambda *given: product(*given) + 0.01)
     assert not start()[0]
 
 
@@ -97,7 +96,7 @@ def test_products_that_are_others_are_not_remembered(
     comparisons: Comparisons, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(blocked_linear, "multiply", lambda *given: torch.zeros(()))
+        patch.setattr(blocked_linear, "onednn_product", lambda *given: torch.zeros(()))
         start()
     assert start()[0]
 
@@ -168,7 +167,7 @@ def test_in_other_circumstances_it_is_compared_again(
     with monkeypatch.context() as patch:
         change(patch)
         few_rows.fastest_ways.cache_clear()
-        few_rows.fastest_ways(OUT, IN, 1)
+        few_rows.fastest_ways(OUT, IN, torch.float32, 1)
     assert comparisons.ways == 2 * compared
 
 

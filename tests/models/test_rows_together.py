@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from swarmkit.models.kernels import few_rows, rows_together
-from swarmkit.models.kernels.rows_together import ways_alone, ways_together
+from swarmkit.models.kernels.rows_together import ways_together
 
 IN, OUT = 512, 768
 
@@ -37,12 +37,11 @@ def comparisons(monkeypatch: pytest.MonkeyPatch) -> Iterator[Comparisons]:
 def forget() -> None:
     """Forget what only this process remembers, as if it began."""
     rows_together.ways_together.cache_clear()
-    rows_together.ways_alone.cache_clear()
     few_rows.fastest_ways.cache_clear()
 
 
 def test_rows_go_together_where_that_is_faster(comparisons: Comparisons) -> None:
-    assert ways_together(OUT, IN, torch.float32, 1) == few_rows.fastest_ways(OUT, IN, 1)
+    assert ways_together(OUT, IN, torch.float32, 1) == few_rows.fastest_ways(OUT, IN, torch.float32, 1)
 
 
 def test_rows_go_one_by_one_where_together_is_not_much_faster(comparisons: Comparisons) -> None:
@@ -52,12 +51,12 @@ def test_rows_go_one_by_one_where_together_is_not_much_faster(comparisons: Compa
 
 def test_another_dtype_than_float32_is_multiplied_plainly(comparisons: Comparisons) -> None:
     assert ways_together(OUT, IN, torch.bfloat16, 1) == ()
-    assert ways_alone(OUT, IN, torch.bfloat16, 1) == ()
+    assert few_rows.fastest_ways(OUT, IN, torch.bfloat16, 1) == ()
 
 
 def test_a_small_weight_is_not_even_tried(comparisons: Comparisons) -> None:
     assert ways_together(16, IN, torch.float32, 1) is None
-    assert ways_alone(16, IN, torch.float32, 1) == ()
+    assert few_rows.fastest_ways(16, IN, torch.float32, 1) == ()
     assert comparisons.count == 0
 
 
@@ -70,4 +69,7 @@ def test_a_second_start_does_not_compare_again(comparisons: Comparisons) -> None
 
 def test_what_is_measured_is_an_answer() -> None:
     forget()
-    assert ways_together(OUT, IN, torch.float32, 1) in (None, few_rows.fastest_ways(OUT, IN, 1))
+    assert ways_together(OUT, IN, torch.float32, 1) in (
+        None,
+        few_rows.fastest_ways(OUT, IN, torch.float32, 1),
+    )

@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from html import unescape
 from types import FrameType
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from swarmkit import LocalSwarm, SwarmModelForCausalLM
+from swarmkit.cli.interrupt import interruptible
 from swarmkit.client.answer_thread import AnswerThread
 from swarmkit.errors import UsageError
 from swarmkit.events import StepFinished
@@ -127,16 +127,6 @@ def test_an_answer_that_is_shown_goes_on_in_the_session_around_it(
         assert session.position == tokens.shape[1] - 1
 
 
-@contextmanager
-def raising_interrupts() -> Iterator[None]:
-    """In the block, Ctrl-C raises KeyboardInterrupt, as it does in a kernel."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
 def test_an_interrupt_ends_the_answer_and_returns_what_came(
     model: SwarmModelForCausalLM, inputs: dict[str, Any]
 ) -> None:
@@ -149,7 +139,7 @@ def test_an_interrupt_ends_the_answer_and_returns_what_came(
                 signal.pthread_kill(main, signal.SIGINT)
 
         presses = threading.Thread(target=interrupt)
-        with raising_interrupts():
+        with interruptible():
             presses.start()
             tokens = model.generate(**inputs, max_new_tokens=1500, min_new_tokens=1500, view=True)
         presses.join(60)
@@ -166,7 +156,7 @@ def test_an_interrupt_while_the_answer_begins_ends_it_too(
             for each in presses:
                 signal.raise_signal(each)
 
-    with raising_interrupts():
+    with interruptible():
         sys.setprofile(interrupt)
         try:
             tokens = model.generate(**inputs, max_new_tokens=1500, min_new_tokens=1500, view=True)

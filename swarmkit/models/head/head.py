@@ -35,8 +35,8 @@ from swarmkit.models.architecture.anatomy import (
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.foreign_errors import reason_of
 from swarmkit.models.head.head_kind import CAUSAL, HeadKind, base_path
-from swarmkit.models.kernels.few_rows import multiply_rows
-from swarmkit.models.kernels.rows_together import ways_alone, ways_together
+from swarmkit.models.kernels.few_rows import fastest_ways, multiply_rows
+from swarmkit.models.kernels.rows_together import ways_together
 from swarmkit.models.loading import load_model, loader
 from swarmkit.models.quantization.precision import Precision
 from swarmkit.models.quantization.stored import StoredQuantisation
@@ -202,7 +202,7 @@ class JointLinear(nn.Linear):
             layer.__class__ = cls
             layer._turns = _Turns()  # type: ignore[assignment]
             if layer.weight.device.type == "cpu":  # what is measured once on a machine: now, not at a token
-                ways_alone(*layer.weight.shape, layer.weight.dtype, torch.get_num_threads())
+                fastest_ways(*layer.weight.shape, layer.weight.dtype, torch.get_num_threads())
 
     @property
     def num_waiting(self) -> int:
@@ -354,7 +354,7 @@ class _Turns:
 def _product_alone(layer: nn.Linear, input: Tensor) -> Tensor:
     """The product of a thread's own rows `[..., in]`."""
     weight = layer.weight
-    way_of = ways_alone(*weight.shape, weight.dtype, torch.get_num_threads())
+    way_of = fastest_ways(*weight.shape, weight.dtype, torch.get_num_threads())
     if not way_of:
         return functional.linear(input, weight, layer.bias)
     with torch.no_grad():

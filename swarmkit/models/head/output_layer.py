@@ -12,8 +12,7 @@ from torch.nn import functional
 from swarmkit.errors import ModelError
 from swarmkit.models.architecture.anatomy import anatomy_of, skeleton_of, slice_config
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
-from swarmkit.models.kernels.few_rows import multiply_rows
-from swarmkit.models.kernels.rows_together import ways_alone
+from swarmkit.models.kernels.few_rows import fastest_ways, multiply_rows
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class OutputLayer:
         with torch.inference_mode():
             if weight.device.type != "cpu":
                 return functional.linear(hidden.to(weight.device), weight, self.bias)
-            way_of = ways_alone(*weight.shape, weight.dtype, torch.get_num_threads())
+            way_of = fastest_ways(*weight.shape, weight.dtype, torch.get_num_threads())
             return multiply_rows(hidden, weight, self.bias, way_of)
 
 

@@ -20,13 +20,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from swarmkit.models.kernels.choices import recall_choice, remember_choice
 from swarmkit.models.kernels.compiled_products import may_be_faster
-from swarmkit.models.kernels.few_rows import multiply_rows
-from swarmkit.models.kernels.replace_linear import SMALLEST, can_be_replaced, median_seconds, replace_linear
-from swarmkit.models.kernels.rows_together import ways_alone
+from swarmkit.models.kernels.few_rows import fastest_ways, multiply_rows, onednn_product
+from swarmkit.models.kernels.replace_linear import (
+    SMALLEST,
+    can_be_replaced,
+    gives_products,
+    median_seconds,
+    noise_rows,
+    noise_weight,
+    replace_linear,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +66,7 @@ class BlockedLinear(nn.Linear):
         if torch.is_grad_enabled() and input.requires_grad:
             out: Tensor = _Multiply.apply(input, self.weight, self.bias)
             return out
-        return multiply(input, self.weight, self.bias)
+        return onednn_product(input, self.weight, self.bias)
 
 
 class _Multiply(torch.autograd.Function):
@@ -69,7 +75,7 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return multiply(given, weight, bias)
+        return onednn_product(given, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
@@ -83,11 +89,13 @@ def use_blocked(model: nn.Module, will_compile: bool = False) -> int:
         compiled products of one row may be faster.
     """
 
+    is_chosen = functools.cache(functools.partial(_is_chosen, will_compile=will_compile))  # it reads a file
+
     def make(layer: nn.Linear) -> BlockedLinear | None:
-        stays = will_compile and may_be_faster(
-            layer.weight.shape, layer.weight.dtype, torch.get_num_threads()
-        )
-        return None if stays or not _is_better(layer) else BlockedLinear.of(layer)
+        weight = layer.weight
+        if not can_be_replaced(layer) or weight.dtype not in _BOUND or weight.is_mkldnn:
+            return None
+        return BlockedLinear.of(layer) if is_chosen(weight.shape, weight.dtype) else None
 
     return replace_linear(model, make)
 
@@ -103,14 +111,12 @@ def compare_layouts(block: nn.Module, dtype: torch.dtype, will_compile: bool = F
         dtype: of the weights that it will have.
         will_compile: see `use_blocked`.
     """
-    threads = torch.get_num_threads()
-    large = [
+    large = {
         layer.weight.shape
         for layer in block.modules()
         if type(layer) is nn.Linear and layer.weight.numel() >= SMALLEST and dtype in _BOUND
-    ]
-    tried = [shape for shape in large if not (will_compile and may_be_faster(shape, dtype, threads))]
-    return {shape for shape in tried if is_faster(shape[0], shape[1], dtype, threads)}
+    }
+    return {shape for shape in large if _is_chosen(shape, dtype, will_compile)}
 
 
 def copy_for_a_while(weight: Tensor) -> Tensor:
@@ -124,11 +130,12 @@ def copy_for_a_while(weight: Tensor) -> Tensor:
     return torch.frombuffer(memory, dtype=weight.dtype).view(weight.shape).copy_(weight)
 
 
-def _is_better(layer: nn.Linear) -> bool:
-    weight = layer.weight
-    if not can_be_replaced(layer) or weight.dtype not in _BOUND or weight.is_mkldnn:
+def _is_chosen(shape: torch.Size, dtype: torch.dtype, will_compile: bool) -> bool:
+    """Whether weights of a shape, `[out, in]`, are to be blocked; see `use_blocked`."""
+    threads = torch.get_num_threads()
+    if will_compile and may_be_faster(shape, dtype, threads):
         return False
-    return is_faster(layer.out_features, layer.in_features, weight.dtype, torch.get_num_threads())
+    return is_faster(shape[0], shape[1], dtype, threads)
 
 
 @functools.cache
@@ -143,14 +150,16 @@ def is_faster(rows: int, columns: int, dtype: torch.dtype, threads: int) -> bool
     if known is False:
         return False
     try:
-        weight = _noise_weight(rows, columns, dtype)
+        weight = noise_weight(rows, columns, dtype)
         blocked = in_blocks(weight)
-        if not _have_same_products(weight, blocked):
+        if not gives_products(
+            lambda given: onednn_product(given, blocked, None), weight, _TRIED_ROWS, _BOUND[dtype]
+        ):
             logger.warning("blocked weights of %d x %d give other products here", rows, columns)
             return False
         if known is True:
             return True
-        known = _is_measured_faster(weight, blocked, ways_alone(rows, columns, dtype, threads))
+        known = _is_measured_faster(weight, blocked, fastest_ways(rows, columns, dtype, threads))
     except (AttributeError, RuntimeError, TypeError) as error:  # too little memory to compare is one of them
         logger.info("there are no blocked weights here: %s", error)
         return False
@@ -158,31 +167,11 @@ def is_faster(rows: int, columns: int, dtype: torch.dtype, threads: int) -> bool
     return known
 
 
-def _noise_weight(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randn(rows, columns, generator=generator) / columns**0.5).to(dtype)
-
-
-def _noise_rows(count: int, weight: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(count)
-    return torch.randn(count, weight.shape[1], generator=generator).to(weight.dtype)
-
-
-def _have_same_products(weight: Tensor, blocked: Tensor) -> bool:
-    """Whether products with both are equal but for the order of additions."""
-    for count in _TRIED_ROWS:
-        given = _noise_rows(count, weight)
-        expected, found = functional.linear(given, weight), multiply(given, blocked, None)
-        if not torch.allclose(expected, found, rtol=0, atol=_BOUND[weight.dtype]):
-            return False
-    return True
-
-
 def _is_measured_faster(weight: Tensor, blocked: Tensor, way_of: Sequence[str]) -> bool:
     """Args: way_of: how plain weights are multiplied, see `few_rows`."""
-    given = _noise_rows(_ROWS, weight)
+    given = noise_rows(_ROWS, weight)
     plain_s, blocked_s = measured_seconds(
-        [lambda: multiply_rows(given, weight, None, way_of), lambda: multiply(given, blocked, None)]
+        [lambda: multiply_rows(given, weight, None, way_of), lambda: onednn_product(given, blocked, None)]
     )
     if plain_s <= _FASTER * blocked_s:
         return False
@@ -195,7 +184,7 @@ def _is_measured_faster(weight: Tensor, blocked: Tensor, way_of: Sequence[str]) 
     plain_s, blocked_s = measured_seconds(
         [
             lambda: [multiply_rows(one, each, None, way_of) for each in plain],
-            lambda: [multiply(one, each, None) for each in in_order],
+            lambda: [onednn_product(one, each, None) for each in in_order],
         ],
         _UNCACHED_TRIALS,
     )
@@ -213,9 +202,3 @@ def in_blocks(weight: Tensor) -> Tensor:
     """A weight [out, in] in the blocked order."""
     blocked: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
     return blocked
-
-
-def multiply(given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product of `given` [rows, in] with a blocked weight [out, in], and the bias [out]."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(given, weight, bias, "none", [], "")
-    return product

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,13 +28,18 @@ from torch.nn import functional
 
 from swarmkit.models.kernels.choices import recall_choice, remember_choice
 from swarmkit.models.kernels.replace_linear import (
+    SMALLEST,
     can_be_replaced,
+    gives_products,
     median_seconds,
+    noise_rows,
+    noise_weight,
     replace_linear,
     with_weights_of,
 )
 
 logger = logging.getLogger(__name__)
+_choosing = threading.Lock()
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Multiplies rows [rows, in] by a weight [out, in], and adds a bias [out]."""
@@ -71,7 +77,9 @@ def cut_product(given: Tensor, weight: Tensor, bias: Tensor | None, cut: int) ->
 
 
 def onednn_product(given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A `Product` by oneDNN. The operation is not part of torch's public interface, and may be missing."""
+    """A `Product` by oneDNN, whose own order the weight may have. The operation is not part of torch's public
+    interface, and may be missing.
+    """
     product: Tensor = torch.ops.mkldnn._linear_pointwise(given, weight, bias, "none", [], "")
     return product
 
@@ -133,20 +141,28 @@ def use_ways(model: nn.Module) -> int:
 
 def _ways(layer: nn.Linear) -> Sequence[str]:
     weight = layer.weight
-    if not can_be_replaced(layer) or weight.dtype is not torch.float32 or not weight.is_contiguous():
+    if not can_be_replaced(layer) or not weight.is_contiguous():
         return ()
-    return fastest_ways(layer.out_features, layer.in_features, torch.get_num_threads())
+    return fastest_ways(*weight.shape, weight.dtype, torch.get_num_threads())
 
 
 @functools.cache
-def fastest_ways(outputs: int, inputs: int, threads: int) -> Sequence[str]:
-    """For each number of rows from 0 to `MANY_ROWS`, the way that takes the least time in float32; empty: all
-    plain.
+def fastest_ways(outputs: int, inputs: int, dtype: torch.dtype, threads: int) -> Sequence[str]:
+    """For each number of rows from 0 to `MANY_ROWS`, the way that takes the least time; empty: all plain, as
+    for a small weight, or another dtype than float32.
 
-    It is measured once on a machine. That the products are the same is checked in each process.
+    It is measured once on a machine, which takes some tenths of a second; other threads wait for that. That
+    the products are the same is checked in each process.
     """
+    if outputs * inputs < SMALLEST or dtype is not torch.float32:
+        return ()
+    with _choosing:
+        return _chosen_ways(outputs, inputs, threads)
+
+
+def _chosen_ways(outputs: int, inputs: int, threads: int) -> Sequence[str]:
     question = f"ways of [{outputs}, {inputs}], float32, {threads} threads, comparison {COMPARISON}"
-    weight = _noise_weight(min(outputs, _CHECKED_OUTPUTS), inputs)
+    weight = noise_weight(min(outputs, _CHECKED_OUTPUTS), inputs)
     possible = [way for way in WAYS if _is_possible(way, outputs) and _is_right(way, weight)]
     known = recall_choice(question)
     if not _are_ways(known, possible):
@@ -171,29 +187,17 @@ def _is_possible(way: str, outputs: int) -> bool:
 def _is_right(way: str, weight: Tensor) -> bool:
     """Whether a way gives the product on this machine, but for the order of additions."""
     try:
-        for count in _CHECKED_ROWS:
-            given = _noise_rows(count, weight.shape[1])
-            expected, found = functional.linear(given, weight), WAYS[way](given, weight, None)
-            if not torch.allclose(expected, found, rtol=0, atol=_BOUND):
-                logger.warning("products that are computed as %r are others here", way)
-                return False
+        if gives_products(lambda given: WAYS[way](given, weight, None), weight, _CHECKED_ROWS, _BOUND):
+            return True
+        logger.warning("products that are computed as %r are others here", way)
     except (AttributeError, RuntimeError, TypeError) as error:
         logger.info("products cannot be computed as %r here: %s", way, error)
-        return False
-    return True
-
-
-def _noise_weight(outputs: int, inputs: int) -> Tensor:
-    return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0)) / inputs**0.5
-
-
-def _noise_rows(count: int, inputs: int) -> Tensor:
-    return torch.randn(count, inputs, generator=torch.Generator().manual_seed(count))
+    return False
 
 
 @torch.inference_mode()
 def _measured_ways(outputs: int, inputs: int, possible: Sequence[str]) -> list[str]:
-    noise = _noise_weight(tried_outputs(outputs, inputs, max(CUTS)), inputs)
+    noise = noise_weight(tried_outputs(outputs, inputs, max(CUTS)), inputs)
     weights = [noise, *(noise.clone() for _ in range(_CACHE_VALUES // noise.numel() - 1))]
 
     def multiply(given: Tensor, way: str) -> list[Tensor]:
@@ -201,7 +205,7 @@ def _measured_ways(outputs: int, inputs: int, possible: Sequence[str]) -> list[s
 
     found = [PLAIN]
     for up_to, rows in zip(_UP_TO_ROWS, _TRIED_ROWS, strict=True):
-        given = _noise_rows(rows, inputs)
+        given = noise_rows(rows, noise)
         # Many rows are worth a copy of all of the weight, and take long to try.
         tried = [way for way in possible if up_to < MANY_ROWS or not way.startswith("cut")]
         taken_s = measured_seconds([functools.partial(multiply, given, way) for way in tried])

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 L = TypeVar("L", bound=nn.Linear)
 
@@ -41,6 +43,35 @@ def can_be_replaced(layer: nn.Linear) -> bool:
     """Whether a layer is large, frozen and on a CPU."""
     weight = layer.weight
     return weight.device.type == "cpu" and not weight.requires_grad and weight.numel() >= SMALLEST
+
+
+def noise_weight(outputs: int, inputs: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A weight [out, in] to try products with, always the same; its products with noise are about 1."""
+    noise = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
+    return (noise / inputs**0.5).to(dtype)
+
+
+def noise_rows(count: int, weight: Tensor) -> Tensor:
+    """Rows [count, in] to multiply by a weight, always the same."""
+    return torch.randn(count, weight.shape[1], generator=torch.Generator().manual_seed(count)).to(
+        weight.dtype
+    )
+
+
+def gives_products(
+    product: Callable[[Tensor], Tensor], weight: Tensor, numbers: Sequence[int], bound: float
+) -> bool:
+    """Whether `product` multiplies by a weight of noise, but for the order of additions.
+
+    Args:
+        numbers: of rows that are tried.
+        bound: the largest difference that the order may make, where values are about 1.
+    """
+    for count in numbers:
+        given = noise_rows(count, weight)
+        if not torch.allclose(functional.linear(given, weight), product(given), rtol=0, atol=bound):
+            return False
+    return True
 
 
 def median_seconds(works: Sequence[Callable[[], object]], trials: int) -> list[float]:

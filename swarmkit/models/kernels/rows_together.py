@@ -20,7 +20,7 @@ from swarmkit.models.kernels.few_rows import (
     multiply_rows,
     tried_outputs,
 )
-from swarmkit.models.kernels.replace_linear import SMALLEST
+from swarmkit.models.kernels.replace_linear import SMALLEST, noise_rows, noise_weight
 
 _ROWS = 4
 _FASTER = 1.2
@@ -40,7 +40,7 @@ def ways_together(outputs: int, inputs: int, dtype: torch.dtype, threads: int) -
     if outputs * inputs < SMALLEST:
         return None
     question = f"together [{outputs}, {inputs}], {dtype}, {threads} threads, comparison {COMPARISON}"
-    way_of = ways_alone(outputs, inputs, dtype, threads)
+    way_of = fastest_ways(outputs, inputs, dtype, threads)
     with _choosing:
         known = recall_choice(question)
         if not isinstance(known, bool):
@@ -49,23 +49,10 @@ def ways_together(outputs: int, inputs: int, dtype: torch.dtype, threads: int) -
     return way_of if known else None
 
 
-@functools.cache
-def ways_alone(outputs: int, inputs: int, dtype: torch.dtype, threads: int) -> Sequence[str]:
-    """The ways of a weight [outputs, inputs] (`fastest_ways`); empty for a small one, or another dtype.
-
-    It is measured once on a machine, which takes some tenths of a second; other threads wait for that.
-    """
-    if outputs * inputs < SMALLEST or dtype is not torch.float32:
-        return ()
-    with _choosing:
-        return fastest_ways(outputs, inputs, threads)
-
-
 @torch.inference_mode()
 def _is_measured_faster(outputs: int, inputs: int, dtype: torch.dtype, way_of: Sequence[str]) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(tried_outputs(outputs, inputs, max(CUTS)), inputs, generator=generator).to(dtype)
-    rows = torch.randn(_ROWS, inputs, generator=generator).to(dtype)
+    weight = noise_weight(tried_outputs(outputs, inputs, max(CUTS)), inputs, dtype)
+    rows = noise_rows(_ROWS, weight)
     alone_s, together_s = measured_seconds(
         [
             lambda: [multiply_rows(row[None], weight, None, way_of) for row in rows],

@@ -276,11 +276,13 @@ class StepCompiler:
 
 def will_compile(settings: EngineSettings) -> bool:
     """Whether a server with these settings compiles the decode step of a stage on a CPU, once it is used."""
+    if settings.compile == "off":
+        return False
     try:
         ensure_compiler()
     except NotCompiledError:
         return False
-    return settings.compile != "off"
+    return True
 
 
 def ensure_compiler() -> None:
