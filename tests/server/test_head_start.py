@@ -12,6 +12,7 @@ import anyio
 import pytest
 
 from swarmkit.errors import ModelError, TransportError
+from swarmkit.models.check import ensure_servable
 from swarmkit.models.checkpoint.checkpoint import Checkpoint
 from swarmkit.models.execution.stage import Stage
 from swarmkit.net.transport.identity import Identity
@@ -56,7 +57,8 @@ class Loads:
 
 
 @pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
+def loads(world: World, monkeypatch: pytest.MonkeyPatch) -> Loads:
+    ensure_servable(world.checkpoint.config)  # the first check in a process loads parts of a small model
     return Loads(monkeypatch)
 
 
